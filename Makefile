@@ -1,0 +1,35 @@
+# make demo   train a small model on real text, with and without packlight
+# make test   what CI runs: lint, format, types, the CPU test suite
+# make gpu-test   the tests that need a CUDA device; fails where there is none
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test lint gpu-test clean
+
+# One stamp: nothing is installed again until the requirements change.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/packlight demo
+
+test: lint
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Runs on the Python that has the GPU build of torch, so it makes no environment of its own.
+gpu-test:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,76 @@
+"""One way to define an operator: schema, fake, reference for every device, Triton kernel for CUDA.
+
+`reference` is plain PyTorch and defines what is true. `kernel` names a function with the same
+signature in a `kernels` module, imported when the first CUDA tensor arrives, so that neither Triton
+nor a GPU is needed to import packlight. Kernels compute in fp32: float64 takes the reference.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("packlight", "DEF")
+
+# A plain global and not a context variable: backward of CUDA tensors runs on autograd's own
+# threads, which inherit no context.
+_reference_depth = 0
+
+
+@contextlib.contextmanager
+def use_reference() -> Iterator[None]:
+    """Within this context every operator of the process runs its plain-PyTorch reference.
+
+    Settles in one line whether a doubt about a result is a doubt about a kernel. Forward and
+    backward may run on different sides of it: both read the same packed form.
+    """
+    global _reference_depth
+    _reference_depth += 1
+    try:
+        yield
+    finally:
+        _reference_depth -= 1
+
+
+def kernels_available() -> bool:
+    """Whether Triton is installed, so that CUDA tensors take the kernels."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def define_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernel: str,
+) -> Callable[..., Any]:
+    """Registers `packlight::<schema>` and returns the callable operator.
+
+    `kernel` is `"module:function"`. All operators are opaque to autograd: a `torch.autograd.Function`
+    calls them, and they see tensors that need no gradient.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"packlight::{name}", fake)
+
+    module_name, _, function_name = kernel.partition(":")
+    launch: Callable[..., Any] | None = None
+
+    def on_cuda(*args: Any) -> Any:
+        nonlocal launch
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        in_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
+        if _reference_depth or in_float64 or not kernels_available():
+            return reference(*args)
+        if launch is None:
+            launch = getattr(importlib.import_module(module_name), function_name)
+        with torch.cuda.device(tensors[0].device):  # Triton launches on the current device
+            return launch(*args)
+
+    _LIBRARY.impl(name, on_cuda, "CUDA")
+    operator: Callable[..., Any] = getattr(torch.ops.packlight, name).default
+    return operator

@@ -1,0 +1,17 @@
+"""The errors that packlight raises. Every one names the value, what was expected, and what to do next."""
+
+
+class PacklightError(Exception):
+    """Base of all errors raised by packlight."""
+
+
+class InputError(PacklightError, ValueError):
+    """An argument or a tensor that cannot be used: wrong value, dtype, shape or device."""
+
+
+class DoubleBackwardError(PacklightError, RuntimeError):
+    """A second derivative was asked of a layer that keeps too little to form one."""
+
+
+class MissingDependencyError(PacklightError, ImportError):
+    """An optional package is needed for this call and is not installed."""

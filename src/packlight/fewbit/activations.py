@@ -1,0 +1,113 @@
+"""The table of activation functions: what each computes, and what its derivative asks to be kept.
+
+Every function here is the plain torch operation, `function(x, *parameters)`; it is the truth that
+references return and kernels are compared with. Two kinds:
+
+- `Continuous`: the derivative takes a continuum of values; k-bit codes of it need a codebook.
+- `Exact`: the derivative is a step function; the code of the step is all the gradient needs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Inputs at which a derivative is not finite in torch. Codes cannot carry them, so a call that meets
+# one raises a flag instead; see `functional.py`.
+NAN = 1
+NEGATIVE_INFINITY = 2
+POSITIVE_INFINITY = 4
+NON_FINITE = NAN | NEGATIVE_INFINITY | POSITIVE_INFINITY
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), the GELU approximation of Hendrycks and Gimpel that CLIP uses."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2, from Primer (So et al., 2021)."""
+    return F.relu(x).square()
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuous:
+    """An activation whose derivative is coded with a codebook.
+
+    `poison` says at which non-finite inputs torch's derivative is not finite.
+    """
+
+    function: Callable[..., Tensor]
+    parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+    poison: int = NAN
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """An activation whose derivative is `levels(*parameters)[code(x, *parameters)]`, exactly.
+
+    `code` repeats the comparison that torch's own backward makes, so that ties and NaN fall on the
+    same side.
+    """
+
+    function: Callable[..., Tensor]
+    bits: int
+    code: Callable[..., Tensor]
+    levels: Callable[..., tuple[float, ...]]
+
+
+CONTINUOUS: dict[str, Continuous] = {
+    "celu": Continuous(F.celu, {"alpha": 1.0}),
+    "elu": Continuous(F.elu, {"alpha": 1.0}),
+    "gelu": Continuous(F.gelu, poison=NON_FINITE),
+    "gelu_tanh": Continuous(gelu_tanh, poison=NON_FINITE),
+    "hardswish": Continuous(F.hardswish),
+    "logsigmoid": Continuous(F.logsigmoid),
+    "mish": Continuous(F.mish, poison=NON_FINITE),
+    "quick_gelu": Continuous(quick_gelu, poison=NON_FINITE),
+    "relu_squared": Continuous(relu_squared, poison=NAN | POSITIVE_INFINITY),
+    "selu": Continuous(F.selu),
+    "sigmoid": Continuous(torch.sigmoid),
+    "silu": Continuous(F.silu, poison=NON_FINITE),
+    "softplus": Continuous(F.softplus, {"beta": 1.0, "threshold": 20.0}),
+    "softsign": Continuous(F.softsign, poison=NON_FINITE),
+    "tanh": Continuous(torch.tanh),
+    "tanhshrink": Continuous(F.tanhshrink),
+}
+
+
+def _outside(x: Tensor, low: float, high: float) -> Tensor:
+    return (x <= low) | (x >= high)
+
+
+EXACT: dict[str, Exact] = {
+    # torch's gradient of |x| at 0 is 0: three values, so two bits.
+    "abs": Exact(torch.abs, 2, lambda x: torch.sign(x).nan_to_num() + 1, lambda: (-1.0, 0.0, 1.0)),
+    "hardshrink": Exact(
+        F.hardshrink, 1, lambda x, lambd: ~((x >= -lambd) & (x <= lambd)), lambda lambd: (0.0, 1.0)
+    ),
+    "hardsigmoid": Exact(
+        F.hardsigmoid, 1, lambda x: (x > -3) & (x < 3), lambda: (0.0, 1 / 6)
+    ),
+    "hardtanh": Exact(
+        F.hardtanh, 1, lambda x, low, high: ~_outside(x, low, high), lambda low, high: (0.0, 1.0)
+    ),
+    "leaky_relu": Exact(
+        F.leaky_relu, 1, lambda x, slope: x > 0, lambda slope: (slope, 1.0)
+    ),
+    "relu": Exact(F.relu, 1, lambda x: ~(x <= 0), lambda: (0.0, 1.0)),
+    "relu6": Exact(F.relu6, 1, lambda x: ~_outside(x, 0, 6), lambda: (0.0, 1.0)),
+    "softshrink": Exact(
+        F.softshrink, 1, lambda x, lambd: ~((x >= -lambd) & (x <= lambd)), lambda lambd: (0.0, 1.0)
+    ),
+    "threshold": Exact(
+        F.threshold, 1, lambda x, threshold, value: ~(x <= threshold), lambda *_: (0.0, 1.0)
+    ),
+}
