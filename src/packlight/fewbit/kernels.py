@@ -1,0 +1,680 @@
+"""Triton kernels of the few-bit activations: one forward and one backward for all of them.
+
+A program handles BLOCK words of 8 codes (layout in `packing/layout.py`): each thread reads eight
+rows of neighbouring elements, computes outputs and codes in fp32, and writes both in one pass. Which
+activation it is comes in as a function, a compile-time constant; which codebook, as data.
+
+The forward in 16 bits is limited by arithmetic: about 27 instructions an element at full bandwidth
+on an H200. Hence the forms below: one exponential in place of erf, a sign bit where the derivative
+is symmetric, a tree of compares with borders in registers.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packlight.packing.kernels import code_of, empty_word, load_word, store_word
+from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes
+
+# --- Mathematics, in fp32. DIGITS is the number of significand bits of the tensor's dtype: 24, 11
+# --- (fp16) or 8 (bf16). With fewer digits a cheaper form is still exact to the rounding.
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2_HIGH = tl.constexpr(0.693145751953125)  # ln 2 in two parts: n * LN2_HIGH is exact
+LN2_LOW = tl.constexpr(1.428606820309417e-6)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
+
+
+@triton.jit
+def _clamp(x, low, high):
+    """min(max(x, low), high), passing NaN as torch does."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _exp(x, DIGITS: tl.constexpr):
+    """e^x. One hardware exponential loses up to 7 bits to the rounding of x log2(e)."""
+    if DIGITS < 24:
+        return tl.exp2(x * LOG2E)
+    else:
+        x = _clamp(x, -126.0, 126.0)  # 0 and inf come out, and inf - inf does not go in
+        n = (x * LOG2E + ROUND) - ROUND
+        r = tl.fma(n, -LN2_HIGH, x)
+        r = tl.fma(n, -LN2_LOW, r)
+        return tl.exp2(r * LOG2E) * tl.exp2(n)
+
+
+@triton.jit
+def _divide(x, y, DIGITS: tl.constexpr):
+    if DIGITS < 24:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def _expm1(x):
+    """e^x - 1 for x <= 0, accurate relative to the result: 2^n (e^r - 1) + (2^n - 1)."""
+    x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
+    n = (x * LOG2E + ROUND) - ROUND
+    r = tl.fma(n, -LN2_HIGH, x)
+    r = tl.fma(n, -LN2_LOW, r)
+    # Taylor to r^7 / 7! on |r| <= 0.347: relative error 5e-9.
+    p = tl.fma(r, 1.0 / 5040.0, 1.0 / 720.0)
+    p = tl.fma(r, p, 1.0 / 120.0)
+    p = tl.fma(r, p, 1.0 / 24.0)
+    p = tl.fma(r, p, 1.0 / 6.0)
+    p = tl.fma(r, p, 0.5)
+    p = tl.fma(r * r, p, r)
+    scale = tl.exp2(n)
+    return tl.fma(scale, p, scale - 1.0)
+
+
+@triton.jit
+def _log1p(z, DIGITS: tl.constexpr):
+    """log(1 + z) for 0 <= z <= 1 as 2 atanh(s), s = z / (2 + z), accurate relative to the result."""
+    s = _divide(z, 2.0 + z, DIGITS)
+    q = s * s
+    # The series to s^15, where s^2 <= 1/9.
+    p = tl.fma(q, 2.0 / 15.0, 2.0 / 13.0)
+    p = tl.fma(q, p, 2.0 / 11.0)
+    p = tl.fma(q, p, 2.0 / 9.0)
+    p = tl.fma(q, p, 2.0 / 7.0)
+    p = tl.fma(q, p, 2.0 / 5.0)
+    p = tl.fma(q, p, 2.0 / 3.0)
+    return tl.fma(q * s, p, 2.0 * s)
+
+
+# --- Activations: f(x) in fp32 with up to two scalar parameters.
+
+
+@triton.jit
+def _celu(x, alpha, _, DIGITS: tl.constexpr):
+    return tl.where(x > 0, x, alpha * _expm1(_divide(tl.where(x > 0, 0.0, x), alpha, DIGITS)))
+
+
+@triton.jit
+def _elu(x, alpha, _, DIGITS: tl.constexpr):
+    return tl.where(x > 0, x, alpha * _expm1(tl.where(x > 0, 0.0, x)))
+
+
+@triton.jit
+def _selu(x, _a, _b, DIGITS: tl.constexpr):
+    negative = 1.7580993408473766 * _expm1(tl.where(x > 0, 0.0, x))
+    return tl.where(x > 0, 1.0507009873554805 * x, negative)
+
+
+# log2 Phi(-t) is smooth in t, so Phi(-t) = 2^P(t) with a short polynomial P, fitted on t <= 6 by
+# tools/fit_gelu.py to a relative error of 3.7e-4 (degree 5) and 3.6e-6 (degree 7). Past 6 both fall
+# to -inf, where |y| < 6e-9 and torch's own 1 + erf has no digit left.
+P5_0 = tl.constexpr(-1.00053181)
+P5_1 = tl.constexpr(-1.14439976)
+P5_2 = tl.constexpr(-0.472785579)
+P5_3 = tl.constexpr(-0.0428327899)
+P5_4 = tl.constexpr(0.00446761807)
+P5_5 = tl.constexpr(-0.000201685274)
+P7_0 = tl.constexpr(-0.999995302)
+P7_1 = tl.constexpr(-1.15125087)
+P7_2 = tl.constexpr(-0.458464982)
+P7_3 = tl.constexpr(-0.0539593956)
+P7_4 = tl.constexpr(0.00850755137)
+P7_5 = tl.constexpr(-0.000930440269)
+P7_6 = tl.constexpr(6.15880355e-05)
+P7_7 = tl.constexpr(-1.83432689e-06)
+
+
+@triton.jit
+def _gelu(x, _a, _b, DIGITS: tl.constexpr):
+    if DIGITS == 24:
+        return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        t = tl.abs(x)
+        if DIGITS == 8:
+            p = tl.fma(t, P5_5, P5_4)
+            p = tl.fma(t, p, P5_3)
+            p = tl.fma(t, p, P5_2)
+            p = tl.fma(t, p, P5_1)
+            q = tl.exp2(tl.fma(t, p, P5_0))
+        else:
+            p = tl.fma(t, P7_7, P7_6)
+            p = tl.fma(t, p, P7_5)
+            p = tl.fma(t, p, P7_4)
+            p = tl.fma(t, p, P7_3)
+            p = tl.fma(t, p, P7_2)
+            p = tl.fma(t, p, P7_1)
+            q = tl.exp2(tl.fma(t, p, P7_0))
+        return x * tl.where(x > 0, 1.0 - q, q)
+
+
+@triton.jit
+def _gelu_tanh(x, _a, _b, DIGITS: tl.constexpr):
+    # (1 + tanh z) / 2 = 1 / (1 + e^-2z), which keeps its digits where 1 + tanh z loses them.
+    z = x * tl.fma(x * x, 2.0 * 0.7978845608028654 * 0.044715, 2.0 * 0.7978845608028654)
+    return _divide(x, 1.0 + _exp(-z, DIGITS), DIGITS)
+
+
+@triton.jit
+def _hardswish(x, _a, _b, DIGITS: tl.constexpr):
+    return x * _clamp(x + 3.0, 0.0, 6.0) * (1.0 / 6.0)
+
+
+@triton.jit
+def _logsigmoid(x, _a, _b, DIGITS: tl.constexpr):
+    return tl.where(x > 0, 0.0, x) - _log1p(_exp(-tl.abs(x), DIGITS), DIGITS)
+
+
+@triton.jit
+def _mish(x, _a, _b, DIGITS: tl.constexpr):
+    # tanh(log(1 + w)) = (w^2 + 2 w) / (w^2 + 2 w + 2) at w = e^x, written in e^-|x|.
+    e = _exp(-tl.abs(x), DIGITS)
+    numerator = tl.where(x > 0, tl.fma(2.0, e, 1.0), e * (e + 2.0))
+    rest = tl.where(x > 0, 2.0 * e * e, 2.0)
+    return x * _divide(numerator, numerator + rest, DIGITS)
+
+
+@triton.jit
+def _quick_gelu(x, _a, _b, DIGITS: tl.constexpr):
+    return _divide(x, 1.0 + _exp(-1.702 * x, DIGITS), DIGITS)
+
+
+@triton.jit
+def _relu_squared(x, _a, _b, DIGITS: tl.constexpr):
+    r = tl.where(x <= 0, 0.0, x)
+    return r * r
+
+
+@triton.jit
+def _sigmoid(x, _a, _b, DIGITS: tl.constexpr):
+    return _divide(1.0, 1.0 + _exp(-x, DIGITS), DIGITS)
+
+
+@triton.jit
+def _silu(x, _a, _b, DIGITS: tl.constexpr):
+    return _divide(x, 1.0 + _exp(-x, DIGITS), DIGITS)
+
+
+@triton.jit
+def _softplus(x, beta, threshold, DIGITS: tl.constexpr):
+    z = beta * x
+    y = tl.where(z > 0, z, 0.0) + _log1p(_exp(-tl.abs(z), DIGITS), DIGITS)
+    return tl.where(z > threshold, x, _divide(y, beta, DIGITS))
+
+
+@triton.jit
+def _softsign(x, _a, _b, DIGITS: tl.constexpr):
+    return _divide(x, tl.abs(x) + 1.0, DIGITS)
+
+
+@triton.jit
+def _tanh(x, _a, _b, DIGITS: tl.constexpr):
+    m = _expm1(-2.0 * tl.abs(x))
+    y = _divide(m, m + 2.0, DIGITS)
+    return tl.where(x > 0, -y, y)
+
+
+@triton.jit
+def _tanhshrink(x, _a, _b, DIGITS: tl.constexpr):
+    return x - _tanh(x, _a, _b, DIGITS)
+
+
+@triton.jit
+def _abs(x, _a, _b, DIGITS: tl.constexpr):
+    return tl.abs(x)
+
+
+@triton.jit
+def _hardshrink(x, lambd, _, DIGITS: tl.constexpr):
+    return tl.where((x >= -lambd) & (x <= lambd), 0.0, x)
+
+
+@triton.jit
+def _hardsigmoid(x, _a, _b, DIGITS: tl.constexpr):
+    return _clamp(x + 3.0, 0.0, 6.0) * (1.0 / 6.0)
+
+
+@triton.jit
+def _hardtanh(x, low, high, DIGITS: tl.constexpr):
+    return _clamp(x, low, high)
+
+
+@triton.jit
+def _leaky_relu(x, slope, _, DIGITS: tl.constexpr):
+    return tl.where(x > 0, x, x * slope)
+
+
+@triton.jit
+def _relu(x, _a, _b, DIGITS: tl.constexpr):
+    return tl.where(x <= 0, 0.0, x)
+
+
+@triton.jit
+def _relu6(x, _a, _b, DIGITS: tl.constexpr):
+    return _clamp(x, 0.0, 6.0)
+
+
+@triton.jit
+def _softshrink(x, lambd, _, DIGITS: tl.constexpr):
+    # x * 0 keeps NaN in the band.
+    return tl.where(x > lambd, x - lambd, tl.where(x < -lambd, x + lambd, x * 0.0))
+
+
+@triton.jit
+def _threshold(x, threshold, value, DIGITS: tl.constexpr):
+    return tl.where(x <= threshold, value, x)
+
+
+@triton.jit
+def _identity(x, _a, _b, DIGITS: tl.constexpr):
+    return x
+
+
+FORWARD = {
+    "abs": _abs,
+    "celu": _celu,
+    "elu": _elu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "hardshrink": _hardshrink,
+    "hardsigmoid": _hardsigmoid,
+    "hardswish": _hardswish,
+    "hardtanh": _hardtanh,
+    "leaky_relu": _leaky_relu,
+    "logsigmoid": _logsigmoid,
+    "mish": _mish,
+    "quick_gelu": _quick_gelu,
+    "relu": _relu,
+    "relu6": _relu6,
+    "relu_squared": _relu_squared,
+    "selu": _selu,
+    "sigmoid": _sigmoid,
+    "silu": _silu,
+    "softplus": _softplus,
+    "softshrink": _softshrink,
+    "softsign": _softsign,
+    "tanh": _tanh,
+    "tanhshrink": _tanhshrink,
+    "threshold": _threshold,
+}
+
+# --- Codes of the exact activations, as in activations.EXACT.
+
+
+@triton.jit
+def _code_abs(x, _a, _b):
+    return tl.where(x > 0, 2, tl.where(x < 0, 0, 1))
+
+
+@triton.jit
+def _code_band(x, lambd, _):
+    return tl.where((x >= -lambd) & (x <= lambd), 0, 1)
+
+
+@triton.jit
+def _code_hardsigmoid(x, _a, _b):
+    return tl.where((x > -3.0) & (x < 3.0), 1, 0)
+
+
+@triton.jit
+def _code_hardtanh(x, low, high):
+    return tl.where((x <= low) | (x >= high), 0, 1)
+
+
+@triton.jit
+def _code_leaky_relu(x, _a, _b):
+    return tl.where(x > 0, 1, 0)
+
+
+@triton.jit
+def _code_relu(x, _a, _b):
+    return tl.where(x <= 0, 0, 1)
+
+
+@triton.jit
+def _code_relu6(x, _a, _b):
+    return tl.where((x <= 0) | (x >= 6.0), 0, 1)
+
+
+@triton.jit
+def _code_threshold(x, threshold, _):
+    return tl.where(x <= threshold, 0, 1)
+
+
+CODE = {
+    "abs": _code_abs,
+    "hardshrink": _code_band,
+    "hardsigmoid": _code_hardsigmoid,
+    "hardtanh": _code_hardtanh,
+    "leaky_relu": _code_leaky_relu,
+    "relu": _code_relu,
+    "relu6": _code_relu6,
+    "softshrink": _code_band,
+    "threshold": _code_threshold,
+}
+
+
+# --- Codes of a codebook: the number of borders below t.
+
+
+@triton.jit
+def _load_borders(borders_ptr, DEPTH: tl.constexpr):
+    """The 2^DEPTH - 1 borders as scalars, which stay in registers."""
+    borders = ()
+    for i in tl.static_range(2**DEPTH - 1):
+        borders = borders + (tl.load(borders_ptr + i),)
+    return borders
+
+
+@triton.jit
+def _bit(position: tl.constexpr):
+    """2^position as an int32 constant; position 31 is the sign."""
+    return ((1 << position) ^ 0x80000000) - 0x80000000
+
+
+@triton.jit
+def _code_tree(t, borders, DEPTH: tl.constexpr, SHIFT: tl.constexpr):
+    """The code, shifted left by SHIFT, by DEPTH compares: each halves the tuple of borders."""
+    code = 0
+    for d in tl.static_range(DEPTH):
+        above = t > borders[2 ** (DEPTH - 1 - d) - 1]
+        code |= tl.where(above, _bit(DEPTH - 1 - d + SHIFT), 0)
+        half = ()
+        for i in tl.static_range(2 ** (DEPTH - 1 - d) - 1):
+            half = half + (tl.where(above, borders[2 ** (DEPTH - 1 - d) + i], borders[i]),)
+        borders = half
+    return code
+
+
+@triton.jit
+def _code_search(t, borders_ptr, DEPTH: tl.constexpr):
+    """The code by binary search in memory, for tables too long for registers."""
+    code = tl.zeros(t.shape, dtype=tl.int32)
+    for d in tl.static_range(DEPTH):
+        border = tl.load(borders_ptr + code + (2 ** (DEPTH - 1 - d) - 1))
+        code += tl.where(t > border, 2 ** (DEPTH - 1 - d), 0)
+    return code
+
+
+# --- The two kernels.
+
+# How a code is formed; the first three are the parities of a codebook.
+PARITY = {"none": 0, "even": 1, "complement": 2}
+NONE = tl.constexpr(0)
+EVEN = tl.constexpr(1)
+COMPLEMENT = tl.constexpr(2)
+
+POISON_ALL = tl.constexpr(7)
+POISON_UP = tl.constexpr(5)
+REGISTER_DEPTH = tl.constexpr(4)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [n]
+    y_ptr,  # [n], may be x_ptr
+    codes_ptr,  # [BITS * groups], and the flag byte if POISON
+    borders_ptr,  # [2^DEPTH - 1] fp32
+    n,
+    groups,
+    a,
+    b,
+    FORWARD: tl.constexpr,  # None: codes only
+    CODE: tl.constexpr,  # None: code by the borders
+    PARITY: tl.constexpr,
+    POISON: tl.constexpr,
+    BITS: tl.constexpr,
+    DIGITS: tl.constexpr,
+    FULL: tl.constexpr,  # every program has BLOCK whole groups, so nothing is masked
+    BLOCK: tl.constexpr,
+):
+    DEPTH: tl.constexpr = BITS - 1 if PARITY == COMPLEMENT else BITS
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    groups = groups.to(tl.int64)
+    n = n.to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    flag_ptr = codes_ptr + BITS * groups
+    x_ptr += start
+    y_ptr += start
+    codes_ptr += start
+
+    # All loads come first: the stores below may alias them, so the compiler would not move them up.
+    xs = ()
+    for j in tl.static_range(8):
+        if FULL:
+            xs = xs + (tl.load(x_ptr + j * groups + lane),)
+        else:
+            inside = (lane < groups - start) & (lane < n - start - j * groups)
+            xs = xs + (tl.load(x_ptr + j * groups + lane, inside, other=0.0),)
+    borders = ()
+    if CODE is None and DEPTH <= REGISTER_DEPTH:
+        borders = _load_borders(borders_ptr, DEPTH)
+
+    word = empty_word(BLOCK, BITS)
+    bad = tl.zeros([BLOCK], dtype=tl.float32)
+    for j in tl.static_range(8):
+        x = xs[j].to(tl.float32)
+        if FORWARD is not None:
+            y = FORWARD(x, a, b, DIGITS).to(y_ptr.dtype.element_ty)
+            if FULL:
+                tl.store(y_ptr + j * groups + lane, y)
+            else:
+                inside = (lane < groups - start) & (lane < n - start - j * groups)
+                tl.store(y_ptr + j * groups + lane, y, inside)
+
+        if CODE is not None:
+            word |= CODE(x, a, b).to(word.dtype) << (j * BITS)
+        else:
+            t = x if PARITY == NONE else tl.abs(x)
+            if BITS <= 4:
+                word |= _code_tree(t, borders, DEPTH, j * BITS)
+                if PARITY == COMPLEMENT:
+                    sign = x.to(tl.int32, bitcast=True) >> (32 - (j + 1) * BITS)
+                    word |= sign & _bit((j + 1) * BITS - 1)
+            else:
+                if DEPTH <= REGISTER_DEPTH:
+                    code = _code_tree(t, borders, DEPTH, 0)
+                else:
+                    code = _code_search(t, borders_ptr, DEPTH)
+                if PARITY == COMPLEMENT:
+                    code |= (x.to(tl.int32, bitcast=True) >> 31) & (1 << (BITS - 1))
+                word |= code.to(tl.int64) << (j * BITS)
+
+        if POISON == POISON_ALL:
+            bad += x * 0.0
+        elif POISON != 0:
+            bad = tl.maximum(bad, x, propagate_nan=tl.PropagateNan.ALL)
+
+    if FULL:
+        store_word(codes_ptr, word, lane, groups, None, BITS)
+    else:
+        store_word(codes_ptr, word, lane, groups, lane < groups - start, BITS)
+    if POISON != 0:
+        poisoned = bad != bad
+        if POISON == POISON_UP:
+            poisoned |= bad == float("inf")
+        tl.store(flag_ptr, 1, tl.max(poisoned.to(tl.int32), 0) != 0)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # [n]
+    codes_ptr,  # [BITS * groups], and the flag byte if FLAGGED
+    levels_ptr,  # [2^BITS] fp32, and as many NaN, which the flag selects
+    dx_ptr,  # [n]
+    n,
+    groups,
+    BITS: tl.constexpr,
+    FLAGGED: tl.constexpr,
+    MASK: tl.constexpr,  # level 0 gives 0 whatever dy
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    groups = groups.to(tl.int64)
+    n = n.to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    if FLAGGED:
+        levels_ptr += tl.load(codes_ptr + BITS * groups).to(tl.int32) << BITS
+    dy_ptr += start
+    dx_ptr += start
+    codes_ptr += start
+
+    dys = ()
+    for j in tl.static_range(8):
+        if FULL:
+            dys = dys + (tl.load(dy_ptr + j * groups + lane),)
+        else:
+            inside = (lane < groups - start) & (lane < n - start - j * groups)
+            dys = dys + (tl.load(dy_ptr + j * groups + lane, inside, other=0.0),)
+    if FULL:
+        word = load_word(codes_ptr, lane, groups, None, BLOCK, BITS)
+    else:
+        word = load_word(codes_ptr, lane, groups, lane < groups - start, BLOCK, BITS)
+    if BITS == 1:
+        low = tl.load(levels_ptr)
+        high = tl.load(levels_ptr + 1)
+
+    for j in tl.static_range(8):
+        code = code_of(word, j, BITS)
+        if BITS == 1:
+            level = tl.where(code != 0, high, low)
+        else:
+            level = tl.load(levels_ptr + code)
+        dx = dys[j].to(tl.float32) * level
+        if MASK:
+            dx = tl.where(level == 0, 0.0, dx)
+        dx = dx.to(dx_ptr.dtype.element_ty)
+        if FULL:
+            tl.store(dx_ptr + j * groups + lane, dx)
+        else:
+            inside = (lane < groups - start) & (lane < n - start - j * groups)
+            tl.store(dx_ptr + j * groups + lane, dx, inside)
+
+
+# --- Launchers, with the signatures of reference.py.
+
+_DIGITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+
+
+def _block(dtype: torch.dtype) -> int:
+    """Words a program: with 4 warps, 16 bytes a thread and row."""
+    return 512 if dtype == torch.float32 else 1024
+
+
+@functools.lru_cache(maxsize=256)
+def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A codebook's numbers on the device, kept: a copy from the host at every call would wait."""
+    return torch.tensor(values or (0.0,), dtype=torch.float32, device=device)
+
+
+def _launch_forward(
+    x: Tensor,
+    y: Tensor | None,
+    name: str,
+    parameters: Sequence[float],
+    bits: int,
+    borders: Sequence[float],
+    parity: str,
+    poison: int,
+) -> Tensor:
+    """Runs over flat `x` into flat `y` (which may be `x`, or None) and returns the codes."""
+    n, groups, block = x.numel(), lanes(x.numel()), _block(x.dtype)
+    codes = x.new_empty(packed_bytes(n, bits) + (poison != 0), dtype=torch.uint8)
+    if poison:
+        codes[-1:].zero_()
+    if n == 0:
+        return codes
+    a, b = (*parameters, 0.0, 0.0)[:2]
+    _forward_kernel[(triton.cdiv(groups, block),)](
+        x,
+        x if y is None else y,
+        codes,
+        _table(tuple(borders), x.device),
+        n,
+        groups,
+        a,
+        b,
+        FORWARD=None if y is None else FORWARD[name],
+        CODE=CODE.get(name),
+        PARITY=PARITY[parity],
+        POISON=poison,
+        BITS=bits,
+        DIGITS=_DIGITS[x.dtype],
+        FULL=n == 8 * groups and groups % block == 0,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return codes
+
+
+def activation(
+    x: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    bits: int,
+    borders: Sequence[float],
+    parity: str,
+    poison: int,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
+    return y, _launch_forward(flat_x, flat_y, name, parameters, bits, borders, parity, poison)
+
+
+def activation_(
+    x: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    bits: int,
+    borders: Sequence[float],
+    parity: str,
+    poison: int,
+) -> Tensor:
+    stride = dense_stride(x)
+    flat = memory_order(x, stride)
+    codes = _launch_forward(flat, flat, name, parameters, bits, borders, parity, poison)
+    if x.stride() != stride:
+        x.copy_(flat.as_strided(x.shape, stride))
+    return codes
+
+
+def encode(
+    x: Tensor, bits: int, borders: Sequence[float], parity: str, poison: int, stride: Sequence[int]
+) -> Tensor:
+    flat = memory_order(x, stride)
+    return _launch_forward(flat, None, "", (), bits, borders, parity, poison)
+
+
+def decode_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    bits: int,
+    levels: Sequence[float],
+    mask: bool,
+    stride: Sequence[int],
+) -> Tensor:
+    grad_input = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    n, groups, block = grad_output.numel(), lanes(grad_output.numel()), _block(grad_output.dtype)
+    if n == 0:
+        return grad_input
+    table = (*levels, *[math.nan] * (2**bits - len(levels)), *[math.nan] * 2**bits)
+    _backward_kernel[(triton.cdiv(groups, block),)](
+        memory_order(grad_output, stride),
+        codes,
+        _table(table, codes.device),
+        grad_input,
+        n,
+        groups,
+        BITS=bits,
+        FLAGGED=codes.numel() > packed_bytes(n, bits),
+        MASK=mask,
+        FULL=n == 8 * groups and groups % block == 0,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return grad_input

@@ -1,0 +1,126 @@
+"""The few-bit activations in plain PyTorch: what is true, on every device.
+
+Codes are k-bit integers packed as `packing/layout.py` says. Where the derivative has inputs at which
+torch's gradient is not finite (`poison`, see `activations.py`), one flag byte follows the codes: no
+code is free to say "NaN here", so a call that met such an input returns NaN for every gradient.
+Loud, where a finite level would be silently wrong.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from packlight.fewbit.activations import (
+    CONTINUOUS,
+    EXACT,
+    NEGATIVE_INFINITY,
+    POSITIVE_INFINITY,
+)
+from packlight.packing import reference as packing
+from packlight.packing.layout import memory_order, packed_bytes
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Where torch computes: in float32 for 16-bit tensors."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _interval(x: Tensor, bits: int, borders: Sequence[float], parity: str) -> Tensor:
+    """uint8 codes of flat `x`: the number of borders below x, or below |x| and the sign of x."""
+    x = x.to(_compute_dtype(x))
+    table = torch.tensor(borders, dtype=x.dtype, device=x.device)
+    if parity == "none":
+        return torch.bucketize(x, table, out_int32=True).to(torch.uint8)
+    code = torch.bucketize(x.abs(), table, out_int32=True).to(torch.uint8)
+    if parity == "complement":
+        code |= torch.signbit(x).to(torch.uint8) << (bits - 1)
+    return code
+
+
+def _poisoned(x: Tensor, poison: int) -> Tensor:
+    """Whether flat `x` holds an input at which the derivative is not finite: one bool."""
+    low, high = torch.aminmax(x)  # NaN wins both
+    bad = low.isnan()
+    if poison & NEGATIVE_INFINITY:
+        bad = bad | (low == -math.inf)
+    if poison & POSITIVE_INFINITY:
+        bad = bad | (high == math.inf)
+    return bad
+
+
+def encode(
+    x: Tensor, bits: int, borders: Sequence[float], parity: str, poison: int, stride: Sequence[int]
+) -> Tensor:
+    """Packed codes of `x` in the memory order of `stride`, and the flag byte where there is one."""
+    flat = memory_order(x, stride)
+    return _pack(flat, _interval(flat, bits, borders, parity), bits, poison)
+
+
+def _pack(flat: Tensor, codes: Tensor, bits: int, poison: int) -> Tensor:
+    size = packed_bytes(flat.numel(), bits)
+    packed = codes.new_empty(size + (poison != 0))
+    packing.pack(codes, bits, out=packed[:size])
+    if poison:
+        packed[size:] = _poisoned(flat, poison) if flat.numel() else 0
+    return packed
+
+
+def activation(
+    x: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    bits: int,
+    borders: Sequence[float],
+    parity: str,
+    poison: int,
+) -> tuple[Tensor, Tensor]:
+    """y = f(x), bit-equal to torch's, and the packed codes of f'(x) in y's memory order."""
+    if name in EXACT:
+        exact = EXACT[name]
+        y = exact.function(x, *parameters)
+        flat = memory_order(x, y.stride())
+        codes = exact.code(flat, *parameters).to(torch.uint8)
+        return y, _pack(flat, codes, bits, poison=0)
+    y = CONTINUOUS[name].function(x, *parameters)
+    return y, encode(x, bits, borders, parity, poison, y.stride())
+
+
+def activation_(
+    x: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    bits: int,
+    borders: Sequence[float],
+    parity: str,
+    poison: int,
+) -> Tensor:
+    """As `activation`, with the output written over `x`; the codes are in the order of `x`."""
+    y, codes = activation(x, name, parameters, bits, borders, parity, poison)
+    x.copy_(y)
+    return codes
+
+
+def decode_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    bits: int,
+    levels: Sequence[float],
+    mask: bool,
+    stride: Sequence[int],
+) -> Tensor:
+    """dx = dy * levels[code]; with `mask`, a level of 0 gives 0 whatever dy, infinity included."""
+    flat = memory_order(grad_output, stride)
+    count, size = flat.numel(), packed_bytes(flat.numel(), bits)
+    dtype = _compute_dtype(flat)
+    table = torch.tensor(levels, dtype=dtype, device=codes.device)
+    if codes.numel() > size:
+        table = torch.where(codes[-1] == 0, table, math.nan)
+    level = table[packing.unpack(codes[:size], bits, count).int()]
+    product = flat.to(dtype) * level
+    if mask:
+        product = torch.where(level == 0, 0.0, product)
+    grad_input = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    grad_input.as_strided((count,), (1,)).copy_(product)
+    return grad_input

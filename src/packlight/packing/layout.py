@@ -1,0 +1,46 @@
+"""Where the k-bit code of element i lies.
+
+n codes fall into groups of 8, and a group of k-bit codes is one word of k bytes. With
+
+    L = lanes(n) = ceil(n / 64) * 8
+
+word g holds the codes of elements g, L + g, 2 L + g, ..., 7 L + g in that order from the lowest bit
+up, and byte p of every word is stored in plane p, at byte p L + g. So a thread that handles word g
+shifts by constants only, neighbours in a warp read and write neighbouring elements of eight streams,
+and nothing but the rounding of L to 8 is wasted: k n / 8 bytes plus at most 63 when k <= 8.
+
+Elements are numbered in memory order, whatever the strides: a channels-last tensor stays
+channels-last and is never copied.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+GROUP = 8
+
+
+def lanes(count: int) -> int:
+    """Number of 8-element groups, rounded up to a multiple of 8 so that planes stay aligned."""
+    return (count + 63) // 64 * 8
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return bits * lanes(count)
+
+
+def dense_stride(x: Tensor) -> tuple[int, ...]:
+    """The strides of an elementwise result of `x`: its own if it is dense, else the nearest."""
+    return torch.empty_like(x, device="meta").stride()
+
+
+def memory_order(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """The elements of `x` as a flat tensor, in the memory order of dense strides `stride`.
+
+    A view when `x` has these strides, a copy otherwise.
+    """
+    if x.stride() != tuple(stride):
+        x = x.new_empty_strided(x.shape, tuple(stride)).copy_(x)
+    return x.as_strided((x.numel(),), (1,))
