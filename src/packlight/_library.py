@@ -45,17 +45,21 @@ def define_op(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    kernel: str,
+    kernel: str | None = None,
 ) -> Callable[..., Any]:
     """Registers `packlight::<schema>` and returns the callable operator.
 
-    `kernel` is `"module:function"`. All operators are opaque to autograd: a `torch.autograd.Function`
-    calls them, and they see tensors that need no gradient.
+    `kernel` is `"module:function"`, or None where plain PyTorch serves CUDA too. All operators are
+    opaque to autograd: a `torch.autograd.Function` calls them, on tensors that need no gradient.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"packlight::{name}", fake)
+
+    operator: Callable[..., Any] = getattr(torch.ops.packlight, name).default
+    if kernel is None:
+        return operator
 
     module_name, _, function_name = kernel.partition(":")
     launch: Callable[..., Any] | None = None
@@ -72,5 +76,4 @@ def define_op(
             return launch(*args)
 
     _LIBRARY.impl(name, on_cuda, "CUDA")
-    operator: Callable[..., Any] = getattr(torch.ops.packlight, name).default
     return operator

@@ -1,4 +1,4 @@
-"""The errors that packlight raises. Every one names the value, what was expected, and what to do next."""
+"""The errors that packlight raises: each names the value, what was expected, and the next step."""
 
 
 class PacklightError(Exception):

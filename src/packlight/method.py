@@ -34,7 +34,6 @@ class Method:
             raise InputError(f"unknown method {name!r}; known methods: {known}")
         expected = {field.name for field in dataclasses.fields(kind)}
         if unknown := sorted(set(fields) - expected):
-            raise InputError(
-                f"{name} has no field {', '.join(unknown)}; its fields: {', '.join(sorted(expected))}"
-            )
+            fields_are = ", ".join(sorted(expected))
+            raise InputError(f"{name} has no field {', '.join(unknown)}; its fields: {fields_are}")
         return kind(**fields)

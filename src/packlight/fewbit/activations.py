@@ -8,6 +8,7 @@ references return and kernels are compared with. Two kinds:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,16 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def nonfinite_derivative(function: Callable[[Tensor], Tensor]) -> int:
+    """At which of NaN, -inf and inf torch's derivative of `function` is not finite, as a mask."""
+    with torch.enable_grad():
+        x = torch.tensor([math.nan, -math.inf, math.inf], dtype=torch.float64, requires_grad=True)
+        (derivative,) = torch.autograd.grad(function(x).sum(), x)
+    kinds = (NAN, NEGATIVE_INFINITY, POSITIVE_INFINITY)
+    finite = derivative.isfinite().tolist()
+    return sum(kind for kind, fine in zip(kinds, finite, strict=True) if not fine)
+
+
 @dataclasses.dataclass(frozen=True)
 class Continuous:
     """An activation whose derivative is coded with a codebook.
@@ -54,13 +65,15 @@ class Exact:
     """An activation whose derivative is `levels(*parameters)[code(x, *parameters)]`, exactly.
 
     `code` repeats the comparison that torch's own backward makes, so that ties and NaN fall on the
-    same side.
+    same side. `mask` says that torch's backward selects rather than multiplies: where the level is
+    0 the gradient is 0 even if dy is infinite.
     """
 
     function: Callable[..., Tensor]
     bits: int
     code: Callable[..., Tensor]
     levels: Callable[..., tuple[float, ...]]
+    mask: bool = True
 
 
 CONTINUOUS: dict[str, Continuous] = {
@@ -83,31 +96,31 @@ CONTINUOUS: dict[str, Continuous] = {
 }
 
 
-def _outside(x: Tensor, low: float, high: float) -> Tensor:
-    return (x <= low) | (x >= high)
+def _band(x: Tensor, low: float, high: float) -> Tensor:
+    return (x >= low) & (x <= high)
+
+
+def _zero_one(*parameters: float) -> tuple[float, ...]:
+    return (0.0, 1.0)
 
 
 EXACT: dict[str, Exact] = {
     # torch's gradient of |x| at 0 is 0: three values, so two bits.
-    "abs": Exact(torch.abs, 2, lambda x: torch.sign(x).nan_to_num() + 1, lambda: (-1.0, 0.0, 1.0)),
-    "hardshrink": Exact(
-        F.hardshrink, 1, lambda x, lambd: ~((x >= -lambd) & (x <= lambd)), lambda lambd: (0.0, 1.0)
+    "abs": Exact(
+        torch.abs,
+        2,
+        lambda x: torch.sign(x).nan_to_num() + 1,
+        lambda: (-1.0, 0.0, 1.0),
+        mask=False,
     ),
-    "hardsigmoid": Exact(
-        F.hardsigmoid, 1, lambda x: (x > -3) & (x < 3), lambda: (0.0, 1 / 6)
-    ),
-    "hardtanh": Exact(
-        F.hardtanh, 1, lambda x, low, high: ~_outside(x, low, high), lambda low, high: (0.0, 1.0)
-    ),
+    "hardshrink": Exact(F.hardshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one),
+    "hardsigmoid": Exact(F.hardsigmoid, 1, lambda x: (x > -3) & (x < 3), lambda: (0.0, 1 / 6)),
+    "hardtanh": Exact(F.hardtanh, 1, lambda x, low, high: ~((x <= low) | (x >= high)), _zero_one),
     "leaky_relu": Exact(
-        F.leaky_relu, 1, lambda x, slope: x > 0, lambda slope: (slope, 1.0)
+        F.leaky_relu, 1, lambda x, slope: x > 0, lambda slope: (slope, 1.0), mask=False
     ),
-    "relu": Exact(F.relu, 1, lambda x: ~(x <= 0), lambda: (0.0, 1.0)),
-    "relu6": Exact(F.relu6, 1, lambda x: ~_outside(x, 0, 6), lambda: (0.0, 1.0)),
-    "softshrink": Exact(
-        F.softshrink, 1, lambda x, lambd: ~((x >= -lambd) & (x <= lambd)), lambda lambd: (0.0, 1.0)
-    ),
-    "threshold": Exact(
-        F.threshold, 1, lambda x, threshold, value: ~(x <= threshold), lambda *_: (0.0, 1.0)
-    ),
+    "relu": Exact(F.relu, 1, lambda x: ~(x <= 0), _zero_one),
+    "relu6": Exact(F.relu6, 1, lambda x: ~((x <= 0) | (x >= 6)), _zero_one),
+    "softshrink": Exact(F.softshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one),
+    "threshold": Exact(F.threshold, 1, lambda x, threshold, value: ~(x <= threshold), _zero_one),
 }

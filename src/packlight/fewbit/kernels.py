@@ -1,8 +1,8 @@
 """Triton kernels of the few-bit activations: one forward and one backward for all of them.
 
 A program handles BLOCK words of 8 codes (layout in `packing/layout.py`): each thread reads eight
-rows of neighbouring elements, computes outputs and codes in fp32, and writes both in one pass. Which
-activation it is comes in as a function, a compile-time constant; which codebook, as data.
+rows of neighbouring elements, computes outputs and codes in fp32, and writes both in one pass.
+Which activation it is comes in as a function, a compile-time constant; which codebook, as data.
 
 The forward in 16 bits is limited by arithmetic: about 27 instructions an element at full bandwidth
 on an H200. Hence the forms below: one exponential in place of erf, a sign bit where the derivative
@@ -78,7 +78,7 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(z, DIGITS: tl.constexpr):
-    """log(1 + z) for 0 <= z <= 1 as 2 atanh(s), s = z / (2 + z), accurate relative to the result."""
+    """log(1 + z) for 0 <= z <= 1 as 2 atanh(z / (2 + z)), accurate relative to the result."""
     s = _divide(z, 2.0 + z, DIGITS)
     q = s * s
     # The series to s^15, where s^2 <= 1/9.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from packlight._library import define_op
-from packlight.fewbit import reference
+from packlight.fewbit import dropout_reference, pooling_reference, reference
 from packlight.packing.layout import packed_bytes
 
 
@@ -58,4 +58,79 @@ decode_backward = define_op(
         grad_output.shape, stride
     ),
     kernel="packlight.fewbit.kernels:decode_backward",
+)
+
+dropout = define_op(
+    "few_bit_dropout(Tensor x, Tensor seed, float p, bool keep_codes) -> (Tensor, Tensor)",
+    reference=dropout_reference.dropout,
+    fake=lambda x, seed, p, keep_codes: (
+        torch.empty_like(x),
+        _fake_codes(x, 1, 0) if keep_codes else x.new_empty(0, dtype=torch.uint8),
+    ),
+    kernel="packlight.fewbit.dropout_kernels:dropout",
+)
+
+dropout_ = define_op(
+    "few_bit_dropout_(Tensor(a!) x, Tensor seed, float p, bool keep_codes) -> Tensor",
+    reference=dropout_reference.dropout_,
+    fake=lambda x, seed, p, keep_codes: (
+        _fake_codes(x, 1, 0) if keep_codes else x.new_empty(0, dtype=torch.uint8)
+    ),
+    kernel="packlight.fewbit.dropout_kernels:dropout_",
+)
+
+
+def _fake_max_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = pooling_reference.output_shape(x, kernel, stride, padding, dilation, ceil_mode)
+    layout = pooling_reference.memory_format(x, len(kernel))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    size = pooling_reference.codes_bytes(y.numel(), kernel)
+    return y, x.new_empty(size, dtype=torch.uint8)
+
+
+def _fake_max_pool_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    input_size: Sequence[int],
+    output_stride: Sequence[int],
+) -> Tensor:
+    layout = pooling_reference.output_format(grad_output.shape, output_stride, len(kernel))
+    dtype, device = grad_output.dtype, grad_output.device
+    return torch.empty(input_size, dtype=dtype, device=device, memory_format=layout)
+
+
+max_pool = define_op(
+    "few_bit_max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+    " bool ceil_mode) -> (Tensor, Tensor)",
+    reference=pooling_reference.max_pool,
+    fake=_fake_max_pool,
+    kernel="packlight.fewbit.pooling_kernels:max_pool",
+)
+
+max_pool_backward = define_op(
+    "few_bit_max_pool_backward(Tensor grad_output, Tensor codes, int[] kernel, int[] stride,"
+    " int[] padding, int[] dilation, SymInt[] input_size, SymInt[] output_stride) -> Tensor",
+    reference=pooling_reference.max_pool_backward,
+    fake=_fake_max_pool_backward,
+    kernel="packlight.fewbit.pooling_kernels:max_pool_backward",
+)
+
+max_pool_indices = define_op(
+    "few_bit_max_pool_indices(Tensor codes, int[] kernel, int[] stride, int[] padding,"
+    " int[] dilation, SymInt[] input_size, SymInt[] output_size, SymInt[] output_stride) -> Tensor",
+    reference=pooling_reference.max_pool_indices,
+    fake=lambda codes, kernel, stride, padding, dilation, input_size, output_size, output_stride: (
+        torch.empty_strided(output_size, output_stride, dtype=torch.int64, device=codes.device)
+    ),
 )

@@ -1,9 +1,9 @@
 """The few-bit activations in plain PyTorch: what is true, on every device.
 
-Codes are k-bit integers packed as `packing/layout.py` says. Where the derivative has inputs at which
-torch's gradient is not finite (`poison`, see `activations.py`), one flag byte follows the codes: no
-code is free to say "NaN here", so a call that met such an input returns NaN for every gradient.
-Loud, where a finite level would be silently wrong.
+Codes are k-bit integers packed as `packing/layout.py` says. Where the derivative has inputs at
+which torch's gradient is not finite (`poison`, see `activations.py`), one flag byte follows the
+codes: no code is free to say "NaN here", so a call that met such an input returns NaN for every
+gradient. Loud, where a finite level would be silently wrong.
 """
 
 import math

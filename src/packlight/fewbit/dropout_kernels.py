@@ -1,0 +1,96 @@
+"""Dropout in one pass: draws, output and packed mask. The backward is the activations' kernel."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packlight.fewbit.dropout_reference import drop_below
+from packlight.packing.kernels import empty_word, store_word
+from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes
+
+
+@triton.jit(do_not_specialize=["drop_below"])
+def _dropout_kernel(
+    x_ptr,  # [n]
+    y_ptr,  # [n], may be x_ptr
+    codes_ptr,  # [groups]
+    seed_ptr,  # [1]
+    n,
+    groups,
+    drop_below,
+    scale,
+    KEEP_CODES: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    groups = groups.to(tl.int64)
+    n = n.to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    seed = tl.load(seed_ptr)
+    group = (start + lane).to(tl.int32)
+    zero = tl.zeros([BLOCK], dtype=tl.int32)
+    x_ptr += start
+    y_ptr += start
+    codes_ptr += start
+
+    xs = ()
+    for j in tl.static_range(8):
+        if FULL:
+            xs = xs + (tl.load(x_ptr + j * groups + lane),)
+        else:
+            inside = (lane < groups - start) & (lane < n - start - j * groups)
+            xs = xs + (tl.load(x_ptr + j * groups + lane, inside, other=0.0),)
+    draws = tl.philox(seed, group, zero, zero, zero) + tl.philox(seed, group, zero + 1, zero, zero)
+
+    word = empty_word(BLOCK, 1)
+    for j in tl.static_range(8):
+        kept = draws[j] >= drop_below.to(tl.uint32)
+        y = tl.where(kept, xs[j].to(tl.float32) * scale, xs[j].to(tl.float32) * 0.0)
+        y = y.to(y_ptr.dtype.element_ty)
+        if FULL:
+            tl.store(y_ptr + j * groups + lane, y)
+        else:
+            inside = (lane < groups - start) & (lane < n - start - j * groups)
+            tl.store(y_ptr + j * groups + lane, y, inside)
+        word |= kept.to(tl.int32) << j
+    if KEEP_CODES:
+        store_word(codes_ptr, word, lane, groups, lane < groups - start, 1)
+
+
+def _launch(x: Tensor, y: Tensor, seed: Tensor, p: float, keep_codes: bool) -> Tensor:
+    n, groups = x.numel(), lanes(x.numel())
+    block = 512 if x.dtype == torch.float32 else 1024
+    codes = x.new_empty(packed_bytes(n, 1) if keep_codes else 0, dtype=torch.uint8)
+    if n:
+        _dropout_kernel[(triton.cdiv(groups, block),)](
+            x,
+            y,
+            codes,
+            seed,
+            n,
+            groups,
+            drop_below(p),
+            1 / (1 - p),
+            KEEP_CODES=keep_codes,
+            FULL=n == 8 * groups and groups % block == 0,
+            BLOCK=block,
+            num_warps=4,
+        )
+    return codes
+
+
+def dropout(x: Tensor, seed: Tensor, p: float, keep_codes: bool) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
+    return y, _launch(flat_x, flat_y, seed, p, keep_codes)
+
+
+def dropout_(x: Tensor, seed: Tensor, p: float, keep_codes: bool) -> Tensor:
+    stride = dense_stride(x)
+    flat = memory_order(x, stride)
+    codes = _launch(flat, flat, seed, p, keep_codes)
+    if x.stride() != stride:
+        x.copy_(flat.as_strided(x.shape, stride))
+    return codes
