@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/packlight demo
 
 test: lint
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ lint: $(STAMP)
 
 # Runs on the Python that has the GPU build of torch, so it makes no environment of its own.
 gpu-test:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=src $(PYTHON) -m pytest --gpu -m gpu
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,5 +1,30 @@
 """packlight: train and fine-tune PyTorch models with a fraction of the activation memory."""
 
+from packlight import fewbit
+from packlight._library import use_reference
 from packlight._version import __version__
+from packlight.errors import (
+    DoubleBackwardError,
+    InputError,
+    MissingDependencyError,
+    PacklightError,
+)
+from packlight.fewbit import Codebook, FewBit, fit_codebook
+from packlight.method import Method
+from packlight.profile import MemoryReport, profile
 
-__all__ = ["__version__"]
+__all__ = [
+    "Codebook",
+    "DoubleBackwardError",
+    "FewBit",
+    "InputError",
+    "MemoryReport",
+    "Method",
+    "MissingDependencyError",
+    "PacklightError",
+    "__version__",
+    "fewbit",
+    "fit_codebook",
+    "profile",
+    "use_reference",
+]

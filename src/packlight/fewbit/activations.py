@@ -9,7 +9,7 @@ references return and kernels are compared with. Two kinds:
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,8 @@ class Exact:
 
     `code` repeats the comparison that torch's own backward makes, so that ties and NaN fall on the
     same side. `mask` says that torch's backward selects rather than multiplies: where the level is
-    0 the gradient is 0 even if dy is infinite.
+    0 the gradient is 0 even if dy is infinite. `rounds` says that torch rounds the parameters to
+    the tensor's dtype before it compares.
     """
 
     function: Callable[..., Tensor]
@@ -74,6 +75,13 @@ class Exact:
     code: Callable[..., Tensor]
     levels: Callable[..., tuple[float, ...]]
     mask: bool = True
+    rounds: bool = False
+
+    def compared(self, parameters: Sequence[float], dtype: torch.dtype) -> list[float]:
+        """The parameters as torch compares with them for tensors of `dtype`."""
+        if not self.rounds:
+            return list(parameters)
+        return [torch.tensor(value, dtype=dtype).item() for value in parameters]
 
 
 CONTINUOUS: dict[str, Continuous] = {
@@ -96,6 +104,10 @@ CONTINUOUS: dict[str, Continuous] = {
 }
 
 
+# torch multiplies by this float32 number, in float64 too.
+ONE_SIXTH = torch.tensor(1 / 6).item()
+
+
 def _band(x: Tensor, low: float, high: float) -> Tensor:
     return (x >= low) & (x <= high)
 
@@ -113,14 +125,20 @@ EXACT: dict[str, Exact] = {
         lambda: (-1.0, 0.0, 1.0),
         mask=False,
     ),
-    "hardshrink": Exact(F.hardshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one),
-    "hardsigmoid": Exact(F.hardsigmoid, 1, lambda x: (x > -3) & (x < 3), lambda: (0.0, 1 / 6)),
+    "hardshrink": Exact(
+        F.hardshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one, rounds=True
+    ),
+    "hardsigmoid": Exact(F.hardsigmoid, 1, lambda x: (x > -3) & (x < 3), lambda: (0.0, ONE_SIXTH)),
     "hardtanh": Exact(F.hardtanh, 1, lambda x, low, high: ~((x <= low) | (x >= high)), _zero_one),
     "leaky_relu": Exact(
         F.leaky_relu, 1, lambda x, slope: x > 0, lambda slope: (slope, 1.0), mask=False
     ),
     "relu": Exact(F.relu, 1, lambda x: ~(x <= 0), _zero_one),
     "relu6": Exact(F.relu6, 1, lambda x: ~((x <= 0) | (x >= 6)), _zero_one),
-    "softshrink": Exact(F.softshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one),
-    "threshold": Exact(F.threshold, 1, lambda x, threshold, value: ~(x <= threshold), _zero_one),
+    "softshrink": Exact(
+        F.softshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one, rounds=True
+    ),
+    "threshold": Exact(
+        F.threshold, 1, lambda x, threshold, value: ~(x <= threshold), _zero_one, rounds=True
+    ),
 }

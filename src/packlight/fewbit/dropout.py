@@ -60,5 +60,5 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     if inplace:
         ops.dropout_(input, seed, p, False)
         return input
-    y, _ = ops.dropout(input, seed, p, False)
+    y: Tensor = ops.dropout(input, seed, p, False)[0]
     return y

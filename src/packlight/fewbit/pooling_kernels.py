@@ -58,7 +58,6 @@ def _forward_kernel(
     OD,
     OH,
     OW,
-    KD,
     KH,
     KW,
     SD,
@@ -70,6 +69,7 @@ def _forward_kernel(
     DD,
     DH,
     DW,
+    WINDOW: tl.constexpr,  # KD * KH * KW
     CHANNELS_LAST: tl.constexpr,
     LARGE: tl.constexpr,  # positions need 64 bits
     BITS: tl.constexpr,
@@ -85,7 +85,7 @@ def _forward_kernel(
         outer, channel, d, h, w = _split(p, C, OD, OH, OW, CHANNELS_LAST)
         best = tl.full([BLOCK], float("-inf"), tl.float32)
         offset = tl.full([BLOCK], -1, tl.int32)
-        for k in range(KD * KH * KW):
+        for k in range(WINDOW):
             xd = d * SD - PD + (k // (KH * KW)) * DD
             xh = h * SH - PH + (k // KW % KH) * DH
             xw = w * SW - PW + (k % KW) * DW
@@ -115,7 +115,6 @@ def _backward_kernel(
     OD,
     OH,
     OW,
-    KD,
     KH,
     KW,
     SD,
@@ -127,6 +126,7 @@ def _backward_kernel(
     DD,
     DH,
     DW,
+    WINDOW: tl.constexpr,  # KD * KH * KW
     CHANNELS_LAST: tl.constexpr,
     LARGE: tl.constexpr,
     BITS: tl.constexpr,
@@ -138,7 +138,7 @@ def _backward_kernel(
         p = p.to(tl.int32)
     outer, channel, d, h, w = _split(p, C, ID, IH, IW, CHANNELS_LAST)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for k in range(KD * KH * KW):
+    for k in range(WINDOW):
         # Position k of output window t / S, if that is whole, lies on this element.
         td = d + PD - (k // (KH * KW)) * DD
         th = h + PH - (k // KW % KH) * DH
@@ -177,7 +177,7 @@ def _geometry(
         channels,
         *_three(input_size[-axes:], 1),
         *_three(output_size[-axes:], 1),
-        *_three(kernel, 1),
+        *_three(kernel, 1)[1:],
         *_three(stride, 1),
         *_three(padding, 0),
         *_three(dilation, 1),
@@ -210,6 +210,7 @@ def max_pool(
             n,
             groups,
             *_geometry(x.shape, size, kernel, stride, padding, dilation),
+            WINDOW=math.prod(kernel),
             CHANNELS_LAST=layout is not torch.contiguous_format,
             LARGE=x.numel() >= 2**30,
             BITS=bits,
@@ -245,6 +246,7 @@ def max_pool_backward(
             grad_input.numel(),
             lanes(grad_output.numel()),
             *_geometry(input_size, grad_output.shape, kernel, stride, padding, dilation),
+            WINDOW=math.prod(kernel),
             CHANNELS_LAST=layout is not torch.contiguous_format,
             LARGE=math.prod(input_size) >= 2**30,
             BITS=bits,

@@ -43,6 +43,12 @@ def memory_format(x: Tensor, axes: int) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _laid_out(y: Tensor, layout: torch.memory_format) -> Tensor:
+    """`y` with exactly the strides of `layout`; `contiguous` leaves those of axes of size 1."""
+    stride = torch.empty(y.shape, device="meta", memory_format=layout).stride()
+    return y if y.stride() == stride else y.new_empty_strided(y.shape, stride).copy_(y)
+
+
 def output_format(size: Sequence[int], stride: Sequence[int], axes: int) -> torch.memory_format:
     """The layout that `memory_format` gave an output of this size and these strides."""
     return memory_format(torch.empty_strided(tuple(size), tuple(stride), device="meta"), axes)
@@ -115,7 +121,7 @@ def max_pool(
     axes = len(kernel)
     layout = memory_format(x, axes)
     y, index = _POOL[axes](x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
-    y = y.contiguous(memory_format=layout)
+    y = _laid_out(y, layout)
     offset = _offsets(index, x.shape[-axes:], kernel, stride, padding, dilation)
     flat = memory_order(offset, y.stride())
     packed, shift = [], 0
@@ -175,4 +181,4 @@ def max_pool_backward(
         total.scatter_add_(1, index.reshape(planes, -1), source)
     grad_input = total.to(grad_output.dtype).view(tuple(input_size))
     layout = output_format(size, output_stride, axes)
-    return grad_input.contiguous(memory_format=layout)
+    return _laid_out(grad_input, layout)

@@ -19,7 +19,7 @@ from packlight.fewbit.activations import (
     POSITIVE_INFINITY,
 )
 from packlight.packing import reference as packing
-from packlight.packing.layout import memory_order, packed_bytes
+from packlight.packing.layout import dense_stride, memory_order, packed_bytes
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -77,14 +77,21 @@ def activation(
     poison: int,
 ) -> tuple[Tensor, Tensor]:
     """y = f(x), bit-equal to torch's, and the packed codes of f'(x) in y's memory order."""
+    stride = dense_stride(x)
     if name in EXACT:
         exact = EXACT[name]
-        y = exact.function(x, *parameters)
-        flat = memory_order(x, y.stride())
-        codes = exact.code(flat, *parameters).to(torch.uint8)
+        y = _with_stride(exact.function(x, *parameters), stride)
+        flat = memory_order(x, stride)
+        compared = exact.compared(parameters, x.dtype)
+        codes = exact.code(flat.to(_compute_dtype(flat)), *compared).to(torch.uint8)
         return y, _pack(flat, codes, bits, poison=0)
-    y = CONTINUOUS[name].function(x, *parameters)
-    return y, encode(x, bits, borders, parity, poison, y.stride())
+    y = _with_stride(CONTINUOUS[name].function(x, *parameters), stride)
+    return y, encode(x, bits, borders, parity, poison, stride)
+
+
+def _with_stride(y: Tensor, stride: Sequence[int]) -> Tensor:
+    """`y` laid out as its input; of torch's functions only logsigmoid returns something else."""
+    return memory_order(y, stride).as_strided(y.shape, tuple(stride))
 
 
 def activation_(

@@ -4,10 +4,10 @@ n codes fall into groups of 8, and a group of k-bit codes is one word of k bytes
 
     L = lanes(n) = ceil(n / 64) * 8
 
-word g holds the codes of elements g, L + g, 2 L + g, ..., 7 L + g in that order from the lowest bit
-up, and byte p of every word is stored in plane p, at byte p L + g. So a thread that handles word g
-shifts by constants only, neighbours in a warp read and write neighbouring elements of eight streams,
-and nothing but the rounding of L to 8 is wasted: k n / 8 bytes plus at most 63 when k <= 8.
+word g holds the codes of elements g, L + g, 2 L + g, ..., 7 L + g in that order from the lowest
+bit up, and byte p of every word is stored in plane p, at byte p L + g. So a thread that handles
+word g shifts by constants only, neighbours in a warp read and write neighbouring elements of eight
+streams, and only the rounding of L to 8 is wasted: k n / 8 bytes plus at most 63 when k <= 8.
 
 Elements are numbered in memory order, whatever the strides: a channels-last tensor stays
 channels-last and is never copied.

@@ -1,0 +1,52 @@
+"""Where kernels run in tests: in Triton's interpreter on the CPU, on the device with `--gpu`."""
+
+import os
+import sys
+
+import pytest
+
+# Triton reads this when it is imported, so it is set before any test module is.
+if "--gpu" not in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu was given and torch sees no CUDA device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--gpu"):
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: make gpu-test")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_interpreter():
+    """The interpreter computes with NumPy, which warns of the infinities that kernels rely on."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture
+def poison():
+    """Fills what torch.empty gives with NaN, so that an element nobody wrote is loud."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,231 @@
+"""Kernels against references and both against float64, in the interpreter or on the device."""
+
+import math
+
+import pytest
+import torch
+from tests.fewbit.layers import LAYERS
+
+from packlight.fewbit import (
+    dropout_kernels,
+    dropout_reference,
+    kernels,
+    pooling_kernels,
+    pooling_reference,
+    reference,
+)
+from packlight.fewbit.codebook import default_codebook
+from packlight.packing.layout import packed_bytes
+from packlight.packing.reference import unpack
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+every_device = pytest.mark.parametrize("device", DEVICES)
+every_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
+INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def ulps(a, b):
+    """Distance in units in the last place: how many floats lie between."""
+    kind = INTEGERS[a.dtype]
+
+    def ordered(x):
+        bits = x.view(kind).long()
+        return torch.where(bits < 0, torch.iinfo(kind).min - bits, bits)
+
+    return (ordered(a) - ordered(b)).abs()
+
+
+def every_finite_value(dtype, device):
+    """All values of a 16-bit dtype; for float32, as many as a test can take."""
+    if dtype == torch.float32:
+        count = 2**22 if device == "cuda" else 2**12
+        x = torch.cat([torch.randn(count) * scale for scale in (1e-3, 1.0, 4.0, 30.0)])
+    else:
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        if device == "cpu":
+            x = x[torch.randperm(x.numel())[: 2**13]]
+    return x[x.isfinite()].to(device)
+
+
+def coding(layer, bits=3):
+    """Arguments of the operators that encode, and the levels that decode."""
+    if layer.bits is not None:
+        from packlight.fewbit.activations import EXACT
+
+        return (layer.bits, (), "none", 0), EXACT[layer.name].levels(*layer.parameters)
+    from packlight.fewbit.activations import CONTINUOUS
+
+    book = default_codebook(layer.name, bits, layer.parameters)
+    poison = CONTINUOUS[layer.name].poison
+    return (book.bits, book.borders, book.parity, poison), book.levels
+
+
+@every_device
+@every_layer
+@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+def test_forward_is_within_an_ulp_of_torch_or_as_near_the_truth(layer, dtype, device):
+    x = every_finite_value(dtype, device)
+    y, _ = kernels.activation(x, layer.name, layer.parameters, *coding(layer)[0])
+    plain = layer.torch(x)
+    truth = layer.torch(x.double())
+    # The interpreter truncates fp32 to bf16, which is worth one more.
+    allowed = 2 if device == "cpu" and dtype == torch.bfloat16 else 1
+    close = ulps(y, plain) <= allowed
+    near = (y.double() - truth).abs() <= (plain.double() - truth).abs()
+    near |= ulps(y, truth.to(dtype)) <= allowed
+    bad = ~(close | near)
+    if device == "cpu":
+        bad &= truth.abs() > 1e-37  # the interpreter gets subnormal bf16 wrong
+    if dtype == torch.float32:
+        # Values of a few roundings each: no further from the truth than torch's worst, or 3 ulps.
+        bad &= ulps(y, truth.to(dtype)) > max(3, ulps(plain, truth.to(dtype)).max().item())
+    assert not bad.any(), (x[bad][:5], y[bad][:5], plain[bad][:5], truth[bad][:5])
+
+
+@every_device
+@every_layer
+@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+def test_codes_and_gradients_equal_the_reference(layer, dtype, bits, device):
+    if layer.bits is not None and bits != 1:
+        pytest.skip("an exact layer has one width")
+    for count in (1, 515) if device == "cpu" else (1, 8 * 1024 * 5, 2**20 + 77):
+        x = (torch.randn(count, device=device) * 3).to(dtype)
+        dy = torch.randn(count, device=device).to(dtype)
+        (width, *rest), levels = coding(layer, bits)
+        size = packed_bytes(count, width)
+        _, codes = kernels.activation(x, layer.name, layer.parameters, width, *rest)
+        _, expected = reference.activation(x, layer.name, layer.parameters, width, *rest)
+        assert torch.equal(
+            unpack(codes[:size], width, count), unpack(expected[:size], width, count)
+        )
+        assert torch.equal(codes[size:], expected[size:])
+        dx = kernels.decode_backward(dy, codes, width, levels, False, (1,))
+        expected = reference.decode_backward(dy, expected, width, levels, False, (1,))
+        assert ulps(dx, expected).max() <= 1
+
+
+@every_device
+@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+def test_encode_alone_gives_the_same_codes(dtype, device):
+    x = (torch.randn(700, device=device) * 3).to(dtype)
+    layer = next(layer for layer in LAYERS if layer.name == "silu")
+    arguments = coding(layer)[0]
+    _, expected = kernels.activation(x, "silu", (), *arguments)
+    assert torch.equal(kernels.encode(x, *arguments, (1,)), expected)
+
+
+@every_device
+@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9])
+def test_dropout_equals_the_reference(p, dtype, device):
+    for count in (1, 700, 8 * 1024):
+        x = torch.randn(count, device=device).to(dtype)
+        seed = torch.randint(2**63 - 1, (1,), device=device)
+        y, codes = dropout_kernels.dropout(x, seed, p, True)
+        expected, expected_codes = dropout_reference.dropout(x, seed, p, True)
+        assert torch.equal(unpack(codes, 1, count), unpack(expected_codes, 1, count))
+        assert ulps(y, expected).max() <= (2 if device == "cpu" else 1)
+        written = x.clone()
+        assert torch.equal(dropout_kernels.dropout_(written, seed, p, True), codes)
+        assert torch.equal(written, y)
+
+
+POOLS = {
+    "1d": ((2, 3, 17), (3,), (2,), (1,), (1,), False),
+    "1d unbatched dilated": ((3, 20), (3,), (1,), (0,), (2,), False),
+    "2d": ((2, 3, 9, 11), (3, 3), (2, 2), (1, 1), (1, 1), False),
+    "2d uneven": ((1, 2, 12, 10), (2, 3), (3, 1), (1, 0), (2, 3), True),
+    "2d ceil": ((2, 1, 7, 8), (2, 2), (2, 2), (0, 0), (1, 1), True),
+    "2d one element": ((1, 1, 3, 3), (1, 1), (1, 1), (0, 0), (1, 1), False),
+    "2d 7 bits": ((1, 1, 11, 11), (9, 9), (2, 2), (0, 0), (1, 1), False),
+    "2d over 256": ((1, 1, 20, 20), (17, 17), (1, 1), (0, 0), (1, 1), False),
+    "3d": ((1, 2, 5, 6, 7), (2, 2, 3), (2, 1, 2), (1, 0, 1), (1, 1, 1), False),
+}
+
+
+@every_device
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("case", POOLS.values(), ids=POOLS.keys())
+@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+def test_max_pool_equals_the_reference(case, dtype, channels_last, device):
+    shape, *window, ceil = case
+    x = torch.randn(shape, device=device).to(dtype)
+    x[torch.rand(shape, device=device) < 0.3] = 0.5  # ties
+    x.view(-1)[::23] = -math.inf
+    x.view(-1)[::37] = math.nan
+    if channels_last and len(shape) > 3:
+        x = x.to(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)])
+    y, codes = pooling_kernels.max_pool(x, *window, ceil)
+    expected, expected_codes = pooling_reference.max_pool(x, *window, ceil)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert y.stride() == expected.stride()
+    geometry = (*window, x.shape, y.shape, y.stride())
+    assert torch.equal(
+        pooling_reference.max_pool_indices(codes, *geometry),
+        pooling_reference.max_pool_indices(expected_codes, *geometry),
+    )
+    dy = torch.randn(y.shape, device=device).to(dtype)
+    backward = (dy, codes, *window, x.shape, y.stride())
+    dx = pooling_kernels.max_pool_backward(*backward)
+    expected = pooling_reference.max_pool_backward(*backward)
+    assert dx.stride() == expected.stride()
+    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(dx, expected, rtol=tolerance, atol=tolerance)
+
+
+# --- What only a device can show.
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    layer = next(layer for layer in LAYERS if layer.name == "gelu")
+    count = 2**31 + 100
+    x = torch.zeros(count, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(1 << 20, device="cuda").to(torch.bfloat16)
+    x[-tail.numel() :] = tail
+    x.requires_grad_()
+    y = layer.apply(x)
+    y.backward(torch.ones_like(y))
+    small = tail.clone().requires_grad_()
+    layer.apply(small).sum().backward()
+    assert torch.equal(x.grad[-tail.numel() :], small.grad)
+    assert torch.equal(y.detach()[-tail.numel() :], layer.apply(tail))
+
+
+@pytest.mark.gpu
+@every_layer
+def test_cuda_graph_capture(layer):
+    x = torch.randn(1 << 16, device="cuda", requires_grad=True)
+    dy = torch.randn(1 << 16, device="cuda")
+
+    def step():
+        return torch.autograd.grad(layer.apply(x), x, dy)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(captured, step())
+
+
+@pytest.mark.gpu
+@every_layer
+def test_compiles_on_the_device(layer):
+    torch._dynamo.reset()
+
+    def loss(x, weight):
+        return (layer.apply(x @ weight) * 2).sum()
+
+    x = torch.randn(64, 64, device="cuda")
+    weight = torch.randn(64, 64, device="cuda", requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(x, weight), weight)
+    (actual,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, weight), weight)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
