@@ -45,6 +45,13 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def copy_bandwidth(x: Tensor) -> float:
+    """Bytes read and written a millisecond by a copy of `x`."""
+    target = torch.empty_like(x)
+    milliseconds = interleaved({"copy": lambda: target.copy_(x)}, 30)["copy"]
+    return 2 * x.element_size() * x.numel() / milliseconds
+
+
 def check(layer: Layer, x: Tensor, dy: Tensor, bits: int) -> None:
     """The forward is torch's to rounding; the gradient's error is what the bits allow."""
     x = x[: 1 << 20].clone().requires_grad_()
@@ -116,9 +123,7 @@ def main() -> None:
         dtype = DTYPES[name]
         x = torch.randn(count, device="cuda").mul_(1.5).to(dtype)
         dy = torch.randn(count, device="cuda").to(dtype)
-        target = torch.empty_like(x)
-        copy_ms = interleaved({"copy": lambda: target.copy_(x)}, 30)["copy"]
-        copy = 2 * x.element_size() * count / copy_ms
+        copy = copy_bandwidth(x)
         print(f"{name}: copy {copy / 1e6:.0f} GB/s")
         selected = [layer for layer in LAYERS if not options.layers or str(layer) in options.layers]
         for layer in selected:

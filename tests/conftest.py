@@ -5,8 +5,11 @@ import sys
 
 import pytest
 
-# Triton reads this when it is imported, so it is set before any test module is.
-if "--gpu" not in sys.argv:
+# Triton reads its variable when it is imported, so it is set before any test module is. Ours tells
+# the workers of pytest-xdist, which do not see the command line.
+if "--gpu" in sys.argv:
+    os.environ["PACKLIGHT_TEST_GPU"] = "1"
+if "PACKLIGHT_TEST_GPU" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np

@@ -13,7 +13,6 @@ import pickle
 
 import pytest
 import torch
-from tests.fewbit.layers import CONTINUOUS, EXACT, INPLACE, LAYERS, MODULES, kept_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +21,7 @@ from packlight.errors import DoubleBackwardError, InputError
 from packlight.fewbit import activations, kernels, ops
 from packlight.fewbit.codebook import default_codebook
 from packlight.packing.layout import dense_stride, packed_bytes
+from tests.fewbit.layers import CONTINUOUS, EXACT, INPLACE, LAYERS, MODULES, kept_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Rounding of one operation, and twice that: the interpreter truncates fp32 to bf16.

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.fewbit.layers import LAYERS
 
 from packlight.fewbit import (
     dropout_kernels,
@@ -17,6 +16,7 @@ from packlight.fewbit import (
 from packlight.fewbit.codebook import default_codebook
 from packlight.packing.layout import packed_bytes
 from packlight.packing.reference import unpack
+from tests.fewbit.layers import LAYERS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 every_device = pytest.mark.parametrize("device", DEVICES)
