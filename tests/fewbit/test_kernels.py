@@ -57,7 +57,7 @@ def coding(layer, bits=3):
 
     book = default_codebook(layer.name, bits, layer.parameters)
     poison = CONTINUOUS[layer.name].poison
-    return (book.bits, book.borders, book.parity, poison), book.levels
+    return (book.bits, book.short_borders, book.parity, poison), book.levels
 
 
 @every_device

@@ -129,6 +129,16 @@ class Codebook:
                 "1 - levels[i]; set the second half so"
             )
 
+    @property
+    def short_borders(self) -> tuple[float, ...]:
+        """The borders rounded to 16 significant bits, as layers compare with them on every device.
+
+        A kernel keeps a border and a code in one 32-bit word; an error of 2^-17 in a border costs
+        nothing, since the fit is flat there.
+        """
+        bits = np.asarray(self.borders, dtype=np.float32).view(np.int32)
+        return tuple(((bits + 0x80) & ~0xFF).view(np.float32).tolist())
+
     def encode(self, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
         """The codes of x. NaN counts as below every border."""
         x = np.asarray(x, dtype=np.float64)

@@ -64,9 +64,8 @@ def _continuous_coding(
 
 
 def _of_codebook(codebook: Codebook, poison: int) -> _Coding:
-    return _Coding(
-        codebook.bits, codebook.borders, codebook.levels, codebook.parity, poison, mask=False
-    )
+    borders = codebook.short_borders
+    return _Coding(codebook.bits, borders, codebook.levels, codebook.parity, poison, mask=False)
 
 
 def _exact_coding(name: str, parameters: tuple[float, ...]) -> _Coding:
@@ -329,15 +328,14 @@ def tanhshrink(
 @dataclasses.dataclass(frozen=True)
 class _CustomActivation:
     function: Callable[[Tensor], Tensor]
-    codebook: Codebook
-    poison: int
+    coding: _Coding
 
     def __call__(self, input: Tensor) -> Tensor:
         check_tensor(input, "activation")
         if not needs_codes(input):
             return self.function(input)
         x = _autocast(input, self.function)
-        return _activate_custom(x, self.function, tuple(_of_codebook(self.codebook, self.poison)))
+        return _activate_custom(x, self.function, tuple(self.coding))
 
 
 def activation(f: Callable[[Tensor], Tensor], codebook: Codebook) -> Callable[[Tensor], Tensor]:
@@ -347,7 +345,7 @@ def activation(f: Callable[[Tensor], Tensor], codebook: Codebook) -> Callable[[T
     `codebook.bits` bits an element; biased. The forward runs `f` itself, the backward the few-bit
     kernel. `f` must have no parameters that need gradients: only its input gets one.
     """
-    return _CustomActivation(f, codebook, nonfinite_derivative(f))
+    return _CustomActivation(f, _of_codebook(codebook, nonfinite_derivative(f)))
 
 
 # --- Exact activations.

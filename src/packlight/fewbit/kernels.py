@@ -12,7 +12,9 @@ is symmetric, a tree of compares with borders in registers.
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -48,7 +50,8 @@ def _exp(x, DIGITS: tl.constexpr):
         n = (x * LOG2E + ROUND) - ROUND
         r = tl.fma(n, -LN2_HIGH, x)
         r = tl.fma(n, -LN2_LOW, r)
-        return tl.exp2(r * LOG2E) * tl.exp2(n)
+        # Half of 2^n, twice 2^r: 2^128 times a number below 1 does not overflow on the way.
+        return tl.exp2(tl.fma(r, LOG2E, 1.0)) * tl.exp2(n - 1.0)
 
 
 @triton.jit
@@ -60,21 +63,28 @@ def _divide(x, y, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _expm1(x):
-    """e^x - 1 for x <= 0, accurate relative to the result: 2^n (e^r - 1) + (2^n - 1)."""
-    x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
-    n = (x * LOG2E + ROUND) - ROUND
-    r = tl.fma(n, -LN2_HIGH, x)
-    r = tl.fma(n, -LN2_LOW, r)
-    # Taylor to r^7 / 7! on |r| <= 0.347: relative error 5e-9.
-    p = tl.fma(r, 1.0 / 5040.0, 1.0 / 720.0)
-    p = tl.fma(r, p, 1.0 / 120.0)
-    p = tl.fma(r, p, 1.0 / 24.0)
-    p = tl.fma(r, p, 1.0 / 6.0)
-    p = tl.fma(r, p, 0.5)
-    p = tl.fma(r * r, p, r)
-    scale = tl.exp2(n)
-    return tl.fma(scale, p, scale - 1.0)
+def _expm1(x, DIGITS: tl.constexpr):
+    """e^x - 1 for x <= 0, accurate relative to the result."""
+    if DIGITS < 24:
+        # Taylor to x^4 / 4! on [-1/4, 0]: relative error 4e-5.
+        p = tl.fma(x, 1.0 / 24.0, 1.0 / 6.0)
+        p = tl.fma(x, p, 0.5)
+        p = tl.fma(x, p, 1.0)
+        return tl.where(x > -0.25, x * p, tl.exp2(x * LOG2E) - 1.0)
+    else:
+        # 2^n (e^r - 1) + (2^n - 1), with Taylor to r^7 / 7! on |r| <= 0.347: relative error 5e-9.
+        x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
+        n = (x * LOG2E + ROUND) - ROUND
+        r = tl.fma(n, -LN2_HIGH, x)
+        r = tl.fma(n, -LN2_LOW, r)
+        p = tl.fma(r, 1.0 / 5040.0, 1.0 / 720.0)
+        p = tl.fma(r, p, 1.0 / 120.0)
+        p = tl.fma(r, p, 1.0 / 24.0)
+        p = tl.fma(r, p, 1.0 / 6.0)
+        p = tl.fma(r, p, 0.5)
+        p = tl.fma(r * r, p, r)
+        scale = tl.exp2(n)
+        return tl.fma(scale, p, scale - 1.0)
 
 
 @triton.jit
@@ -97,17 +107,19 @@ def _log1p(z, DIGITS: tl.constexpr):
 
 @triton.jit
 def _celu(x, alpha, _, DIGITS: tl.constexpr):
-    return tl.where(x > 0, x, alpha * _expm1(_divide(tl.where(x > 0, 0.0, x), alpha, DIGITS)))
+    return tl.where(
+        x > 0, x, alpha * _expm1(_divide(tl.where(x > 0, 0.0, x), alpha, DIGITS), DIGITS)
+    )
 
 
 @triton.jit
 def _elu(x, alpha, _, DIGITS: tl.constexpr):
-    return tl.where(x > 0, x, alpha * _expm1(tl.where(x > 0, 0.0, x)))
+    return tl.where(x > 0, x, alpha * _expm1(tl.where(x > 0, 0.0, x), DIGITS))
 
 
 @triton.jit
 def _selu(x, _a, _b, DIGITS: tl.constexpr):
-    negative = 1.7580993408473766 * _expm1(tl.where(x > 0, 0.0, x))
+    negative = 1.7580993408473766 * _expm1(tl.where(x > 0, 0.0, x), DIGITS)
     return tl.where(x > 0, 1.0507009873554805 * x, negative)
 
 
@@ -214,7 +226,7 @@ def _softsign(x, _a, _b, DIGITS: tl.constexpr):
 
 @triton.jit
 def _tanh(x, _a, _b, DIGITS: tl.constexpr):
-    m = _expm1(-2.0 * tl.abs(x))
+    m = _expm1(-2.0 * tl.abs(x), DIGITS)
     y = _divide(m, m + 2.0, DIGITS)
     return tl.where(x > 0, -y, y)
 
@@ -365,7 +377,7 @@ CODE = {
 }
 
 
-# --- Codes of a codebook: the number of borders below t.
+# --- Codes of a codebook: the number of borders below t, in one of three ways.
 
 
 @triton.jit
@@ -398,8 +410,24 @@ def _code_tree(t, borders, DEPTH: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _code_bins(t, table_ptr, scale, offset, low, high, FOLDED: tl.constexpr):
+    """The code by equal bins with at most one border each, as `_bins` lays them out.
+
+    Adding 2^23 rounds to an integer and leaves it in the low bits. An entry is the bin's border
+    (inf where there is none), whose low 8 bits are zero, and in these the number of borders below.
+    """
+    t = tl.minimum(t, high)
+    if not FOLDED:  # |x| starts at 0, where the bins do
+        t = tl.maximum(t, low)
+    index = tl.fma(t, scale, offset).to(tl.int32, bitcast=True) - 0x4B000000
+    entry = tl.load(table_ptr + index)
+    border = (entry & -256).to(tl.float32, bitcast=True)
+    return (entry & 255) + (t > border).to(tl.int32)
+
+
+@triton.jit
 def _code_search(t, borders_ptr, DEPTH: tl.constexpr):
-    """The code by binary search in memory, for tables too long for registers."""
+    """The code by binary search in memory, for borders too close for bins."""
     code = tl.zeros(t.shape, dtype=tl.int32)
     for d in tl.static_range(DEPTH):
         border = tl.load(borders_ptr + code + (2 ** (DEPTH - 1 - d) - 1))
@@ -412,12 +440,13 @@ def _code_search(t, borders_ptr, DEPTH: tl.constexpr):
 # How a code is formed; the first three are the parities of a codebook.
 PARITY = {"none": 0, "even": 1, "complement": 2}
 NONE = tl.constexpr(0)
-EVEN = tl.constexpr(1)
 COMPLEMENT = tl.constexpr(2)
 
 POISON_ALL = tl.constexpr(7)
 POISON_UP = tl.constexpr(5)
-REGISTER_DEPTH = tl.constexpr(4)
+
+# Up to three borders stay in registers; a deeper tree runs out of predicate registers.
+TREE_DEPTH = tl.constexpr(2)
 
 
 @triton.jit
@@ -425,16 +454,21 @@ def _forward_kernel(
     x_ptr,  # [n]
     y_ptr,  # [n], may be x_ptr
     codes_ptr,  # [BITS * groups], and the flag byte if POISON
-    borders_ptr,  # [2^DEPTH - 1] fp32
+    table_ptr,  # bins if BINS, else [2^DEPTH - 1] fp32 borders
     n,
     groups,
     a,
     b,
+    scale,
+    offset,
+    low,
+    high,
     FORWARD: tl.constexpr,  # None: codes only
     CODE: tl.constexpr,  # None: code by the borders
     PARITY: tl.constexpr,
     POISON: tl.constexpr,
     BITS: tl.constexpr,
+    BINS: tl.constexpr,
     DIGITS: tl.constexpr,
     FULL: tl.constexpr,  # every program has BLOCK whole groups, so nothing is masked
     BLOCK: tl.constexpr,
@@ -458,8 +492,8 @@ def _forward_kernel(
             inside = (lane < groups - start) & (lane < n - start - j * groups)
             xs = xs + (tl.load(x_ptr + j * groups + lane, inside, other=0.0),)
     borders = ()
-    if CODE is None and DEPTH <= REGISTER_DEPTH:
-        borders = _load_borders(borders_ptr, DEPTH)
+    if CODE is None and DEPTH <= TREE_DEPTH:
+        borders = _load_borders(table_ptr, DEPTH)
 
     word = empty_word(BLOCK, BITS)
     bad = tl.zeros([BLOCK], dtype=tl.float32)
@@ -477,19 +511,19 @@ def _forward_kernel(
             word |= CODE(x, a, b).to(word.dtype) << (j * BITS)
         else:
             t = x if PARITY == NONE else tl.abs(x)
-            if BITS <= 4:
+            if DEPTH <= TREE_DEPTH:
                 word |= _code_tree(t, borders, DEPTH, j * BITS)
-                if PARITY == COMPLEMENT:
-                    sign = x.to(tl.int32, bitcast=True) >> (32 - (j + 1) * BITS)
-                    word |= sign & _bit((j + 1) * BITS - 1)
+            elif BINS:
+                code = _code_bins(t, table_ptr, scale, offset, low, high, PARITY != NONE)
+                word |= code.to(word.dtype) << (j * BITS)
             else:
-                if DEPTH <= REGISTER_DEPTH:
-                    code = _code_tree(t, borders, DEPTH, 0)
+                word |= _code_search(t, table_ptr, DEPTH).to(word.dtype) << (j * BITS)
+            if PARITY == COMPLEMENT:
+                sign = x.to(tl.int32, bitcast=True)
+                if BITS <= 4:
+                    word |= (sign >> (32 - (j + 1) * BITS)) & _bit((j + 1) * BITS - 1)
                 else:
-                    code = _code_search(t, borders_ptr, DEPTH)
-                if PARITY == COMPLEMENT:
-                    code |= (x.to(tl.int32, bitcast=True) >> 31) & (1 << (BITS - 1))
-                word |= code.to(tl.int64) << (j * BITS)
+                    word |= ((sign >> 31) & 1).to(word.dtype) << ((j + 1) * BITS - 1)
 
         if POISON == POISON_ALL:
             bad += x * 0.0
@@ -574,9 +608,60 @@ def _block(dtype: torch.dtype) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A codebook's numbers on the device, kept: a copy from the host at every call would wait."""
-    return torch.tensor(values or (0.0,), dtype=torch.float32, device=device)
+def _levels(values: tuple[float, ...], bits: int, device: torch.device) -> Tensor:
+    """Levels by code, then as many NaN. Kept: a copy from the host at every call would wait."""
+    padded = values + (math.nan,) * (2 ** (bits + 1) - len(values))
+    return torch.tensor(padded, dtype=torch.float32, device=device)
+
+
+class _Borders(NamedTuple):
+    """The kernel's arguments for a codebook: a table on the device, and how to enter its bins."""
+
+    table: Tensor
+    bins: bool
+    scale: float = 0.0
+    offset: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+
+
+@functools.lru_cache(maxsize=256)
+def _borders(values: tuple[float, ...], depth: int, folded: bool, device: torch.device) -> _Borders:
+    """The cheapest form for these borders: registers, bins, or binary search."""
+    if depth > TREE_DEPTH.value and (bins := _bins(np.asarray(values, dtype=np.float32), folded)):
+        entries, scale, offset, low, high = bins
+        return _Borders(torch.from_numpy(entries).to(device), True, scale, offset, low, high)
+    return _Borders(torch.tensor(values or (0.0,), dtype=torch.float32, device=device), False)
+
+
+def _bins(
+    borders: np.ndarray, folded: bool
+) -> tuple[np.ndarray, float, float, float, float] | None:
+    """Equal bins over the borders with at most one border in each; None if 2^12 do not suffice.
+
+    The kernel finds t's bin as round(t scale + offset): monotone in t, so borders in lower bins lie
+    below t and those in higher bins above, and only the border in t's own bin is compared.
+    """
+    low, high = 0.0 if folded else float(borders[0]), float(borders[-1])
+    if low == high:
+        return None
+    for count in (2**k for k in range(5, 13)):
+        scale = np.float32((count - 3) / (high - low))
+        first = 0 if folded else round(low * float(scale)) - 1
+        position = borders.astype(np.float64) * float(scale) - first
+        index = np.rint(position).astype(int)
+        # Where rounding of t scale could go either way, another count is taken.
+        clear = np.abs(position - np.floor(position) - 0.5) > 1e-2
+        if clear.all() and len(set(index)) == len(borders) and index[-1] < count - 1:
+            break
+    else:
+        return None
+    below = np.searchsorted(index, np.arange(count))
+    entries = np.full(count, np.inf, dtype=np.float32).view(np.int32) & -256
+    entries[index] = borders.view(np.int32)
+    width = 1 / float(scale)
+    offset = float(2**23 - first)
+    return (entries | below).astype(np.int32), float(scale), offset, low - width, high + width
 
 
 def _launch_forward(
@@ -599,20 +684,27 @@ def _launch_forward(
     if name in EXACT:
         parameters = EXACT[name].compared(parameters, x.dtype)
     a, b = (*parameters, 0.0, 0.0)[:2]
+    depth = bits - (parity == "complement")
+    table = _borders(tuple(borders), depth, parity != "none", x.device)
     _forward_kernel[(triton.cdiv(groups, block),)](
         x,
         x if y is None else y,
         codes,
-        _table(tuple(borders), x.device),
+        table.table,
         n,
         groups,
         a,
         b,
+        table.scale,
+        table.offset,
+        table.low,
+        table.high,
         FORWARD=None if y is None else FORWARD[name],
         CODE=CODE.get(name),
         PARITY=PARITY[parity],
         POISON=poison,
         BITS=bits,
+        BINS=table.bins,
         DIGITS=_DIGITS[x.dtype],
         FULL=n == 8 * groups and groups % block == 0,
         BLOCK=block,
@@ -671,11 +763,10 @@ def decode_backward(
     n, groups, block = grad_output.numel(), lanes(grad_output.numel()), _block(grad_output.dtype)
     if n == 0:
         return grad_input
-    table = (*levels, *[math.nan] * (2**bits - len(levels)), *[math.nan] * 2**bits)
     _backward_kernel[(triton.cdiv(groups, block),)](
         memory_order(grad_output, stride),
         codes,
-        _table(table, codes.device),
+        _levels(tuple(levels), bits, codes.device),
         grad_input,
         n,
         groups,

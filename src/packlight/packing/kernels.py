@@ -26,7 +26,10 @@ def load_word(packed_ptr, lane, groups, mask, BLOCK: tl.constexpr, BITS: tl.cons
     """The inverse of `store_word`."""
     word = empty_word(BLOCK, BITS)
     for p in tl.static_range(BITS):
-        byte = tl.load(packed_ptr + p * groups + lane, mask, other=0)
+        if mask is None:
+            byte = tl.load(packed_ptr + p * groups + lane)
+        else:
+            byte = tl.load(packed_ptr + p * groups + lane, mask, other=0)
         word |= byte.to(word.dtype) << (8 * p)
     return word
 
