@@ -63,7 +63,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
     encode = {**forward("silu", "fp16", **encode), "FORWARD": None}
     yield "encode fp16", kernels._forward_kernel, encode, "fp16"
     for full in (False, True):
-        constants = {"KEEP_CODES": full, "FULL": full, "BLOCK": 1024}
+        constants = {"KEEP_CODES": full, "FULL": full, "BLOCK": kernels.BLOCK}
         yield f"dropout bf16, full {full}", dropout_kernels._dropout_kernel, constants, "bf16"
         constants = {"WINDOW": 9, "CHANNELS_LAST": full, "LARGE": full, "BITS": 4, "BLOCK": 256}
         for kernel in (pooling_kernels._forward_kernel, pooling_kernels._backward_kernel):
@@ -76,7 +76,7 @@ def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
         "FORWARD": kernels.FORWARD[name],
         "CODE": kernels.CODE.get(name),
         "DIGITS": DIGITS[dtype],
-        "BLOCK": 512 if dtype == "fp32" else 1024,
+        "BLOCK": kernels.BLOCK,
         **constants,
     }
 

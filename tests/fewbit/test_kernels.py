@@ -47,6 +47,13 @@ def every_finite_value(dtype, device):
     return x[x.isfinite()].to(device)
 
 
+# float64 itself loses the digits of 1 + erf and 1 + tanh far left of 0.
+TRUTH = {
+    "gelu": lambda x, _: x * torch.special.erfc(-x * math.sqrt(0.5)) / 2,
+    "gelu_tanh": lambda x, _: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
+}
+
+
 def coding(layer, bits=3):
     """Arguments of the operators that encode, and the levels that decode."""
     if layer.bits is not None:
@@ -67,15 +74,15 @@ def test_forward_is_within_an_ulp_of_torch_or_as_near_the_truth(layer, dtype, de
     x = every_finite_value(dtype, device)
     y, _ = kernels.activation(x, layer.name, layer.parameters, *coding(layer)[0])
     plain = layer.torch(x)
-    truth = layer.torch(x.double())
+    truth = TRUTH.get(layer.name, layer.plain)(x.double(), *layer.arguments)
     # The interpreter truncates fp32 to bf16, which is worth one more.
     allowed = 2 if device == "cpu" and dtype == torch.bfloat16 else 1
     close = ulps(y, plain) <= allowed
-    near = (y.double() - truth).abs() <= (plain.double() - truth).abs()
+    near = (y.double() - truth).abs() <= (plain.double() - truth).abs() * (1 + 1e-6)
     near |= ulps(y, truth.to(dtype)) <= allowed
     bad = ~(close | near)
-    if device == "cpu":
-        bad &= truth.abs() > 1e-37  # the interpreter gets subnormal bf16 wrong
+    # Below, kernels flush to zero what torch may return; the interpreter gets such bf16 wrong.
+    bad &= truth.abs() > 1e-36
     if dtype == torch.float32:
         # Values of a few roundings each: no further from the truth than torch's worst, or 3 ulps.
         bad &= ulps(y, truth.to(dtype)) > max(3, ulps(plain, truth.to(dtype)).max().item())
@@ -190,7 +197,7 @@ def test_more_than_2_to_the_31_elements():
     small = tail.clone().requires_grad_()
     layer.apply(small).sum().backward()
     assert torch.equal(x.grad[-tail.numel() :], small.grad)
-    assert torch.equal(y.detach()[-tail.numel() :], layer.apply(tail))
+    assert torch.equal(y.detach()[-tail.numel() :], layer.apply(small).detach())
 
 
 @pytest.mark.gpu
@@ -217,6 +224,7 @@ def test_cuda_graph_capture(layer):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @every_layer
 def test_compiles_on_the_device(layer):
     torch._dynamo.reset()

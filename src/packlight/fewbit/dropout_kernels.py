@@ -9,6 +9,8 @@ from packlight.fewbit.dropout_reference import drop_below
 from packlight.packing.kernels import empty_word, store_word
 from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes
 
+BLOCK = 512
+
 
 @triton.jit(do_not_specialize=["drop_below"])
 def _dropout_kernel(
@@ -26,7 +28,7 @@ def _dropout_kernel(
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     groups = groups.to(tl.int64)
-    n = n.to(tl.int64)
+    n = tl.full([], n, tl.int64)  # Triton passes 1 as a constant, which has no `to`
     lane = tl.arange(0, BLOCK)
     seed = tl.load(seed_ptr)
     group = (start + lane).to(tl.int32)
@@ -46,7 +48,7 @@ def _dropout_kernel(
 
     word = empty_word(BLOCK, 1)
     for j in tl.static_range(8):
-        kept = draws[j] >= drop_below.to(tl.uint32)
+        kept = draws[j] >= tl.full([], drop_below, tl.uint32)
         y = tl.where(kept, xs[j].to(tl.float32) * scale, xs[j].to(tl.float32) * 0.0)
         y = y.to(y_ptr.dtype.element_ty)
         if FULL:
@@ -61,10 +63,9 @@ def _dropout_kernel(
 
 def _launch(x: Tensor, y: Tensor, seed: Tensor, p: float, keep_codes: bool) -> Tensor:
     n, groups = x.numel(), lanes(x.numel())
-    block = 512 if x.dtype == torch.float32 else 1024
     codes = x.new_empty(packed_bytes(n, 1) if keep_codes else 0, dtype=torch.uint8)
     if n:
-        _dropout_kernel[(triton.cdiv(groups, block),)](
+        _dropout_kernel[(triton.cdiv(groups, BLOCK),)](
             x,
             y,
             codes,
@@ -74,8 +75,8 @@ def _launch(x: Tensor, y: Tensor, seed: Tensor, p: float, keep_codes: bool) -> T
             drop_below(p),
             1 / (1 - p),
             KEEP_CODES=keep_codes,
-            FULL=n == 8 * groups and groups % block == 0,
-            BLOCK=block,
+            FULL=n == 8 * groups and groups % BLOCK == 0,
+            BLOCK=BLOCK,
             num_warps=4,
         )
     return codes

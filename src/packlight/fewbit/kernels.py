@@ -11,6 +11,7 @@ is symmetric, a tree of compares with borders in registers.
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from packlight.packing.layout import dense_stride, lanes, memory_order, packed_b
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693145751953125)  # ln 2 in two parts: n * LN2_HIGH is exact
 LN2_LOW = tl.constexpr(1.428606820309417e-6)
+# Single instructions of NVIDIA's where Triton has no name for them; the interpreter has neither.
+PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
 
 
@@ -56,10 +59,16 @@ def _exp(x, DIGITS: tl.constexpr):
 
 @triton.jit
 def _divide(x, y, DIGITS: tl.constexpr):
-    if DIGITS < 24:
-        return x / y
-    else:
+    """x / y for y >= 1. In 16 bits a y past 2^126 counts as infinite."""
+    if DIGITS == 24:
         return tl.div_rn(x, y)
+    elif PTX:
+        # Triton's division guards against overflow of 1 / y, at five more instructions.
+        return x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x / y
 
 
 @triton.jit
@@ -88,18 +97,36 @@ def _expm1(x, DIGITS: tl.constexpr):
 
 
 @triton.jit
+def _log2(x):
+    """log2 of x >= 1, absolute error 2^-22."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
 def _log1p(z, DIGITS: tl.constexpr):
-    """log(1 + z) for 0 <= z <= 1 as 2 atanh(z / (2 + z)), accurate relative to the result."""
-    s = _divide(z, 2.0 + z, DIGITS)
-    q = s * s
-    # The series to s^15, where s^2 <= 1/9.
-    p = tl.fma(q, 2.0 / 15.0, 2.0 / 13.0)
-    p = tl.fma(q, p, 2.0 / 11.0)
-    p = tl.fma(q, p, 2.0 / 9.0)
-    p = tl.fma(q, p, 2.0 / 7.0)
-    p = tl.fma(q, p, 2.0 / 5.0)
-    p = tl.fma(q, p, 2.0 / 3.0)
-    return tl.fma(q * s, p, 2.0 * s)
+    """log(1 + z) for 0 <= z <= 1, accurate relative to the result."""
+    if DIGITS < 24:
+        # The logarithm is accurate absolutely; the series to z^4 serves where that is too little.
+        p = tl.fma(z, -1.0 / 4.0, 1.0 / 3.0)
+        p = tl.fma(z, p, -1.0 / 2.0)
+        p = tl.fma(z, p, 1.0)
+        return tl.where(z < 0.125, z * p, _log2(1.0 + z) * 0.6931471805599453)
+    else:
+        # 2 atanh(s) with s = z / (2 + z): the series to s^15, where s^2 <= 1/9.
+        s = _divide(z, 2.0 + z, DIGITS)
+        q = s * s
+        p = tl.fma(q, 2.0 / 15.0, 2.0 / 13.0)
+        p = tl.fma(q, p, 2.0 / 11.0)
+        p = tl.fma(q, p, 2.0 / 9.0)
+        p = tl.fma(q, p, 2.0 / 7.0)
+        p = tl.fma(q, p, 2.0 / 5.0)
+        p = tl.fma(q, p, 2.0 / 3.0)
+        return tl.fma(q * s, p, 2.0 * s)
 
 
 # --- Activations: f(x) in fp32 with up to two scalar parameters.
@@ -107,9 +134,7 @@ def _log1p(z, DIGITS: tl.constexpr):
 
 @triton.jit
 def _celu(x, alpha, _, DIGITS: tl.constexpr):
-    return tl.where(
-        x > 0, x, alpha * _expm1(_divide(tl.where(x > 0, 0.0, x), alpha, DIGITS), DIGITS)
-    )
+    return tl.where(x > 0, x, alpha * _expm1(tl.where(x > 0, 0.0, x) * (1.0 / alpha), DIGITS))
 
 
 @triton.jit
@@ -168,8 +193,8 @@ def _gelu(x, _a, _b, DIGITS: tl.constexpr):
 @triton.jit
 def _gelu_tanh(x, _a, _b, DIGITS: tl.constexpr):
     # (1 + tanh z) / 2 = 1 / (1 + e^-2z), which keeps its digits where 1 + tanh z loses them.
-    z = x * tl.fma(x * x, 2.0 * 0.7978845608028654 * 0.044715, 2.0 * 0.7978845608028654)
-    return _divide(x, 1.0 + _exp(-z, DIGITS), DIGITS)
+    z = x * tl.fma(x * x, -2.0 * 0.7978845608028654 * 0.044715, -2.0 * 0.7978845608028654)
+    return _divide(x, 1.0 + _exp(z, DIGITS), DIGITS)
 
 
 @triton.jit
@@ -216,7 +241,7 @@ def _silu(x, _a, _b, DIGITS: tl.constexpr):
 def _softplus(x, beta, threshold, DIGITS: tl.constexpr):
     z = beta * x
     y = tl.where(z > 0, z, 0.0) + _log1p(_exp(-tl.abs(z), DIGITS), DIGITS)
-    return tl.where(z > threshold, x, _divide(y, beta, DIGITS))
+    return tl.where(z > threshold, x, y * (1.0 / beta))
 
 
 @triton.jit
@@ -226,9 +251,14 @@ def _softsign(x, _a, _b, DIGITS: tl.constexpr):
 
 @triton.jit
 def _tanh(x, _a, _b, DIGITS: tl.constexpr):
-    m = _expm1(-2.0 * tl.abs(x), DIGITS)
-    y = _divide(m, m + 2.0, DIGITS)
-    return tl.where(x > 0, -y, y)
+    if DIGITS == 8 and PTX:
+        return tl.inline_asm_elementwise(  # relative error 2^-11
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        m = _expm1(-2.0 * tl.abs(x), DIGITS)
+        y = _divide(m, m + 2.0, DIGITS)
+        return tl.where(x > 0, -y, y)
 
 
 @triton.jit
@@ -476,7 +506,7 @@ def _forward_kernel(
     DEPTH: tl.constexpr = BITS - 1 if PARITY == COMPLEMENT else BITS
     start = tl.program_id(0).to(tl.int64) * BLOCK
     groups = groups.to(tl.int64)
-    n = n.to(tl.int64)
+    n = tl.full([], n, tl.int64)  # Triton passes 1 as a constant, which has no `to`
     lane = tl.arange(0, BLOCK)
     flag_ptr = codes_ptr + BITS * groups
     x_ptr += start
@@ -557,7 +587,7 @@ def _backward_kernel(
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     groups = groups.to(tl.int64)
-    n = n.to(tl.int64)
+    n = tl.full([], n, tl.int64)  # Triton passes 1 as a constant, which has no `to`
     lane = tl.arange(0, BLOCK)
     if FLAGGED:
         levels_ptr += tl.load(codes_ptr + BITS * groups).to(tl.int32) << BITS
@@ -599,12 +629,9 @@ def _backward_kernel(
 
 # --- Launchers, with the signatures of reference.py.
 
+# Words a program. Of 256 to 2048, and 2 to 8 warps, this is the best or near it in 16 and 32 bits.
+BLOCK = 512
 _DIGITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-
-
-def _block(dtype: torch.dtype) -> int:
-    """Words a program: with 4 warps, 16 bytes a thread and row."""
-    return 512 if dtype == torch.float32 else 1024
 
 
 @functools.lru_cache(maxsize=256)
@@ -675,7 +702,7 @@ def _launch_forward(
     poison: int,
 ) -> Tensor:
     """Runs over flat `x` into flat `y` (which may be `x`, or None) and returns the codes."""
-    n, groups, block = x.numel(), lanes(x.numel()), _block(x.dtype)
+    n, groups = x.numel(), lanes(x.numel())
     codes = x.new_empty(packed_bytes(n, bits) + (poison != 0), dtype=torch.uint8)
     if poison:
         codes[-1:].zero_()
@@ -686,7 +713,7 @@ def _launch_forward(
     a, b = (*parameters, 0.0, 0.0)[:2]
     depth = bits - (parity == "complement")
     table = _borders(tuple(borders), depth, parity != "none", x.device)
-    _forward_kernel[(triton.cdiv(groups, block),)](
+    _forward_kernel[(triton.cdiv(groups, BLOCK),)](
         x,
         x if y is None else y,
         codes,
@@ -706,8 +733,8 @@ def _launch_forward(
         BITS=bits,
         BINS=table.bins,
         DIGITS=_DIGITS[x.dtype],
-        FULL=n == 8 * groups and groups % block == 0,
-        BLOCK=block,
+        FULL=n == 8 * groups and groups % BLOCK == 0,
+        BLOCK=BLOCK,
         num_warps=4,
     )
     return codes
@@ -760,10 +787,10 @@ def decode_backward(
     stride: Sequence[int],
 ) -> Tensor:
     grad_input = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    n, groups, block = grad_output.numel(), lanes(grad_output.numel()), _block(grad_output.dtype)
+    n, groups = grad_output.numel(), lanes(grad_output.numel())
     if n == 0:
         return grad_input
-    _backward_kernel[(triton.cdiv(groups, block),)](
+    _backward_kernel[(triton.cdiv(groups, BLOCK),)](
         memory_order(grad_output, stride),
         codes,
         _levels(tuple(levels), bits, codes.device),
@@ -773,8 +800,8 @@ def decode_backward(
         BITS=bits,
         FLAGGED=codes.numel() > packed_bytes(n, bits),
         MASK=mask,
-        FULL=n == 8 * groups and groups % block == 0,
-        BLOCK=block,
+        FULL=n == 8 * groups and groups % BLOCK == 0,
+        BLOCK=BLOCK,
         num_warps=4,
     )
     return grad_input
