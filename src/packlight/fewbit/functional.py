@@ -57,10 +57,11 @@ class _Coding(NamedTuple):
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _continuous_coding(
     name: str, parameters: tuple[float, ...], bits: int, codebook: Codebook | None
-) -> _Coding:
+) -> tuple[Any, ...]:
+    """As a plain tuple, which older versions of torch.compile can take as a constant."""
     if codebook is None:
         codebook = default_codebook(name, check_bits(bits), parameters)
-    return _of_codebook(codebook, CONTINUOUS[name].poison)
+    return tuple(_of_codebook(codebook, CONTINUOUS[name].poison))
 
 
 def _of_codebook(codebook: Codebook, poison: int) -> _Coding:
@@ -165,7 +166,7 @@ def _continuous(
     if not needs_codes(x):
         return _plain(x, function, parameters, inplace)
     x = _autocast(x, lambda empty: function(empty, *parameters))
-    return _activate(x, name, parameters, inplace, tuple(coding))
+    return _activate(x, name, parameters, inplace, coding)
 
 
 def _exact(

@@ -44,17 +44,29 @@ def _clamp(x, low, high):
 
 
 @triton.jit
+def _reduced_exp(x):
+    """n and e^r - 1 where x = n ln 2 + r, |r| <= 0.347: Taylor to r^7 / 7!, relative error 5e-9."""
+    n = (x * LOG2E + ROUND) - ROUND
+    r = tl.fma(n, -LN2_HIGH, x)
+    r = tl.fma(n, -LN2_LOW, r)
+    p = tl.fma(r, 1.0 / 5040.0, 1.0 / 720.0)
+    p = tl.fma(r, p, 1.0 / 120.0)
+    p = tl.fma(r, p, 1.0 / 24.0)
+    p = tl.fma(r, p, 1.0 / 6.0)
+    p = tl.fma(r, p, 0.5)
+    return n, tl.fma(r * r, p, r)
+
+
+@triton.jit
 def _exp(x, DIGITS: tl.constexpr):
     """e^x. One hardware exponential loses up to 7 bits to the rounding of x log2(e)."""
     if DIGITS < 24:
         return tl.exp2(x * LOG2E)
     else:
-        x = _clamp(x, -126.0, 126.0)  # 0 and inf come out, and inf - inf does not go in
-        n = (x * LOG2E + ROUND) - ROUND
-        r = tl.fma(n, -LN2_HIGH, x)
-        r = tl.fma(n, -LN2_LOW, r)
-        # Half of 2^n, twice 2^r: 2^128 times a number below 1 does not overflow on the way.
-        return tl.exp2(tl.fma(r, LOG2E, 1.0)) * tl.exp2(n - 1.0)
+        # 0 and inf come out of the clamp, and inf - inf does not go in.
+        n, p = _reduced_exp(_clamp(x, -126.0, 126.0))
+        half = tl.exp2(n - 1.0)  # 2^128 overflows where 2^128 (1 + p) need not
+        return tl.fma(half, p, half) * 2.0
 
 
 @triton.jit
@@ -81,17 +93,8 @@ def _expm1(x, DIGITS: tl.constexpr):
         p = tl.fma(x, p, 1.0)
         return tl.where(x > -0.25, x * p, tl.exp2(x * LOG2E) - 1.0)
     else:
-        # 2^n (e^r - 1) + (2^n - 1), with Taylor to r^7 / 7! on |r| <= 0.347: relative error 5e-9.
-        x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
-        n = (x * LOG2E + ROUND) - ROUND
-        r = tl.fma(n, -LN2_HIGH, x)
-        r = tl.fma(n, -LN2_LOW, r)
-        p = tl.fma(r, 1.0 / 5040.0, 1.0 / 720.0)
-        p = tl.fma(r, p, 1.0 / 120.0)
-        p = tl.fma(r, p, 1.0 / 24.0)
-        p = tl.fma(r, p, 1.0 / 6.0)
-        p = tl.fma(r, p, 0.5)
-        p = tl.fma(r * r, p, r)
+        # 2^n (e^r - 1) + (2^n - 1)
+        n, p = _reduced_exp(tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL))
         scale = tl.exp2(n)
         return tl.fma(scale, p, scale - 1.0)
 
@@ -246,7 +249,10 @@ def _softplus(x, beta, threshold, DIGITS: tl.constexpr):
 
 @triton.jit
 def _softsign(x, _a, _b, DIGITS: tl.constexpr):
-    return _divide(x, tl.abs(x) + 1.0, DIGITS)
+    if DIGITS < 24:
+        return x / (tl.abs(x) + 1.0)  # at any |x|, so guarded against overflow of 1 / y
+    else:
+        return tl.div_rn(x, tl.abs(x) + 1.0)
 
 
 @triton.jit
@@ -672,13 +678,13 @@ def _bins(
     low, high = 0.0 if folded else float(borders[0]), float(borders[-1])
     if low == high:
         return None
-    for count in (2**k for k in range(5, 13)):
-        scale = np.float32((count - 3) / (high - low))
-        first = 0 if folded else round(low * float(scale)) - 1
+    for count in (int(2 ** (k / 4)) for k in range(20, 49)):
+        scale = np.float32((count - 4) / (high - low))
+        first = 0 if folded else round(low * float(scale)) - 2
         position = borders.astype(np.float64) * float(scale) - first
         index = np.rint(position).astype(int)
         # Where rounding of t scale could go either way, another count is taken.
-        clear = np.abs(position - np.floor(position) - 0.5) > 1e-2
+        clear = np.abs(position - np.floor(position) - 0.5) > 1e-3
         if clear.all() and len(set(index)) == len(borders) and index[-1] < count - 1:
             break
     else:
