@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from packlight.errors import DoubleBackwardError, InputError
+from packlight.fewbit.codebook import Codebook
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,6 +18,15 @@ def check_tensor(x: object, function: str) -> None:
             f"{function} takes float32, bfloat16, float16 or float64, got {x.dtype};"
             " convert it first, or use torch's own function"
         )
+
+
+def check_codebook(codebook: object) -> Codebook:
+    """`codebook` if it is one, else an `InputError`."""
+    if not isinstance(codebook, Codebook):
+        raise InputError(
+            f"codebook={codebook!r} is not a Codebook; fit_codebook(f, bits) makes one"
+        )
+    return codebook
 
 
 def needs_codes(x: Tensor) -> bool:

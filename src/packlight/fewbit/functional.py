@@ -30,7 +30,12 @@ from torch import Tensor
 
 from packlight.errors import InputError
 from packlight.fewbit import ops
-from packlight.fewbit._checks import check_tensor, needs_codes, refuse_second_derivative
+from packlight.fewbit._checks import (
+    check_codebook,
+    check_tensor,
+    needs_codes,
+    refuse_second_derivative,
+)
 from packlight.fewbit.activations import (
     CONTINUOUS,
     EXACT,
@@ -61,6 +66,7 @@ def _continuous_coding(
     """As a plain tuple, which older versions of torch.compile can take as a constant."""
     if codebook is None:
         codebook = default_codebook(name, check_bits(bits), parameters)
+    check_codebook(codebook)
     return tuple(_of_codebook(codebook, CONTINUOUS[name].poison))
 
 
@@ -346,6 +352,7 @@ def activation(f: Callable[[Tensor], Tensor], codebook: Codebook) -> Callable[[T
     `codebook.bits` bits an element; biased. The forward runs `f` itself, the backward the few-bit
     kernel. `f` must have no parameters that need gradients: only its input gets one.
     """
+    check_codebook(codebook)
     return _CustomActivation(f, _of_codebook(codebook, nonfinite_derivative(f)))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from packlight.errors import InputError
 from packlight.fewbit import functional as few_bit
+from packlight.fewbit._checks import check_codebook
 from packlight.fewbit.activations import quick_gelu, relu_squared
 from packlight.fewbit.codebook import Codebook
 from packlight.fewbit.dropout import dropout
@@ -26,11 +26,7 @@ class _Coded(nn.Module):
     codebook: Codebook | None
 
     def _set_coding(self, bits: int, codebook: Codebook | None) -> None:
-        if codebook is not None and not isinstance(codebook, Codebook):
-            raise InputError(
-                f"codebook={codebook!r} is not a Codebook; fit_codebook(f, bits) makes one"
-            )
-        self.bits = check_bits(bits) if codebook is None else codebook.bits
+        self.bits = check_bits(bits) if codebook is None else check_codebook(codebook).bits
         self.codebook = codebook
 
     def extra_repr(self) -> str:

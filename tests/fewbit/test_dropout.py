@@ -1,0 +1,133 @@
+"""Dropout with a packed mask: its law, its gradient, its bytes, its randomness."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import packlight.fewbit as few_bit
+from packlight.errors import DoubleBackwardError, InputError
+from packlight.packing.layout import packed_bytes
+from tests.fewbit.layers import kept_bytes
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_kept_values_are_torch_values_and_the_rest_zero(p, dtype):
+    x = torch.randn(4000).to(dtype)
+    y = few_bit.dropout(x, p)
+    kept = y != 0
+    # torch scales by 1 / (1 - p) rounded to the dtype; its own dropout shows the product.
+    scaled = x * torch.ones((), dtype=dtype).div(1 - p)
+    assert torch.equal(y, torch.where(kept, scaled, 0))
+    deviation = math.sqrt(p * (1 - p) / 4000)
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * deviation
+
+
+def test_gradient_belongs_to_the_mask_of_the_forward():
+    x = torch.randn(64, 65, requires_grad=True)
+    dy = torch.randn(64, 65)
+    y = few_bit.dropout(x, 0.25)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx, torch.where(y != 0, dy / 0.75, 0.0))
+
+
+def test_keeps_one_bit_an_element():
+    for shape in [(1,), (3, 41), (64, 64)]:
+        x = torch.randn(shape, requires_grad=True)
+        kept = kept_bytes(lambda x=x: few_bit.dropout(x, 0.3))
+        assert kept == packed_bytes(x.numel(), 1) <= x.numel() / 8 + 64
+
+
+def test_masks_are_new_each_time_and_repeat_with_the_seed():
+    x = torch.ones(1000)
+    torch.manual_seed(3)
+    first, second = few_bit.dropout(x), few_bit.dropout(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(few_bit.dropout(x), first)
+
+
+def test_masks_of_neighbours_are_independent():
+    kept = (few_bit.dropout(torch.ones(1 << 16), 0.5) != 0).double() - 0.5
+    for shift in (1, 2, 7, 8, 1 << 13):
+        correlation = (kept * kept.roll(shift)).mean().item() / 0.25
+        assert abs(correlation) < 5 / math.sqrt(1 << 16)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_sees_the_same_mask(reentrant):
+    x = torch.randn(500, requires_grad=True)
+    y = checkpoint(few_bit.dropout, x, 0.5, use_reentrant=reentrant)
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, y != 0)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_certain_probabilities_keep_nothing(p):
+    x = torch.randn(100, requires_grad=True)
+    assert kept_bytes(lambda: few_bit.dropout(x, p)) <= 8
+    y = few_bit.dropout(x, p)
+    y.sum().backward()
+    assert torch.equal(y, F.dropout(x, p))
+    assert torch.equal(x.grad, torch.full_like(x, 1 - p))
+
+
+def test_inplace():
+    leaf = torch.randn(6, 10, requires_grad=True)
+    torch.manual_seed(1)
+    expected = few_bit.dropout(leaf[:, ::3], 0.5)
+    torch.manual_seed(1)
+    x = leaf * 1.0
+    y = few_bit.dropout(x[:, ::3], 0.5, inplace=True)
+    assert torch.equal(y, expected)
+    assert torch.equal(x[:, ::3], expected)
+    assert torch.equal(*(torch.autograd.grad(out.sum(), leaf)[0] for out in (y, expected)))
+    with torch.no_grad():
+        z = torch.ones(50)
+        assert few_bit.dropout(z, 0.5, inplace=True) is z
+        assert (z == 0).any()
+
+
+def test_module_trains_and_evaluates():
+    module = few_bit.Dropout(0.4, inplace=True)
+    assert repr(module) == repr(nn.Dropout(0.4, inplace=True))
+    x = torch.ones(100)
+    assert torch.equal(module.eval()(x.clone()), x)
+    assert not torch.equal(module.train()(x.clone()), x)
+
+
+def test_compiles():
+    torch._dynamo.reset()
+
+    def loss(x):
+        return (few_bit.dropout(x * 1.0, 0.5) ** 2).sum()
+
+    x = torch.ones(256, requires_grad=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (dx,) = torch.autograd.grad(compiled(x), x)
+    assert set(dx.tolist()) == {0.0, 8.0}
+
+
+def test_opcheck():
+    seed = torch.randint(2**63 - 1, (1,))
+    for x in (torch.randn(3, 7), torch.randn(4, 6).t()):
+        for keep in (True, False):
+            arguments = (x, seed, 0.5, keep)
+            torch.library.opcheck(torch.ops.packlight.few_bit_dropout.default, arguments)
+            torch.library.opcheck(torch.ops.packlight.few_bit_dropout_.default, arguments)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
+def test_wrong_probability_raises(p):
+    with pytest.raises(InputError, match="not a probability"):
+        few_bit.dropout(torch.ones(3), p)
+
+
+def test_second_derivative_raises():
+    x = torch.ones(5, requires_grad=True)
+    with pytest.raises(DoubleBackwardError):
+        torch.autograd.grad(few_bit.dropout(x).sum(), x, create_graph=True)

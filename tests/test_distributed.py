@@ -1,0 +1,60 @@
+"""Few-bit layers in DDP and FSDP2: two gloo processes give the gradients of one."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import os, sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+import packlight.fewbit as few_bit
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), few_bit.GELU(bits=3), nn.Linear(16, 16), few_bit.ReLU(),
+                         nn.Linear(16, 1))
+
+torch.manual_seed(1)
+x = torch.randn(8, 6)
+one = make()
+one(x).mean().backward()
+expected = [p.grad for p in one.parameters()]
+half = x[4 * rank : 4 * rank + 4]
+
+model = DistributedDataParallel(make())
+model(half).mean().backward()
+for p, grad in zip(model.parameters(), expected, strict=True):
+    torch.testing.assert_close(p.grad, grad)
+
+model = make()
+for layer in (model[0], model[2]):
+    fully_shard(layer)
+fully_shard(model)
+model(half).mean().backward()
+for p, grad in zip(model.parameters(), expected, strict=True):
+    assert isinstance(p.grad, DTensor)
+    torch.testing.assert_close(p.grad.full_tensor(), grad)
+dist.barrier()
+dist.destroy_process_group()
+print("same gradients")
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "rendezvous")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        output, errors = worker.communicate(timeout=240)
+        assert output == "same gradients\n", errors[-3000:]

@@ -1,0 +1,60 @@
+"""The public names, and what importing them must not do."""
+
+import subprocess
+import sys
+
+import packlight
+import packlight.fewbit
+
+NAMES = {
+    "Codebook",
+    "DoubleBackwardError",
+    "FewBit",
+    "InputError",
+    "MemoryReport",
+    "Method",
+    "MissingDependencyError",
+    "PacklightError",
+    "__version__",
+    "fewbit",
+    "fit_codebook",
+    "profile",
+    "use_reference",
+}
+
+
+def test_public_names():
+    assert set(packlight.__all__) == NAMES
+    for module in (packlight, packlight.fewbit):
+        assert len(set(module.__all__)) == len(module.__all__)
+        for name in module.__all__:
+            assert getattr(module, name).__doc__ or name == "__version__", f"{name} is undocumented"
+
+
+def test_import_needs_no_triton_and_touches_no_device():
+    program = """
+import sys
+sys.modules["triton"] = None
+import packlight, torch
+assert not torch.cuda.is_initialized()
+assert "matplotlib" not in sys.modules
+x = torch.randn(8, requires_grad=True)
+packlight.fewbit.gelu(x).sum().backward()
+assert not any(name.endswith("kernels") for name in sys.modules if name.startswith("packlight"))
+print("fine")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "fine\n", result.stderr
+
+
+def test_kernels_compile_for_a_gpu_without_one():
+    """The interpreter accepts what the compiler refuses; tools/compile_kernels.py tries all."""
+    program = "import sys; sys.argv = ['', '--match', 'full True']; "
+    program += "import runpy; runpy.run_path('tools/compile_kernels.py', run_name='__main__')"
+    import os
+
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert "kernels compiled for sm_90" in result.stdout, result.stderr[-2000:]
