@@ -63,8 +63,8 @@ def _exp(x, DIGITS: tl.constexpr):
     if DIGITS < 24:
         return tl.exp2(x * LOG2E)
     else:
-        # 0 and inf come out of the clamp, and inf - inf does not go in.
-        n, p = _reduced_exp(_clamp(x, -126.0, 126.0))
+        # 0 and inf come out, while inf - inf and inf * 0 stay out.
+        n, p = _reduced_exp(_clamp(x, -126.0, 88.8))
         half = tl.exp2(n - 1.0)  # 2^128 overflows where 2^128 (1 + p) need not
         return tl.fma(half, p, half) * 2.0
 

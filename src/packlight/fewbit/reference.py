@@ -30,10 +30,14 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _interval(x: Tensor, bits: int, borders: Sequence[float], parity: str) -> Tensor:
     """uint8 codes of flat `x`: the number of borders below x, or below |x| and the sign of x."""
     x = x.to(_compute_dtype(x))
-    table = torch.tensor(borders, dtype=x.dtype, device=x.device)
-    if parity == "none":
-        return torch.bucketize(x, table, out_int32=True).to(torch.uint8)
-    code = torch.bucketize(x.abs(), table, out_int32=True).to(torch.uint8)
+    t = x if parity == "none" else x.abs()
+    if len(borders) < 16:  # so many compares still cost less than a search
+        code = torch.zeros_like(x, dtype=torch.uint8)
+        for border in borders:
+            code += t > border
+    else:
+        table = torch.tensor(borders, dtype=x.dtype, device=x.device)
+        code = torch.bucketize(t, table, out_int32=True).to(torch.uint8)
     if parity == "complement":
         code |= torch.signbit(x).to(torch.uint8) << (bits - 1)
     return code
@@ -91,7 +95,9 @@ def activation(
 
 def _with_stride(y: Tensor, stride: Sequence[int]) -> Tensor:
     """`y` laid out as its input; of torch's functions only logsigmoid returns something else."""
-    return memory_order(y, stride).as_strided(y.shape, tuple(stride))
+    if y.stride() == tuple(stride):
+        return y
+    return y.new_empty_strided(y.shape, tuple(stride)).copy_(y)
 
 
 def activation_(
@@ -124,7 +130,7 @@ def decode_backward(
     table = torch.tensor(levels, dtype=dtype, device=codes.device)
     if codes.numel() > size:
         table = torch.where(codes[-1] == 0, table, math.nan)
-    level = table[packing.unpack(codes[:size], bits, count).int()]
+    level = table.index_select(0, packing.unpack(codes[:size], bits, count).int())
     product = flat.to(dtype) * level
     if mask:
         product = torch.where(level == 0, 0.0, product)
