@@ -452,7 +452,7 @@ def _code_bins(t, table_ptr, scale, offset, low, high, FOLDED: tl.constexpr):
     Adding 2^23 rounds to an integer and leaves it in the low bits. An entry is the bin's border
     (inf where there is none), whose low 8 bits are zero, and in these the number of borders below.
     """
-    t = tl.minimum(t, high)
+    t = tl.minimum(t, high)  # NaN goes to the last bin
     if not FOLDED:  # |x| starts at 0, where the bins do
         t = tl.maximum(t, low)
     index = tl.fma(t, scale, offset).to(tl.int32, bitcast=True) - 0x4B000000
