@@ -1106,8 +1106,9 @@ def test_cuda_checkpoint(reentrant):
             h = checkpoint(block, h, use_reentrant=reentrant)
         return model.head(h)
 
-    report = profile(forward, x)
     plain = profile(model, x)
+    plain = profile(model, x)  # the first one also allocates the libraries' workspaces
+    report = profile(forward, x)
     assert report.activation_bytes < plain.activation_bytes / 3
     assert (report.peak_bytes is None) == reentrant
     if not reentrant:

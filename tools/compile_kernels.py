@@ -92,7 +92,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, arch: int
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in ("a", "b", "scale", "offset", "low", "high"):
+        elif name in ("a", "b", "scale", "offset", "low"):
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if name in ("n", "drop_below") else "i32"

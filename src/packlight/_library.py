@@ -6,6 +6,7 @@ nor a GPU is needed to import packlight. Kernels compute in fp32: float64 takes 
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ def use_reference() -> Iterator[None]:
         _reference_depth -= 1
 
 
+@functools.cache
 def kernels_available() -> bool:
     """Whether Triton is installed, so that CUDA tensors take the kernels."""
     return importlib.util.find_spec("triton") is not None

@@ -146,6 +146,7 @@ def _autocast(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """`x` in the dtype in which autocast would run `function`; nothing keeps the cast copy."""
     if not torch.is_autocast_enabled(x.device.type):
         return x
+    # Asked of torch on an empty tensor, so that its lists of functions are not repeated here.
     return x.to(function(x.detach().new_empty(0)).dtype)
 
 

@@ -446,17 +446,16 @@ def _code_tree(t, borders, DEPTH: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _code_bins(t, table_ptr, scale, offset, low, high, FOLDED: tl.constexpr):
+def _code_bins(t, table_ptr, scale, offset, low, last, FOLDED: tl.constexpr):
     """The code by equal bins with at most one border each, as `_bins` lays them out.
 
     Adding 2^23 rounds to an integer and leaves it in the low bits. An entry is the bin's border
     (inf where there is none), whose low 8 bits are zero, and in these the number of borders below.
     """
-    t = tl.minimum(t, high)  # NaN goes to the last bin
     if not FOLDED:  # |x| starts at 0, where the bins do
         t = tl.maximum(t, low)
     index = tl.fma(t, scale, offset).to(tl.int32, bitcast=True) - 0x4B000000
-    entry = tl.load(table_ptr + index)
+    entry = tl.load(table_ptr + tl.minimum(index, last))  # NaN and infinity end up there too
     border = (entry & -256).to(tl.float32, bitcast=True)
     return (entry & 255) + (t > border).to(tl.int32)
 
@@ -498,7 +497,7 @@ def _forward_kernel(
     scale,
     offset,
     low,
-    high,
+    last,
     FORWARD: tl.constexpr,  # None: codes only
     CODE: tl.constexpr,  # None: code by the borders
     PARITY: tl.constexpr,
@@ -550,7 +549,7 @@ def _forward_kernel(
             if DEPTH <= TREE_DEPTH:
                 word |= _code_tree(t, borders, DEPTH, j * BITS)
             elif BINS:
-                code = _code_bins(t, table_ptr, scale, offset, low, high, PARITY != NONE)
+                code = _code_bins(t, table_ptr, scale, offset, low, last, PARITY != NONE)
                 word |= code.to(word.dtype) << (j * BITS)
             else:
                 word |= _code_search(t, table_ptr, DEPTH).to(word.dtype) << (j * BITS)
@@ -655,21 +654,20 @@ class _Borders(NamedTuple):
     scale: float = 0.0
     offset: float = 0.0
     low: float = 0.0
-    high: float = 0.0
+    last: int = 0
 
 
 @functools.lru_cache(maxsize=256)
 def _borders(values: tuple[float, ...], depth: int, folded: bool, device: torch.device) -> _Borders:
     """The cheapest form for these borders: registers, bins, or binary search."""
     if depth > TREE_DEPTH.value and (bins := _bins(np.asarray(values, dtype=np.float32), folded)):
-        entries, scale, offset, low, high = bins
-        return _Borders(torch.from_numpy(entries).to(device), True, scale, offset, low, high)
+        entries, scale, offset, low = bins
+        table = torch.from_numpy(entries).to(device)
+        return _Borders(table, True, scale, offset, low, len(entries) - 1)
     return _Borders(torch.tensor(values or (0.0,), dtype=torch.float32, device=device), False)
 
 
-def _bins(
-    borders: np.ndarray, folded: bool
-) -> tuple[np.ndarray, float, float, float, float] | None:
+def _bins(borders: np.ndarray, folded: bool) -> tuple[np.ndarray, float, float, float] | None:
     """Equal bins over the borders with at most one border in each; None if 2^12 do not suffice.
 
     The kernel finds t's bin as round(t scale + offset): monotone in t, so borders in lower bins lie
@@ -694,7 +692,7 @@ def _bins(
     entries[index] = borders.view(np.int32)
     width = 1 / float(scale)
     offset = float(2**23 - first)
-    return (entries | below).astype(np.int32), float(scale), offset, low - width, high + width
+    return (entries | below).astype(np.int32), float(scale), offset, low - width
 
 
 def _launch_forward(
@@ -731,7 +729,7 @@ def _launch_forward(
         table.scale,
         table.offset,
         table.low,
-        table.high,
+        table.last,
         FORWARD=None if y is None else FORWARD[name],
         CODE=CODE.get(name),
         PARITY=PARITY[parity],
