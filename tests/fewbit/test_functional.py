@@ -117,3 +117,67 @@ def test_method_is_a_value():
         packlight.Method.from_dict({"method": "Magic"})
     with pytest.raises(InputError, match="FewBit has no field rows; its fields: bits"):
         packlight.Method.from_dict({"method": "FewBit", "rows": 1})
+
+
+@pytest.mark.parametrize("module", [few_bit.ELU, few_bit.CELU, few_bit.Softplus])
+def test_compiles_for_several_values_of_a_parameter(module):
+    torch._dynamo.reset()
+    x = torch.randn(64, requires_grad=True)
+    for value in (0.3, 0.6, 1.7):
+        layer = module(value)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        (expected,) = torch.autograd.grad(layer(x).sum(), x)
+        (actual,) = torch.autograd.grad(compiled(x).sum(), x)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_default_device_and_modes_do_not_leak_in(snake_book):
+    with torch.device("meta"), torch.inference_mode():
+        function = few_bit.activation(F.silu, snake_book)
+    x = torch.tensor([1.0, math.inf], requires_grad=True)
+    assert torch.autograd.grad(function(x).sum(), x)[0].isnan().all()
+    y = few_bit.gelu(torch.randn(4, device="meta", requires_grad=True))
+    assert y.device.type == "meta"
+    with torch._subclasses.FakeTensorMode():
+        assert few_bit.elu(torch.randn(4, requires_grad=True), 0.37).shape == (4,)
+
+
+def test_nothing_is_solved_without_a_gradient(monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("solved without need")
+
+    monkeypatch.setattr(few_bit.functional, "default_codebook", forbidden)
+    few_bit.elu(torch.randn(4), 0.4321)
+
+
+@pytest.mark.parametrize("p", [0.5, None])
+def test_inplace_on_a_leaf_raises_before_it_writes(p):
+    leaf = torch.ones(8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        few_bit.silu(leaf, inplace=True) if p is None else few_bit.dropout(leaf, p, inplace=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        few_bit.relu(leaf[2:], inplace=True)
+    assert torch.equal(leaf, torch.ones(8))
+
+
+def test_inplace_dropout_counts_as_a_modification():
+    weight, x = torch.ones(4, requires_grad=True), torch.ones(4)
+    product = weight * x
+    few_bit.dropout(x, 0.5, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: few_bit.leaky_relu(x, "a"),
+        lambda x: few_bit.elu(x, None),
+        lambda x: few_bit.dropout(x, "0.5"),
+        lambda x: few_bit.hardtanh(x, None, 1.0),
+        lambda x: few_bit.gelu(x.to_sparse()),
+    ],
+)
+def test_wrong_types_raise(call):
+    with pytest.raises(InputError):
+        call(torch.randn(4, requires_grad=True))

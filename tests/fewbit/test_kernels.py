@@ -167,6 +167,18 @@ def test_encode_alone_gives_the_same_codes(dtype, device):
 
 
 @every_device
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("poison", range(1, 8))
+@pytest.mark.parametrize("bits", [2, 3])
+def test_every_poison_raises_the_flag_of_the_reference(bits, poison, value, device):
+    x = torch.randn(100, device=device)
+    x[50] = value
+    borders = tuple(float(i) for i in range(2**bits - 1))
+    arguments = (bits, borders, "none", poison, (1,))
+    assert kernels.encode(x, *arguments)[-1] == reference.encode(x, *arguments)[-1]
+
+
+@every_device
 @pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9])
 def test_dropout_equals_the_reference(p, dtype, device):

@@ -77,7 +77,7 @@ def test_infinities_and_nan():
     x = torch.full((1, 1, 6, 6), -math.inf)
     compare(x, 2, 2)
     x[0, 0, 1, 1] = math.nan
-    y = few_bit.max_pool2d(x.requires_grad_(), 2)
+    y = few_bit.max_pool2d(x.requires_grad_(), 2, ())
     assert y[0, 0, 0, 0].isnan()
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert dx[0, 0, 1, 1] == 1
@@ -137,6 +137,8 @@ def test_refusals():
         few_bit.max_pool2d(x[0, 0], 2)
     with pytest.raises(InputError, match="one or 2 are expected"):
         few_bit.max_pool2d(x, (2, 2, 2))
+    with pytest.raises(InputError, match="neither a whole number"):
+        few_bit.max_pool2d(x, 2.0)
     with pytest.raises(InputError, match=r"torch\.int64"):
         few_bit.max_pool2d(x.detach().long(), 2)
     with pytest.raises(DoubleBackwardError):

@@ -1,5 +1,7 @@
 """Checks that every few-bit function makes before any work."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,10 @@ def check_tensor(x: object, function: str) -> None:
     """Raises `InputError` unless `x` is a tensor of a floating dtype that the kernels know."""
     if not isinstance(x, Tensor):
         raise InputError(f"{function} takes a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise InputError(
+            f"{function} takes a dense tensor, got layout {x.layout}; densify it first"
+        )
     if x.dtype not in _DTYPES:
         raise InputError(
             f"{function} takes float32, bfloat16, float16 or float64, got {x.dtype};"
@@ -27,6 +33,34 @@ def check_codebook(codebook: object) -> Codebook:
             f"codebook={codebook!r} is not a Codebook; fit_codebook(f, bits) makes one"
         )
     return codebook
+
+
+def check_numbers(function: str, **values: object) -> None:
+    """Raises `InputError` unless every value is a number."""
+    for name, value in values.items():
+        if not isinstance(value, int | float):
+            raise InputError(f"{function}: {name}={value!r} is not a number")
+
+
+def check_inplace(x: Tensor) -> None:
+    """Raises what torch raises, before anything is written."""
+    base = x._base if x._is_view() else x
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation."
+        )
+
+
+def autocast(x: Tensor, probe: Callable[[Tensor], Tensor]) -> Tensor:
+    """`x` in the dtype in which autocast would run it; nothing keeps the cast copy.
+
+    `probe` runs torch's function on an empty tensor like `x`, so that its lists of functions are
+    not repeated here.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(probe(x.detach().new_empty(0)).dtype)
 
 
 def needs_codes(x: Tensor) -> bool:

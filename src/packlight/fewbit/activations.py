@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,8 +41,9 @@ def relu_squared(x: Tensor) -> Tensor:
 
 def nonfinite_derivative(function: Callable[[Tensor], Tensor]) -> int:
     """At which of NaN, -inf and inf torch's derivative of `function` is not finite, as a mask."""
-    with torch.enable_grad():
-        x = torch.tensor([math.nan, -math.inf, math.inf], dtype=torch.float64, requires_grad=True)
+    values = [math.nan, -math.inf, math.inf]
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.tensor(values, dtype=torch.float64, device="cpu", requires_grad=True)
         (derivative,) = torch.autograd.grad(function(x).sum(), x)
     kinds = (NAN, NEGATIVE_INFINITY, POSITIVE_INFINITY)
     finite = derivative.isfinite().tolist()
@@ -66,8 +68,8 @@ class Exact:
 
     `code` repeats the comparison that torch's own backward makes, so that ties and NaN fall on the
     same side. `mask` says that torch's backward selects rather than multiplies: where the level is
-    0 the gradient is 0 even if dy is infinite. `rounds` says that torch rounds the parameters to
-    the tensor's dtype before it compares.
+    0 the gradient is 0 even if dy is infinite. `rounds` names the devices on which torch rounds the
+    parameters to the tensor's dtype before it compares.
     """
 
     function: Callable[..., Tensor]
@@ -75,13 +77,13 @@ class Exact:
     code: Callable[..., Tensor]
     levels: Callable[..., tuple[float, ...]]
     mask: bool = True
-    rounds: bool = False
+    rounds: tuple[str, ...] = ()
 
-    def compared(self, parameters: Sequence[float], dtype: torch.dtype) -> list[float]:
-        """The parameters as torch compares with them for tensors of `dtype`."""
-        if not self.rounds:
+    def compared(self, parameters: Sequence[float], x: Tensor) -> list[float]:
+        """The parameters as torch compares `x` with them."""
+        if x.device.type not in self.rounds:
             return list(parameters)
-        return [torch.tensor(value, dtype=dtype).item() for value in parameters]
+        return [torch.tensor(value, dtype=x.dtype, device="cpu").item() for value in parameters]
 
 
 CONTINUOUS: dict[str, Continuous] = {
@@ -104,8 +106,10 @@ CONTINUOUS: dict[str, Continuous] = {
 }
 
 
+EVERYWHERE = ("cpu", "cuda")
+
 # torch multiplies by this float32 number, in float64 too.
-ONE_SIXTH = torch.tensor(1 / 6).item()
+ONE_SIXTH = float(np.float32(1 / 6))
 
 
 def _band(x: Tensor, low: float, high: float) -> Tensor:
@@ -126,7 +130,7 @@ EXACT: dict[str, Exact] = {
         mask=False,
     ),
     "hardshrink": Exact(
-        F.hardshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one, rounds=True
+        F.hardshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one, rounds=EVERYWHERE
     ),
     "hardsigmoid": Exact(F.hardsigmoid, 1, lambda x: (x > -3) & (x < 3), lambda: (0.0, ONE_SIXTH)),
     "hardtanh": Exact(F.hardtanh, 1, lambda x, low, high: ~((x <= low) | (x >= high)), _zero_one),
@@ -136,9 +140,9 @@ EXACT: dict[str, Exact] = {
     "relu": Exact(F.relu, 1, lambda x: ~(x <= 0), _zero_one),
     "relu6": Exact(F.relu6, 1, lambda x: ~((x <= 0) | (x >= 6)), _zero_one),
     "softshrink": Exact(
-        F.softshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one, rounds=True
+        F.softshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one, rounds=EVERYWHERE
     ),
     "threshold": Exact(
-        F.threshold, 1, lambda x, threshold, value: ~(x <= threshold), _zero_one, rounds=True
+        F.threshold, 1, lambda x, threshold, value: ~(x <= threshold), _zero_one, rounds=("cuda",)
     ),
 }

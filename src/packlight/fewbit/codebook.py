@@ -27,9 +27,11 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from packlight.errors import InputError, MissingDependencyError
 from packlight.fewbit.activations import CONTINUOUS
+from packlight.fewbit.method import check_bits
 
 Parity = Literal["none", "even", "complement"]
 Objective = Literal["derivative", "primitive"]
@@ -85,7 +87,7 @@ class Codebook:
     domain: tuple[float, float] = DEFAULT_DOMAIN
 
     def __post_init__(self) -> None:
-        _check_bits(self.bits)
+        check_bits(self.bits)
         _check_choice("parity", self.parity, get_args(Parity))
         low, high = _checked_domain(self.domain)
         object.__setattr__(self, "domain", (low, high))
@@ -251,7 +253,7 @@ def fit_codebook(
     weight that is negative, not finite or zero everywhere; f' not finite on the domain; a parity or
     a limit that f' lacks; an unknown name.
     """
-    _check_bits(bits)
+    check_bits(bits)
     _check_choice("objective", objective, get_args(Objective))
     _check_choice("parity", parity, ("auto", *get_args(Parity)))
     _check_choice("pin_tails", pin_tails, (False, True, "where_bounded"))
@@ -291,7 +293,7 @@ def default_codebook(name: str, bits: int, parameters: tuple[float, ...] = ()) -
     shipped file; others, say of ELU(alpha=0.3), are solved when first asked for (a fraction of a
     second) and kept in memory. Raises `InputError` for an unknown name or number of parameters.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if name not in CONTINUOUS:
         raise InputError(
             f"no codebook for {name!r}; functions with one: {', '.join(sorted(CONTINUOUS))}. "
@@ -306,7 +308,8 @@ def default_codebook(name: str, bits: int, parameters: tuple[float, ...] = ()) -
         )
     if parameters == defaults:
         return _shipped_codebooks()[name, bits]
-    return _solved_codebook(name, bits, parameters)
+    with unset_fake_temporarily():  # a model may be built and traced without data
+        return _solved_codebook(name, bits, parameters)
 
 
 def solve_default(name: str, bits: int, parameters: tuple[float, ...]) -> Codebook:
@@ -343,11 +346,6 @@ def _pieces(bits: int, parity: str) -> int:
 
 def _complement(levels: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(1 - level for level in levels)
-
-
-def _check_bits(bits: object) -> None:
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
-        raise InputError(f"bits={bits!r}: expected an int from 1 to 8")
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -10,7 +10,13 @@ from torch import Tensor
 from packlight._philox import draw_seed
 from packlight.errors import InputError
 from packlight.fewbit import ops
-from packlight.fewbit._checks import check_tensor, needs_codes, refuse_second_derivative
+from packlight.fewbit._checks import (
+    check_inplace,
+    check_numbers,
+    check_tensor,
+    needs_codes,
+    refuse_second_derivative,
+)
 from packlight.packing.layout import dense_stride
 
 
@@ -42,13 +48,15 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """Zeroes each element with probability p and divides the rest by 1 - p.
 
     Keeps 1 bit an element, where torch keeps a byte (a scaled copy on the CPU). Exact: the gradient
-    belongs to the very mask of the forward. The mask comes from Philox4x32-10 and a seed drawn from
-    the ambient generator of the tensor's device, so `torch.manual_seed` repeats a run bit for bit
-    and a checkpoint's recomputation sees the same mask. The stream differs from torch's own.
+    has the very mask of the forward, and 1 / (1 - p) in fp32. The mask comes from Philox4x32-10 and
+    a seed drawn from the ambient generator of the tensor's device, so `torch.manual_seed` repeats a
+    run bit for bit and a checkpoint's recomputation sees the same mask. The stream differs from
+    torch's own.
 
     Raises `InputError` when p is outside 0 to 1.
     """
     check_tensor(input, "dropout")
+    check_numbers("dropout", p=p)
     if not 0.0 <= p <= 1.0:
         raise InputError(f"p={p!r} is not a probability from 0 to 1")
     if not training or p in (0.0, 1.0):
@@ -56,9 +64,13 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     seed = draw_seed(input)
     # Without a gradient too: a checkpoint runs its first pass so, and must see the same mask.
     if needs_codes(input):
+        if inplace:
+            check_inplace(input)
         return _drop(input, seed, p, inplace)
     if inplace:
         ops.dropout_(input, seed, p, False)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(input)  # as any in-place operation of torch
         return input
     y: Tensor = ops.dropout(input, seed, p, False)[0]
     return y

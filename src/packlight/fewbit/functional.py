@@ -22,16 +22,21 @@ outside 1 to 8. Source: Novikov et al., ICML 2023, arXiv 2202.00441.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.fewbit._checks import (
+    autocast,
     check_codebook,
+    check_inplace,
+    check_numbers,
     check_tensor,
     needs_codes,
     refuse_second_derivative,
@@ -39,6 +44,7 @@ from packlight.fewbit._checks import (
 from packlight.fewbit.activations import (
     CONTINUOUS,
     EXACT,
+    NAN,
     nonfinite_derivative,
 )
 from packlight.fewbit.codebook import Codebook, default_codebook
@@ -65,9 +71,18 @@ def _continuous_coding(
 ) -> tuple[Any, ...]:
     """As a plain tuple, which older versions of torch.compile can take as a constant."""
     if codebook is None:
-        codebook = default_codebook(name, check_bits(bits), parameters)
-    check_codebook(codebook)
-    return tuple(_of_codebook(codebook, CONTINUOUS[name].poison))
+        codebook = default_codebook(name, bits, parameters)
+    return tuple(_of_codebook(codebook, _poison(name, parameters)))
+
+
+@functools.cache
+def _poison(name: str, parameters: tuple[float, ...]) -> int:
+    """At which inputs the derivative is not finite, with these parameters. NaN always counts."""
+    row = CONTINUOUS[name]
+    if parameters == tuple(row.parameters.values()):
+        return row.poison
+    with unset_fake_temporarily():
+        return NAN | nonfinite_derivative(lambda x: row.function(x, *parameters))
 
 
 def _of_codebook(codebook: Codebook, poison: int) -> _Coding:
@@ -142,14 +157,6 @@ class _Custom(torch.autograd.Function):
         return ops.decode_backward(grad_output, codes, *ctx.decoding, ctx.stride), None, None
 
 
-def _autocast(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`x` in the dtype in which autocast would run `function`; nothing keeps the cast copy."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x
-    # Asked of torch on an empty tensor, so that its lists of functions are not repeated here.
-    return x.to(function(x.detach().new_empty(0)).dtype)
-
-
 _activate_custom: Callable[..., Tensor] = _Custom.apply
 
 
@@ -168,11 +175,21 @@ def _continuous(
     inplace: bool = False,
 ) -> Tensor:
     check_tensor(x, name)
-    coding = _continuous_coding(name, parameters, bits, codebook)
+    check_numbers(name, **dict(zip(CONTINUOUS[name].parameters, parameters, strict=True)))
+    if codebook is None:
+        check_bits(bits)
+    else:
+        check_codebook(codebook)
     function = CONTINUOUS[name].function
     if not needs_codes(x):
         return _plain(x, function, parameters, inplace)
-    x = _autocast(x, lambda empty: function(empty, *parameters))
+    if inplace:
+        check_inplace(x)
+    if torch.compiler.is_compiling():
+        # A float that took two values is a symbol to the compiler; hashed, it is a number again.
+        parameters = tuple(next(iter({value})) for value in parameters)
+    coding = _continuous_coding(name, parameters, bits, codebook)
+    x = autocast(x, lambda empty: function(empty, *parameters))
     return _activate(x, name, parameters, inplace, coding)
 
 
@@ -180,8 +197,11 @@ def _exact(
     x: Tensor, name: str, parameters: tuple[float, ...] = (), inplace: bool = False
 ) -> Tensor:
     check_tensor(x, name)
+    check_numbers(name, **{f"parameter {i + 1}": value for i, value in enumerate(parameters)})
     if not needs_codes(x):
         return _plain(x, EXACT[name].function, parameters, inplace)
+    if inplace:
+        check_inplace(x)
     return _activate(x, name, parameters, inplace, tuple(_exact_coding(name, parameters)))
 
 
@@ -342,7 +362,7 @@ class _CustomActivation:
         check_tensor(input, "activation")
         if not needs_codes(input):
             return self.function(input)
-        x = _autocast(input, self.function)
+        x = autocast(input, self.function)
         return _activate_custom(x, self.function, tuple(self.coding))
 
 
@@ -379,6 +399,7 @@ def hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Tensor:
     """min(max(x, min_val), max_val). Keeps 1 bit an element; exact."""
+    check_numbers("hardtanh", min_val=min_val, max_val=max_val)
     if min_val > max_val:
         raise InputError(f"min_val={min_val} is above max_val={max_val}")
     return _exact(input, "hardtanh", (min_val, max_val), inplace)
@@ -401,6 +422,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """x - lambd for x > lambd, x + lambd for x < -lambd, else 0. Keeps 1 bit; exact."""
+    check_numbers("softshrink", lambd=lambd)
     if lambd < 0:
         raise InputError(f"lambd={lambd} is negative")
     return _exact(input, "softshrink", (lambd,))

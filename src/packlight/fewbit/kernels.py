@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight.fewbit.activations import EXACT
+from packlight.fewbit.activations import EXACT, NON_FINITE
 from packlight.packing.kernels import code_of, empty_word, load_word, store_word
 from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes
 
@@ -477,8 +477,7 @@ PARITY = {"none": 0, "even": 1, "complement": 2}
 NONE = tl.constexpr(0)
 COMPLEMENT = tl.constexpr(2)
 
-POISON_ALL = tl.constexpr(7)
-POISON_UP = tl.constexpr(5)
+ANY_NONFINITE = tl.constexpr(NON_FINITE)
 
 # Up to three borders stay in registers; a deeper tree runs out of predicate registers.
 TREE_DEPTH = tl.constexpr(2)
@@ -532,6 +531,7 @@ def _forward_kernel(
 
     word = empty_word(BLOCK, BITS)
     bad = tl.zeros([BLOCK], dtype=tl.float32)
+    low_x = tl.zeros([BLOCK], dtype=tl.float32)
     for j in tl.static_range(8):
         x = xs[j].to(tl.float32)
         if FORWARD is not None:
@@ -560,10 +560,12 @@ def _forward_kernel(
                 else:
                     word |= ((sign >> 31) & 1).to(word.dtype) << ((j + 1) * BITS - 1)
 
-        if POISON == POISON_ALL:
+        if POISON == ANY_NONFINITE:
             bad += x * 0.0
         elif POISON != 0:
             bad = tl.maximum(bad, x, propagate_nan=tl.PropagateNan.ALL)
+            if (POISON & 2) != 0:  # NEGATIVE_INFINITY
+                low_x = tl.minimum(low_x, x)
 
     if FULL:
         store_word(codes_ptr, word, lane, groups, None, BITS)
@@ -571,8 +573,11 @@ def _forward_kernel(
         store_word(codes_ptr, word, lane, groups, lane < groups - start, BITS)
     if POISON != 0:
         poisoned = bad != bad
-        if POISON == POISON_UP:
-            poisoned |= bad == float("inf")
+        if POISON != ANY_NONFINITE:
+            if (POISON & 4) != 0:  # POSITIVE_INFINITY
+                poisoned |= bad == float("inf")
+            if (POISON & 2) != 0:  # NEGATIVE_INFINITY
+                poisoned |= low_x == float("-inf")
         tl.store(flag_ptr, 1, tl.max(poisoned.to(tl.int32), 0) != 0)
 
 
@@ -634,12 +639,14 @@ def _backward_kernel(
 
 # --- Launchers, with the signatures of reference.py.
 
+# Tables kept on devices. A captured CUDA graph holds their addresses, so none should leave early.
+TABLES = 4096
 # Words a program. Of 256 to 2048, and 2 to 8 warps, this is the best or near it in 16 and 32 bits.
 BLOCK = 512
 _DIGITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=TABLES)
 def _levels(values: tuple[float, ...], bits: int, device: torch.device) -> Tensor:
     """Levels by code, then as many NaN. Kept: a copy from the host at every call would wait."""
     padded = values + (math.nan,) * (2 ** (bits + 1) - len(values))
@@ -657,7 +664,7 @@ class _Borders(NamedTuple):
     last: int = 0
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=TABLES)
 def _borders(values: tuple[float, ...], depth: int, folded: bool, device: torch.device) -> _Borders:
     """The cheapest form for these borders: registers, bins, or binary search."""
     if depth > TREE_DEPTH.value and (bins := _bins(np.asarray(values, dtype=np.float32), folded)):
@@ -674,7 +681,7 @@ def _bins(borders: np.ndarray, folded: bool) -> tuple[np.ndarray, float, float, 
     below t and those in higher bins above, and only the border in t's own bin is compared.
     """
     low, high = 0.0 if folded else float(borders[0]), float(borders[-1])
-    if low == high:
+    if not 0 < high - low < np.finfo(np.float32).max:
         return None
     for count in (int(2 ** (k / 4)) for k in range(20, 49)):
         scale = np.float32((count - 4) / (high - low))
@@ -713,7 +720,7 @@ def _launch_forward(
     if n == 0:
         return codes
     if name in EXACT:
-        parameters = EXACT[name].compared(parameters, x.dtype)
+        parameters = EXACT[name].compared(parameters, x)
     a, b = (*parameters, 0.0, 0.0)[:2]
     depth = bits - (parity == "complement")
     table = _borders(tuple(borders), depth, parity != "none", x.device)

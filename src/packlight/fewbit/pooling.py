@@ -1,5 +1,6 @@
 """Max pooling that keeps the offset of each maximum in its window."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,12 @@ from torch import Tensor
 
 from packlight.errors import InputError
 from packlight.fewbit import ops
-from packlight.fewbit._checks import check_tensor, needs_codes, refuse_second_derivative
+from packlight.fewbit._checks import (
+    autocast,
+    check_tensor,
+    needs_codes,
+    refuse_second_derivative,
+)
 
 Size = int | Sequence[int]
 
@@ -43,8 +49,11 @@ class _MaxPool(torch.autograd.Function):
 _pool: Callable[..., Any] = _MaxPool.apply
 
 
-def _tuple(value: Size, axes: int, name: str) -> tuple[int, ...]:
-    sizes = (value,) * axes if isinstance(value, int) else tuple(value)
+def _tuple(value: Any, axes: int, name: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(map(operator.index, value if isinstance(value, Sequence) else [value]))
+    except TypeError:
+        raise InputError(f"{name}={value!r} is neither a whole number nor several") from None
     if len(sizes) == 1:
         sizes = sizes * axes
     if len(sizes) != axes:
@@ -71,11 +80,12 @@ def _max_pool(
             f"max_pool{axes}d takes {axes + 1} or {axes + 2} dimensions, got shape"
             f" {tuple(input.shape)}"
         )
+    input = autocast(input, lambda empty: plain(empty.new_empty((1,) * (axes + 1)), 1))
     kernel = _tuple(kernel_size, axes, "kernel_size")
     window = (
         kernel,
         # torch takes an empty stride for "the kernel size" as well as None.
-        kernel if stride is None or stride == [] else _tuple(stride, axes, "stride"),
+        kernel if stride is None or stride in ((), []) else _tuple(stride, axes, "stride"),
         _tuple(padding, axes, "padding"),
         _tuple(dilation, axes, "dilation"),
     )
@@ -112,7 +122,7 @@ def max_pool2d(
     (4 for a 3x3 window), where torch keeps the input and an int64 index. Exact; overlapping windows
     add in fp32. `return_indices` gives torch's int64 indices, rebuilt; whether they live on is the
     caller's choice. Channels-last stays channels-last. Windows of more than 256 elements run in
-    plain PyTorch on a GPU.
+    plain PyTorch on a GPU, and round up to 64 bytes for every 8 bits of an offset.
     """
     return _max_pool(
         input, 2, F.max_pool2d, kernel_size, stride, padding, dilation, ceil_mode, return_indices

@@ -212,7 +212,7 @@ def max_pool(
             *_geometry(x.shape, size, kernel, stride, padding, dilation),
             WINDOW=math.prod(kernel),
             CHANNELS_LAST=layout is not torch.contiguous_format,
-            LARGE=x.numel() >= 2**30,
+            LARGE=max(x.numel(), n) >= 2**30,
             BITS=bits,
             BLOCK=BLOCK,
         )
@@ -248,7 +248,7 @@ def max_pool_backward(
             *_geometry(input_size, grad_output.shape, kernel, stride, padding, dilation),
             WINDOW=math.prod(kernel),
             CHANNELS_LAST=layout is not torch.contiguous_format,
-            LARGE=math.prod(input_size) >= 2**30,
+            LARGE=max(grad_input.numel(), grad_output.numel()) >= 2**30,
             BITS=bits,
             BLOCK=BLOCK,
         )

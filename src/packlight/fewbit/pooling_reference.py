@@ -81,14 +81,23 @@ def _offsets(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Window offsets [..., *out] of torch's flat indices into the spatial plane `size`."""
+    """Window offsets [..., *out] of torch's flat indices into the spatial plane `size`.
+
+    torch's own indices leave the window where all of it is -inf or padding (in some layouts): there
+    the window's first position inside the plane stands in.
+    """
     axes = len(kernel)
-    offset = torch.zeros_like(index)
+    offset, first = torch.zeros_like(index), torch.zeros_like(index)
+    inside = torch.ones_like(index, dtype=torch.bool)
     for d in range(axes):
         position = index // math.prod(size[d + 1 :]) % size[d]
         start = _starts(index.shape[d - axes], d, axes, stride[d], padding[d], index)
-        offset = offset * kernel[d] + (position - start) // dilation[d]
-    return offset
+        within = torch.div(position - start, dilation[d], rounding_mode="floor")
+        inside &= (within >= 0) & (within < kernel[d])
+        offset = offset * kernel[d] + within
+        skipped = ((-start).clamp(min=0) + dilation[d] - 1) // dilation[d]
+        first = first * kernel[d] + skipped.clamp(max=kernel[d] - 1)
+    return torch.where(inside, offset, first)
 
 
 def _indices(
@@ -99,14 +108,17 @@ def _indices(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """The inverse of `_offsets`."""
+    """The inverse of `_offsets`; -1 where the position lies in the padding."""
     axes = len(kernel)
     index = torch.zeros_like(offset)
+    inside = torch.ones_like(offset, dtype=torch.bool)
     for d in range(axes):
         within = offset // math.prod(kernel[d + 1 :]) % kernel[d]
         start = _starts(offset.shape[d - axes], d, axes, stride[d], padding[d], offset)
-        index = index * size[d] + start + within * dilation[d]
-    return index
+        position = start + within * dilation[d]
+        inside &= (position >= 0) & (position < size[d])
+        index = index * size[d] + position
+    return torch.where(inside, index, -1)
 
 
 def max_pool(
@@ -165,7 +177,10 @@ def max_pool_backward(
     input_size: Sequence[int],
     output_stride: Sequence[int],
 ) -> Tensor:
-    """Adds every dy to the input position that its offset names; laid out as the output was."""
+    """Adds every dy to the input position that its offset names; laid out as the output was.
+
+    A window that lies wholly in the padding has no such position, and its dy goes nowhere.
+    """
     axes = len(kernel)
     size = grad_output.shape
     index = max_pool_indices(
@@ -177,8 +192,10 @@ def max_pool_backward(
         planes, math.prod(input_size[-axes:]), dtype=dtype, device=grad_output.device
     )
     if grad_output.numel():
-        source = grad_output.reshape(planes, -1).to(dtype)
-        total.scatter_add_(1, index.reshape(planes, -1), source)
+        index = index.reshape(planes, -1)
+        inside = index >= 0
+        source = grad_output.reshape(planes, -1).to(dtype).where(inside, 0.0)
+        total.scatter_add_(1, index.where(inside, 0), source)
     grad_input = total.to(grad_output.dtype).view(tuple(input_size))
     layout = output_format(size, output_stride, axes)
     return _laid_out(grad_input, layout)

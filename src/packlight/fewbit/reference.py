@@ -86,7 +86,7 @@ def activation(
         exact = EXACT[name]
         y = _with_stride(exact.function(x, *parameters), stride)
         flat = memory_order(x, stride)
-        compared = exact.compared(parameters, x.dtype)
+        compared = exact.compared(parameters, x)
         codes = exact.code(flat.to(_compute_dtype(flat)), *compared).to(torch.uint8)
         return y, _pack(flat, codes, bits, poison=0)
     y = _with_stride(CONTINUOUS[name].function(x, *parameters), stride)
