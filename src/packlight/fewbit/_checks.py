@@ -51,16 +51,24 @@ def check_inplace(x: Tensor) -> None:
         )
 
 
-def autocast(x: Tensor, probe: Callable[[Tensor], Tensor]) -> Tensor:
+_autocast_dtypes: dict[tuple[object, ...], torch.dtype] = {}
+
+
+def autocast(x: Tensor, name: str | None, probe: Callable[[Tensor], Tensor]) -> Tensor:
     """`x` in the dtype in which autocast would run it; nothing keeps the cast copy.
 
-    `probe` runs torch's function on an empty tensor like `x`, so that its lists of functions are
-    not repeated here.
+    `probe` runs torch's function on an empty tensor like `x`, so that torch's lists of functions
+    are not repeated here. The answer is remembered for functions with a name.
     """
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x
-    return x.to(probe(x.detach().new_empty(0)).dtype)
+    if name is None or torch.compiler.is_compiling():
+        return x.to(probe(x.detach().new_empty(0)).dtype)
+    key = (name, kind, x.dtype, torch.get_autocast_dtype(kind))
+    if key not in _autocast_dtypes:
+        _autocast_dtypes[key] = probe(x.detach().new_empty(0)).dtype
+    return x.to(_autocast_dtypes[key])
 
 
 def needs_codes(x: Tensor) -> bool:

@@ -189,7 +189,7 @@ def _continuous(
         # A float that took two values is a symbol to the compiler; hashed, it is a number again.
         parameters = tuple(next(iter({value})) for value in parameters)
     coding = _continuous_coding(name, parameters, bits, codebook)
-    x = autocast(x, lambda empty: function(empty, *parameters))
+    x = autocast(x, name, lambda empty: function(empty, *parameters))
     return _activate(x, name, parameters, inplace, coding)
 
 
@@ -362,7 +362,7 @@ class _CustomActivation:
         check_tensor(input, "activation")
         if not needs_codes(input):
             return self.function(input)
-        x = autocast(input, self.function)
+        x = autocast(input, None, self.function)
         return _activate_custom(x, self.function, tuple(self.coding))
 
 

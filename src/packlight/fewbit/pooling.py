@@ -80,7 +80,8 @@ def _max_pool(
             f"max_pool{axes}d takes {axes + 1} or {axes + 2} dimensions, got shape"
             f" {tuple(input.shape)}"
         )
-    input = autocast(input, lambda empty: plain(empty.new_empty((1,) * (axes + 1)), 1))
+    name = f"max_pool{axes}d"
+    input = autocast(input, name, lambda empty: plain(empty.new_empty((1,) * (axes + 1)), 1))
     kernel = _tuple(kernel_size, axes, "kernel_size")
     window = (
         kernel,
