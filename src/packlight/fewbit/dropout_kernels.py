@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packlight.fewbit.dropout_reference import drop_below
-from packlight.packing.kernels import empty_word, store_word
+from packlight.packing.kernels import empty_word, load_rows, store_row, store_word
 from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes
 
 BLOCK = 512
@@ -37,25 +37,14 @@ def _dropout_kernel(
     y_ptr += start
     codes_ptr += start
 
-    xs = ()
-    for j in tl.static_range(8):
-        if FULL:
-            xs = xs + (tl.load(x_ptr + j * groups + lane),)
-        else:
-            inside = (lane < groups - start) & (lane < n - start - j * groups)
-            xs = xs + (tl.load(x_ptr + j * groups + lane, inside, other=0.0),)
+    xs = load_rows(x_ptr, start, lane, n, groups, FULL)
     draws = tl.philox(seed, group, zero, zero, zero) + tl.philox(seed, group, zero + 1, zero, zero)
 
     word = empty_word(BLOCK, 1)
     for j in tl.static_range(8):
         kept = draws[j] >= tl.full([], drop_below, tl.uint32)
         y = tl.where(kept, xs[j].to(tl.float32) * scale, xs[j].to(tl.float32) * 0.0)
-        y = y.to(y_ptr.dtype.element_ty)
-        if FULL:
-            tl.store(y_ptr + j * groups + lane, y)
-        else:
-            inside = (lane < groups - start) & (lane < n - start - j * groups)
-            tl.store(y_ptr + j * groups + lane, y, inside)
+        store_row(y_ptr, y, j, start, lane, n, groups, FULL)
         word |= kept.to(tl.int32) << j
     if KEEP_CODES:
         store_word(codes_ptr, word, lane, groups, lane < groups - start, 1)

@@ -22,7 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from packlight.fewbit.activations import EXACT, NON_FINITE
-from packlight.packing.kernels import code_of, empty_word, load_word, store_word
+from packlight.packing.kernels import (
+    code_of,
+    empty_word,
+    load_rows,
+    load_word,
+    store_row,
+    store_word,
+)
 from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes
 
 # --- Mathematics, in fp32. DIGITS is the number of significand bits of the tensor's dtype: 24, 11
@@ -518,13 +525,7 @@ def _forward_kernel(
     codes_ptr += start
 
     # All loads come first: the stores below may alias them, so the compiler would not move them up.
-    xs = ()
-    for j in tl.static_range(8):
-        if FULL:
-            xs = xs + (tl.load(x_ptr + j * groups + lane),)
-        else:
-            inside = (lane < groups - start) & (lane < n - start - j * groups)
-            xs = xs + (tl.load(x_ptr + j * groups + lane, inside, other=0.0),)
+    xs = load_rows(x_ptr, start, lane, n, groups, FULL)
     borders = ()
     if CODE is None and DEPTH <= TREE_DEPTH:
         borders = _load_borders(table_ptr, DEPTH)
@@ -535,12 +536,8 @@ def _forward_kernel(
     for j in tl.static_range(8):
         x = xs[j].to(tl.float32)
         if FORWARD is not None:
-            y = FORWARD(x, a, b, DIGITS).to(y_ptr.dtype.element_ty)
-            if FULL:
-                tl.store(y_ptr + j * groups + lane, y)
-            else:
-                inside = (lane < groups - start) & (lane < n - start - j * groups)
-                tl.store(y_ptr + j * groups + lane, y, inside)
+            y = FORWARD(x, a, b, DIGITS)
+            store_row(y_ptr, y, j, start, lane, n, groups, FULL)
 
         if CODE is not None:
             word |= CODE(x, a, b).to(word.dtype) << (j * BITS)
@@ -605,13 +602,7 @@ def _backward_kernel(
     dx_ptr += start
     codes_ptr += start
 
-    dys = ()
-    for j in tl.static_range(8):
-        if FULL:
-            dys = dys + (tl.load(dy_ptr + j * groups + lane),)
-        else:
-            inside = (lane < groups - start) & (lane < n - start - j * groups)
-            dys = dys + (tl.load(dy_ptr + j * groups + lane, inside, other=0.0),)
+    dys = load_rows(dy_ptr, start, lane, n, groups, FULL)
     if FULL:
         word = load_word(codes_ptr, lane, groups, None, BLOCK, BITS)
     else:
@@ -629,12 +620,7 @@ def _backward_kernel(
         dx = dys[j].to(tl.float32) * level
         if MASK:
             dx = tl.where(level == 0, 0.0, dx)
-        dx = dx.to(dx_ptr.dtype.element_ty)
-        if FULL:
-            tl.store(dx_ptr + j * groups + lane, dx)
-        else:
-            inside = (lane < groups - start) & (lane < n - start - j * groups)
-            tl.store(dx_ptr + j * groups + lane, dx, inside)
+        store_row(dx_ptr, dx, j, start, lane, n, groups, FULL)
 
 
 # --- Launchers, with the signatures of reference.py.

@@ -14,6 +14,33 @@ def empty_word(BLOCK: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def load_rows(x_ptr, start, lane, n, groups, FULL: tl.constexpr):
+    """The eight elements of every word of a block, 8 tensors [BLOCK]. `x_ptr` points at the block.
+
+    FULL says that every block is whole, so that nothing is masked.
+    """
+    rows = ()
+    for j in tl.static_range(8):
+        if FULL:
+            rows = rows + (tl.load(x_ptr + j * groups + lane),)
+        else:
+            inside = (lane < groups - start) & (lane < n - start - j * groups)
+            rows = rows + (tl.load(x_ptr + j * groups + lane, inside, other=0.0),)
+    return rows
+
+
+@triton.jit
+def store_row(y_ptr, y, j: tl.constexpr, start, lane, n, groups, FULL: tl.constexpr):
+    """Stores row j of a block in the dtype of `y_ptr`."""
+    y = y.to(y_ptr.dtype.element_ty)
+    if FULL:
+        tl.store(y_ptr + j * groups + lane, y)
+    else:
+        inside = (lane < groups - start) & (lane < n - start - j * groups)
+        tl.store(y_ptr + j * groups + lane, y, inside)
+
+
+@triton.jit
 def store_word(packed_ptr, word, lane, groups, mask, BITS: tl.constexpr):
     """Stores [BLOCK] words of 8 codes, byte p into plane p. `packed_ptr` points at the block."""
     for p in tl.static_range(BITS):
