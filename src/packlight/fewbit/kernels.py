@@ -700,7 +700,7 @@ def _launch_forward(
 ) -> Tensor:
     """Runs over flat `x` into flat `y` (which may be `x`, or None) and returns the codes."""
     n, groups = x.numel(), lanes(x.numel())
-    codes = x.new_empty(packed_bytes(n, bits) + (poison != 0), dtype=torch.uint8)
+    codes = x.new_empty(packed_bytes(n, bits) + int(poison != 0), dtype=torch.uint8)
     if poison:
         codes[-1:].zero_()
     if n == 0:

@@ -11,7 +11,7 @@ from packlight.packing.layout import packed_bytes
 
 
 def _fake_codes(x: Tensor, bits: int, poison: int) -> Tensor:
-    return x.new_empty(packed_bytes(x.numel(), bits) + (poison != 0), dtype=torch.uint8)
+    return x.new_empty(packed_bytes(x.numel(), bits) + int(poison != 0), dtype=torch.uint8)
 
 
 def _fake_activation(

@@ -64,7 +64,7 @@ def encode(
 
 def _pack(flat: Tensor, codes: Tensor, bits: int, poison: int) -> Tensor:
     size = packed_bytes(flat.numel(), bits)
-    packed = codes.new_empty(size + (poison != 0))
+    packed = codes.new_empty(size + int(poison != 0))
     packing.pack(codes, bits, out=packed[:size])
     if poison:
         packed[size:] = _poisoned(flat, poison) if flat.numel() else 0
