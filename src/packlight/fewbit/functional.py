@@ -69,13 +69,19 @@ class _Coding(NamedTuple):
 def _continuous_coding(
     name: str, parameters: tuple[float, ...], bits: int, codebook: Codebook | None
 ) -> tuple[Any, ...]:
+    return _look_up(name, parameters, bits, codebook)
+
+
+@functools.lru_cache(maxsize=4096)  # on the path of every call
+def _look_up(
+    name: str, parameters: tuple[float, ...], bits: int, codebook: Codebook | None
+) -> tuple[Any, ...]:
     """As a plain tuple, which older versions of torch.compile can take as a constant."""
     if codebook is None:
         codebook = default_codebook(name, bits, parameters)
     return tuple(_of_codebook(codebook, _poison(name, parameters)))
 
 
-@functools.cache
 def _poison(name: str, parameters: tuple[float, ...]) -> int:
     """At which inputs the derivative is not finite, with these parameters. NaN always counts."""
     row = CONTINUOUS[name]
