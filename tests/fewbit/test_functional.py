@@ -181,3 +181,8 @@ def test_inplace_dropout_counts_as_a_modification():
 def test_wrong_types_raise(call):
     with pytest.raises(InputError):
         call(torch.randn(4, requires_grad=True))
+
+
+def test_solving_a_book_is_unseen_by_hooks_around_the_call():
+    x = torch.randn(64, requires_grad=True)
+    assert kept_bytes(lambda: few_bit.elu(x, 0.123456, bits=2)) == 64 * 2 // 8 + 1

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.graph import saved_tensors_hooks
 
 from packlight.errors import InputError
 from packlight.fewbit import ops
@@ -77,9 +78,15 @@ def _look_up(
     name: str, parameters: tuple[float, ...], bits: int, codebook: Codebook | None
 ) -> tuple[Any, ...]:
     """As a plain tuple, which older versions of torch.compile can take as a constant."""
-    if codebook is None:
-        codebook = default_codebook(name, bits, parameters)
-    return tuple(_of_codebook(codebook, _poison(name, parameters)))
+    # What autograd keeps while a book is solved is no business of hooks around the call.
+    with saved_tensors_hooks(_unchanged, _unchanged):
+        if codebook is None:
+            codebook = default_codebook(name, bits, parameters)
+        return tuple(_of_codebook(codebook, _poison(name, parameters)))
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _poison(name: str, parameters: tuple[float, ...]) -> int:
