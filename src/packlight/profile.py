@@ -222,7 +222,7 @@ def _is_hollow(tensor: Tensor) -> bool:
     try:
         return tensor.untyped_storage().data_ptr() == 0 and tensor.device.type != "meta"
     except (NotImplementedError, RuntimeError):
-        return True
+        return True  # asked for its storage, torch raises for a tensor that has none
 
 
 # ---- what is there before the forward pass -------------------------------------------------------

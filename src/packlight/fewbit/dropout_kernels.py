@@ -7,7 +7,7 @@ from torch import Tensor
 
 from packlight.fewbit.dropout_reference import drop_below
 from packlight.packing.kernels import empty_word, load_rows, store_row, store_word
-from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes
+from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes, write_back
 
 BLOCK = 512
 
@@ -81,6 +81,5 @@ def dropout_(x: Tensor, seed: Tensor, p: float, keep_codes: bool) -> Tensor:
     stride = dense_stride(x)
     flat = memory_order(x, stride)
     codes = _launch(flat, flat, seed, p, keep_codes)
-    if x.stride() != stride:
-        x.copy_(flat.as_strided(x.shape, stride))
+    write_back(x, flat, stride)
     return codes

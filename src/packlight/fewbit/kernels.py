@@ -30,7 +30,7 @@ from packlight.packing.kernels import (
     store_row,
     store_word,
 )
-from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes
+from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes, write_back
 
 # --- Mathematics, in fp32. DIGITS is the number of significand bits of the tensor's dtype: 24, 11
 # --- (fp16) or 8 (bf16). With fewer digits a cheaper form is still exact to the rounding.
@@ -479,7 +479,7 @@ def _code_search(t, borders_ptr, DEPTH: tl.constexpr):
 
 # --- The two kernels.
 
-# How a code is formed; the first three are the parities of a codebook.
+# The parities of a codebook as compile-time constants.
 PARITY = {"none": 0, "even": 1, "complement": 2}
 NONE = tl.constexpr(0)
 COMPLEMENT = tl.constexpr(2)
@@ -763,8 +763,7 @@ def activation_(
     stride = dense_stride(x)
     flat = memory_order(x, stride)
     codes = _launch_forward(flat, flat, name, parameters, bits, borders, parity, poison)
-    if x.stride() != stride:
-        x.copy_(flat.as_strided(x.shape, stride))
+    write_back(x, flat, stride)
     return codes
 
 

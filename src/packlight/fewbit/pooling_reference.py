@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight.packing import reference as packing
-from packlight.packing.layout import memory_order, packed_bytes
+from packlight.packing.layout import compute_dtype, memory_order, packed_bytes
 
 _POOL: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -187,7 +187,7 @@ def max_pool_backward(
         codes, kernel, stride, padding, dilation, input_size, size, output_stride
     )
     planes = math.prod(size[:-axes])
-    dtype = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(grad_output)
     total = torch.zeros(
         planes, math.prod(input_size[-axes:]), dtype=dtype, device=grad_output.device
     )

@@ -19,17 +19,12 @@ from packlight.fewbit.activations import (
     POSITIVE_INFINITY,
 )
 from packlight.packing import reference as packing
-from packlight.packing.layout import dense_stride, memory_order, packed_bytes
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Where torch computes: in float32 for 16-bit tensors."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from packlight.packing.layout import compute_dtype, dense_stride, memory_order, packed_bytes
 
 
 def _interval(x: Tensor, bits: int, borders: Sequence[float], parity: str) -> Tensor:
     """uint8 codes of flat `x`: the number of borders below x, or below |x| and the sign of x."""
-    x = x.to(_compute_dtype(x))
+    x = x.to(compute_dtype(x))
     t = x if parity == "none" else x.abs()
     if len(borders) < 16:  # so many compares still cost less than a search
         code = torch.zeros_like(x, dtype=torch.uint8)
@@ -87,7 +82,7 @@ def activation(
         y = _with_stride(exact.function(x, *parameters), stride)
         flat = memory_order(x, stride)
         compared = exact.compared(parameters, x)
-        codes = exact.code(flat.to(_compute_dtype(flat)), *compared).to(torch.uint8)
+        codes = exact.code(flat.to(compute_dtype(flat)), *compared).to(torch.uint8)
         return y, _pack(flat, codes, bits, poison=0)
     y = _with_stride(CONTINUOUS[name].function(x, *parameters), stride)
     return y, encode(x, bits, borders, parity, poison, stride)
@@ -126,7 +121,7 @@ def decode_backward(
     """dx = dy * levels[code]; with `mask`, a level of 0 gives 0 whatever dy, infinity included."""
     flat = memory_order(grad_output, stride)
     count, size = flat.numel(), packed_bytes(flat.numel(), bits)
-    dtype = _compute_dtype(flat)
+    dtype = compute_dtype(flat)
     table = torch.tensor(levels, dtype=dtype, device=codes.device)
     if codes.numel() > size:
         table = torch.where(codes[-1] == 0, table, math.nan)

@@ -36,6 +36,17 @@ def dense_stride(x: Tensor) -> tuple[int, ...]:
     return torch.empty_like(x, device="meta").stride()
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Where torch computes with `x`: in float32 for 16-bit tensors."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def write_back(x: Tensor, flat: Tensor, stride: Sequence[int]) -> None:
+    """Puts `flat` = `memory_order(x, stride)`, since overwritten, into `x` where it is a copy."""
+    if x.stride() != tuple(stride):
+        x.copy_(flat.as_strided(x.shape, tuple(stride)))
+
+
 def memory_order(x: Tensor, stride: Sequence[int]) -> Tensor:
     """The elements of `x` as a flat tensor, in the memory order of dense strides `stride`.
 
