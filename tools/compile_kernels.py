@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from packlight.elementwise.kernels import FORWARD
 from packlight.fewbit import dropout_kernels, kernels, pooling_kernels
 from packlight.fewbit.activations import CONTINUOUS
 
@@ -27,7 +28,7 @@ DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
     """(name, kernel, compile-time constants, dtype) of every form worth compiling."""
-    for name in kernels.FORWARD:
+    for name in FORWARD:
         poison = CONTINUOUS[name].poison if name in CONTINUOUS else 0
         for dtype in DIGITS:
             constants = {"BITS": 3, "PARITY": 2, "BINS": False, "FULL": True, "POISON": poison}
@@ -73,7 +74,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
 def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
     """Constants of the activations' forward kernel."""
     return {
-        "FORWARD": kernels.FORWARD[name],
+        "FORWARD": FORWARD[name],
         "CODE": kernels.CODE.get(name),
         "DIGITS": DIGITS[dtype],
         "BLOCK": kernels.BLOCK,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import packlight.fewbit as few_bit
-from packlight.fewbit.activations import quick_gelu, relu_squared
+from packlight.elementwise.functions import quick_gelu, relu_squared
 
 
 @dataclasses.dataclass(frozen=True)

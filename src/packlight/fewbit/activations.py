@@ -16,27 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight.elementwise.functions import gelu_tanh, quick_gelu, relu_squared
+
 # Inputs at which a derivative is not finite in torch. Codes cannot carry them, so a call that meets
 # one raises a flag instead; see `functional.py`.
 NAN = 1
 NEGATIVE_INFINITY = 2
 POSITIVE_INFINITY = 4
 NON_FINITE = NAN | NEGATIVE_INFINITY | POSITIVE_INFINITY
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), the GELU approximation of Hendrycks and Gimpel that CLIP uses."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2, from Primer (So et al., 2021)."""
-    return F.relu(x).square()
 
 
 def nonfinite_derivative(function: Callable[[Tensor], Tensor]) -> int:

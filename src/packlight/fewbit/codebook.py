@@ -289,6 +289,15 @@ def fit_codebook(
     return Codebook(bits, kept_borders, kept_levels, error, parity, domain)
 
 
+def check_codebook(codebook: object) -> Codebook:
+    """`codebook` if it is one, else an `InputError`."""
+    if not isinstance(codebook, Codebook):
+        raise InputError(
+            f"codebook={codebook!r} is not a Codebook; fit_codebook(f, bits) makes one"
+        )
+    return codebook
+
+
 def default_codebook(name: str, bits: int, parameters: tuple[float, ...] = ()) -> Codebook:
     """The codebook of a function of `activations.CONTINUOUS` under `DEFAULT_RULE`.
 

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight._philox import draw_seed
-from packlight.errors import InputError
-from packlight.fewbit import ops
-from packlight.fewbit._checks import (
+from packlight._checks import (
     check_inplace,
     check_numbers,
     check_tensor,
-    needs_codes,
+    needs_gradient,
     refuse_second_derivative,
 )
+from packlight._philox import draw_seed
+from packlight.errors import InputError
+from packlight.fewbit import ops
 from packlight.packing.layout import dense_stride
 
 
@@ -63,7 +63,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         return F.dropout(input, p, training, inplace)  # keeps nothing of the input's size
     seed = draw_seed(input)
     # Without a gradient too: a checkpoint runs its first pass so, and must see the same mask.
-    if needs_codes(input):
+    if needs_gradient(input):
         if inplace:
             check_inplace(input)
         return _drop(input, seed, p, inplace)

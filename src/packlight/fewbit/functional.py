@@ -31,24 +31,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 
-from packlight.errors import InputError
-from packlight.fewbit import ops
-from packlight.fewbit._checks import (
+from packlight._checks import (
     autocast,
-    check_codebook,
     check_inplace,
     check_numbers,
     check_tensor,
-    needs_codes,
+    needs_gradient,
     refuse_second_derivative,
 )
+from packlight.errors import InputError
+from packlight.fewbit import ops
 from packlight.fewbit.activations import (
     CONTINUOUS,
     EXACT,
     NAN,
     nonfinite_derivative,
 )
-from packlight.fewbit.codebook import Codebook, default_codebook
+from packlight.fewbit.codebook import Codebook, check_codebook, default_codebook
 from packlight.fewbit.method import check_bits
 from packlight.packing.layout import dense_stride
 
@@ -194,7 +193,7 @@ def _continuous(
     else:
         check_codebook(codebook)
     function = CONTINUOUS[name].function
-    if not needs_codes(x):
+    if not needs_gradient(x):
         return _plain(x, function, parameters, inplace)
     if inplace:
         check_inplace(x)
@@ -211,7 +210,7 @@ def _exact(
 ) -> Tensor:
     check_tensor(x, name)
     check_numbers(name, **{f"parameter {i + 1}": value for i, value in enumerate(parameters)})
-    if not needs_codes(x):
+    if not needs_gradient(x):
         return _plain(x, EXACT[name].function, parameters, inplace)
     if inplace:
         check_inplace(x)
@@ -373,7 +372,7 @@ class _CustomActivation:
 
     def __call__(self, input: Tensor) -> Tensor:
         check_tensor(input, "activation")
-        if not needs_codes(input):
+        if not needs_gradient(input):
             return self.function(input)
         x = autocast(input, None, self.function)
         return _activate_custom(x, self.function, tuple(self.coding))

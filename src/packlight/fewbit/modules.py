@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from packlight.elementwise.functions import quick_gelu, relu_squared
 from packlight.fewbit import functional as few_bit
-from packlight.fewbit._checks import check_codebook
-from packlight.fewbit.activations import quick_gelu, relu_squared
-from packlight.fewbit.codebook import Codebook
+from packlight.fewbit.codebook import Codebook, check_codebook
 from packlight.fewbit.dropout import dropout
 from packlight.fewbit.functional import DEFAULT_BITS
 from packlight.fewbit.method import check_bits

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight.errors import InputError
-from packlight.fewbit import ops
-from packlight.fewbit._checks import (
+from packlight._checks import (
     autocast,
     check_tensor,
-    needs_codes,
+    needs_gradient,
     refuse_second_derivative,
 )
+from packlight.errors import InputError
+from packlight.fewbit import ops
 
 Size = int | Sequence[int]
 
@@ -73,7 +73,7 @@ def _max_pool(
     return_indices: bool,
 ) -> Any:
     check_tensor(input, f"max_pool{axes}d")
-    if not needs_codes(input):
+    if not needs_gradient(input):
         return plain(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     if input.dim() not in (axes + 1, axes + 2):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Checks that every few-bit function makes before any work."""
+"""Checks that every function of a layer makes before any work."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from packlight.errors import DoubleBackwardError, InputError
-from packlight.fewbit.codebook import Codebook
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -24,15 +23,6 @@ def check_tensor(x: object, function: str) -> None:
             f"{function} takes float32, bfloat16, float16 or float64, got {x.dtype};"
             " convert it first, or use torch's own function"
         )
-
-
-def check_codebook(codebook: object) -> Codebook:
-    """`codebook` if it is one, else an `InputError`."""
-    if not isinstance(codebook, Codebook):
-        raise InputError(
-            f"codebook={codebook!r} is not a Codebook; fit_codebook(f, bits) makes one"
-        )
-    return codebook
 
 
 def check_numbers(function: str, **values: object) -> None:
@@ -73,16 +63,19 @@ def autocast(x: Tensor, name: str | None, probe: Callable[[Tensor], Tensor]) -> 
     return x.to(_autocast_dtypes[key])
 
 
-def needs_codes(x: Tensor) -> bool:
+def needs_gradient(x: Tensor) -> bool:
     """Whether a backward pass may come, so that something must be kept."""
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def refuse_second_derivative() -> None:
-    """Raises when a backward pass is itself being recorded (`create_graph=True`)."""
+def refuse_second_derivative(keeps: str = "codes of its derivative") -> None:
+    """Raises when a backward pass is itself being recorded (`create_graph=True`).
+
+    `keeps` says what the layer keeps, for the message.
+    """
     # Under torch.compile the tracer records with gradients on, and refuses double backward itself.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise DoubleBackwardError(
-            "a few-bit layer keeps codes of its derivative and cannot be differentiated twice;"
-            " use the torch layer here (model.eval() does so too), or drop create_graph=True"
+            f"this layer keeps {keeps} and cannot be differentiated twice; use the torch layer"
+            " here (model.eval() does so too), or drop create_graph=True"
         )
