@@ -25,11 +25,14 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (high + (low >> 16)) >> 16, ((high << 16) + low) & _MASK
 
 
-def philox(seed: Tensor, c0: Tensor, c1: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four unsigned 32-bit numbers, as int64, for each counter (c0, c1, 0, 0); `c0` is int64."""
-    c = [c0 & _MASK, torch.full_like(c0, c1), torch.zeros_like(c0), torch.zeros_like(c0)]
+def philox(
+    seed: Tensor, c0: Tensor, c1: Tensor | int, rounds: int = _ROUNDS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four unsigned 32-bit numbers, as int64, for each counter (c0, c1, 0, 0), given in int64."""
+    c1 = torch.as_tensor(c1, device=c0.device).expand_as(c0)
+    c = [c0 & _MASK, c1 & _MASK, torch.zeros_like(c0), torch.zeros_like(c0)]
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         high0, low0 = _multiply(_MULTIPLIERS[0], c[0])
         high1, low1 = _multiply(_MULTIPLIERS[1], c[2])
         c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]

@@ -1,32 +1,152 @@
 """Who packed which tensor: a note on the tensor itself says what stands for it.
 
-A layer that keeps something from which its output can be had again writes a note on that output,
-and the layer that reads the output finds it there and keeps nothing of its own. The note is an
-attribute of the tensor object: identity decides, nothing is looked up by address or by call order,
-and the note goes when the tensor goes.
+A layer that keeps something from which its input or its output can be had again writes a note on
+that tensor, and the next layer that needs the tensor finds it there and keeps nothing of its own.
+The note is an attribute of the tensor object: identity decides, nothing is looked up by address or
+by call order, and the note goes when the tensor goes.
 
 - **Version**: a note holds for the version of the tensor that it was written for. A tensor modified
   in place since has no note.
 - **Views**: a reshape of a whole contiguous tensor is understood; any other view has no note.
-- **torch.compile**: the tracer follows the attribute, so producer and consumer share within a
-  compiled region. Versions are those of the tracer's example tensors. Inputs of the region get no
-  note, which would outlive it.
+- **Lifetime**: the note on a tensor that a layer *read* refers to the pack weakly: an input of the
+  model outlives the graph, and must not keep the graph's packs. Where saved-tensor hooks take the
+  packs away (checkpointing, offloading), the note of an intermediate result holds them itself.
+- **torch.compile**: the tracer follows the attribute, so layers share within a compiled region.
+  Versions are those of the tracer's example tensors. Inputs of the region get no note, which would
+  outlive it.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 _ATTRIBUTE = "_packlight_note"
 
 
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Tensors that are kept, and how the tensor of this shape that they stand for comes back.
+
+    `rebuild(dtype, *tensors)` gives all its elements in the order of their memory.
+    """
+
+    rebuild: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+
+class _WeakPack(NamedTuple):
+    """A `Pack` that does not keep its tensors alive."""
+
+    rebuild: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    references: tuple[TensorWeakRef, ...]
+
+    def pack(self) -> Pack | None:
+        tensors = tuple(tensor for ref in self.references if (tensor := ref()) is not None)
+        gone = len(tensors) < len(self.references)
+        return None if gone else Pack(self.rebuild, self.shape, tensors)
+
+
 class _Note(NamedTuple):
     version: int
-    cast: Tensor
+    cast: Tensor | None = None
+    pack: Pack | _WeakPack | None = None
 
 
-# What the tracer told of the tensor that was asked for last, during the tracing of a region.
+def note_cast(tensor: Tensor, cast: Tensor) -> None:
+    """Notes on `tensor` that `cast` is the same result in another dtype, with its own gradient."""
+    _write(tensor, cast=cast)
+
+
+def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The noted result of `tensor` in `dtype`, None where there is none that still holds."""
+    owner, note = _read(tensor)
+    if note is None or note.cast is None or note.cast.dtype != dtype:
+        return None
+    # A hook on the tensor would not see a gradient that goes to the cast instead.
+    if not torch.compiler.is_compiling() and (owner._backward_hooks or tensor._backward_hooks):
+        return None
+    return note.cast if owner is tensor else note.cast.view(tensor.shape)
+
+
+def notable(output: Tensor) -> Tensor:
+    """An output of an operator, for use within `torch.autograd.Function.forward`, that takes notes.
+
+    The tracer of torch.compile gives no attributes to one of several outputs of an operator, but
+    does to a view of it.
+    """
+    return output.view_as(output) if torch.compiler.is_compiling() else output
+
+
+def note_output(tensor: Tensor, pack: Pack) -> None:
+    """Notes on an output what its producer keeps, from which it can be had again."""
+    _write(tensor, pack=pack)
+
+
+def note_input(tensor: Tensor, pack: Pack) -> None:
+    """Notes on a tensor that a layer read what that layer keeps of it."""
+    if torch.compiler.is_compiling():
+        _write(tensor, pack=pack)
+    elif torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        references = tuple(TensorWeakRef(kept) for kept in pack.tensors)
+        _write(tensor, pack=_WeakPack(pack.rebuild, pack.shape, references))
+    elif tensor.grad_fn is not None:
+        _write(tensor, pack=pack)
+
+
+def pack_of(tensor: Tensor) -> Pack | None:
+    """What is kept of `tensor` already, None where nothing is that still holds."""
+    owner, note = _read(tensor)
+    if note is None or note.pack is None:
+        return None
+    pack = note.pack.pack() if isinstance(note.pack, _WeakPack) else note.pack
+    if pack is None or owner is tensor:
+        return pack
+    return Pack(pack.rebuild, tuple(tensor.shape), pack.tensors)
+
+
+def _write(tensor: Tensor, **facts: Any) -> None:
+    """Adds facts to what is noted on this version of the tensor."""
+    if _is_compiled_input(tensor):
+        return
+    version = _version(tensor)
+    note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
+    if note is None or note.version != version:
+        note = _Note(version)
+    setattr(tensor, _ATTRIBUTE, note._replace(**facts))
+
+
+def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
+    """The note that holds for the tensor, and the tensor that carries it."""
+    owner = tensor
+    note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
+    if note is None and not torch.compiler.is_compiling() and _is_reshape(tensor):
+        owner = tensor._base  # type: ignore[assignment]
+        note = getattr(owner, _ATTRIBUTE, None)
+    if note is not None and note.version != _version(owner):
+        note = None
+    return owner, note
+
+
+def _is_reshape(tensor: Tensor) -> bool:
+    """Whether the tensor is its base in another shape, all elements in the same order."""
+    base = tensor._base
+    return (
+        base is not None
+        and base.numel() == tensor.numel()
+        and base.is_contiguous()
+        and tensor.is_contiguous()
+    )
+
+
+# --- What the tracer of torch.compile knows.
+
+# What it told of the tensor that was asked for last, while a region is traced.
 _traced: dict[str, Any] = {}
 
 
@@ -67,35 +187,3 @@ def _is_compiled_input(tensor: Tensor) -> bool:
         is_input: bool = _told_is_input()
         return is_input
     return False
-
-
-def note_cast(tensor: Tensor, cast: Tensor) -> None:
-    """Notes on `tensor` that `cast` is the same result in another dtype, with its own gradient."""
-    if not _is_compiled_input(tensor):
-        setattr(tensor, _ATTRIBUTE, _Note(_version(tensor), cast))
-
-
-def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The noted result of `tensor` in `dtype`, None where there is none that still holds."""
-    owner = tensor
-    note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
-    if note is None and not torch.compiler.is_compiling() and _is_reshape(tensor):
-        owner = tensor._base  # type: ignore[assignment]
-        note = getattr(owner, _ATTRIBUTE, None)
-    if note is None or note.cast.dtype != dtype or note.version != _version(owner):
-        return None
-    # A hook on the tensor would not see a gradient that goes to the cast instead.
-    if not torch.compiler.is_compiling() and (owner._backward_hooks or tensor._backward_hooks):
-        return None
-    return note.cast if owner is tensor else note.cast.view(tensor.shape)
-
-
-def _is_reshape(tensor: Tensor) -> bool:
-    """Whether the tensor is its base in another shape, all elements in the same order."""
-    base = tensor._base
-    return (
-        base is not None
-        and base.numel() == tensor.numel()
-        and base.is_contiguous()
-        and tensor.is_contiguous()
-    )

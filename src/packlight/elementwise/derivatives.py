@@ -1,0 +1,40 @@
+"""Derivatives of the continuous activations: dx from dy and x, as torch's own backward has it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+_SELU = (1.6732632423543772, 1.0507009873554805)
+
+
+def _quick_gelu(dy: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * x)
+    return dy * (s + 1.702 * x * s * (1 - s))
+
+
+def _softplus(dy: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    dx: Tensor = _aten.softplus_backward(dy, x, beta, threshold)
+    return dx
+
+
+# dx = BACKWARD[name](dy, x, *parameters), names and parameters as in fewbit.activations.CONTINUOUS.
+BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "celu": lambda dy, x, alpha: _aten.elu_backward(dy, alpha, 1.0, 1.0 / alpha, False, x),
+    "elu": lambda dy, x, alpha: _aten.elu_backward(dy, alpha, 1.0, 1.0, False, x),
+    "gelu": lambda dy, x: _aten.gelu_backward(dy, x),
+    "gelu_tanh": lambda dy, x: _aten.gelu_backward(dy, x, approximate="tanh"),
+    "hardswish": lambda dy, x: _aten.hardswish_backward(dy, x),
+    "logsigmoid": lambda dy, x: dy * torch.sigmoid(-x),
+    "mish": lambda dy, x: _aten.mish_backward(dy, x),
+    "quick_gelu": _quick_gelu,
+    "relu_squared": lambda dy, x: dy * 2 * torch.relu(x),
+    "selu": lambda dy, x: _aten.elu_backward(dy, *_SELU, 1.0, False, x),
+    "sigmoid": lambda dy, x: _aten.sigmoid_backward(dy, torch.sigmoid(x)),
+    "silu": lambda dy, x: _aten.silu_backward(dy, x),
+    "softplus": _softplus,
+    "softsign": lambda dy, x: dy / (1 + x.abs()).square(),
+    "tanh": lambda dy, x: _aten.tanh_backward(dy, torch.tanh(x)),
+    "tanhshrink": lambda dy, x: dy * torch.tanh(x).square(),
+}

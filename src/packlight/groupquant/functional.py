@@ -1,0 +1,174 @@
+"""Functions that keep group-quantised tensors: torch.nn.functional's names and arguments, plus
+`bits`, `group_size` and `rounding` as `GroupQuant` has them.
+
+Each computes what torch's function computes. What differs is what is kept for the backward pass: a
+pack of `bits + 32 / group_size` bits an element in place of 16 or 32. A tensor that several
+functions need is packed once, with the bits of the first that does:
+
+- functions that read one tensor (q, k, v) share its pack;
+- `linear` keeps nothing of its own where its input was made by a norm, an activation or a gated
+  unit of this module: it rebuilds its input from what they keep.
+
+Gradients of `linear` with respect to input and bias are exact; the weight's is unbiased with
+stochastic rounding, where the pack is of the input itself, and biased where the input is rebuilt
+through an activation. Where no gradient is asked for nothing is packed and the plain torch function
+runs. A second derivative raises `DoubleBackwardError`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight import sharing
+from packlight._checks import (
+    autocast,
+    check_numbers,
+    check_tensor,
+    needs_gradient,
+    refuse_second_derivative,
+)
+from packlight.errors import InputError
+from packlight.fewbit.activations import CONTINUOUS
+from packlight.groupquant import ops
+from packlight.groupquant.method import GroupQuant, Rounding
+from packlight.groupquant.packs import KEEPS, Rebuild, draw, pack_input, worth_packing
+from packlight.sharing import Pack
+
+_DEFAULT = GroupQuant()
+
+
+# --- Linear.
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b; keeps W and the pack of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor,
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
+        ctx.rebuild = rebuild
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        weight, *tensors = ctx.saved_tensors
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = grad_output.matmul(weight.to(grad_output.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            x = ctx.rebuild(grad_output.dtype, *tensors)
+            dweight = rows.t().mm(x.reshape(rows.shape[0], -1)).to(ctx.weight_dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0).to(ctx.bias_dtype)
+        return dx, dweight, dbias, None, *[None] * len(tensors)
+
+
+_apply_linear: Callable[..., Tensor] = _Linear.apply
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x W^T + b, x [..., in], W [out, in], b [out].
+
+    Keeps `bits + 32 / group_size` bits an element of x, or nothing where x is packed already, and W
+    itself. Input and bias gradients exact, weight gradient unbiased with stochastic rounding.
+    """
+    return _linear(input, weight, bias, GroupQuant(bits, group_size, rounding))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, method: GroupQuant) -> Tensor:
+    check_tensor(x, "linear")
+    if not needs_gradient(weight) or not worth_packing(x, method):
+        return F.linear(x, weight, bias)
+    kept = pack_input(x, method)
+    return _apply_linear(x, weight, bias, kept.rebuild, *kept.tensors)
+
+
+# --- Activations.
+
+
+class _Activation(torch.autograd.Function):
+    """y = f(x), codes and scales of x; keeps the latter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        name: str,
+        parameters: tuple[float, ...],
+        bits: int,
+        group_size: int,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, codes, scales = ops.activation(x, name, parameters, bits, group_size, seed)
+        ctx.mark_non_differentiable(codes, scales)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(codes, scales)
+        ctx.f = (name, parameters, y.stride(), bits, group_size)
+        return sharing.notable(y), codes, scales
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        dx = None
+        if grad_output is not None:
+            dx = ops.activation_backward(grad_output, *ctx.saved_tensors, *ctx.f)
+        return dx, None, None, None, None, None
+
+
+_activate: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Activation.apply
+
+
+def _activation(
+    x: Tensor, name: str, method: GroupQuant, parameters: tuple[float, ...] = ()
+) -> Tensor:
+    check_tensor(x, name)
+    check_numbers(name, **dict(zip(CONTINUOUS[name].parameters, parameters, strict=True)))
+    function = CONTINUOUS[name].function
+    if not needs_gradient(x) or not worth_packing(x, method):
+        return function(x, *parameters)
+    x = autocast(x, name, lambda empty: function(empty, *parameters))
+    y, codes, scales = _activate(
+        x, name, parameters, method.bits, method.group_size, draw(x, method)
+    )
+    layout = (tuple(y.shape), y.stride(), y.numel(), method.bits, method.group_size)
+    rebuild = Rebuild(*layout, name, parameters)
+    sharing.note_output(y, Pack(rebuild, tuple(y.shape), (codes, scales)))
+    return y
+
+
+def gelu(
+    input: Tensor,
+    approximate: str = "none",
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x Phi(x), or its tanh approximation. Keeps a pack of x; biased."""
+    if approximate not in ("none", "tanh"):
+        raise InputError(f'approximate={approximate!r} is neither "none" nor "tanh"')
+    name = "gelu" if approximate == "none" else "gelu_tanh"
+    return _activation(input, name, GroupQuant(bits, group_size, rounding))

@@ -1,0 +1,644 @@
+"""Triton kernels of group quantisation: building blocks for tiles of groups, and what uses them.
+
+A tile is NQ bundles of a row. A bundle is 8 / PARTS consecutive groups, so that a thread holds
+eight elements for each byte position, whatever the bits: `parts` elements of one byte in each of
+8 / parts groups. Element (q, s, p, i) of a tile lies ((q SETS + s) PARTS + p) SIZE + i behind its
+start. Eight 16-bit random numbers are one call of Philox.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packlight.elementwise.derivative_kernels import DERIVATIVE
+from packlight.elementwise.kernels import DIGITS, FORWARD
+from packlight.groupquant.method import Grouping
+from packlight.groupquant.reference import ROUNDS
+from packlight.packing.layout import memory_order
+
+INFINITY = tl.constexpr(float("inf"))
+# float32 numbers from 2^23 on are whole: adding it rounds, the integer is in the low bits.
+ROUND = tl.constexpr(8388608.0)
+PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+
+
+@triton.jit
+def _lower(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _higher(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def tile_offsets(NQ: tl.constexpr, SIZE: tl.constexpr, j: tl.constexpr):
+    """[NQ, SIZE] offsets of element j = s PARTS + p of every byte position of a tile."""
+    bundle = tl.arange(0, NQ) * (8 * SIZE)
+    return bundle[:, None] + (j * SIZE + tl.arange(0, SIZE))[None, :]
+
+
+@triton.jit
+def load_tile(x_ptr, left, NQ: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
+    """The eight [NQ, SIZE] float32 tensors of a tile at `x_ptr`, 0 past the row's end.
+
+    `left` elements are left of the row.
+    """
+    tile = ()
+    for j in tl.static_range(8):
+        offsets = tile_offsets(NQ, SIZE, j)
+        if FULL:
+            tile = tile + (tl.load(x_ptr + offsets).to(tl.float32),)
+        else:
+            tile = tile + (tl.load(x_ptr + offsets, offsets < left, other=0.0).to(tl.float32),)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    y_ptr, y, left, NQ: tl.constexpr, SIZE: tl.constexpr, j: tl.constexpr, FULL: tl.constexpr
+):
+    """Stores element j of a tile in the dtype of `y_ptr`."""
+    offsets = tile_offsets(NQ, SIZE, j)
+    y = y.to(y_ptr.dtype.element_ty)
+    if FULL:
+        tl.store(y_ptr + offsets, y)
+    else:
+        tl.store(y_ptr + offsets, y, offsets < left)
+
+
+@triton.jit
+def random_tile(seed, row, bundle, SIZE: tl.constexpr, NQ: tl.constexpr):
+    """Four [NQ, SIZE] uint32 tensors for the byte positions of bundles [NQ] of a row."""
+    c0 = bundle[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    c0 = c0.to(tl.uint32)
+    zero = tl.zeros([NQ, SIZE], dtype=tl.uint32)
+    return tl.philox(seed, c0, zero + row.to(tl.uint32), zero, zero, n_rounds=PHILOX_ROUNDS)
+
+
+@triton.jit
+def uniform_above_one(draws, j: tl.constexpr):
+    """1 + k / 2^16 for number j of the eight 16-bit numbers k of a byte position."""
+    word = draws[j // 2].to(tl.int32, bitcast=True)
+    if j % 2 == 0:
+        bits = word << 7
+    else:
+        bits = word >> 9
+    return ((bits & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def group_scales(
+    tile, s: tl.constexpr, left, NQ: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Minimum and step, [NQ] int32 bits of bfloat16 numbers, of set s of the groups of a tile."""
+    PARTS: tl.constexpr = 8 // BITS
+    for p in tl.static_range(PARTS):
+        below, above = tile[s * PARTS + p], tile[s * PARTS + p]
+        if not FULL:
+            inside = tile_offsets(NQ, SIZE, s * PARTS + p) < left
+            below = tl.where(inside, below, INFINITY)
+            above = tl.where(inside, above, -INFINITY)
+        if p == 0:
+            low, high = below, above
+        else:
+            low, high = _lower(low, below), _higher(high, above)
+    low, high = tl.reduce(low, 1, _lower), tl.reduce(high, 1, _higher)
+    bits = low.to(tl.int32, bitcast=True)
+    low_bits = (bits + tl.where(bits < 0, 0xFFFF, 0)) & -65536
+    spread = high - low_bits.to(tl.float32, bitcast=True)
+    step = spread * (1.0 / ((1 << BITS) - 1))
+    step_bits = (step.to(tl.int32, bitcast=True) + 0xFFFF) & -65536
+    return low_bits, tl.where(spread < INFINITY, step_bits, 0x7FC00000)
+
+
+@triton.jit
+def store_codes(
+    tile, codes_ptr, scales_ptr, draws, left, NQ: tl.constexpr, SIZE: tl.constexpr,
+    BITS: tl.constexpr, STOCHASTIC: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Quantises a tile; `codes_ptr` and `scales_ptr` point at those of its first group."""
+    PARTS: tl.constexpr = 8 // BITS
+    SETS: tl.constexpr = 8 // PARTS
+    TOP: tl.constexpr = (1 << BITS) - 1
+    for s in tl.static_range(SETS):
+        low_bits, step_bits = group_scales(tile, s, left, NQ, SIZE, BITS, FULL)
+        low, step = low_bits.to(tl.float32, bitcast=True), step_bits.to(tl.float32, bitcast=True)
+        inverse = tl.where(step > 0, tl.div_rn(1.0, step), 0.0)
+        # x inverse + bias rounds to the code: for u above one, u - 3/2 + 2^-17 is centred.
+        bias = -low * inverse
+        if STOCHASTIC:
+            bias += -1.5 + 0.5 / 65536
+        byte = tl.zeros([NQ, SIZE], dtype=tl.int32)
+        for p in tl.static_range(PARTS):
+            value = tl.fma(
+                tile[s * PARTS + p], tl.broadcast_to(inverse[:, None], [NQ, SIZE]), bias[:, None]
+            )
+            if STOCHASTIC:
+                value += uniform_above_one(draws, s * PARTS + p)
+            value = tl.minimum(tl.maximum(value, 0.0), 1.0 * TOP)  # NaN becomes a number here
+            code = (value + ROUND).to(tl.int32, bitcast=True) & TOP
+            byte |= code << (p * BITS)
+        group = tl.arange(0, NQ) * SETS + s
+        target = codes_ptr + group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        word = low_bits | ((step_bits >> 16) & 0xFFFF)
+        if FULL:
+            tl.store(target, byte.to(tl.uint8))
+            tl.store(scales_ptr + group, word)
+        else:
+            there = group * (PARTS * SIZE) < left
+            tl.store(target, byte.to(tl.uint8), there[:, None])
+            tl.store(scales_ptr + group, word, there)
+
+
+@triton.jit
+def load_codes(
+    codes_ptr, scales_ptr, left, NQ: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """The eight float32 tensors that codes and scales of a tile stand for."""
+    PARTS: tl.constexpr = 8 // BITS
+    SETS: tl.constexpr = 8 // PARTS
+    TOP: tl.constexpr = (1 << BITS) - 1
+    tile = ()
+    for s in tl.static_range(SETS):
+        group = tl.arange(0, NQ) * SETS + s
+        source = codes_ptr + group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        if FULL:
+            byte = tl.load(source).to(tl.int32)
+            word = tl.load(scales_ptr + group)
+        else:
+            there = group * (PARTS * SIZE) < left
+            byte = tl.load(source, there[:, None], other=0).to(tl.int32)
+            word = tl.load(scales_ptr + group, there, other=0)
+        low = (word & -65536).to(tl.float32, bitcast=True)
+        step = (word << 16).to(tl.float32, bitcast=True)
+        for p in tl.static_range(PARTS):
+            # An integer below 2^23 in the low bits of 2^23 is that much more than 2^23.
+            code = ((byte >> (p * BITS)) & TOP) | 0x4B000000
+            value = code.to(tl.float32, bitcast=True) - ROUND
+            tile = tile + (tl.fma(value, tl.broadcast_to(step[:, None], [NQ, SIZE]), low[:, None]),)
+    return tile
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,  # [rows, width]
+    y_ptr,  # [rows, width]
+    codes_ptr,  # [rows, row_groups, SIZE]
+    scales_ptr,  # [rows, row_groups]
+    seed_ptr,  # [1]
+    width,
+    row_groups,
+    tiles,  # a row
+    a,
+    b,
+    FORWARD: tl.constexpr,  # None: nothing but the pack
+    DIGITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    """Pack of x, and y = f(x) in the same pass."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    bundle = (tl.program_id(0) % tiles).to(tl.int64) * NQ
+    start = row * width + bundle * (8 * SIZE)
+    group = row * row_groups + bundle * BITS  # a bundle is 8 / PARTS = BITS groups
+    left = width - bundle * (8 * SIZE)
+    tile = load_tile(x_ptr + start, left, NQ, SIZE, FULL)
+    if FORWARD is not None:
+        for j in tl.static_range(8):
+            y = FORWARD(tile[j], a, b, DIGITS)
+            store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
+    draws = ()
+    if STOCHASTIC:
+        draws = random_tile(tl.load(seed_ptr), row, bundle + tl.arange(0, NQ), SIZE, NQ)
+    store_codes(
+        tile, codes_ptr + group * SIZE, scales_ptr + group, draws, left, NQ, SIZE, BITS, STOCHASTIC,
+        FULL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr,  # [rows, row_groups, SIZE]
+    scales_ptr,  # [rows, row_groups]
+    y_ptr,  # [rows, width]
+    weight_ptr,  # [width]
+    bias_ptr,  # [width]
+    width,
+    row_groups,
+    tiles,
+    a,
+    b,
+    FORWARD: tl.constexpr,  # None: the value itself
+    DIGITS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    """f(v) or v weight + bias of the packed values v."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    bundle = (tl.program_id(0) % tiles).to(tl.int64) * NQ
+    column = bundle * (8 * SIZE)
+    group = row * row_groups + bundle * BITS
+    left = width - column
+    tile = load_codes(codes_ptr + group * SIZE, scales_ptr + group, left, NQ, SIZE, BITS, FULL)
+    if WEIGHT:
+        weight = load_tile(weight_ptr + column, left, NQ, SIZE, FULL)
+    if BIAS:
+        bias = load_tile(bias_ptr + column, left, NQ, SIZE, FULL)
+    for j in tl.static_range(8):
+        y = tile[j]
+        if FORWARD is not None:
+            y = FORWARD(y, a, b, DIGITS)
+        if WEIGHT:
+            y = y * weight[j]
+        if BIAS:
+            y = y + bias[j]
+        store_tile(y_ptr + row * width + column, y, left, NQ, SIZE, j, FULL)
+
+
+@triton.jit
+def _activation_backward_kernel(
+    dy_ptr,  # [n]
+    codes_ptr,
+    scales_ptr,
+    dx_ptr,  # [n]
+    width,  # n
+    a,
+    b,
+    DERIVATIVE: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    """dx = dy f'(x~)."""
+    bundle = tl.program_id(0).to(tl.int64) * NQ
+    start = bundle * (8 * SIZE)
+    left = width - start
+    group = bundle * BITS
+    dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
+    tile = load_codes(codes_ptr + group * SIZE, scales_ptr + group, left, NQ, SIZE, BITS, FULL)
+    for j in tl.static_range(8):
+        dx = dy[j] * DERIVATIVE(tile[j], a, b)
+        store_tile(dx_ptr + start, dx, left, NQ, SIZE, j, FULL)
+
+
+@triton.jit
+def _gated_kernel(
+    gate_ptr,  # [n]
+    up_ptr,  # [n]
+    y_ptr,  # [n]
+    gate_codes_ptr,
+    gate_scales_ptr,
+    up_codes_ptr,
+    up_scales_ptr,
+    seed_ptr,  # [1]
+    width,  # n
+    FORWARD: tl.constexpr,
+    DIGITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    """y = f(gate) up, and the packs of gate and up."""
+    bundle = tl.program_id(0).to(tl.int64) * NQ
+    start = bundle * (8 * SIZE)
+    left = width - start
+    group = bundle * BITS
+    gate = load_tile(gate_ptr + start, left, NQ, SIZE, FULL)
+    up = load_tile(up_ptr + start, left, NQ, SIZE, FULL)
+    for j in tl.static_range(8):
+        # torch rounds f(gate) to the tensors' dtype before it multiplies.
+        y = FORWARD(gate[j], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty).to(tl.float32) * up[j]
+        store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
+    draws = ()
+    more = ()
+    if STOCHASTIC:
+        seed = tl.load(seed_ptr)
+        row = tl.zeros([], dtype=tl.int64)
+        draws = random_tile(seed, row, bundle + tl.arange(0, NQ), SIZE, NQ)
+        more = random_tile(seed, row + 1, bundle + tl.arange(0, NQ), SIZE, NQ)
+    store_codes(
+        gate, gate_codes_ptr + group * SIZE, gate_scales_ptr + group, draws, left, NQ, SIZE, BITS,
+        STOCHASTIC, FULL,
+    )  # fmt: skip
+    store_codes(
+        up, up_codes_ptr + group * SIZE, up_scales_ptr + group, more, left, NQ, SIZE, BITS,
+        STOCHASTIC, FULL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gated_backward_kernel(
+    dy_ptr,  # [n], with DERIVATIVE
+    gate_codes_ptr,
+    gate_scales_ptr,
+    up_codes_ptr,
+    up_scales_ptr,
+    dgate_ptr,  # [n], with DERIVATIVE
+    dup_ptr,  # [n], or the rebuilt product without DERIVATIVE
+    width,  # n
+    FORWARD: tl.constexpr,
+    DERIVATIVE: tl.constexpr,  # None: rebuild f(gate~) up~
+    DIGITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    """dgate = dy up~ f'(gate~) and dup = dy f(gate~), or the product f(gate~) up~ itself."""
+    bundle = tl.program_id(0).to(tl.int64) * NQ
+    start = bundle * (8 * SIZE)
+    left = width - start
+    group = bundle * BITS
+    if DERIVATIVE is not None:
+        dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
+    gate = load_codes(
+        gate_codes_ptr + group * SIZE, gate_scales_ptr + group, left, NQ, SIZE, BITS, FULL
+    )
+    up = load_codes(up_codes_ptr + group * SIZE, up_scales_ptr + group, left, NQ, SIZE, BITS, FULL)
+    for j in tl.static_range(8):
+        f = FORWARD(gate[j], 0.0, 0.0, DIGITS)
+        if DERIVATIVE is None:
+            store_tile(dup_ptr + start, f * up[j], left, NQ, SIZE, j, FULL)
+        else:
+            dgate = dy[j] * up[j] * DERIVATIVE(gate[j], 0.0, 0.0)
+            store_tile(dgate_ptr + start, dgate, left, NQ, SIZE, j, FULL)
+            store_tile(dup_ptr + start, dy[j] * f, left, NQ, SIZE, j, FULL)
+
+
+# --- Launchers, with the signatures of reference.py.
+
+# Byte positions a program, eight elements each.
+BLOCK = 2048
+NUM_WARPS = 4
+
+
+def tile_of(grouping: Grouping) -> tuple[int, int, bool]:
+    """Bundles a tile, tiles a row, and whether every tile is whole."""
+    bundle = 8 * grouping.group_bytes
+    bundles = -(-grouping.width // bundle)
+    nq = max(1, min(BLOCK // grouping.group_bytes, triton.next_power_of_2(bundles)))
+    return nq, -(-bundles // nq), grouping.width % (nq * bundle) == 0
+
+
+def _empty_pack(x: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
+    return codes, x.new_empty(grouping.groups, dtype=torch.int32)
+
+
+def _pack(
+    x: Tensor, y: Tensor | None, name: str, parameters: Sequence[float], width: int, bits: int,
+    group_size: int, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grouping = Grouping(x.numel() // width if width else 0, width, bits, group_size)
+    codes, scales = _empty_pack(x, grouping)
+    if x.numel() == 0:
+        return codes, scales
+    nq, tiles, full = tile_of(grouping)
+    a, b = (*parameters, 0.0, 0.0)[:2]
+    _quantize_kernel[(grouping.rows * tiles,)](
+        x,
+        x if y is None else y,
+        codes,
+        scales,
+        codes if seed is None else seed,
+        width,
+        grouping.row_groups,
+        tiles,
+        a,
+        b,
+        FORWARD=None if y is None else FORWARD[name],
+        DIGITS=DIGITS[x.dtype],
+        SIZE=grouping.group_bytes,
+        BITS=bits,
+        STOCHASTIC=seed is not None,
+        FULL=full,
+        NQ=nq,
+        num_warps=NUM_WARPS,
+    )
+    return codes, scales
+
+
+def quantize(
+    x: Tensor, stride: Sequence[int], bits: int, group_size: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    flat = memory_order(x, stride)
+    return _pack(flat, None, "", (), flat.numel(), bits, group_size, seed)
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    width: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    name: str,
+    parameters: Sequence[float],
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    y = codes.new_empty_strided(shape, stride, dtype=dtype)
+    if y.numel() == 0:
+        return y
+    grouping = Grouping(y.numel() // width, width, bits, group_size)
+    nq, tiles, full = tile_of(grouping)
+    a, b = (*parameters, 0.0, 0.0)[:2]
+    _dequantize_kernel[(grouping.rows * tiles,)](
+        codes,
+        scales,
+        y,
+        y if weight is None else weight,
+        y if bias is None else bias,
+        width,
+        grouping.row_groups,
+        tiles,
+        a,
+        b,
+        FORWARD=FORWARD[name] if name else None,
+        DIGITS=DIGITS[dtype],
+        WEIGHT=weight is not None,
+        BIAS=bias is not None,
+        SIZE=grouping.group_bytes,
+        BITS=bits,
+        FULL=full,
+        NQ=nq,
+        num_warps=NUM_WARPS,
+    )
+    return y
+
+
+def activation(
+    x: Tensor, name: str, parameters: Sequence[float], bits: int, group_size: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y = torch.empty_like(x)
+    flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
+    n = x.numel()
+    return y, *_pack(flat_x, flat_y, name, parameters, n, bits, group_size, seed)
+
+
+def activation_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    n = dx.numel()
+    if n == 0:
+        return dx
+    grouping = Grouping(1, n, bits, group_size)
+    nq, tiles, full = tile_of(grouping)
+    a, b = (*parameters, 0.0, 0.0)[:2]
+    _activation_backward_kernel[(tiles,)](
+        memory_order(grad_output, stride),
+        codes,
+        scales,
+        dx,
+        n,
+        a,
+        b,
+        DERIVATIVE=DERIVATIVE[name],
+        SIZE=grouping.group_bytes,
+        BITS=bits,
+        FULL=full,
+        NQ=nq,
+        num_warps=NUM_WARPS,
+    )
+    return dx
+
+
+# A gated unit holds two tiles, so half as many positions a program.
+GATED_BLOCK = 1024
+
+
+def _gated_tile(n: int, bits: int, group_size: int) -> tuple[Grouping, int, int, bool]:
+    grouping = Grouping(1, n, bits, group_size)
+    bundle = 8 * grouping.group_bytes
+    nq = max(1, GATED_BLOCK // grouping.group_bytes)
+    return grouping, nq, -(-n // (nq * bundle)), n % (nq * bundle) == 0
+
+
+def gated(
+    gate: Tensor, up: Tensor, name: str, bits: int, group_size: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(gate)
+    n = y.numel()
+    grouping, nq, tiles, full = _gated_tile(n, bits, group_size)
+    gate_pack, up_pack = _empty_pack(gate, grouping), _empty_pack(gate, grouping)
+    if n:
+        _gated_kernel[(tiles,)](
+            memory_order(gate, y.stride()),
+            memory_order(up, y.stride()),
+            y,
+            *gate_pack,
+            *up_pack,
+            gate_pack[0] if seed is None else seed,
+            n,
+            FORWARD=FORWARD[name],
+            DIGITS=DIGITS[gate.dtype],
+            SIZE=grouping.group_bytes,
+            BITS=bits,
+            STOCHASTIC=seed is not None,
+            FULL=full,
+            NQ=nq,
+            num_warps=NUM_WARPS,
+        )
+    return y, *gate_pack, *up_pack
+
+
+def gated_backward(
+    grad_output: Tensor,
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    dup = torch.empty_like(dgate)
+    n = dgate.numel()
+    grouping, nq, tiles, full = _gated_tile(n, bits, group_size)
+    if n:
+        _gated_backward_kernel[(tiles,)](
+            memory_order(grad_output, stride),
+            gate_codes,
+            gate_scales,
+            up_codes,
+            up_scales,
+            dgate,
+            dup,
+            n,
+            FORWARD=FORWARD[name],
+            DERIVATIVE=DERIVATIVE[name],
+            DIGITS=DIGITS[dgate.dtype],
+            SIZE=grouping.group_bytes,
+            BITS=bits,
+            FULL=full,
+            NQ=nq,
+            num_warps=NUM_WARPS,
+        )
+    return dgate, dup
+
+
+def gated_product(
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = gate_codes.new_empty_strided(shape, stride, dtype=dtype)
+    n = y.numel()
+    grouping, nq, tiles, full = _gated_tile(n, bits, group_size)
+    if n:
+        _gated_backward_kernel[(tiles,)](
+            y,
+            gate_codes,
+            gate_scales,
+            up_codes,
+            up_scales,
+            y,
+            y,
+            n,
+            FORWARD=FORWARD[name],
+            DERIVATIVE=None,
+            DIGITS=DIGITS[dtype],
+            SIZE=grouping.group_bytes,
+            BITS=bits,
+            FULL=full,
+            NQ=nq,
+            num_warps=NUM_WARPS,
+        )
+    return y

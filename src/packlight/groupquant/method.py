@@ -1,0 +1,83 @@
+"""The method object of group quantisation, and how a tensor is cut into groups."""
+
+import dataclasses
+from typing import Literal, NamedTuple, get_args
+
+from packlight.errors import InputError
+from packlight.method import Method
+
+Rounding = Literal["stochastic", "nearest"]
+
+BITS = (2, 4, 8)
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupQuant(Method):
+    """Keep a b-bit code of each value, and a minimum and a step for each group of values.
+
+    A group is `group_size` values that are neighbours in memory. With m its minimum rounded down
+    and s = (maximum - m) / (2^b - 1) rounded up, both in bfloat16,
+
+        code = floor((x - m) / s + u),    x~ = m + s code,
+
+    where u is uniform on [0, 1) (`rounding="stochastic"`: E[x~] = x, so the weight gradient of a
+    linear layer is unbiased) or 1/2 (`"nearest"`: half the error, biased). |x~ - x| < s, and <= s/2
+    to nearest. Keeps `bits + 32 / group_size` bits an element. A group with a NaN or an infinity
+    comes back as NaN. Sources: ActNN, ICML 2021, arXiv 2104.14129; GACT, ICML 2022, 2206.11357.
+
+    Args:
+        bits: code length: 2, 4 or 8.
+        group_size: values a group, a power of two from 32 to 1024.
+        rounding: "stochastic" or "nearest".
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    rounding: Rounding = "stochastic"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or isinstance(self.bits, bool):
+            raise InputError(f"bits={self.bits!r} is not 2, 4 or 8; 4 is a good start")
+        if self.group_size not in GROUP_SIZES:
+            raise InputError(
+                f"group_size={self.group_size!r} is not a power of two from 32 to 1024;"
+                " 128 is a good start"
+            )
+        if self.rounding not in get_args(Rounding):
+            raise InputError(f'rounding={self.rounding!r} is neither "stochastic" nor "nearest"')
+
+
+class Grouping(NamedTuple):
+    """Where the codes of a tensor lie: rows of `width` elements, each cut into groups of its own.
+
+    A byte holds the codes of 8 / bits = `parts` elements, which lie group_size / parts apart, and a
+    group is group_size / parts bytes that follow each other. So groups stand by themselves, a
+    thread that packs a byte shifts by constants, and neighbours in a warp read and write
+    neighbouring addresses. The last group of a row may be ragged; its codes take whole bytes.
+    """
+
+    rows: int
+    width: int
+    bits: int
+    group_size: int
+
+    @property
+    def parts(self) -> int:
+        return 8 // self.bits
+
+    @property
+    def group_bytes(self) -> int:
+        return self.group_size // self.parts
+
+    @property
+    def row_groups(self) -> int:
+        return (self.width + self.group_size - 1) // self.group_size
+
+    @property
+    def groups(self) -> int:
+        return self.rows * self.row_groups
+
+    @property
+    def code_bytes(self) -> int:
+        return self.groups * self.group_bytes

@@ -1,0 +1,117 @@
+"""The operators of group quantisation: schema, fake, reference, kernel.
+
+`seed` is [1] int64 for stochastic rounding, None for rounding to nearest. A pack is codes (uint8)
+and scales (int32); `reference.py` says what is in them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from packlight._library import define_op
+from packlight.groupquant import reference
+from packlight.groupquant.method import Grouping
+
+_KERNELS = "packlight.groupquant.kernels"
+
+
+def _fake_pack(x: Tensor, rows: int, width: int, bits: int, group_size: int) -> list[Tensor]:
+    grouping = Grouping(rows, width, bits, group_size)
+    codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
+    return [codes, x.new_empty(grouping.groups, dtype=torch.int32)]
+
+
+def _fake_quantize(
+    x: Tensor, stride: Sequence[int], bits: int, group_size: int, seed: Tensor | None
+) -> tuple[Tensor, ...]:
+    return tuple(_fake_pack(x, 1, x.numel(), bits, group_size))
+
+
+quantize = define_op(
+    "group_quantize(Tensor x, SymInt[] stride, int bits, int group_size, Tensor? seed)"
+    " -> (Tensor, Tensor)",
+    reference=reference.quantize,
+    fake=_fake_quantize,
+    kernel=f"{_KERNELS}:quantize",
+)
+
+dequantize = define_op(
+    "group_dequantize(Tensor codes, Tensor scales, SymInt[] shape, SymInt[] stride, SymInt width,"
+    " int bits, int group_size, ScalarType dtype, str name, float[] parameters, Tensor? weight,"
+    " Tensor? bias) -> Tensor",
+    reference=reference.dequantize,
+    fake=lambda codes, scales, shape, stride, width, bits, group_size, dtype, *_: (
+        codes.new_empty_strided(shape, stride, dtype=dtype)
+    ),
+    kernel=f"{_KERNELS}:dequantize",
+)
+
+activation = define_op(
+    "group_quant_activation(Tensor x, str name, float[] parameters, int bits, int group_size,"
+    " Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    reference=reference.activation,
+    fake=lambda x, name, parameters, bits, group_size, seed: (
+        torch.empty_like(x),
+        *_fake_pack(x, 1, x.numel(), bits, group_size),
+    ),
+    kernel=f"{_KERNELS}:activation",
+)
+
+activation_backward = define_op(
+    "group_quant_activation_backward(Tensor grad_output, Tensor codes, Tensor scales, str name,"
+    " float[] parameters, SymInt[] stride, int bits, int group_size) -> Tensor",
+    reference=reference.activation_backward,
+    fake=lambda grad_output, codes, scales, name, parameters, stride, bits, group_size: (
+        grad_output.new_empty_strided(grad_output.shape, stride)
+    ),
+    kernel=f"{_KERNELS}:activation_backward",
+)
+
+gated = define_op(
+    "group_quant_gated(Tensor gate, Tensor up, str name, int bits, int group_size, Tensor? seed)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.gated,
+    fake=lambda gate, up, name, bits, group_size, seed: (
+        torch.empty_like(gate),
+        *_fake_pack(gate, 1, gate.numel(), bits, group_size),
+        *_fake_pack(gate, 1, gate.numel(), bits, group_size),
+    ),
+    kernel=f"{_KERNELS}:gated",
+)
+
+
+def _fake_gated_backward(
+    grad_output: Tensor,
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    dgate = grad_output.new_empty_strided(grad_output.shape, stride)
+    return dgate, torch.empty_like(dgate)
+
+
+gated_backward = define_op(
+    "group_quant_gated_backward(Tensor grad_output, Tensor gate_codes, Tensor gate_scales,"
+    " Tensor up_codes, Tensor up_scales, str name, SymInt[] stride, int bits, int group_size)"
+    " -> (Tensor, Tensor)",
+    reference=reference.gated_backward,
+    fake=_fake_gated_backward,
+    kernel=f"{_KERNELS}:gated_backward",
+)
+
+gated_product = define_op(
+    "group_quant_gated_product(Tensor gate_codes, Tensor gate_scales, Tensor up_codes,"
+    " Tensor up_scales, str name, SymInt[] shape, SymInt[] stride, int bits, int group_size,"
+    " ScalarType dtype) -> Tensor",
+    reference=reference.gated_product,
+    fake=lambda codes, _1, _2, _3, name, shape, stride, bits, group_size, dtype: (
+        codes.new_empty_strided(shape, stride, dtype=dtype)
+    ),
+    kernel=f"{_KERNELS}:gated_product",
+)

@@ -1,0 +1,67 @@
+"""Packs of tensors: making one, finding one that is there, and what a pack stands for."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from packlight import sharing
+from packlight._philox import draw_seed
+from packlight.groupquant import ops
+from packlight.groupquant.method import GroupQuant
+from packlight.packing.layout import dense_stride
+from packlight.sharing import Pack
+
+# What the error of a second derivative says is kept.
+KEEPS = "a group-quantised tensor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rebuild:
+    """What a pack of codes and scales stands for: f(v), or v weight + bias, in a memory order."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    width: int
+    bits: int
+    group_size: int
+    name: str = ""
+    parameters: tuple[float, ...] = ()
+
+    def __call__(
+        self,
+        dtype: torch.dtype,
+        codes: Tensor,
+        scales: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        layout = (self.shape, self.stride, self.width, self.bits, self.group_size)
+        f = (self.name, self.parameters)
+        x: Tensor = ops.dequantize(codes, scales, *layout, dtype, *f, weight, bias)
+        return x
+
+
+def draw(x: Tensor, method: GroupQuant) -> Tensor | None:
+    """A seed for the rounding of `x`; None where it rounds to nearest."""
+    return draw_seed(x) if method.rounding == "stochastic" else None
+
+
+def pack_input(x: Tensor, method: GroupQuant) -> Pack:
+    """The pack of `x`: the one that is kept of it already, else a new one, noted for the next."""
+    kept = sharing.pack_of(x)
+    if kept is not None:
+        return kept
+    stride = dense_stride(x)
+    codes, scales = ops.quantize(
+        x.detach(), stride, method.bits, method.group_size, draw(x, method)
+    )
+    layout = (tuple(x.shape), stride, x.numel(), method.bits, method.group_size)
+    kept = Pack(Rebuild(*layout), tuple(x.shape), (codes, scales))
+    sharing.note_input(x, kept)
+    return kept
+
+
+def worth_packing(x: Tensor, method: GroupQuant) -> bool:
+    """Whether a pack is smaller than the tensor: below a group it may not be."""
+    return x.numel() >= method.group_size

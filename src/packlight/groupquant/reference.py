@@ -1,0 +1,235 @@
+"""Group quantisation in plain PyTorch: what is true, on every device.
+
+Codes lie as `Grouping` says. Minimum and step of a group are bfloat16 numbers in one int32 word,
+the minimum in the high half. Arithmetic is in float32 whatever the dtype of the tensor.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from packlight._philox import philox
+from packlight.elementwise.derivatives import BACKWARD
+from packlight.fewbit.activations import CONTINUOUS
+from packlight.groupquant.method import Grouping
+from packlight.packing.layout import compute_dtype, dense_stride, memory_order
+
+# Rounds of Philox4x32: 7 are the fewest that pass BigCrush (Salmon et al., SC 2011, table 2).
+ROUNDS = 7
+
+
+def draws(seed: Tensor, grouping: Grouping, first_row: int = 0) -> Tensor:
+    """Uniform numbers (k + 1/2) / 2^16 on (0, 1), [rows, row_groups, group_size] float32.
+
+    One Philox call gives eight 16-bit numbers: to the `parts` elements of one byte in 8 / parts
+    consecutive groups. Its counter is (byte of the first of these groups in its row, row), rows
+    counted from `first_row`.
+    """
+    rows, row_groups, size = grouping.rows, grouping.row_groups, grouping.group_bytes
+    sets = 8 // grouping.parts
+    calls = -(-row_groups // sets)
+    c0 = torch.arange(calls * size, device=seed.device).repeat(rows)
+    c1 = torch.arange(first_row, first_row + rows, device=seed.device)
+    c1 = c1.repeat_interleave(calls * size)
+    words = torch.stack(philox(seed, c0, c1, ROUNDS))
+    halves = torch.stack([words & 0xFFFF, words >> 16], 1)  # [4, 2, rows * calls * size]
+    uniform = (halves.float() + 0.5) / 65536
+    uniform = uniform.view(sets, grouping.parts, rows, calls, size)
+    uniform = uniform.permute(2, 3, 0, 1, 4).reshape(rows, calls * sets, grouping.group_size)
+    return uniform[:, :row_groups]
+
+
+def _bf16_down(x: Tensor) -> Tensor:
+    """float32 `x` rounded down to a bfloat16 number, as int32 bits with a zero low half."""
+    bits = x.view(torch.int32)
+    return (bits + torch.where(bits < 0, 0xFFFF, 0).int()) & -65536
+
+
+def _bf16_up(x: Tensor) -> Tensor:
+    """float32 `x` >= 0 rounded up to a bfloat16 number, as int32 bits with a zero low half."""
+    return (x.view(torch.int32) + 0xFFFF) & -65536
+
+
+def quantize_rows(
+    x: Tensor, width: int, bits: int, group_size: int, seed: Tensor | None, first_row: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Codes [code_bytes] uint8 and scales [groups] int32 of flat `x`, rows of `width` elements.
+
+    `seed` [1] int64 makes the rounding stochastic; without it the rounding is to nearest.
+    """
+    rows = x.numel() // width if width else 0
+    grouping = Grouping(rows, width, bits, group_size)
+    padded = grouping.row_groups * group_size
+    values = x.float().view(rows, width)
+    if padded != width:  # copies of the last value change no minimum and no maximum
+        tail = values[:, -1:].expand(rows, padded - width)
+        values = torch.cat([values, tail], 1)
+    values = values.reshape(rows, grouping.row_groups, group_size)
+
+    top = float(2**bits - 1)
+    low, high = torch.aminmax(values, dim=-1) if values.numel() else (values[..., 0],) * 2
+    low_bits = _bf16_down(low.contiguous())
+    low = low_bits.view(torch.float32)
+    spread = (high - low).contiguous()
+    finite = spread < float("inf")  # false for NaN too
+    step_bits = torch.where(finite, _bf16_up(spread * (1 / top)), 0x7FC00000).int()
+    step = step_bits.view(torch.float32)
+    inverse = torch.where(step > 0, 1.0 / step, 0.0)
+    codes = (values - low.unsqueeze(-1)).nan_to_num(0.0, 0.0, 0.0) * inverse.unsqueeze(-1)
+    codes = codes.round() if seed is None else (codes + draws(seed, grouping, first_row)).floor()
+    codes = codes.clamp(0, top).to(torch.uint8)
+
+    bytes_ = codes.view(rows, grouping.row_groups, grouping.parts, grouping.group_bytes)
+    packed = bytes_[:, :, 0].clone()
+    for part in range(1, grouping.parts):
+        packed |= bytes_[:, :, part] << (part * bits)
+    scales = low_bits | ((step_bits >> 16) & 0xFFFF)
+    return packed.view(-1), scales.view(-1)
+
+
+def dequantize_rows(
+    codes: Tensor, scales: Tensor, rows: int, width: int, bits: int, group_size: int
+) -> Tensor:
+    """The float32 values [rows, width] that codes and scales stand for."""
+    grouping = Grouping(rows, width, bits, group_size)
+    packed = codes.view(rows, grouping.row_groups, 1, grouping.group_bytes)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(-1, 1)
+    values = ((packed >> shifts) & (2**bits - 1)).float()
+    low = (scales & -65536).view(torch.float32).view(rows, grouping.row_groups, 1, 1)
+    step = (scales << 16).view(torch.float32).view(rows, grouping.row_groups, 1, 1)
+    values: Tensor = low + step * values
+    values = values.view(rows, grouping.row_groups * group_size)
+    return values[:, :width]
+
+
+def quantize(
+    x: Tensor, stride: Sequence[int], bits: int, group_size: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `x` in the memory order of `stride`, one row of all its elements."""
+    flat = memory_order(x, stride)
+    return quantize_rows(flat, flat.numel(), bits, group_size, seed)
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    width: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    name: str,
+    parameters: Sequence[float],
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """f(v) weight + bias of the packed values v, in `dtype`, of this shape and dense stride.
+
+    f is an activation by name, or nothing where the name is empty; weight and bias are [width].
+    """
+    y = codes.new_empty_strided(tuple(shape), tuple(stride), dtype=dtype)
+    if y.numel() == 0:
+        return y
+    values = dequantize_rows(codes, scales, y.numel() // width, width, bits, group_size)
+    if name:
+        values = CONTINUOUS[name].function(values, *parameters)
+    if weight is not None:
+        values = values * weight
+    if bias is not None:
+        values = values + bias
+    y.as_strided((y.numel(),), (1,)).copy_(values.reshape(-1))
+    return y
+
+
+def activation(
+    x: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = f(x), bit-equal to torch's, and the pack of x in its memory order."""
+    stride = dense_stride(x)
+    y = CONTINUOUS[name].function(x, *parameters)
+    if y.stride() != stride:  # logsigmoid drops it
+        y = y.new_empty_strided(y.shape, stride).copy_(y)
+    return y, *quantize(x, stride, bits, group_size, seed)
+
+
+def activation_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """dx = dy f'(x~)."""
+    flat = memory_order(grad_output, stride)
+    n, dtype = flat.numel(), compute_dtype(flat)
+    x = dequantize_rows(codes, scales, 1, n, bits, group_size).view(-1).to(dtype)
+    dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    dx.as_strided((n,), (1,)).copy_(BACKWARD[name](flat.to(dtype), x, *parameters))
+    return dx
+
+
+def gated(
+    gate: Tensor, up: Tensor, name: str, bits: int, group_size: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y = f(gate) up, bit-equal to torch's, and the packs of gate and up in gate's order."""
+    stride = dense_stride(gate)
+    y = gate.new_empty_strided(gate.shape, stride).copy_(CONTINUOUS[name].function(gate) * up)
+    n = gate.numel()
+    gate_pack = quantize_rows(memory_order(gate, stride), n, bits, group_size, seed)
+    up_pack = quantize_rows(memory_order(up, stride), n, bits, group_size, seed, first_row=1)
+    return y, *gate_pack, *up_pack
+
+
+def gated_backward(
+    grad_output: Tensor,
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """dgate = dy up~ f'(gate~), dup = dy f(gate~)."""
+    flat = memory_order(grad_output, stride)
+    n, dtype = flat.numel(), compute_dtype(flat)
+    gate = dequantize_rows(gate_codes, gate_scales, 1, n, bits, group_size).view(-1).to(dtype)
+    up = dequantize_rows(up_codes, up_scales, 1, n, bits, group_size).view(-1).to(dtype)
+    dy = flat.to(dtype)
+    dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    dup = torch.empty_like(dgate)
+    dgate.as_strided((n,), (1,)).copy_(BACKWARD[name](dy * up, gate))
+    dup.as_strided((n,), (1,)).copy_(dy * CONTINUOUS[name].function(gate))
+    return dgate, dup
+
+
+def gated_product(
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """f(gate~) up~ in `dtype`, of this shape and dense stride."""
+    y = gate_codes.new_empty_strided(tuple(shape), tuple(stride), dtype=dtype)
+    n = y.numel()
+    gate = dequantize_rows(gate_codes, gate_scales, 1, n, bits, group_size)
+    up = dequantize_rows(up_codes, up_scales, 1, n, bits, group_size)
+    y.as_strided((n,), (1,)).copy_((CONTINUOUS[name].function(gate) * up).view(-1))
+    return y
