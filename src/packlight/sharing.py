@@ -36,7 +36,7 @@ class Pack:
 
     rebuild: Callable[..., Tensor]
     shape: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor | None, ...]
 
 
 class _WeakPack(NamedTuple):
@@ -93,7 +93,7 @@ def note_input(tensor: Tensor, pack: Pack) -> None:
     if torch.compiler.is_compiling():
         _write(tensor, pack=pack)
     elif torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        references = tuple(TensorWeakRef(kept) for kept in pack.tensors)
+        references = tuple(TensorWeakRef(kept) for kept in pack.tensors if kept is not None)
         _write(tensor, pack=_WeakPack(pack.rebuild, pack.shape, references))
     elif tensor.grad_fn is not None:
         _write(tensor, pack=pack)

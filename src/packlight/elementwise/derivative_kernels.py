@@ -1,4 +1,4 @@
-"""Derivatives of the continuous activations for Triton kernels, in fp32.
+"""Derivatives of activations for Triton kernels, in fp32.
 
 f'(x, a, b) for an x that is itself approximate, so the cheap forms serve every dtype: absolute
 error below 1e-4, NaN and infinity as torch has them.
@@ -95,6 +95,11 @@ def _quick_gelu(x, _a, _b):
 
 
 @triton.jit
+def _relu(x, _a, _b):
+    return tl.where(x <= 0, 0.0, 1.0) + x * 0.0
+
+
+@triton.jit
 def _relu_squared(x, _a, _b):
     return 2.0 * tl.where(x <= 0, 0.0, x)
 
@@ -144,6 +149,7 @@ DERIVATIVE = {
     "logsigmoid": _logsigmoid,
     "mish": _mish,
     "quick_gelu": _quick_gelu,
+    "relu": _relu,
     "relu_squared": _relu_squared,
     "selu": _selu,
     "sigmoid": _sigmoid,

@@ -1,4 +1,4 @@
-"""Derivatives of the continuous activations: dx from dy and x, as torch's own backward has it."""
+"""Derivatives of activations: dx from dy and x, as torch's own backward has it."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def _softplus(dy: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     return dx
 
 
-# dx = BACKWARD[name](dy, x, *parameters), names and parameters as in fewbit.activations.CONTINUOUS.
+# dx = BACKWARD[name](dy, x, *parameters), names and parameters as in fewbit/activations.py.
 BACKWARD: dict[str, Callable[..., Tensor]] = {
     "celu": lambda dy, x, alpha: _aten.elu_backward(dy, alpha, 1.0, 1.0 / alpha, False, x),
     "elu": lambda dy, x, alpha: _aten.elu_backward(dy, alpha, 1.0, 1.0, False, x),
@@ -29,6 +29,7 @@ BACKWARD: dict[str, Callable[..., Tensor]] = {
     "logsigmoid": lambda dy, x: dy * torch.sigmoid(-x),
     "mish": lambda dy, x: _aten.mish_backward(dy, x),
     "quick_gelu": _quick_gelu,
+    "relu": lambda dy, x: _aten.threshold_backward(dy, x, 0.0),
     "relu_squared": lambda dy, x: dy * 2 * torch.relu(x),
     "selu": lambda dy, x: _aten.elu_backward(dy, *_SELU, 1.0, False, x),
     "sigmoid": lambda dy, x: _aten.sigmoid_backward(dy, torch.sigmoid(x)),

@@ -15,6 +15,7 @@ through an activation. Where no gradient is asked for nothing is packed and the 
 runs. A second derivative raises `DoubleBackwardError`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         rebuild: Callable[..., Tensor],
-        *tensors: Tensor,
+        *tensors: Tensor | None,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
@@ -159,6 +160,36 @@ def _activation(
     return y
 
 
+def _gelu_name(approximate: str) -> str:
+    if approximate not in ("none", "tanh"):
+        raise InputError(f'approximate={approximate!r} is neither "none" nor "tanh"')
+    return "gelu" if approximate == "none" else "gelu_tanh"
+
+
+def celu(
+    input: Tensor,
+    alpha: float = 1.0,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """max(0, x) + min(0, alpha (e^(x / alpha) - 1)). Keeps a pack of x; biased."""
+    return _activation(input, "celu", GroupQuant(bits, group_size, rounding), (alpha,))
+
+
+def elu(
+    input: Tensor,
+    alpha: float = 1.0,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x for x > 0, else alpha (e^x - 1). Keeps a pack of x; biased."""
+    return _activation(input, "elu", GroupQuant(bits, group_size, rounding), (alpha,))
+
+
 def gelu(
     input: Tensor,
     approximate: str = "none",
@@ -168,7 +199,287 @@ def gelu(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """x Phi(x), or its tanh approximation. Keeps a pack of x; biased."""
-    if approximate not in ("none", "tanh"):
-        raise InputError(f'approximate={approximate!r} is neither "none" nor "tanh"')
-    name = "gelu" if approximate == "none" else "gelu_tanh"
+    name = _gelu_name(approximate)
     return _activation(input, name, GroupQuant(bits, group_size, rounding))
+
+
+def hardswish(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x min(max(x + 3, 0), 6) / 6. Keeps a pack of x; biased."""
+    return _activation(input, "hardswish", GroupQuant(bits, group_size, rounding))
+
+
+def logsigmoid(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """log(1 / (1 + e^-x)). Keeps a pack of x; biased."""
+    return _activation(input, "logsigmoid", GroupQuant(bits, group_size, rounding))
+
+
+def mish(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x tanh(log(1 + e^x)). Keeps a pack of x; biased."""
+    return _activation(input, "mish", GroupQuant(bits, group_size, rounding))
+
+
+def quick_gelu(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x sigmoid(1.702 x), as in CLIP. Keeps a pack of x; biased."""
+    return _activation(input, "quick_gelu", GroupQuant(bits, group_size, rounding))
+
+
+def relu_squared(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """max(x, 0)^2, from Primer. Keeps a pack of x; biased."""
+    return _activation(input, "relu_squared", GroupQuant(bits, group_size, rounding))
+
+
+def selu(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """Self-normalising ELU. Keeps a pack of x; biased."""
+    return _activation(input, "selu", GroupQuant(bits, group_size, rounding))
+
+
+def sigmoid(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """1 / (1 + e^-x). Keeps a pack of x; biased."""
+    return _activation(input, "sigmoid", GroupQuant(bits, group_size, rounding))
+
+
+def silu(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x sigmoid(x), also called swish. Keeps a pack of x; biased."""
+    return _activation(input, "silu", GroupQuant(bits, group_size, rounding))
+
+
+def softplus(
+    input: Tensor,
+    beta: float = 1.0,
+    threshold: float = 20.0,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """log(1 + e^(beta x)) / beta, and x where beta x > threshold. Keeps a pack of x; biased."""
+    return _activation(input, "softplus", GroupQuant(bits, group_size, rounding), (beta, threshold))
+
+
+def softsign(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x / (1 + |x|). Keeps a pack of x; biased."""
+    return _activation(input, "softsign", GroupQuant(bits, group_size, rounding))
+
+
+def tanh(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """Hyperbolic tangent. Keeps a pack of x; biased."""
+    return _activation(input, "tanh", GroupQuant(bits, group_size, rounding))
+
+
+def tanhshrink(
+    input: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x - tanh(x). Keeps a pack of x; biased."""
+    return _activation(input, "tanhshrink", GroupQuant(bits, group_size, rounding))
+
+
+# --- Gated units.
+
+
+class _Gated(torch.autograd.Function):
+    """y = f(gate) up, and the packs of gate and up, which it keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        name: str,
+        bits: int,
+        group_size: int,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        y, *packs = ops.gated(gate, up, name, bits, group_size, seed)
+        ctx.mark_non_differentiable(*packs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*packs)
+        ctx.f = (name, y.stride(), bits, group_size)
+        return sharing.notable(y), *packs
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        dgate = dup = None
+        if grad_output is not None:
+            dgate, dup = ops.gated_backward(grad_output, *ctx.saved_tensors, *ctx.f)
+        return dgate, dup, None, None, None, None
+
+
+_apply_gated: Callable[..., tuple[Tensor, ...]] = _Gated.apply
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """What the packs of gate and up stand for: f(gate) up."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    bits: int
+    group_size: int
+
+    def __call__(self, dtype: torch.dtype, *packs: Tensor) -> Tensor:
+        layout = (self.shape, self.stride, self.bits, self.group_size)
+        y: Tensor = ops.gated_product(*packs, self.name, *layout, dtype)
+        return y
+
+
+def _gated(
+    gate: Tensor, up: Tensor, name: str, method: GroupQuant, plain: Callable[..., Tensor]
+) -> Tensor:
+    check_tensor(gate, name)
+    check_tensor(up, name)
+    if gate.shape != up.shape or gate.device != up.device:
+        raise InputError(
+            f"gate is {tuple(gate.shape)} on {gate.device}, up is {tuple(up.shape)} on {up.device};"
+            " a gated unit multiplies tensors of one shape on one device"
+        )
+    wanted = needs_gradient(gate) or needs_gradient(up)
+    if not wanted or not worth_packing(gate, method) or gate.dtype != up.dtype:
+        return plain(gate, up)
+    seed = draw(gate, method)
+    y, *packs = _apply_gated(gate, up, name, method.bits, method.group_size, seed)
+    product = _Product(name, tuple(y.shape), y.stride(), method.bits, method.group_size)
+    sharing.note_output(y, Pack(product, tuple(y.shape), tuple(packs)))
+    return y
+
+
+def swiglu(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """silu(gate) up, the gated unit of Llama.
+
+    Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    return _gated(gate, up, "silu", method, lambda gate, up: F.silu(gate) * up)
+
+
+def geglu(
+    gate: Tensor,
+    up: Tensor,
+    approximate: str = "none",
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """gelu(gate) up, with either form of GELU.
+
+    Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    return _gated(
+        gate,
+        up,
+        _gelu_name(approximate),
+        method,
+        lambda gate, up: F.gelu(gate, approximate=approximate) * up,
+    )
+
+
+def reglu(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """relu(gate) up. The mask is that of the packed gate.
+
+    Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    return _gated(gate, up, "relu", method, lambda gate, up: F.relu(gate) * up)
+
+
+def glu(
+    input: Tensor,
+    dim: int = -1,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """a sigmoid(b) for the halves a and b of `input` along `dim`.
+
+    Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
+    """
+    check_tensor(input, "glu")
+    if input.dim() == 0 or input.shape[dim] % 2:
+        raise InputError(
+            f"glu halves dimension {dim} of shape {tuple(input.shape)}; it is not even"
+        )
+    up, gate = input.chunk(2, dim)
+    method = GroupQuant(bits, group_size, rounding)
+    return _gated(gate, up, "sigmoid", method, lambda gate, up: F.glu(input, dim))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from packlight._library import define_op
-from packlight.groupquant import reference
+from packlight.groupquant import norm_reference, reference
 from packlight.groupquant.method import Grouping
+from packlight.packing.layout import compute_dtype
 
 _KERNELS = "packlight.groupquant.kernels"
 
@@ -114,4 +115,58 @@ gated_product = define_op(
         codes.new_empty_strided(shape, stride, dtype=dtype)
     ),
     kernel=f"{_KERNELS}:gated_product",
+)
+
+
+def _fake_norm(
+    x: Tensor,
+    width: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    rows = x.shape[0]
+    rstd = x.new_empty(rows, dtype=compute_dtype(x))
+    return torch.empty_like(x), *_fake_pack(x, rows, width, bits, group_size), rstd
+
+
+norm = define_op(
+    "group_quant_norm(Tensor x, SymInt width, Tensor? weight, Tensor? bias, float eps, bool center,"
+    " int bits, int group_size, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=norm_reference.norm,
+    fake=_fake_norm,
+    kernel="packlight.groupquant.norm_kernels:norm",
+)
+
+
+def _fake_norm_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    center: bool,
+    need_weight: bool,
+    need_bias: bool,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = grad_output.shape[1]
+    dtype = compute_dtype(grad_output)
+    dweight = grad_output.new_empty(width if need_weight else 0, dtype=dtype)
+    dbias = grad_output.new_empty(width if need_bias else 0, dtype=dtype)
+    return torch.empty_like(grad_output), dweight, dbias
+
+
+norm_backward = define_op(
+    "group_quant_norm_backward(Tensor grad_output, Tensor codes, Tensor scales, Tensor rstd,"
+    " Tensor? weight, bool center, bool need_weight, bool need_bias, int bits, int group_size)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=norm_reference.norm_backward,
+    fake=_fake_norm_backward,
+    kernel="packlight.groupquant.norm_kernels:norm_backward",
 )

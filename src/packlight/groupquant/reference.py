@@ -4,9 +4,10 @@ Codes lie as `Grouping` says. Minimum and step of a group are bfloat16 numbers i
 the minimum in the high half. Arithmetic is in float32 whatever the dtype of the tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packlight._philox import philox
@@ -14,6 +15,12 @@ from packlight.elementwise.derivatives import BACKWARD
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant.method import Grouping
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
+
+# The activations that a pack of their input can serve.
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: row.function for name, row in CONTINUOUS.items()},
+    "relu": F.relu,
+}
 
 # Rounds of Philox4x32: 7 are the fewest that pass BigCrush (Salmon et al., SC 2011, table 2).
 ROUNDS = 7
@@ -95,12 +102,12 @@ def dequantize_rows(
     grouping = Grouping(rows, width, bits, group_size)
     packed = codes.view(rows, grouping.row_groups, 1, grouping.group_bytes)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(-1, 1)
-    values = ((packed >> shifts) & (2**bits - 1)).float()
+    numbers = ((packed >> shifts) & (2**bits - 1)).float()
     low = (scales & -65536).view(torch.float32).view(rows, grouping.row_groups, 1, 1)
     step = (scales << 16).view(torch.float32).view(rows, grouping.row_groups, 1, 1)
-    values: Tensor = low + step * values
-    values = values.view(rows, grouping.row_groups * group_size)
-    return values[:, :width]
+    values = low + step * numbers
+    rows_of_values: Tensor = values.view(rows, grouping.row_groups * group_size)
+    return rows_of_values[:, :width]
 
 
 def quantize(
@@ -134,7 +141,7 @@ def dequantize(
         return y
     values = dequantize_rows(codes, scales, y.numel() // width, width, bits, group_size)
     if name:
-        values = CONTINUOUS[name].function(values, *parameters)
+        values = FUNCTIONS[name](values, *parameters)
     if weight is not None:
         values = values * weight
     if bias is not None:
@@ -153,7 +160,7 @@ def activation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = f(x), bit-equal to torch's, and the pack of x in its memory order."""
     stride = dense_stride(x)
-    y = CONTINUOUS[name].function(x, *parameters)
+    y = FUNCTIONS[name](x, *parameters)
     if y.stride() != stride:  # logsigmoid drops it
         y = y.new_empty_strided(y.shape, stride).copy_(y)
     return y, *quantize(x, stride, bits, group_size, seed)
@@ -183,7 +190,11 @@ def gated(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y = f(gate) up, bit-equal to torch's, and the packs of gate and up in gate's order."""
     stride = dense_stride(gate)
-    y = gate.new_empty_strided(gate.shape, stride).copy_(CONTINUOUS[name].function(gate) * up)
+    if name == "sigmoid":  # F.glu, which does not round the sigmoid to the tensors' dtype
+        product = F.glu(torch.stack([up, gate]), 0)[0]
+    else:
+        product = FUNCTIONS[name](gate) * up
+    y = gate.new_empty_strided(gate.shape, stride).copy_(product)
     n = gate.numel()
     gate_pack = quantize_rows(memory_order(gate, stride), n, bits, group_size, seed)
     up_pack = quantize_rows(memory_order(up, stride), n, bits, group_size, seed, first_row=1)
@@ -210,7 +221,7 @@ def gated_backward(
     dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
     dup = torch.empty_like(dgate)
     dgate.as_strided((n,), (1,)).copy_(BACKWARD[name](dy * up, gate))
-    dup.as_strided((n,), (1,)).copy_(dy * CONTINUOUS[name].function(gate))
+    dup.as_strided((n,), (1,)).copy_(dy * FUNCTIONS[name](gate))
     return dgate, dup
 
 
@@ -231,5 +242,5 @@ def gated_product(
     n = y.numel()
     gate = dequantize_rows(gate_codes, gate_scales, 1, n, bits, group_size)
     up = dequantize_rows(up_codes, up_scales, 1, n, bits, group_size)
-    y.as_strided((n,), (1,)).copy_((CONTINUOUS[name].function(gate) * up).view(-1))
+    y.as_strided((n,), (1,)).copy_((FUNCTIONS[name](gate) * up).view(-1))
     return y

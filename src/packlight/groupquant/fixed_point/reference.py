@@ -1,0 +1,142 @@
+"""Fixed-point codes in plain PyTorch: what is true, on every device.
+
+Codes are packed as `packing/layout.py` says. What is needed of each channel again is a table
+[ROWS, channels] in float32 (float64 for float64 tensors), made when the codes are: parameters may
+change before they are used.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from packlight.groupquant.fixed_point.method import EDGE, WIDTH
+from packlight.packing import reference as packing
+from packlight.packing.layout import compute_dtype, dense_stride, memory_order
+
+# The rows of a table:
+#   y~ = STEP code + LOW,   positive where code >= SHIFT
+#   x~ = UNIT (code - CENTRE)
+#   dx = SCALE UNIT (g - mean g - x~ mean(g x~)),   SCALE UNIT = gamma rstd
+STEP, LOW, SHIFT, UNIT, CENTRE, SCALE = range(6)
+ROWS = 6
+
+# From here on beta / |gamma|, in bins, has less than 8 bits of fraction left in float32.
+FAR = 2.0**16
+
+
+def channel_table(
+    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, bits: int
+) -> Tensor:
+    """The table of a batch norm with these statistics and parameters, [channels] each."""
+    count = 2**bits
+    gamma = torch.ones_like(rstd) if weight is None else weight.to(rstd.dtype)
+    beta = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype)
+    # Left of everything where gamma and beta are both 0: y is 0, and not positive.
+    position = (beta / gamma.abs() * (count / WIDTH)).nan_to_num(-FAR, FAR, -FAR)
+    whole = position.floor()
+    phase = torch.where(position.abs() < FAR, position - whole, 0.0)
+    # A channel that is not finite comes back as NaN: x_hat is NaN throughout.
+    centre = phase + (count - 1) / 2 + 0.0 * (mean + rstd)
+    step = gamma.abs() * (WIDTH / count)
+    unit = torch.where(gamma < 0, -WIDTH / count, WIDTH / count)
+    rows = {
+        STEP: step,
+        LOW: beta - step * centre,
+        SHIFT: (count // 2 - whole).clamp(1, count - 1),
+        UNIT: unit,
+        CENTRE: centre,
+        SCALE: gamma * rstd / unit,
+    }
+    return torch.stack([rows[row] for row in range(ROWS)])
+
+
+def _channels(row: Tensor, x: Tensor) -> Tensor:
+    """[channels] as it multiplies `x` [n, channels, ...]."""
+    return row.view(-1, *[1] * (x.dim() - 2))
+
+
+def _unpack(codes: Tensor, shape: Sequence[int], stride: Sequence[int], bits: int) -> Tensor:
+    """The codes as a uint8 tensor of this shape and dense stride."""
+    x = codes.new_empty_strided(tuple(shape), tuple(stride))
+    x.as_strided((x.numel(),), (1,)).copy_(packing.unpack(codes, bits, x.numel()))
+    return x
+
+
+def encode(x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, bits: int) -> Tensor:
+    """Packed codes of the normalised `x`, in the memory order of `y`, which is its batch norm."""
+    count = 2**bits
+    x_hat = (x.to(table.dtype) - _channels(mean, x)) * _channels(rstd, x)
+    offset = table[CENTRE] + (0.5 - EDGE * count / WIDTH)
+    code = (x_hat / _channels(table[UNIT], x) + _channels(offset, x)).floor().nan_to_num(0.0)
+    code = code.clamp(0, count - 1)
+    shift = _channels(table[SHIFT], x)
+    # The side of 0 by y itself, which is what a ReLU sees.
+    code = torch.where(y <= 0, code.minimum(shift - 1), code.maximum(shift))
+    return packing.pack(memory_order(code.to(torch.uint8), y.stride()), bits)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, bit-equal to torch's in training, codes and table; updates the running statistics."""
+    y, mean, rstd = torch.native_batch_norm(
+        x, weight, bias, running_mean, running_var, True, momentum, eps
+    )
+    stride = dense_stride(x)
+    if y.stride() != stride:
+        y = y.new_empty_strided(y.shape, stride).copy_(y)
+    mean, rstd = mean.to(compute_dtype(x)), rstd.to(compute_dtype(x))
+    table = channel_table(mean, rstd, weight, bias, bits)
+    return y, encode(x, y, mean, rstd, table, bits), table
+
+
+def batch_norm_backward(
+    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in the memory order of `stride`, dgamma and dbeta [channels]."""
+    g = grad_output.to(table.dtype)
+    code = _unpack(codes, g.shape, stride, bits).to(table.dtype)
+    x = (code - _channels(table[CENTRE], g)) * _channels(table[UNIT], g)
+    others = [0, *range(2, g.dim())]
+    dgamma, dbeta = (g * x).sum(others), g.sum(others)
+    count = g.numel() // g.shape[1]
+    mean, slope = _channels(dbeta / count, g), _channels(dgamma / count, g)
+    scale = _channels(table[SCALE] * table[UNIT], g)
+    dx = grad_output.new_empty_strided(g.shape, tuple(stride))
+    return dx.copy_(scale * (g - mean - x * slope)), dgamma, dbeta
+
+
+def relu_backward(
+    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
+) -> Tensor:
+    """dy where the code is on the positive side of 0, else 0; in the memory order of `stride`."""
+    code = _unpack(codes, grad_output.shape, stride, bits)
+    dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    return dx.copy_(torch.where(code >= _channels(table[SHIFT], code), grad_output, 0.0))
+
+
+def rebuild(
+    codes: Tensor,
+    table: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    bits: int,
+    dtype: torch.dtype,
+    relu: bool,
+) -> Tensor:
+    """y~ or relu(y~) in `dtype`, of this shape and dense stride."""
+    code = _unpack(codes, shape, stride, bits)
+    step, low, shift = (_channels(table[row], code) for row in (STEP, LOW, SHIFT))
+    y = step * code + low
+    if relu:
+        # A value on the positive side is at least half a bin, also where the window lies left of 0.
+        y = torch.where(code >= shift, y.maximum(step / 2), 0.0)
+    return codes.new_empty_strided(tuple(shape), tuple(stride), dtype=dtype).copy_(y)

@@ -1,0 +1,493 @@
+"""Layers under torch.nn's own names that keep group-quantised tensors in training.
+
+Constructor, attributes, `state_dict` and printing are torch.nn's; `bits`, `group_size` and
+`rounding` come after them, as `GroupQuant` has them. In `eval()` the plain torch operation runs,
+exact and twice differentiable. What is kept, and how exact the gradient is, stands with each
+function in `functional.py` and `norms.py`.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
+
+from packlight.elementwise.functions import quick_gelu, relu_squared
+from packlight.groupquant import functional as quantised
+from packlight.groupquant import norms
+from packlight.groupquant.method import GroupQuant, Rounding
+
+_DEFAULT = GroupQuant()
+
+
+class _Quantised(nn.Module):
+    """What these layers share: the method by which they keep."""
+
+    method: GroupQuant
+
+    def _keep(self, bits: int, group_size: int, rounding: Rounding) -> None:
+        self.method = GroupQuant(bits, group_size, rounding)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method as keyword arguments of a function."""
+        method = self.method
+        return {
+            "bits": method.bits,
+            "group_size": method.group_size,
+            "rounding": method.rounding,
+        }
+
+    def extra_repr(self) -> str:
+        own = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        inherited = super().extra_repr()
+        return f"{inherited}, {own}" if inherited else own
+
+
+class Linear(_Quantised, nn.Linear):
+    """`torch.nn.Linear`; keeps a pack of its input, or shares one."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.linear(input, self.weight, self.bias, **self.options)
+
+
+class LayerNorm(_Quantised, nn.LayerNorm):
+    """`torch.nn.LayerNorm`; keeps a pack of the normalised value."""
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return norms.layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, **self.options
+        )
+
+
+class RMSNorm(_Quantised, nn.RMSNorm):
+    """`torch.nn.RMSNorm`; keeps a pack of the normalised value."""
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | Size,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        return norms.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self.options)
+
+
+class CELU(_Quantised, nn.CELU):
+    """`torch.nn.CELU`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        inplace: bool = False,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(alpha, inplace)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.celu(input, self.alpha, **self.options)
+
+
+class ELU(_Quantised, nn.ELU):
+    """`torch.nn.ELU`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        inplace: bool = False,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(alpha, inplace)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.elu(input, self.alpha, **self.options)
+
+
+class GELU(_Quantised, nn.GELU):
+    """`torch.nn.GELU`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        approximate: str = "none",
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(approximate)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.gelu(input, self.approximate, **self.options)
+
+
+class Hardswish(_Quantised, nn.Hardswish):
+    """`torch.nn.Hardswish`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        inplace: bool = False,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(inplace)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.hardswish(input, **self.options)
+
+
+class LogSigmoid(_Quantised, nn.LogSigmoid):
+    """`torch.nn.LogSigmoid`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.logsigmoid(input, **self.options)
+
+
+class Mish(_Quantised, nn.Mish):
+    """`torch.nn.Mish`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        inplace: bool = False,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(inplace)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.mish(input, **self.options)
+
+
+class QuickGELU(_Quantised):
+    """`quick_gelu` as a layer; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return quick_gelu(input)
+        return quantised.quick_gelu(input, **self.options)
+
+
+class ReLUSquared(_Quantised):
+    """`relu_squared` as a layer; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return relu_squared(input)
+        return quantised.relu_squared(input, **self.options)
+
+
+class SELU(_Quantised, nn.SELU):
+    """`torch.nn.SELU`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        inplace: bool = False,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(inplace)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.selu(input, **self.options)
+
+
+class Sigmoid(_Quantised, nn.Sigmoid):
+    """`torch.nn.Sigmoid`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.sigmoid(input, **self.options)
+
+
+class SiLU(_Quantised, nn.SiLU):
+    """`torch.nn.SiLU`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        inplace: bool = False,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(inplace)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.silu(input, **self.options)
+
+
+class Softplus(_Quantised, nn.Softplus):
+    """`torch.nn.Softplus`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        threshold: float = 20.0,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(beta, threshold)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.softplus(input, self.beta, self.threshold, **self.options)
+
+
+class Softsign(_Quantised, nn.Softsign):
+    """`torch.nn.Softsign`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.softsign(input, **self.options)
+
+
+class Tanh(_Quantised, nn.Tanh):
+    """`torch.nn.Tanh`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.tanh(input, **self.options)
+
+
+class Tanhshrink(_Quantised, nn.Tanhshrink):
+    """`torch.nn.Tanhshrink`; keeps a pack of its input, biased."""
+
+    def __init__(
+        self,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.tanhshrink(input, **self.options)
+
+
+class SwiGLU(_Quantised):
+    """silu(gate) up; keeps packs of both, biased."""
+
+    def __init__(
+        self,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        if not self.training:
+            return F.silu(gate) * up
+        return quantised.swiglu(gate, up, **self.options)
+
+
+class GEGLU(_Quantised):
+    """gelu(gate) up; keeps packs of both, biased."""
+
+    def __init__(
+        self,
+        approximate: str = "none",
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self.approximate = approximate
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        if not self.training:
+            return F.gelu(gate, approximate=self.approximate) * up
+        return quantised.geglu(gate, up, self.approximate, **self.options)
+
+
+class ReGLU(_Quantised):
+    """relu(gate) up; keeps packs of both, biased."""
+
+    def __init__(
+        self,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__()
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        if not self.training:
+            return F.relu(gate) * up
+        return quantised.reglu(gate, up, **self.options)
+
+
+class GLU(_Quantised, nn.GLU):
+    """`torch.nn.GLU`; keeps packs of both halves, biased."""
+
+    def __init__(
+        self,
+        dim: int = -1,
+        *,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+    ) -> None:
+        super().__init__(dim)
+        self._keep(bits, group_size, rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return quantised.glu(input, self.dim, **self.options)

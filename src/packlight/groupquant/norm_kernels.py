@@ -1,0 +1,280 @@
+"""Triton kernels of layer and RMS norm: output, pack and rstd in one pass, backward in one pass.
+
+A program walks over rows, a row a tile (see `kernels.py`), with weights in registers. The backward
+adds up its rows' share of the weight and bias gradients in registers as well.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packlight.groupquant.kernels import (
+    load_codes,
+    load_tile,
+    random_tile,
+    store_codes,
+    store_tile,
+    tile_offsets,
+)
+from packlight.groupquant.method import Grouping
+
+
+@triton.jit
+def tile_sum(tile):
+    """The sum of all elements of the eight tensors of a tile."""
+    pairs = ((tile[0] + tile[1]) + (tile[2] + tile[3])) + (
+        (tile[4] + tile[5]) + (tile[6] + tile[7])
+    )
+    return tl.sum(tl.sum(pairs, 1), 0)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [rows, width]
+    y_ptr,  # [rows, width]
+    weight_ptr,  # [width]
+    bias_ptr,  # [width]
+    codes_ptr,
+    scales_ptr,
+    rstd_ptr,  # [rows]
+    seed_ptr,  # [1]
+    rows,
+    width,
+    row_groups,
+    steps,  # rows a program
+    eps,
+    CENTER: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    if WEIGHT:
+        weight = load_tile(weight_ptr, width, NQ, SIZE, FULL)
+    if BIAS:
+        bias = load_tile(bias_ptr, width, NQ, SIZE, FULL)
+    row = tl.program_id(0).to(tl.int64) * steps
+    end = tl.minimum(row + steps, rows)
+    while row < end:
+        tile = load_tile(x_ptr + row * width, width, NQ, SIZE, FULL)
+        if CENTER:
+            mean = tile_sum(tile) / width
+            centered = ()
+            for j in tl.static_range(8):
+                if FULL:
+                    centered = centered + (tile[j] - mean,)
+                else:
+                    inside = tile_offsets(NQ, SIZE, j) < width
+                    centered = centered + (tl.where(inside, tile[j] - mean, 0.0),)
+            tile = centered
+        squares = ()
+        for j in tl.static_range(8):
+            squares = squares + (tile[j] * tile[j],)
+        rstd = tl.rsqrt(tile_sum(squares) / width + eps)
+        tl.store(rstd_ptr + row, rstd)
+        normal = ()
+        for j in tl.static_range(8):
+            x_hat = tile[j] * rstd
+            normal = normal + (x_hat,)
+            y = x_hat
+            if WEIGHT:
+                y = y * weight[j]
+            if BIAS:
+                y = y + bias[j]
+            store_tile(y_ptr + row * width, y, width, NQ, SIZE, j, FULL)
+        draws = ()
+        if STOCHASTIC:
+            bundles = tl.arange(0, NQ)
+            draws = random_tile(tl.load(seed_ptr), row, bundles, SIZE, NQ)
+        group = row * row_groups
+        store_codes(
+            normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, NQ, SIZE, BITS,
+            STOCHASTIC, FULL,
+        )  # fmt: skip
+        row += 1
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # [rows, width]
+    codes_ptr,
+    scales_ptr,
+    rstd_ptr,  # [rows]
+    weight_ptr,  # [width]
+    dx_ptr,  # [rows, width]
+    dweight_ptr,  # [programs, width] fp32
+    dbias_ptr,  # [programs, width] fp32
+    rows,
+    width,
+    row_groups,
+    steps,
+    CENTER: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    zero = tl.zeros([NQ, SIZE], dtype=tl.float32)
+    dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
+    dbias = dweight
+    row = tl.program_id(0).to(tl.int64) * steps
+    end = tl.minimum(row + steps, rows)
+    while row < end:
+        dy = load_tile(dy_ptr + row * width, width, NQ, SIZE, FULL)
+        group = row * row_groups
+        x_hat = load_codes(
+            codes_ptr + group * SIZE, scales_ptr + group, width, NQ, SIZE, BITS, FULL
+        )
+        rstd = tl.load(rstd_ptr + row)
+        if NEED_WEIGHT:
+            total = ()
+            for j in tl.static_range(8):
+                total = total + (tl.fma(dy[j], x_hat[j], dweight[j]),)
+            dweight = total
+        if NEED_BIAS:
+            total = ()
+            for j in tl.static_range(8):
+                total = total + (dbias[j] + dy[j],)
+            dbias = total
+        g = dy
+        if WEIGHT:
+            weight = load_tile(weight_ptr, width, NQ, SIZE, FULL)
+            g = ()
+            for j in tl.static_range(8):
+                g = g + (dy[j] * weight[j],)
+        products = ()
+        for j in tl.static_range(8):
+            products = products + (g[j] * x_hat[j],)
+        slope = tile_sum(products) / width  # of x_hat: 0 past the row's end, as g is 0 there
+        mean = 0.0
+        if CENTER:
+            mean = tile_sum(g) / width
+        for j in tl.static_range(8):
+            dx = (g[j] - mean - x_hat[j] * slope) * rstd
+            store_tile(dx_ptr + row * width, dx, width, NQ, SIZE, j, FULL)
+        row += 1
+    partial = tl.program_id(0).to(tl.int64) * width
+    for j in tl.static_range(8):
+        if NEED_WEIGHT:
+            store_tile(dweight_ptr + partial, dweight[j], width, NQ, SIZE, j, FULL)
+        if NEED_BIAS:
+            store_tile(dbias_ptr + partial, dbias[j], width, NQ, SIZE, j, FULL)
+
+
+# --- Launchers, with the signatures of norm_reference.py.
+
+# Programs: enough to fill the device, few enough that partial sums stay small.
+PROGRAMS = 132 * 8
+
+
+def _launch_shape(grouping: Grouping) -> tuple[int, bool, int, int, int]:
+    """Bundles a row, whether they are whole, warps, programs, and rows a program."""
+    bundle = 8 * grouping.group_bytes
+    bundles = -(-grouping.width // bundle)
+    nq = triton.next_power_of_2(bundles)
+    warps = max(1, min(16, nq * grouping.group_bytes // 64))
+    programs = max(1, min(grouping.rows, PROGRAMS * 4 // warps))
+    steps = -(-grouping.rows // programs)
+    return nq, grouping.width == nq * bundle, warps, -(-grouping.rows // steps), steps
+
+
+def norm(
+    x: Tensor,
+    width: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[0]
+    grouping = Grouping(rows, width, bits, group_size)
+    y = torch.empty_like(x)
+    codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
+    scales = x.new_empty(grouping.groups, dtype=torch.int32)
+    rstd = x.new_empty(rows, dtype=torch.float32)
+    if x.numel() == 0:
+        return y, codes, scales, rstd
+    nq, full, warps, programs, steps = _launch_shape(grouping)
+    _forward_kernel[(programs,)](
+        x,
+        y,
+        x if weight is None else weight,
+        x if bias is None else bias,
+        codes,
+        scales,
+        rstd,
+        codes if seed is None else seed,
+        rows,
+        width,
+        grouping.row_groups,
+        steps,
+        eps,
+        CENTER=center,
+        WEIGHT=weight is not None,
+        BIAS=bias is not None,
+        SIZE=grouping.group_bytes,
+        BITS=bits,
+        STOCHASTIC=seed is not None,
+        FULL=full,
+        NQ=nq,
+        num_warps=warps,
+    )
+    return y, codes, scales, rstd
+
+
+def norm_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    center: bool,
+    need_weight: bool,
+    need_bias: bool,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = grad_output.shape
+    dx = torch.empty_like(grad_output)
+    nothing = rstd.new_empty(0)
+    if dx.numel() == 0:
+        zeros = rstd.new_zeros(width)
+        return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
+    grouping = Grouping(rows, width, bits, group_size)
+    nq, full, warps, programs, steps = _launch_shape(grouping)
+    dweight = rstd.new_empty(programs, width) if need_weight else nothing
+    dbias = rstd.new_empty(programs, width) if need_bias else nothing
+    _backward_kernel[(programs,)](
+        grad_output,
+        codes,
+        scales,
+        rstd,
+        grad_output if weight is None else weight,
+        dx,
+        dweight,
+        dbias,
+        rows,
+        width,
+        grouping.row_groups,
+        steps,
+        CENTER=center,
+        WEIGHT=weight is not None,
+        NEED_WEIGHT=need_weight,
+        NEED_BIAS=need_bias,
+        SIZE=grouping.group_bytes,
+        BITS=bits,
+        FULL=full,
+        NQ=nq,
+        num_warps=warps,
+    )
+    return dx, dweight.sum(0) if need_weight else nothing, dbias.sum(0) if need_bias else nothing

@@ -1,0 +1,67 @@
+"""Layer and RMS norm that keep the group-quantised normalised value, in plain PyTorch.
+
+The pack is of x_hat = (x - mean) rstd as rows of `width` elements, the normalised dimensions; RMS
+norm has no mean.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight.groupquant.reference import dequantize_rows, quantize_rows
+from packlight.packing.layout import compute_dtype
+
+
+def norm(
+    x: Tensor,
+    width: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, bit-equal to torch's, codes and scales of x_hat, and rstd [rows]; `x` is [rows, width]."""
+    if center:
+        y = F.layer_norm(x, (width,), weight, bias, eps)
+    else:
+        y = F.rms_norm(x, (width,), weight, eps)
+    values = x.to(compute_dtype(x))
+    if center:
+        values = values - values.mean(-1, keepdim=True)
+    rstd = (values.square().mean(-1, keepdim=True) + eps).rsqrt()
+    x_hat = (values * rstd).float().reshape(-1)
+    codes, scales = quantize_rows(x_hat, width, bits, group_size, seed)
+    return y, codes, scales, rstd.view(-1)
+
+
+def norm_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    center: bool,
+    need_weight: bool,
+    need_bias: bool,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = rstd (g - mean g - x~ mean(g x~)), g = dy weight; dweight = sum dy x~, dbias = sum dy.
+
+    `grad_output` is [rows, width]. Sums that are not needed come back empty.
+    """
+    rows, width = grad_output.shape
+    dtype = compute_dtype(grad_output)
+    dy = grad_output.to(dtype)
+    x_hat = dequantize_rows(codes, scales, rows, width, bits, group_size).to(dtype)
+    g = dy if weight is None else dy * weight.to(dtype)
+    dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
+    if center:
+        dx = dx - g.mean(-1, keepdim=True)
+    dx = (dx * rstd.to(dtype).unsqueeze(-1)).to(grad_output.dtype)
+    nothing = dy.new_empty(0)
+    dweight = (dy * x_hat).sum(0) if need_weight else nothing
+    dbias = dy.sum(0) if need_bias else nothing
+    return dx, dweight, dbias

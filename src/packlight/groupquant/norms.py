@@ -1,0 +1,155 @@
+"""Layer norm and RMS norm that keep a pack of the normalised value, which the next layer shares."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight import sharing
+from packlight._checks import autocast, check_tensor, needs_gradient, refuse_second_derivative
+from packlight.groupquant import ops
+from packlight.groupquant.method import GroupQuant, Rounding
+from packlight.groupquant.packs import KEEPS, Rebuild, draw, worth_packing
+from packlight.packing.layout import compute_dtype
+from packlight.sharing import Pack
+
+_DEFAULT = GroupQuant()
+
+
+class _Norm(torch.autograd.Function):
+    """y, codes and scales of x_hat; keeps the latter, rstd and the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        width: int,
+        eps: float,
+        center: bool,
+        bits: int,
+        group_size: int,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.reshape(-1, width)
+        y, codes, scales, rstd = ops.norm(
+            rows.contiguous(), width, weight, bias, eps, center, bits, group_size, seed
+        )
+        ctx.mark_non_differentiable(codes, scales)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(codes, scales, rstd, weight)
+        ctx.settings = (center, bits, group_size)
+        ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+        return y.view(x.shape), codes, scales
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        if grad_output is None:
+            return (None,) * 9
+        codes, scales, rstd, weight = ctx.saved_tensors
+        center, bits, group_size = ctx.settings
+        _, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dy = grad_output.reshape(rstd.shape[0], -1).contiguous()
+        dx, dweight, dbias = ops.norm_backward(
+            dy, codes, scales, rstd, weight, center, need_weight, need_bias, bits, group_size
+        )
+        return (
+            dx.view(grad_output.shape) if ctx.needs_input_grad[0] else None,
+            dweight.to(ctx.dtypes[0]) if need_weight else None,
+            dbias.to(ctx.dtypes[1]) if need_bias else None,
+            *[None] * 6,
+        )
+
+
+_apply_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Norm.apply
+
+
+def _norm(
+    x: Tensor,
+    name: str,
+    plain: Callable[[Tensor], Tensor],
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    method: GroupQuant,
+) -> Tensor:
+    check_tensor(x, name)
+    wanted = any(needs_gradient(t) for t in (x, weight, bias) if t is not None)
+    if not wanted or not worth_packing(x, method):
+        return plain(x)  # raises for shapes that do not fit, too
+    x = autocast(x, None, lambda empty: plain(empty.view(0, *normalized_shape)))
+    if eps is None:  # as torch has it: that of the dtype in which it computes
+        eps = torch.finfo(compute_dtype(x)).eps
+    width = math.prod(normalized_shape)
+    flat_weight, flat_bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
+    y, codes, scales = _apply_norm(
+        x,
+        flat_weight,
+        flat_bias,
+        width,
+        eps,
+        name == "layer_norm",
+        method.bits,
+        method.group_size,
+        draw(x, method),
+    )
+    rebuild = Rebuild(tuple(y.shape), y.stride(), width, method.bits, method.group_size)
+    kept = (codes, scales, flat_weight, flat_bias)
+    sharing.note_output(y, Pack(rebuild, tuple(y.shape), kept))
+    return y
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """(x - mean) rstd weight + bias over the last dimensions, `normalized_shape`.
+
+    Keeps a pack of x_hat = (x - mean) rstd, from which the next `linear` rebuilds its input, and
+    rstd: `bits + 32 / group_size` bits an element and 32 a row. With x~ the packed value,
+    dx = rstd (g - mean g - x~ mean(g x~)) for g = dy weight, and dweight = sum dy x~, which is
+    unbiased with stochastic rounding; dbias is exact.
+    """
+    shape = list(normalized_shape)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.layer_norm(x, shape, weight, bias, eps)
+
+    method = GroupQuant(bits, group_size, rounding)
+    return _norm(input, "layer_norm", plain, shape, weight, bias, eps, method)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x rstd weight over the last dimensions, rstd = 1 / sqrt(mean x^2 + eps).
+
+    Keeps what `layer_norm` keeps; dx = rstd (g - x~ mean(g x~)).
+    """
+    shape = list(normalized_shape)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.rms_norm(x, shape, weight, eps)
+
+    method = GroupQuant(bits, group_size, rounding)
+    return _norm(input, "rms_norm", plain, shape, weight, None, eps, method)
