@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packlight._launch import quick
 from packlight.fewbit.dropout_reference import drop_below
 from packlight.packing.kernels import empty_word, load_rows, store_row, store_word
 from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes, write_back
@@ -12,6 +13,7 @@ from packlight.packing.layout import dense_stride, lanes, memory_order, packed_b
 BLOCK = 512
 
 
+@quick
 @triton.jit(do_not_specialize=["drop_below"])
 def _dropout_kernel(
     x_ptr,  # [n]

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packlight._launch import quick
 from packlight.elementwise.kernels import DIGITS, FORWARD
 from packlight.fewbit.activations import EXACT, NON_FINITE
 from packlight.packing.kernels import (
@@ -158,6 +159,7 @@ ANY_NONFINITE = tl.constexpr(NON_FINITE)
 TREE_DEPTH = tl.constexpr(2)
 
 
+@quick
 @triton.jit
 def _forward_kernel(
     x_ptr,  # [n]
@@ -246,6 +248,7 @@ def _forward_kernel(
         tl.store(flag_ptr, 1, tl.max(poisoned.to(tl.int32), 0) != 0)
 
 
+@quick
 @triton.jit
 def _backward_kernel(
     dy_ptr,  # [n]

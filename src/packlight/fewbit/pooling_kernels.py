@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packlight._launch import quick
 from packlight.fewbit import pooling_reference as reference
 from packlight.packing.kernels import empty_word, store_word
 from packlight.packing.layout import lanes, memory_order
@@ -44,6 +45,7 @@ def _join(outer, channel, d, h, w, C, D, H, W, CHANNELS_LAST: tl.constexpr):
     return p
 
 
+@quick
 @triton.jit
 def _forward_kernel(
     x_ptr,  # input, in memory order
@@ -101,6 +103,7 @@ def _forward_kernel(
     store_word(codes_ptr, word, lane, groups, lane < groups, BITS)
 
 
+@quick
 @triton.jit
 def _backward_kernel(
     dy_ptr,  # in the memory order of y

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packlight._launch import quick
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD
 from packlight.groupquant.method import Grouping
@@ -186,6 +187,7 @@ def load_codes(
     return tile
 
 
+@quick
 @triton.jit
 def _quantize_kernel(
     x_ptr,  # [rows, width]
@@ -226,6 +228,7 @@ def _quantize_kernel(
     )  # fmt: skip
 
 
+@quick
 @triton.jit
 def _dequantize_kernel(
     codes_ptr,  # [rows, row_groups, SIZE]
@@ -269,6 +272,7 @@ def _dequantize_kernel(
         store_tile(y_ptr + row * width + column, y, left, NQ, SIZE, j, FULL)
 
 
+@quick
 @triton.jit
 def _activation_backward_kernel(
     dy_ptr,  # [n]
@@ -296,6 +300,7 @@ def _activation_backward_kernel(
         store_tile(dx_ptr + start, dx, left, NQ, SIZE, j, FULL)
 
 
+@quick
 @triton.jit
 def _gated_kernel(
     gate_ptr,  # [n]
@@ -343,6 +348,7 @@ def _gated_kernel(
     )  # fmt: skip
 
 
+@quick
 @triton.jit
 def _gated_backward_kernel(
     dy_ptr,  # [n], with DERIVATIVE

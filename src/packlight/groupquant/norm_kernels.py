@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packlight._launch import quick
 from packlight.groupquant.kernels import (
     load_codes,
     load_tile,
@@ -29,6 +30,7 @@ def tile_sum(tile):
     return tl.sum(tl.sum(pairs, 1), 0)
 
 
+@quick
 @triton.jit
 def _forward_kernel(
     x_ptr,  # [rows, width]
@@ -98,6 +100,7 @@ def _forward_kernel(
         row += 1
 
 
+@quick
 @triton.jit
 def _backward_kernel(
     dy_ptr,  # [rows, width]
