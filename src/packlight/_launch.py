@@ -5,7 +5,6 @@ GPU server, several times what a small kernel takes. `@quick` above `@triton.jit
 compiled kernel by what it was specialised for, and further calls go to it directly.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,8 @@ class quick:
     """`kernel[grid](*arguments, **constants, num_warps=n)` of a `@triton.jit` function, sooner."""
 
     def __init__(self, kernel: Any) -> None:
-        functools.update_wrapper(self, kernel, ("__module__", "__name__", "__doc__"), ())
+        self.__name__ = kernel.__name__
+        self.__doc__ = kernel.__doc__
         self.kernel = kernel
         self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 

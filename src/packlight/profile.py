@@ -532,13 +532,12 @@ class _Recorder:
 
     def pack(self, tensor: Tensor) -> _Kept:
         index = len(self.records)
-        if self.outer is None:
-            # Detached, since an operation's own output would hold the graph that holds it.
-            kept = _Kept(tensor.detach(), index, None)
-        else:
-            packed = self.outer[0](tensor)
-            packed = tensor.detach() if packed is tensor else packed
-            kept = _Kept(packed, index, self.outer[1])
+        packed = tensor if self.outer is None else self.outer[0](tensor)
+        if packed is tensor and tensor.grad_fn is not None:
+            # Detached, since an operation's own output would hold the graph that holds it. Others
+            # stay the objects that a graph would hold: notes of packs tell them by identity.
+            packed = tensor.detach()
+        kept = _Kept(packed, index, None if self.outer is None else self.outer[1])
         source, checkpointed = _caller()
         owners = (tensor, tensor._base)
         self.loose_parameters += [p for p in owners if isinstance(p, nn.Parameter)]

@@ -90,13 +90,15 @@ def note_output(tensor: Tensor, pack: Pack) -> None:
 
 def note_input(tensor: Tensor, pack: Pack) -> None:
     """Notes on a tensor that a layer read what that layer keeps of it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (tensor.grad_fn is not None and _hooks_are_active()):
         _write(tensor, pack=pack)
-    elif torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        references = tuple(TensorWeakRef(kept) for kept in pack.tensors if kept is not None)
-        _write(tensor, pack=_WeakPack(pack.rebuild, pack.shape, references))
-    elif tensor.grad_fn is not None:
-        _write(tensor, pack=pack)
+        return
+    references = tuple(TensorWeakRef(kept) for kept in pack.tensors if kept is not None)
+    _write(tensor, pack=_WeakPack(pack.rebuild, pack.shape, references))
+
+
+def _hooks_are_active() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def pack_of(tensor: Tensor) -> Pack | None:
@@ -124,6 +126,8 @@ def _write(tensor: Tensor, **facts: Any) -> None:
 def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     """The note that holds for the tensor, and the tensor that carries it."""
     owner = tensor
+    if _is_compiled_input(tensor):
+        return owner, None  # a note from outside the region is no part of its graph
     note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
     if note is None and not torch.compiler.is_compiling() and _is_reshape(tensor):
         owner = tensor._base  # type: ignore[assignment]

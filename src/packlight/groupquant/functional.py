@@ -148,7 +148,7 @@ def _activation(
     check_tensor(x, name)
     check_numbers(name, **dict(zip(CONTINUOUS[name].parameters, parameters, strict=True)))
     function = CONTINUOUS[name].function
-    if not needs_gradient(x) or not worth_packing(x, method):
+    if not needs_gradient(x):
         return function(x, *parameters)
     x = autocast(x, name, lambda empty: function(empty, *parameters))
     y, codes, scales = _activate(
@@ -399,7 +399,7 @@ def _gated(
             " a gated unit multiplies tensors of one shape on one device"
         )
     wanted = needs_gradient(gate) or needs_gradient(up)
-    if not wanted or not worth_packing(gate, method) or gate.dtype != up.dtype:
+    if not wanted or gate.dtype != up.dtype:
         return plain(gate, up)
     seed = draw(gate, method)
     y, *packs = _apply_gated(gate, up, name, method.bits, method.group_size, seed)

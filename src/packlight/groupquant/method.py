@@ -48,6 +48,17 @@ class GroupQuant(Method):
             raise InputError(f'rounding={self.rounding!r} is neither "stochastic" nor "nearest"')
 
 
+def row_group_size(width: int, group_size: int) -> int | None:
+    """The group size for rows of `width` that start groups of their own; None for short rows.
+
+    A row narrower than a group takes the smallest group that holds it; one of fewer values than the
+    smallest group is not worth packing.
+    """
+    if width < GROUP_SIZES[0]:
+        return None
+    return min(group_size, next((size for size in GROUP_SIZES if size >= width), group_size))
+
+
 class Grouping(NamedTuple):
     """Where the codes of a tensor lie: rows of `width` elements, each cut into groups of its own.
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from packlight import sharing
 from packlight._checks import autocast, check_tensor, needs_gradient, refuse_second_derivative
 from packlight.groupquant import ops
-from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, Rebuild, draw, worth_packing
+from packlight.groupquant.method import GroupQuant, Rounding, row_group_size
+from packlight.groupquant.packs import KEEPS, Rebuild, draw
 from packlight.packing.layout import compute_dtype
 from packlight.sharing import Pack
 
@@ -81,12 +81,14 @@ def _norm(
 ) -> Tensor:
     check_tensor(x, name)
     wanted = any(needs_gradient(t) for t in (x, weight, bias) if t is not None)
-    if not wanted or not worth_packing(x, method):
-        return plain(x)  # raises for shapes that do not fit, too
+    width = math.prod(normalized_shape)
+    group_size = row_group_size(width, method.group_size)
+    fits = list(x.shape[x.dim() - len(normalized_shape) :]) == list(normalized_shape)
+    if not wanted or group_size is None or not fits:
+        return plain(x)  # raises for shapes that do not fit
     x = autocast(x, None, lambda empty: plain(empty.view(0, *normalized_shape)))
     if eps is None:  # as torch has it: that of the dtype in which it computes
         eps = torch.finfo(compute_dtype(x)).eps
-    width = math.prod(normalized_shape)
     flat_weight, flat_bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
     y, codes, scales = _apply_norm(
         x,
@@ -96,10 +98,10 @@ def _norm(
         eps,
         name == "layer_norm",
         method.bits,
-        method.group_size,
+        group_size,
         draw(x, method),
     )
-    rebuild = Rebuild(tuple(y.shape), y.stride(), width, method.bits, method.group_size)
+    rebuild = Rebuild(tuple(y.shape), y.stride(), width, method.bits, group_size)
     kept = (codes, scales, flat_weight, flat_bias)
     sharing.note_output(y, Pack(rebuild, tuple(y.shape), kept))
     return y

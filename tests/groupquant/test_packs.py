@@ -1,0 +1,197 @@
+"""The pack: codes and scales, in the reference and in the kernels."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packlight.errors import InputError
+from packlight.groupquant import GroupQuant, kernels, reference
+from packlight.groupquant.method import GROUP_SIZES, Grouping, row_group_size
+from packlight.method import Method
+from tests.helpers import every_device, every_kernel_dtype
+
+every_bits = pytest.mark.parametrize("bits", [2, 4, 8])
+PLAIN = ("", (), None, None)  # the packed value itself
+
+
+def seed_of(number, device="cpu"):
+    return torch.tensor([number], device=device)
+
+
+def round_trip(backend, x, bits, group_size, seed):
+    flat = x.reshape(-1)
+    n = flat.numel()
+    codes, scales = backend.quantize(flat, (1,), bits, group_size, seed)
+    return backend.dequantize(codes, scales, (n,), (1,), n, bits, group_size, x.dtype, *PLAIN).view(
+        x.shape
+    )
+
+
+def steps(x, bits, group_size):
+    """The step of each value's group, before it is rounded to bfloat16."""
+    flat = x.double().reshape(-1)
+    padding = -flat.numel() % group_size
+    groups = torch.cat([flat, flat[-1:].expand(padding)]).view(-1, group_size)
+    step = (groups.amax(1) - groups.amin(1)) / (2**bits - 1)
+    # Minimum and step are rounded to 8 bits, away from the values.
+    slack = groups.abs().amax(1) * 2.0**-7 / (2**bits - 1)
+    return (
+        (step * (1 + 2.0**-6) + slack).repeat_interleave(group_size)[: flat.numel()].view(x.shape)
+    )
+
+
+@pytest.fixture(params=[reference, kernels], ids=["reference", "kernel"])
+def backend(request):
+    return request.param
+
+
+@every_bits
+@pytest.mark.parametrize("count", [1, 31, 32, 127, 128, 129, 700, 3 * 1024 + 5])
+@pytest.mark.parametrize("group_size", [32, 128, 1024])
+def test_values_come_back_within_half_a_step(backend, bits, count, group_size):
+    x = torch.randn(count) * 3 + 1
+    y = round_trip(backend, x, bits, group_size, None)
+    assert ((y - x).abs() <= 0.5001 * steps(x, bits, group_size) + 1e-6).all()
+
+
+@every_bits
+def test_stochastic_rounding_is_unbiased(bits):
+    x = torch.randn(257) * 2 + 1
+    draws = 400
+    step = steps(x, bits, 64)
+    total = torch.zeros_like(x)
+    for number in range(draws):
+        y = round_trip(reference, x, bits, 64, seed_of(7919 * number + 1))
+        assert ((y - x).abs() <= step * 1.0001 + 1e-6).all()
+        total += (y - x) / step.float()
+    mean = total / draws
+    # One value's error has a deviation of at most half a step.
+    assert mean.abs().max() < 5 * 0.5 / math.sqrt(draws)
+    assert mean.mean().abs() < 4 * 0.5 / math.sqrt(draws * x.numel())
+
+
+def test_values_of_one_group_round_independently():
+    x = torch.full((1 << 14,), 0.3)
+    x[::128], x[1::128] = 0.0, 1.0
+    y = round_trip(reference, x, 2, 128, seed_of(1))
+    up = (y.view(-1, 128)[:, 2:] > 0.3).float()
+    pairs = (up[:, 1:] * up[:, :-1]).mean() - up.mean() ** 2
+    assert abs(pairs) < 4 * 0.25 / math.sqrt(up.numel())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=80),
+    st.sampled_from([2, 4, 8]),
+    st.booleans(),
+)
+def test_any_finite_values_come_back_within_a_step(values, bits, stochastic):
+    x = torch.tensor(values, dtype=torch.float32)
+    y = round_trip(reference, x, bits, 32, seed_of(3) if stochastic else None)
+    assert ((y.double() - x.double()).abs() <= steps(x, bits, 32) * 1.001 + 1e-37).all()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.7e-4, 12345.678])
+@every_bits
+def test_a_constant_group_comes_back(backend, bits, value):
+    y = round_trip(backend, torch.full((64,), value), bits, 32, None)
+    assert (y - value).abs().max() <= abs(value) * 2.0**-8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@every_bits
+def test_a_group_with_a_non_finite_value_comes_back_as_nan(backend, bits, value):
+    x = torch.randn(96)
+    x[40] = value
+    y = round_trip(backend, x, bits, 32, seed_of(5))
+    assert y[32:64].isnan().all()
+    assert y[:32].isfinite().all()
+    assert y[64:].isfinite().all()
+
+
+@every_bits
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_bytes_are_what_the_method_says(backend, bits, group_size):
+    x = torch.randn(4096)
+    codes, scales = backend.quantize(x, (1,), bits, group_size, None)
+    kept = codes.numel() + 4 * scales.numel()
+    assert kept == 4096 * (bits + 32 / group_size) / 8
+
+
+@every_device
+@every_bits
+@every_kernel_dtype
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_kernels_equal_the_reference(dtype, bits, stochastic, device):
+    seed = seed_of(987654321012345, device) if stochastic else None
+    counts = (1, 515, 4 * 4096) if device == "cpu" else (1, 515, 2**20 + 77, 2**22)
+    for count in counts:
+        for group_size in (32, 128):
+            x = (torch.randn(count, device=device) * 2 + 1).to(dtype)
+            arguments = ((1,), bits, group_size, seed)
+            ours, theirs = kernels.quantize(x, *arguments), reference.quantize(x, *arguments)
+            assert torch.equal(ours[1], theirs[1])
+            layout = ((count,), (1,), count, bits, group_size)
+            values = [
+                reference.dequantize(*pack, *layout, torch.float32, *PLAIN)
+                for pack in (ours, theirs)
+            ]
+            # A value half way between two codes may go either way.
+            assert (values[0] != values[1]).sum() <= 1 + count * 1e-3
+            again = kernels.dequantize(*theirs, *layout, torch.float32, *PLAIN)
+            torch.testing.assert_close(again, values[1], rtol=1e-6, atol=1e-6)
+
+
+def test_rows_start_groups_of_their_own():
+    rows = torch.randn(3, 100)
+    codes, scales = reference.quantize_rows(rows.view(-1), 100, 4, 64, None)
+    for row in range(3):
+        alone = reference.quantize_rows(rows[row], 100, 4, 64, None)
+        assert torch.equal(codes.view(3, -1)[row], alone[0])
+        assert torch.equal(scales.view(3, -1)[row], alone[1])
+
+
+def test_the_same_seed_gives_the_same_codes_and_another_another():
+    x = torch.randn(1000)
+    first, again, other = (
+        reference.quantize(x, (1,), 4, 128, seed_of(number))[0] for number in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 3}, "not 2, 4 or 8"),
+        ({"bits": True}, "not 2, 4 or 8"),
+        ({"group_size": 100}, "not a power of two from 32 to 1024"),
+        ({"group_size": 16}, "not a power of two from 32 to 1024"),
+        ({"rounding": "up"}, 'neither "stochastic" nor "nearest"'),
+    ],
+)
+def test_wrong_methods_raise(arguments, message):
+    with pytest.raises(InputError, match=message):
+        GroupQuant(**arguments)
+
+
+def test_method_is_a_value():
+    method = GroupQuant(bits=2, rounding="nearest")
+    assert Method.from_dict(method.to_dict()) == method
+    assert len({method, GroupQuant(bits=2, rounding="nearest")}) == 1
+
+
+def test_groups_fit_narrow_rows():
+    assert row_group_size(16, 128) is None
+    assert row_group_size(64, 128) == 64
+    assert row_group_size(100, 128) == 128
+    assert row_group_size(768, 128) == 128
+    assert row_group_size(40, 32) == 32
+
+
+def test_grouping_counts_bytes():
+    grouping = Grouping(rows=3, width=100, bits=4, group_size=32)
+    assert (grouping.groups, grouping.code_bytes) == (12, 12 * 16)

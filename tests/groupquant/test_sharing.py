@@ -1,0 +1,363 @@
+"""One pack a tensor: who shares what, in bytes, in eager mode and compiled; no stale pack."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import packlight.groupquant as group_quant
+from packlight import profile, sharing
+from packlight.errors import DoubleBackwardError
+from tests.helpers import gradient, kept_bytes
+
+WIDTH, TOKENS = 256, 128
+# Bytes an element of a 4-bit pack with groups of 128.
+PACK = 4.25 / 8
+NEAREST = {"rounding": "nearest"}
+
+
+class MLP(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.fc1 = group_quant.Linear(WIDTH, 4 * WIDTH, **options)
+        self.act = group_quant.GELU(**options)
+        self.fc2 = group_quant.Linear(4 * WIDTH, WIDTH, **options)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.gate = group_quant.Linear(WIDTH, 2 * WIDTH, bias=False, **options)
+        self.up = group_quant.Linear(WIDTH, 2 * WIDTH, bias=False, **options)
+        self.act = group_quant.SwiGLU(**options)
+        self.down = group_quant.Linear(2 * WIDTH, WIDTH, bias=False, **options)
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x), self.up(x)))
+
+
+class QKV(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.q, self.k, self.v = (group_quant.Linear(WIDTH, WIDTH, **options) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+class NormLinear(nn.Module):
+    def __init__(self, norm=group_quant.LayerNorm, **options):
+        super().__init__()
+        self.norm = norm(WIDTH, **options)
+        self.linear = group_quant.Linear(WIDTH, WIDTH, **options)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+def RMSNormLinear(**options):
+    return NormLinear(group_quant.RMSNorm, **options)
+
+
+class Block(nn.Module):
+    """A GPT block with exact attention: 3 tensors of the width and the output kept exactly."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.norm1 = group_quant.LayerNorm(WIDTH, **options)
+        self.qkv = QKVAttention(**options)
+        self.norm2 = group_quant.LayerNorm(WIDTH, **options)
+        self.mlp = MLP(**options)
+
+    def forward(self, x):
+        x = x + self.qkv(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class QKVAttention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (
+            group_quant.Linear(WIDTH, WIDTH, **options) for _ in range(4)
+        )
+
+    def forward(self, x):
+        q, k, v = (
+            layer(x).view(*x.shape[:2], 4, -1).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+# Model, bytes a token and width in units of PACK, and what else is kept a token.
+CASES = {
+    "q, k, v": (QKV, 1, 0),
+    "fc1, GELU, fc2": (MLP, 1 + 4, 0),
+    "gate, up, SwiGLU, down": (SwiGLU, 1 + 2 + 2, 0),
+    "LayerNorm, Linear": (NormLinear, 1, 4),
+    "RMSNorm, Linear": (RMSNormLinear, 1, 4),
+}
+
+
+def input_of(dtype=torch.float32):
+    return torch.randn(2, TOKENS // 2, WIDTH, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_layers_share_one_pack(case, mode):
+    make, packs, extra = case
+    dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+    model, x = make().to(dtype), input_of(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        kept = profile(model, x).activation_bytes
+    assert kept == TOKENS * WIDTH * packs * PACK + TOKENS * extra
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_compiled_layers_share_the_same_packs(case, fresh_compiler):
+    make, packs, extra = case
+    model = make()
+
+    def run(x):
+        return model(x * 1.0)  # an input of the region takes no note
+
+    x = input_of()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    eager, kept = kept_bytes(lambda: run(x)), kept_bytes(lambda: compiled(x))
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert kept <= TOKENS * WIDTH * packs * PACK + TOKENS * extra + parameters
+    assert kept <= eager + 64
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("make", [QKV, MLP, SwiGLU, NormLinear, RMSNormLinear, Block])
+def test_compiled_gradients_are_those_of_eager_mode(make, rounding, fresh_compiler):
+    model, x = make(rounding=rounding), input_of()
+
+    def run(x):
+        return model(x * 1.0)  # an input of the region takes no note
+
+    def gradients(function):
+        torch.manual_seed(1)
+        return torch.autograd.grad(function(x).square().sum(), [x, *model.parameters()])
+
+    expected = gradients(run)
+    actual = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(actual, expected)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("make", [QKV, MLP, SwiGLU, NormLinear, RMSNormLinear, Block])
+def test_gradients_are_near_the_exact_ones(make, bits):
+    torch.manual_seed(0)
+    model, x = make(bits=bits), input_of()
+    y = model(x)
+    actual = torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
+    exact_model = model.eval()  # the plain operations
+    expected_y = exact_model(x)
+    expected = torch.autograd.grad(expected_y.square().sum(), [x, *model.parameters()])
+    assert torch.equal(y, expected_y)
+    bound = {8: 0.02, 4: 0.3, 2: 1.2}[bits]
+    names = ["x", *(name for name, _ in model.named_parameters())]
+    for name, a, b in zip(names, actual, expected, strict=True):
+        if make is Block and name == "qkv.k.bias":
+            continue  # softmax does not see it: its gradient is rounding
+        assert relative(a, b) < bound, name
+
+
+def test_input_and_bias_gradients_of_linear_are_exact():
+    x = input_of()
+    ours = group_quant.Linear(WIDTH, 64, bits=2)
+    y = ours(x)
+    dy = torch.randn_like(y)
+    dx, dbias = torch.autograd.grad(y, [x, ours.bias], dy)
+    expected = torch.autograd.grad(F.linear(x, ours.weight, ours.bias), [x, ours.bias], dy)
+    torch.testing.assert_close((dx, dbias), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weight_gradient_of_linear_is_unbiased():
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 32), torch.randn(8, 32, requires_grad=True)
+    dy = torch.randn(64, 8)
+    draws = torch.stack(
+        [
+            torch.autograd.grad(group_quant.linear(x, weight, bits=2, group_size=32), weight, dy)[0]
+            for _ in range(400)
+        ]
+    )
+    exact = dy.t() @ x
+    error = (draws.mean(0) - exact) / (draws.std(0) / 400**0.5)
+    assert error.abs().max() < 5
+    assert error.square().mean() < 1.5
+
+
+def test_a_frozen_weight_keeps_nothing_of_the_input():
+    layer = group_quant.Linear(WIDTH, WIDTH)
+    layer.weight.requires_grad_(False)
+    layer.bias.requires_grad_(False)
+    plain = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    x = input_of()
+    assert kept_bytes(lambda: layer(x)) == kept_bytes(lambda: plain(x))
+
+
+def test_second_derivatives_raise():
+    x = input_of()
+    for make in (QKV, MLP, SwiGLU, NormLinear):
+        with pytest.raises(DoubleBackwardError, match="differentiated twice"):
+            torch.autograd.grad(make()(x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("make", [QKV, MLP, SwiGLU, NormLinear, Block])
+def test_checkpoint_gives_the_same_gradients(make, rounding, reentrant):
+    model, x = make(rounding=rounding), input_of()
+
+    def gradients(function):
+        model.zero_grad()
+        x.grad = None
+        torch.manual_seed(2)
+        function(x).square().sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters())]
+
+    expected = gradients(model)
+    actual = gradients(lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    if rounding == "nearest":
+        torch.testing.assert_close(actual, expected)
+    else:  # hooks may part a shared pack, and a pack more is a draw more
+        assert all(relative(a, b) < 0.5 for a, b in zip(actual[:2], expected[:2], strict=True))
+
+
+# --- No stale pack.
+
+
+def test_a_tensor_modified_in_place_is_packed_afresh():
+    x, weight = torch.randn(64, 32), torch.randn(8, 32, requires_grad=True)
+    group_quant.linear(x, weight, bits=8, group_size=32, **NEAREST).sum()
+    x.mul_(100.0)
+    y = group_quant.linear(x, weight, bits=8, group_size=32, **NEAREST)
+    (dweight,) = torch.autograd.grad(y.sum(), weight)
+    assert relative(dweight, x.sum(0).expand(8, 32)) < 0.01
+
+
+def test_an_output_modified_in_place_is_packed_afresh():
+    model, x = MLP(bits=8, **NEAREST), input_of()
+    hidden = model.act(model.fc1(x))
+    hidden = hidden.add_(5.0)
+    y = model.fc2(hidden)
+    (dweight,) = torch.autograd.grad(y.sum(), model.fc2.weight)
+    assert relative(dweight, hidden.sum((0, 1)).expand_as(dweight)) < 0.01
+
+
+def test_the_note_on_an_input_goes_with_the_graph():
+    x, weight = torch.randn(64, 32), torch.randn(8, 32, requires_grad=True)
+    y = group_quant.linear(x, weight, group_size=32)
+    pack = sharing.pack_of(x)
+    assert pack is not None
+    codes = weakref.ref(pack.tensors[0])
+    del pack
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert codes() is None
+    assert sharing.pack_of(x) is None
+
+
+def test_another_step_draws_again():
+    x, weight = torch.randn(64, 32), torch.randn(8, 32, requires_grad=True)
+    first, second = (
+        torch.autograd.grad(group_quant.linear(x, weight, group_size=32).sum(), weight)[0]
+        for _ in range(2)
+    )
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.view(-1, WIDTH),
+        lambda x: x.view(TOKENS // 4, 2, 2, WIDTH),
+        lambda x: x[:, :7],
+        lambda x: x.transpose(0, 1),
+        lambda x: x[..., None].squeeze(-1),
+    ],
+)
+def test_views_are_understood_or_packed_afresh(view):
+    layer, x = QKV(bits=8, **NEAREST), input_of()
+    base = x * 1.0
+    y = layer.q(base).sum() + layer.k(view(base)).sum()
+    _, dq, dk = torch.autograd.grad(y, [x, layer.q.weight, layer.k.weight])
+    assert relative(dq, x.detach().sum((0, 1)).expand_as(dq)) < 0.02
+    seen = view(x.detach()).reshape(-1, WIDTH).sum(0)
+    assert relative(dk, seen.expand_as(dk)) < 0.02
+
+
+class Crash(Exception):
+    pass
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from("abnwgcxd"), min_size=1, max_size=12), st.integers(0, 99))
+def test_any_order_of_events_gives_gradients_of_the_values_read(events, seed):
+    """In-place changes, two layers, two models, no_grad, exceptions, detours, at random."""
+    torch.manual_seed(seed)
+    weights = {name: torch.randn(8, 32, requires_grad=True) for name in ("model a", "model b")}
+    leaf = torch.randn(32, 32, requires_grad=True)
+    x = leaf * 1.0
+    options = {"bits": 8, "group_size": 32, **NEAREST}
+    total, expected = x.sum() * 0.0, {name: torch.zeros(8, 32) for name in weights}
+
+    def read(name, tensor):
+        expected[name] += tensor.detach().sum(0)
+        return group_quant.linear(tensor, weights[name], **options).sum()
+
+    for event in events:
+        if event in "ab":
+            total = total + read(f"model {event}", x)
+        elif event == "n":
+            with torch.no_grad():
+                group_quant.linear(x, weights["model a"], **options)
+        elif event == "w":
+            x.mul_(1.5)
+        elif event == "g":  # an activation notes on its output, which is read and changed
+            y = group_quant.silu(x, **options)
+            total = total + read("model a", y)
+            y.sub_(2.0)
+            total = total + read("model b", y)
+        elif event == "c":
+            x = x.clone()
+        elif event == "d":
+            total = total + read("model b", x.detach())
+        else:
+            try:
+                group_quant.linear(x, weights["model b"], **options)
+                raise Crash
+            except Crash:
+                pass
+    if total.requires_grad:
+        grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+        for grad, target in zip(grads, expected.values(), strict=True):
+            if grad is not None:
+                assert (grad - target).norm() <= 0.03 * target.norm() + 1.0
+
+
+def test_hooks_that_take_packs_away_do_no_harm():
+    model, x = MLP(**NEAREST), input_of()
+    _, expected = gradient(model, x)
+    with torch.autograd.graph.save_on_cpu():
+        _, actual = gradient(model, x)
+    torch.testing.assert_close(actual, expected)
