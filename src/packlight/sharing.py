@@ -7,7 +7,8 @@ by call order, and the note goes when the tensor goes.
 
 - **Version**: a note holds for the version of the tensor that it was written for. A tensor modified
   in place since has no note.
-- **Views**: a reshape of a whole contiguous tensor is understood; any other view has no note.
+- **Views**: a view of a whole tensor with all its elements in the order of their memory, such as a
+  reshape or the transposition that undoes one, is understood; any other view has no note.
 - **Lifetime**: the note on a tensor that a layer *read* refers to the pack weakly: an input of the
   model outlives the graph, and must not keep the graph's packs. Where saved-tensor hooks take the
   packs away (checkpointing, offloading), the note of an intermediate result holds them itself.
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from packlight.packing.layout import dense_stride
+
 _ATTRIBUTE = "_packlight_note"
 
 
@@ -31,12 +34,24 @@ _ATTRIBUTE = "_packlight_note"
 class Pack:
     """Tensors that are kept, and how the tensor of this shape that they stand for comes back.
 
-    `rebuild(dtype, *tensors)` gives all its elements in the order of their memory.
+    `rebuild(dtype, *tensors)` gives it, in its memory order.
     """
 
     rebuild: Callable[..., Tensor]
     shape: tuple[int, ...]
     tensors: tuple[Tensor | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """A view of what a pack stands for: all its elements, in the order of their memory."""
+
+    rebuild: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        return self.rebuild(dtype, *tensors).as_strided(self.shape, self.stride)
 
 
 class _WeakPack(NamedTuple):
@@ -71,7 +86,9 @@ def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     # A hook on the tensor would not see a gradient that goes to the cast instead.
     if not torch.compiler.is_compiling() and (owner._backward_hooks or tensor._backward_hooks):
         return None
-    return note.cast if owner is tensor else note.cast.view(tensor.shape)
+    if owner is tensor:
+        return note.cast
+    return note.cast.view(tensor.shape) if tensor.is_contiguous() else None
 
 
 def notable(output: Tensor) -> Tensor:
@@ -109,7 +126,8 @@ def pack_of(tensor: Tensor) -> Pack | None:
     pack = note.pack.pack() if isinstance(note.pack, _WeakPack) else note.pack
     if pack is None or owner is tensor:
         return pack
-    return Pack(pack.rebuild, tuple(tensor.shape), pack.tensors)
+    shape = tuple(tensor.shape)
+    return Pack(_View(pack.rebuild, shape, tensor.stride()), shape, pack.tensors)
 
 
 def _write(tensor: Tensor, **facts: Any) -> None:
@@ -129,7 +147,7 @@ def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     if _is_compiled_input(tensor):
         return owner, None  # a note from outside the region is no part of its graph
     note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
-    if note is None and not torch.compiler.is_compiling() and _is_reshape(tensor):
+    if note is None and not torch.compiler.is_compiling() and _is_whole_view(tensor):
         owner = tensor._base  # type: ignore[assignment]
         note = getattr(owner, _ATTRIBUTE, None)
     if note is not None and note.version != _version(owner):
@@ -137,15 +155,20 @@ def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     return owner, note
 
 
-def _is_reshape(tensor: Tensor) -> bool:
-    """Whether the tensor is its base in another shape, all elements in the same order."""
+def _is_whole_view(tensor: Tensor) -> bool:
+    """Whether the tensor is a view of all elements of its base, in the order of their memory."""
     base = tensor._base
     return (
         base is not None
         and base.numel() == tensor.numel()
-        and base.is_contiguous()
-        and tensor.is_contiguous()
+        and base.storage_offset() == tensor.storage_offset()
+        and _is_dense(base)
+        and _is_dense(tensor)
     )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or dense_stride(tensor) == tensor.stride()
 
 
 # --- What the tracer of torch.compile knows.

@@ -69,7 +69,7 @@ def RMSNormLinear(**options):
 
 
 class Block(nn.Module):
-    """A GPT block with exact attention: 3 tensors of the width and the output kept exactly."""
+    """A GPT block: 4-bit packs, attention's query, key, value and output at 8 bits."""
 
     def __init__(self, **options):
         super().__init__()
@@ -94,7 +94,10 @@ class QKVAttention(nn.Module):
         q, k, v = (
             layer(x).view(*x.shape[:2], 4, -1).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.training:
+            mixed = group_quant.scaled_dot_product_attention(q, k, v, is_causal=True, **NEAREST)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(mixed.transpose(1, 2).reshape(x.shape))
 
 
@@ -154,6 +157,17 @@ def test_compiled_gradients_are_those_of_eager_mode(make, rounding, fresh_compil
     expected = gradients(run)
     actual = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("mode", ["bf16", "autocast"])
+def test_a_gpt_block_keeps_at_most_7_5_bytes_a_token_and_width(mode):
+    model, x = Block().to(torch.bfloat16 if mode == "bf16" else torch.float32), input_of()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        report = profile(model, x.to(model.mlp.fc1.weight.dtype) * 1.0)
+    statistics = TOKENS * (2 * 4 + 4 * 4)  # rstd of two norms, the attention's of four heads
+    packs = (1 + 1 + 1 + 4) * PACK - PACK + 4 * 8.25 / 8
+    assert report.activation_bytes == TOKENS * WIDTH * packs + statistics
+    assert report.activation_bytes <= 7.5 * WIDTH * TOKENS
 
 
 def relative(a, b):

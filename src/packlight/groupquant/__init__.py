@@ -1,5 +1,6 @@
 """Group quantisation: keep a few bits of each value, and a minimum and a step a group."""
 
+from packlight.groupquant.attention import scaled_dot_product_attention
 from packlight.groupquant.functional import (
     celu,
     elu,
@@ -87,6 +88,7 @@ __all__ = [
     "reglu",
     "relu_squared",
     "rms_norm",
+    "scaled_dot_product_attention",
     "selu",
     "sigmoid",
     "silu",
