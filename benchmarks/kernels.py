@@ -1,12 +1,14 @@
-"""Few-bit kernels against torch's own and a device copy: time, bandwidth, ratios.
+"""Kernels of the activations against torch's own and a device copy: time, bandwidth, ratios.
 
-    python -m benchmarks.kernels --out benchmarks/results/kernels.jsonl
+    python -m benchmarks.kernels                     few-bit, into benchmarks/results/kernels.jsonl
+    python -m benchmarks.kernels --method inverted   into benchmarks/results/inverted.jsonl
 
 Every case is checked against torch before it is timed. Times are medians of side-by-side
 repetitions by CUDA events through autograd, launches and allocation included; inputs are random and
-larger than the cache. `bytes` is the least that must move: each input read once, each output
-written once, codes included. `of_copy` is that bandwidth over the bandwidth of a device-to-device
-copy of a tensor of the same size and dtype, measured in the same process.
+larger than the cache. `bytes` and `backward_bytes` are the least that must move: each input read
+once, each output written once, codes or bits included. `of_copy` is that bandwidth over the
+bandwidth of a device-to-device copy of a tensor of the same size and dtype, measured in the same
+process.
 """
 
 import argparse
@@ -21,8 +23,11 @@ from torch import Tensor
 from benchmarks import rows
 from packlight import use_reference
 from packlight.packing.layout import packed_bytes
-from tests.fewbit.layers import LAYERS, Layer
+from tests.fewbit import layers as fewbit
+from tests.inverted import layers as inverted
+from tests.layers import Layer
 
+OUTPUTS = {"fewbit": "kernels.jsonl", "inverted": "inverted.jsonl"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -53,31 +58,61 @@ def copy_bandwidth(x: Tensor) -> float:
     return 2 * x.element_size() * x.numel() / milliseconds
 
 
-def check(layer: Layer, x: Tensor, dy: Tensor, bits: int) -> None:
-    """The forward is torch's to rounding, the gradient the reference's (torch's where exact)."""
-    x = x[: 1 << 20].clone().requires_grad_()
-    y, plain = layer.apply(x, bits=bits), layer.torch(x)
-    tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}[x.dtype]
-    truth = layer.torch(x.double())
-    torch.testing.assert_close(y.double(), truth, rtol=tolerance, atol=1e-6)
-    dy = dy[: 1 << 20]
-    (dx,) = torch.autograd.grad(y, x, dy)
-    if layer.bits is not None:
-        (expected,) = torch.autograd.grad(plain, x, dy)
-    else:
-        with use_reference():
-            (expected,) = torch.autograd.grad(layer.apply(x, bits=bits), x, dy)
-    torch.testing.assert_close(dx, expected, rtol=tolerance, atol=1e-6)
+# Of torch's forward, with the kernels' flushing of tiny results.
+TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
+# Of an inverted derivative, next to a minimum, from outputs whose last digit is off.
+INVERTED_TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 5e-4}
 
 
-def measure(layer: Layer, x: Tensor, dy: Tensor, bits: int, copy: float) -> dict[str, Any]:
+class Case:
+    """A layer as it is measured: `apply`, what `check` compares with, and what must move."""
+
+    def __init__(self, layer: Layer, bits: int | None = None) -> None:
+        self.layer = layer
+        self.options = {} if bits is None else {"bits": bits}
+        # Bits kept an element besides the output; few-bit ones have a flag byte behind them.
+        self.bits = bits or layer.packed_bytes(1 << 20) // (1 << 17)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.layer.apply(x, **self.options)
+
+    def check(self, x: Tensor, dy: Tensor) -> None:
+        """The forward is torch's to rounding, the gradient torch's or, few-bit, the reference's."""
+        x = x[: 1 << 20].clone().requires_grad_()
+        y, plain = self.apply(x), self.layer.torch(x)
+        tolerance = TOLERANCE[x.dtype]
+        truth = self.layer.torch(x.double())
+        if self.bits:
+            torch.testing.assert_close(y.double(), truth, rtol=tolerance, atol=1e-6)
+        else:  # torch's own forward, with the roundings that it makes between its operations
+            assert torch.equal(y, plain)
+        dy = dy[: 1 << 20]
+        (dx,) = torch.autograd.grad(y, x, dy)
+        if self.layer.keeps_output:
+            (slope,) = torch.autograd.grad(truth.sum(), x)
+            error = (dx.double() - dy.double() * slope.double()).abs()
+            assert (error <= INVERTED_TOLERANCE[x.dtype] * dy.double().abs() + 1e-6).all()
+            return
+        if isinstance(self.layer, fewbit.Layer) and self.layer.bits is None:
+            with use_reference():
+                (expected,) = torch.autograd.grad(self.apply(x), x, dy)
+        else:
+            (expected,) = torch.autograd.grad(plain, x, dy)
+        torch.testing.assert_close(dx, expected, rtol=tolerance, atol=1e-6)
+
+    def bytes(self, x: Tensor) -> tuple[int, int]:
+        """The least that forward and backward move."""
+        size, packed = x.element_size() * x.numel(), packed_bytes(x.numel(), self.bits)
+        output = size if self.layer.keeps_output else 0
+        return 2 * size + packed, 2 * size + output + packed
+
+
+def measure(case: Case, x: Tensor, dy: Tensor, copy: float) -> dict[str, Any]:
     """One row: forward and backward of the layer and of torch's."""
     x.requires_grad_()
-    y, plain = layer.apply(x, bits=bits), layer.torch(x)
-    size, count = x.element_size(), x.numel()
-    forward = interleaved(
-        {"ours": lambda: layer.apply(x, bits=bits), "torch": lambda: layer.torch(x)}, 12
-    )
+    layer = case.layer
+    y, plain = case.apply(x), layer.torch(x)
+    forward = interleaved({"ours": lambda: case.apply(x), "torch": lambda: layer.torch(x)}, 12)
     backward = interleaved(
         {
             "ours": lambda: torch.autograd.grad(y, x, dy, retain_graph=True),
@@ -85,19 +120,33 @@ def measure(layer: Layer, x: Tensor, dy: Tensor, bits: int, copy: float) -> dict
         },
         12,
     )
-    moved = 2 * size * count + packed_bytes(count, layer.code_bits(bits))
+    forward_bytes, backward_bytes = case.bytes(x)
     return {
-        "bytes": moved,
+        "bytes": forward_bytes,
+        "backward_bytes": backward_bytes,
         "forward_ms": forward["ours"],
         "forward_torch_ms": forward["torch"],
         "backward_ms": backward["ours"],
         "backward_torch_ms": backward["torch"],
-        "forward_of_copy": moved / forward["ours"] / copy,
-        "backward_of_copy": moved / backward["ours"] / copy,
+        "forward_of_copy": forward_bytes / forward["ours"] / copy,
+        "backward_of_copy": backward_bytes / backward["ours"] / copy,
         "forward_ratio": forward["torch"] / forward["ours"],
         "backward_ratio": backward["torch"] / backward["ours"],
         "both_ratio": (forward["torch"] + backward["torch"]) / (forward["ours"] + backward["ours"]),
     }
+
+
+def cases(method: str, names: list[str] | None, widths: list[int]) -> list[Case]:
+    """What to measure: every layer of a method, few-bit ones at each width."""
+    if method == "inverted":
+        found = [Case(layer) for layer in inverted.OURS]
+    else:
+        found = [
+            Case(layer, None if layer.bits is not None else bits)
+            for layer in fewbit.LAYERS
+            for bits in ([layer.bits] if layer.bits is not None else widths)
+        ]
+    return [case for case in found if not names or str(case.layer) in names]
 
 
 def measure_dropout(x: Tensor, dy: Tensor, copy: float) -> dict[str, Any]:
@@ -106,22 +155,24 @@ def measure_dropout(x: Tensor, dy: Tensor, copy: float) -> dict[str, Any]:
 
     import packlight.fewbit as few_bit
 
-    layer = Layer("dropout", None, None, few_bit.dropout, F.dropout, (0.1,), (0.1,), bits=1)
+    layer = fewbit.Layer("dropout", None, None, few_bit.dropout, F.dropout, (0.1,), bits=1)
     kept = few_bit.dropout(x, 0.1) != 0
     assert abs(kept.float().mean().item() - 0.9) < 1e-3
-    return measure(layer, x, dy, 1, copy)
+    return measure(Case(layer), x, dy, copy)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "kernels.jsonl")
+    parser.add_argument("--method", default="fewbit", choices=OUTPUTS)
+    parser.add_argument("--out", type=pathlib.Path, help="rows are appended to this file")
     parser.add_argument("--log2-elements", type=int, default=28)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
     parser.add_argument("--layers", nargs="+", help="only these, by name")
-    parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4], help="of few-bit")
     parser.add_argument("--commit", help="where git cannot tell")
     options = parser.parse_args()
-    settings = rows.settings("cuda", options.commit)
+    path = options.out or rows.RESULTS / OUTPUTS[options.method]
+    settings = {"method": options.method, **rows.settings("cuda", options.commit)}
     count = 1 << options.log2_elements
     for name in options.dtypes:
         dtype = DTYPES[name]
@@ -129,15 +180,14 @@ def main() -> None:
         dy = torch.randn(count, device="cuda").to(dtype)
         copy = copy_bandwidth(x)
         print(f"{name}: copy {copy / 1e6:.0f} GB/s")
-        selected = [layer for layer in LAYERS if not options.layers or str(layer) in options.layers]
-        for layer in selected:
-            for bits in [layer.bits] if layer.bits is not None else options.bits:
-                check(layer, x.detach(), dy, bits)
-                result = measure(layer, x.detach(), dy, bits, copy)
-                report(options.out, settings, str(layer), name, bits, count, copy, result)
-        if not options.layers or "dropout" in options.layers:
+        for case in cases(options.method, options.layers, options.bits):
+            case.check(x.detach(), dy)
+            result = measure(case, x.detach(), dy, copy)
+            report(path, settings, str(case.layer), name, case.bits, count, copy, result)
+        wanted = not options.layers or "dropout" in options.layers
+        if options.method == "fewbit" and wanted:
             result = measure_dropout(x.detach(), dy, copy)
-            report(options.out, settings, "dropout", name, 1, count, copy, result)
+            report(path, settings, "dropout", name, 1, count, copy, result)
 
 
 def report(

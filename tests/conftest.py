@@ -46,6 +46,25 @@ def _quiet_interpreter():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter_loops():
+    """The interpreter makes loop bounds by int(array of one element), which NumPy 2.4 refuses."""
+    if "TRITON_INTERPRET" not in os.environ:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+    yield
+    interpreter._patch_lang_tensor = patch
+
+
 @pytest.fixture
 def poison():
     """Fills what torch.empty gives with NaN, so that an element nobody wrote is loud."""
@@ -53,3 +72,19 @@ def poison():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def backend(request, monkeypatch):
+    """Runs a test of a `layer` on its reference and on its kernels."""
+    if request.param == "kernel":
+        request.getfixturevalue("layer").use_kernels(monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Compiled code is kept a function, and one of another layer counts as a recompilation."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

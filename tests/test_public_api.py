@@ -5,12 +5,14 @@ import sys
 
 import packlight
 import packlight.fewbit
+import packlight.inverted
 
 NAMES = {
     "Codebook",
     "DoubleBackwardError",
     "FewBit",
     "InputError",
+    "Inverted",
     "MemoryReport",
     "Method",
     "MissingDependencyError",
@@ -18,6 +20,7 @@ NAMES = {
     "__version__",
     "fewbit",
     "fit_codebook",
+    "inverted",
     "profile",
     "use_reference",
 }
@@ -25,7 +28,7 @@ NAMES = {
 
 def test_public_names():
     assert set(packlight.__all__) == NAMES
-    for module in (packlight, packlight.fewbit):
+    for module in (packlight, packlight.fewbit, packlight.inverted):
         assert len(set(module.__all__)) == len(module.__all__)
         for name in module.__all__:
             assert getattr(module, name).__doc__ or name == "__version__", f"{name} is undocumented"

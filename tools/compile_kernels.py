@@ -7,6 +7,7 @@ Also the instructions an element, the first thing to look at when a kernel is sl
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -21,8 +23,12 @@ from triton.compiler import ASTSource
 from packlight.elementwise.kernels import FORWARD
 from packlight.fewbit import dropout_kernels, kernels, pooling_kernels
 from packlight.fewbit.activations import CONTINUOUS
+from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
+from packlight.inverted import kernels as inverted_kernels
+from packlight.inverted import norm_kernels
 
-POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
+POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
 
 
@@ -69,6 +75,104 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
         constants = {"WINDOW": 9, "CHANNELS_LAST": full, "LARGE": full, "BITS": 4, "BLOCK": 256}
         for kernel in (pooling_kernels._forward_kernel, pooling_kernels._backward_kernel):
             yield f"pool {kernel.__name__} {full}", kernel, constants, "bf16"
+    yield from inverted_variants()
+
+
+def norm_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `variants`, with the warps of a program and the elements of its tile."""
+    affine = {"HAS_WEIGHT": True, "HAS_BIAS": True, "CENTRED": True, "EXACT": False}
+    rms = {**affine, "HAS_BIAS": False, "CENTRED": False, "bias_ptr": None, "dbeta_ptr": None}
+    exact, none = {**affine, "EXACT": True}, {"slots_ptr": None, "exact_ptr": None}
+    for label, norm in (("layer", affine | none), ("rms", rms | none), ("exact layer", exact)):
+        for width in (64, 768, 1024, 2048, 4096, 8192, 16384):
+            for dtype in ("bf16", "fp32"):
+                block = triton.next_power_of_2(width)
+                constants = {**norm, "BLOCK": block, "FULL": block == width}
+                for narrow in (False, True):
+                    if narrow and (dtype == "fp32" or width != 1024):
+                        continue
+                    rows = max(1, norm_kernels.FORWARD_TILE // block)
+                    yield (
+                        f"{label} norm {dtype} {width}{' and cast' * narrow}",
+                        norm_kernels._forward_kernel,
+                        {
+                            **constants,
+                            "ROWS": rows,
+                            "HAS_NARROW": narrow,
+                            "STAGES": norm_kernels.FORWARD_STAGES,
+                        },
+                        dtype,
+                        norm_kernels._warps(rows * block, norm_kernels.FORWARD_PER_THREAD),
+                        rows * block,
+                    )
+                if block > norm_kernels.BACKWARD_WIDTH:
+                    continue
+                rows = max(1, norm_kernels.BACKWARD_TILE // block)
+                needs = {"NEEDS_INPUT": True, "NEEDS_AFFINE": True}
+                yield (
+                    f"{label} norm backward {dtype} {width}",
+                    norm_kernels._backward_kernel,
+                    {**constants, **needs, "ROWS": rows, "STAGES": norm_kernels.BACKWARD_STAGES},
+                    dtype,
+                    norm_kernels._warps(rows * block, norm_kernels.BACKWARD_PER_THREAD),
+                    rows * block,
+                )
+        block = norm_kernels.WIDE_BLOCK
+        wide = {**norm, "BLOCK": block, "HAS_NARROW": False}
+        yield f"{label} norm wide", norm_kernels._wide_forward_kernel, wide, "bf16", 8, block
+        backward = norm_kernels._wide_backward_kernel
+        yield f"{label} norm wide backward", backward, wide, "bf16", 8, block
+        rows, columns = norm_kernels.COLUMN_ROWS, norm_kernels.COLUMNS
+        constants = {**norm, "ROWS": rows, "BLOCK": columns}
+        yield (
+            f"{label} norm columns",
+            norm_kernels._columns_kernel,
+            constants,
+            "bf16",
+            4,
+            rows * columns,
+        )
+
+
+def inverted_variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
+    """Forward and backward of the inverted activations."""
+    for name in inverted_kernels.DERIVATIVES:
+        for dtype in DIGITS:
+            for full in (True, False):
+                label = f"inverted {name} {dtype}, full {full}"
+                backward = inverted_kernels.backward_constants(name, DTYPES[dtype])
+                yield (
+                    f"{label}, backward",
+                    inverted_kernels._backward_kernel,
+                    {**backward, "FULL": full},
+                    dtype,
+                )
+                if backward["BRANCH"]:
+                    constants = inverted_kernels.forward_constants(name, DTYPES[dtype])
+                    yield (
+                        f"{label}, forward",
+                        inverted_kernels._forward_kernel,
+                        {**constants, "FULL": full},
+                        dtype,
+                    )
+
+
+def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
+    """The kernels of fixed-point codes, channels-last and not."""
+    for bits in (4, 8):
+        sizes = {"WEIGHT": True, "BIAS": True, "BITS": bits}
+        table = {**sizes, "BLOCK": fixed_point_kernels.TABLE_BLOCK}
+        yield f"fixed point table {bits} bits", fixed_point_kernels._table_kernel, table, "fp32"
+        for dtype, regular in itertools.product(("fp32", "bf16"), (True, False)):
+            # Whole blocks of one channel a word, channels last; or none of it.
+            block = {**sizes, "SAME": regular, "FULL": regular, "BLOCK": fixed_point_kernels.BLOCK}
+            if regular:
+                block["inner"] = 1
+            label = f"fixed point {dtype} {bits} bits, regular {regular}"
+            yield f"{label}, forward", fixed_point_kernels._forward_kernel, block, dtype
+            for mode in range(4):
+                kernel = fixed_point_kernels._decode_kernel
+                yield f"{label}, decode {mode}", kernel, {**block, "MODE": mode}, dtype
 
 
 def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
@@ -82,38 +186,58 @@ def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
     }
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, arch: int) -> Any:
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], dtype: str, arch: int, warps: int = 4
+) -> Any:
     """The compiled kernel for aligned pointers and sizes."""
+    kernel = getattr(kernel, "kernel", kernel)  # under @quick
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             special = {"codes_ptr": "*u8", "seed_ptr": "*i64", "levels_ptr": "*fp32"}
+            special["bits_ptr"] = "*u8"
+            special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
+            special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
+            special["mean_ptr"] = "*fp32"
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in ("a", "b", "scale", "offset", "low"):
+        elif name in ("a", "b", "scale", "offset", "low", "eps"):
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if name in ("n", "drop_below") else "i32"
-            if name in ("n", "groups"):
+            if name in ("n", "groups", "width"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
-def instructions(compiled: Any) -> int | None:
-    """Instructions in the machine code, None without Triton's disassembler."""
+def dump(compiled: Any, *options: str) -> str | None:
+    """What the disassembler says of the machine code, None where Triton brought none."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", text, re.MULTILINE))
+        command = [str(tool), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def cost(compiled: Any, elements: float) -> str:
+    """Instructions an element, registers and stack of a thread that handles so many."""
+    code, resources = dump(compiled, "--dump-sass"), dump(compiled, "--dump-resource-usage")
+    if code is None or resources is None:
+        return ""
+    total = len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", code, re.MULTILINE))
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", resources)}
+    return (
+        f"{total / elements:6.1f} instructions an element,"
+        f" {used['REG']} registers, {used['STACK']} bytes of stack"
+    )
 
 
 def main() -> None:
@@ -122,14 +246,15 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only the variants whose name contains this")
     options = parser.parse_args()
     count = 0
-    for name, kernel, constants, dtype in variants():
+    plain = (
+        (*variant, 4, variant[2]["BLOCK"] * 8) for variant in (*variants(), *fixed_point_variants())
+    )
+    for name, kernel, constants, dtype, warps, elements in (*plain, *norm_variants()):
         if options.match not in name:
             continue
-        compiled = compile_kernel(kernel, constants, dtype, options.arch)
-        total = instructions(compiled)
-        elements = constants["BLOCK"] * 8 / 128
-        cost = "" if total is None else f"{total / elements:6.1f} instructions an element"
-        print(f"{name:48s} {compiled.metadata.shared:6d} bytes shared {cost}", flush=True)
+        compiled = compile_kernel(kernel, constants, dtype, options.arch, warps)
+        shared = f"{compiled.metadata.shared:6d} bytes shared"
+        print(f"{name:48s} {shared} {cost(compiled, elements / (32 * warps))}", flush=True)
         count += 1
     print(f"{count} kernels compiled for sm_{options.arch}")
 

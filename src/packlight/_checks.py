@@ -49,18 +49,26 @@ _autocast_dtypes: dict[tuple[object, ...], torch.dtype] = {}
 def autocast(x: Tensor, name: str | None, probe: Callable[[Tensor], Tensor]) -> Tensor:
     """`x` in the dtype in which autocast would run it; nothing keeps the cast copy.
 
+    See `autocast_dtype` for the arguments.
+    """
+    return x.to(autocast_dtype(x, name, probe))
+
+
+def autocast_dtype(x: Tensor, name: str | None, probe: Callable[[Tensor], Tensor]) -> torch.dtype:
+    """The dtype of what torch's function returns for `x`, under autocast if it is on.
+
     `probe` runs torch's function on an empty tensor like `x`, so that torch's lists of functions
     are not repeated here. The answer is remembered for functions with a name.
     """
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch has no autocast on meta
-        return x
+        return x.dtype
     if name is None or torch.compiler.is_compiling():
-        return x.to(probe(x.detach().new_empty(0)).dtype)
+        return probe(x.detach().new_empty(0)).dtype
     key = (name, kind, x.dtype, torch.get_autocast_dtype(kind))
     if key not in _autocast_dtypes:
         _autocast_dtypes[key] = probe(x.detach().new_empty(0)).dtype
-    return x.to(_autocast_dtypes[key])
+    return _autocast_dtypes[key]
 
 
 def needs_gradient(x: Tensor) -> bool:

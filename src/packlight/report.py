@@ -22,6 +22,10 @@ from packlight.errors import InputError, MissingDependencyError
 _FORMAT = 1
 
 
+# How the autograd nodes of Inverted layers are called.
+_INVERTED = "_Inverted"
+
+
 @dataclass(frozen=True, slots=True)
 class Holding:
     """One operation that keeps a storage: its module's path, its autograd name, its source line."""
@@ -105,6 +109,22 @@ class MemoryReport:
         """Bytes by the device they lie on, largest first."""
         return _totals((row.device, row.bytes) for row in self.rows)
 
+    def unshared_outputs(self) -> tuple[KeptTensor, ...]:
+        """Outputs that an Inverted layer keeps and no other operation does.
+
+        Inverted saves memory where the next layer keeps the output anyway. Where nothing does (the
+        output only goes into a residual sum, say), it keeps one tensor in place of another.
+        """
+        inverted = [row for row in self.rows if row.operation.startswith(_INVERTED)]
+        # A layer's output is the largest that it keeps; statistics, branch bits and exact channels
+        # are not half of it.
+        largest: dict[str, int] = {}
+        for row in inverted:
+            largest[row.module] = max(row.bytes, largest.get(row.module, 0))
+        return tuple(
+            row for row in inverted if len(row.holders) == 1 and 2 * row.bytes > largest[row.module]
+        )
+
     def __sub__(self, after: object) -> "MemoryDifference":
         if not isinstance(after, MemoryReport):
             return NotImplemented
@@ -168,6 +188,8 @@ class MemoryReport:
             yield _listing("by dtype", self.by_dtype())
             if len(self.by_device()) > 1:
                 yield _listing("by device", self.by_device())
+            if unshared := self.unshared_outputs():
+                yield Text(_unshared_note(self, unshared))
         yield Text(
             f"apart: parameters {human_bytes(self.parameter_bytes)}, buffers "
             f"{human_bytes(self.buffer_bytes)}, inputs kept {human_bytes(self.input_bytes)}"
@@ -474,6 +496,24 @@ def _difference_table(difference: MemoryDifference) -> Table:
             _percent(saved, before),
         )
     return table
+
+
+# Layers that the note names, before it says how many more there are.
+_NAMED = 4
+
+
+def _unshared_note(report: MemoryReport, rows: Sequence[KeptTensor]) -> str:
+    """What to know about Inverted layers whose output nobody else keeps, by kind of layer."""
+    paths = list(dict.fromkeys(row.module for row in rows))
+    kinds = {row.module: row.module_type for row in rows}
+    named = [f"{path or report.model} ({kinds[path]})" for path in paths[:_NAMED]]
+    if len(paths) > _NAMED:
+        named.append(f"{len(paths) - _NAMED} more")
+    size = human_bytes(sum(row.bytes for row in rows))
+    return (
+        f"Inverted saves nothing here: no other operation keeps the output of {', '.join(named)}"
+        f" ({size})"
+    )
 
 
 def _listing(title: str, totals: dict[str, int]) -> Text:

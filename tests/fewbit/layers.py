@@ -1,32 +1,26 @@
-"""The table of few-bit layers: every test of the contract runs over these rows."""
+"""The table of few-bit layers."""
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import packlight.fewbit as few_bit
+import tests.layers
 from packlight.elementwise.functions import quick_gelu, relu_squared
+from packlight.packing import layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer, its function, and torch's own.
+class Layer(tests.layers.Layer):
+    """`bits` is what an exact layer keeps an element, None where the codebook decides."""
 
-    `bits` is what an exact layer keeps an element, None where the codebook decides.
-    """
-
-    name: str  # in the tables of activations.py
-    module: Callable[..., nn.Module] | None
-    plain_module: Callable[..., nn.Module] | None
-    function: Callable[..., Tensor]
-    plain: Callable[..., Tensor]
-    arguments: tuple[float | str, ...] = ()
-    parameters: tuple[float, ...] = ()  # the arguments, as the tables take them
     bits: int | None = None
-    inplace: bool = False
+
+    method = "fewbit"
+    operators = ("activation", "activation_", "encode", "decode_backward")
+    keeps_output = False
 
     def __str__(self) -> str:
         return self.name
@@ -34,32 +28,32 @@ class Layer:
     def apply(self, x: Tensor, bits: int = 3, **options: object) -> Tensor:
         if self.bits is None:
             options["bits"] = bits
-        return self.function(x, *self.arguments, **options)
-
-    def torch(self, x: Tensor, **options: object) -> Tensor:
-        return self.plain(x, *self.arguments, **options)
+        return super().apply(x, **options)
 
     def make(self, bits: int = 3, **options: object) -> nn.Module:
-        assert self.module is not None
         if self.bits is None:
             options["bits"] = bits
-        return self.module(*self.arguments, **options)
+        return super().make(**options)
 
     def code_bits(self, bits: int = 3) -> int:
         return self.bits or bits
+
+    def packed_bytes(self, count: int, bits: int = 3) -> int:
+        flag = self.bits is None
+        return layout.packed_bytes(count, self.code_bits(bits)) + flag
 
 
 def _continuous(name, module, function, plain, *arguments, inplace=False, parameters=None):
     ours = getattr(few_bit, module)
     theirs = getattr(nn, module, None)
     values = arguments if parameters is None else parameters
-    return Layer(name, ours, theirs, function, plain, arguments, values, None, inplace)
+    return Layer(name, ours, theirs, function, plain, arguments, values, inplace)
 
 
 def _exact(name, module, function, plain, *arguments, inplace=False, bits=1):
     ours = getattr(few_bit, module) if module else None
     theirs = getattr(nn, module) if module else None
-    return Layer(name, ours, theirs, function, plain, arguments, arguments, bits, inplace)
+    return Layer(name, ours, theirs, function, plain, arguments, arguments, inplace, bits)
 
 
 LAYERS = [
@@ -100,20 +94,3 @@ LAYERS = [
 ]
 CONTINUOUS = [layer for layer in LAYERS if layer.bits is None]
 EXACT = [layer for layer in LAYERS if layer.bits is not None]
-INPLACE = [layer for layer in LAYERS if layer.inplace]
-MODULES = [layer for layer in LAYERS if layer.module is not None]
-
-
-def kept_bytes(function: Callable[[], object]) -> int:
-    """Bytes of the unique storages that autograd keeps while `function` runs."""
-    storages: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sum(storages.values())

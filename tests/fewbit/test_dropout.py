@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import packlight.fewbit as few_bit
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.packing.layout import packed_bytes
-from tests.fewbit.layers import kept_bytes
+from tests.helpers import kept_bytes
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])

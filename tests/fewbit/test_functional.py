@@ -14,7 +14,7 @@ import packlight
 import packlight.fewbit as few_bit
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.packing.layout import packed_bytes
-from tests.fewbit.layers import kept_bytes
+from tests.helpers import kept_bytes
 
 
 def snake(x):

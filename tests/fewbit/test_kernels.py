@@ -20,41 +20,16 @@ from packlight.fewbit.codebook import default_codebook
 from packlight.packing.layout import packed_bytes
 from packlight.packing.reference import unpack
 from tests.fewbit.layers import LAYERS
+from tests.helpers import (
+    assert_as_near_as_torch,
+    every_device,
+    every_kernel_dtype,
+    many_values,
+    ulps,
+)
+from tests.layers import TRUTH
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-every_device = pytest.mark.parametrize("device", DEVICES)
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
-INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-
-
-def ulps(a, b):
-    """Distance in units in the last place: how many floats lie between."""
-    kind = INTEGERS[a.dtype]
-
-    def ordered(x):
-        bits = x.view(kind).long()
-        return torch.where(bits < 0, torch.iinfo(kind).min - bits, bits)
-
-    return (ordered(a) - ordered(b)).abs()
-
-
-def every_finite_value(dtype, device):
-    """All values of a 16-bit dtype; for float32, as many as a test can take."""
-    if dtype == torch.float32:
-        count = 2**22 if device == "cuda" else 2**12
-        x = torch.cat([torch.randn(count) * scale for scale in (1e-3, 1.0, 4.0, 30.0)])
-    else:
-        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-        if device == "cpu":
-            x = x[torch.randperm(x.numel())[: 2**13]]
-    return x[x.isfinite()].to(device)
-
-
-# float64 itself loses the digits of 1 + erf and 1 + tanh far left of 0.
-TRUTH = {
-    "gelu": lambda x, _: x * torch.special.erfc(-x * math.sqrt(0.5)) / 2,
-    "gelu_tanh": lambda x, _: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
-}
 
 
 def coding(layer, bits=3):
@@ -72,29 +47,18 @@ def coding(layer, bits=3):
 
 @every_device
 @every_layer
-@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+@every_kernel_dtype
 def test_forward_is_within_an_ulp_of_torch_or_as_near_the_truth(layer, dtype, device):
-    x = every_finite_value(dtype, device)
+    x = many_values(dtype, device)
     y, _ = kernels.activation(x, layer.name, layer.parameters, *coding(layer)[0])
     plain = layer.torch(x)
     truth = TRUTH.get(layer.name, layer.plain)(x.double(), *layer.arguments)
-    # The interpreter truncates fp32 to bf16, which is worth one more.
-    allowed = 2 if device == "cpu" and dtype == torch.bfloat16 else 1
-    close = ulps(y, plain) <= allowed
-    near = (y.double() - truth).abs() <= (plain.double() - truth).abs() * (1 + 1e-6)
-    near |= ulps(y, truth.to(dtype)) <= allowed
-    bad = ~(close | near)
-    # Below, kernels flush to zero what torch may return; the interpreter gets such bf16 wrong.
-    bad &= truth.abs() > 1e-35
-    if dtype == torch.float32:
-        # Values of a few roundings each: no further from the truth than torch's worst, or 3 ulps.
-        bad &= ulps(y, truth.to(dtype)) > max(3, ulps(plain, truth.to(dtype)).max().item())
-    assert not bad.any(), (x[bad][:5], y[bad][:5], plain[bad][:5], truth[bad][:5])
+    assert_as_near_as_torch(y, plain, truth)
 
 
 @every_device
 @every_layer
-@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+@every_kernel_dtype
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_codes_and_gradients_equal_the_reference(layer, dtype, bits, device):
     if layer.bits is not None and bits != 1:
@@ -157,7 +121,7 @@ def test_shipped_books_fit_bins(layer, bits):
 
 
 @every_device
-@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+@every_kernel_dtype
 def test_encode_alone_gives_the_same_codes(dtype, device):
     x = (torch.randn(700, device=device) * 3).to(dtype)
     layer = next(layer for layer in LAYERS if layer.name == "silu")
@@ -179,7 +143,7 @@ def test_every_poison_raises_the_flag_of_the_reference(bits, poison, value, devi
 
 
 @every_device
-@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+@every_kernel_dtype
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9])
 def test_dropout_equals_the_reference(p, dtype, device):
     for count in (1, 700, 8 * 1024):
@@ -210,7 +174,7 @@ POOLS = {
 @every_device
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("case", POOLS.values(), ids=POOLS.keys())
-@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
+@every_kernel_dtype
 def test_max_pool_equals_the_reference(case, dtype, channels_last, device):
     shape, *window, ceil = case
     x = torch.randn(shape, device=device).to(dtype)

@@ -12,7 +12,7 @@ from torch import nn
 import packlight.fewbit as few_bit
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.packing.layout import packed_bytes
-from tests.fewbit.layers import kept_bytes
+from tests.helpers import kept_bytes
 
 OURS = {1: few_bit.max_pool1d, 2: few_bit.max_pool2d, 3: few_bit.max_pool3d}
 PLAIN = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}

@@ -391,7 +391,7 @@ def _gated_backward_kernel(
 # --- Launchers, with the signatures of reference.py.
 
 # Byte positions a program, eight elements each.
-BLOCK = 2048
+BLOCK = 1024
 NUM_WARPS = 4
 
 

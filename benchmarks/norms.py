@@ -1,0 +1,273 @@
+"""Inverted LayerNorm and RMSNorm against torch's own and a device copy: time, bandwidth, ratios.
+
+    python -m benchmarks.norms --out benchmarks/results/norms.jsonl
+    python -m benchmarks.norms --sweep --dtypes bf16 --widths 1024 4096
+
+Every case is checked against torch before it is timed. Times are medians of side-by-side
+repetitions by CUDA events through autograd, launches and allocation included; inputs are random and
+larger than the cache. `*_of_copy` is the bandwidth over that of a device-to-device copy of a tensor
+of the same size and dtype, measured in the same process; the least that must move is x and y in the
+forward, dy, y and dx in the backward. `exact` is how many channels are kept exactly, `cast` whether
+the case is that of autocast: float32 output from a 16-bit input, and its 16-bit cast, against what
+torch does there (a cast of the input, the norm, a cast of the output).
+
+`--sweep` times the kernels under many settings (`packlight.inverted.norm_kernels`) and prints the
+best of each case; rows go to `--out` only if it is given.
+"""
+
+import argparse
+import contextlib
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import rows
+from benchmarks.kernels import DTYPES, copy_bandwidth, interleaved
+from packlight import inverted
+from packlight.inverted import norm_kernels as kernels
+
+WIDTHS = (768, 1024, 2048, 4096, 8192)
+KINDS = ("layer_norm", "rms_norm")
+
+
+class Case:
+    """One norm of one width: ours and torch's, as functions of x."""
+
+    def __init__(self, kind: str, width: int, dtype: torch.dtype, exact: int, cast: bool) -> None:
+        self.kind, self.width, self.cast = kind, width, cast
+        parameters = torch.float32 if cast else dtype
+        self.weight = (torch.rand(width, device="cuda") + 0.5).to(parameters).requires_grad_()
+        self.bias = (torch.rand(width, device="cuda") * 0.2).to(parameters).requires_grad_()
+        self.channels = torch.randperm(width, device="cuda")[:exact]
+        with torch.no_grad():
+            self.weight[self.channels] = 0.0
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.weight, self.bias] if self.kind == "layer_norm" else [self.weight]
+
+    def ours(self, x: Tensor) -> Tensor:
+        shape, exact = (self.width,), {"exact_channels": self.channels}
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.cast):
+            if self.kind == "layer_norm":
+                return inverted.layer_norm(x, shape, self.weight, self.bias, **exact)
+            return inverted.rms_norm(x, shape, self.weight, **exact)
+
+    def torch(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.cast):
+            if self.kind == "layer_norm":
+                y = F.layer_norm(x, (self.width,), self.weight, self.bias)
+            else:
+                y = F.rms_norm(x, (self.width,), self.weight)
+        return y
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def check(case: Case, x: Tensor, dy: Tensor) -> None:
+    """The forward is torch's to rounding, and so are all gradients."""
+    x = x[:512].detach().clone().requires_grad_()
+    dy = dy[:512]
+    y, plain = case.ours(x), case.torch(x)
+    assert y.dtype == plain.dtype
+    limit = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}[x.dtype]
+    assert relative(y, plain) <= limit, relative(y, plain)
+    inputs = [x, *case.parameters]
+    actual = torch.autograd.grad(y, inputs, dy.to(y.dtype))
+    expected = torch.autograd.grad(plain, inputs, dy.to(y.dtype))
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert relative(a, b) <= limit, relative(a, b)
+
+
+def measure(case: Case, x: Tensor, dy: Tensor, copy: float, repeats: int) -> dict[str, Any]:
+    """Forward and backward of ours and of torch's, side by side."""
+    x.requires_grad_()
+    inputs = [x, *case.parameters]
+
+    def cast_of_torch() -> Tensor:
+        y = case.torch(x)
+        return y.to(x.dtype) if case.cast else y  # what the next Linear does
+
+    forward = interleaved({"ours": lambda: case.ours(x), "torch": cast_of_torch}, repeats)
+    y, plain = case.ours(x), case.torch(x)
+    dy = dy.to(y.dtype)
+    backward = interleaved(
+        {
+            "ours": lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True),
+            "torch": lambda: torch.autograd.grad(plain, inputs, dy, retain_graph=True),
+        },
+        repeats,
+    )
+    size = x.numel() * x.element_size()
+    output = y.numel() * y.element_size()
+    kept = size  # y, or the cast of it
+    forward_bytes = size + output + (kept if case.cast else 0)
+    backward_bytes = output + kept + size
+    return {
+        "forward_ms": forward["ours"],
+        "forward_torch_ms": forward["torch"],
+        "backward_ms": backward["ours"],
+        "backward_torch_ms": backward["torch"],
+        "forward_of_copy": forward_bytes / forward["ours"] / copy,
+        "backward_of_copy": backward_bytes / backward["ours"] / copy,
+        "forward_ratio": forward["torch"] / forward["ours"],
+        "backward_ratio": backward["torch"] / backward["ours"],
+        "both_ratio": (forward["torch"] + backward["torch"]) / (forward["ours"] + backward["ours"]),
+    }
+
+
+# --- The sweep.
+
+SETTINGS: dict[str, tuple[int, ...]] = {
+    "TILE": (1024, 2048, 4096, 8192),
+    "PER_THREAD": (4, 8, 16, 32),
+    "PROGRAMS": (1, 2, 4, 8, 16, 32),
+    "STAGES": (1, 2, 3),
+}
+
+
+@contextlib.contextmanager
+def setting(way: str, values: dict[str, int]) -> Iterator[None]:
+    """Within this context the kernels of one way, "FORWARD" or "BACKWARD", run with these."""
+    names = {f"{way}_{name}": value for name, value in values.items()}
+    before = {name: getattr(kernels, name) for name in names}
+    for name, value in names.items():
+        setattr(kernels, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(kernels, name, value)
+
+
+def sweep(case: Case, x: Tensor, dy: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of each setting that compiles, forward and backward apart."""
+    x.requires_grad_()
+    inputs = [x, *case.parameters]
+    y = case.ours(x)
+    block = 1 << (case.width - 1).bit_length()
+    runs = {
+        "FORWARD": lambda: case.ours(x),
+        "BACKWARD": lambda: torch.autograd.grad(y, inputs, dy.to(y.dtype), retain_graph=True),
+    }
+    for way, run in runs.items():
+        seen = set()
+        for chosen in itertools.product(*SETTINGS.values()):
+            values = dict(zip(SETTINGS, chosen, strict=True))
+            tile = max(1, values["TILE"] // block) * block
+            warps = kernels._warps(tile, values["PER_THREAD"])
+            key = (tile, warps, values["PROGRAMS"], values["STAGES"])
+            if key in seen:
+                continue
+            seen.add(key)
+            with setting(way, values):
+                try:
+                    time = interleaved({"ours": run}, repeats)["ours"]
+                except Exception as error:  # noqa: BLE001 - too much shared memory, too many registers
+                    print(f"{way} {values}: {type(error).__name__}", flush=True)
+                    continue
+            yield {"way": way.lower(), "ms": time, "warps": warps, **values}
+
+
+# --- Running.
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, help="by default results/norms.jsonl")
+    parser.add_argument("--log2-elements", type=int, default=28)
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--exact", type=int, nargs="+", default=[0, 3], help="exact channels")
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--sweep", action="store_true", help="time many settings of the kernels")
+    parser.add_argument("--commit", help="where git cannot tell")
+    options = parser.parse_args()
+    settings = rows.settings("cuda", options.commit)
+    for name, width in itertools.product(options.dtypes, options.widths):
+        dtype = DTYPES[name]
+        count = (1 << options.log2_elements) // width
+        x = torch.randn(count, width, device="cuda").to(dtype)
+        dy = torch.randn(count, width, device="cuda").to(dtype)
+        copy = copy_bandwidth(x)
+        for kind in options.kinds:
+            if options.sweep:
+                run_sweep(options, settings, kind, name, x, dy)
+                continue
+            casts = [False, True] if name == "bf16" and kind == "layer_norm" else [False]
+            for exact, cast in itertools.product(options.exact, casts):
+                if exact and cast:
+                    continue
+                case = Case(kind, width, dtype, exact, cast)
+                check(case, x, dy)
+                result = measure(case, x.detach(), dy, copy, options.repeats)
+                report(options.out, settings, case, name, exact, count, copy, result)
+
+
+def run_sweep(
+    options: argparse.Namespace,
+    settings: dict[str, Any],
+    kind: str,
+    dtype: str,
+    x: Tensor,
+    dy: Tensor,
+) -> None:
+    """Times all settings and prints the five best of each way."""
+    case = Case(kind, x.shape[1], x.dtype, 0, False)
+    results = list(sweep(case, x.detach(), dy, options.repeats))
+    for row in results:
+        if options.out:
+            rows.append(
+                options.out,
+                {"case": kind, "dtype": dtype, "width": x.shape[1], **row, **settings},
+            )
+    for way in ("forward", "backward"):
+        best = sorted((row for row in results if row["way"] == way), key=lambda row: row["ms"])
+        for row in best[:5]:
+            chosen = ", ".join(f"{name} {row[name]}" for name in SETTINGS)
+            print(f"{kind} {dtype} {x.shape[1]} {way}: {row['ms']:.3f} ms with {chosen}")
+
+
+def report(
+    path: pathlib.Path | None,
+    settings: dict[str, Any],
+    case: Case,
+    dtype: str,
+    exact: int,
+    count: int,
+    copy: float,
+    result: dict[str, Any],
+) -> None:
+    row = {
+        "case": case.kind,
+        "dtype": dtype,
+        "width": case.width,
+        "rows": count,
+        "exact": exact,
+        "cast": case.cast,
+        **result,
+        "copy_GBps": copy / 1e6,
+        **settings,
+    }
+    rows.append(path or rows.RESULTS / "norms.jsonl", row)
+    label = f"{case.kind} {dtype} {case.width}{f' exact {exact}' * bool(exact)}"
+    label += " autocast" * case.cast
+    print(
+        f"{label:32s} forward {result['forward_of_copy']:.2f} of copy"
+        f" {result['forward_ratio']:.2f}x torch, backward {result['backward_of_copy']:.2f} of copy"
+        f" {result['backward_ratio']:.2f}x, both {result['both_ratio']:.2f}x",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

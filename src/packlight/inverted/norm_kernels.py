@@ -1,0 +1,513 @@
+"""Triton kernels of LayerNorm and RMSNorm: one forward and one backward, each in one pass.
+
+A tile is ROWS whole rows of BLOCK >= width columns, in registers. Programs are few and take tile
+after tile: gamma and beta are read once a program, and the backward adds up its share of dgamma and
+dbeta in registers, writes it once as a row of [programs, width] in float32, and a small sum ends
+it. The order of all sums is fixed, so a run repeats bit for bit on the same device.
+
+Rows wider than the registers hold take kernels that go over the columns of a row in blocks, and
+dgamma and dbeta a pass of their own.
+
+Traffic: the forward reads x and writes y (and its cast); the backward reads dy and y and writes dx.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packlight.inverted.norm_reference import row_width
+
+# What a device run may sweep (benchmarks/norms.py --sweep).
+FORWARD_TILE = 2048  # elements of a tile, where a row is shorter
+FORWARD_PER_THREAD = 8  # elements of a tile a thread holds
+FORWARD_PROGRAMS = 16  # programs a multiprocessor
+FORWARD_STAGES = 1  # tiles on their way at once; above 1 they go through shared memory
+BACKWARD_TILE = 1024
+BACKWARD_PER_THREAD = 8
+BACKWARD_PROGRAMS = 8
+BACKWARD_STAGES = 1
+WARPS = 32  # the most a program may have
+# The widest rows that stay in registers, where the backward holds six values a column.
+FORWARD_WIDTH = 16384
+BACKWARD_WIDTH = 8192
+WIDE_BLOCK = 4096  # columns at once of a wider row
+COLUMNS = 128  # columns of a program that sums over rows
+COLUMN_ROWS = 32  # and its rows at once
+
+
+@triton.jit
+def _affine(weight_ptr, bias_ptr, column, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """gamma and beta of these columns, 1 and 0 where there is none."""
+    gamma = tl.full(column.shape, 1.0, tl.float32)
+    beta = tl.zeros(column.shape, tl.float32)
+    if HAS_WEIGHT:
+        gamma = tl.load(weight_ptr + column, inside, other=1.0).to(tl.float32)
+    if HAS_BIAS:
+        beta = tl.load(bias_ptr + column, inside, other=0.0).to(tl.float32)
+    return gamma, beta
+
+
+@triton.jit
+def _inverse(gamma, HAS_WEIGHT: tl.constexpr):
+    """1 / gamma, NaN where gamma is 0: x_hat is lost there."""
+    if HAS_WEIGHT:
+        return tl.where(gamma == 0.0, float("nan"), 1.0 / gamma)
+    return gamma
+
+
+@triton.jit
+def _normalised(
+    shifted, inverse, dy, g, slot, exact_ptr, row, exact_count, mask, EXACT: tl.constexpr
+):
+    """x_hat and g x_hat of a tile, from y - beta or, for exact channels, from what was kept."""
+    x_hat = shifted * inverse
+    product = dy * shifted
+    if EXACT:
+        kept = slot >= 0
+        kept_ptr = exact_ptr + row * exact_count + slot
+        exact = tl.load(kept_ptr, mask & kept, other=0.0).to(tl.float32)
+        x_hat = tl.where(kept, exact, x_hat)
+        product = tl.where(kept, g * exact, product)
+    return x_hat, product
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [rows, width]
+    y_ptr,  # [rows, width]
+    narrow_ptr,  # [rows, width], the cast of y
+    rstd_ptr,  # [rows] fp32
+    weight_ptr,  # [width]
+    bias_ptr,  # [width]
+    slots_ptr,  # [width] int32: which column of exact, -1 for none
+    exact_ptr,  # [rows, exact_count]
+    rows,
+    width,
+    exact_count,
+    eps,
+    CENTRED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NARROW: tl.constexpr,
+    EXACT: tl.constexpr,
+    FULL: tl.constexpr,  # width is BLOCK
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < width
+    if FULL:
+        inside = tl.full([1, BLOCK], True, tl.int1)
+    gamma, beta = _affine(weight_ptr, bias_ptr, column, inside, HAS_WEIGHT, HAS_BIAS)
+    if EXACT:
+        slot = tl.load(slots_ptr + column, inside, other=-1)
+    tiles = tl.cdiv(rows, ROWS)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        row = (tl.zeros([ROWS, 1], tl.int64) + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & inside
+        offset = row * width + column
+        x = tl.load(x_ptr + offset, mask, other=0.0).to(tl.float32)
+        if CENTRED:
+            mean = tl.sum(x, 1, keep_dims=True) / width
+            x = tl.where(inside, x - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + eps)
+        x_hat = x * rstd
+        y = x_hat * gamma + beta
+        tl.store(y_ptr + offset, y, mask)
+        if HAS_NARROW:
+            tl.store(narrow_ptr + offset, y, mask)
+        if EXACT:
+            tl.store(exact_ptr + row * exact_count + slot, x_hat, mask & (slot >= 0))
+        tl.store(rstd_ptr + row, rstd, row < rows)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # [rows, width]
+    y_ptr,  # [rows, width]
+    dx_ptr,  # [rows, width]
+    rstd_ptr,  # [rows] fp32
+    weight_ptr,  # [width]
+    bias_ptr,  # [width]
+    slots_ptr,  # [width] int32
+    exact_ptr,  # [rows, exact_count]
+    dgamma_ptr,  # [programs, width] fp32
+    dbeta_ptr,  # [programs, width] fp32
+    rows,
+    width,
+    exact_count,
+    CENTRED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EXACT: tl.constexpr,
+    NEEDS_INPUT: tl.constexpr,
+    NEEDS_AFFINE: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < width
+    if FULL:
+        inside = tl.full([1, BLOCK], True, tl.int1)
+    gamma, beta = _affine(weight_ptr, bias_ptr, column, inside, HAS_WEIGHT, HAS_BIAS)
+    inverse = _inverse(gamma, HAS_WEIGHT)
+    slot = column
+    if EXACT:
+        slot = tl.load(slots_ptr + column, inside, other=-1)
+    dgamma = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbeta = tl.zeros([ROWS, BLOCK], tl.float32)
+    tiles = tl.cdiv(rows, ROWS)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        row = (tl.zeros([ROWS, 1], tl.int64) + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & inside
+        offset = row * width + column
+        dy = tl.load(dy_ptr + offset, mask, other=0.0).to(tl.float32)
+        shifted = tl.load(y_ptr + offset, mask, other=0.0).to(tl.float32) - beta
+        g = dy * gamma
+        x_hat, product = _normalised(
+            shifted, inverse, dy, g, slot, exact_ptr, row, exact_count, mask, EXACT
+        )
+        if NEEDS_INPUT:
+            rstd = tl.load(rstd_ptr + row, row < rows, other=0.0)
+            dx = g - x_hat * (tl.sum(product, 1, keep_dims=True) / width)
+            if CENTRED:
+                dx -= tl.sum(g, 1, keep_dims=True) / width
+            tl.store(dx_ptr + offset, dx * rstd, mask)
+        if NEEDS_AFFINE:
+            if HAS_WEIGHT:
+                dgamma += dy * x_hat
+            if HAS_BIAS:
+                dbeta += dy
+    if NEEDS_AFFINE:
+        place = tl.program_id(0).to(tl.int64) * width + column
+        if HAS_WEIGHT:
+            tl.store(dgamma_ptr + place, tl.sum(dgamma, 0, keep_dims=True), inside)
+        if HAS_BIAS:
+            tl.store(dbeta_ptr + place, tl.sum(dbeta, 0, keep_dims=True), inside)
+
+
+# --- Wider rows: a program a row, over its columns in blocks.
+
+
+@triton.jit
+def _wide_forward_kernel(
+    x_ptr,
+    y_ptr,
+    narrow_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    slots_ptr,
+    exact_ptr,
+    width,
+    exact_count,
+    eps,
+    CENTRED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NARROW: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = row * width
+    lane = tl.arange(0, BLOCK)
+    mean = 0.0
+    if CENTRED:
+        total = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, width, BLOCK):
+            column = first + lane
+            total += tl.load(x_ptr + start + column, column < width, other=0.0).to(tl.float32)
+        mean = tl.sum(total, 0) / width
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + lane
+        x = tl.load(x_ptr + start + column, column < width, other=0.0).to(tl.float32) - mean
+        total += tl.where(column < width, x * x, 0.0)
+    rstd = tl.rsqrt(tl.sum(total, 0) / width + eps)
+    tl.store(rstd_ptr + row, rstd)
+    for first in range(0, width, BLOCK):
+        column = first + lane
+        inside = column < width
+        gamma, beta = _affine(weight_ptr, bias_ptr, column, inside, HAS_WEIGHT, HAS_BIAS)
+        x = tl.load(x_ptr + start + column, inside, other=0.0).to(tl.float32)
+        x_hat = (x - mean) * rstd
+        y = x_hat * gamma + beta
+        tl.store(y_ptr + start + column, y, inside)
+        if HAS_NARROW:
+            tl.store(narrow_ptr + start + column, y, inside)
+        if EXACT:
+            slot = tl.load(slots_ptr + column, inside, other=-1)
+            tl.store(exact_ptr + row * exact_count + slot, x_hat, inside & (slot >= 0))
+
+
+@triton.jit
+def _wide_backward_kernel(
+    dy_ptr,
+    y_ptr,
+    dx_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    slots_ptr,
+    exact_ptr,
+    width,
+    exact_count,
+    CENTRED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = row * width
+    lane = tl.arange(0, BLOCK)
+    rstd = tl.load(rstd_ptr + row)
+    sum_g = tl.zeros([BLOCK], tl.float32)
+    sum_product = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + lane
+        inside = column < width
+        gamma, beta = _affine(weight_ptr, bias_ptr, column, inside, HAS_WEIGHT, HAS_BIAS)
+        dy = tl.load(dy_ptr + start + column, inside, other=0.0).to(tl.float32)
+        shifted = tl.load(y_ptr + start + column, inside, other=0.0).to(tl.float32) - beta
+        slot = column
+        if EXACT:
+            slot = tl.load(slots_ptr + column, inside, other=-1)
+        g = dy * gamma
+        _, product = _normalised(
+            shifted, gamma, dy, g, slot, exact_ptr, row, exact_count, inside, EXACT
+        )
+        sum_g += g
+        sum_product += product
+    mean_g = 0.0
+    if CENTRED:
+        mean_g = tl.sum(sum_g, 0) / width
+    mean_product = tl.sum(sum_product, 0) / width
+    for first in range(0, width, BLOCK):
+        column = first + lane
+        inside = column < width
+        gamma, beta = _affine(weight_ptr, bias_ptr, column, inside, HAS_WEIGHT, HAS_BIAS)
+        dy = tl.load(dy_ptr + start + column, inside, other=0.0).to(tl.float32)
+        shifted = tl.load(y_ptr + start + column, inside, other=0.0).to(tl.float32) - beta
+        slot = column
+        if EXACT:
+            slot = tl.load(slots_ptr + column, inside, other=-1)
+        g = dy * gamma
+        inverse = _inverse(gamma, HAS_WEIGHT)
+        x_hat, _ = _normalised(
+            shifted, inverse, dy, g, slot, exact_ptr, row, exact_count, inside, EXACT
+        )
+        tl.store(dx_ptr + start + column, (g - mean_g - x_hat * mean_product) * rstd, inside)
+
+
+@triton.jit
+def _columns_kernel(
+    dy_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    slots_ptr,
+    exact_ptr,
+    dgamma_ptr,  # [programs, width] fp32
+    dbeta_ptr,  # [programs, width] fp32
+    rows,
+    width,
+    exact_count,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dgamma and dbeta of BLOCK columns: sums over every num_programs(1)-th tile of rows."""
+    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = column < width
+    gamma, beta = _affine(weight_ptr, bias_ptr, column, inside, HAS_WEIGHT, HAS_BIAS)
+    inverse = _inverse(gamma, HAS_WEIGHT)
+    slot = column
+    if EXACT:
+        slot = tl.load(slots_ptr + column, inside, other=-1)
+    dgamma = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbeta = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
+        row = (tl.zeros([ROWS, 1], tl.int64) + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & inside
+        offset = row * width + column
+        dy = tl.load(dy_ptr + offset, mask, other=0.0).to(tl.float32)
+        shifted = tl.load(y_ptr + offset, mask, other=0.0).to(tl.float32) - beta
+        x_hat, _ = _normalised(
+            shifted, inverse, dy, dy, slot, exact_ptr, row, exact_count, mask, EXACT
+        )
+        dgamma += dy * x_hat
+        dbeta += dy
+    place = tl.program_id(1).to(tl.int64) * width + column
+    if HAS_WEIGHT:
+        tl.store(dgamma_ptr + place, tl.sum(dgamma, 0, keep_dims=True), inside)
+    if HAS_BIAS:
+        tl.store(dbeta_ptr + place, tl.sum(dbeta, 0, keep_dims=True), inside)
+
+
+# --- Launchers, with the signatures of norm_reference.py.
+
+
+def _warps(elements: int, per_thread: int) -> int:
+    """Warps, a power of two, so that a thread holds so many elements of a tile."""
+    return min(WARPS, max(1, elements // (32 * per_thread)))
+
+
+def _programs(device: torch.device, tiles: int, per_multiprocessor: int) -> int:
+    if device.type != "cuda":  # the interpreter
+        return min(tiles, 3)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(tiles, per_multiprocessor * multiprocessors)
+
+
+def _slots(channels: Tensor | None, width: int) -> Tensor | None:
+    """[width]: the place of each column among `channels`, -1 where it is not there."""
+    if channels is None:
+        return None
+    slots = torch.full((width,), -1, dtype=torch.int32, device=channels.device)
+    places = torch.arange(channels.numel(), dtype=torch.int32, device=channels.device)
+    return slots.scatter_(0, channels, places)
+
+
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+def row_norm(x, normalized_shape, weight, bias, channels, eps, centred, dtype, cast):
+    width = row_width(normalized_shape)
+    rows = x.numel() // width
+    x = x.contiguous()
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    narrow = y.new_empty(0) if cast is None else torch.empty_like(y, dtype=cast)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    exact, count = y.new_empty(0), 0
+    if channels is not None:
+        count = channels.numel()
+        exact = y.new_empty((rows, count), dtype=cast or dtype)
+    pointers = (x, y, narrow, rstd, weight, bias, _slots(channels, width), exact)
+    forms = {
+        "CENTRED": centred,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_NARROW": cast is not None,
+        "EXACT": channels is not None,
+    }
+    block = triton.next_power_of_2(width)
+    if block > FORWARD_WIDTH:
+        _wide_forward_kernel[(rows,)](
+            *pointers, width, count, eps, **forms, BLOCK=WIDE_BLOCK, num_warps=8
+        )
+        return y, narrow, rstd, exact
+    per_tile = max(1, FORWARD_TILE // block)
+    tiles = triton.cdiv(rows, per_tile)
+    _forward_kernel[(_programs(x.device, tiles, FORWARD_PROGRAMS),)](
+        *pointers,
+        rows,
+        width,
+        count,
+        eps,
+        **forms,
+        FULL=block == width,
+        ROWS=per_tile,
+        BLOCK=block,
+        STAGES=FORWARD_STAGES,
+        num_warps=_warps(per_tile * block, FORWARD_PER_THREAD),
+    )
+    return y, narrow, rstd, exact
+
+
+def row_norm_backward(
+    grad_output,
+    y,
+    normalized_shape,
+    weight,
+    bias,
+    channels,
+    rstd,
+    exact,
+    centred,
+    dtype,
+    needs_input,
+    needs_affine,
+):
+    width = row_width(normalized_shape)
+    rows = y.numel() // width
+    dy, y = grad_output.contiguous(), y.contiguous()
+    gamma, beta = _contiguous(weight), _contiguous(bias)
+    slots, count = _slots(channels, width), 0 if channels is None else channels.numel()
+    dx = torch.empty(y.shape if needs_input else 0, dtype=dtype, device=y.device)
+    forms = {
+        "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+        "EXACT": channels is not None,
+    }
+    block = triton.next_power_of_2(width)
+    wide = block > BACKWARD_WIDTH
+    per_tile = COLUMN_ROWS if wide else max(1, BACKWARD_TILE // block)
+    programs = _programs(y.device, triton.cdiv(rows, per_tile), BACKWARD_PROGRAMS)
+    if wide:  # as many programs go over the columns
+        programs = max(1, programs * COLUMNS // width)
+
+    def sums(parameter: Tensor | None) -> Tensor:
+        shape = (programs, width) if needs_affine and parameter is not None else 0
+        return torch.empty(shape, dtype=torch.float32, device=y.device)
+
+    dgamma, dbeta = sums(weight), sums(bias)
+    if not wide:
+        _backward_kernel[(programs,)](
+            dy,
+            y,
+            dx,
+            rstd,
+            gamma,
+            beta,
+            slots,
+            exact,
+            dgamma,
+            dbeta,
+            rows,
+            width,
+            count,
+            CENTRED=centred,
+            **forms,
+            NEEDS_INPUT=needs_input,
+            NEEDS_AFFINE=needs_affine,
+            FULL=block == width,
+            ROWS=per_tile,
+            BLOCK=block,
+            STAGES=BACKWARD_STAGES,
+            num_warps=_warps(per_tile * block, BACKWARD_PER_THREAD),
+        )
+    else:
+        if needs_input:
+            pointers = (dy, y, dx, rstd, gamma, beta, slots, exact)
+            _wide_backward_kernel[(rows,)](
+                *pointers, width, count, CENTRED=centred, **forms, BLOCK=WIDE_BLOCK, num_warps=8
+            )
+        if needs_affine:
+            pointers = (dy, y, gamma, beta, slots, exact, dgamma, dbeta)
+            _columns_kernel[(triton.cdiv(width, COLUMNS), programs)](
+                *pointers,
+                rows,
+                width,
+                count,
+                **forms,
+                ROWS=COLUMN_ROWS,
+                BLOCK=COLUMNS,
+                num_warps=4,
+            )
+    return dx, _total(dgamma, weight, y), _total(dbeta, bias, y)
+
+
+def _total(partial: Tensor, parameter: Tensor | None, y: Tensor) -> Tensor:
+    if parameter is None or not partial.numel():
+        return y.new_empty(0)
+    return partial.sum(0).to(parameter.dtype).view(parameter.shape)

@@ -1,0 +1,131 @@
+"""Fused kernels against their references, in the interpreter or on the device."""
+
+import pytest
+import torch
+
+from packlight.groupquant import kernels, norm_kernels, norm_reference, ops, reference
+from tests.groupquant.layers import LAYERS
+from tests.helpers import assert_as_near_as_torch, every_device, every_kernel_dtype, many_values
+from tests.layers import TRUTH
+
+every_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
+every_bits = pytest.mark.parametrize("bits", [2, 4, 8])
+FP32 = torch.float32
+# The interpreter truncates fp32 to bf16; a derivative is good to 1e-4.
+TOLERANCE = {torch.float32: 3e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def close(a, b, dtype):
+    torch.testing.assert_close(a.float(), b.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def counts(device):
+    return (700, 4096) if device == "cpu" else (700, 2**20 + 77, 2**22)
+
+
+@every_device
+@every_layer
+@every_kernel_dtype
+def test_forward_is_within_an_ulp_of_torch_or_as_near_the_truth(layer, dtype, device):
+    x = many_values(dtype, device)
+    y, _, _ = kernels.activation(x, layer.name, layer.parameters, 4, 128, None)
+    truth = TRUTH.get(layer.name, layer.plain)(x.double(), *layer.arguments)
+    assert_as_near_as_torch(y, layer.torch(x), truth)
+
+
+@every_device
+@every_layer
+@every_bits
+def test_gradient_and_rebuilt_output_equal_the_reference(layer, bits, device):
+    for count in counts(device):
+        x = torch.randn(count, device=device) * 3
+        dy = torch.randn(count, device=device)
+        f = (layer.name, layer.parameters)
+        _, codes, scales = reference.activation(x, *f, bits, 128, None)
+        backward = (dy, codes, scales, *f, (1,), bits, 128)
+        close(
+            kernels.activation_backward(*backward), reference.activation_backward(*backward), FP32
+        )
+        rebuild = (codes, scales, (count,), (1,), count, bits, 128, FP32, *f, None, None)
+        close(kernels.dequantize(*rebuild), reference.dequantize(*rebuild), FP32)
+
+
+@every_device
+@every_kernel_dtype
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu", "sigmoid"])
+def test_gated_units_equal_the_reference(name, dtype, device):
+    for count in counts(device):
+        gate, up, dy = (torch.randn(count, device=device).to(dtype) * 2 for _ in range(3))
+        seed = torch.tensor([11], device=device)
+        ours = kernels.gated(gate, up, name, 4, 128, seed)
+        theirs = reference.gated(gate, up, name, 4, 128, seed)
+        close(ours[0], theirs[0], dtype)
+        for i in (1, 3):
+            values = [
+                reference.dequantize_rows(*pack[i : i + 2], 1, count, 4, 128)
+                for pack in (ours, theirs)
+            ]
+            assert (values[0] != values[1]).float().mean() < 2e-3
+        backward = (dy, *theirs[1:], name, (1,), 4, 128)
+        for a, b in zip(
+            kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
+        ):
+            close(a, b, dtype)
+        product = (*theirs[1:], name, (count,), (1,), 4, 128, dtype)
+        close(kernels.gated_product(*product), reference.gated_product(*product), dtype)
+
+
+@every_device
+@every_kernel_dtype
+@pytest.mark.parametrize("center", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize("width", [64, 100, 512, 768])
+def test_norms_equal_the_reference(width, center, dtype, device):
+    rows = 5 if device == "cpu" else 3000
+    x = (torch.randn(rows, width, device=device) * 2 + 1).to(dtype)
+    weight, bias = (torch.randn(width, device=device).to(dtype) for _ in range(2))
+    dy = torch.randn(rows, width, device=device).to(dtype)
+    bias = bias if center else None
+    seed = torch.tensor([3], device=device)
+    for bits in (2, 4, 8):
+        forward = (x, width, weight, bias, 1e-5, center, bits, 64, seed)
+        ours, theirs = norm_kernels.norm(*forward), norm_reference.norm(*forward)
+        close(ours[0], theirs[0], dtype)
+        close(ours[3], theirs[3], FP32)
+        values = [
+            reference.dequantize_rows(*pack[1:3], rows, width, bits, 64) for pack in (ours, theirs)
+        ]
+        # Where statistics differ in their last digit a code may too, or a whole group's scale.
+        assert (values[0] - values[1]).abs().mean() < 0.02 * 2.0**-bits
+        backward = (dy, *theirs[1:], weight, center, True, center, bits, 64)
+        dx, dweight, dbias = norm_kernels.norm_backward(*backward)
+        expected = norm_reference.norm_backward(*backward)
+        close(dx, expected[0], dtype)
+        scale = rows**0.5
+        close(dweight / scale, expected[1] / scale, FP32)
+        close(dbias / scale, expected[2] / scale, FP32)
+
+
+def test_operators_pass_opcheck():
+    check = torch.library.opcheck
+    namespace = torch.ops.packlight
+    x = torch.randn(4, 96)
+    seed = torch.tensor([1])
+    for draw in (seed, None):
+        check(namespace.group_quantize.default, (x, [96, 1], 4, 32, draw))
+        check(namespace.group_quant_activation.default, (x, "silu", [], 4, 32, draw))
+        check(namespace.group_quant_gated.default, (x, x + 1, "silu", 4, 32, draw))
+        norm = (x, 96, torch.ones(96), None, 1e-5, True, 4, 32, draw)
+        check(namespace.group_quant_norm.default, norm)
+    codes, scales = ops.quantize(x, (96, 1), 4, 32, None)
+    layout = ([4, 96], [96, 1], 96, 4, 32, FP32)
+    for arguments in ((*layout, "", [], torch.ones(96), None), (*layout, "gelu", [], None, None)):
+        check(namespace.group_dequantize.default, (codes, scales, *arguments))
+    backward = (x, codes, scales, "gelu", [], [96, 1], 4, 32)
+    check(namespace.group_quant_activation_backward.default, backward)
+    packs = (codes, scales, codes, scales)
+    check(namespace.group_quant_gated_backward.default, (x, *packs, "silu", [96, 1], 4, 32))
+    product = (*packs, "silu", [4, 96], [96, 1], 4, 32, FP32)
+    check(namespace.group_quant_gated_product.default, product)
+    _, codes, scales, rstd = ops.norm(x, 96, None, None, 1e-5, True, 4, 32, None)
+    norm_backward = (x, codes, scales, rstd, torch.ones(96), True, True, True, 4, 32)
+    check(namespace.group_quant_norm_backward.default, norm_backward)
