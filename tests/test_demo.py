@@ -1,4 +1,4 @@
-"""The demo: its text, its model, and two runs that differ in what GELU keeps and nothing else."""
+"""The demo: its text, its model, and runs that differ in what is kept and nothing else."""
 
 import dataclasses
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from packlight import demo, fewbit
+from packlight import demo, fewbit, groupquant, inverted
 from packlight.errors import InputError, MissingDependencyError
 
 TINY = {"steps": 30, "layers": 1, "width": 32, "heads": 2, "context": 24, "batch": 4}
@@ -119,26 +119,35 @@ def test_the_model_does_not_see_the_future() -> None:
     assert not torch.equal(model(text)[:, -1], model(other)[:, -1])
 
 
-def test_variants_change_activations_and_no_parameter() -> None:
+@pytest.mark.parametrize(
+    ("variant", "kinds"),
+    [
+        ("PyTorch", {nn.GELU, nn.LayerNorm, nn.Linear}),
+        ("FewBit", {fewbit.GELU, nn.LayerNorm, nn.Linear}),
+        ("Inverted", {inverted.GELU, inverted.LayerNorm, inverted.Linear}),
+        ("GroupQuant", {groupquant.GELU, groupquant.LayerNorm, groupquant.Linear}),
+    ],
+)
+def test_variants_change_layers_and_no_parameter(variant: str, kinds: set[type]) -> None:
     model = demo.GPT(layers=2, width=32, heads=2, context=8)
-    before = dict(model.named_parameters())
-    demo.VARIANTS["PyTorch"](model, 2)
-    assert all(type(block.mlp.act) is torch.nn.GELU for block in model.blocks)
-    demo.VARIANTS["packlight"](model, 2)
-    assert all(type(block.mlp.act) is fewbit.GELU for block in model.blocks)
-    assert all(block.mlp.act.bits == 2 for block in model.blocks)
+    before, state = dict(model.named_parameters()), torch.get_rng_state()
+    demo.VARIANTS[variant](model, 2)
+    leaves = {type(module) for module in model.modules() if not list(module.children())}
+    assert leaves - {nn.Embedding} == kinds
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(before[name] is after[name] for name in before)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---- the two runs --------------------------------------------------------------------------------
+# ---- the runs ------------------------------------------------------------------------------------
 
 
 def test_the_first_losses_are_equal_bit_for_bit(results: dict[str, demo.Result]) -> None:
-    plain, packed = results["PyTorch"], results["packlight"]
-    assert plain.training_losses[0] == packed.training_losses[0]
-    assert plain.validation_losses[0] == packed.validation_losses[0]
+    plain, *others = results.values()
+    for other in others:
+        assert plain.training_losses[0] == other.training_losses[0]
+        assert plain.validation_losses[0] == other.validation_losses[0]
     # Before training no byte is more likely than another.
     assert plain.training_losses[0] == pytest.approx(math.log(256), abs=0.3)
 
@@ -154,10 +163,11 @@ def test_losses_are_finite_and_fall_alike(results: dict[str, demo.Result]) -> No
         assert result.validation_losses[-1] < result.validation_losses[0] - 1
         assert result.median_step_ms > 0
         assert result.peak_bytes is None
-    plain, packed = results["PyTorch"], results["packlight"]
-    # The gradients differ, so the losses must too. Four seeds differed by at most 0.0015.
-    assert plain.training_losses != packed.training_losses
-    assert plain.validation_losses[-1] == pytest.approx(packed.validation_losses[-1], abs=0.01)
+    plain, *others = results.values()
+    for other in others:
+        # The gradients differ, so the losses must too. Four seeds differed by at most 0.0015.
+        assert plain.training_losses != other.training_losses
+        assert plain.validation_losses[-1] == pytest.approx(other.validation_losses[-1], abs=0.01)
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
@@ -167,7 +177,7 @@ def test_bytes_fall_by_what_gelu_keeps_less(
 ) -> None:
     settings = tiny(bits, layers=layers, context=context, steps=1)
     plain, packed = (
-        demo.train(change, text, settings).kept_bytes for change in demo.VARIANTS.values()
+        demo.train(demo.VARIANTS[name], text, settings).kept_bytes for name in ("PyTorch", "FewBit")
     )
     elements = 4 * context * 4 * 32
     assert demo.gelu_elements(settings) == layers * elements
@@ -178,7 +188,7 @@ def test_bytes_fall_by_what_gelu_keeps_less(
     assert {"Linear", "Attention", "LayerNorm", "loss"} <= plain.keys()
 
 
-def test_both_runs_see_the_same_weights_and_batches(
+def test_all_runs_see_the_same_weights_and_batches(
     text: demo.Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
@@ -191,16 +201,20 @@ def test_both_runs_see_the_same_weights_and_batches(
     monkeypatch.setattr(demo.GPT, "forward", recording)
     for change in demo.VARIANTS.values():
         demo.train(change, text, tiny(steps=3))
-    middle = len(seen) // 2
-    assert torch.equal(seen[0][1], seen[middle][1])
-    for (first, _), (second, _) in zip(seen[:middle], seen[middle:], strict=True):
-        assert torch.equal(first, second)
+    runs = len(demo.VARIANTS)
+    length = len(seen) // runs
+    first = seen[:length]
+    for run in range(1, runs):
+        other = seen[run * length : (run + 1) * length]
+        assert torch.equal(first[0][1], other[0][1])
+        for (batch, _), (same, _) in zip(first, other, strict=True):
+            assert torch.equal(batch, same)
 
 
 def test_a_run_repeats_and_another_seed_differs(text: demo.Text) -> None:
     def losses(seed: int) -> list[float]:
         settings = tiny(seed=seed, steps=3)
-        return demo.train(demo.VARIANTS["packlight"], text, settings).training_losses
+        return demo.train(demo.VARIANTS["FewBit"], text, settings).training_losses
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
@@ -238,8 +252,8 @@ def test_the_report_names_what_was_saved_and_the_difference(
     for words in ("kept for the backward pass", "by GELU", "by Linear", "a step, median"):
         assert words in printed
     assert "PyTorch: GELU keeps 4.000 bytes an element" in printed
-    assert "packlight: GELU keeps 0.375 bytes an element" in printed
-    plain, packed = results["PyTorch"], results["packlight"]
+    assert "FewBit: GELU keeps 0.375 bytes an element" in printed
+    plain, packed = results["PyTorch"], results["FewBit"]
     difference = packed.validation_losses[-1] - plain.validation_losses[-1]
     assert f"validation loss {difference:+z.4f}" in printed
     assert f"{packed.total_bytes / plain.total_bytes - 1:+.1%}" in printed
@@ -268,7 +282,7 @@ def test_the_numbers_are_saved(results: dict[str, demo.Result], out: Path) -> No
 
 
 def test_the_picture_shows_something(results: dict[str, demo.Result], out: Path) -> None:
-    assert results.keys() == {"PyTorch", "packlight"}
+    assert results.keys() == set(demo.VARIANTS)
     pixels = _pixels(out / "demo.png")
     assert pixels.shape[0] > 500
     assert pixels.shape[1] > 1000
@@ -385,7 +399,7 @@ def test_defaults_depend_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_demo_on_a_gpu(text: demo.Text, tmp_path: Path) -> None:
     settings = demo.make_settings("cuda", **TINY)
     results = demo.run(settings, tmp_path, plot=False, text=text)
-    plain, packed = results["PyTorch"], results["packlight"]
+    plain, packed = results["PyTorch"], results["FewBit"]
     element_bytes = 2 if settings.autocast else 4
     assert plain.kept_bytes["GELU"] == element_bytes * demo.gelu_elements(settings)
     assert packed.kept_bytes["GELU"] == math.ceil(demo.gelu_elements(settings) / 64) * 24 + 1
