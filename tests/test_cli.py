@@ -59,7 +59,7 @@ def test_a_demo_writes_a_picture_and_numbers(
 ) -> None:
     main(["demo", *TINY, "--bits", "2", "--seed", "5", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "packlight: GELU keeps 0.25" in printed
+    assert "FewBit: GELU keeps 0.25" in printed
     # Paths are printed unbroken, for copying.
     assert str(tmp_path / "demo.png") in printed
     assert (tmp_path / "demo.png").stat().st_size > 10_000

@@ -247,7 +247,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_the_report_names_what_was_saved_and_the_difference(
     results: dict[str, demo.Result], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo.print_report(results, tiny(), demo.Console(width=100))
+    demo.print_report(results, tiny(), demo.Console(width=160))
     printed = capsys.readouterr().out
     for words in ("kept for the backward pass", "by GELU", "by Linear", "a step, median"):
         assert words in printed
@@ -267,7 +267,7 @@ def test_the_report_shows_peaks_where_there_are_any(
         name: dataclasses.replace(result, peak_bytes=(2 - place) * 2**30)
         for place, (name, result) in enumerate(results.items())
     }
-    demo.print_report(peaked, tiny(), demo.Console(width=100))
+    demo.print_report(peaked, tiny(), demo.Console(width=160))
     printed = capsys.readouterr().out
     assert "peak memory on the GPU" in printed
     assert "1.00 GiB (-50.0%)" in printed
