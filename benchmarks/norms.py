@@ -127,25 +127,22 @@ def measure(case: Case, x: Tensor, dy: Tensor, copy: float, repeats: int) -> dic
 # --- The sweep.
 
 SETTINGS: dict[str, tuple[int, ...]] = {
-    "TILE": (1024, 2048, 4096, 8192),
-    "PER_THREAD": (4, 8, 16, 32),
-    "PROGRAMS": (1, 2, 4, 8, 16, 32),
-    "STAGES": (1, 2, 3),
+    "tile": (1024, 2048, 4096, 8192),
+    "per_thread": (4, 8, 16, 32),
+    "programs": (1, 2, 4, 8, 16, 32),
+    "stages": (1, 2, 3),
 }
 
 
 @contextlib.contextmanager
-def setting(way: str, values: dict[str, int]) -> Iterator[None]:
-    """Within this context the kernels of one way, "FORWARD" or "BACKWARD", run with these."""
-    names = {f"{way}_{name}": value for name, value in values.items()}
-    before = {name: getattr(kernels, name) for name in names}
-    for name, value in names.items():
-        setattr(kernels, name, value)
+def setting(way: str, chosen: kernels.Setting) -> Iterator[None]:
+    """Within this context the kernels of one way, "FORWARD" or "BACKWARD", run with this."""
+    before = getattr(kernels, way)
+    setattr(kernels, way, dict.fromkeys(before, chosen))
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(kernels, name, value)
+        setattr(kernels, way, before)
 
 
 def sweep(case: Case, x: Tensor, dy: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
@@ -160,21 +157,19 @@ def sweep(case: Case, x: Tensor, dy: Tensor, repeats: int) -> Iterator[dict[str,
     }
     for way, run in runs.items():
         seen = set()
-        for chosen in itertools.product(*SETTINGS.values()):
-            values = dict(zip(SETTINGS, chosen, strict=True))
-            tile = max(1, values["TILE"] // block) * block
-            warps = kernels._warps(tile, values["PER_THREAD"])
-            key = (tile, warps, values["PROGRAMS"], values["STAGES"])
-            if key in seen:
+        for values in itertools.product(*SETTINGS.values()):
+            chosen = kernels.Setting(*values)
+            tile = kernels.tile_of(chosen, block)
+            if (*tile, *values[2:]) in seen:
                 continue
-            seen.add(key)
-            with setting(way, values):
+            seen.add((*tile, *values[2:]))
+            with setting(way, chosen):
                 try:
                     time = interleaved({"ours": run}, repeats)["ours"]
-                except Exception as error:  # noqa: BLE001 - too much shared memory, too many registers
-                    print(f"{way} {values}: {type(error).__name__}", flush=True)
+                except Exception as error:  # noqa: BLE001 - too much shared memory, say
+                    print(f"{way} {chosen}: {type(error).__name__}", flush=True)
                     continue
-            yield {"way": way.lower(), "ms": time, "warps": warps, **values}
+            yield {"way": way.lower(), "ms": time, "warps": tile[1], **chosen._asdict()}
 
 
 # --- Running.

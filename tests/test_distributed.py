@@ -1,4 +1,4 @@
-"""Few-bit layers in DDP and FSDP2: two gloo processes give the gradients of one."""
+"""Layers of packlight in DDP and FSDP2: two gloo processes give the gradients of one."""
 
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 import packlight.fewbit as few_bit
+import packlight.inverted as inverted
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -17,7 +18,7 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, 
 def make():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 16), few_bit.GELU(bits=3), nn.Linear(16, 16), few_bit.ReLU(),
-                         nn.Linear(16, 1))
+                         inverted.LayerNorm(16), nn.Linear(16, 1))
 
 torch.manual_seed(1)
 x = torch.randn(8, 6)

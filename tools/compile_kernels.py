@@ -91,30 +91,29 @@ def norm_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
                 for narrow in (False, True):
                     if narrow and (dtype == "fp32" or width != 1024):
                         continue
-                    rows = max(1, norm_kernels.FORWARD_TILE // block)
+                    setting = norm_kernels.setting_for(norm_kernels.FORWARD, block)
+                    rows, warps = norm_kernels.tile_of(setting, block)
+                    tile = {"ROWS": rows, "STAGES": setting.stages}
                     yield (
                         f"{label} norm {dtype} {width}{' and cast' * narrow}",
                         norm_kernels._forward_kernel,
-                        {
-                            **constants,
-                            "ROWS": rows,
-                            "HAS_NARROW": narrow,
-                            "STAGES": norm_kernels.FORWARD_STAGES,
-                        },
+                        {**constants, **tile, "HAS_NARROW": narrow},
                         dtype,
-                        norm_kernels._warps(rows * block, norm_kernels.FORWARD_PER_THREAD),
+                        warps,
                         rows * block,
                     )
                 if block > norm_kernels.BACKWARD_WIDTH:
                     continue
-                rows = max(1, norm_kernels.BACKWARD_TILE // block)
+                setting = norm_kernels.setting_for(norm_kernels.BACKWARD, block)
+                rows, warps = norm_kernels.tile_of(setting, block)
+                tile = {"ROWS": rows, "STAGES": setting.stages}
                 needs = {"NEEDS_INPUT": True, "NEEDS_AFFINE": True}
                 yield (
                     f"{label} norm backward {dtype} {width}",
                     norm_kernels._backward_kernel,
-                    {**constants, **needs, "ROWS": rows, "STAGES": norm_kernels.BACKWARD_STAGES},
+                    {**constants, **needs, **tile},
                     dtype,
-                    norm_kernels._warps(rows * block, norm_kernels.BACKWARD_PER_THREAD),
+                    warps,
                     rows * block,
                 )
         block = norm_kernels.WIDE_BLOCK
@@ -190,7 +189,7 @@ def compile_kernel(
     kernel: Any, constants: dict[str, Any], dtype: str, arch: int, warps: int = 4
 ) -> Any:
     """The compiled kernel for aligned pointers and sizes."""
-    kernel = getattr(kernel, "kernel", kernel)  # under @quick
+    kernel = getattr(kernel, "kernel", None) or kernel  # under @quick
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):

@@ -51,7 +51,7 @@ from packlight.inverted.inverses import INVERSES
 SMALLEST_THRESHOLD = 10.0
 
 
-class _Activation(torch.autograd.Function):
+class _InvertedActivation(torch.autograd.Function):
     """y = f(x) for a named activation; keeps y, and the bits of the branch where there are two."""
 
     @staticmethod
@@ -80,7 +80,7 @@ class _Activation(torch.autograd.Function):
 
 
 # A typed name: torch leaves `apply` without annotations.
-_activate: Callable[..., Tensor] = _Activation.apply
+_activate: Callable[..., Tensor] = _InvertedActivation.apply
 
 
 def _plain(x: Tensor, name: str, parameters: tuple[float, ...], inplace: bool) -> Tensor:

@@ -11,26 +11,40 @@ dgamma and dbeta a pass of their own.
 Traffic: the forward reads x and writes y (and its cast); the backward reads dy and y and writes dx.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from packlight._launch import quick
 from packlight.inverted.norm_reference import row_width
 
-# What a device run may sweep (benchmarks/norms.py --sweep).
-FORWARD_TILE = 2048  # elements of a tile, where a row is shorter
-FORWARD_PER_THREAD = 8  # elements of a tile a thread holds
-FORWARD_PROGRAMS = 16  # programs a multiprocessor
-FORWARD_STAGES = 1  # tiles on their way at once; above 1 they go through shared memory
-BACKWARD_TILE = 1024
-BACKWARD_PER_THREAD = 8
-BACKWARD_PROGRAMS = 8
-BACKWARD_STAGES = 1
+
+class Setting(NamedTuple):
+    """How a kernel is cut up. `benchmarks/norms.py --sweep` times many."""
+
+    tile: int  # elements of a tile, where a row is shorter
+    per_thread: int  # elements of a tile that a thread holds
+    programs: int  # programs a multiprocessor
+    stages: int  # tiles on their way at once; above 1 they go through shared memory
+
+
+# By the largest BLOCK that they serve. Not measured yet.
+FORWARD = {
+    4096: Setting(tile=2048, per_thread=8, programs=16, stages=1),
+    16384: Setting(tile=2048, per_thread=16, programs=16, stages=1),
+}
+BACKWARD = {
+    2048: Setting(tile=1024, per_thread=8, programs=8, stages=1),
+    8192: Setting(tile=1024, per_thread=16, programs=2, stages=2),
+}
 WARPS = 32  # the most a program may have
-# The widest rows that stay in registers, where the backward holds six values a column.
+# The widest rows that stay in registers, where the backward holds seven values a column.
 FORWARD_WIDTH = 16384
 BACKWARD_WIDTH = 8192
+WIDE_PROGRAMS = 8  # a multiprocessor, over the columns of wider rows
 WIDE_BLOCK = 4096  # columns at once of a wider row
 COLUMNS = 128  # columns of a program that sums over rows
 COLUMN_ROWS = 32  # and its rows at once
@@ -72,6 +86,7 @@ def _normalised(
     return x_hat, product
 
 
+@quick
 @triton.jit
 def _forward_kernel(
     x_ptr,  # [rows, width]
@@ -123,6 +138,7 @@ def _forward_kernel(
         tl.store(rstd_ptr + row, rstd, row < rows)
 
 
+@quick
 @triton.jit
 def _backward_kernel(
     dy_ptr,  # [rows, width]
@@ -193,6 +209,7 @@ def _backward_kernel(
 # --- Wider rows: a program a row, over its columns in blocks.
 
 
+@quick
 @triton.jit
 def _wide_forward_kernel(
     x_ptr,
@@ -245,6 +262,7 @@ def _wide_forward_kernel(
             tl.store(exact_ptr + row * exact_count + slot, x_hat, inside & (slot >= 0))
 
 
+@quick
 @triton.jit
 def _wide_backward_kernel(
     dy_ptr,
@@ -305,6 +323,7 @@ def _wide_backward_kernel(
         tl.store(dx_ptr + start + column, (g - mean_g - x_hat * mean_product) * rstd, inside)
 
 
+@quick
 @triton.jit
 def _columns_kernel(
     dy_ptr,
@@ -355,9 +374,15 @@ def _columns_kernel(
 # --- Launchers, with the signatures of norm_reference.py.
 
 
-def _warps(elements: int, per_thread: int) -> int:
-    """Warps, a power of two, so that a thread holds so many elements of a tile."""
-    return min(WARPS, max(1, elements // (32 * per_thread)))
+def setting_for(settings: dict[int, Setting], block: int) -> Setting:
+    """The setting that serves rows of `block` columns."""
+    return settings[min(key for key in settings if key >= block)]
+
+
+def tile_of(setting: Setting, block: int) -> tuple[int, int]:
+    """Rows of a tile, and the warps of a program: a power of two."""
+    rows = max(1, setting.tile // block)
+    return rows, min(WARPS, max(1, rows * block // (32 * setting.per_thread)))
 
 
 def _programs(device: torch.device, tiles: int, per_multiprocessor: int) -> int:
@@ -406,9 +431,10 @@ def row_norm(x, normalized_shape, weight, bias, channels, eps, centred, dtype, c
             *pointers, width, count, eps, **forms, BLOCK=WIDE_BLOCK, num_warps=8
         )
         return y, narrow, rstd, exact
-    per_tile = max(1, FORWARD_TILE // block)
+    setting = setting_for(FORWARD, block)
+    per_tile, warps = tile_of(setting, block)
     tiles = triton.cdiv(rows, per_tile)
-    _forward_kernel[(_programs(x.device, tiles, FORWARD_PROGRAMS),)](
+    _forward_kernel[(_programs(x.device, tiles, setting.programs),)](
         *pointers,
         rows,
         width,
@@ -418,8 +444,8 @@ def row_norm(x, normalized_shape, weight, bias, channels, eps, centred, dtype, c
         FULL=block == width,
         ROWS=per_tile,
         BLOCK=block,
-        STAGES=FORWARD_STAGES,
-        num_warps=_warps(per_tile * block, FORWARD_PER_THREAD),
+        STAGES=setting.stages,
+        num_warps=warps,
     )
     return y, narrow, rstd, exact
 
@@ -451,10 +477,13 @@ def row_norm_backward(
     }
     block = triton.next_power_of_2(width)
     wide = block > BACKWARD_WIDTH
-    per_tile = COLUMN_ROWS if wide else max(1, BACKWARD_TILE // block)
-    programs = _programs(y.device, triton.cdiv(rows, per_tile), BACKWARD_PROGRAMS)
-    if wide:  # as many programs go over the columns
+    if wide:  # programs share the columns among them, then the rows
+        programs = _programs(y.device, triton.cdiv(rows, COLUMN_ROWS), WIDE_PROGRAMS)
         programs = max(1, programs * COLUMNS // width)
+    else:
+        setting = setting_for(BACKWARD, block)
+        per_tile, warps = tile_of(setting, block)
+        programs = _programs(y.device, triton.cdiv(rows, per_tile), setting.programs)
 
     def sums(parameter: Tensor | None) -> Tensor:
         shape = (programs, width) if needs_affine and parameter is not None else 0
@@ -483,8 +512,8 @@ def row_norm_backward(
             FULL=block == width,
             ROWS=per_tile,
             BLOCK=block,
-            STAGES=BACKWARD_STAGES,
-            num_warps=_warps(per_tile * block, BACKWARD_PER_THREAD),
+            STAGES=setting.stages,
+            num_warps=warps,
         )
     else:
         if needs_input:
