@@ -22,6 +22,7 @@ NAMES = {
     "fit_codebook",
     "inverted",
     "profile",
+    "saving",
     "use_reference",
 }
 

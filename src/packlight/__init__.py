@@ -13,6 +13,7 @@ from packlight.fewbit import Codebook, FewBit, fit_codebook
 from packlight.inverted import Inverted
 from packlight.method import Method
 from packlight.profile import MemoryReport, profile
+from packlight.saving import saving
 
 __all__ = [
     "Codebook",
@@ -29,5 +30,6 @@ __all__ = [
     "fit_codebook",
     "inverted",
     "profile",
+    "saving",
     "use_reference",
 ]

@@ -1,7 +1,17 @@
-"""Building blocks for kernels that read or write packed codes; the layout is in `layout.py`."""
+"""Building blocks for kernels that read or write packed codes; the layout is in `layout.py`.
 
+Below them the two kernels that need nothing else: a mask to one bit an element, and back.
+"""
+
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from packlight._launch import quick
+from packlight.packing.layout import lanes, memory_order, packed_bytes
 
 
 @triton.jit
@@ -65,3 +75,68 @@ def load_word(packed_ptr, lane, groups, mask, BLOCK: tl.constexpr, BITS: tl.cons
 def code_of(word, j: tl.constexpr, BITS: tl.constexpr):
     """Code j of the 8 in each word, as int32."""
     return ((word >> (j * BITS)) & ((1 << BITS) - 1)).to(tl.int32)
+
+
+# --- Masks.
+
+BLOCK = 512
+
+
+@quick
+@triton.jit
+def _pack_mask_kernel(
+    x_ptr,  # [n], bytes of 0 and 1
+    codes_ptr,  # [groups]
+    n,
+    groups,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    groups = groups.to(tl.int64)
+    n = tl.full([], n, tl.int64)  # Triton passes 1 as a constant, which has no `to`
+    lane = tl.arange(0, BLOCK)
+    rows = load_rows(x_ptr + start, start, lane, n, groups, FULL)
+    word = empty_word(BLOCK, 1)
+    for j in tl.static_range(8):
+        word |= rows[j].to(tl.int32) << j
+    store_word(codes_ptr + start, word, lane, groups, lane < groups - start, 1)
+
+
+@quick
+@triton.jit
+def _unpack_mask_kernel(
+    y_ptr,  # [n], bytes of 0 and 1
+    codes_ptr,  # [groups]
+    n,
+    groups,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    groups = groups.to(tl.int64)
+    n = tl.full([], n, tl.int64)
+    lane = tl.arange(0, BLOCK)
+    word = load_word(codes_ptr + start, lane, groups, lane < groups - start, BLOCK, 1)
+    for j in tl.static_range(8):
+        store_row(y_ptr + start, code_of(word, j, 1), j, start, lane, n, groups, FULL)
+
+
+def _launch(kernel, flat: Tensor, packed: Tensor) -> None:
+    n, groups = flat.numel(), lanes(flat.numel())
+    if n:
+        full = n == 8 * groups and groups % BLOCK == 0
+        grid = (triton.cdiv(groups, BLOCK),)
+        kernel[grid](flat, packed, n, groups, FULL=full, BLOCK=BLOCK, num_warps=4)
+
+
+def pack_mask(mask: Tensor, stride: Sequence[int]) -> Tensor:
+    packed = mask.new_empty(packed_bytes(mask.numel(), 1))
+    _launch(_pack_mask_kernel, memory_order(mask, stride), packed)
+    return packed
+
+
+def unpack_mask(packed: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    mask = packed.new_empty_strided(tuple(shape), tuple(stride), dtype=torch.bool)
+    _launch(_unpack_mask_kernel, mask.as_strided((mask.numel(),), (1,)).view(torch.uint8), packed)
+    return mask

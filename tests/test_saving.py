@@ -1,0 +1,872 @@
+"""`saving`: what is packed, what stays exact, how often, and that no gradient is ever wrong."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import packlight.fewbit
+import packlight.groupquant as gq
+import packlight.inverted
+from packlight.errors import DoubleBackwardError, InputError
+from packlight.groupquant import GroupQuant
+from packlight.profile import MemoryReport, profile
+from packlight.saving import saving
+
+FOUR = GroupQuant(bits=4)
+EIGHT = GroupQuant(bits=8)
+NEAREST = GroupQuant(bits=8, rounding="nearest")
+
+
+def packed(elements: int, bits: int = 4) -> int:
+    """Bytes of a pack in groups of 128."""
+    return elements * bits // 8 + elements // 128 * 4
+
+
+def kept(model, *inputs, method=FOUR, **options) -> MemoryReport:
+    with saving(method, **options):
+        return profile(model, *inputs)
+
+
+def floats(report: MemoryReport) -> list[tuple[str, int]]:
+    """What is kept in floating point, scalars apart."""
+    rows = [row for row in report.rows if "float" in row.dtype and row.bytes > 8]
+    return [(row.operation, row.bytes) for row in rows]
+
+
+def pack_bytes(report: MemoryReport) -> int:
+    return sum(row.bytes for row in report.rows if row.dtype in ("uint8", "int32"))
+
+
+def activation(*shape: int, dtype=torch.float32) -> Tensor:
+    """A tensor with a history: leaves are never packed."""
+    return torch.randn(*shape, dtype=dtype, requires_grad=True) * 1
+
+
+def gradients(model, x: Tensor, method=None, **options) -> Tensor:
+    """All gradients of the parameters, in one vector; the same random numbers in every call."""
+    torch.manual_seed(1)
+    if method is None:
+        y = model(x)
+    else:
+        with saving(method, **options):
+            y = model(x)
+    grads = torch.autograd.grad(y.square().mean(), list(model.parameters()))
+    return torch.cat([grad.flatten().float() for grad in grads])
+
+
+def error(model, x: Tensor, method: GroupQuant, **options) -> float:
+    exact = gradients(model, x)
+    return ((gradients(model, x, method, **options) - exact).norm() / exact.norm()).item()
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int = 4):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, _ = x.shape
+        parts = self.qkv(self.norm1(x)).view(batch, time, 3, self.heads, -1)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.out(mixed)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.lstm = nn.Linear(width, width), nn.LSTM(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(self.first(x))[0]
+
+
+def mlp() -> nn.Module:
+    layers = [nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 64)]
+    return nn.Sequential(*layers)
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(784, 10),
+    )  # fmt: skip
+
+
+# --- How much is kept, and how often.
+
+
+def test_a_gpt_block_keeps_a_third():
+    width, tokens = 128, 256
+    block = Block(width).bfloat16()
+    x = activation(4, 64, width, dtype=torch.bfloat16)
+    unit = width * tokens
+
+    def model(x):
+        return block(x * 1)  # as a block before it would give it
+
+    exact = profile(model, x).activation_bytes
+    assert 32 * unit < exact < 32.3 * unit
+    report = kept(model, x)
+    # Inputs of both norms and of qkv and fc1, and fc1's and GELU's outputs; q, k, v, attention's
+    # output, which the projection shares.
+    expected = packed(4 * unit + 8 * unit) + packed(4 * unit, 8)
+    assert pack_bytes(report) == expected == 10.5 * unit
+    statistics = report.activation_bytes - expected
+    assert statistics < 0.2 * unit
+    assert dict(floats(report)).keys() == {
+        "NativeLayerNormBackward0",
+        "ScaledDotProductFlashAttentionForCpuBackward0",
+    }
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shape", [(64, 128), (4, 16, 128)], ids=["matrix", "batched"])
+def test_readers_of_one_tensor_share_its_pack(shape, autocast):
+    layers = [nn.Linear(128, 128) for _ in range(3)]
+    x = activation(*shape)
+
+    def model(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return [layer(x) for layer in layers]
+
+    report = kept(model, x)
+    assert pack_bytes(report) == packed(x.numel())
+    assert {len(row.holders) for row in report.rows if row.dtype == "uint8"} == {3}
+    # Casts of the weights, which autocast keeps for all uses.
+    assert floats(report) == [("AddmmBackward0", 128 * 128 * 2)] * 3 * autocast
+
+
+def test_views_of_a_whole_tensor_share_its_pack():
+    x = activation(32, 128)
+    report = kept(lambda x: [x.sin(), x.t().sin(), x.view(-1).cos(), x.view(8, 4, 128).sin()], x)
+    assert pack_bytes(report) == packed(x.numel())
+
+
+def test_other_views_are_packed_by_their_own_elements():
+    x = activation(32, 256)
+    report = kept(lambda x: [x[:, :128].sin(), x.unsqueeze(0).expand(64, 32, 256).sin()], x)
+    assert pack_bytes(report) == packed(32 * 128) + packed(32 * 256)
+
+
+def test_a_tensor_modified_in_between_is_packed_again():
+    def model(x):
+        first = x.sin()
+        x.add_(1)
+        return first + x.sin()
+
+    x = activation(32, 128)
+    assert pack_bytes(kept(model, x)) == 2 * packed(x.numel())
+
+
+def test_more_bits_are_a_pack_of_their_own_and_fewer_are_not():
+    x = activation(32, 128)
+    eight_first = kept(lambda x: [x.tanh().sin(), x.cos()], x, overrides={"cos": EIGHT})
+    assert pack_bytes(eight_first) == packed(x.numel(), 4) + packed(x.numel(), 8)
+    both = kept(lambda x: [x.sin(), x.cos()], x, overrides={"cos": EIGHT})
+    assert pack_bytes(both) == packed(x.numel(), 4) + packed(x.numel(), 8)
+    one = kept(lambda x: [x.cos(), x.sin()], x, overrides={"cos": EIGHT})
+    assert pack_bytes(one) == packed(x.numel(), 8)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_packlight_layer_and_a_torch_layer_share_a_pack(ours_first):
+    weight, layer = torch.randn(128, 128, requires_grad=True), nn.Linear(128, 128)
+    x = activation(4, 16, 128)
+
+    def model(x):
+        parts = [lambda: gq.linear(x, weight), lambda: layer(x)]
+        return [part() for part in (parts if ours_first else parts[::-1])]
+
+    report = kept(model, x)
+    assert pack_bytes(report) == packed(x.numel())
+    assert not floats(report)
+
+
+def test_a_torch_layer_reads_what_a_packlight_producer_keeps():
+    layer = nn.Linear(128, 128)
+    x = activation(4, 16, 128)
+    report = kept(lambda x: layer(gq.gelu(x)), x)
+    assert pack_bytes(report) == packed(x.numel())
+    assert not floats(report)
+    x = x.detach().requires_grad_()
+
+    def weight_gradient(function):
+        return torch.autograd.grad(function(x).sum(), layer.weight)[0]
+
+    with saving(FOUR):
+        approximate = weight_gradient(lambda x: layer(gq.gelu(x, bits=8)))
+    torch.testing.assert_close(
+        approximate, weight_gradient(lambda x: layer(F.gelu(x))), rtol=0.02, atol=0.1
+    )
+
+
+def test_what_packlight_layers_keep_stays_as_it_is():
+    layer = nn.Linear(128, 128)
+    x = activation(4, 16, 128)
+    codes = kept(lambda x: packlight.fewbit.gelu(x).sum(), x)
+    assert (
+        codes.activation_bytes
+        == profile(lambda x: packlight.fewbit.gelu(x).sum(), x).activation_bytes
+    )
+    # An output that `inverted` needs exactly serves the next layer at no cost.
+    report = kept(lambda x: layer(packlight.inverted.gelu(x)), x)
+    ((_, size),) = floats(report)
+    assert size == x.numel() * 4
+    assert pack_bytes(report) == x.numel() // 8
+
+
+def test_masks_take_one_bit_and_are_lossless():
+    x = activation(64, 128)
+    bytes_ = torch.randint(0, 2, (64, 128), dtype=torch.uint8)
+
+    def model(x):
+        dropped, _ = torch.native_dropout(x, 0.5, True)
+        return torch.where(x > 0, dropped, x) + x * bytes_
+
+    report = kept(model, x)
+    assert report.activation_bytes - 8 <= 3 * 64 * 128 // 8
+    torch.manual_seed(3)
+    (exact,) = torch.autograd.grad(model(x).sum(), x)
+    torch.manual_seed(3)
+    with saving(GroupQuant(bits=2)):
+        y = model(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], exact)
+    codes = kept(lambda x: x * (x.detach().abs() * 100).to(torch.uint8), x)
+    assert codes.activation_bytes >= x.numel()
+
+
+# --- What stays exact.
+
+
+def test_weights_data_and_small_tensors_stay_exact():
+    layer = nn.Linear(128, 128)
+    frozen = nn.Linear(128, 128).requires_grad_(False)
+    table, data = torch.randn(64, 128), torch.randn(64, 128)
+
+    def model(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = frozen(x)  # a copy of a weight, without history
+        return [
+            cast,
+            x * table,
+            layer(data),
+            x[:1].sin(),
+            F.linear(data[:, :64], layer.weight.t()[:, :64]),
+        ]
+
+    report = kept(model, activation(64, 128))
+    assert pack_bytes(report) == 0
+    # Only autocast's copy is a tensor that the forward pass adds.
+    assert floats(report) == [("AddmmBackward0", 128 * 128 * 2)]
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(64, 64, dtype=torch.float64, requires_grad=True),
+        torch.randn(64, 64, dtype=torch.complex64, requires_grad=True),
+    ],
+    ids=["float64", "complex"],
+)
+def test_other_dtypes_stay_exact(x):
+    y = x * 1
+    with saving(FOUR):
+        z = y.sin()
+    assert torch.equal(*torch.autograd.grad([z.abs().sum()] * 2, [x, y], retain_graph=True))
+    assert pack_bytes(kept(lambda y: y.sin(), y)) == 0
+
+
+def test_sparse_tensors_and_unknown_subclasses_stay_exact():
+    class Marked(Tensor):
+        pass
+
+    sparse = torch.eye(64).to_sparse().requires_grad_()
+    x = activation(64, 64)
+    marked = (x * 1).as_subclass(Marked)
+    with saving(FOUR, min_bytes=0):
+        y = torch.sparse.mm(sparse * 1, x.detach()).sum() + marked.sin().as_subclass(Tensor).sum()
+    (dx,) = torch.autograd.grad(y, x)
+    assert torch.equal(dx, x.detach().cos())
+
+
+LOSSES = {
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: F.log_softmax(x, -1),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "cross_entropy": lambda x: F.cross_entropy(x, torch.zeros(64, dtype=torch.long)),
+    "mse_loss": lambda x: F.mse_loss(x, torch.ones_like(x)),
+    "bce": lambda x: F.binary_cross_entropy_with_logits(x, torch.ones_like(x)),
+    "kl_div": lambda x: F.kl_div(x, torch.ones_like(x), reduction="sum"),
+    "cosine": lambda x: F.cosine_embedding_loss(x, x.detach() + 1, torch.ones(64)),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+def test_softmax_and_losses_are_exact(loss):
+    x = activation(64, 128)
+    (exact,) = torch.autograd.grad(loss(x).sum(), x)
+    with saving(GroupQuant(bits=2)):
+        y = loss(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], exact)
+
+
+def test_a_probability_that_softmax_keeps_is_not_packed_too():
+    scores, values = activation(4, 64, 64), activation(4, 64, 64)
+    report = kept(lambda s, v: s.softmax(-1) @ v, scores, values)
+    assert floats(report) == [("SoftmaxBackward0", scores.numel() * 4)]
+    assert pack_bytes(report) == packed(values.numel())
+
+
+def test_attention_takes_masks_with_infinities():
+    q = activation(2, 4, 64, 32)
+    mask = torch.zeros(64, 64).masked_fill(torch.ones(64, 64).triu(1) > 0, float("-inf"))
+    for attn_mask in (mask, mask == 0):
+        y = F.scaled_dot_product_attention(q, q, q, attn_mask)
+        (exact,) = torch.autograd.grad(y.square().sum(), q)
+        with saving(FOUR):
+            y = F.scaled_dot_product_attention(q, q, q, attn_mask)
+        (ours,) = torch.autograd.grad(y.square().sum(), q)
+        assert (ours - exact).norm() < 0.05 * exact.norm()
+
+
+def test_attention_composed_of_matmuls_is_at_eight_bits_too():
+    q, k, v = (activation(2, 4, 64, 32) for _ in range(3))
+
+    def model(q, k, v):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    report = kept(model, q, k, v)
+    assert pack_bytes(report) == packed(3 * q.numel(), 8)
+    assert floats(report) == [("SafeSoftmaxBackward0", 2 * 4 * 64 * 64 * 4)]
+
+
+def test_overrides_are_tried_in_order_before_the_defaults():
+    x = activation(64, 128)
+
+    def model(x):
+        return [x.sigmoid().softmax(-1), x.tanh()]
+
+    n = x.numel()
+    overrides = {"SoftmaxBackward0": EIGHT, "Tanh*": None, "*": GroupQuant(bits=2)}
+    report = kept(model, x, overrides=overrides)
+    assert floats(report) == [("TanhBackward0", n * 4)]
+    assert pack_bytes(report) == packed(n, 8) + packed(n, 2)
+    by_function = kept(model, x, overrides={"softmax": FOUR, "tanh": None})
+    assert floats(by_function) == [("TanhBackward0", n * 4)]
+
+
+def test_skip_and_min_bytes():
+    x, y = activation(64, 128), activation(64, 128)
+    report = kept(lambda x, y: [x.sin(), y.sin()], x, y, skip=lambda tensor: tensor is y)
+    assert pack_bytes(report) == packed(x.numel())
+    assert pack_bytes(kept(lambda x: x.sin(), x, min_bytes=64 * 128 * 4 + 1)) == 0
+    assert pack_bytes(kept(lambda x: x.sin(), x, min_bytes=64 * 128 * 4)) > 0
+
+
+def test_statistics_of_a_function_stay_exact():
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            rms = x.square().mean(-1, keepdim=True).rsqrt()
+            ctx.save_for_backward(rms, x * rms)
+            return x * rms
+
+        @staticmethod
+        def backward(ctx, grad):
+            rms, y = ctx.saved_tensors
+            return (grad - y * (grad * y).mean(-1, keepdim=True)) * rms
+
+    x = activation(2048, 64)
+    report = kept(Scale.apply, x)
+    assert floats(report) == [("ScaleBackward", 2048 * 4)]
+    assert pack_bytes(report) == packed(x.numel())
+    assert not pack_bytes(kept(Scale.apply, x, overrides={"ScaleBackward": None}))
+
+
+def test_arguments_are_checked():
+    for bad in (None, 4, packlight.fewbit.FewBit()):
+        with pytest.raises(InputError, match="GroupQuant"), saving(bad):
+            pass
+    for options, match in [
+        ({"min_bytes": -1}, "min_bytes"),
+        ({"skip": 3}, "skip"),
+        ({"overrides": {"Gelu*": 4}}, "Gelu"),
+        ({"overrides": {3: None}}, "3"),
+        ({"overrides": ["Gelu*"]}, "mapping"),
+    ]:
+        with pytest.raises(InputError, match=match), saving(FOUR, **options):
+            pass
+
+
+# --- What comes back.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x,
+        lambda x: x.t(),
+        lambda x: x.view(4, 8, 4, 32).permute(0, 3, 1, 2),
+        lambda x: x[3:, ::2],
+        lambda x: x.unsqueeze(1).expand(32, 5, 128),
+        lambda x: x[:, :1].expand(32, 128),
+    ],
+    ids=["whole", "transposed", "channels-last", "slice", "expanded", "broadcast"],
+)
+def test_unpacked_tensors_have_shape_strides_and_values(view, dtype):
+    source = activation(32, 128, dtype=dtype)
+    x = view(source)
+    with saving(NEAREST, min_bytes=0):
+        y = x.sin()
+    with torch.no_grad():
+        back = y.grad_fn._saved_self
+        again = y.grad_fn._saved_self
+    assert back.dtype == dtype
+    assert back.shape == x.shape
+    if x.is_contiguous() or x.numel() == source.numel():
+        assert back.stride() == x.stride()
+    assert torch.equal(back, again)
+    assert (back - x).abs().max() <= (source.max() - source.min()) / 255
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "bounds"),
+    [
+        (mlp, (128, 64), (0.005, 0.06, 0.3)),
+        (lambda: nn.Sequential(nn.Linear(64, 64), Block(64)), (4, 32, 64), (0.01, 0.1, 0.5)),
+        (conv_net, (8, 3, 16, 16), (0.02, 0.12, 0.4)),
+        (lambda: Recurrent(64), (16, 8, 64), (0.01, 0.1, 0.4)),
+    ],
+    ids=["mlp", "gpt", "conv", "lstm"],
+)
+def test_gradients_are_close(make, shape, bounds):
+    model, x = make(), torch.randn(shape)
+    errors = [error(model, x, GroupQuant(bits), min_bytes=0) for bits in (8, 4, 2)]
+    assert 0 < errors[0] < errors[1] < errors[2]
+    assert all(found < bound for found, bound in zip(errors, bounds, strict=True)), errors
+
+
+def test_forward_values_do_not_change():
+    block, x = Block(64), torch.randn(4, 32, 64)
+    expected = block(x)
+    with saving(GroupQuant(bits=2)):
+        assert torch.equal(block(x), expected)
+
+
+def test_the_weight_gradient_is_unbiased():
+    layer, x = nn.Linear(64, 8), activation(32, 64)
+    exact = gradients(layer, x)
+    draws = []
+    for _ in range(200):
+        with saving(GroupQuant(bits=2), min_bytes=0):
+            loss = layer(x).square().mean()
+        draws.append(torch.autograd.grad(loss, layer.weight)[0].flatten())
+    found = torch.stack(draws)
+    deviation = (found.mean(0) - exact[: 64 * 8]) / (found.std(0) / 200**0.5 + 1e-9)
+    assert deviation.square().mean() < 1.5
+
+
+def test_a_seed_repeats_the_run():
+    model, x = mlp(), torch.randn(32, 64)
+    assert torch.equal(gradients(model, x, FOUR), gradients(model, x, FOUR))
+
+
+def test_a_nan_is_loud():
+    x = activation(64, 128)
+    with torch.no_grad():
+        x[0, 0] = float("nan")
+    with saving(FOUR):
+        y = x.sin()
+    assert torch.autograd.grad(y.sum(), x)[0][0].isnan().any()
+
+
+def test_a_pack_holds_the_value_at_save_time_and_an_exact_tensor_raises():
+    leaf = torch.randn(64, 128, requires_grad=True)
+    x = leaf * 1
+    before = x.detach().clone()
+    with saving(NEAREST):
+        y = x.sin()
+        x.mul_(3)
+    (dx,) = torch.autograd.grad(y.sum(), leaf)
+    torch.testing.assert_close(dx, before.cos(), rtol=0, atol=0.02)
+
+    x = leaf * 1
+    with saving(NEAREST, skip=lambda tensor: True):
+        y = x.sin()
+        x.mul_(3)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*version 1.*0"):
+        torch.autograd.grad(y.sum(), leaf)
+
+
+def test_an_optimizer_step_between_forward_and_backward_raises():
+    weight = torch.ones(128, requires_grad=True)
+    x = activation(64, 128)
+    with saving(FOUR):
+        y = x * weight
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
+
+
+def test_a_graph_can_be_used_twice():
+    model, x = mlp(), torch.randn(64, 64)
+    with saving(FOUR):
+        loss = model(x).square().mean()
+    weights = list(model.parameters())
+    first = torch.autograd.grad(loss, weights, retain_graph=True)
+    second = torch.autograd.grad(loss, weights)
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_second_derivative_raises_or_is_right():
+    x = torch.randn(64, 128, requires_grad=True)
+    with saving(FOUR):
+        y = (x * 1).sin().sum()
+    with pytest.raises(DoubleBackwardError, match="create_graph"):
+        torch.autograd.grad(y, x, create_graph=True)
+    with saving(FOUR, skip=lambda tensor: True):
+        y = (x * 1).sin().sum()
+        (dx,) = torch.autograd.grad(y, x, create_graph=True)
+        (dxx,) = torch.autograd.grad(dx.sum(), x)
+    assert torch.equal(dxx, -x.sin())
+
+
+# --- Beside other hooks, modes and threads.
+
+
+def test_the_inner_context_wins():
+    x = activation(64, 128)
+
+    def model(x):
+        with saving(EIGHT):
+            inner = x.sin()
+        return inner + x.tanh()
+
+    report = kept(model, x)
+    assert {row.operation for row in report.rows if row.dtype == "uint8"} == {
+        "SinBackward0",
+        "TanhBackward0",
+    }
+    assert pack_bytes(report) == packed(x.numel(), 8) + packed(x.numel(), 4)
+
+
+def test_other_hooks_inside_and_outside():
+    x = activation(64, 128)
+    exact = x.detach().cos()
+    with saving(FOUR), save_on_cpu():
+        y = x.sin()
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], exact)
+    with save_on_cpu(), saving(FOUR):
+        y = x.sin()
+    assert not torch.equal(torch.autograd.grad(y.sum(), x)[0], exact)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_keeps_its_inputs_exactly_and_nothing_else(reentrant):
+    model = mlp()
+    x = torch.randn(64, 64, requires_grad=True)
+
+    def run(x):
+        return checkpoint(model, x * 1, use_reentrant=reentrant)
+
+    assert floats(kept(run, x))[0][1] == x.numel() * 4
+    assert len(floats(kept(run, x))) == 1
+    run(x).square().sum().backward()
+    exact, x.grad = x.grad, None
+    with saving(GroupQuant(bits=2)):
+        y = run(x)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, exact)
+    lossy = kept(run, x, overrides={"checkpoint": EIGHT})
+    assert pack_bytes(lossy) == packed(x.numel(), 8)
+
+
+def test_saving_inside_a_checkpoint():
+    layer = nn.Linear(128, 128)
+    x = torch.randn(64, 128, requires_grad=True)
+
+    def block(x):
+        with saving(EIGHT):
+            return layer(x.sin()).sin()
+
+    y = checkpoint(block, x, use_reentrant=False)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    (exact,) = torch.autograd.grad(layer(x.sin()).sin().sum(), x)
+    torch.testing.assert_close(dx, exact, rtol=0.05, atol=0.02)
+
+
+def test_a_context_inside_the_profiled_model_is_counted():
+    def model(x):
+        with saving(FOUR):
+            return x.sin()
+
+    x = activation(64, 128)
+    report = profile(model, x)
+    assert pack_bytes(report) == packed(x.numel())
+    assert not floats(report)
+
+
+def test_backward_inside_the_context():
+    model, x = mlp(), torch.randn(64, 64)
+    with saving(FOUR):
+        model(x).square().mean().backward()
+    inside = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    exact = gradients(model, x)
+    assert (inside - exact).norm() < 0.1 * exact.norm()
+
+
+def test_nothing_is_packed_without_gradients():
+    calls = []
+    x = torch.randn(64, 128, requires_grad=True)
+    with torch.no_grad(), saving(FOUR, skip=lambda tensor: bool(calls.append(tensor))):
+        (x * 1).sin()
+    assert not calls
+
+
+def test_an_exception_leaves_no_hooks_and_no_mode():
+    x = activation(64, 128)
+    kept_outputs = []
+
+    def fail():
+        with saving(FOUR):
+            kept_outputs.append(x.sin())
+            torch.matmul(x, x)
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert torch._C._len_torch_function_stack() == 0
+    kept_outputs[0].sum().backward()
+
+
+def test_an_exception_that_is_caught_inside():
+    x = activation(64, 128)
+    with saving(NEAREST):
+        y = x.sin()
+        with pytest.raises(RuntimeError):
+            torch.matmul(y.cos(), y)
+        z = y.cos()
+    (dx,) = torch.autograd.grad(z.sum(), x)
+    torch.testing.assert_close(dx, -x.sin().sin() * x.cos(), rtol=0, atol=0.05)
+
+
+def test_another_thread_is_not_concerned():
+    x = activation(64, 128)
+    results = []
+    with saving(FOUR):
+        thread = threading.Thread(target=lambda: results.append(x.sin()))
+        thread.start()
+        thread.join()
+    assert torch.equal(torch.autograd.grad(results[0].sum(), x)[0], x.detach().cos())
+
+
+def test_transforms_that_refuse_hooks_say_so():
+    with saving(FOUR), pytest.raises(RuntimeError, match="saved tensor hooks"):
+        torch.func.grad(lambda x: x.sin().sum())(torch.randn(64, 128))
+
+
+def test_packs_die_with_the_graph():
+    data = torch.randn(64, 128)
+    layer = nn.Linear(128, 128)
+    packs, originals = [], []
+    with saving(FOUR):
+        h = data * layer.weight[:64]
+        originals.append(weakref.ref(h))
+        y = layer(h) + h.sin()
+        note = vars(h)["_packlight_note"]
+        packs += note.pack.references
+        del h, note
+    gc.collect()
+    # The graph alone holds the pack, and not the tensor.
+    assert [original() for original in originals] == [None]
+    assert all(reference() is not None for reference in packs)
+    y.sum().backward()
+    assert all(reference() is None for reference in packs)
+
+
+def test_a_tensor_that_outlives_the_graph_holds_no_pack():
+    h = activation(64, 128)
+    with saving(FOUR):
+        y = h.sin()
+    (reference, _) = vars(h)["_packlight_note"].pack.references
+    assert reference() is not None
+    del y
+    assert reference() is None
+
+
+def test_the_meta_device():
+    model = mlp().to("meta")
+    x = torch.empty(64, 64, device="meta")
+    assert pack_bytes(kept(model, x)) == packed(64 * 256 * 4)
+
+
+# --- torch.compile.
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_packs_cross_a_compiled_region():
+    model = Block(64)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 64, 64)
+    report = kept(compiled, x)
+    exact = profile(compiled, x)
+    # What is kept in floating point are statistics: of two norms, and of attention's rows.
+    assert sum(size for _, size in floats(report)) <= 4 * (4 * 4 * 64 + 4 * 4 * 64)
+    assert report.activation_bytes < 0.3 * exact.activation_bytes
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    errors = [error(compiled, x, EIGHT) for _ in range(3)]
+    assert max(errors) < 0.02
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    coarse = error(compiled, x, EIGHT, overrides={"CompiledFunctionBackward": GroupQuant(bits=2)})
+    assert coarse > 10 * errors[0]
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_weights_of_a_compiled_region_stay_exact():
+    layer = nn.Linear(128, 256)
+
+    def model(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x.sin())
+
+    compiled = torch.compile(model, backend="aot_eager")
+    report = kept(compiled, torch.randn(64, 128, requires_grad=True))
+    assert {size for _, size in floats(report)} == {128 * 256 * 2}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the tracer looks at it
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_operations_between_two_graphs_keep_their_names():
+    @torch.compiler.disable
+    def between(x):
+        return F.mse_loss(x, torch.zeros_like(x), reduction="none")
+
+    def model(x):
+        return between(x.sin()).cos()
+
+    x = torch.randn(64, 128, requires_grad=True)
+    report = kept(torch.compile(model, backend="aot_eager"), x)
+    assert ("MseLossBackward0", 64 * 128 * 4) in floats(report)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_the_context_inside_a_compiled_function_is_refused(fullgraph):
+    def model(x):
+        with saving(FOUR):
+            return x.sin()
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    with pytest.raises(Exception, match="outside, around the call of the compiled function"):
+        compiled(torch.randn(64, 128, requires_grad=True))
+
+
+# --- Against hooks that share nothing.
+
+
+def plain_hooks():
+    """Quantises each value when it is saved, with no memory of any other; deterministic."""
+
+    def pack(x: Tensor) -> Tensor:
+        weight = isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
+        if weight or x.is_leaf or x.grad_fn is None:
+            return x.detach().clone()
+        with torch.no_grad():
+            dense = torch.empty_like(x).stride()
+            codes = gq.ops.quantize(x.detach(), dense, 8, 32, None)
+            layout = (tuple(x.shape), dense, x.numel(), 8, 32)
+            return gq.ops.dequantize(*codes, *layout, x.dtype, "", (), None, None)
+
+    return saved_tensors_hooks(pack, lambda x: x)
+
+
+SIZE = 16
+SINGLE = {
+    "sin": torch.sin,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "transpose": lambda x: x.t(),
+    "reshape": lambda x: x.reshape(-1, 8).cos().view(SIZE, SIZE),
+    "slice": lambda x: F.pad(x[4:, :12].sin(), (0, 4, 4, 0)),
+    "norm": lambda x: F.layer_norm(x, (SIZE,)),
+    "square": lambda x: x * x * 0.1,
+}
+index = st.integers(0, 100)
+steps = st.one_of(
+    st.tuples(st.sampled_from(sorted(SINGLE)), index),
+    st.tuples(st.just("mul"), index, index),
+    st.tuples(st.just("model"), index, st.integers(0, 1)),
+    st.tuples(st.just("in place"), index, st.sampled_from(["mul_", "add_", "sigmoid_"])),
+    st.tuples(st.just("no_grad"), index),
+    st.tuples(st.just("fail"), index),
+    st.tuples(st.just("drop"), index),
+)
+
+
+def run(program, models, leaf: Tensor) -> Tensor:
+    pool = [leaf * 1]
+    for name, first, *rest in program:
+        x = pool[first % len(pool)]
+        if name in SINGLE:
+            pool.append(SINGLE[name](x))
+        elif name == "mul":
+            pool.append(x * pool[rest[0] % len(pool)])
+        elif name == "model":
+            pool.append(models[rest[0]](x))
+        elif name == "in place":
+            getattr(x, rest[0])(*[0.5][: rest[0] != "sigmoid_"])
+        elif name == "no_grad":
+            with torch.no_grad():
+                models[0](x).sin()
+        elif name == "fail":
+            with pytest.raises(RuntimeError):
+                torch.matmul(x.sin(), x[:3])
+        elif len(pool) > 1:
+            del pool[first % len(pool)]
+    return torch.stack([x.sum() for x in pool]).sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(steps, min_size=1, max_size=14))
+def test_any_program_has_the_gradients_of_values_quantised_when_saved(program):
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh()) for _ in range(2)]
+    leaf = torch.randn(SIZE, SIZE, requires_grad=True)
+    weights = [leaf, *models[0].parameters(), *models[1].parameters()]
+    method = GroupQuant(bits=8, group_size=32, rounding="nearest")
+    with plain_hooks():
+        expected = run(program, models, leaf)
+    with saving(method, min_bytes=SIZE * 12):
+        found = run(program, models, leaf)
+    assert torch.equal(found, expected)
+    ours = torch.autograd.grad(found, weights, allow_unused=True)
+    theirs = torch.autograd.grad(expected, weights, allow_unused=True)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.equal(one, other)
