@@ -4,9 +4,11 @@
 
 Every choice runs in one process on one device, forward and backward, without an optimiser. `kept`
 is what the allocator holds more after the forward pass than before it, the output taken off;
-times are medians by CUDA events. Gradients are compared with those of the eager model first: the
-median and the worst relative error over the weights. The models have random weights and no output
-head, whose logits would be the same in every row. Rows that are in the file already are skipped.
+`step_ms` are medians by CUDA events of steps that Python launches, `graph_ms` of the same step
+captured in a CUDA graph and replayed: what the GPU alone takes. Gradients are compared with those
+of the eager model first: the median and the worst relative error over the weight matrices. The
+models have random weights and no output head, whose logits would be the same in every row. Rows
+that are in the file already are skipped.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import rows
+from benchmarks.kernels import interleaved
 from packlight import fewbit, groupquant
 from packlight.groupquant import GroupQuant
 
@@ -182,9 +185,10 @@ def build(name: str, choice: str, device: str) -> tuple[Callable[..., Tensor], n
 
 
 def gradients(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Weight gradients of a small batch, dropout by the seed's own stream."""
+    """Weight gradients of a small batch, for a loss with random weights."""
     torch.manual_seed(1)
-    loss = run(x[:2]).float().square().mean()
+    y = run(x[:2]).float()
+    loss = (y * torch.randn_like(y)).mean()
     return [g.float() for g in torch.autograd.grad(loss, list(model.parameters()))]
 
 
@@ -243,7 +247,25 @@ def timed(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> dict[str, 
         times.append((begin, end))
     torch.cuda.synchronize()
     milliseconds = statistics.median(begin.elapsed_time(end) for begin, end in times)
-    return {"kept_bytes": kept, "peak_bytes": peak, "step_ms": milliseconds}
+    row = {"kept_bytes": kept, "peak_bytes": peak, "step_ms": milliseconds}
+    return row | graphed(lambda: run(x).backward(dy))
+
+
+def graphed(step: Callable[[], None]) -> dict[str, Any]:
+    """Time of the step as a CUDA graph, or why it cannot be captured."""
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        return {"graph_failed": str(error)[:200]}
+    times = interleaved({"graph": graph.replay}, 7)
+    return {"graph_ms": times["graph"]}
 
 
 def main() -> None:
@@ -290,6 +312,9 @@ def line(name: str, choice: str, row: dict[str, Any], eager: dict[str, Any]) -> 
             f" peak {row['peak_bytes'] / 2**30:6.2f} GiB step {row['step_ms']:7.1f} ms"
             f" ({eager['step_ms'] / row['step_ms']:4.2f}x)"
         )
+        if "graph_ms" in row and "graph_ms" in eager:
+            ratio = eager["graph_ms"] / row["graph_ms"]
+            text += f" as a graph {row['graph_ms']:7.1f} ms ({ratio:4.2f}x)"
     if "error_median" in row:
         text += f" gradient error {row['error_median']:.3f}, worst {row['error_worst']:.3f}"
     return text

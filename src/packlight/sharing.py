@@ -42,7 +42,7 @@ class Pack:
     tensors: tuple[Tensor | None, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class _View:
     """A view of what a pack stands for: all its elements, in the order of their memory."""
 

@@ -372,7 +372,7 @@ class _Gated(torch.autograd.Function):
 _apply_gated: Callable[..., tuple[Tensor, ...]] = _Gated.apply
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class _Product:
     """What the packs of gate and up stand for: f(gate) up."""
 

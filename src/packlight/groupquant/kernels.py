@@ -21,8 +21,10 @@ from packlight.groupquant.reference import ROUNDS
 from packlight.packing.layout import memory_order
 
 INFINITY = tl.constexpr(float("inf"))
-# float32 numbers from 2^23 on are whole: adding it rounds, the integer is in the low bits.
-ROUND = tl.constexpr(8388608.0)
+# float32 numbers from 2^23 to 2^24 are whole: adding one of these rounds, and the integer is in the
+# low bits. Adding the second serves numbers below 0 too.
+WHOLE = tl.constexpr(8388608.0)
+ROUND = tl.constexpr(12582912.0)
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 
 
@@ -131,19 +133,19 @@ def store_codes(
         low_bits, step_bits = group_scales(tile, s, left, NQ, SIZE, BITS, FULL)
         low, step = low_bits.to(tl.float32, bitcast=True), step_bits.to(tl.float32, bitcast=True)
         inverse = tl.where(step > 0, tl.div_rn(1.0, step), 0.0)
-        # x inverse + bias rounds to the code: for u above one, u - 3/2 + 2^-17 is centred.
-        bias = -low * inverse
-        if STOCHASTIC:
-            bias += -1.5 + 0.5 / 65536
+        inverse = tl.broadcast_to(inverse[:, None], [NQ, SIZE])
         byte = tl.zeros([NQ, SIZE], dtype=tl.int32)
         for p in tl.static_range(PARTS):
-            value = tl.fma(
-                tile[s * PARTS + p], tl.broadcast_to(inverse[:, None], [NQ, SIZE]), bias[:, None]
-            )
+            # (x - low) / step is from 0 to TOP, and stays so after rounding, but for 8 bits.
+            above = tile[s * PARTS + p] - low[:, None]
             if STOCHASTIC:
-                value += uniform_above_one(draws, s * PARTS + p)
-            value = tl.minimum(tl.maximum(value, 0.0), 1.0 * TOP)  # NaN becomes a number here
-            code = (value + ROUND).to(tl.int32, bitcast=True) & TOP
+                u = uniform_above_one(draws, s * PARTS + p)
+                value = tl.fma(above, inverse, u) + (-1.5 + 0.5 / 65536)
+            else:
+                value = above * inverse
+            if BITS == 8:
+                value = tl.minimum(value, 1.0 * TOP)
+            code = (value + ROUND).to(tl.int32, bitcast=True) & TOP  # NaN becomes a number here
             byte |= code << (p * BITS)
         group = tl.arange(0, NQ) * SETS + s
         target = codes_ptr + group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
@@ -182,7 +184,7 @@ def load_codes(
         for p in tl.static_range(PARTS):
             # An integer below 2^23 in the low bits of 2^23 is that much more than 2^23.
             code = ((byte >> (p * BITS)) & TOP) | 0x4B000000
-            value = code.to(tl.float32, bitcast=True) - ROUND
+            value = code.to(tl.float32, bitcast=True) - WHOLE
             tile = tile + (tl.fma(value, tl.broadcast_to(step[:, None], [NQ, SIZE]), low[:, None]),)
     return tile
 

@@ -16,7 +16,7 @@ from packlight.sharing import Pack
 KEEPS = "a group-quantised tensor"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class Rebuild:
     """What a pack of codes and scales stands for: f(v), or v weight + bias, in a memory order."""
 

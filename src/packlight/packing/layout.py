@@ -33,6 +33,8 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def dense_stride(x: Tensor) -> tuple[int, ...]:
     """The strides of an elementwise result of `x`: its own if it is dense, else the nearest."""
+    if x.is_contiguous():  # the common case, without making a tensor
+        return x.stride()
     return torch.empty_like(x, device="meta").stride()
 
 

@@ -1,0 +1,343 @@
+"""ResNet-18 on CIFAR-10, exact and with packed activations: does it still train, what does it keep.
+
+    python -m benchmarks.cifar --data shared/data/cifar10 --epochs 16 --seeds 0 1 2
+
+Every method sees the same weights, batches and schedule for a seed. A row a run goes to
+`benchmarks/results/cifar.jsonl`: loss and test accuracy an epoch, bytes kept for the backward pass
+of one batch, peak memory, seconds. Runs whose row is there already are skipped. Needs pyarrow and
+pillow to read the data: `train-*.parquet` and `test.parquet` with columns `image` (an encoded
+image) and `label`; `--repack FILE.npz` writes what needs pillow only. On a GPU: bf16 autocast,
+channels last.
+"""
+
+import argparse
+import io
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import rows
+from packlight import groupquant, profile
+from packlight.groupquant import fixed_point
+
+# --- The network.
+
+
+class Kit(NamedTuple):
+    """What a network is built of."""
+
+    conv: Callable[..., nn.Module]
+    norm: Callable[[int], nn.Module]
+    relu: Callable[..., nn.Module]
+
+
+def _fixed(bits: int) -> Kit:
+    return Kit(
+        lambda *args, **options: groupquant.Conv2d(*args, **options, bits=bits),
+        lambda channels: fixed_point.BatchNorm2d(channels, bits=bits),
+        groupquant.ReLU,
+    )
+
+
+def _group(bits: int) -> Kit:
+    return Kit(
+        lambda *args, **options: groupquant.Conv2d(*args, **options, bits=bits),
+        lambda channels: groupquant.BatchNorm2d(channels, bits=bits),
+        groupquant.ReLU,
+    )
+
+
+METHODS = {
+    "exact": Kit(nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
+    "fixed8": _fixed(8),
+    "fixed4": _fixed(4),
+    "group8": _group(8),
+    "group4": _group(4),
+    "group2": _group(2),
+}
+
+
+class Block(nn.Module):
+    """A basic residual block: two 3x3 convolutions."""
+
+    expansion = 1
+
+    def __init__(self, kit: Kit, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = kit.conv(channels, width, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = kit.norm(width)
+        self.conv2 = kit.conv(width, width, 3, padding=1, bias=False)
+        self.norm2 = kit.norm(width)
+        self.relu = kit.relu(inplace=True)
+        self.shortcut = _shortcut(kit, channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        y += self.shortcut(x)
+        return self.relu(y)
+
+
+class Bottleneck(nn.Module):
+    """The block of ResNet-50: 1x1, 3x3 and 1x1, the last four times as wide."""
+
+    expansion = 4
+
+    def __init__(self, kit: Kit, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = kit.conv(channels, width, 1, bias=False), kit.norm(width)
+        self.conv2 = kit.conv(width, width, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = kit.norm(width)
+        self.conv3, self.norm3 = kit.conv(width, 4 * width, 1, bias=False), kit.norm(4 * width)
+        self.relu = kit.relu(inplace=True)
+        self.shortcut = _shortcut(kit, channels, 4 * width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        y += self.shortcut(x)
+        return self.relu(y)
+
+
+def _shortcut(kit: Kit, channels: int, width: int, stride: int) -> nn.Module:
+    if stride == 1 and channels == width:
+        return nn.Identity()
+    return nn.Sequential(kit.conv(channels, width, 1, stride=stride, bias=False), kit.norm(width))
+
+
+def _resnet(
+    kit: Kit,
+    block: type[Block] | type[Bottleneck],
+    depths: list[int],
+    width: int,
+    stem: list[nn.Module],
+) -> nn.Sequential:
+    layers, channels = stem, width
+    for stage, depth in enumerate(depths):
+        for i in range(depth):
+            stride = 2 if stage and i == 0 else 1
+            layers.append(block(kit, channels, width << stage, stride))
+            channels = (width << stage) * block.expansion
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def resnet18(kit: Kit, width: int = 64) -> nn.Sequential:
+    """ResNet-18 with the stem for 32x32 images."""
+    stem = [kit.conv(3, width, 3, padding=1, bias=False), kit.norm(width), kit.relu(inplace=True)]
+    return _resnet(kit, Block, [2, 2, 2, 2], width, stem)
+
+
+def resnet50(kit: Kit, pool: nn.Module, width: int = 64) -> nn.Sequential:
+    """ResNet-50 with the stem for large images; `pool` is its max pooling, 3x3 with stride 2."""
+    stem = [
+        kit.conv(3, width, 7, stride=2, padding=3, bias=False),
+        kit.norm(width),
+        kit.relu(inplace=True),
+        pool,
+    ]
+    return _resnet(kit, Bottleneck, [3, 4, 6, 3], width, stem)
+
+
+# --- The data.
+
+
+class Data(NamedTuple):
+    """All images, uint8 [n, 3, 32, 32], and their labels."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+class Encoded(NamedTuple):
+    """Images as files are, and their labels."""
+
+    images: list[bytes]
+    labels: list[int]
+
+
+def _of_parquet(paths: list[pathlib.Path]) -> Encoded:
+    import pyarrow.parquet  # only this script needs it
+
+    encoded = Encoded([], [])
+    for path in paths:
+        table = pyarrow.parquet.read_table(path)
+        encoded.images.extend(table["image"].to_pylist())
+        encoded.labels.extend(table["label"].to_pylist())
+    return encoded
+
+
+def _of_npz(path: pathlib.Path, split: str) -> Encoded:
+    with np.load(path) as file:
+        data, ends = file[f"{split}_bytes"], np.cumsum(file[f"{split}_sizes"])
+        images = [part.tobytes() for part in np.split(data, ends[:-1])]
+        return Encoded(images, file[f"{split}_labels"].tolist())
+
+
+def read_encoded(path: pathlib.Path) -> dict[str, Encoded]:
+    """Training and test images of a folder of parquet files, or of what `repack` wrote."""
+    if path.suffix == ".npz":
+        return {split: _of_npz(path, split) for split in ("train", "test")}
+    shards = sorted(path.glob("train-*.parquet"))
+    if not shards:
+        raise SystemExit(f"{path} holds no train-*.parquet; say where with --data")
+    return {"train": _of_parquet(shards), "test": _of_parquet([path / "test.parquet"])}
+
+
+def repack(encoded: dict[str, Encoded], path: pathlib.Path) -> None:
+    """Writes one file that NumPy reads, for a machine without pyarrow."""
+    arrays = {}
+    for split, (images, labels) in encoded.items():
+        arrays[f"{split}_bytes"] = np.frombuffer(b"".join(images), np.uint8)
+        arrays[f"{split}_sizes"] = np.array([len(image) for image in images])
+        arrays[f"{split}_labels"] = np.array(labels)
+    np.savez_compressed(path, **arrays)  # the headers of the files are alike
+
+
+def _decode(encoded: Encoded, limit: int | None) -> tuple[Tensor, Tensor]:
+    from PIL import Image
+
+    files = (io.BytesIO(image) for image in encoded.images[:limit])
+    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return pixels.contiguous(), torch.tensor(encoded.labels[:limit])
+
+
+def decode(encoded: dict[str, Encoded], device: str, limit: int | None = None) -> Data:
+    """The data set on the device; `limit` images a split, for trying things out."""
+    tensors = (*_decode(encoded["train"], limit), *_decode(encoded["test"], limit))
+    return Data(*(tensor.to(device) for tensor in tensors))
+
+
+def _normalise(images: Tensor) -> Tensor:
+    mean, std = images.new_tensor([[125.3, 122.9, 113.9], [62.5, 61.9, 66.5]], dtype=torch.float32)
+    images = (images.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of whole batches: random crops of the image padded by 4, half of them mirrored."""
+    device, count, pixels = data.train.device, len(data.train), torch.arange(32)
+    padded = F.pad(data.train.float(), [4] * 4, mode="reflect").to(torch.uint8)
+    order = torch.randperm(count, generator=generator, device=device)
+    pixels = pixels.to(device)
+    for chosen in order.split(size):
+        if len(chosen) < size:
+            return
+        shift = torch.randint(9, (2, size, 1), generator=generator, device=device)
+        y, x = shift[0] + pixels, shift[1] + pixels
+        mirrored = torch.rand(size, 1, generator=generator, device=device) < 0.5
+        x = torch.where(mirrored, x.flip(1), x)
+        images = padded[chosen[:, None, None], :, y[:, :, None], x[:, None, :]]
+        yield _normalise(images.permute(0, 3, 1, 2)), data.train_labels[chosen]
+
+
+# --- A run.
+
+
+def accuracy(model: nn.Module, data: Data, size: int, device: str) -> float:
+    """Share of the test images that the model puts into their class."""
+    model.eval()
+    right = 0
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        for images, labels in zip(data.test.split(size), data.test_labels.split(size), strict=True):
+            right += int((model(_normalise(images)).argmax(1) == labels).sum())
+    model.train()
+    return right / len(data.test)
+
+
+def train(
+    method: str, seed: int, data: Data, options: argparse.Namespace, device: str
+) -> dict[str, Any]:
+    """Trains once and returns what goes into the row."""
+    torch.manual_seed(seed)
+    model = resnet18(METHODS[method], options.width).to(device, memory_format=torch.channels_last)
+    generator = torch.Generator(device).manual_seed(seed)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
+    steps = len(data.train) // options.batch * options.epochs
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, total_steps=steps, pct_start=0.25, cycle_momentum=False
+    )
+    in_bf16 = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    with in_bf16:
+        images, _ = next(batches(data, options.batch, torch.Generator(device).manual_seed(seed)))
+        kept = profile(model, images).activation_bytes
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    losses, accuracies, seconds = [], [], 0.0
+    for epoch in range(options.epochs):
+        started, total, count = time.perf_counter(), torch.zeros((), device=device), 0
+        for images, labels in batches(data, options.batch, generator):
+            with in_bf16:
+                output = model(images)
+            loss = F.cross_entropy(output.float(), labels, label_smoothing=0.1)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+            count += 1
+        losses.append(total.item() / count)
+        seconds += time.perf_counter() - started  # the loss was waited for
+        accuracies.append(accuracy(model, data, options.batch, device))
+        print(
+            f"{method} seed {seed} epoch {epoch + 1:2d}: loss {losses[-1]:.3f},"
+            f" accuracy {accuracies[-1]:.4f}, {seconds:.0f} s",
+            flush=True,
+        )
+    return {
+        "loss": losses,
+        "accuracy": accuracies,
+        "kept_bytes": kept,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "train_seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=pathlib.Path, required=True, help="folder or .npz file")
+    parser.add_argument("--repack", type=pathlib.Path, help="only write the data as this .npz file")
+    parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "cifar.jsonl")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=0.4, help="the highest of the cycle")
+    parser.add_argument("--width", type=int, default=64, help="channels of the first stage")
+    parser.add_argument("--limit", type=int, help="images a split, for trying it out")
+    parser.add_argument("--commit", help="where git cannot tell")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = rows.settings(device, options.commit)
+    given = {name: getattr(options, name) for name in ("epochs", "batch", "lr", "width", "limit")}
+    names = ("method", "seed", *given)
+    known = [tuple(row[name] for name in names) for row in rows.read(options.out)]
+    encoded = read_encoded(options.data)
+    if options.repack:
+        repack(encoded, options.repack)
+        return
+    data = decode(encoded, device, options.limit)
+    for seed in options.seeds:
+        for method in options.methods:
+            if (method, seed, *given.values()) in known:
+                print(f"{method} seed {seed}: there already")
+                continue
+            result = train(method, seed, data, options, device)
+            row = {"method": method, "seed": seed, **given, **result, **settings}
+            rows.append(options.out, row)
+
+
+if __name__ == "__main__":
+    main()

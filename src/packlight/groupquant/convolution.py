@@ -1,0 +1,405 @@
+"""Convolutions that keep a pack of their input, or nothing where something stands for it already.
+
+torch.nn.functional's names and arguments, plus `bits`, `group_size` and `rounding` as `GroupQuant`
+has them. The forward is torch's. Gradients with respect to input and bias are exact; the weight's
+is that of the rebuilt input: unbiased with stochastic rounding where the pack is of the input
+itself. A convolution behind a batch norm of `fixed_point` or of this package, with or without the
+`relu` between them, and convolutions that read one tensor keep one pack in all. Where the weight
+needs no gradient, torch keeps no input and the plain function runs.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight import sharing
+from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight.errors import InputError
+from packlight.groupquant.method import GroupQuant, Rounding
+from packlight.groupquant.packs import KEEPS, pack_input, worth_packing
+from packlight.sharing import Pack
+
+Size = int | Sequence[int]
+
+_DEFAULT = GroupQuant()
+_PLAIN: dict[tuple[int, bool], Callable[..., Tensor]] = {
+    (1, False): F.conv1d,
+    (2, False): F.conv2d,
+    (3, False): F.conv3d,
+    (1, True): F.conv_transpose1d,
+    (2, True): F.conv_transpose2d,
+    (3, True): F.conv_transpose3d,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+    """All of a convolution but its tensors, one number an axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    @property
+    def axes(self) -> int:
+        return len(self.stride)
+
+    @property
+    def name(self) -> str:
+        return f"conv_transpose{self.axes}d" if self.transposed else f"conv{self.axes}d"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        plain = _PLAIN[self.axes, self.transposed]
+        if self.transposed:
+            output = (self.output_padding, self.groups, self.dilation)
+            return plain(x, weight, bias, self.stride, self.padding, *output)
+        return plain(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def backward(
+        self, grad_output: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and bias, those that `mask` asks for."""
+        single = x.dim() == self.axes + 1  # no batch dimension
+        if single:
+            grad_output, x = grad_output.unsqueeze(0), x.unsqueeze(0)
+        features = grad_output.shape[1]
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+            grad_output, x, weight, [features], self.stride, self.padding, self.dilation,
+            self.transposed, self.output_padding, self.groups, mask,
+        )  # fmt: skip
+        return dx.squeeze(0) if single and mask[0] else dx, dweight, dbias
+
+
+class _Convolution(torch.autograd.Function):
+    """y = weight * x + bias; keeps the weight and the pack of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: _Geometry,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor,
+    ) -> Tensor:
+        y = geometry.forward(x, weight, bias)  # autocast casts in here, and keeps no copy
+        ctx.save_for_backward(weight, *tensors)
+        ctx.geometry, ctx.rebuild, ctx.shape = geometry, rebuild, x.shape
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        weight, *tensors = ctx.saved_tensors
+        dtype = grad_output.dtype
+        x = ctx.rebuild(dtype, *tensors).reshape(ctx.shape)
+        mask = list(ctx.needs_input_grad[:3])
+        gradients = ctx.geometry.backward(grad_output, x, weight.to(dtype), mask)
+        pairs = zip(gradients, ctx.dtypes, mask, strict=True)
+        cast = [g.to(dtype) if wanted else None for g, dtype, wanted in pairs]
+        return *cast, None, None, *[None] * len(tensors)
+
+
+_apply: Callable[..., Tensor] = _Convolution.apply
+
+
+def _numbers(value: Any, axes: int, name: str) -> tuple[int, ...]:
+    """`value`, one number or one an axis, as one an axis."""
+    if isinstance(value, (tuple, list)):
+        numbers = tuple(value)
+    else:
+        numbers = (value,)
+    try:
+        numbers = tuple(map(operator.index, numbers))
+    except TypeError:
+        raise InputError(f"{name}={value!r} is neither a whole number nor several") from None
+    if len(numbers) == 1:
+        numbers = numbers * axes
+    if len(numbers) != axes:
+        raise InputError(f"{name}={value!r} has {len(numbers)} numbers; one or {axes} are expected")
+    return numbers
+
+
+def _check_shapes(x: Tensor, weight: Tensor, geometry: _Geometry) -> None:
+    axes, name = geometry.axes, geometry.name
+    if x.dim() not in (axes + 1, axes + 2):
+        raise InputError(
+            f"{name} takes {axes + 1} or {axes + 2} dimensions, got shape {tuple(x.shape)}"
+        )
+    if weight.dim() != axes + 2:
+        raise InputError(
+            f"{name} takes a weight of {axes + 2} dimensions, got shape {tuple(weight.shape)}"
+        )
+    channels = weight.shape[0] if geometry.transposed else weight.shape[1] * geometry.groups
+    if x.shape[-axes - 1] != channels:
+        raise InputError(
+            f"{name}: the input has {x.shape[-axes - 1]} channels, a weight of shape"
+            f" {tuple(weight.shape)} with groups={geometry.groups} takes {channels}"
+        )
+
+
+def _packs(x: Tensor, weight: Tensor, method: GroupQuant) -> bool:
+    return needs_gradient(weight) and worth_packing(x, method)
+
+
+def _same_padding(weight: Tensor, dilation: Sequence[int]) -> list[int]:
+    """What "same" adds in all, an axis."""
+    return [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    axes: int,
+    method: GroupQuant,
+    output_padding: Size | None = None,
+) -> Tensor:
+    """`output_padding` says that the convolution is a transposed one."""
+    transposed = output_padding is not None
+    name = f"conv_transpose{axes}d" if transposed else f"conv{axes}d"
+    check_tensor(x, name)
+    strides, dilations = _numbers(stride, axes, "stride"), _numbers(dilation, axes, "dilation")
+    added: list[int] | None = None
+    if isinstance(padding, str):
+        if transposed or padding not in ("same", "valid"):
+            raise InputError(f'{name}: padding={padding!r} is no number, "same" or "valid"')
+        if padding == "same":
+            if max(strides) > 1:
+                raise InputError(f'{name}: padding="same" needs stride 1, got stride={stride!r}')
+            added = _same_padding(weight, dilations)
+        paddings = tuple(total // 2 for total in added) if added else (0,) * axes
+    else:
+        paddings = _numbers(padding, axes, "padding")
+    outputs = _numbers(output_padding if transposed else 0, axes, "output_padding")
+    geometry = _Geometry(strides, paddings, dilations, transposed, outputs, groups)
+    _check_shapes(x, weight, geometry)
+    if added and any(total % 2 for total in added):
+        # An odd number: torch, too, adds the one that is left at the far end.
+        widths = [width for total in reversed(added) for width in (0, total % 2)]
+        x = pad(x, weight, widths, "constant", method)
+    if not _packs(x, weight, method):
+        return geometry.forward(x, weight, bias)
+    kept = pack_input(x, method)
+    return _apply(x, weight, bias, geometry, kept.rebuild, *kept.tensors)
+
+
+# --- Padding, which a rebuilt input repeats.
+
+
+class _Pad(torch.autograd.Function):
+    """The padded x; keeps nothing, where torch keeps x for its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, widths: tuple[int, ...], mode: str) -> Tensor:
+        ctx.shape, ctx.widths, ctx.mode = x.shape, widths, mode
+        return F.pad(x, widths, mode)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        # Linear, but reflected and replicated edges have no formula for a second derivative here.
+        refuse_second_derivative("the shape of its input only")
+        return _pad_backward(grad_output, ctx.shape, ctx.widths, ctx.mode), None, None
+
+
+_apply_pad: Callable[..., Tensor] = _Pad.apply
+
+
+def _pad_backward(
+    grad_output: Tensor, shape: torch.Size, widths: Sequence[int], mode: str
+) -> Tensor:
+    if mode == "constant":
+        return F.pad(grad_output, [-width for width in widths])
+    axes = len(widths) // 2
+    if mode == "circular":
+        return _unwrap(grad_output, shape, widths)
+    kind = {"reflect": "reflection", "replicate": "replication"}[mode]
+    backward = getattr(torch.ops.aten, f"{kind}_pad{axes}d_backward")
+    like = grad_output.new_empty(1).expand(shape)  # for its shape
+    dx: Tensor = backward(grad_output, like, list(widths))
+    return dx
+
+
+def _unwrap(grad_output: Tensor, shape: torch.Size, widths: Sequence[int]) -> Tensor:
+    """Adds the gradient of what was wrapped around to that of what it is a copy of."""
+    dx = grad_output
+    for axis in range(len(widths) // 2):
+        dim, (before, after) = len(shape) - 1 - axis, widths[2 * axis : 2 * axis + 2]
+        size = shape[dim]
+        inner = dx.narrow(dim, before, size).clone()
+        inner.narrow(dim, size - before, before).add_(dx.narrow(dim, 0, before))
+        inner.narrow(dim, 0, after).add_(dx.narrow(dim, before + size, after))
+        dx = inner
+    return dx
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedRebuild:
+    """The padded x from what is kept of x."""
+
+    input: Callable[..., Tensor]
+    shape: tuple[int, ...]  # of x
+    widths: tuple[int, ...]
+    mode: str
+
+    def __call__(self, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        return F.pad(self.input(dtype, *tensors).reshape(self.shape), self.widths, self.mode)
+
+
+def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: GroupQuant) -> Tensor:
+    """`torch.nn.functional.pad` for a convolution with this weight, which packs x.
+
+    The pack is of x, not of the padded tensor, so that others who read x share it.
+    """
+    if not _packs(x, weight, method):
+        return F.pad(x, list(widths), mode)
+    kept = pack_input(x, method)
+    rebuild = PaddedRebuild(kept.rebuild, tuple(x.shape), tuple(widths), mode)
+    padded = _apply_pad(x, tuple(widths), mode)
+    sharing.note_output(padded, Pack(rebuild, tuple(padded.shape), kept.tensors))
+    return padded
+
+
+# --- The functions.
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """torch.nn.functional.conv1d over [N, C, L] or [C, L]; see `conv2d`."""
+    method = GroupQuant(bits, group_size, rounding)
+    return _convolution(input, weight, bias, stride, padding, dilation, groups, 1, method)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """torch.nn.functional.conv2d over [N, C, H, W] or [C, H, W].
+
+    Keeps `bits + 32 / group_size` bits an element of x, or nothing where x is packed already, and
+    the weight itself. Input and bias gradients exact, weight gradient unbiased with stochastic
+    rounding. Channels-last stays channels-last.
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    return _convolution(input, weight, bias, stride, padding, dilation, groups, 2, method)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """torch.nn.functional.conv3d over [N, C, D, H, W] or [C, D, H, W]; see `conv2d`."""
+    method = GroupQuant(bits, group_size, rounding)
+    return _convolution(input, weight, bias, stride, padding, dilation, groups, 3, method)
+
+
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """torch.nn.functional.conv_transpose1d over [N, C, L] or [C, L];
+    see `conv2d`.
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    return _convolution(
+        input, weight, bias, stride, padding, dilation, groups, 1, method, output_padding
+    )
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """torch.nn.functional.conv_transpose2d over [N, C, H, W] or [C, H, W];
+    see `conv2d`.
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    return _convolution(
+        input, weight, bias, stride, padding, dilation, groups, 2, method, output_padding
+    )
+
+
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """torch.nn.functional.conv_transpose3d over [N, C, D, H, W] or [C, D, H, W];
+    see `conv2d`.
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    return _convolution(
+        input, weight, bias, stride, padding, dilation, groups, 3, method, output_padding
+    )
