@@ -1,15 +1,111 @@
-"""Batch norm that keeps a fixed-point code of its normalised value, as a function.
+"""Batch norm that keeps a fixed-point code of its normalised value.
 
 `batch_norm` has torch.nn.functional's arguments, plus `bits`. A `relu` that reads its output keeps
-nothing of its own, its gradient exact; nor does a convolution or a Linear that reads either.
+nothing of its own, and its gradient is exact; a convolution or a Linear that reads either rebuilds
+its input from the same code.
 """
 
-from packlight.groupquant.fixed_point.method import FixedPoint
-from packlight.groupquant.relu import relu
+from collections.abc import Callable
+from typing import Any
 
-__all__ = ["batch_norm", "relu"]
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight import sharing
+from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight.groupquant.fixed_point import ops
+from packlight.groupquant.fixed_point.method import FixedPoint, check_bits
+from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild
+from packlight.sharing import Pack
 
 _DEFAULT = FixedPoint()
-KEEPS = "fixed-point codes"
-# Below so many values a channel, the table of the channels outweighs what the codes save.
+
+# Below so many values a channel, its row of the table outweighs what the codes save.
 MIN_VALUES = 16
+
+
+class _BatchNorm(torch.autograd.Function):
+    """y, codes and table; keeps the latter two."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        bits: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, codes, table = ops.batch_norm(
+            x, weight, bias, running_mean, running_var, momentum, eps, bits
+        )
+        ctx.mark_non_differentiable(codes, table)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(codes, table)
+        ctx.layout = (y.stride(), bits)
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y, codes, table
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        dx = dweight = dbias = None
+        if grad_output is not None:
+            codes, table = ctx.saved_tensors
+            dx, dgamma, dbeta = ops.batch_norm_backward(grad_output, codes, table, *ctx.layout)
+            dweight = dgamma.to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+            dbias = dbeta.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return dx if ctx.needs_input_grad[0] else None, dweight, dbias, *[None] * 5
+
+
+_apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _BatchNorm.apply
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    bits: int = _DEFAULT.bits,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) gamma + beta over [N, C, ...], statistics over all but C.
+
+    In training keeps `bits` bits an element and 24 bytes a channel, where torch keeps x. With g the
+    gradient of y,
+
+        dgamma = sum(g x~),  dbeta = sum(g),  dx = gamma rstd (g - mean g - x~ mean(g x~)):
+
+    dbeta and the path through the mean exact, the rest biased by the error of x~ (`FixedPoint`).
+    Without `training`, where no gradient is asked for, and below 16 values a channel, this is
+    torch's function.
+    """
+    check_tensor(input, "batch_norm")
+    check_bits(bits)
+    if not training or not worth_packing(input, weight, bias):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y, codes, table = _apply(input, weight, bias, running_mean, running_var, momentum, eps, bits)
+    if torch.compiler.is_compiling():
+        # The tracer gives attributes to a view of one of several outputs. One that was made within
+        # the Function, as `sharing.notable` does, could not be written to by a ReLU in place.
+        y = y.view_as(y)
+    sharing.note_output(
+        y, Pack(Rebuild(tuple(y.shape), y.stride(), bits), tuple(y.shape), (codes, table))
+    )
+    return y
+
+
+def worth_packing(input: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a backward pass may come, and a pack of the input of a norm is smaller than it."""
+    if not any(needs_gradient(tensor) for tensor in (input, *parameters) if tensor is not None):
+        return False
+    return input.dim() > 1 and input.numel() >= MIN_VALUES * input.shape[1] > 0

@@ -68,7 +68,7 @@ def encode(x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, bits
     count = 2**bits
     x_hat = (x.to(table.dtype) - _channels(mean, x)) * _channels(rstd, x)
     offset = table[CENTRE] + (0.5 - EDGE * count / WIDTH)
-    code = (x_hat / _channels(table[UNIT], x) + _channels(offset, x)).floor().nan_to_num(0.0)
+    code = (x_hat * _channels(1 / table[UNIT], x) + _channels(offset, x)).floor().nan_to_num(0.0)
     code = code.clamp(0, count - 1)
     shift = _channels(table[SHIFT], x)
     # The side of 0 by y itself, which is what a ReLU sees.
