@@ -692,7 +692,7 @@ def test_packs_die_with_the_graph():
         originals.append(weakref.ref(h))
         y = layer(h) + h.sin()
         note = vars(h)["_packlight_note"]
-        packs += note.pack.references
+        packs += note[2].references
         del h, note
     gc.collect()
     # The graph alone holds the pack, and not the tensor.
@@ -706,7 +706,7 @@ def test_a_tensor_that_outlives_the_graph_holds_no_pack():
     h = activation(64, 128)
     with saving(FOUR):
         y = h.sin()
-    (reference, _) = vars(h)["_packlight_note"].pack.references
+    (reference, _) = vars(h)["_packlight_note"][2].references
     assert reference() is not None
     del y
     assert reference() is None

@@ -19,7 +19,7 @@ by call order, and the note goes when the tensor goes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -67,10 +67,9 @@ class _WeakPack(NamedTuple):
         return None if gone else Pack(self.rebuild, self.shape, tensors)
 
 
-class _Note(NamedTuple):
-    version: int
-    cast: Tensor | None = None
-    pack: Pack | _WeakPack | None = None
+# Version, cast and pack. A plain tuple, which every version of torch.compile can hand out with a
+# tensor that leaves the region.
+_Note: TypeAlias = tuple[int, Tensor | None, Pack | _WeakPack | None]
 
 
 def note_cast(tensor: Tensor, cast: Tensor) -> None:
@@ -81,14 +80,15 @@ def note_cast(tensor: Tensor, cast: Tensor) -> None:
 def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The noted result of `tensor` in `dtype`, None where there is none that still holds."""
     owner, note = _read(tensor)
-    if note is None or note.cast is None or note.cast.dtype != dtype:
+    cast = None if note is None else note[1]
+    if cast is None or cast.dtype != dtype:
         return None
     # A hook on the tensor would not see a gradient that goes to the cast instead.
     if not torch.compiler.is_compiling() and (owner._backward_hooks or tensor._backward_hooks):
         return None
     if owner is tensor:
-        return note.cast
-    return note.cast.view(tensor.shape) if tensor.is_contiguous() else None
+        return cast
+    return cast.view(tensor.shape) if tensor.is_contiguous() else None
 
 
 def notable(output: Tensor) -> Tensor:
@@ -121,24 +121,27 @@ def _hooks_are_active() -> bool:
 def pack_of(tensor: Tensor) -> Pack | None:
     """What is kept of `tensor` already, None where nothing is that still holds."""
     owner, note = _read(tensor)
-    if note is None or note.pack is None:
-        return None
-    pack = note.pack.pack() if isinstance(note.pack, _WeakPack) else note.pack
+    pack = None if note is None else note[2]
+    if isinstance(pack, _WeakPack):
+        pack = pack.pack()
     if pack is None or owner is tensor:
         return pack
     shape = tuple(tensor.shape)
     return Pack(_View(pack.rebuild, shape, tensor.stride()), shape, pack.tensors)
 
 
-def _write(tensor: Tensor, **facts: Any) -> None:
-    """Adds facts to what is noted on this version of the tensor."""
+def _write(
+    tensor: Tensor, cast: Tensor | None = None, pack: Pack | _WeakPack | None = None
+) -> None:
+    """Adds a fact to what is noted on this version of the tensor."""
     if _is_compiled_input(tensor):
         return
     version = _version(tensor)
     note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
-    if note is None or note.version != version:
-        note = _Note(version)
-    setattr(tensor, _ATTRIBUTE, note._replace(**facts))
+    if note is not None and note[0] == version:
+        cast = note[1] if cast is None else cast
+        pack = note[2] if pack is None else pack
+    setattr(tensor, _ATTRIBUTE, (version, cast, pack))
 
 
 def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
@@ -150,7 +153,7 @@ def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     if note is None and not torch.compiler.is_compiling() and _is_whole_view(tensor):
         owner = tensor._base  # type: ignore[assignment]
         note = getattr(owner, _ATTRIBUTE, None)
-    if note is not None and note.version != _version(owner):
+    if note is not None and note[0] != _version(owner):
         note = None
     return owner, note
 

@@ -1,0 +1,397 @@
+"""Fixed-point codes: the rule of the source, exact masks, kernels against the reference."""
+
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packlight.errors import DoubleBackwardError, InputError
+from packlight.groupquant import FixedPoint, fixed_point
+from packlight.groupquant.fixed_point import kernels, ops, reference
+from packlight.method import Method
+from packlight.packing.layout import dense_stride, packed_bytes
+from packlight.packing.reference import unpack
+from tests.helpers import DTYPES, dtype_name, every_device, every_kernel_dtype, kept_bytes
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
+    "sliced": lambda x: torch.cat([x, x], 3)[..., ::2],
+}
+every_bits = pytest.mark.parametrize("bits", [4, 8])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def backend(request, monkeypatch):
+    if request.param == "kernel":
+        for name in ("batch_norm", "batch_norm_backward", "relu_backward", "rebuild"):
+            monkeypatch.setattr(ops, name, getattr(kernels, name))
+    return request.param
+
+
+def codes_of(x, weight, bias, bits, batch_norm=reference.batch_norm):
+    """y, the codes as a tensor like x, and the table."""
+    y, packed, table = batch_norm(x, weight, bias, None, None, 0.1, 1e-5, bits)
+    codes = torch.empty_like(y, dtype=torch.uint8)
+    codes.as_strided((y.numel(),), (1,)).copy_(unpack(packed, bits, y.numel()))
+    return y, codes, table
+
+
+def channels(values):
+    return values.view(-1, 1, 1)
+
+
+def loss(x, weight, bias, dy, norm, relu):
+    y = relu(norm(x, None, None, weight, bias, True))
+    return (y.float() * dy.float()).sum()
+
+
+# --- The rule.
+
+
+@every_bits
+def test_codes_follow_the_source(bits):
+    """Inside the window, for positive gamma, every code is that of the published formula."""
+    count = 2**bits
+    x = torch.randn(8, 6, 20, 20, dtype=torch.float64)
+    gamma = torch.tensor([1.0, 0.5, 2.0, 1.5, 0.1, 3.0], dtype=torch.float64)
+    beta = gamma * torch.tensor([0.0, 0.3, -0.7, 1.9, -2.5, 2.4], dtype=torch.float64)
+    _, codes, table = codes_of(x, gamma, beta, bits)
+    x_hat = F.batch_norm(x, None, None, None, None, True)
+    a = x_hat + channels(beta / gamma)
+    shift = (count / 2 - (beta / gamma * count / 6).floor()).clamp(min=1)
+    expected = ((a - 1e-6) * count / 6).floor() + channels(shift)
+    # Rounding may move a value that lies on an edge.
+    edge = ((a - 1e-6) * count / 6 - ((a - 1e-6) * count / 6).round()).abs() < 1e-9
+    assert torch.equal(table[reference.SHIFT], shift)
+    assert ((codes == expected.clamp(0, count - 1)) | edge).all()
+    a_rebuilt = (codes.double() - channels(shift) + 0.5) * 6 / count
+    x_rebuilt = channels(table[reference.UNIT]) * (codes - channels(table[reference.CENTRE]))
+    torch.testing.assert_close(x_rebuilt, a_rebuilt - channels(beta / gamma))
+    y_rebuilt = channels(table[reference.STEP]) * codes + channels(table[reference.LOW])
+    torch.testing.assert_close(y_rebuilt, channels(gamma) * a_rebuilt)
+
+
+# gamma and beta: ordinary, negative, window at its ends and far outside, zero, tiny, huge.
+CASES = {
+    "plain": (1.0, 0.0),
+    "negative gamma": (-0.7, 0.4),
+    "negative both": (-2.0, -1.0),
+    "bias at three sigma": (1.0, 3.0),
+    "bias at minus three sigma": (1.0, -3.0),
+    "bias far above": (1.0, 11.0),
+    "bias far below": (-1.0, -11.0),
+    "gamma zero": (0.0, 0.5),
+    "gamma zero, bias negative": (0.0, -0.5),
+    "both zero": (0.0, 0.0),
+    "gamma minus zero": (-0.0, 0.0),
+    "gamma tiny": (1e-30, 1.0),
+    "gamma and bias tiny": (1e-30, -1e-30),
+    "gamma denormal": (1e-42, 1.0),
+    "huge": (1e4, 3e4),
+}
+
+
+@every_bits
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_case_of_gamma_and_beta(case, bits, backend):
+    """The mask is exact, and x~ is within half a bin of x_hat wherever the window reaches."""
+    count = 2**bits
+    x = torch.randn(16, 1, 12, 12)
+    gamma, beta = (torch.tensor([value]) for value in case)
+    run = reference.batch_norm if backend == "reference" else kernels.batch_norm
+    y, codes, table = codes_of(x, gamma, beta, bits, run)
+    shift = table[reference.SHIFT]
+    assert 1 <= shift <= count - 1
+    assert torch.equal(codes >= channels(shift), y > 0)
+    x_hat = F.batch_norm(x, None, None, None, None, True)
+    x_rebuilt = channels(table[reference.UNIT]) * (codes - channels(table[reference.CENTRE]))
+    half = 3 / count
+    # The window's ends lie at whole bins of a, and one code may be set aside for a rare side of 0.
+    sure = x_hat.abs() < 3 - 4 * half
+    assert (x_rebuilt - x_hat).abs()[sure].max() <= half * (1 + 1e-3)
+    packed = run(x, gamma, beta, None, None, 0.1, 1e-5, bits)[1]
+    rebuilt = ops.rebuild(packed, table, y.shape, y.stride(), bits, torch.float32, True)
+    assert not rebuilt[y <= 0].any()
+    allowed = 2 * half * abs(case[0]) + 1e-6 * abs(case[1])
+    assert (rebuilt - y.relu()).abs()[sure].max() <= allowed
+
+
+@settings(max_examples=40)
+@given(st.floats(-4, 4), st.floats(-20, 20), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_mask_is_exact_whatever_the_parameters(gamma, beta, dtype):
+    x = torch.randn(4, 1, 8, 8).to(dtype)
+    y, codes, table = codes_of(x, torch.tensor([gamma]), torch.tensor([beta]), 4)
+    assert torch.equal(codes >= channels(table[reference.SHIFT]), y > 0)
+
+
+# --- Forward and gradients.
+
+
+@every_dtype
+@every_layout
+def test_forward_and_running_statistics_are_torch_s(dtype, layout):
+    x = layout(torch.randn(4, 6, 5, 4).to(dtype)).requires_grad_()
+    weight, bias = torch.randn(6), torch.randn(6)
+    if dtype == torch.float64:
+        weight, bias = weight.double(), bias.double()
+    ours, plain = ((torch.zeros_like(weight), torch.ones_like(weight)) for _ in range(2))
+    y = fixed_point.batch_norm(x, *ours, weight, bias, True, 0.3)
+    expected = F.batch_norm(x, *plain, weight, bias, True, 0.3)
+    assert torch.equal(y, expected)
+    assert torch.equal(torch.stack(ours), torch.stack(plain))
+    assert y.stride() == dense_stride(x)
+
+
+@every_dtype
+@every_bits
+def test_gradients_are_those_of_the_formula(dtype, bits, backend):
+    if backend == "kernel" and dtype == torch.float64:
+        return  # kernels compute in fp32; float64 takes the reference
+    x = (torch.randn(8, 5, 6, 7) * 2 + 1).to(dtype).requires_grad_()
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.randn(5, dtype=kind).requires_grad_()
+    bias = torch.randn(5, dtype=kind).requires_grad_()
+    y = fixed_point.batch_norm(x, None, None, weight, bias, True, bits=bits)
+    dy = torch.randn_like(y)
+    dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), dy)
+    _, codes, table = codes_of(x.detach(), weight.detach(), bias.detach(), bits)
+    g = dy.double()
+    x_rebuilt = channels(table[reference.UNIT]) * (codes - channels(table[reference.CENTRE]))
+    x_rebuilt = x_rebuilt.double()
+    var = x.detach().double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(dbias.double(), g.sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        dweight.double(), (g * x_rebuilt).sum((0, 2, 3)), rtol=1e-4, atol=1e-3
+    )
+    g = g * channels(weight.detach().double())
+    mean = g.mean((0, 2, 3), keepdim=True)
+    slope = (g * x_rebuilt).mean((0, 2, 3), keepdim=True)
+    expected = (g - mean - x_rebuilt * slope) / channels((var + 1e-5).sqrt())
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 2e-2)
+    torch.testing.assert_close(dx.double(), expected, rtol=tolerance, atol=tolerance)
+    assert (dx.dtype, dweight.dtype) == (dtype, kind)
+
+
+def test_gradients_approach_the_exact_ones():
+    x = torch.randn(32, 4, 8, 8)
+    dy = x + torch.randn_like(x)
+    weight, bias = torch.tensor([1.0, -1.0, 0.5, 2.0]), torch.randn(4) / 2
+    errors = {}
+    for bits in (4, 8):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        norm = lambda *args, bits=bits: fixed_point.batch_norm(*args, bits=bits)  # noqa: E731
+        ours = torch.autograd.grad(loss(*leaves, dy, norm, fixed_point.relu), leaves)
+        exact = torch.autograd.grad(loss(*leaves, dy, F.batch_norm, F.relu), leaves)
+        errors[bits] = [
+            ((a - b).norm() / b.norm()).item() for a, b in zip(ours, exact, strict=True)
+        ]
+        torch.testing.assert_close(ours[2], exact[2])  # through the exact mask of the ReLU
+    assert errors[4][0] < 0.1
+    assert errors[4][1] < 0.03
+    assert errors[8][0] < 0.3 * errors[4][0]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@every_dtype
+def test_relu_behind_batch_norm_is_exact(dtype, inplace, backend):
+    if backend == "kernel" and dtype == torch.float64:
+        return
+    x = torch.randn(4, 3, 5, 6).to(dtype).requires_grad_()
+    weight = torch.tensor([-1.0, 0.0, 2.0]).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    bias = torch.tensor([0.5, 0.5, -8.0]).to(weight.dtype)
+    y = fixed_point.batch_norm(x, None, None, weight, bias, True)
+    before = y.detach().clone()
+    y.register_hook(lambda g: seen.append(g))
+    seen = []
+    z = fixed_point.relu(y, inplace)
+    assert torch.equal(z, before.relu())
+    assert (z.data_ptr() == y.data_ptr()) == inplace
+    dz = torch.randn_like(z)
+    z.backward(dz)
+    if not inplace:  # a hook of an overwritten tensor sees the gradient of its new value
+        assert torch.equal(seen[0], torch.where(before > 0, dz, 0))
+
+
+# --- What is kept, and when.
+
+
+@every_bits
+def test_keeps_codes_and_a_table(bits):
+    x = torch.randn(8, 6, 9, 9, requires_grad=True)
+    expected = packed_bytes(x.numel(), bits) + 6 * 6 * 4
+
+    def both():
+        return fixed_point.relu(fixed_point.batch_norm(x, None, None, training=True, bits=bits))
+
+    assert kept_bytes(both) == expected
+
+
+def test_plain_torch_where_nothing_is_won(monkeypatch):
+    monkeypatch.setattr(ops, "batch_norm", None)
+    mean, var = torch.zeros(3), torch.ones(3)
+    x = torch.randn(32, 3)
+    fixed_point.batch_norm(x, mean, var, training=True)
+    assert mean.abs().sum() > 0
+    fixed_point.batch_norm(x.requires_grad_(), mean, var)
+    with torch.no_grad():
+        fixed_point.batch_norm(x, mean, var, training=True)
+    fixed_point.batch_norm(x[:15], mean, var, training=True)
+    module = fixed_point.BatchNorm1d(3).eval()
+    torch.autograd.grad(module(x).sum(), x, create_graph=True)
+
+
+def test_only_parameters_need_gradients():
+    x, weight = torch.randn(32, 3), torch.ones(3, requires_grad=True)
+    y = fixed_point.batch_norm(x, None, None, weight, None, True, bits=8)
+    y.square().sum().backward()
+    assert weight.grad is not None
+
+
+def test_backward_twice_and_second_derivative():
+    x = torch.randn(32, 3, requires_grad=True)
+    y = fixed_point.relu(fixed_point.batch_norm(x, None, None, training=True))
+    first = torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0])
+    with pytest.raises(DoubleBackwardError, match="fixed-point codes"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+def test_parameters_may_change_before_the_backward_pass():
+    x = torch.randn(32, 3, requires_grad=True)
+    gradients = []
+    for change in (False, True):
+        weight, bias = torch.ones(3), torch.full((3,), 0.2)
+        y = fixed_point.relu(fixed_point.batch_norm(x, None, None, weight, bias, True))
+        if change:
+            weight.neg_(), bias.neg_()
+        gradients.append(torch.autograd.grad(y.square().sum(), x)[0])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nonfinite_inputs_are_never_silently_finite(value, backend):
+    x = torch.randn(8, 3, 4, 4)
+    x[2, 1, 3, 3] = value
+    leaves = [
+        x.requires_grad_(),
+        torch.randn(3, requires_grad=True),
+        torch.randn(3, requires_grad=True),
+    ]
+    y = fixed_point.relu(fixed_point.batch_norm(leaves[0], None, None, *leaves[1:], training=True))
+    assert y[:, 1].isnan().all()
+    dx, dweight, _ = torch.autograd.grad(y.sum(), leaves)
+    assert dx[:, 1].isnan().all()
+    assert dweight[1].isnan()
+    assert dx[:, ::2].isfinite().all()
+
+
+def test_the_method_is_a_value():
+    assert FixedPoint() == FixedPoint(bits=4) == Method.from_dict(FixedPoint().to_dict())
+    for bits in (2, 3, 16, "4", True, None, 4.5):
+        with pytest.raises(InputError, match="neither 4 nor 8"):
+            FixedPoint(bits=bits)
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="int64"):
+        fixed_point.batch_norm(torch.zeros(32, 3, dtype=torch.int64), None, None, training=True)
+    with pytest.raises(InputError, match="neither 4 nor 8"):
+        fixed_point.batch_norm(torch.zeros(32, 3), None, None, training=True, bits=5)
+    with pytest.raises(InputError, match="takes a tensor"):
+        fixed_point.relu([1.0])
+    with pytest.raises(ValueError, match="expected 4D input"):
+        fixed_point.BatchNorm2d(3)(torch.randn(32, 3))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}]
+)
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_modules_are_drop_in(axes, options):
+    name = f"BatchNorm{axes}d"
+    plain = getattr(torch.nn, name)(4, **options)
+    ours = getattr(fixed_point, name)(4, **options, bits=8)
+    assert isinstance(ours, type(plain))
+    ours.load_state_dict(plain.state_dict())
+    ours = pickle.loads(pickle.dumps(ours))
+    assert repr(ours) == repr(plain)[:-1] + ", bits=8)"
+    for _ in range(3):
+        x = torch.randn(
+            32, 4, *[3] * (axes - 1) if axes > 1 else [], *[2] * (axes > 1), requires_grad=True
+        )
+        x = torch.randn(32, 4, *[3] * axes, requires_grad=True)
+        assert torch.equal(ours(x), plain(x))
+    for a, b in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(ours.eval()(x), plain.eval()(x))
+
+
+# --- Kernels and operators.
+
+
+@every_bits
+@every_layout
+@every_kernel_dtype
+@every_device
+def test_kernels_equal_the_reference(device, dtype, layout, bits):
+    # Batches of 8 have all codes of a word in one channel; others have not.
+    for shape in ((8, 16, 4, 4), (5, 7, 9, 3)):
+        x = layout((torch.randn(shape, device=device) * 2 + 1).to(dtype))
+        count = shape[1]
+        weight, bias = torch.randn(2, count, device=device)
+        weight[:2], bias[2], bias[3] = torch.tensor([0.0, 1e-30]), 100, -100
+        running = [torch.zeros(count, device=device), torch.ones(count, device=device)]
+        plain_running = [t.clone() for t in running]
+        arguments = (0.1, 1e-5, bits)
+        y, codes, table = kernels.batch_norm(x, weight, bias, *running, *arguments)
+        plain, expected, expected_table = reference.batch_norm(
+            x, weight, bias, *plain_running, *arguments
+        )
+        for ours, theirs in zip(running, plain_running, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(table, expected_table, rtol=1e-5, atol=1e-5)
+        tolerance = {torch.float32: 2e-6, torch.float16: 1e-3}.get(dtype, 1e-2)
+        torch.testing.assert_close(y, plain, rtol=tolerance, atol=1e-5)
+        distance = unpack(codes, bits, x.numel()).int() - unpack(expected, bits, x.numel()).int()
+        assert (distance != 0).float().mean() < 2e-3
+        dy = torch.randn_like(y)
+        kept = (expected, expected_table, y.stride(), bits)
+        ours = kernels.batch_norm_backward(dy, *kept)
+        theirs = reference.batch_norm_backward(dy, *kept)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        assert torch.equal(kernels.relu_backward(dy, *kept), reference.relu_backward(dy, *kept))
+        for relu in (False, True):
+            stored = (expected, expected_table, y.shape, y.stride(), bits, dtype, relu)
+            a, b = kernels.rebuild(*stored), reference.rebuild(*stored)
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-6)
+
+
+def test_opcheck():
+    operators = torch.ops.packlight
+    for x in (
+        torch.randn(4, 3, 5, 5),
+        torch.randn(32, 3),
+        LAYOUTS["channels-last"](torch.randn(4, 3, 5, 5)),
+    ):
+        running = (torch.zeros(3), torch.ones(3))
+        forward = (x, torch.ones(3), torch.zeros(3), *running, 0.1, 1e-5, 4)
+        torch.library.opcheck(operators.fixed_point_batch_norm.default, forward)
+        forward = (x, None, None, None, None, 0.1, 1e-5, 4)
+        torch.library.opcheck(operators.fixed_point_batch_norm.default, forward)
+        y, codes, table = operators.fixed_point_batch_norm(*forward)
+        kept = (y, codes, table, list(y.stride()), 4)
+        torch.library.opcheck(operators.fixed_point_batch_norm_backward.default, kept)
+        torch.library.opcheck(operators.fixed_point_relu_backward.default, kept)
+        stored = (codes, table, list(y.shape), list(y.stride()), 4, torch.float32, True)
+        torch.library.opcheck(operators.fixed_point_rebuild.default, stored)
