@@ -23,7 +23,7 @@ from packlight.sharing import Pack
 _DEFAULT = GroupQuant()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class ChannelRebuild:
     """gamma x~ + beta along dimension 1, from the pack of x_hat and a table of gamma and beta."""
 

@@ -37,7 +37,7 @@ _PLAIN: dict[tuple[int, bool], Callable[..., Tensor]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class _Geometry:
     """All of a convolution but its tensors, one number an axis."""
 
@@ -247,7 +247,7 @@ def _unwrap(grad_output: Tensor, shape: torch.Size, widths: Sequence[int]) -> Te
     return dx
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class PaddedRebuild:
     """The padded x from what is kept of x."""
 

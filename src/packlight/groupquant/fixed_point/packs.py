@@ -11,7 +11,7 @@ from packlight.groupquant.fixed_point import ops
 KEEPS = "fixed-point codes"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class Rebuild:
     """The output of a batch norm from its codes and table, or that of the ReLU behind it."""
 

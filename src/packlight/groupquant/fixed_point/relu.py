@@ -81,7 +81,7 @@ def _times_mask(x: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
     return y
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class MaskedRebuild:
     """max(x, 0) from its mask and what is kept of x: mask x~, unbiased where x~ is."""
 
