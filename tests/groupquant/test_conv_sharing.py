@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -298,6 +298,7 @@ LAYERS = {
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(STEPS), max_size=7))
+@example(["norm", "view", "relu in place"])
 def test_no_stale_pack_is_ever_used(steps):
     """Layers and overwriting at random: gradients are near the exact ones, so packs were right."""
     torch.manual_seed(0)

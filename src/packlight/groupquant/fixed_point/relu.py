@@ -109,8 +109,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         return fewbit.relu(input, inplace)
     if inplace:
         check_inplace(input)
-    # A tracer's tensor that takes notes is a view, which no Function may write to.
-    copied = inplace and torch.compiler.is_compiling()
+    # No Function with two outputs may write to a view; a tracer's tensor that takes notes is one.
+    copied = inplace and (torch.compiler.is_compiling() or input._is_view())
     written = inplace and not copied
     shape = tuple(input.shape)
     if isinstance(kept.rebuild, Rebuild) and kept.rebuild.shape == shape:
