@@ -5,12 +5,16 @@ import sys
 
 import packlight
 import packlight.fewbit
+import packlight.groupquant
+import packlight.groupquant.fixed_point
 import packlight.inverted
 
 NAMES = {
     "Codebook",
     "DoubleBackwardError",
     "FewBit",
+    "FixedPoint",
+    "GroupQuant",
     "InputError",
     "Inverted",
     "MemoryReport",
@@ -20,6 +24,7 @@ NAMES = {
     "__version__",
     "fewbit",
     "fit_codebook",
+    "groupquant",
     "inverted",
     "profile",
     "saving",
@@ -29,7 +34,9 @@ NAMES = {
 
 def test_public_names():
     assert set(packlight.__all__) == NAMES
-    for module in (packlight, packlight.fewbit, packlight.inverted):
+    fixed_point = packlight.groupquant.fixed_point
+    methods = (packlight.fewbit, packlight.inverted, packlight.groupquant, fixed_point)
+    for module in (packlight, *methods):
         assert len(set(module.__all__)) == len(module.__all__)
         for name in module.__all__:
             assert getattr(module, name).__doc__ or name == "__version__", f"{name} is undocumented"

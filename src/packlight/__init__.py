@@ -1,6 +1,6 @@
 """packlight: train and fine-tune PyTorch models with a fraction of the activation memory."""
 
-from packlight import fewbit, inverted
+from packlight import fewbit, groupquant, inverted
 from packlight._library import use_reference
 from packlight._version import __version__
 from packlight.errors import (
@@ -10,6 +10,7 @@ from packlight.errors import (
     PacklightError,
 )
 from packlight.fewbit import Codebook, FewBit, fit_codebook
+from packlight.groupquant import FixedPoint, GroupQuant
 from packlight.inverted import Inverted
 from packlight.method import Method
 from packlight.profile import MemoryReport, profile
@@ -19,6 +20,8 @@ __all__ = [
     "Codebook",
     "DoubleBackwardError",
     "FewBit",
+    "FixedPoint",
+    "GroupQuant",
     "InputError",
     "Inverted",
     "MemoryReport",
@@ -28,6 +31,7 @@ __all__ = [
     "__version__",
     "fewbit",
     "fit_codebook",
+    "groupquant",
     "inverted",
     "profile",
     "saving",
