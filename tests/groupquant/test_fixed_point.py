@@ -361,15 +361,17 @@ def test_kernels_equal_the_reference(device, dtype, layout, bits):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(table, expected_table, rtol=1e-5, atol=1e-5)
         tolerance = {torch.float32: 2e-6, torch.float16: 1e-3}.get(dtype, 1e-2)
-        torch.testing.assert_close(y, plain, rtol=tolerance, atol=1e-5)
+        # Where x - mean cancels, the last digit of x counts.
+        torch.testing.assert_close(y, plain, rtol=tolerance, atol=tolerance)
         distance = unpack(codes, bits, x.numel()).int() - unpack(expected, bits, x.numel()).int()
         assert (distance != 0).float().mean() < 2e-3
         dy = torch.randn_like(y)
         kept = (expected, expected_table, y.stride(), bits)
         ours = kernels.batch_norm_backward(dy, *kept)
         theirs = reference.batch_norm_backward(dy, *kept)
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        terms = (x.numel() / count) ** 0.5  # a sum errs as the root of its number of terms
+        for a, b, size in zip(ours, theirs, (1.0, terms, terms), strict=True):
+            torch.testing.assert_close(a / size, b / size, rtol=tolerance, atol=tolerance)
         assert torch.equal(kernels.relu_backward(dy, *kept), reference.relu_backward(dy, *kept))
         for relu in (False, True):
             stored = (expected, expected_table, y.shape, y.stride(), bits, dtype, relu)

@@ -141,6 +141,8 @@ def _backend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_cau
     if torch.compiler.is_compiling():
         from torch._dynamo.comptime import comptime
 
+        # A float that took two values is a symbol to the compiler; hashed, it is a number again.
+        dropout_p = next(iter({dropout_p}))
         comptime(_ask_tracer)
         backend: int = _told_backend()
         return backend

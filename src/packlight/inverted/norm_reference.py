@@ -44,10 +44,14 @@ def row_norm(
     """
     if dtype != x.dtype:  # autocast
         x, weight, bias = x.to(dtype), _cast(weight, dtype), _cast(bias, dtype)
-    if centred:
-        y = F.layer_norm(x, normalized_shape, weight, bias, eps)
-    else:
+    if not centred:
         y = F.rms_norm(x, normalized_shape, weight, eps)
+    elif x.is_cuda and weight is not None and weight.dtype != x.dtype:
+        # torch's CUDA function refuses what its CPU function takes.
+        wide = x.to(weight.dtype)
+        y = F.layer_norm(wide, normalized_shape, weight, bias, eps).to(x.dtype)
+    else:
+        y = F.layer_norm(x, normalized_shape, weight, bias, eps)
     y = y.contiguous()
     narrow = y.new_empty(0) if cast is None else y.to(cast)
 
