@@ -11,14 +11,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 import packlight.fewbit as few_bit
 import packlight.inverted as inverted
+from packlight import groupquant
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 
 def make():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), few_bit.GELU(bits=3), nn.Linear(16, 16), few_bit.ReLU(),
-                         inverted.LayerNorm(16), nn.Linear(16, 1))
+    # Groups of a row each, to nearest: the halves of a batch then have the groups of the whole.
+    keep = {"group_size": 32, "rounding": "nearest"}
+    return nn.Sequential(nn.Linear(6, 32), few_bit.GELU(bits=3), nn.Linear(32, 32), few_bit.ReLU(),
+                         inverted.LayerNorm(32), groupquant.Linear(32, 32, **keep),
+                         groupquant.LayerNorm(32, **keep), groupquant.Linear(32, 32, **keep),
+                         groupquant.GELU(**keep), groupquant.Linear(32, 1, **keep))
 
 torch.manual_seed(1)
 x = torch.randn(8, 6)
@@ -33,7 +38,7 @@ for p, grad in zip(model.parameters(), expected, strict=True):
     torch.testing.assert_close(p.grad, grad)
 
 model = make()
-for layer in (model[0], model[2]):
+for layer in (model[0], model[2], model[5], model[7]):
     fully_shard(layer)
 fully_shard(model)
 model(half).mean().backward()
