@@ -29,6 +29,10 @@ from packlight.packing.layout import dense_stride
 
 _ATTRIBUTE = "_packlight_note"
 
+# Tried with 2.11 and 2.13; the tracer of 2.8 refuses attributes of tensors. Where it does, compiled
+# layers keep packs of their own.
+_TRACER_FOLLOWS = torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
+
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
@@ -134,6 +138,8 @@ def _write(
     tensor: Tensor, cast: Tensor | None = None, pack: Pack | _WeakPack | None = None
 ) -> None:
     """Adds a fact to what is noted on this version of the tensor."""
+    if torch.compiler.is_compiling() and not _TRACER_FOLLOWS:
+        return
     if _is_compiled_input(tensor):
         return
     version = _version(tensor)
@@ -147,6 +153,8 @@ def _write(
 def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     """The note that holds for the tensor, and the tensor that carries it."""
     owner = tensor
+    if torch.compiler.is_compiling() and not _TRACER_FOLLOWS:
+        return owner, None
     if _is_compiled_input(tensor):
         return owner, None  # a note from outside the region is no part of its graph
     note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
