@@ -292,7 +292,8 @@ def main() -> None:
             try:
                 row = measure(name, choice, options.device, exact)
             except (RuntimeError, torch.OutOfMemoryError) as error:
-                row = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+                reason = str(error).partition("\n")[0][:200]
+                row = {"failed": f"{type(error).__name__}: {reason}"}
             exact = row.pop("grads", exact)
             eager = eager or row
             rows.append(options.out, {"model": name, "choice": choice, **row, **settings})

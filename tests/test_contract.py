@@ -301,3 +301,61 @@ def test_use_reference_nests():
     with use_reference(), use_reference():
         assert _library._reference_depth == 2
     assert _library._reference_depth == 0
+
+
+# --- What only a device can show.
+
+
+@pytest.mark.gpu
+@over([layer for layer in LAYERS if layer.name in ("gelu", "tanhshrink")])
+def test_more_than_2_to_the_31_elements(layer):
+    count = 2**31 + 128  # whole groups, so that the tail has groups of its own
+    x = torch.zeros(count, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(1 << 20, device="cuda").to(torch.bfloat16)
+    x[-tail.numel() :] = tail
+    x.requires_grad_()
+    y = layer.apply(x)
+    y.backward(torch.ones_like(y))
+    small = tail.clone().requires_grad_()
+    layer.apply(small).sum().backward()
+    assert torch.equal(x.grad[-tail.numel() :], small.grad)
+    assert torch.equal(y.detach()[-tail.numel() :], layer.apply(small).detach())
+
+
+@pytest.mark.gpu
+@every_layer
+def test_cuda_graph_capture(layer):
+    x = torch.randn(1 << 16, device="cuda", requires_grad=True)
+    dy = torch.randn(1 << 16, device="cuda")
+
+    def step():
+        return torch.autograd.grad(layer.apply(x), x, dy)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(captured, step())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@every_layer
+def test_compiles_on_the_device(layer, fresh_compiler):
+    def loss(x, weight):
+        return (layer.apply(x @ weight) * 2).sum()
+
+    x = torch.randn(64, 64, device="cuda")
+    weight = torch.randn(64, 64, device="cuda", requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(x, weight), weight)
+    (actual,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, weight), weight)
+    # Compiled products differ in their last digits, and a code or two with them.
+    tolerance = max(1e-3, layer.tolerance)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
