@@ -51,5 +51,5 @@ def _specialisation(arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def _identity(constant: Any) -> Any:
-    """A constant by value; kernels that are constants by identity, which is cheaper to hash."""
-    return constant if isinstance(constant, bool | int) else id(constant)
+    """A constant by value; functions that are constants by identity: Triton's are slow to hash."""
+    return id(constant) if callable(constant) else constant

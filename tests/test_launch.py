@@ -1,0 +1,94 @@
+"""The launcher: one compiled kernel for each thing that Triton would compile anew for."""
+
+import pytest
+import torch
+
+from packlight._launch import quick
+
+
+class Kernel:
+    """What the launcher sees of a `@triton.jit` function and of the kernels that it compiles."""
+
+    __name__, __doc__ = "kernel", "A kernel."
+    arg_names = ("x_ptr", "n", "SCALE", "FORM")
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def compile_and_run(*arguments, **constants):
+            self.launches.append(("compiled", grid, arguments, constants))
+            return Compiled(self)
+
+        return compile_and_run
+
+
+class Compiled:
+    function = 1
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.launches.append(("direct", grid, arguments, {}))
+
+
+def kinds(kernel):
+    return [kind for kind, *_ in kernel.launches]
+
+
+def test_a_second_call_goes_to_the_compiled_kernel_with_constants_in_order():
+    kernel = Kernel()
+    launch = quick(kernel)
+    x = torch.zeros(32)
+    for _ in range(2):
+        launch[(5,)](x, 32, FORM=2, SCALE=0.5, num_warps=4)
+    assert kinds(kernel) == ["compiled", "direct"]
+    assert kernel.launches[1] == ("direct", (5, 1, 1), (x, 32, 0.5, 2), {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "constants"),
+    [
+        ((torch.zeros(32, dtype=torch.float16), 32), {}),
+        ((torch.zeros(33)[1:], 32), {}),
+        ((torch.zeros(32), 33), {}),
+        ((torch.zeros(32), 1), {}),
+        ((torch.zeros(32), 2**31), {}),
+        ((torch.zeros(32), 32.0), {}),
+        ((torch.zeros(32), 32), {"SCALE": 0.25}),
+        ((torch.zeros(32), 32), {"SCALE": (0.5, 0.25)}),
+        ((torch.zeros(32), 32), {"FORM": None}),
+        ((torch.zeros(32), 32), {"FORM": len}),
+        ((torch.zeros(32), 32), {"num_warps": 8}),
+    ],
+)
+def test_what_triton_compiles_anew_for_is_compiled_anew(arguments, constants):
+    kernel = Kernel()
+    launch = quick(kernel)
+    usual = {"SCALE": 0.5, "FORM": 2, "num_warps": 4}
+    launch[(1,)](torch.zeros(32), 32, **usual)
+    launch[(1,)](*arguments, **usual | constants)
+    launch[(1,)](torch.zeros(32), 48, **usual)  # another multiple of 16
+    assert kinds(kernel) == ["compiled", "compiled", "direct"]
+
+
+def test_constants_are_told_apart_by_value_even_where_objects_are_made_anew():
+    kernel = Kernel()
+    launch = quick(kernel)
+    for number in range(200):
+        launch[(1,)](torch.zeros(32), 32, SCALE=float(f"0.{number % 2}"), FORM=(number % 2, 1))
+    assert kinds(kernel).count("compiled") == 2
+
+
+def test_the_interpreter_keeps_nothing():
+    class Interpreted(Kernel):
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: self.launches.append(("compiled", grid, (), {}))
+
+    kernel = Interpreted()
+    launch = quick(kernel)
+    for _ in range(2):
+        launch[(1,)](torch.zeros(32), 32, SCALE=0.5, FORM=2)
+    assert kinds(kernel) == ["compiled", "compiled"]
+    assert not launch.compiled
