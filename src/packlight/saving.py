@@ -37,14 +37,13 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import TensorWeakRef
 
 from packlight import sharing
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.packs import Rebuild, draw
-from packlight.packing.layout import dense_stride, memory_order
+from packlight.packing.layout import dense_stride, is_dense, memory_order
 from packlight.packing.ops import pack_mask, unpack_mask
 from packlight.sharing import Pack
 
@@ -619,7 +618,7 @@ def _owner(tensor: Tensor, call: _Call | None) -> tuple[Tensor, bool]:
     for argument in _tensors(call.arguments):
         if argument.grad_fn is source and argument.output_nr == output:
             whole = _whole(argument)
-            if _is_dense(whole) and argument.stride() == owner.stride():
+            if is_dense(whole) and argument.stride() == owner.stride():
                 return whole, True
     return owner, False
 
@@ -629,11 +628,7 @@ def _whole(tensor: Tensor) -> Tensor:
     base = tensor._base
     if base is None or base.numel() != tensor.numel() or type(base) is not Tensor:
         return tensor
-    return base if _is_dense(base) and _is_dense(tensor) else tensor
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return dense_stride(tensor) == tensor.stride()
+    return base if is_dense(base) and is_dense(tensor) else tensor
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -679,14 +674,9 @@ def _keep_pack(entry: _Pending, method: GroupQuant, same_strides: bool) -> None:
         rebuild = Rebuild(*layout, method.bits, method.group_size)
         pack = Pack(rebuild, layout[0], (codes, scales))
         if stands_for is owner:
-            _note_pack(owner, pack)
+            # Not `note_input`: the holders keep the very tensors of the pack, hooks or no hooks.
+            sharing.note_kept(owner, pack)
     versions = tuple(-1 if kept is None else kept._version for kept in pack.tensors)
     spread = tensor.stride() if same_strides and tensor.stride() != stride else None
     narrow_shape = tuple(tensor.shape)
     entry.holder.kept = _Packed(pack, versions, shape, narrow_shape, stride, spread, tensor.dtype)
-
-
-def _note_pack(owner: Tensor, pack: Pack) -> None:
-    # Always weakly, unlike `sharing.note_input`: the holders keep the very tensors of the pack.
-    references = tuple(TensorWeakRef(kept) for kept in pack.tensors if kept is not None)
-    sharing._write(owner, pack=sharing._WeakPack(pack.rebuild, pack.shape, references))

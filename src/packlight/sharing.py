@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from packlight.packing.layout import dense_stride
+from packlight.packing.layout import is_dense
 
 _ATTRIBUTE = "_packlight_note"
 
@@ -114,6 +114,11 @@ def note_input(tensor: Tensor, pack: Pack) -> None:
     if torch.compiler.is_compiling() or (tensor.grad_fn is not None and _hooks_are_active()):
         _write(tensor, pack=pack)
         return
+    note_kept(tensor, pack)
+
+
+def note_kept(tensor: Tensor, pack: Pack) -> None:
+    """Notes on a tensor what the graph keeps of it, for as long as the graph does."""
     references = tuple(TensorWeakRef(kept) for kept in pack.tensors if kept is not None)
     _write(tensor, pack=_WeakPack(pack.rebuild, pack.shape, references))
 
@@ -138,9 +143,7 @@ def _write(
     tensor: Tensor, cast: Tensor | None = None, pack: Pack | _WeakPack | None = None
 ) -> None:
     """Adds a fact to what is noted on this version of the tensor."""
-    if torch.compiler.is_compiling() and not _TRACER_FOLLOWS:
-        return
-    if _is_compiled_input(tensor):
+    if not _takes_notes(tensor):
         return
     version = _version(tensor)
     note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
@@ -153,10 +156,8 @@ def _write(
 def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     """The note that holds for the tensor, and the tensor that carries it."""
     owner = tensor
-    if torch.compiler.is_compiling() and not _TRACER_FOLLOWS:
+    if not _takes_notes(tensor):
         return owner, None
-    if _is_compiled_input(tensor):
-        return owner, None  # a note from outside the region is no part of its graph
     note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
     if note is None and not torch.compiler.is_compiling() and _is_whole_view(tensor):
         owner = tensor._base  # type: ignore[assignment]
@@ -173,13 +174,9 @@ def _is_whole_view(tensor: Tensor) -> bool:
         base is not None
         and base.numel() == tensor.numel()
         and base.storage_offset() == tensor.storage_offset()
-        and _is_dense(base)
-        and _is_dense(tensor)
+        and is_dense(base)
+        and is_dense(tensor)
     )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or dense_stride(tensor) == tensor.stride()
 
 
 # --- What the tracer of torch.compile knows.
@@ -217,11 +214,14 @@ def _version(tensor: Tensor) -> int:
     return tensor._version
 
 
-def _is_compiled_input(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        from torch._dynamo.comptime import comptime
+def _takes_notes(tensor: Tensor) -> bool:
+    """False for inputs of a compiled region: a note from outside is no part of its graph."""
+    if not torch.compiler.is_compiling():
+        return True
+    if not _TRACER_FOLLOWS:
+        return False
+    from torch._dynamo.comptime import comptime
 
-        comptime(_ask_tracer)
-        is_input: bool = _told_is_input()
-        return is_input
-    return False
+    comptime(_ask_tracer)
+    is_input: bool = _told_is_input()
+    return not is_input

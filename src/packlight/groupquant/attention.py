@@ -15,21 +15,12 @@ from torch.nn.attention import SDPBackend
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
-from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.packing.layout import dense_stride
+from packlight.groupquant.packs import KEEPS, Rebuild, new_pack
 from packlight.sharing import Pack
 
 _aten = torch.ops.aten
 _DEFAULT = GroupQuant(bits=8)
-
-
-def _pack(x: Tensor, method: GroupQuant) -> tuple[Rebuild, tuple[Tensor, Tensor]]:
-    stride = dense_stride(x)
-    codes, scales = ops.quantize(x, stride, method.bits, method.group_size, draw(x, method))
-    rebuild = Rebuild(tuple(x.shape), stride, x.numel(), method.bits, method.group_size)
-    return rebuild, (codes, scales)
 
 
 class _Attention(torch.autograd.Function):
@@ -68,7 +59,7 @@ class _Attention(torch.autograd.Function):
             out, *tensors = _aten._scaled_dot_product_efficient_attention(
                 *qkv, None, True, dropout_p, is_causal, scale=scale
             )
-        packed = [_pack(x, method) for x in (*qkv, out)]
+        packed = [new_pack(x, method) for x in (*qkv, out)]
         codes, scales = packed[3][1]
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)

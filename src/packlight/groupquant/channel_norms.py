@@ -15,7 +15,7 @@ from packlight import sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
 from packlight.groupquant import channel_norm_ops, ops
 from packlight.groupquant.channel_norm_ops import along_channels
-from packlight.groupquant.fixed_point.functional import worth_packing
+from packlight.groupquant.fixed_point.functional import norm_worth_packing
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.packs import KEEPS, draw
 from packlight.sharing import Pack
@@ -162,7 +162,7 @@ def batch_norm(
     """
     check_tensor(input, "batch_norm")
     method = GroupQuant(bits, group_size, rounding)
-    if not training or not worth_packing(input, weight, bias) or input.numel() < group_size:
+    if not training or not norm_worth_packing(input, weight, bias) or input.numel() < group_size:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, *kept = _apply_batch_norm(
         input, weight, bias, running_mean, running_var, momentum, eps, bits, group_size,
@@ -192,7 +192,7 @@ def group_norm(
     def plain(x: Tensor) -> Tensor:
         return F.group_norm(x, num_groups, weight, bias, eps)
 
-    if not worth_packing(input, weight, bias) or input.numel() < group_size:
+    if not norm_worth_packing(input, weight, bias) or input.numel() < group_size:
         return plain(input)
     if input.shape[1] % num_groups or (weight is not None and weight.numel() != input.shape[1]):
         return plain(input)  # raises

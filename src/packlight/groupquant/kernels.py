@@ -397,11 +397,11 @@ BLOCK = 1024
 NUM_WARPS = 4
 
 
-def tile_of(grouping: Grouping) -> tuple[int, int, bool]:
-    """Bundles a tile, tiles a row, and whether every tile is whole."""
+def tile_of(grouping: Grouping, block: int | None = None) -> tuple[int, int, bool]:
+    """Bundles a tile of `block` byte positions, tiles a row, and whether every tile is whole."""
     bundle = 8 * grouping.group_bytes
     bundles = -(-grouping.width // bundle)
-    nq = max(1, min(BLOCK // grouping.group_bytes, triton.next_power_of_2(bundles)))
+    nq = max(1, min((block or BLOCK) // grouping.group_bytes, triton.next_power_of_2(bundles)))
     return nq, -(-bundles // nq), grouping.width % (nq * bundle) == 0
 
 
@@ -543,19 +543,13 @@ def activation_backward(
 GATED_BLOCK = 1024
 
 
-def _gated_tile(n: int, bits: int, group_size: int) -> tuple[Grouping, int, int, bool]:
-    grouping = Grouping(1, n, bits, group_size)
-    bundle = 8 * grouping.group_bytes
-    nq = max(1, GATED_BLOCK // grouping.group_bytes)
-    return grouping, nq, -(-n // (nq * bundle)), n % (nq * bundle) == 0
-
-
 def gated(
     gate: Tensor, up: Tensor, name: str, bits: int, group_size: int, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(gate)
     n = y.numel()
-    grouping, nq, tiles, full = _gated_tile(n, bits, group_size)
+    grouping = Grouping(1, n, bits, group_size)
+    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
     gate_pack, up_pack = _empty_pack(gate, grouping), _empty_pack(gate, grouping)
     if n:
         _gated_kernel[(tiles,)](
@@ -592,7 +586,8 @@ def gated_backward(
     dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
     dup = torch.empty_like(dgate)
     n = dgate.numel()
-    grouping, nq, tiles, full = _gated_tile(n, bits, group_size)
+    grouping = Grouping(1, n, bits, group_size)
+    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
     if n:
         _gated_backward_kernel[(tiles,)](
             memory_order(grad_output, stride),
@@ -629,7 +624,8 @@ def gated_product(
 ) -> Tensor:
     y = gate_codes.new_empty_strided(shape, stride, dtype=dtype)
     n = y.numel()
-    grouping, nq, tiles, full = _gated_tile(n, bits, group_size)
+    grouping = Grouping(1, n, bits, group_size)
+    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
     if n:
         _gated_backward_kernel[(tiles,)](
             y,

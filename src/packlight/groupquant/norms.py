@@ -86,7 +86,8 @@ def _norm(
     fits = list(x.shape[x.dim() - len(normalized_shape) :]) == list(normalized_shape)
     if not wanted or group_size is None or not fits:
         return plain(x)  # raises for shapes that do not fit
-    x = autocast(x, None, lambda empty: plain(empty.view(0, *normalized_shape)))
+    asked = f"{name}, weight {None if weight is None else weight.dtype}"
+    x = autocast(x, asked, lambda empty: plain(empty.view(0, *normalized_shape)))
     if eps is None:  # as torch has it: that of the dtype in which it computes
         eps = torch.finfo(compute_dtype(x)).eps
     flat_weight, flat_bias = (None if p is None else p.reshape(-1) for p in (weight, bias))

@@ -52,14 +52,18 @@ def pack_input(x: Tensor, method: GroupQuant) -> Pack:
     kept = sharing.pack_of(x)
     if kept is not None:
         return kept
-    stride = dense_stride(x)
-    codes, scales = ops.quantize(
-        x.detach(), stride, method.bits, method.group_size, draw(x, method)
-    )
-    layout = (tuple(x.shape), stride, x.numel(), method.bits, method.group_size)
-    kept = Pack(Rebuild(*layout), tuple(x.shape), (codes, scales))
+    rebuild, tensors = new_pack(x.detach(), method)
+    kept = Pack(rebuild, tuple(x.shape), tensors)
     sharing.note_input(x, kept)
     return kept
+
+
+def new_pack(x: Tensor, method: GroupQuant) -> tuple[Rebuild, tuple[Tensor, Tensor]]:
+    """Codes and scales of all values of `x`, and how `x` comes back from them."""
+    stride = dense_stride(x)
+    tensors = ops.quantize(x, stride, method.bits, method.group_size, draw(x, method))
+    rebuild = Rebuild(tuple(x.shape), stride, x.numel(), method.bits, method.group_size)
+    return rebuild, tensors
 
 
 def worth_packing(x: Tensor, method: GroupQuant) -> bool:

@@ -38,6 +38,11 @@ def dense_stride(x: Tensor) -> tuple[int, ...]:
     return torch.empty_like(x, device="meta").stride()
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` lie side by side, each once, in whatever order."""
+    return x.stride() == dense_stride(x)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Where torch computes with `x`: in float32 for 16-bit tensors."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -91,7 +91,7 @@ def batch_norm(
     """
     check_tensor(input, "batch_norm")
     check_bits(bits)
-    if not training or not worth_packing(input, weight, bias):
+    if not training or not norm_worth_packing(input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, codes, table = _apply(input, weight, bias, running_mean, running_var, momentum, eps, bits)
     if torch.compiler.is_compiling():
@@ -104,7 +104,7 @@ def batch_norm(
     return y
 
 
-def worth_packing(input: Tensor, *parameters: Tensor | None) -> bool:
+def norm_worth_packing(input: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a backward pass may come, and a pack of the input of a norm is smaller than it."""
     if not any(needs_gradient(tensor) for tensor in (input, *parameters) if tensor is not None):
         return False
