@@ -210,6 +210,14 @@ def test_gradients_are_near_the_exact_ones(make, bits):
         assert relative(a, b) < bound, name
 
 
+def test_attention_refuses_other_numbers_of_heads_as_torch_does():
+    q, kv = torch.randn(1, 4, 8, 16, requires_grad=True), torch.randn(1, 2, 8, 16)
+    for function in (F.scaled_dot_product_attention, group_quant.scaled_dot_product_attention):
+        with pytest.raises(RuntimeError):
+            function(q, kv, kv)
+        assert function(q, kv, kv, enable_gqa=True).shape == q.shape
+
+
 def test_input_and_bias_gradients_of_linear_are_exact():
     x = input_of()
     ours = group_quant.Linear(WIDTH, 64, bits=2)

@@ -189,6 +189,8 @@ def scaled_dot_product_attention(
         qkv = (query.to(dtype), key.to(dtype), value.to(dtype))
     if query.shape[-1] % 8 or value.shape[-1] != query.shape[-1]:
         return plain()
+    if query.shape[-3] != key.shape[-3] and not enable_gqa:
+        return plain()  # which raises, as torch does
     backend = _backend(*qkv, dropout_p, is_causal)
     if backend not in _FUSED:
         return plain()
