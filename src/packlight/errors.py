@@ -15,3 +15,11 @@ class DoubleBackwardError(PacklightError, RuntimeError):
 
 class MissingDependencyError(PacklightError, ImportError):
     """An optional package is needed for this call and is not installed."""
+
+
+class CannotConvertError(PacklightError, ValueError):
+    """A layer that a method has a rule for, and that cannot be converted all the same."""
+
+
+class NothingMatchedError(PacklightError, ValueError):
+    """A conversion that would have changed nothing."""

@@ -1,7 +1,13 @@
-"""What a user picks for a layer: a method, a frozen dataclass that is validated on construction."""
+"""What a user picks for a layer: a method, a frozen dataclass that is validated on construction.
+
+A rule says what a method makes of modules of one type; `packlight.convert` applies the rules.
+"""
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
 
 from packlight.errors import InputError
 
@@ -37,3 +43,37 @@ class Method:
             fields_are = ", ".join(sorted(expected))
             raise InputError(f"{name} has no field {', '.join(unknown)}; its fields: {fields_are}")
         return kind(**fields)
+
+
+class Swap(NamedTuple):
+    """What a module becomes: it stays the same object, with another class and some attributes.
+
+    So parameters, buffers, hooks, flags, names, and every reference to the module stay as they are.
+    `kind` reads the attributes that the module has, and those given here.
+    """
+
+    kind: type[nn.Module]
+    attributes: dict[str, Any] = {}  # noqa: RUF012  never written to
+
+
+# A rule looks at a module and never changes it. It raises `CannotConvertError` with the reason
+# where this one module cannot take the method.
+Rule = Callable[[Any, Any], Swap]
+
+_rules: dict[tuple[type[Method], type[nn.Module]], Rule] = {}
+
+
+def rule(method: type[Method], *modules: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Registers the decorated function as what `method` makes of modules of exactly these types."""
+
+    def register(function: Rule) -> Rule:
+        for module in modules:
+            _rules[method, module] = function
+        return function
+
+    return register
+
+
+def find_rule(method: Method, module: nn.Module) -> Rule | None:
+    """The rule by which `method` converts `module`; subclasses of a known type have none."""
+    return _rules.get((type(method), type(module)))
