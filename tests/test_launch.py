@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from triton import knobs
 
+from packlight import _launch
 from packlight._launch import quick
+
+
+@pytest.fixture(autouse=True)
+def stream(monkeypatch):
+    """There is none without a GPU."""
+    monkeypatch.setattr(_launch, "_current_stream", lambda: 7)
 
 
 class Kernel:
@@ -24,13 +32,18 @@ class Kernel:
 
 
 class Compiled:
-    function = 1
+    function, packed_metadata = 1, 2
 
     def __init__(self, kernel):
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.launches.append(("direct", grid, arguments, {}))
+        return lambda *arguments: self.kernel.launches.append(("hooked", grid, arguments, {}))
+
+    def run(self, x, y, z, stream, function, metadata, described, enter, leave, *arguments):
+        assert (stream, function, metadata) == (7, 1, 2)
+        assert (described, enter, leave) == (None, None, None)
+        self.kernel.launches.append(("direct", (x, y, z), arguments, {}))
 
 
 def kinds(kernel):
@@ -44,7 +57,18 @@ def test_a_second_call_goes_to_the_compiled_kernel_with_constants_in_order():
     for _ in range(2):
         launch[(5,)](x, 32, FORM=2, SCALE=0.5, num_warps=4)
     assert kinds(kernel) == ["compiled", "direct"]
-    assert kernel.launches[1] == ("direct", (5, 1, 1), (x, 32, 0.5, 2), {})
+    assert kernel.launches[1] == ("direct", (5, 1, 1), (x.data_ptr(), 32, 0.5, 2), {})
+
+
+def test_a_profiler_that_listens_to_launches_hears_of_each(monkeypatch):
+    kernel = Kernel()
+    launch = quick(kernel)
+    x = torch.zeros(32)
+    launch[(5,)](x, 32, SCALE=0.5, FORM=2)
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    launch[(5,)](x, 32, SCALE=0.5, FORM=2)
+    assert kinds(kernel) == ["compiled", "hooked"]
+    assert kernel.launches[1] == ("hooked", (5, 1, 1), (x.data_ptr(), 32, 0.5, 2), {})
 
 
 @pytest.mark.parametrize(
