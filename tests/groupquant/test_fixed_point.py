@@ -364,14 +364,15 @@ def test_kernels_equal_the_reference(device, dtype, layout, bits):
         # Where x - mean cancels, the last digit of x counts.
         torch.testing.assert_close(y, plain, rtol=tolerance, atol=tolerance)
         distance = unpack(codes, bits, x.numel()).int() - unpack(expected, bits, x.numel()).int()
-        assert (distance != 0).float().mean() < 2e-3
+        assert distance.abs().max() <= 1
+        assert (distance != 0).sum() <= 2 + x.numel() * 1e-3
         dy = torch.randn_like(y)
         kept = (expected, expected_table, y.stride(), bits)
         ours = kernels.batch_norm_backward(dy, *kept)
         theirs = reference.batch_norm_backward(dy, *kept)
-        # torch's CUDA kernel rounds each term of a sum to 16 bits, so the sum errs as the root of
-        # their number.
-        terms = (x.numel() / count) ** 0.5
+        # torch's CUDA kernel rounds each term of a sum to 16 bits, so a sum of N terms of size 2
+        # errs by 2 sqrt(N) roundings, seldom by twice as many.
+        terms = 4 * (x.numel() / count) ** 0.5
         for a, b, size in zip(ours, theirs, (1.0, terms, terms), strict=True):
             torch.testing.assert_close(a / size, b / size, rtol=tolerance, atol=tolerance)
         assert torch.equal(kernels.relu_backward(dy, *kept), reference.relu_backward(dy, *kept))
