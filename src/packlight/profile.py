@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -212,7 +213,7 @@ def _inner_tensors(tensor: Any) -> list[Tensor]:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    if type(tensor) not in (Tensor, nn.Parameter) and _is_hollow(tensor):
+    if type(tensor) not in (Tensor, nn.Parameter, FakeTensor) and _is_hollow(tensor):
         return [part for part in _tensors_in(vars(tensor)) if part is not tensor]
     return []
 
@@ -256,7 +257,7 @@ class _Scene:
 
     def devices(self) -> list[torch.device]:
         tensors = (*self.parameters, *self.buffers, *self.arguments)
-        return sorted({tensor.device for tensor in tensors}, key=str)
+        return sorted({tensor.device for tensor in tensors if _has_values(tensor)}, key=str)
 
     def types_above(self, rows: Iterable[KeptTensor]) -> dict[str, str]:
         """Class names of the modules on the way to each row."""
@@ -405,7 +406,7 @@ def _left_as_found(scene: _Scene) -> Iterator[None]:
 
 @contextmanager
 def _generators(devices: list[torch.device]) -> Iterator[None]:
-    kinds = {device.type for device in devices} - {"cpu", "meta"}
+    kinds = {device.type for device in devices} - {"cpu"}
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -433,7 +434,7 @@ class _ModuleState:
         self.contents = {
             name: (_version(buffer), buffer.detach().clone())
             for name, buffer in self.buffers.items()
-            if buffer is not None and buffer.device.type != "meta"
+            if buffer is not None and _has_values(buffer)
         }
 
     def restore(self) -> None:
@@ -453,6 +454,10 @@ class _ModuleState:
             if _version(buffer) != version or not torch.equal(buffer, content):
                 with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
                     buffer.copy_(content)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 
 def _same_entries(one: Mapping[str, object], other: Mapping[str, object]) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend
 
 from packlight import sharing
@@ -109,7 +111,33 @@ _FUSED = (
     SDPBackend.EFFICIENT_ATTENTION.value,
     SDPBackend.CUDNN_ATTENTION.value,
 )
+_NODES = {
+    "ScaledDotProductFlashAttentionForCpuBackward0": SDPBackend.FLASH_ATTENTION.value,
+    "ScaledDotProductFlashAttentionBackward0": SDPBackend.FLASH_ATTENTION.value,
+    "ScaledDotProductEfficientAttentionBackward0": SDPBackend.EFFICIENT_ATTENTION.value,
+    "ScaledDotProductCudnnAttentionBackward0": SDPBackend.CUDNN_ATTENTION.value,
+}
 _traced: dict[str, int] = {}
+
+
+def _choose(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool) -> int:
+    enable_gqa = query.shape[-3] != key.shape[-3]
+    if not isinstance(query, FakeTensor):
+        return torch._fused_sdp_choice(
+            query, key, value, None, dropout_p, is_causal, enable_gqa=enable_gqa
+        )
+    # Of tensors without values that operator says "math", whatever torch takes for them.
+    with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
+        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, None, dropout_p, is_causal, enable_gqa=enable_gqa
+        )
+    assert out.grad_fn is not None
+    return _NODES.get(out.grad_fn.name(), SDPBackend.MATH.value)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _ask_tracer(context: Any) -> None:
@@ -117,9 +145,7 @@ def _ask_tracer(context: Any) -> None:
     dropout_p, is_causal = (
         context.get_local(name).as_python_constant() for name in ("dropout_p", "is_causal")
     )
-    _traced["backend"] = torch._fused_sdp_choice(
-        query, key, value, None, dropout_p, is_causal, enable_gqa=query.shape[-3] != key.shape[-3]
-    )
+    _traced["backend"] = _choose(query, key, value, dropout_p, is_causal)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -137,10 +163,7 @@ def _backend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_cau
         comptime(_ask_tracer)
         backend: int = _told_backend()
         return backend
-    enable_gqa = query.shape[-3] != key.shape[-3]
-    return torch._fused_sdp_choice(
-        query, key, value, None, dropout_p, is_causal, enable_gqa=enable_gqa
-    )
+    return _choose(query, key, value, dropout_p, is_causal)
 
 
 _attend: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Attention.apply

@@ -257,7 +257,8 @@ class PaddedRebuild:
     mode: str
 
     def __call__(self, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-        return F.pad(self.input(dtype, *tensors).reshape(self.shape), self.widths, self.mode)
+        x = self.input(dtype, *tensors).reshape(self.shape)
+        return F.pad(x, self.widths, self.mode).to(dtype)  # float32 where autocast is still on
 
 
 def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: GroupQuant) -> Tensor:

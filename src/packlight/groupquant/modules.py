@@ -3,7 +3,8 @@
 Constructor, attributes, `state_dict` and printing are torch.nn's; `bits`, `group_size` and
 `rounding` come after them, as `GroupQuant` has them. In `eval()` the plain torch operation runs,
 exact and twice differentiable. What is kept, and how exact the gradient is, stands with each
-function in `functional.py` and `norms.py`.
+function in `functional.py` and `norms.py`. `inplace=True` overwrites the input, as torch's does,
+and saves nothing by it: the output is made first.
 """
 
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from packlight import sharing
+from packlight._checks import check_inplace
 from packlight.elementwise.functions import quick_gelu, relu_squared
 from packlight.groupquant import functional as quantised
 from packlight.groupquant import norms
@@ -41,6 +44,18 @@ class _Quantised(nn.Module):
         own = ", ".join(f"{name}={value}" for name, value in self.options.items())
         inherited = super().extra_repr()
         return f"{inherited}, {own}" if inherited else own
+
+
+def in_place(inplace: bool, input: Tensor, output: Tensor) -> Tensor:
+    """The output, in the place of the input where that is asked for."""
+    if not inplace:
+        return output
+    check_inplace(input)
+    pack = sharing.pack_of(output)
+    written = input.copy_(output)
+    if pack is not None:
+        sharing.note_output(written, pack)
+    return written
 
 
 class Linear(_Quantised, nn.Linear):
@@ -136,7 +151,7 @@ class CELU(_Quantised, nn.CELU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.celu(input, self.alpha, **self.options)
+        return in_place(self.inplace, input, quantised.celu(input, self.alpha, **self.options))
 
 
 class ELU(_Quantised, nn.ELU):
@@ -157,7 +172,7 @@ class ELU(_Quantised, nn.ELU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.elu(input, self.alpha, **self.options)
+        return in_place(self.inplace, input, quantised.elu(input, self.alpha, **self.options))
 
 
 class GELU(_Quantised, nn.GELU):
@@ -197,7 +212,7 @@ class Hardswish(_Quantised, nn.Hardswish):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.hardswish(input, **self.options)
+        return in_place(self.inplace, input, quantised.hardswish(input, **self.options))
 
 
 class LogSigmoid(_Quantised, nn.LogSigmoid):
@@ -236,7 +251,7 @@ class Mish(_Quantised, nn.Mish):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.mish(input, **self.options)
+        return in_place(self.inplace, input, quantised.mish(input, **self.options))
 
 
 class QuickGELU(_Quantised):
@@ -294,7 +309,7 @@ class SELU(_Quantised, nn.SELU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.selu(input, **self.options)
+        return in_place(self.inplace, input, quantised.selu(input, **self.options))
 
 
 class Sigmoid(_Quantised, nn.Sigmoid):
@@ -333,7 +348,7 @@ class SiLU(_Quantised, nn.SiLU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.silu(input, **self.options)
+        return in_place(self.inplace, input, quantised.silu(input, **self.options))
 
 
 class Softplus(_Quantised, nn.Softplus):

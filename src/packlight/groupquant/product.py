@@ -1,0 +1,79 @@
+"""The product of two tensors of which one is packed already, as of an activation and a gate."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packlight import sharing
+from packlight._checks import needs_gradient, refuse_second_derivative
+from packlight.groupquant.method import GroupQuant
+from packlight.groupquant.packs import KEEPS, pack_input, worth_packing
+from packlight.sharing import Pack
+
+
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
+class _Product:
+    """What the packs of two factors of this shape stand for: their product."""
+
+    rebuilds: tuple[Callable[..., Tensor], Callable[..., Tensor]]
+    shape: tuple[int, ...]
+    first: int  # how many tensors belong to the first
+
+    def factors(self, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        one = self.rebuilds[0](dtype, *tensors[: self.first]).reshape(self.shape)
+        other = self.rebuilds[1](dtype, *tensors[self.first :]).reshape(self.shape)
+        return one, other
+
+    def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        one, other = self.factors(dtype, *tensors)
+        return one * other
+
+
+class _Multiplication(torch.autograd.Function):
+    """y = a b; keeps the packs of both."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, product: _Product, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.product = product
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        tensors = ctx.saved_tensors
+        a, b = ctx.product.factors(grad_output.dtype, *tensors)
+        return grad_output * b, grad_output * a, None, *[None] * len(tensors)
+
+
+_multiply: Callable[..., Tensor] = _Multiplication.apply
+
+
+def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any) -> Tensor:
+    """a b, biased: da = dy b~, db = dy a~.
+
+    Keeps the pack of each factor: the one that is kept of it already, as for the output of an
+    activation, else a new one. Where neither is packed, and where shapes or dtypes differ or a
+    factor needs no gradient, this is torch's product, which keeps both factors.
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    if not _is_gate(input, other, method):
+        return torch.mul(input, other)
+    one, two = pack_input(input, method), pack_input(other, method)
+    rebuilds = (one.rebuild, two.rebuild)
+    product = _Product(rebuilds, tuple(input.shape), len(one.tensors))
+    tensors = (*one.tensors, *two.tensors)
+    y = _multiply(input, other, product, *tensors)
+    sharing.note_output(y, Pack(product, tuple(y.shape), tensors))
+    return y
+
+
+def _is_gate(a: Tensor, b: object, method: GroupQuant) -> bool:
+    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not (needs_gradient(a) and needs_gradient(b) and worth_packing(a, method)):
+        return False
+    return sharing.pack_of(a) is not None or sharing.pack_of(b) is not None
