@@ -26,6 +26,8 @@ from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
 from packlight.inverted import kernels as inverted_kernels
 from packlight.inverted import norm_kernels
+from packlight.sketch import kernels as sketch_kernels
+from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -174,6 +176,45 @@ def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
                 yield f"{label}, decode {mode}", kernel, {**block, "MODE": mode}, dtype
 
 
+def sketch_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `norm_variants`: sketches at the lengths of blocks that shares of 0.1 to 0.5 take."""
+    for degree in (4, 7, 10):
+        plan = {"LENGTH": 1 << degree, "DEGREE": degree, "POLY": POLYNOMIALS[degree - 1]}
+        plan["BLOCK"] = sketch_kernels.PLAN
+        yield f"sketch plan {1 << degree}", sketch_kernels._plan_kernel, plan, "bf16", 4, 128
+    for dtype in ("bf16", "fp16", "fp32"):
+        precision = {"PRECISION": "ieee" if dtype == "fp32" else None}
+        for kind, (length, rows) in itertools.product(
+            ("srht", "dct", "dft"), ((16, 16), (64, 16), (64, 32), (128, 16))
+        ):
+            places = min(sketch_kernels.PLACES, length)
+            block = {"KIND": kind, "LENGTH": length, "TILES": 1, "ROWS": rows, "PLACES": places}
+            block |= {"COLUMNS": sketch_kernels.COLUMNS} | precision
+            yield (
+                f"sketch {kind} {dtype} {length} places, {rows} rows",
+                sketch_kernels._transform_kernel,
+                block,
+                dtype,
+                4,
+                length * sketch_kernels.COLUMNS,
+            )
+        tokens = sketch_kernels.DENSE_TOKENS // (2 if dtype == "fp32" else 1)
+        columns = sketch_kernels.DENSE_COLUMNS
+        dense = {"BUNDLE": BUNDLE, "TOKENS": tokens, "COLUMNS": columns} | precision
+        for kernel in (sketch_kernels._gaussian_kernel, sketch_kernels._rademacher_kernel):
+            yield f"sketch {kernel.__name__} {dtype}", kernel, dense, dtype, 8, tokens * columns
+        rows, columns = sketch_kernels.STATISTICS_ROWS, sketch_kernels.ROW_COLUMNS
+        constants = {"ROWS": rows, "COLUMNS": columns}
+        kernel = sketch_kernels._statistics_kernel
+        yield f"sketch statistics {dtype}", kernel, constants, dtype, 8, rows * columns
+        for weighted in (False, True):
+            constants = {"HAS_WEIGHT": weighted, "COLUMNS": columns}
+            if not weighted:
+                constants["weight_ptr"] = None
+            kernel = sketch_kernels._gather_kernel
+            yield f"sketch gather {dtype}, weight {weighted}", kernel, constants, dtype, 4, columns
+
+
 def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
     """Constants of the activations' forward kernel."""
     return {
@@ -200,7 +241,9 @@ def compile_kernel(
             special["bits_ptr"] = "*u8"
             special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
-            special["mean_ptr"] = "*fp32"
+            special["mean_ptr"] = special["norms_ptr"] = "*fp32"
+            special |= dict.fromkeys(("index_ptr", "places_ptr", "chosen_ptr"), "*i32")
+            special["draws_ptr"] = "*i64"
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -231,7 +274,7 @@ def cost(compiled: Any, elements: float) -> str:
     code, resources = dump(compiled, "--dump-sass"), dump(compiled, "--dump-resource-usage")
     if code is None or resources is None:
         return ""
-    total = len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", code, re.MULTILINE))
+    total = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", resources)}
     return (
         f"{total / elements:6.1f} instructions an element,"
@@ -248,7 +291,11 @@ def main() -> None:
     plain = (
         (*variant, 4, variant[2]["BLOCK"] * 8) for variant in (*variants(), *fixed_point_variants())
     )
-    for name, kernel, constants, dtype, warps, elements in (*plain, *norm_variants()):
+    for name, kernel, constants, dtype, warps, elements in (
+        *plain,
+        *norm_variants(),
+        *sketch_variants(),
+    ):
         if options.match not in name:
             continue
         compiled = compile_kernel(kernel, constants, dtype, options.arch, warps)

@@ -12,6 +12,8 @@ by call order, and the note goes when the tensor goes.
 - **Lifetime**: the note on a tensor that a layer *read* refers to the pack weakly: an input of the
   model outlives the graph, and must not keep the graph's packs. Where saved-tensor hooks take the
   packs away (checkpointing, offloading), the note of an intermediate result holds them itself.
+- **Sketches** (`packlight.sketch`) are noted apart from packs. The tensor cannot be had again from
+  one, so it serves the readers that ask for a sketch, and no other.
 - **torch.compile**: the tracer follows the attribute, so layers share within a compiled region.
   Versions are those of the tracer's example tensors. Inputs of the region get no note, which would
   outlive it.
@@ -71,9 +73,9 @@ class _WeakPack(NamedTuple):
         return None if gone else Pack(self.rebuild, self.shape, tensors)
 
 
-# Version, cast and pack. A plain tuple, which every version of torch.compile can hand out with a
-# tensor that leaves the region.
-_Note: TypeAlias = tuple[int, Tensor | None, Pack | _WeakPack | None]
+# Version, cast, pack and sketch. A plain tuple, which every version of torch.compile can hand out
+# with a tensor that leaves the region.
+_Note: TypeAlias = tuple[int, Tensor | None, Pack | _WeakPack | None, Pack | _WeakPack | None]
 
 
 def note_cast(tensor: Tensor, cast: Tensor) -> None:
@@ -111,16 +113,30 @@ def note_output(tensor: Tensor, pack: Pack) -> None:
 
 def note_input(tensor: Tensor, pack: Pack) -> None:
     """Notes on a tensor that a layer read what that layer keeps of it."""
-    if torch.compiler.is_compiling() or (tensor.grad_fn is not None and _hooks_are_active()):
-        _write(tensor, pack=pack)
-        return
-    note_kept(tensor, pack)
+    _write(tensor, pack=pack if _holds_packs(tensor) else _weak(pack))
 
 
 def note_kept(tensor: Tensor, pack: Pack) -> None:
     """Notes on a tensor what the graph keeps of it, for as long as the graph does."""
+    _write(tensor, pack=_weak(pack))
+
+
+def note_sketch(tensor: Tensor, sketch: Pack) -> None:
+    """Notes on a tensor that a layer read the sketch that the layer keeps of it.
+
+    `sketch.rebuild` gives the weight gradient, not the tensor.
+    """
+    _write(tensor, sketch=sketch if _holds_packs(tensor) else _weak(sketch))
+
+
+def _holds_packs(tensor: Tensor) -> bool:
+    """Whether the note on this tensor, which a layer read, holds the pack itself."""
+    return torch.compiler.is_compiling() or (tensor.grad_fn is not None and _hooks_are_active())
+
+
+def _weak(pack: Pack) -> _WeakPack:
     references = tuple(TensorWeakRef(kept) for kept in pack.tensors if kept is not None)
-    _write(tensor, pack=_WeakPack(pack.rebuild, pack.shape, references))
+    return _WeakPack(pack.rebuild, pack.shape, references)
 
 
 def _hooks_are_active() -> bool:
@@ -139,8 +155,31 @@ def pack_of(tensor: Tensor) -> Pack | None:
     return Pack(_View(pack.rebuild, shape, tensor.stride()), shape, pack.tensors)
 
 
+def sketch_of(tensor: Tensor) -> Pack | None:
+    """The sketch that is kept of `tensor` already, None where there is none that still holds.
+
+    A view has the sketch of its base where both are contiguous and have rows of one width.
+    """
+    owner, note = _read(tensor)
+    sketch = None if note is None else note[3]
+    if isinstance(sketch, _WeakPack):
+        sketch = sketch.pack()
+    if sketch is None or owner is tensor:
+        return sketch
+    rows_are_the_same = (
+        tensor.is_contiguous()
+        and owner.is_contiguous()
+        and owner.dim() > 0
+        and owner.shape[-1] == tensor.shape[-1]
+    )
+    return sketch if rows_are_the_same else None
+
+
 def _write(
-    tensor: Tensor, cast: Tensor | None = None, pack: Pack | _WeakPack | None = None
+    tensor: Tensor,
+    cast: Tensor | None = None,
+    pack: Pack | _WeakPack | None = None,
+    sketch: Pack | _WeakPack | None = None,
 ) -> None:
     """Adds a fact to what is noted on this version of the tensor."""
     if not _takes_notes(tensor):
@@ -150,7 +189,8 @@ def _write(
     if note is not None and note[0] == version:
         cast = note[1] if cast is None else cast
         pack = note[2] if pack is None else pack
-    setattr(tensor, _ATTRIBUTE, (version, cast, pack))
+        sketch = note[3] if sketch is None else sketch
+    setattr(tensor, _ATTRIBUTE, (version, cast, pack, sketch))
 
 
 def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
@@ -188,7 +228,10 @@ _traced: dict[str, Any] = {}
 def _ask_tracer(context: Any) -> None:
     variable = context.get_local("tensor")
     _traced["version"] = variable.as_fake()._version
-    _traced["is_input"] = variable.as_proxy().node.op == "placeholder"
+    # The tracer follows attributes of some tensors only: not those of one of several outputs.
+    tracker = variable._i_will_not_complain_if_bc_breaks_VariableTracker()
+    is_input = variable.as_proxy().node.op == "placeholder"
+    _traced["takes_notes"] = not is_input and tracker.mutation_type is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -198,9 +241,9 @@ def _told_version() -> int:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _told_is_input() -> bool:
-    is_input: bool = _traced["is_input"]
-    return is_input
+def _told_takes_notes() -> bool:
+    takes_notes: bool = _traced["takes_notes"]
+    return takes_notes
 
 
 def _version(tensor: Tensor) -> int:
@@ -215,7 +258,9 @@ def _version(tensor: Tensor) -> int:
 
 
 def _takes_notes(tensor: Tensor) -> bool:
-    """False for inputs of a compiled region: a note from outside is no part of its graph."""
+    """False for inputs of a compiled region, since a note from outside is no part of its graph, and
+    for tensors whose attributes the tracer does not follow.
+    """
     if not torch.compiler.is_compiling():
         return True
     if not _TRACER_FOLLOWS:
@@ -223,5 +268,5 @@ def _takes_notes(tensor: Tensor) -> bool:
     from torch._dynamo.comptime import comptime
 
     comptime(_ask_tracer)
-    is_input: bool = _told_is_input()
-    return not is_input
+    takes_notes: bool = _told_takes_notes()
+    return takes_notes

@@ -1,0 +1,23 @@
+"""Sketches: linear layers keep a random projection of their input; the weight gradient stays
+unbiased.
+"""
+
+from packlight.sketch.functional import conv1d, conv2d, linear
+from packlight.sketch.method import Sketch
+from packlight.sketch.modules import Conv1d, Conv2d, Linear
+from packlight.sketch.monitor import VarianceMonitor, VarianceSample
+from packlight.sketch.sketches import sample_variance, variance
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Linear",
+    "Sketch",
+    "VarianceMonitor",
+    "VarianceSample",
+    "conv1d",
+    "conv2d",
+    "linear",
+    "sample_variance",
+    "variance",
+]

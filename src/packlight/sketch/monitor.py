@@ -1,0 +1,202 @@
+"""`VarianceMonitor`: is a sketch harmless on these layers, in this training run?"""
+
+import csv
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from packlight.errors import InputError, MissingDependencyError
+from packlight.sketch import modules
+from packlight.sketch.method import Sketch
+from packlight.sketch.sketches import sample_variance, variance
+
+_SKETCHED = (modules.Linear, modules.Conv1d, modules.Conv2d)
+
+
+class VarianceSample(NamedTuple):
+    """What one layer showed at one step; the variances are those of `packlight.sketch`."""
+
+    step: int  # the layer's forward passes with gradient before this one
+    layer: str
+    kind: str
+    tokens: int
+    rows: int
+    sketch_variance: float
+    sample_variance: float
+
+    @property
+    def ratio(self) -> float:
+        """Sketch variance over the batch's own; well below 1, the sketch is harmless."""
+        return self.sketch_variance / self.sample_variance
+
+
+class VarianceMonitor:
+    """Compares a sketch's variance with the noise of the batch, per layer, while a model trains.
+
+        with packlight.sketch.VarianceMonitor(model, every=100) as monitor:
+            train(model)
+        print(monitor.ratios())
+        monitor.plot("variance.png")
+
+    Every `every` forward passes of a layer with gradient it takes, when the layer's output gradient
+    arrives, `variance(x, grad_output, kind, rows)` and `sample_variance(x, grad_output)`. The ratio
+    says how much a sketch adds to the noise that the weight gradient has anyway because a batch is
+    a sample: at 0.1, its standard deviation grows by 5%. Between samples nothing but a counter
+    runs. A sample holds the layer's input until then, and costs a few times the layer's exact
+    weight gradient, with no synchronisation; nothing of the training changes.
+
+    Args:
+        model: its layers of `packlight.sketch` are watched.
+        every: forward passes of a layer from one sample to the next.
+        method: watch the plain `nn.Linear` layers too, as if they kept by this method: to judge a
+            sketch before one converts.
+
+    Layers inside `torch.compile` are not seen, nor is an input that is modified in place before
+    the backward pass. Raises `InputError` where no layer is to be watched.
+    """
+
+    def __init__(self, model: nn.Module, every: int = 100, method: Sketch | None = None) -> None:
+        if not every >= 1:
+            raise InputError(f"every={every!r} is not a number of forward passes, 1 or more")
+        self.every = every
+        self._passes: dict[str, int] = {}
+        self._taken: list[tuple[int, str, str, int, int, Tensor, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            own = _method_of(module, method)
+            if own is not None:
+                hook = self._hook(name, own)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if not self._handles:
+            raise InputError(
+                f"{type(model).__name__} has no layer of packlight.sketch to watch; convert some,"
+                " or give a method, VarianceMonitor(model, method=Sketch(rows=0.2)), to judge it"
+                " on the nn.Linear layers"
+            )
+
+    def __enter__(self) -> "VarianceMonitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the hooks away; what was sampled stays."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def samples(self) -> list[VarianceSample]:
+        """All samples so far. Waits for the device."""
+        return [VarianceSample(*row[:5], row[5].item(), row[6].item()) for row in self._taken]
+
+    def ratios(self) -> dict[str, float]:
+        """By layer, the mean sketch variance over the mean sample variance."""
+        sums: dict[str, tuple[float, float]] = {}
+        for sample in self.samples:
+            ours, own = sums.get(sample.layer, (0.0, 0.0))
+            sums[sample.layer] = ours + sample.sketch_variance, own + sample.sample_variance
+        return {layer: ours / own if own else float("nan") for layer, (ours, own) in sums.items()}
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the samples, a line each, under the names of `VarianceSample` and `ratio`."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*VarianceSample._fields, "ratio"])
+            writer.writerows([*sample, sample.ratio] for sample in self.samples)
+
+    def to_tensorboard(self, writer: Any) -> None:
+        """Writes the ratios as scalars `sketch_variance_ratio/<layer>` with a `SummaryWriter`."""
+        for sample in self.samples:
+            tag = f"sketch_variance_ratio/{sample.layer}"
+            writer.add_scalar(tag, sample.ratio, sample.step)
+
+    def plot(self, path: str | os.PathLike[str], *, limit: int = 12) -> None:
+        """Draws the ratio of each layer over the steps; of many, the `limit` with the largest.
+
+        The suffix of `path` picks the format. Needs matplotlib.
+        """
+        _draw(self.samples, self.ratios(), path, limit)
+
+    def _hook(self, name: str, method: Sketch) -> Callable[..., None]:
+        def after_forward(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            weight = module.weight
+            if torch.compiler.is_compiling() or not module.training:
+                return
+            if not (isinstance(weight, Tensor) and weight.requires_grad and output.requires_grad):
+                return
+            step = self._passes.get(name, 0)
+            self._passes[name] = step + 1
+            if step % self.every == 0:
+                x: Tensor = args[0] if args else kwargs["input"]
+                axis = -3 if isinstance(module, modules.Conv2d) else -1
+                axis = -2 if isinstance(module, modules.Conv1d) else axis
+                self._sample_later(name, method, step, x.detach().movedim(axis, -1), output, axis)
+
+        return after_forward
+
+    def _sample_later(
+        self, name: str, method: Sketch, step: int, x: Tensor, output: Tensor, axis: int
+    ) -> None:
+        """Takes a sample when the gradient of `output` arrives, if `x` is still what was read.
+
+        x [..., features]; the features of the output are its axis `axis`.
+        """
+        version = x._version
+        tokens = x.shape[:-1].numel()
+        rows = min(method.row_count(tokens), tokens)
+
+        def on_gradient(grad_output: Tensor) -> None:
+            if x._version != version:
+                return
+            g = grad_output.movedim(axis, -1)
+            with torch.no_grad():
+                ours = variance(x, g, method.kind, rows)
+                own = sample_variance(x, g)
+            self._taken.append((step, name, method.kind, tokens, rows, ours, own))
+
+        output.register_hook(on_gradient)
+
+
+def _method_of(module: nn.Module, given: Sketch | None) -> Sketch | None:
+    if isinstance(module, _SKETCHED):
+        return module.method
+    return given if type(module) is nn.Linear else None
+
+
+def _draw(
+    samples: list[VarianceSample],
+    ratios: dict[str, float],
+    path: str | os.PathLike[str],
+    limit: int,
+) -> None:
+    if not samples:
+        raise InputError("nothing was sampled yet: train for some steps under the monitor first")
+    try:
+        # The figure alone, without pyplot: no global state, no window, nothing to close.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "plotting needs matplotlib; install it with: pip install 'packlight[plot]'"
+        ) from error
+    layers = sorted(ratios, key=lambda layer: ratios[layer], reverse=True)[:limit]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for layer in layers:
+        points = [(sample.step, sample.ratio) for sample in samples if sample.layer == layer]
+        axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=layer)
+    axes.axhline(1.0, color="#444444", linewidth=0.8, linestyle="--")
+    axes.set_yscale("log")
+    axes.set_xlabel("forward passes")
+    axes.set_ylabel("variance of the sketch / of the batch")
+    shown = f", the {len(layers)} noisiest of {len(ratios)} layers" if limit < len(ratios) else ""
+    axes.set_title(f"What the sketch adds to the noise of the batch{shown}", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
