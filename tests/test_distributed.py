@@ -1,4 +1,4 @@
-"""Layers of packlight in DDP and FSDP2: two gloo processes give the gradients of one."""
+"""Layers and converted models in DDP and FSDP2: two gloo processes give the gradients of one."""
 
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 import packlight.fewbit as few_bit
 import packlight.inverted as inverted
+import packlight
 from packlight import groupquant
 
 rank = int(sys.argv[1])
@@ -25,6 +26,16 @@ def make():
                          groupquant.LayerNorm(32, **keep), groupquant.Linear(32, 32, **keep),
                          groupquant.GELU(**keep), groupquant.Linear(32, 1, **keep))
 
+def convert():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 32), nn.ReLU(),
+                          nn.LayerNorm(32), nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32),
+                          nn.GELU(), nn.Linear(32, 1))
+    keep = packlight.GroupQuant(group_size=32, rounding="nearest")
+    packlight.convert(model, {"[13]": packlight.FewBit(bits=3), "4": packlight.Inverted(),
+                              "[5-9]": keep})
+    return model
+
 torch.manual_seed(1)
 x = torch.randn(8, 6)
 one = make()
@@ -32,19 +43,20 @@ one(x).mean().backward()
 expected = [p.grad for p in one.parameters()]
 half = x[4 * rank : 4 * rank + 4]
 
-model = DistributedDataParallel(make())
-model(half).mean().backward()
-for p, grad in zip(model.parameters(), expected, strict=True):
-    torch.testing.assert_close(p.grad, grad)
+for build in (make, convert):
+    model = DistributedDataParallel(build())
+    model(half).mean().backward()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
 
-model = make()
-for layer in (model[0], model[2], model[5], model[7]):
-    fully_shard(layer)
-fully_shard(model)
-model(half).mean().backward()
-for p, grad in zip(model.parameters(), expected, strict=True):
-    assert isinstance(p.grad, DTensor)
-    torch.testing.assert_close(p.grad.full_tensor(), grad)
+    model = build()
+    for layer in (model[0], model[2], model[5], model[7]):
+        fully_shard(layer)
+    fully_shard(model)
+    model(half).mean().backward()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        assert isinstance(p.grad, DTensor)
+        torch.testing.assert_close(p.grad.full_tensor(), grad)
 dist.barrier()
 dist.destroy_process_group()
 print("same gradients")

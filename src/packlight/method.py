@@ -1,10 +1,12 @@
 """What a user picks for a layer: a method, a frozen dataclass that is validated on construction.
 
-A rule says what a method makes of modules of one type; `packlight.convert` applies the rules.
+A rule says what a method makes of modules of one type, or of calls of one torch function;
+`packlight.convert` applies the rules.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
@@ -56,8 +58,8 @@ class Swap(NamedTuple):
     attributes: dict[str, Any] = {}  # noqa: RUF012  never written to
 
 
-# A rule looks at a module and never changes it. It raises `CannotConvertError` with the reason
-# where this one module cannot take the method.
+# A rule looks at a module and never changes it. It raises `CannotConvertError` or `LeaveAlone` with
+# the reason where this one module cannot take the method.
 Rule = Callable[[Any, Any], Swap]
 
 _rules: dict[tuple[type[Method], type[nn.Module]], Rule] = {}
@@ -74,6 +76,77 @@ def rule(method: type[Method], *modules: type[nn.Module]) -> Callable[[Rule], Ru
     return register
 
 
-def find_rule(method: Method, module: nn.Module) -> Rule | None:
-    """The rule by which `method` converts `module`; subclasses of a known type have none."""
-    return _rules.get((type(method), type(module)))
+class LeaveAlone(Exception):  # noqa: N818  no error: nothing has gone wrong
+    """Raised by a rule, with the reason: this module stays as it is, and that is no mistake.
+
+    `CannotConvertError` is for what the user would want to know at once.
+    """
+
+
+# Looks for a rule for a type that has none of its own, for instance by the type's code.
+Finder = Callable[[type[Method], type[nn.Module]], Rule | None]
+
+_finders: list[Finder] = []
+
+
+def rule_finder(function: Finder) -> Finder:
+    """Registers the decorated function as one that may know a rule for further types."""
+    _finders.append(function)
+    return function
+
+
+def find_rule(method: Method, kind: type[nn.Module]) -> Rule | None:
+    """The rule by which `method` converts modules of this very type; subclasses have none."""
+    found = _rules.get((type(method), kind))
+    if found is not None:
+        return found
+    return next((rule for find in _finders if (rule := find(type(method), kind))), None)
+
+
+class Call(NamedTuple):
+    """What a call of a torch function becomes: a function of the same arguments, with options."""
+
+    function: Callable[..., Any]
+    options: dict[str, Any] = {}  # noqa: RUF012  never written to
+
+
+_calls: dict[tuple[type[Method], Callable[..., Any]], Callable[[Any], Call]] = {}
+
+
+def call_rule(
+    method: type[Method],
+    functions: Mapping[Callable[..., Any], Callable[..., Any]],
+    options: Callable[[Any], dict[str, Any]] = lambda _: {},
+) -> None:
+    """Registers what calls of torch functions become; `options` makes keyword arguments of it.
+
+    As `torch.overrides` names the functions and passes their arguments: `Tensor.tanh` and
+    `torch.tanh` are two of them, and those of torch.nn.functional that are written in Python come
+    with all but the first arguments by keyword.
+    """
+
+    def make(function: Callable[..., Any], method: Any) -> Call:
+        return Call(function, options(method))
+
+    for theirs, ours in functions.items():
+        _calls[method, theirs] = functools.partial(make, ours)
+
+
+@dataclasses.dataclass
+class Calls:
+    """What calls of torch functions become under several methods; the first with a rule counts."""
+
+    methods: tuple[Method, ...]
+    table: dict[Callable[..., Any], Call] = dataclasses.field(compare=False, repr=False)
+
+    @staticmethod
+    def of(methods: tuple[Method, ...]) -> "Calls":
+        table: dict[Callable[..., Any], Call] = {}
+        for method in methods:
+            for (kind, function), make in _calls.items():
+                if kind is type(method) and function not in table:
+                    table[function] = make(method)
+        return Calls(methods, table)
+
+    def __reduce__(self) -> Any:  # functions of torch cannot be pickled
+        return Calls.of, (self.methods,)

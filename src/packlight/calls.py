@@ -1,0 +1,172 @@
+"""Calls of torch functions inside a model's own code: they keep by a method as layers do.
+
+A module that is to be covered becomes an instance of a subclass made for its class, which runs the
+class's own forward within a `TorchFunctionMode`. That is torch's mechanism for just this: it sees
+every call of a torch function, also in a region that `torch.compile` traces. It is on exactly while
+a forward runs, exceptions or not, so nothing of it is global; and each module of the model's own
+code has it, so a checkpoint that runs a module again sees it again.
+
+What the layers of torch.nn call is left to the rules for layers.
+"""
+
+import functools
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from packlight.method import Calls, Method, Swap
+
+_ATTRIBUTE = "_packlight_calls"
+_COVERS = "_packlight_covers"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Where a caller's own code has not begun yet, seen from the mode.
+_BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._jit_internal")
+# Code whose calls are its own business.
+_LAYERS = ("torch.nn.", "packlight.")
+
+
+class _Covering(TorchFunctionMode):
+    """Runs our functions in place of torch's."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        call = self.calls.table.get(func)
+        if call is None or _called_by_a_layer() or not _is_taken(args, kwargs):
+            if func is Tensor.unflatten:  # which calls super(), as the tracer of 2.13 cannot
+                func = torch.unflatten
+            return func(*args, **kwargs)
+        return call.function(*args, **kwargs, **call.options)
+
+
+def _is_taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether our functions take what torch's was given: dense tensors of floats, and no `out`."""
+    if not args or "out" in kwargs:
+        return False
+    x = args[0]
+    return (
+        type(x) in (Tensor, nn.Parameter, FakeTensor)
+        and x.dtype in _DTYPES
+        and x.layout is torch.strided
+        and not x.is_nested
+    )
+
+
+# ---- who calls -----------------------------------------------------------------------------------
+
+_traced: dict[str, bool] = {}
+
+
+def _called_by_a_layer() -> bool:
+    if torch.compiler.is_compiling():
+        from torch._dynamo.comptime import comptime  # an import of a second, so only here
+
+        comptime(_ask_tracer)
+        by_a_layer: bool = _told()
+        return by_a_layer
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name: str = frame.f_globals.get("__name__", "")
+        if name not in _BETWEEN:
+            return name.startswith(_LAYERS)
+        frame = frame.f_back
+    return False
+
+
+def _ask_tracer(context: Any) -> None:
+    translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    names = []
+    while translator is not None:
+        names.append(translator.f_globals.get("__name__", ""))
+        translator = getattr(translator, "parent", None)
+    callers = [name for name in names if name not in (__name__, *_BETWEEN)]
+    _traced["by a layer"] = bool(callers) and callers[0].startswith(_LAYERS)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _told() -> bool:
+    return _traced["by a layer"]
+
+
+# ---- which modules -------------------------------------------------------------------------------
+
+
+def swap_for_calls(
+    module: nn.Module, kind: type[nn.Module], methods: tuple[Method, ...]
+) -> Swap | None:
+    """How the calls in a module's own code are covered; None where it has none of its own.
+
+    `kind` is its class before any conversion.
+    """
+    own = not f"{kind.__module__}.".startswith(_LAYERS) and kind.forward is not nn.Module.forward
+    if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+        return None
+    calls = Calls.of(methods)
+    return Swap(covered(kind), {_ATTRIBUTE: calls}) if calls.table else None
+
+
+# ---- the classes ---------------------------------------------------------------------------------
+
+
+_made: dict[type[nn.Module], type[nn.Module]] = {}  # a class for each class of the user's
+
+
+def covered(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module class whose forward runs with the calls of its code covered."""
+    if kind not in _made:
+        _made[kind] = _make(kind)
+    return _made[kind]
+
+
+def _make(kind: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training or not torch.is_grad_enabled() or _is_on():
+            return kind.forward(self, *args, **kwargs)
+        with _Covering(vars(self)[_ATTRIBUTE]):
+            return kind.forward(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        # The class is made anew where it is unpickled.
+        reduced: Any = kind.__reduce_ex__(self, protocol)
+        make, arguments, *state = reduced
+        found = [kind if argument is type(self) else argument for argument in arguments]
+        return _remake, (make, kind, *found), *state
+
+    # Under the same name: trainers write it into their files.
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body = {**names, "forward": forward, "__reduce_ex__": reduce, _COVERS: kind}
+    made: type[nn.Module] = types.new_class(
+        kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body)
+    )
+    return made
+
+
+def covers(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that this one covers the calls of, None for any other class."""
+    found: type[nn.Module] | None = vars(kind).get(_COVERS)
+    return found
+
+
+def _remake(make: Callable[..., nn.Module], kind: type[nn.Module], *arguments: Any) -> nn.Module:
+    module = make(*arguments)
+    module.__class__ = covered(kind)
+    return module
+
+
+def _is_on() -> bool:
+    """Whether a module around this one covers its calls already."""
+    return any(isinstance(mode, _Covering) for mode in _get_current_function_mode_stack())

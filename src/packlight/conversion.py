@@ -1,0 +1,171 @@
+"""`Conversion`: what `packlight.convert` did to a model, and what it left alone and why."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+from torch import nn
+
+from packlight.method import Method
+from packlight.predict import predict_change
+from packlight.report import MemoryDifference, _cell, _ranges, _render, _table
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replaced:
+    """A layer that was converted: all its names, its class before and after, the method."""
+
+    names: tuple[str, ...]
+    kind: str
+    becomes: str
+    method: Method
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skipped:
+    """A layer that was left as it is."""
+
+    names: tuple[str, ...]
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Conversion:
+    """What `packlight.convert` did: prints as a table, goes to plain data by `to_dict`.
+
+    - `replaced`: the layers that keep by another method now, in the order of the model.
+    - `skipped`: the layers that do not, each with the reason. Containers, which have neither
+      parameters nor work of their own, are in neither.
+    - `unmatched`: selectors that matched no module.
+    - `functional`: the modules in whose own code calls of torch functions are covered.
+    """
+
+    model: str
+    replaced: tuple[Replaced, ...]
+    skipped: tuple[Skipped, ...]
+    unmatched: tuple[str, ...] = ()
+    functional: tuple[str, ...] = ()
+    converted: nn.Module = dataclasses.field(kw_only=True, compare=False)
+
+    def bytes(self, *inputs: Any, loss: Any = None, **kwargs: Any) -> MemoryDifference:
+        """Bytes kept for the backward pass before and after, for a batch like this one.
+
+        Takes what the model takes, runs nothing and allocates nothing: see `packlight.predict`.
+
+        >>> import torch, packlight
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU())
+        >>> conversion = packlight.convert(model, packlight.FewBit(bits=2))
+        >>> change = conversion.bytes(torch.randn(8, 64))
+        >>> change.before.activation_bytes, change.after.activation_bytes
+        (8192, 513)
+        """
+        return predict_change(self.converted, *inputs, loss=loss, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as for JSON: lists, texts and numbers."""
+        return {
+            "model": self.model,
+            "replaced": [
+                {
+                    "names": list(row.names),
+                    "kind": row.kind,
+                    "becomes": row.becomes,
+                    "method": row.method.to_dict(),
+                }
+                for row in self.replaced
+            ],
+            "skipped": [
+                {"names": list(row.names), "kind": row.kind, "reason": row.reason}
+                for row in self.skipped
+            ],
+            "unmatched": list(self.unmatched),
+            "functional": list(self.functional),
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"Conversion(model={self.model!r}, replaced=<{len(self.replaced)}>, "
+            f"skipped=<{len(self.skipped)}>)"
+        )
+
+    def __str__(self) -> str:
+        return _render(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        total = len(self.replaced) + len(self.skipped)
+        yield Text(f"{self.model}: {len(self.replaced)} of {total} layers converted")
+        if self.replaced:
+            table = _table()
+            for column in ("converted", "to", "by", "names"):
+                table.add_column(column)
+            for (kind, becomes, method), names in _grouped(
+                ((row.kind, row.becomes, row.method), row.names[0]) for row in self.replaced
+            ):
+                to = becomes.removeprefix("packlight.")
+                table.add_row(f"{len(names)} x {kind}", to, _brief(method), _names(names))
+            yield table
+        if self.skipped:
+            table = _table()
+            for column in ("left as it is", "why", "names"):
+                table.add_column(column)
+            for (kind, reason), names in _grouped(
+                ((row.kind, row.reason), row.names[0]) for row in self.skipped
+            ):
+                table.add_row(f"{len(names)} x {kind}", Text(reason), _names(names))
+            yield table
+        if self.functional:
+            modules = f"{len(self.functional)} modules: {', '.join(condensed(self.functional))}"
+            yield Text(f"calls of torch functions are covered in {modules}")
+        if self.unmatched:
+            yield Text(f"selectors that matched nothing: {', '.join(self.unmatched)}")
+
+
+_K = TypeVar("_K")
+
+
+def _grouped(pairs: Iterable[tuple[_K, str]]) -> Iterable[tuple[_K, list[str]]]:
+    groups: dict[_K, list[str]] = {}
+    for key, name in pairs:
+        groups.setdefault(key, []).append(name)
+    return groups.items()
+
+
+def _names(names: list[str]) -> Text:
+    return _cell(", ".join(condensed(names)))
+
+
+def _brief(method: Method) -> Text:
+    """The method with its first field, and those that are not as usual."""
+    fields = dataclasses.fields(method)
+    shown = [
+        f"{field.name}={getattr(method, field.name)!r}"
+        for index, field in enumerate(fields)
+        if index == 0 or getattr(method, field.name) != field.default
+    ]
+    return Text(f"{type(method).__name__}({', '.join(shown)})")
+
+
+def condensed(names: Iterable[str]) -> list[str]:
+    """Names that differ in their numbers as one: "layers.0-11.fc1"."""
+    groups: dict[str, list[list[str]]] = {}
+    for name in names:
+        groups.setdefault(without_numbers(name), []).append(re.findall(r"\d+", name))
+    return [_filled(pattern, numbers) for pattern, numbers in groups.items()]
+
+
+def without_numbers(name: str) -> str:
+    """The name with each number replaced by "*"."""
+    return re.sub(r"\d+", "*", name) or "(the model itself)"
+
+
+def _filled(pattern: str, numbers: list[list[str]]) -> str:
+    """Puts the numbers back: one where all agree, a range where nothing else varies."""
+    columns = [sorted({int(number) for number in column}) for column in zip(*numbers, strict=True)]
+    varying = sum(len(column) > 1 for column in columns)
+    texts = [_ranges(column) if varying == 1 or len(column) == 1 else "*" for column in columns]
+    remaining = iter(texts)
+    return re.sub(r"\*", lambda _: next(remaining), pattern)

@@ -1,0 +1,469 @@
+"""`convert` and `revert`: which layers of a model keep by which method.
+
+A converted module stays the same object and takes another class (`_swap.py`), so parameters,
+buffers, hooks, flags, names, optimizer state and every reference to it stay as they are.
+"""
+
+import difflib
+import importlib
+import pkgutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple, TypeAlias
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+import packlight.fewbit.rules
+import packlight.groupquant.fixed_point.rules
+import packlight.groupquant.rules
+import packlight.inverted.rules
+import packlight.sketch.rules  # noqa: F401
+from packlight import _swap, integrations
+from packlight.calls import swap_for_calls
+from packlight.conversion import Conversion, Replaced, Skipped, without_numbers
+from packlight.errors import CannotConvertError, InputError, NothingMatchedError
+from packlight.fewbit.method import FewBit
+from packlight.groupquant.fixed_point.method import FixedPoint
+from packlight.groupquant.method import GroupQuant
+from packlight.method import LeaveAlone, Method, Swap, find_rule
+
+__all__ = ["DEFAULT_METHODS", "convert", "revert"]
+
+# The combination that saves most of those that train like exact in our measurements: one 4-bit code
+# for a batch norm, its ReLU and the convolutions behind; 4-bit packs that neighbours share; and
+# exact bits for what is left, which is dropout, max pooling and activations made of straight lines.
+DEFAULT_METHODS: tuple[Method, ...] = (FixedPoint(bits=4), GroupQuant(bits=4), FewBit(bits=3))
+
+Predicate: TypeAlias = Callable[[str, nn.Module], bool]
+Selector: TypeAlias = type[nn.Module] | str | Predicate
+Choice: TypeAlias = Method | Sequence[Method] | None
+Methods: TypeAlias = Method | Sequence[Method] | Mapping[Selector, Choice]
+
+
+def convert(
+    model: nn.Module,
+    methods: Methods = DEFAULT_METHODS,
+    *,
+    strict: bool = True,
+    functional: bool = False,
+) -> Conversion:
+    """Have layers of a model keep less for the backward pass; `revert` undoes it.
+
+    `methods` is one method, or a sequence of methods, of which the first that can convert a layer
+    does, or an ordered mapping from selectors to methods, of which the first selector that matches
+    a layer counts. A selector is
+
+    - a module type, which matches modules of exactly this type,
+    - a text: a pattern of names, as in `fnmatch`, `"encoder.*.fc2"` ("*" matches dots too), or the
+      name of a type, `"GELU"` or `"torch.nn.GELU"`,
+    - a predicate `(name, module) -> bool`.
+
+    In a mapping, too, a sequence of methods may stand for one.
+
+    A module that is used in several places has several names: a selector that matches any of them
+    matches the module, everywhere. `None` as the method leaves a layer as it is.
+
+    **What stays.** Each module is the same object as before, of another class: the same parameters,
+    buffers, hooks, dtype, device, training mode, names and `state_dict` keys; what is shared or
+    tied stays so, optimizers go on, checkpoints go both ways, and the model can be copied, pickled
+    and saved. Forward results are torch's, but for the random numbers of dropout.
+
+    **What is left alone**, and reported with its reason: layers without a rule, subclasses of
+    torch's layers (their forward may differ), parametrized and lazy modules. A layer that is
+    converted already is converted anew from what it was.
+
+    All is checked before anything is changed.
+
+    Args:
+        model: any module; also one that is converted already, compiled, or inside DDP.
+        methods: a method, methods, or a mapping, as above. The default is explained in README.md.
+        strict: False to leave alone and report what would raise `CannotConvertError`, and to accept
+            patterns and predicates that match nothing.
+        functional: whether calls of torch functions in the model's own code (`F.gelu(x)`,
+            `F.scaled_dot_product_attention`, `act(gate) * up`) keep less as well, see
+            docs/convert.md. By the first of all methods given that has a rule for the function.
+
+    Raises:
+        NothingMatchedError: no layer would change, or a pattern or predicate matched no module; the
+            message lists what there is.
+        CannotConvertError: a layer that the method has a rule for cannot be converted, for instance
+            since its forward was replaced, or a selector picked nothing but layers without a rule.
+        InputError: arguments of the wrong kind.
+
+    >>> import torch, packlight
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
+    >>> methods = {"2": None, torch.nn.Linear: packlight.GroupQuant(bits=4)}
+    >>> conversion = packlight.convert(model, methods)
+    >>> [row.names for row in conversion.replaced]
+    [('0',)]
+    """
+    _check(model, methods)
+    _load_integrations()
+    layers = _layers(model)
+    plan = _Plan(methods)
+    for layer in layers:
+        plan.add(layer)
+    if functional:
+        plan.cover_calls(layers)
+    if strict:
+        plan.check(layers)
+    plan.check_not_empty(layers)
+    for layer, swap, method in plan.changes:
+        _swap.convert(layer.module, swap, method)
+    for layer, swap in plan.covered:
+        _swap.convert(layer.module, swap, *plan.all_methods)
+    return plan.conversion(model)
+
+
+def revert(model: nn.Module) -> int:
+    """Give every converted module back what it was, and return how many there were.
+
+    A model without converted modules is left as it is. Raises `CannotConvertError`, before anything
+    is changed, where something else has changed a module's class since: a parametrization, or
+    FSDP's `fully_shard`.
+
+    >>> import torch, packlight
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
+    >>> conversion = packlight.convert(model, packlight.FewBit(bits=3))
+    >>> packlight.revert(model), type(model[1])
+    (1, <class 'torch.nn.modules.activation.GELU'>)
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
+    converted = [layer for layer in _layers(model) if _swap.former(layer.module) is not None]
+    for layer in converted:
+        if reason := _class_changed(layer.module):
+            raise CannotConvertError(f"{layer} cannot be reverted: {reason}")
+    return sum(_swap.restore(layer.module) for layer in converted)
+
+
+def _check(model: object, methods: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
+    if isinstance(methods, Method) or _is_sequence_of_methods(methods):
+        return
+    if not isinstance(methods, Mapping):
+        raise InputError(
+            f"methods={methods!r} is neither a method, such as FewBit(bits=3), a sequence of those,"
+            " nor a mapping from selectors to methods, such as {nn.GELU: FewBit(bits=3)}"
+        )
+    for selector, method in methods.items():
+        is_module_type = isinstance(selector, type) and issubclass(selector, nn.Module)
+        is_predicate = callable(selector) and not isinstance(selector, type)
+        if not (is_module_type or is_predicate or isinstance(selector, str)):
+            raise InputError(
+                f"selector {selector!r} is neither a module type, a pattern of names, nor a"
+                " predicate (name, module) -> bool"
+            )
+        if not (method is None or isinstance(method, Method) or _is_sequence_of_methods(method)):
+            hint = f"; did you mean {method.__name__}()?" if isinstance(method, type) else ""
+            raise InputError(
+                f"methods[{_text(selector)}]={method!r} is neither a method nor None, nor a"
+                f" sequence of methods{hint}"
+            )
+
+
+def _is_sequence_of_methods(methods: object) -> bool:
+    return isinstance(methods, Sequence) and all(isinstance(item, Method) for item in methods)
+
+
+def _load_integrations() -> None:
+    """Imports the rules for those packages that the program itself has imported."""
+    for package in pkgutil.iter_modules(integrations.__path__):
+        if package.name in sys.modules:
+            importlib.import_module(f"{integrations.__name__}.{package.name}")
+
+
+# ---- what there is -------------------------------------------------------------------------------
+
+
+class _Layer(NamedTuple):
+    """A module with all its names, and its type before any conversion."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    kind: type[nn.Module]
+
+    def __str__(self) -> str:
+        name = self.names[0]
+        return f"layer {name!r} ({self.kind.__name__})" if name else f"the {self.kind.__name__}"
+
+    def matches(self, selector: Selector) -> bool:
+        if isinstance(selector, str):
+            is_named = any(fnmatchcase(name, selector) for name in self.names)
+            return is_named or _is_called(self.kind, selector)
+        if isinstance(selector, type):
+            return self.kind is selector
+        return any(selector(name, self.module) for name in self.names)
+
+    @property
+    def is_container(self) -> bool:
+        """Whether it has nothing but other modules, as far as can be seen."""
+        parameters = any(True for _ in self.module.parameters(recurse=False))
+        return not parameters and any(True for _ in self.module.children())
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    """All modules once, in the order of the model, with the names of all places."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return [_Layer(module, tuple(found), _kind(module)) for module, found in names.items()]
+
+
+def _is_called(kind: type[nn.Module], text: str) -> bool:
+    """Whether a type has this name: bare, or with its module or one that hands it out."""
+    place, _, name = text.rpartition(".")
+    return (
+        text in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
+        or getattr(sys.modules.get(place), name, None) is kind
+    )
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    was = _swap.former(module)
+    return type(module) if was is None else was.kind
+
+
+# ---- what is to be done --------------------------------------------------------------------------
+
+
+class _Change(NamedTuple):
+    layer: _Layer
+    swap: Swap
+    method: Method
+
+
+class _NoRule(Exception):
+    """Why a method has no rule for a layer."""
+
+
+class _Plan:
+    """What is to become of each layer, and what speaks against it. Changes nothing."""
+
+    def __init__(self, methods: Methods) -> None:
+        self.selectors = dict(methods) if isinstance(methods, Mapping) else None
+        # For all layers alike, where there are no selectors.
+        self.methods: tuple[Method, ...] = ()
+        if isinstance(methods, Method):
+            self.methods = (methods,)
+        elif not isinstance(methods, Mapping):
+            self.methods = tuple(methods)
+        self.changes: list[_Change] = []
+        self.covered: list[tuple[_Layer, Swap]] = []  # modules whose calls are covered
+        self.skipped: list[Skipped] = []
+        self.refused: list[str] = []  # layers that have a rule and cannot be converted
+        self.matched: set[Selector] = set()
+        self.obeyed: set[Selector] = set()  # selectors by which something is converted or left
+        self.vain: dict[Selector, list[Skipped]] = {}  # what a selector picked without a rule
+
+    def add(self, layer: _Layer) -> None:
+        if self.selectors is None:
+            self._decide(layer, self.methods, None)
+            return
+        matching = [selector for selector in self.selectors if layer.matches(selector)]
+        self.matched.update(matching)
+        if not matching:
+            self._skip(layer, "no selector picks it")
+        elif (choice := self.selectors[matching[0]]) is not None:
+            methods = (choice,) if isinstance(choice, Method) else tuple(choice)
+            self._decide(layer, methods, matching[0])
+        else:
+            self._skip(layer, "left alone, as asked")
+            self.obeyed.add(matching[0])
+
+    def _decide(
+        self, layer: _Layer, methods: tuple[Method, ...], selector: Selector | None
+    ) -> None:
+        try:
+            self.changes.append(_change_for(layer, methods))
+        except CannotConvertError as error:
+            self._skip(layer, str(error))
+            self.refused.append(f"{layer}: {error}")
+        except (_NoRule, LeaveAlone) as reason:
+            skipped = self._skip(layer, str(reason), always=isinstance(reason, LeaveAlone))
+            if selector is not None:
+                self.vain.setdefault(selector, []).append(skipped)
+            return
+        if selector is not None:
+            self.obeyed.add(selector)
+
+    @property
+    def all_methods(self) -> tuple[Method, ...]:
+        """Each method once, in the order in which they were given."""
+        found = list(self.methods)
+        for choice in (self.selectors or {}).values():
+            found += [choice] if isinstance(choice, Method) else choice or ()
+        return tuple(dict.fromkeys(found))
+
+    def cover_calls(self, layers: list[_Layer]) -> None:
+        converted = {change.layer.module for change in self.changes}
+        for layer in layers:
+            if layer.module in converted:
+                continue
+            swap = swap_for_calls(layer.module, layer.kind, self.all_methods)
+            if swap is None:
+                continue
+            if reason := _class_changed(layer.module):
+                self.refused.append(f"{layer}: {reason}")
+            else:
+                self.covered.append((layer, swap))
+
+    def _skip(self, layer: _Layer, reason: str, always: bool = False) -> Skipped:
+        """Notes that the layer stays as it is; a container only `always`, where a rule says so."""
+        skipped = Skipped(layer.names, layer.kind.__name__, reason)
+        if always or not layer.is_container:
+            self.skipped.append(skipped)
+        return skipped
+
+    def unmatched(self) -> list[Selector]:
+        """Selectors that match no module."""
+        return [key for key in self.selectors or () if key not in self.matched]
+
+    def check(self, layers: list[_Layer]) -> None:
+        """Raises for what is likely not meant."""
+        if self.refused:
+            raise CannotConvertError(
+                f"{_first(self.refused)}. To leave such layers as they are, pick them with None at"
+                " the head of the mapping, or pass strict=False"
+            )
+        mistaken = [selector for selector in self.unmatched() if not isinstance(selector, type)]
+        if mistaken:
+            raise NothingMatchedError(
+                f"{_near_misses(mistaken, layers)}. {_inventory(layers)}; strict=False accepts"
+                " selectors that match nothing"
+            )
+        for selector, rows in self.vain.items():
+            if selector not in self.obeyed:
+                reasons = dict.fromkeys(f"{row.names[0]!r}: {row.reason}" for row in rows)
+                raise CannotConvertError(
+                    f"{_text(selector)} picks nothing that its method has a rule for"
+                    f" ({_first(list(reasons))}); strict=False leaves all of it as it is"
+                )
+
+    def check_not_empty(self, layers: list[_Layer]) -> None:
+        if self.changes or self.covered:
+            return
+        parts = [f"no layer would be converted. {_inventory(layers)}"]
+        if unmatched := self.unmatched():
+            parts.append(_near_misses(unmatched, layers))
+        reasons = dict.fromkeys(f"{row.kind}: {row.reason}" for row in self.skipped)
+        parts.append(f"Reasons: {_first(list(reasons))}" if reasons else "It has no layers")
+        raise NothingMatchedError(". ".join(parts))
+
+    def conversion(self, model: nn.Module) -> Conversion:
+        replaced = tuple(
+            Replaced(
+                change.layer.names,
+                change.layer.kind.__name__,
+                _public_name(change.swap.kind),
+                change.method,
+            )
+            for change in self.changes
+        )
+        unmatched = tuple(_text(selector) for selector in self.unmatched())
+        kind = _kind(model).__name__
+        covered = tuple(layer.names[0] for layer, _ in self.covered)
+        return Conversion(kind, replaced, tuple(self.skipped), unmatched, covered, converted=model)
+
+
+def _change_for(layer: _Layer, methods: tuple[Method, ...]) -> _Change:
+    """What the first method that can makes of the layer. Raises where none can, with the reason."""
+    rules = [(rule, method) for method in methods if (rule := find_rule(method, layer.kind))]
+    if not rules:
+        raise _NoRule(_why_no_rule(layer, methods))
+    if "forward" in vars(layer.module):
+        raise CannotConvertError(
+            "its forward was replaced on the instance (accelerate's hooks and patches do so), which"
+            " another class would not change; convert before that"
+        )
+    if reason := _class_changed(layer.module):
+        raise CannotConvertError(reason)
+    plain = _swap.plain(layer.module)
+    refusals, reasons = [], []
+    for rule, method in rules:
+        try:
+            return _Change(layer, rule(method, plain), method)
+        except CannotConvertError as error:
+            refusals.append(error)
+        except LeaveAlone as reason:
+            reasons.append(reason)
+    raise refusals[0] if refusals else reasons[0]
+
+
+def _why_no_rule(layer: _Layer, methods: tuple[Method, ...]) -> str:
+    kind = layer.kind
+    if kind.__module__.startswith("packlight."):
+        return "a layer of packlight already"
+    if issubclass(kind, LazyModuleMixin):
+        return "not initialised yet; run one forward pass first"
+    if parametrize.is_parametrized(layer.module):
+        return "parametrized, which makes a class of its own; convert first, parametrize afterwards"
+    for base in kind.__mro__[1:]:
+        if any(find_rule(method, base) for method in methods):
+            return f"a subclass of {base.__name__}, whose forward may differ; rules match exactly"
+    names = " or ".join(type(method).__name__ for method in methods)
+    return f"no rule of {names}"
+
+
+def _class_changed(module: nn.Module) -> str | None:
+    """Why a converted module can neither be reverted nor converted anew, None if it can."""
+    was = _swap.former(module)
+    if was is None or type(module) is was.swap.kind:
+        return None
+    return (
+        f"its class has become {type(module).__name__} since it was converted (a parametrization or"
+        " fully_shard?); undo that first"
+    )
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+_SHOWN = 6
+
+
+def _first(texts: list[str]) -> str:
+    rest = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return "; ".join(texts[:_SHOWN]) + rest
+
+
+def _text(selector: Selector) -> str:
+    if isinstance(selector, str):
+        return repr(selector)
+    return getattr(selector, "__name__", repr(selector))
+
+
+def _public_name(kind: type[nn.Module]) -> str:
+    """Where users find the class: the folder of its method, if that hands it out."""
+    folder = kind.__module__.rpartition(".")[0]
+    public = getattr(sys.modules.get(folder), kind.__name__, None) is kind
+    return f"{folder if public else kind.__module__}.{kind.__qualname__}"
+
+
+def _inventory(layers: Iterable[_Layer]) -> str:
+    counts = Counter(layer.kind.__name__ for layer in layers if not layer.is_container)
+    kinds = [f"{count} {kind}" for kind, count in counts.most_common()]
+    return f"The model has {', '.join(kinds) or 'no layers'}"
+
+
+def _near_misses(selectors: Iterable[Selector], layers: list[_Layer]) -> str:
+    names = [name for layer in layers for name in layer.names if name]
+    kinds = list(dict.fromkeys(layer.kind for layer in layers))
+    kind_names = [kind.__name__ for kind in kinds]
+    candidates = list(
+        dict.fromkeys([*(without_numbers(name) for name in names), *kind_names, *names])
+    )
+    parts = []
+    for selector in selectors:
+        near: list[str] = []
+        if isinstance(selector, str):
+            near = difflib.get_close_matches(selector, candidates, n=3)
+        elif isinstance(selector, type):
+            near = [kind.__name__ for kind in kinds if issubclass(kind, selector)]
+        hint = f" (near: {', '.join(near)})" if near else ""
+        parts.append(f"{_text(selector)} matches no module{hint}")
+    return "; ".join(parts)

@@ -1,0 +1,349 @@
+"""`convert(..., functional=True)`: calls of torch functions in a model's own code."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from packlight import FewBit, FixedPoint, GroupQuant, Inverted, convert, profile, revert
+from packlight.errors import CannotConvertError, NothingMatchedError
+from packlight.method import _calls
+from packlight.sketch import Sketch
+
+NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
+FINE = (NEAREST, FewBit(bits=8))
+
+
+class Gated(nn.Module):
+    def __init__(self, width=64):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Net(nn.Module):
+    def __init__(self, width=64, reentrant=None):
+        super().__init__()
+        self.gated = nn.ModuleList([Gated(width), Gated(width)])
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.reentrant = reentrant
+
+    def forward(self, x, *, scale=1.0):
+        for module in self.gated:
+            if self.reentrant is None:
+                x = x + module(x)
+            else:
+                x = x + checkpoint(module, x, use_reentrant=self.reentrant)
+        q, k, v = (part.unflatten(-1, (4, -1)).mT for part in self.qkv(self.norm(x)).chunk(3, -1))
+        q, k, v = (part.permute(0, 3, 1, 2) for part in (q, k, v))
+        return F.relu(F.scaled_dot_product_attention(q, k, v)) * scale
+
+
+def gradients(model, x):
+    model.zero_grad()
+    torch.manual_seed(1)
+    y = model(x)
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def operations(model, x):
+    return set(profile(model, x).by_operation())
+
+
+def test_calls_keep_less_and_give_the_same_results():
+    torch.manual_seed(0)
+    plain, x = Net(), torch.randn(2, 32, 64)
+    model = copy.deepcopy(plain)
+    conversion = convert(model, FINE, functional=True)
+    assert conversion.functional == ("", "gated.0", "gated.1")
+    assert "calls of torch functions are covered in 3 modules" in str(conversion)
+    assert torch.equal(model(x), plain(x))
+    for ours, theirs in zip(gradients(model, x), gradients(plain, x), strict=True):
+        assert (ours - theirs).norm() < 0.06 * theirs.norm()
+    kept = profile(model, x)
+    assert not {"SiluBackward0", "ReluBackward0"} & kept.by_operation().keys()
+    assert {"_MultiplicationBackward", "_AttentionBackward"} <= kept.by_operation().keys()
+    change = conversion.bytes(x)
+    assert change.after.activation_bytes == kept.activation_bytes
+    assert change.before.activation_bytes == profile(plain, x).activation_bytes
+    assert change.before.activation_bytes > 3 * kept.activation_bytes
+
+
+def test_a_product_of_an_activation_keeps_nothing_for_it():
+    model, x = Gated(), torch.randn(128, 64)
+    convert(model, GroupQuant(bits=4), functional=True)
+    # Packs of the input, of gate and of up: the activation and the product are rebuilt.
+    assert profile(model, x).activation_bytes == 3 * x.numel() * 17 // 32
+
+
+def test_eval_and_no_grad_run_the_plain_functions():
+    model, x = Net(), torch.randn(2, 32, 64)
+    plain = copy.deepcopy(model)
+    convert(model, [GroupQuant()], functional=True)
+    seen = []
+    model.norm.register_forward_hook(lambda *_: seen.append(_get_current_function_mode_stack()))
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+    model.eval(), plain.eval()
+    assert all(map(torch.equal, gradients(model, x), gradients(plain, x)))
+    assert seen == [[], []]
+    model.train()
+    model(x)
+    assert len(seen[-1]) == 1  # once, also within the modules of the model
+
+
+def test_layers_of_torch_are_left_to_the_rules_for_layers():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.fc = nn.GELU(), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return F.gelu(self.act(self.fc(x)))
+
+    model, x = Mixed(), torch.randn(64, 32)
+    conversion = convert(model, {"act": None, nn.Linear: GroupQuant()}, functional=True)
+    assert conversion.functional == ("",)
+    operations = profile(model, x).by_operation()
+    assert "GeluBackward0" in operations  # of the layer
+    assert "_ActivationBackward" in operations  # of the call
+
+
+def test_calls_alone_are_a_conversion():
+    class Calls(nn.Module):
+        def forward(self, x):
+            return F.gelu(x)
+
+    model, x = Calls(), torch.randn(64, 32, requires_grad=True)
+    with pytest.raises(NothingMatchedError):
+        convert(model, FewBit())
+    assert convert(model, FewBit(bits=2), functional=True).replaced == ()
+    assert profile(model, x).activation_bytes == 64 * 32 * 2 / 8 + 1
+    with pytest.raises(NothingMatchedError):
+        convert(nn.Flatten(), FewBit(), functional=True)
+    assert revert(model) == 1
+    assert type(model) is Calls
+
+
+def test_the_first_method_with_a_rule_for_the_function_counts():
+    class Calls(nn.Module):
+        def forward(self, x):
+            return F.dropout(F.gelu(x), 0.5)
+
+    x = torch.randn(64, 32, requires_grad=True)
+    for methods, kept in (
+        ([FewBit(bits=2), GroupQuant()], 2 + 1 + 8 / 2048),  # and a flag of one byte
+        ([GroupQuant(bits=8), FewBit(bits=2)], 8.25 + 1),
+        ({nn.Linear: GroupQuant(bits=8), nn.GELU: FewBit()}, 8.25 + 1),
+    ):
+        model = Calls()
+        convert(model, methods, functional=True)
+        assert profile(model, x).activation_bytes == x.numel() * kept / 8
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_recomputes_with_the_calls_covered(reentrant):
+    model, x = Net(), torch.randn(2, 32, 64, requires_grad=True)
+    convert(model, FINE, functional=True)
+    expected = gradients(model, x)
+    model.reentrant = reentrant
+    for ours, theirs in zip(gradients(model, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)  # sums in another order
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_of_a_function_recomputes_plainly_or_raises(reentrant):
+    class Inline(nn.Module):
+        def forward(self, x):
+            return checkpoint(lambda x: F.gelu(x) * 2, x, use_reentrant=reentrant)
+
+    model, x = Inline(), torch.randn(64, 32, requires_grad=True)
+    convert(model, FewBit(bits=1), functional=True)
+    loss = model(x).sum()
+    if reentrant:
+        loss.backward()
+        plain = torch.func.grad(lambda x: (F.gelu(x) * 2).sum())(x.detach())
+        torch.testing.assert_close(x.grad, plain)
+    else:
+        with pytest.raises(CheckpointError):
+            loss.backward()
+
+
+def test_an_exception_leaves_nothing_behind():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    model = Fails()
+    convert(model, FewBit(), functional=True)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(2, requires_grad=True))
+    assert _get_current_function_mode_stack() == []
+
+
+def test_it_compiles_without_a_break_to_the_same_gradients(fresh_compiler):
+    model, x = Net(), torch.randn(2, 32, 64)
+    convert(model, FINE, functional=True)
+    expected = gradients(model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(gradients(compiled, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    plain = copy.deepcopy(model)
+    revert(plain)
+    assert not torch.equal(gradients(plain, x)[0], expected[0])  # there is a difference to see
+
+
+def test_it_copies_pickles_reverts_and_keeps_its_name_and_signature():
+    model, x = Net(), torch.randn(2, 32, 64)
+    signature, keys = inspect.signature(model.forward), vars(model).keys() | set()
+    convert(model, FINE, functional=True)
+    assert isinstance(model, Net)
+    assert type(model).__name__ == "Net"
+    assert inspect.signature(model.forward) == signature
+    expected = gradients(model, x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for clone in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    ):
+        assert type(clone) is type(model)
+        assert all(map(torch.equal, gradients(clone, x), expected))
+        assert revert(clone) == 11
+        assert (type(clone), type(clone.gated[0])) == (Net, Gated)
+    once = type(model)
+    convert(model, FINE, functional=True)
+    assert type(model) is once
+    assert revert(model) == 11
+    assert vars(model).keys() == keys
+
+
+def test_what_our_functions_do_not_take_is_left_to_torch():
+    class Calls(nn.Module):
+        def forward(self, x):
+            out = torch.empty(4)
+            torch.tanh(torch.ones(4), out=out)
+            assert torch.relu(torch.arange(-2, 2)).tolist() == [0, 0, 0, 1]
+            assert torch.tanh(torch.ones(2, dtype=torch.complex64)).is_complex()
+            return x * out * 2.0 + torch.mul(x, x)
+
+    model, x = Calls(), torch.randn(4, requires_grad=True)
+    plain = Calls()(x)
+    convert(model, [GroupQuant(), FewBit()], functional=True)
+    assert torch.equal(model(x), plain)
+
+
+def test_a_class_changed_since_is_refused():
+    from torch.nn.utils import parametrize
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return F.gelu(x @ self.weight)
+
+    model = Own()
+    convert(model, FewBit(), functional=True)
+    parametrize.register_parametrization(model, "weight", nn.Identity())
+    with pytest.raises(CannotConvertError, match="its class has become"):
+        convert(model, FewBit(), functional=True)
+
+
+# --- Every rule for a function.
+
+X = torch.randn(4, 16, 8, 8)
+ARGUMENTS = {
+    F.batch_norm: lambda x: (x, None, None, None, None, True),
+    F.conv1d: lambda x: (x.flatten(2), torch.ones(4, 16, 3, requires_grad=True)),
+    F.conv2d: lambda x: (x, torch.ones(4, 16, 3, 3, requires_grad=True)),
+    F.conv3d: lambda x: (x.unsqueeze(2), torch.ones(4, 16, 1, 3, 3, requires_grad=True)),
+    F.conv_transpose1d: lambda x: (x.flatten(2), torch.ones(16, 4, 3, requires_grad=True)),
+    F.conv_transpose2d: lambda x: (x, torch.ones(16, 4, 3, 3, requires_grad=True)),
+    F.conv_transpose3d: lambda x: (x.unsqueeze(2), torch.ones(16, 4, 1, 3, 3, requires_grad=True)),
+    F.dropout: lambda x: (x, 0.0),
+    F.elu: lambda x: (x, 0.5),
+    F.gelu: lambda x: (x,),
+    F.glu: lambda x: (x.flatten(1),),
+    F.group_norm: lambda x: (x, 4),
+    F.hardtanh: lambda x: (x, -0.5, 0.75),
+    F.layer_norm: lambda x: (x.flatten(2), (64,)),
+    F.leaky_relu: lambda x: (x, 0.2),
+    F.linear: lambda x: (x, torch.ones(3, 8, requires_grad=True)),
+    F.max_pool1d: lambda x: (x.flatten(2), 2),
+    F.max_pool2d: lambda x: (x, 2),
+    F.max_pool3d: lambda x: (x, (1, 2, 2)),
+    F.rms_norm: lambda x: (x.flatten(2), (64,)),
+    F.scaled_dot_product_attention: lambda x: (x, x * 0.5, x * 2),
+    F.softplus: lambda x: (x, 1.5, 10.0),
+    F.threshold: lambda x: (x, 0.1, -1.0),
+    Tensor.mul: lambda x: (torch.sigmoid(x), x),
+    torch.mul: lambda x: (torch.tanh(x), x),
+}
+METHODS = {
+    FewBit: FewBit(bits=8), FixedPoint: FixedPoint(bits=8), GroupQuant: NEAREST,
+    Inverted: Inverted(), Sketch: Sketch(rows=8, min_rows=1),
+}  # fmt: skip
+INPLACE = (F.relu, F.silu, F.elu, F.hardswish, F.leaky_relu, F.mish, F.selu, F.celu, F.hardtanh)
+
+
+class Function(nn.Module):
+    def __init__(self, function, **keywords):
+        super().__init__()
+        self.function = function
+        self.keywords = keywords
+
+    def forward(self, x):
+        arguments = ARGUMENTS.get(self.function, lambda x: (x,))(x * 1.0)
+        return self.function(
+            *(part.requires_grad_() for part in arguments[:1]), *arguments[1:], **self.keywords
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "function"),
+    _calls,
+    ids=[
+        f"{method.__name__}-{function.__name__}-{i}" for i, (method, function) in enumerate(_calls)
+    ],
+)
+def test_every_function_gives_torch_s_results(method, function):
+    for keywords in ({}, {"inplace": True}) if function in INPLACE else ({},):
+        plain = Function(function, **keywords)
+        model = copy.deepcopy(plain)
+        convert(model, METHODS[method], functional=True)
+        results = []
+        for module in (plain, model):
+            x = X.clone().requires_grad_()
+            y = module(x)
+            y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+            results.append((y.detach(), x.grad))
+        (y, grad), (ours, our_grad) = results
+        assert torch.equal(ours, y)
+        assert (our_grad - grad).norm() <= 0.08 * grad.norm()  # elu and selu jump at 0
+        name = getattr(function, "__name__", "")
+        assert name in ("linear", "dropout") or operations(model, X.clone().requires_grad_()) != (
+            operations(plain, X.clone().requires_grad_())
+        )
+
+
+def test_attention_is_packed_at_8_bits_whatever_the_method():
+    model = Function(F.scaled_dot_product_attention)
+    convert(model, GroupQuant(bits=2), functional=True)
+    kept = profile(model, X.clone().requires_grad_())
+    packed = sum(row.bytes for row in kept.rows if row.dtype == "uint8")
+    assert packed == 4 * X.numel()

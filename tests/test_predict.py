@@ -1,0 +1,157 @@
+"""`predict`: what a run would keep, without the run."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import packlight
+from packlight import FewBit, GroupQuant, Inverted, convert, predict, profile
+from packlight.errors import InputError
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    def __init__(self, width=64):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.attention = Attention(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, width))
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        x = x + self.drop(self.attention(self.norms[0](x)))
+        return x + F.dropout(self.mlp(self.norms[1](x)), 0.1, self.training)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def conv_net():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, groups=4), nn.GroupNorm(4, 16), nn.SiLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+MODELS = {
+    "transformer": (lambda: nn.Sequential(Block(), Block()), (2, 24, 64)),
+    "checkpointed": (Checkpointed, (2, 24, 64)),
+    "convolutions": (conv_net, (4, 3, 20, 20)),
+}
+METHODS = [None, [GroupQuant(), FewBit()], Inverted(), packlight.DEFAULT_METHODS]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("methods", METHODS, ids=["plain", "packs", "inverted", "default"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_the_prediction_is_what_a_run_keeps(name, methods, autocast):
+    make, shape = MODELS[name]
+    model, x = make(), torch.randn(shape)
+    if methods is not None:
+        convert(model, methods, functional=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        run, predicted = profile(model, x), predict(model, x)
+    assert abs(predicted.activation_bytes - run.activation_bytes) <= 0.03 * run.activation_bytes
+    for part in ("parameter_bytes", "buffer_bytes", "input_bytes", "allocated_bytes", "peak_bytes"):
+        assert getattr(predicted, part) == getattr(run, part)
+    assert predicted.by_module().keys() == run.by_module().keys()
+    assert predicted.by_operation().keys() == run.by_operation().keys()
+
+
+def test_nothing_of_the_model_changes_and_no_random_number_is_drawn():
+    model, x = nn.Sequential(conv_net(), nn.Dropout(0.5)), torch.randn(4, 3, 20, 20)
+    before = copy.deepcopy(model.state_dict())
+    generator = torch.get_rng_state()
+    predict(model, x)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+
+
+def test_a_model_without_memory_is_predicted_as_one_with_it():
+    model, x = Block(), torch.randn(2, 24, 64)
+    expected = predict(model, x)
+    with torch.device("meta"):
+        meta, meta_x = Block(), torch.randn(2, 24, 64)
+    with FakeTensorMode():
+        fake, fake_x = Block(), torch.randn(2, 24, 64)
+    assert predict(meta, meta_x) == predict(fake, fake_x) == expected
+    assert predict(meta, x) == expected
+
+
+def test_a_model_that_fits_nowhere():
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(65536, 65536) for _ in range(8)))
+        x = torch.empty(2**16, 65536)
+    report = predict(model, x)
+    assert report.parameter_bytes > 2**37
+    assert report.activation_bytes == 7 * 2**34
+
+
+def test_loss_keywords_and_structures_are_taken():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, batch, scale=1.0):
+            return {"out": torch.tanh(self.fc(batch["x"])) * scale}
+
+    model, x, target = Model(), torch.randn(4, 8), torch.randint(8, (4,))
+    call = {"loss": lambda y: F.cross_entropy(y["out"], target), "scale": torch.ones(())}
+    assert (
+        predict(model, {"x": x}, **call).by_operation()
+        == profile(model, {"x": x}, **call).by_operation()
+    )
+
+
+def test_tied_weights_are_counted_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    x = torch.randn(2, 8)
+    assert predict(model, x).parameter_bytes == profile(model, x).parameter_bytes == 4 * 80
+
+
+def test_what_depends_on_values_names_the_operation_and_the_line():
+    class Peeks(nn.Module):
+        def forward(self, x):
+            return x * x.max().item()
+
+    with pytest.raises(
+        InputError, match=r"_local_scalar_dense.*test_predict\.py:\d+.* needs the val"
+    ):
+        predict(Peeks(), torch.randn(3, requires_grad=True))
+
+
+def test_what_cannot_be_predicted():
+    with pytest.raises(InputError, match="no copy without values"):
+        predict(F.gelu, torch.randn(3))
+    with pytest.raises(InputError, match="not initialised"):
+        predict(nn.LazyLinear(3), torch.randn(3, 3))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device cuda is not there"):
+            predict(nn.GELU(), torch.randn(3), device="cuda")
