@@ -230,9 +230,9 @@ def test_compiles_to_the_same_gradients(norm, inplace, fresh_compiler):
 
 def test_every_layer_compiles(fresh_compiler):
     model = nn.Sequential(
-        groupquant.Conv2d(C, C, 4, padding="same", padding_mode="circular"),
-        groupquant.GroupNorm(4, C),
-        groupquant.ConvTranspose2d(C, C, 3, padding=1),
+        groupquant.Conv2d(C, C, 4, padding="same", padding_mode="circular", rounding="nearest"),
+        groupquant.GroupNorm(4, C, rounding="nearest"),
+        groupquant.ConvTranspose2d(C, C, 3, padding=1, rounding="nearest"),
         fixed_point.BatchNorm2d(C, momentum=0.2),
     )
     x = hidden()

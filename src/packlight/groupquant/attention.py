@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
 from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, Rebuild, new_pack
+from packlight.groupquant.packs import KEEPS, Rebuild, draw, new_pack
 from packlight.sharing import Pack
 
 _aten = torch.ops.aten
@@ -34,18 +34,22 @@ class _Attention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        mask: Tensor | None,
         backend: int,
         dropout_p: float,
         is_causal: bool,
         scale: float | None,
         method: GroupQuant,
+        *seeds: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = (query, key, value)
+        groups = _repeats(query, key, backend)
+        qkv = (query, _repeated(key, groups), _repeated(value, groups))
+        bias = _bias(mask, query, key, backend)
         # Sizes that the backward pass asks for, and tensors: the statistic first.
         sizes: tuple[int, ...] = ()
         if query.device.type == "cpu":
             out, *tensors = _aten._scaled_dot_product_flash_attention_for_cpu(
-                *qkv, dropout_p, is_causal, scale=scale
+                *qkv, dropout_p, is_causal, attn_mask=bias, scale=scale
             )
         elif backend == SDPBackend.FLASH_ATTENTION.value:
             out, *tensors = _aten._scaled_dot_product_flash_attention(
@@ -54,19 +58,21 @@ class _Attention(torch.autograd.Function):
             tensors, sizes = [*tensors[:3], *tensors[5:7]], tuple(tensors[3:5])
         elif backend == SDPBackend.CUDNN_ATTENTION.value:
             out, *tensors = _aten._scaled_dot_product_cudnn_attention(
-                *qkv, None, True, dropout_p, is_causal, False, scale=scale
+                *qkv, bias, True, dropout_p, is_causal, False, scale=scale
             )
             tensors, sizes = [*tensors[:3], *tensors[5:7]], tuple(tensors[3:5])
         else:
             out, *tensors = _aten._scaled_dot_product_efficient_attention(
-                *qkv, None, True, dropout_p, is_causal, scale=scale
+                *qkv, bias, True, dropout_p, is_causal, scale=scale
             )
-        packed = [new_pack(x, method) for x in (*qkv, out)]
+        own = (query, key, value, out)
+        packed = [new_pack(x, method, seed) for x, seed in zip(own, seeds, strict=True)]
         codes, scales = packed[3][1]
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
         ctx.rebuilds = [rebuild for rebuild, _ in packed]
-        ctx.save_for_backward(*(part for _, pack in packed for part in pack), *tensors)
+        # The mask as it was given: a bias made of it would be four times as large, for each layer.
+        ctx.save_for_backward(*(part for _, pack in packed for part in pack), mask, *tensors)
         ctx.settings = (query.dtype, backend, dropout_p, is_causal, scale, sizes)
         return sharing.notable(out), codes, scales
 
@@ -74,18 +80,22 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
         if grad_output is None:
-            return (None,) * 8
+            return (None,) * 13
         dtype, backend, dropout_p, is_causal, scale, sizes = ctx.settings
         saved = ctx.saved_tensors
         kept = [
             rebuild(dtype, saved[2 * i], saved[2 * i + 1]) for i, rebuild in enumerate(ctx.rebuilds)
         ]
-        statistic, *tensors = saved[8:]
-        common = (grad_output, *kept, statistic)
+        mask, statistic, *tensors = saved[8:]
+        query, key, value, out = kept
+        groups = _repeats(query, key, backend)
+        bias = _bias(mask, query, key, backend)
+        qkv = (query, _repeated(key, groups), _repeated(value, groups))
+        common = (grad_output, *qkv, out, statistic)
         flags = (dropout_p, is_causal)
         if grad_output.device.type == "cpu":
             grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *common, *flags, scale=scale
+                *common, *flags, attn_mask=bias, scale=scale
             )
         elif backend == SDPBackend.FLASH_ATTENTION.value:
             grads = _aten._scaled_dot_product_flash_attention_backward(
@@ -93,15 +103,54 @@ class _Attention(torch.autograd.Function):
             )
         elif backend == SDPBackend.CUDNN_ATTENTION.value:
             grads = _aten._scaled_dot_product_cudnn_attention_backward(
-                *common, *tensors[2:], None, *tensors[:2], *sizes, *flags, scale=scale
+                *common, *tensors[2:], bias, *tensors[:2], *sizes, *flags, scale=scale
             )
         else:
-            dy, q, k, v, out, _ = common
             grads = _aten._scaled_dot_product_efficient_attention_backward(
-                dy, q, k, v, None, out, statistic, *tensors, dropout_p,
+                grad_output, *qkv, bias, out, statistic, *tensors, dropout_p,
                 [*ctx.needs_input_grad[:3], False], is_causal, scale=scale,
             )  # fmt: skip
-        return *grads[:3], *[None] * 5
+        dq, dk, dv = grads[:3]
+        return dq, _summed(dk, groups), _summed(dv, groups), *[None] * 10
+
+
+# --- What torch does before it calls its kernels.
+
+
+def _bias(mask: Tensor | None, query: Tensor, key: Tensor, backend: int) -> Tensor | None:
+    """A mask as torch's kernels take it: numbers that are added to the scores."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        allowed = torch.zeros((), dtype=query.dtype, device=query.device)
+        mask = torch.where(mask, allowed, -torch.inf)
+    if query.device.type == "cpu" or backend != SDPBackend.EFFICIENT_ATTENTION.value:
+        return mask
+    if mask.stride(-1) != 1 or any(stride % _ALIGNED for stride in mask.stride()[:-1]):
+        length = mask.shape[-1]
+        mask = F.pad(mask, (0, _ALIGNED - length % _ALIGNED))[..., :length]
+    return mask.expand(*query.shape[:3], key.shape[2])
+
+
+_ALIGNED = 8  # elements between rows of a bias, for the memory-efficient kernel
+
+
+def _repeats(query: Tensor, key: Tensor, backend: int) -> int:
+    """How often heads of key and value must be repeated, for kernels that do not do so."""
+    if query.device.type == "cpu" or backend == SDPBackend.FLASH_ATTENTION.value:
+        return 1
+    return query.shape[-3] // key.shape[-3]
+
+
+def _repeated(x: Tensor, groups: int) -> Tensor:
+    return x if groups == 1 else x.repeat_interleave(groups, dim=-3)
+
+
+def _summed(gradient: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return gradient
+    heads = gradient.shape[-3] // groups
+    return gradient.view(*gradient.shape[:-3], heads, groups, *gradient.shape[-2:]).sum(-3)
 
 
 # --- Which of torch's kernels: asked of torch, through the tracer where a region is compiled.
@@ -120,17 +169,44 @@ _NODES = {
 _traced: dict[str, int] = {}
 
 
-def _choose(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool) -> int:
+def _choose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+) -> int:
     enable_gqa = query.shape[-3] != key.shape[-3]
+    backend = _choice(query, key, value, mask, dropout_p, is_causal, enable_gqa)
+    if enable_gqa and backend not in _FUSED:
+        # Of as many heads as the query has, which `_repeated` will make.
+        shape = (*query.shape[:-2], *key.shape[-2:])
+        key, value = (x[:, :1].expand(shape) for x in (key, value))
+        backend = _choice(query, key, value, mask, dropout_p, is_causal, False)
+    return backend
+
+
+def _choice(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> int:
     if not isinstance(query, FakeTensor):
         return torch._fused_sdp_choice(
-            query, key, value, None, dropout_p, is_causal, enable_gqa=enable_gqa
+            query, key, value, mask, dropout_p, is_causal, enable_gqa=enable_gqa
         )
     # Of tensors without values that operator says "math", whatever torch takes for them.
+    if mask is not None:  # torch makes numbers of booleans, and here some that do have values
+        mask = query.new_empty(mask.shape)
     with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         out = F.scaled_dot_product_attention(
-            q, k, v, None, dropout_p, is_causal, enable_gqa=enable_gqa
+            q, k, v, mask, dropout_p, is_causal, enable_gqa=enable_gqa
         )
     assert out.grad_fn is not None
     return _NODES.get(out.grad_fn.name(), SDPBackend.MATH.value)
@@ -142,10 +218,12 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 def _ask_tracer(context: Any) -> None:
     query, key, value = (context.get_local(name).as_fake() for name in ("query", "key", "value"))
+    mask = context.get_local("mask")
     dropout_p, is_causal = (
         context.get_local(name).as_python_constant() for name in ("dropout_p", "is_causal")
     )
-    _traced["backend"] = _choose(query, key, value, dropout_p, is_causal)
+    fake_mask = None if mask.python_type() is type(None) else mask.as_fake()
+    _traced["backend"] = _choose(query, key, value, fake_mask, dropout_p, is_causal)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -153,7 +231,14 @@ def _told_backend() -> int:
     return _traced["backend"]
 
 
-def _backend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool) -> int:
+def _backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+) -> int:
     """The number of the kernel that torch would take."""
     if torch.compiler.is_compiling():
         from torch._dynamo.comptime import comptime
@@ -163,7 +248,7 @@ def _backend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_cau
         comptime(_ask_tracer)
         backend: int = _told_backend()
         return backend
-    return _choose(query, key, value, dropout_p, is_causal)
+    return _choose(query, key, value, mask, dropout_p, is_causal)
 
 
 _attend: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Attention.apply
@@ -190,7 +275,11 @@ def scaled_dot_product_attention(
     query and key, with the exact statistic. 8 bits are the default; with 4 the recomputed
     probabilities are off by a tenth.
 
-    Where torch would not take a fused kernel, with an explicit `attn_mask`, and where the head
+    A mask is kept as it is given, once for all layers that read it; torch keeps a bias made of it
+    for each. With `enable_gqa` the heads of key and value are packed once, also where the kernel
+    needs them repeated.
+
+    Where torch would not take a fused kernel, where the mask needs a gradient, and where the head
     dimension is no multiple of 8, torch's own function runs and keeps what it keeps.
     """
     method = GroupQuant(bits, group_size, rounding)
@@ -205,19 +294,27 @@ def scaled_dot_product_attention(
 
     qkv = (query, key, value)
     kind = query.device.type
-    if not any(needs_gradient(x) for x in qkv) or attn_mask is not None or query.dim() != 4:
+    if query.dim() != 4 or (attn_mask is not None and attn_mask.requires_grad):
         return plain()
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        qkv = (query.to(dtype), key.to(dtype), value.to(dtype))
     if query.shape[-1] % 8 or value.shape[-1] != query.shape[-1]:
         return plain()
     if query.shape[-3] != key.shape[-3] and not enable_gqa:
         return plain()  # which raises, as torch does
-    backend = _backend(*qkv, dropout_p, is_causal)
+    seeds = [draw(x, method) for x in (*qkv, query)]
+    if not any(needs_gradient(x) for x in qkv):
+        return plain()
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        qkv = (query.to(dtype), key.to(dtype), value.to(dtype))
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(dtype)
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, qkv[0].dtype):
+        return plain()
+    backend = _backend(*qkv, attn_mask, dropout_p, is_causal)
     if backend not in _FUSED:
         return plain()
-    out, codes, scales = _attend(*qkv, backend, dropout_p, is_causal, scale, method)
+    flags = (backend, dropout_p, is_causal, scale)
+    out, codes, scales = _attend(*qkv, attn_mask, *flags, method, *seeds)
     layout = (tuple(out.shape), out.stride(), out.numel(), bits, group_size)
     sharing.note_output(out, Pack(Rebuild(*layout), tuple(out.shape), (codes, scales)))
     return out

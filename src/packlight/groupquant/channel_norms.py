@@ -162,11 +162,12 @@ def batch_norm(
     """
     check_tensor(input, "batch_norm")
     method = GroupQuant(bits, group_size, rounding)
+    seed = draw(input, method) if training else None
     if not training or not norm_worth_packing(input, weight, bias) or input.numel() < group_size:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, *kept = _apply_batch_norm(
         input, weight, bias, running_mean, running_var, momentum, eps, bits, group_size,
-        draw(input, method),
+        seed,
     )  # fmt: skip
     return _noted(y, method, tuple(kept))
 
@@ -192,12 +193,11 @@ def group_norm(
     def plain(x: Tensor) -> Tensor:
         return F.group_norm(x, num_groups, weight, bias, eps)
 
+    seed = draw(input, method)
     if not norm_worth_packing(input, weight, bias) or input.numel() < group_size:
         return plain(input)
     if input.shape[1] % num_groups or (weight is not None and weight.numel() != input.shape[1]):
         return plain(input)  # raises
     x = autocast(input, None, lambda empty: plain(empty.view(0, input.shape[1])))
-    y, *kept = _apply_group_norm(
-        x, weight, bias, num_groups, eps, bits, group_size, draw(x, method)
-    )
+    y, *kept = _apply_group_norm(x, weight, bias, num_groups, eps, bits, group_size, seed)
     return _noted(y, method, tuple(kept[:3]))

@@ -21,7 +21,7 @@ from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, pack_input, worth_packing
+from packlight.groupquant.packs import KEEPS, draw, is_frozen, pack_input, worth_packing
 from packlight.sharing import Pack
 
 Size = int | Sequence[int]
@@ -148,8 +148,8 @@ def _check_shapes(x: Tensor, weight: Tensor, geometry: _Geometry) -> None:
         )
 
 
-def _packs(x: Tensor, weight: Tensor, method: GroupQuant) -> bool:
-    return needs_gradient(weight) and worth_packing(x, method)
+def _may_pack(x: Tensor, weight: Tensor, method: GroupQuant) -> bool:
+    return not is_frozen(weight) and worth_packing(x, method)
 
 
 def _same_padding(weight: Tensor, dilation: Sequence[int]) -> list[int]:
@@ -192,9 +192,12 @@ def _convolution(
         # An odd number: torch, too, adds the one that is left at the far end.
         widths = [width for total in reversed(added) for width in (0, total % 2)]
         x = pad(x, weight, widths, "constant", method)
-    if not _packs(x, weight, method):
+    if not _may_pack(x, weight, method):
         return geometry.forward(x, weight, bias)
-    kept = pack_input(x, method)
+    seed = draw(x, method)
+    if not needs_gradient(weight):
+        return geometry.forward(x, weight, bias)
+    kept = pack_input(x, method, seed)
     return _apply(x, weight, bias, geometry, kept.rebuild, *kept.tensors)
 
 
@@ -266,9 +269,12 @@ def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: Gro
 
     The pack is of x, not of the padded tensor, so that others who read x share it.
     """
-    if not _packs(x, weight, method):
+    if not _may_pack(x, weight, method):
         return F.pad(x, list(widths), mode)
-    kept = pack_input(x, method)
+    seed = draw(x, method)
+    if not needs_gradient(weight):
+        return F.pad(x, list(widths), mode)
+    kept = pack_input(x, method, seed)
     rebuild = PaddedRebuild(kept.rebuild, tuple(x.shape), tuple(widths), mode)
     padded = _apply_pad(x, tuple(widths), mode)
     sharing.note_output(padded, Pack(rebuild, tuple(padded.shape), kept.tensors))

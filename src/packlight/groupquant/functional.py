@@ -35,7 +35,7 @@ from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, Rebuild, draw, pack_input, worth_packing
+from packlight.groupquant.packs import KEEPS, Rebuild, draw, is_frozen, pack_input, worth_packing
 from packlight.sharing import Pack
 
 _DEFAULT = GroupQuant()
@@ -101,9 +101,12 @@ def linear(
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, method: GroupQuant) -> Tensor:
     check_tensor(x, "linear")
-    if not needs_gradient(weight) or not worth_packing(x, method):
+    if is_frozen(weight) or not worth_packing(x, method):
         return F.linear(x, weight, bias)
-    kept = pack_input(x, method)
+    seed = draw(x, method)
+    if not needs_gradient(weight):
+        return F.linear(x, weight, bias)
+    kept = pack_input(x, method, seed)
     return _apply_linear(x, weight, bias, kept.rebuild, *kept.tensors)
 
 
@@ -148,12 +151,11 @@ def _activation(
     check_tensor(x, name)
     check_numbers(name, **dict(zip(CONTINUOUS[name].parameters, parameters, strict=True)))
     function = CONTINUOUS[name].function
+    seed = draw(x, method)
     if not needs_gradient(x):
         return function(x, *parameters)
     x = autocast(x, name, lambda empty: function(empty, *parameters))
-    y, codes, scales = _activate(
-        x, name, parameters, method.bits, method.group_size, draw(x, method)
-    )
+    y, codes, scales = _activate(x, name, parameters, method.bits, method.group_size, seed)
     layout = (tuple(y.shape), y.stride(), y.numel(), method.bits, method.group_size)
     rebuild = Rebuild(*layout, name, parameters)
     sharing.note_output(y, Pack(rebuild, tuple(y.shape), (codes, scales)))
@@ -398,10 +400,10 @@ def _gated(
             f"gate is {tuple(gate.shape)} on {gate.device}, up is {tuple(up.shape)} on {up.device};"
             " a gated unit multiplies tensors of one shape on one device"
         )
+    seed = draw(gate, method)
     wanted = needs_gradient(gate) or needs_gradient(up)
     if not wanted or gate.dtype != up.dtype:
         return plain(gate, up)
-    seed = draw(gate, method)
     y, *packs = _apply_gated(gate, up, name, method.bits, method.group_size, seed)
     product = _Product(name, tuple(y.shape), y.stride(), method.bits, method.group_size)
     sharing.note_output(y, Pack(product, tuple(y.shape), tuple(packs)))

@@ -8,6 +8,8 @@ from packlight.method import Method
 
 Rounding = Literal["stochastic", "nearest"]
 
+ROUNDINGS = get_args(Rounding)
+
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
@@ -25,6 +27,10 @@ class GroupQuant(Method):
     linear layer is unbiased) or 1/2 (`"nearest"`: half the error, biased). |x~ - x| < s, and <= s/2
     to nearest. Keeps `bits + 32 / group_size` bits an element. A group with a NaN or an infinity
     comes back as NaN. Sources: ActNN, ICML 2021, arXiv 2104.14129; GACT, ICML 2022, 2206.11357.
+
+    Stochastic rounding draws a seed at every call, packed or not, so that the passes of a checkpoint
+    draw alike. A compiled region leaves out what nothing reads: around one, and with dropout in it,
+    use checkpoints with `use_reentrant=False`, whose passes run the same graph.
 
     Args:
         bits: code length: 2, 4 or 8.
@@ -44,7 +50,7 @@ class GroupQuant(Method):
                 f"group_size={self.group_size!r} is not a power of two from 32 to 1024;"
                 " 128 is a good start"
             )
-        if self.rounding not in get_args(Rounding):
+        if self.rounding not in ROUNDINGS:
             raise InputError(f'rounding={self.rounding!r} is neither "stochastic" nor "nearest"')
 
 

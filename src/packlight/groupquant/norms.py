@@ -84,8 +84,11 @@ def _norm(
     width = math.prod(normalized_shape)
     group_size = row_group_size(width, method.group_size)
     fits = list(x.shape[x.dim() - len(normalized_shape) :]) == list(normalized_shape)
-    if not wanted or group_size is None or not fits:
+    if group_size is None or not fits:
         return plain(x)  # raises for shapes that do not fit
+    seed = draw(x, method)
+    if not wanted:
+        return plain(x)
     asked = f"{name}, weight {None if weight is None else weight.dtype}"
     x = autocast(x, asked, lambda empty: plain(empty.view(0, *normalized_shape)))
     if eps is None:  # as torch has it: that of the dtype in which it computes
@@ -100,7 +103,7 @@ def _norm(
         name == "layer_norm",
         method.bits,
         group_size,
-        draw(x, method),
+        seed,
     )
     rebuild = Rebuild(tuple(y.shape), y.stride(), width, method.bits, group_size)
     kept = (codes, scales, flat_weight, flat_bias)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from packlight import sharing
 from packlight._philox import draw_seed
@@ -43,25 +43,37 @@ class Rebuild:
 
 
 def draw(x: Tensor, method: GroupQuant) -> Tensor | None:
-    """A seed for the rounding of `x`; None where it rounds to nearest."""
+    """A seed for the rounding of `x`; None where it rounds to nearest.
+
+    A function draws whether or not it will pack anything: without gradients, and where a pack is
+    shared. Else the two passes of a checkpoint would draw differently, and a dropout behind would
+    see another mask in the second.
+    """
     return draw_seed(x) if method.rounding == "stochastic" else None
 
 
-def pack_input(x: Tensor, method: GroupQuant) -> Pack:
+def is_frozen(weight: Tensor) -> bool:
+    """Whether this is a parameter that is not trained: then nothing is packed in any pass."""
+    return isinstance(weight, nn.Parameter) and not weight.requires_grad
+
+
+def pack_input(x: Tensor, method: GroupQuant, seed: Tensor | None) -> Pack:
     """The pack of `x`: the one that is kept of it already, else a new one, noted for the next."""
     kept = sharing.pack_of(x)
     if kept is not None:
         return kept
-    rebuild, tensors = new_pack(x.detach(), method)
+    rebuild, tensors = new_pack(x.detach(), method, seed)
     kept = Pack(rebuild, tuple(x.shape), tensors)
     sharing.note_input(x, kept)
     return kept
 
 
-def new_pack(x: Tensor, method: GroupQuant) -> tuple[Rebuild, tuple[Tensor, Tensor]]:
+def new_pack(
+    x: Tensor, method: GroupQuant, seed: Tensor | None
+) -> tuple[Rebuild, tuple[Tensor, Tensor]]:
     """Codes and scales of all values of `x`, and how `x` comes back from them."""
     stride = dense_stride(x)
-    tensors = ops.quantize(x, stride, method.bits, method.group_size, draw(x, method))
+    tensors = ops.quantize(x, stride, method.bits, method.group_size, seed)
     rebuild = Rebuild(tuple(x.shape), stride, x.numel(), method.bits, method.group_size)
     return rebuild, tensors
 

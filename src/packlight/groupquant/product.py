@@ -10,7 +10,7 @@ from torch import Tensor
 from packlight import sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
 from packlight.groupquant.method import GroupQuant
-from packlight.groupquant.packs import KEEPS, pack_input, worth_packing
+from packlight.groupquant.packs import KEEPS, draw, pack_input, worth_packing
 from packlight.sharing import Pack
 
 
@@ -60,9 +60,12 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
     factor needs no gradient, this is torch's product, which keeps both factors.
     """
     method = GroupQuant(bits, group_size, rounding)
-    if not _is_gate(input, other, method):
+    if not _may_be_gate(input, other, method):
         return torch.mul(input, other)
-    one, two = pack_input(input, method), pack_input(other, method)
+    seeds = draw(input, method), draw(other, method)
+    if not _is_gate(input, other):
+        return torch.mul(input, other)
+    one, two = pack_input(input, method, seeds[0]), pack_input(other, method, seeds[1])
     rebuilds = (one.rebuild, two.rebuild)
     product = _Product(rebuilds, tuple(input.shape), len(one.tensors))
     tensors = (*one.tensors, *two.tensors)
@@ -71,9 +74,12 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
     return y
 
 
-def _is_gate(a: Tensor, b: object, method: GroupQuant) -> bool:
-    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not (needs_gradient(a) and needs_gradient(b) and worth_packing(a, method)):
+def _may_be_gate(a: Tensor, b: object, method: GroupQuant) -> bool:
+    alike = isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+    return alike and worth_packing(a, method)
+
+
+def _is_gate(a: Tensor, b: Tensor) -> bool:
+    if not (needs_gradient(a) and needs_gradient(b)):
         return False
     return sharing.pack_of(a) is not None or sharing.pack_of(b) is not None
