@@ -10,9 +10,11 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("packlight", "DEF")
 
@@ -40,6 +42,12 @@ def use_reference() -> Iterator[None]:
 def kernels_available() -> bool:
     """Whether Triton is installed, so that CUDA tensors take the kernels."""
     return importlib.util.find_spec("triton") is not None
+
+
+def constant_while_traced(function: _F) -> _F:
+    """`torch.compiler.assume_constant_result`, whose import of the tracer takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def define_op(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from packlight._library import constant_while_traced
 from packlight.method import Calls, Method, Swap
 
 _ATTRIBUTE = "_packlight_calls"
@@ -96,7 +97,7 @@ def _ask_tracer(context: Any) -> None:
     _traced["by a layer"] = bool(callers) and callers[0].startswith(_LAYERS)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_traced
 def _told() -> bool:
     return _traced["by a layer"]
 

@@ -76,7 +76,7 @@ def rule(method: type[Method], *modules: type[nn.Module]) -> Callable[[Rule], Ru
     return register
 
 
-class LeaveAlone(Exception):  # noqa: N818  no error: nothing has gone wrong
+class LeaveAlone(Exception):
     """Raised by a rule, with the reason: this module stays as it is, and that is no mistake.
 
     `CannotConvertError` is for what the user would want to know at once.

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from packlight._library import constant_while_traced
 from packlight.packing.layout import is_dense
 
 _ATTRIBUTE = "_packlight_note"
@@ -234,13 +235,13 @@ def _ask_tracer(context: Any) -> None:
     _traced["takes_notes"] = not is_input and tracker.mutation_type is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_traced
 def _told_version() -> int:
     version: int = _traced["version"]
     return version
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_traced
 def _told_takes_notes() -> bool:
     takes_notes: bool = _traced["takes_notes"]
     return takes_notes

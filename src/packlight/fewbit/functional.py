@@ -39,6 +39,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
+from packlight._library import constant_while_traced
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.fewbit.activations import (
@@ -65,7 +66,7 @@ class _Coding(NamedTuple):
     mask: bool
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_traced
 def _continuous_coding(
     name: str, parameters: tuple[float, ...], bits: int, codebook: Codebook | None
 ) -> tuple[Any, ...]:

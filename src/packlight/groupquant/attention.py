@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight._library import constant_while_traced
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.packs import KEEPS, Rebuild, draw, new_pack
 from packlight.sharing import Pack
@@ -226,7 +227,7 @@ def _ask_tracer(context: Any) -> None:
     _traced["backend"] = _choose(query, key, value, fake_mask, dropout_p, is_causal)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_traced
 def _told_backend() -> int:
     return _traced["backend"]
 

@@ -28,9 +28,9 @@ class GroupQuant(Method):
     to nearest. Keeps `bits + 32 / group_size` bits an element. A group with a NaN or an infinity
     comes back as NaN. Sources: ActNN, ICML 2021, arXiv 2104.14129; GACT, ICML 2022, 2206.11357.
 
-    Stochastic rounding draws a seed at every call, packed or not, so that the passes of a checkpoint
-    draw alike. A compiled region leaves out what nothing reads: around one, and with dropout in it,
-    use checkpoints with `use_reentrant=False`, whose passes run the same graph.
+    Stochastic rounding draws a seed at every call, packed or not, so that both passes of a
+    checkpoint draw alike. A compiled region leaves out what nothing reads: around one, and with
+    dropout in it, use checkpoints with `use_reentrant=False`, whose passes run the same graph.
 
     Args:
         bits: code length: 2, 4 or 8.

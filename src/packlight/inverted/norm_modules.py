@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from packlight._library import constant_while_traced
 from packlight.errors import InputError
 from packlight.inverted import norms
 from packlight.inverted.norm_ill_posed import WELL_POSED, Verdict, judge, worst_error
@@ -105,7 +106,7 @@ class _InvertedNorm(nn.Module):
             self._judged = _Judged(version=self._weight_version())
         self._judged.verdicts[dtype] = judge(*self._affine(), dtype, self.offset_limit)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @constant_while_traced
     def _judge_while_traced(self, dtype: torch.dtype) -> None:
         """Runs as torch.compile traces, with the weights' values: looks unless it has before."""
         if self._judged is None or dtype not in self._judged.verdicts:
