@@ -3,14 +3,21 @@
 import subprocess
 import sys
 
+import torch
+
 import packlight
 import packlight.fewbit
 import packlight.groupquant
 import packlight.groupquant.fixed_point
 import packlight.inverted
+import packlight.sketch
+from packlight._library import constant_while_traced
 
 NAMES = {
+    "DEFAULT_METHODS",
+    "CannotConvertError",
     "Codebook",
+    "Conversion",
     "DoubleBackwardError",
     "FewBit",
     "FixedPoint",
@@ -20,14 +27,22 @@ NAMES = {
     "MemoryReport",
     "Method",
     "MissingDependencyError",
+    "NothingMatchedError",
     "PacklightError",
+    "Sketch",
     "__version__",
+    "convert",
     "fewbit",
     "fit_codebook",
     "groupquant",
     "inverted",
+    "load_methods",
+    "predict",
     "profile",
+    "revert",
+    "save_methods",
     "saving",
+    "sketch",
     "use_reference",
 }
 
@@ -35,7 +50,13 @@ NAMES = {
 def test_public_names():
     assert set(packlight.__all__) == NAMES
     fixed_point = packlight.groupquant.fixed_point
-    methods = (packlight.fewbit, packlight.inverted, packlight.groupquant, fixed_point)
+    methods = (
+        packlight.fewbit,
+        packlight.inverted,
+        packlight.groupquant,
+        fixed_point,
+        packlight.sketch,
+    )
     for module in (packlight, *methods):
         assert len(set(module.__all__)) == len(module.__all__)
         for name in module.__all__:
@@ -49,6 +70,8 @@ sys.modules["triton"] = None
 import packlight, torch
 assert not torch.cuda.is_initialized()
 assert "matplotlib" not in sys.modules
+assert "transformers" not in sys.modules
+assert "torch._dynamo" not in sys.modules  # a second
 x = torch.randn(8, requires_grad=True)
 packlight.fewbit.gelu(x).sum().backward()
 assert not any(name.endswith("kernels") for name in sys.modules if name.startswith("packlight"))
@@ -56,6 +79,11 @@ print("fine")
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "fine\n", result.stderr
+
+
+def test_functions_are_constant_while_traced_as_torch_has_it():
+    theirs = torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(constant_while_traced(lambda: 1)) == vars(theirs)
 
 
 def test_kernels_compile_for_a_gpu_without_one():

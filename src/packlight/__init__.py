@@ -1,23 +1,33 @@
 """packlight: train and fine-tune PyTorch models with a fraction of the activation memory."""
 
-from packlight import fewbit, groupquant, inverted
+from packlight import fewbit, groupquant, inverted, sketch
 from packlight._library import use_reference
 from packlight._version import __version__
+from packlight.conversion import Conversion
+from packlight.convert import DEFAULT_METHODS, convert, revert
 from packlight.errors import (
+    CannotConvertError,
     DoubleBackwardError,
     InputError,
     MissingDependencyError,
+    NothingMatchedError,
     PacklightError,
 )
 from packlight.fewbit import Codebook, FewBit, fit_codebook
 from packlight.groupquant import FixedPoint, GroupQuant
 from packlight.inverted import Inverted
 from packlight.method import Method
+from packlight.method_files import load_methods, save_methods
+from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
 from packlight.saving import saving
+from packlight.sketch import Sketch
 
 __all__ = [
+    "DEFAULT_METHODS",
+    "CannotConvertError",
     "Codebook",
+    "Conversion",
     "DoubleBackwardError",
     "FewBit",
     "FixedPoint",
@@ -27,13 +37,21 @@ __all__ = [
     "MemoryReport",
     "Method",
     "MissingDependencyError",
+    "NothingMatchedError",
     "PacklightError",
+    "Sketch",
     "__version__",
+    "convert",
     "fewbit",
     "fit_codebook",
     "groupquant",
     "inverted",
+    "load_methods",
+    "predict",
     "profile",
+    "revert",
+    "save_methods",
     "saving",
+    "sketch",
     "use_reference",
 ]

@@ -6,6 +6,7 @@ runs. Only the latter imports what it runs on, so that `packlight --help` waits 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"packlight {__version__}")
     # A subcommand's parser has the class of this one.
     subcommands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    for add in (_add_demo, _add_env):
+    for add in (_add_profile, _add_convert, _add_demo, _add_env):
         add(subcommands)
     arguments = parser.parse_args(argv)
     try:
@@ -41,6 +42,137 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         # 128 + SIGINT, as shells have it.
         parser.exit(130, f"packlight {arguments.command}: interrupted\n")
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted; Python's own flush at exit must not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(128 + 13)
+
+
+# ---- packlight profile and packlight convert -----------------------------------------------------
+
+
+def _add_profile(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "profile",
+        help="print what a model keeps for its backward pass, by module, without running it",
+        description=(
+            "Predict which modules of a model keep how many bytes for the backward pass. Nothing "
+            "is computed and no weights are made, so models of any size take seconds. With "
+            "methods, print it before and after a conversion."
+        ),
+    )
+    _add_model(parser)
+    parser.add_argument("--depth", type=int, metavar="N", help="print N levels of modules")
+    parser.set_defaults(run=_profile)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    from packlight import commands
+
+    commands.profile(arguments)
+
+
+def _add_convert(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "convert",
+        help="try a set of methods on a model, and write them to a file for training",
+        description=(
+            "Print which layers of a model a set of methods converts, which not and why, and the "
+            "bytes kept for the backward pass before and after. With --out, write the methods to a "
+            "file that training reads: packlight.convert(model, packlight.load_methods(FILE))."
+        ),
+    )
+    _add_model(parser)
+    result = parser.add_mutually_exclusive_group(required=True)
+    result.add_argument("--dry-run", action="store_true", help="print only, write no methods")
+    result.add_argument("--out", type=Path, metavar="FILE", help="write the methods to this TOML")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from packlight import commands
+
+    commands.convert_model(arguments)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What `profile` and `convert` both take."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hf:TYPE (transformers' default configuration of roberta, llama, vit, ...), "
+        "hf:OWNER/NAME, a directory with a config.json, or MODULE:NAME, a Python function that "
+        "returns a module or a pair of a module and its inputs",
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SIZES",
+        help="batch=8,sequence=1024 or batch=8,image=384 for transformers (default: batch 1, "
+        "sequence 512); for MODULE:NAME without inputs, their shapes: 8x3x224x224 or 8x128:int64",
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="SELECTOR=METHOD",
+        help="'GELU=FewBit(3)', '*.fc2=Sketch(rows=0.2)', 'lm_head=None', 'default'; the selector "
+        "is the name of a module type or a pattern of module names; the first match counts",
+    )
+    parser.add_argument(
+        "--methods", type=Path, metavar="FILE", help="methods in a TOML file, behind those above"
+    )
+    parser.add_argument(
+        "--functional",
+        action="store_true",
+        help="calls of torch functions in the model's own code as well",
+    )
+    parser.add_argument(
+        "--no-strict",
+        dest="strict",
+        action="store_false",
+        help="go on past layers that cannot be converted and selectors that match nothing",
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="num_hidden_layers=4: changes the configuration, or is passed to the function",
+    )
+    parser.add_argument(
+        "--task",
+        choices=_TASKS,
+        metavar="TASK",
+        help=f"the head of a model of transformers: {', '.join(_TASKS)} (default: what the "
+        "configuration names, or the first of these that there is)",
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the parameters (default: the model's)")
+    parser.add_argument("--autocast", choices=("bf16", "fp16"), help="run under torch.autocast")
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="where the run is imagined to be; it must be there (default: cuda if there is a GPU)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page to look at in a browser"
+    )
+
+
+# As in packlight.models, which is not imported for --help; a test compares them.
+_DTYPES = ("fp32", "bf16", "fp16")
+_TASKS = (
+    "seq2seq-lm",
+    "masked-lm",
+    "causal-lm",
+    "image-classification",
+    "base",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+)
 
 
 # ---- packlight demo ------------------------------------------------------------------------------

@@ -384,14 +384,15 @@ def _change_for(layer: _Layer, methods: tuple[Method, ...]) -> _Change:
     if reason := _class_changed(layer.module):
         raise CannotConvertError(reason)
     plain = _swap.plain(layer.module)
-    refusals, reasons = [], []
+    refusals: list[Exception] = []
+    reasons: list[Exception] = []
     for rule, method in rules:
         try:
             return _Change(layer, rule(method, plain), method)
         except CannotConvertError as error:
             refusals.append(error)
-        except LeaveAlone as reason:
-            reasons.append(reason)
+        except LeaveAlone as leave:
+            reasons.append(leave)
     raise refusals[0] if refusals else reasons[0]
 
 

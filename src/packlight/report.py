@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from rich.box import Box
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from packlight._page import write_page
 from packlight.errors import InputError, MissingDependencyError
 
 # Raised when a field changes its meaning, so that an old file is refused instead of misread.
@@ -174,32 +175,19 @@ class MemoryReport:
             f"rows=<{len(self.rows)}>)"
         )
 
+    def to_text(self, depth: int | None = None) -> str:
+        """The printed report; with a `depth`, of modules down to so many levels only."""
+        return _render(Group(*_report_parts(self, depth)))
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page to look at in a browser: a zoomable map of the bytes, and a table."""
+        write_page(path, self.model, {"before": asdict(self), "after": None})
+
     def __str__(self) -> str:
         return _render(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if not self.rows:
-            yield Text(f"{self.model}: nothing is kept for the backward pass.")
-        else:
-            tensors = "1 tensor" if len(self.rows) == 1 else f"{len(self.rows)} tensors"
-            total = human_bytes(self.activation_bytes)
-            yield Text(f"{self.model} keeps {total} for the backward pass, in {tensors}")
-            yield _report_table(self)
-            yield _listing("by dtype", self.by_dtype())
-            if len(self.by_device()) > 1:
-                yield _listing("by device", self.by_device())
-            if unshared := self.unshared_outputs():
-                yield Text(_unshared_note(self, unshared))
-        yield Text(
-            f"apart: parameters {human_bytes(self.parameter_bytes)}, buffers "
-            f"{human_bytes(self.buffer_bytes)}, inputs kept {human_bytes(self.input_bytes)}"
-        )
-        if self.allocated_bytes is not None:
-            peak = "not measured" if self.peak_bytes is None else human_bytes(self.peak_bytes)
-            yield Text(
-                f"CUDA allocator: forward {human_bytes(self.allocated_bytes)}, "
-                f"peak of forward and backward {peak}"
-            )
+        yield from _report_parts(self, None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -223,22 +211,20 @@ class MemoryDifference:
     def __repr__(self) -> str:
         return f"MemoryDifference(before={self.before!r}, after={self.after!r})"
 
+    def to_text(self, depth: int | None = None) -> str:
+        """The printed table; with a `depth`, of modules down to so many levels only."""
+        return _render(Group(*_difference_parts(self, depth)))
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page to look at in a browser: zoomable maps of both reports, and a table."""
+        reports = {"before": asdict(self.before), "after": asdict(self.after)}
+        write_page(path, self.before.model, reports)
+
     def __str__(self) -> str:
         return _render(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        before, after = self.before.activation_bytes, self.after.activation_bytes
-        times = f", {before / after:.2f} times less" if before > after > 0 else ""
-        yield Text(
-            f"{self.before.model} keeps {human_bytes(before)} before and {human_bytes(after)} "
-            f"after{times}"
-        )
-        yield _difference_table(self)
-        if self.before.peak_bytes is not None and self.after.peak_bytes is not None:
-            yield Text(
-                f"CUDA allocator: peak {human_bytes(self.before.peak_bytes)} before, "
-                f"{human_bytes(self.after.peak_bytes)} after"
-            )
+        yield from _difference_parts(self, None)
 
 
 def human_bytes(count: int) -> str:
@@ -263,9 +249,13 @@ def cut_path(path: str, depth: int | None) -> str:
     """The first `depth` components of a module path, or all of them."""
     if depth is None:
         return path
-    if depth < 1:
-        raise InputError(f"depth is {depth}; expected at least 1, or None for whole paths")
+    _check_depth(depth)
     return ".".join(path.split(".")[:depth])
+
+
+def _check_depth(depth: int | None) -> None:
+    if depth is not None and depth < 1:
+        raise InputError(f"depth is {depth}; expected at least 1, or None for whole paths")
 
 
 def _totals(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -307,15 +297,15 @@ class _Node:
         return (self.kind, self.operation, tuple(self.sizes), inner)
 
 
-def _tree(reports: Sequence[MemoryReport], with_operations: bool) -> _Node:
+def _tree(reports: Sequence[MemoryReport], with_operations: bool, depth: int | None) -> _Node:
     root = _Node(reports[0].model, [0] * len(reports))
     for column, report in enumerate(reports):
         for row in report.rows:
             node = root
             node.sizes[column] += row.bytes
-            parts = row.module.split(".") if row.module else []
-            for depth, part in enumerate(parts, start=1):
-                path = ".".join(parts[:depth])
+            parts = row.module.split(".")[:depth] if row.module else []
+            for level, part in enumerate(parts, start=1):
+                path = ".".join(parts[:level])
                 node = node.child(part, kind=report.module_types.get(path, ""))
                 node.sizes[column] += row.bytes
             # Without operations one leaf stands for all that the module keeps itself.
@@ -434,7 +424,7 @@ _LINES = 40
 _RULES = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
 
 
-def _render(report: MemoryReport | MemoryDifference) -> str:
+def _render(report: ConsoleRenderable) -> str:
     width = shutil.get_terminal_size(fallback=(100, 24)).columns
     # Below 60 columns there is no room for a name; above 160 the eye loses the line.
     console = Console(file=io.StringIO(), width=min(max(width, 60), 160), color_system=None)
@@ -461,35 +451,84 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f}%" if whole else ""
 
 
-def _report_table(report: MemoryReport) -> Table:
-    root = _tree([report], with_operations=True)
+def _report_parts(report: MemoryReport, depth: int | None) -> Iterator[ConsoleRenderable]:
+    _check_depth(depth)
+    if not report.rows:
+        yield Text(f"{report.model}: nothing is kept for the backward pass.")
+    else:
+        tensors = "1 tensor" if len(report.rows) == 1 else f"{len(report.rows)} tensors"
+        total = human_bytes(report.activation_bytes)
+        yield Text(f"{report.model} keeps {total} for the backward pass, in {tensors}")
+        yield _report_table(report, depth)
+        yield _listing("by dtype", report.by_dtype())
+        if len(report.by_device()) > 1:
+            yield _listing("by device", report.by_device())
+        if unshared := report.unshared_outputs():
+            yield Text(_unshared_note(report, unshared))
+    yield Text(
+        f"apart: parameters {human_bytes(report.parameter_bytes)}, buffers "
+        f"{human_bytes(report.buffer_bytes)}, inputs kept {human_bytes(report.input_bytes)}"
+    )
+    if report.allocated_bytes is not None:
+        peak = "not measured" if report.peak_bytes is None else human_bytes(report.peak_bytes)
+        yield Text(
+            f"CUDA allocator: forward {human_bytes(report.allocated_bytes)}, "
+            f"peak of forward and backward {peak}"
+        )
+
+
+def _difference_parts(
+    difference: MemoryDifference, depth: int | None
+) -> Iterator[ConsoleRenderable]:
+    _check_depth(depth)
+    before, after = difference.before, difference.after
+    sizes = before.activation_bytes, after.activation_bytes
+    times = f", {sizes[0] / sizes[1]:.2f} times less" if sizes[0] > sizes[1] > 0 else ""
+    yield Text(
+        f"{before.model} keeps {human_bytes(sizes[0])} before and {human_bytes(sizes[1])} "
+        f"after{times}"
+    )
+    yield _difference_table(difference, depth)
+    if before.peak_bytes is not None and after.peak_bytes is not None:
+        yield Text(
+            f"CUDA allocator: peak {human_bytes(before.peak_bytes)} before, "
+            f"{human_bytes(after.peak_bytes)} after"
+        )
+
+
+def _report_table(report: MemoryReport, depth: int | None) -> Table:
+    # Levels are asked for to see modules; which operation keeps what is below them.
+    with_operations = depth is None
+    root = _tree([report], with_operations, depth)
     _condense(root)
     _join_chains(root)
     table = _table()
-    table.add_column("module or source line")
+    table.add_column("module or source line" if with_operations else "module")
     table.add_column("kept", justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
-    table.add_column("kept by operation")
-    for depth, node in _lines(root, _LINES):
+    if with_operations:
+        table.add_column("kept by operation")
+    for level, node in _lines(root, _LINES):
         (size,) = node.sizes
         share = _percent(size, report.activation_bytes)
-        table.add_row(_name(depth, node), human_bytes(size), share, _cell(node.operation))
+        operation = [_cell(node.operation)] if with_operations else []
+        table.add_row(_name(level, node), human_bytes(size), share, *operation)
     return table
 
 
-def _difference_table(difference: MemoryDifference) -> Table:
-    root = _tree([difference.before, difference.after], with_operations=False)
+def _difference_table(difference: MemoryDifference, depth: int | None) -> Table:
+    root = _tree([difference.before, difference.after], with_operations=False, depth=depth)
     _condense(root)
     _join_chains(root)
     table = _table()
     table.add_column("module")
     for title in ("before", "after", "saved", ""):
         table.add_column(title, justify="right", no_wrap=True)
-    for depth, node in _lines(root, _LINES):
+    for level, node in _lines(root, _LINES):
         before, after = node.sizes
         saved = before - after
         table.add_row(
-            _name(depth, node),
+            _name(level, node),
             human_bytes(before),
             human_bytes(after),
             human_bytes(saved),

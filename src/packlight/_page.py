@@ -1,0 +1,27 @@
+"""The page that shows reports in a browser: `report.html` with the numbers written into it."""
+
+import html
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from packlight.errors import InputError
+
+_TEMPLATE = "report.html"
+
+
+def write_page(path: str | os.PathLike[str], title: str, data: dict[str, Any]) -> None:
+    """Write one file that needs no other and no network."""
+    template = resources.files("packlight").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    page = template.replace("{{title}}", html.escape(title)).replace("{{data}}", _embedded(data))
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _embedded(data: dict[str, Any]) -> str:
+    """JSON that a script element can hold: nothing in it can end the element or open a comment."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")

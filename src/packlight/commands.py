@@ -1,0 +1,282 @@
+"""What `packlight profile` and `packlight convert` do, once their arguments are parsed."""
+
+import argparse
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from packlight.conversion import Conversion
+from packlight.convert import Choice, Selector, convert
+from packlight.errors import InputError, PacklightError
+from packlight.method_files import EVERYTHING, load_methods, parse_methods, save_methods
+from packlight.models import (
+    DTYPES,
+    LoadedModel,
+    brief,
+    load_model,
+    parse_inputs,
+    parse_value,
+)
+from packlight.predict import failing_module, predict
+from packlight.report import MemoryReport, human_bytes
+
+# As `convert` takes them, in the order in which they count.
+Chosen = dict[Selector, Choice]
+
+
+@dataclass
+class Answer:
+    """What is known of a model: with methods, also what becomes of it."""
+
+    loaded: LoadedModel
+    device: torch.device
+    before: MemoryReport | None = None
+    after: MemoryReport | None = None
+    conversion: Conversion | None = None
+
+    def heading(self) -> str:
+        loaded = self.loaded
+        task = f" for {loaded.task}" if loaded.task else ""
+        dtypes = " and ".join(loaded.dtypes) or "no dtype"
+        inputs = ", ".join(f"{name} {text}" for name, text in loaded.inputs().items())
+        lines = [
+            f"{loaded.text}: {type(loaded.model).__name__}{task}, "
+            f"{_count(loaded.parameters)} parameters in {dtypes}",
+            f"predicted for one batch ({inputs or 'no tensors'}) as on {self.device}",
+        ]
+        if self.device.type == "cpu" and loaded.has_dropout:
+            # A mask of a byte an element there, a scaled copy here; and attention with dropout,
+            # which is one kernel there, keeps all its scores here.
+            lines.append("it has dropout, for which a GPU keeps less, most of all in attention")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        loaded = self.loaded
+        return {
+            "model": loaded.text,
+            "class": type(loaded.model).__name__,
+            "task": loaded.task,
+            "parameters": loaded.parameters,
+            "dtypes": list(loaded.dtypes),
+            "inputs": loaded.inputs(),
+            "device": str(self.device),
+            "before": _report_data(self.before),
+            "after": _report_data(self.after),
+            "conversion": None if self.conversion is None else self.conversion.to_dict(),
+        }
+
+
+def profile(arguments: argparse.Namespace) -> None:
+    """`packlight profile`: what is kept for the backward pass, and what with methods."""
+    chosen = chosen_methods(arguments.method, arguments.methods)
+    answer = _loaded(arguments)
+    answer.before = _predicted(answer, arguments)
+    if chosen:
+        answer.conversion = _converted(answer, chosen, arguments)
+        answer.after = _predicted(answer, arguments)
+    _write_html(answer, arguments.html)
+    if arguments.json:
+        _print_json(answer)
+        return
+    print(answer.heading())
+    if answer.after is None:
+        print(answer.before.to_text(arguments.depth))
+    else:
+        print((answer.before - answer.after).to_text(arguments.depth))
+    if arguments.html is not None:
+        print(f"{arguments.html} written")
+
+
+def convert_model(arguments: argparse.Namespace) -> None:
+    """`packlight convert`: what a conversion does to a model, and the file to do it in training."""
+    chosen = chosen_methods(arguments.method, arguments.methods) or {
+        EVERYTHING: parse_methods("default")
+    }
+    answer = _loaded(arguments)
+    # A model that cannot be predicted can be converted all the same.
+    unknown = None
+    try:
+        answer.before = _predicted(answer, arguments)
+    except PacklightError as error:
+        unknown = str(error)
+    answer.conversion = _converted(answer, chosen, arguments)
+    if answer.before is not None:
+        answer.after = _predicted(answer, arguments)
+        _write_html(answer, arguments.html)
+    elif arguments.html is not None:
+        raise InputError(str(unknown))
+    if arguments.out is not None:
+        save_methods(chosen, arguments.out)
+    if unknown is not None:
+        sys.stderr.write(f"packlight convert: bytes are not known: {unknown}\n")
+    if arguments.json:
+        _print_json(answer)
+    else:
+        _print_conversion(answer, arguments)
+
+
+def _print_conversion(answer: Answer, arguments: argparse.Namespace) -> None:
+    print(answer.heading())
+    print(answer.conversion)
+    if answer.before is not None and answer.after is not None:
+        print(f"kept for the backward pass: {_change(answer.before, answer.after)}")
+    if arguments.html is not None:
+        print(f"{arguments.html} written")
+    if arguments.out is not None:
+        print(f"{arguments.out} written; in training:")
+        options = ", functional=True" if arguments.functional else ""
+        options += "" if arguments.strict else ", strict=False"
+        print(f'packlight.convert(model, packlight.load_methods("{arguments.out}"){options})')
+
+
+def chosen_methods(texts: Iterable[str], path: Path | None) -> Chosen:
+    """Methods of the command line and behind them those of a file, which they overrule."""
+    chosen: Chosen = {}
+    for text in texts:
+        selector, choice = _chosen(text)
+        if selector in chosen:
+            raise InputError(
+                f"--method {text!r}: {selector!r} is given twice; a layer takes the first of"
+                " several methods that can convert it: 'Linear=FixedPoint(4), GroupQuant(4)'"
+            )
+        chosen[selector] = choice
+    filed = {} if path is None else load_methods(path)
+    return {**chosen, **{key: choice for key, choice in filed.items() if key not in chosen}}
+
+
+def _chosen(text: str) -> tuple[str, Choice]:
+    """`SELECTOR=METHOD`, or a method for all layers. A method's own "=" stands in parentheses."""
+    head, parenthesis, _ = text.partition("(")
+    selector, equals, method = text.partition("=")
+    if not equals or (parenthesis and "=" not in head):
+        selector, method = EVERYTHING, text
+    selector = selector.strip()
+    if not selector:
+        raise InputError(f"--method {text!r} has no selector; write 'GELU=FewBit(3)'")
+    try:
+        return selector, parse_methods(method)
+    except InputError as error:
+        raise InputError(f"--method {text!r}: {error}") from error
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+def _loaded(arguments: argparse.Namespace) -> Answer:
+    device = _device(arguments.device)
+    config: dict[str, Any] = {}
+    for text in arguments.config:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"--config {text!r} is not NAME=VALUE, such as num_hidden_layers=4")
+        config[name] = parse_value(value)
+    loaded = load_model(
+        arguments.model,
+        parse_inputs(arguments.input),
+        task=arguments.task,
+        config=config,
+        dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
+    )
+    return Answer(loaded, device)
+
+
+def _predicted(answer: Answer, arguments: argparse.Namespace) -> MemoryReport:
+    loaded, device = answer.loaded, answer.device
+    autocast = (
+        nullcontext()
+        if arguments.autocast is None
+        else torch.autocast(device.type, DTYPES[arguments.autocast])
+    )
+    with _quiet(), autocast:
+        try:
+            return predict(loaded.model, *loaded.arguments, device=device, **loaded.keywords)
+        except PacklightError:
+            raise
+        except Exception as error:  # someone's model: anything can happen
+            module = failing_module(error)
+            where = f" in {module}" if module else ""
+            raise InputError(
+                f"the forward pass of {loaded.text} failed{where}: {brief(error)}; if it works on"
+                " real tensors, packlight.profile can measure it"
+            ) from error
+
+
+def _converted(answer: Answer, chosen: Chosen, arguments: argparse.Namespace) -> Conversion:
+    try:
+        return convert(
+            answer.loaded.model,
+            chosen,
+            strict=arguments.strict,
+            functional=arguments.functional,
+        )
+    except PacklightError as error:
+        # The option has another name here than in Python.
+        text = str(error).replace("strict=False", "--no-strict")
+        raise type(error)(text.replace("functional=True", "--functional")) from error
+
+
+def _device(text: str | None) -> torch.device:
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise InputError(f"unknown device {text!r}; expected cpu or cuda")
+    device = torch.device(text)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {text} is not there, and a prediction needs it; try --device cpu")
+    return device
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what fake tensors and transformers log on the way; errors are reported by us."""
+    levels = {"torch._subclasses.fake_tensor": logging.CRITICAL, "transformers": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    try:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _write_html(answer: Answer, path: Path | None) -> None:
+    if path is None or answer.before is None:
+        return
+    if answer.after is None:
+        answer.before.to_html(path)
+    else:
+        (answer.before - answer.after).to_html(path)
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def _print_json(answer: Answer) -> None:
+    print(json.dumps(answer.to_dict(), indent=1))
+
+
+def _report_data(report: MemoryReport | None) -> dict[str, Any] | None:
+    """What `MemoryReport.from_json` reads."""
+    return None if report is None else json.loads(report.to_json())
+
+
+def _change(before: MemoryReport, after: MemoryReport) -> str:
+    sizes = before.activation_bytes, after.activation_bytes
+    times = f", {sizes[0] / sizes[1]:.2f} times less" if sizes[0] > sizes[1] > 0 else ""
+    return f"{human_bytes(sizes[0])} before, {human_bytes(sizes[1])} after{times}"
+
+
+def _count(number: int) -> str:
+    for scale, name in ((10**9, "billion"), (10**6, "million")):
+        if number >= scale:
+            return f"{number / scale:.3g} {name}"
+    return f"{number:,}"

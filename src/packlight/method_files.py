@@ -1,0 +1,239 @@
+"""Methods as text: `parse_methods` for one, `load_methods` and `save_methods` for TOML files.
+
+A file has one table, of selectors and methods, in the order in which `packlight.convert` looks at
+them:
+
+    [methods]
+    lm_head = "None"
+    GELU = "FewBit(3)"
+    "encoder.*.fc2" = "Sketch(rows=0.2)"
+    "*" = "FixedPoint(4), GroupQuant(4)"
+"""
+
+import ast
+import difflib
+import inspect
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from packlight.convert import DEFAULT_METHODS, Choice, Methods, Selector
+from packlight.errors import InputError
+from packlight.method import Method
+
+__all__ = ["load_methods", "parse_methods", "save_methods"]
+
+EVERYTHING = "*"
+
+
+def parse_methods(text: str) -> Choice:
+    """The methods that a text names.
+
+    `FewBit(3)` or `GroupQuant(bits=4)`, several with commas between them, `None` (leave alone) or
+    `default` (`packlight.DEFAULT_METHODS`). The text is read, not run: arguments are plain values.
+
+    Raises `InputError` for anything else, naming the methods there are.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        # ValueError: a null character; the last two: thousands of brackets.
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise InputError(f"{text!r} is no method ({reason}); {_expected()}") from error
+    if isinstance(tree, ast.Constant) and tree.value is None:
+        return None
+    if isinstance(tree, ast.Name) and tree.id == "default":
+        return DEFAULT_METHODS
+    parts = tree.elts if isinstance(tree, ast.Tuple) else [tree]
+    methods = tuple(_method(part) for part in parts)
+    if not methods:
+        raise InputError(f"{text!r} is no method; {_expected()}")
+    return methods[0] if len(methods) == 1 else methods
+
+
+def format_methods(choice: Choice) -> str:
+    """The inverse of `parse_methods`."""
+    if choice is None:
+        return "None"
+    methods = (choice,) if isinstance(choice, Method) else tuple(choice)
+    text = ", ".join(map(repr, methods))
+    # A method of the user's own may hold what has no plain text.
+    if parse_methods(text) != (methods[0] if len(methods) == 1 else methods):
+        raise InputError(f"{text} cannot be written: read again, it would be another method")
+    return text
+
+
+def _expected() -> str:
+    known = ", ".join(sorted(Method._kinds))
+    return f"expected None, default, or a method with its arguments, FewBit(3); methods: {known}"
+
+
+def _method(tree: ast.expr) -> Method:
+    text = ast.unparse(tree)
+    called = tree.func if isinstance(tree, ast.Call) else tree
+    if not isinstance(called, ast.Name):
+        raise InputError(f"{text!r} is no method; {_expected()}")
+    kind = _kind(called.id)
+    if not isinstance(tree, ast.Call):
+        raise InputError(f"{text!r} lacks its parentheses: {_signature(kind)}")
+    values = [_value(node, text) for node in tree.args]
+    fields = {str(node.arg): _value(node.value, text) for node in tree.keywords}
+    try:
+        return kind(*values, **fields)
+    except TypeError as error:
+        raise InputError(f"{text} does not fit {_signature(kind)}") from error
+    except InputError as error:
+        raise InputError(f"{text}: {error}") from error
+
+
+def _kind(name: str) -> type[Method]:
+    kind = Method._kinds.get(name)
+    if kind is None:
+        near = difflib.get_close_matches(name, Method._kinds, n=1)
+        hint = f" (near: {near[0]})" if near else ""
+        raise InputError(f"unknown method {name!r}{hint}; {_expected()}")
+    return kind
+
+
+def _signature(kind: type[Method]) -> str:
+    parameters = inspect.signature(kind).parameters.values()
+    shown = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return f"{kind.__name__}({', '.join(map(str, shown))})"
+
+
+def _value(tree: ast.expr, text: str) -> Any:
+    try:
+        return ast.literal_eval(tree)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{text}: {ast.unparse(tree)} is no plain value; expected a number, a text in quotes,"
+            " True, False or None"
+        ) from error
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def load_methods(path: str | os.PathLike[str]) -> dict[Selector, Choice]:
+    """The methods in a TOML file, for `packlight.convert`.
+
+    The file has one table `[methods]`. Keys are selectors: the name of a module type, `GELU` or
+    `"torch.nn.GELU"`, or a pattern of names, `"encoder.*.fc2"`; a key with dots or stars needs
+    quotes. Values are texts: `"FewBit(3)"`, several methods with commas between them, `"None"` or
+    `"default"`. The first selector that matches a layer counts.
+
+    Raises `InputError` for a file that cannot be read, naming the line.
+
+    >>> import pathlib, tempfile, packlight
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "methods.toml")
+    >>> _ = path.write_text('[methods]\\nGELU = "FewBit(2)"\\n"lm_head" = "None"\\n')
+    >>> packlight.load_methods(path)
+    {'GELU': FewBit(bits=2), 'lm_head': None}
+    """
+    text = _read(Path(path))
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(_located(path, text, str(error))) from error
+    table = data.pop("methods", None)
+    for key in data:
+        line = _line(text, (key,))
+        raise InputError(f"{path}:{line}: {key!r} is not known; expected one table, [methods]")
+    if not isinstance(table, dict) or not table:
+        raise InputError(f'{path}: no methods; expected [methods] and lines such as GELU = "..."')
+    methods: dict[Selector, Choice] = {}
+    for selector, value in table.items():
+        try:
+            methods[selector] = _entry(selector, value)
+        except InputError as error:
+            line = _line(text, ("methods", selector))
+            raise InputError(f"{path}:{line}: {error}") from error
+    return methods
+
+
+def save_methods(methods: Methods, path: str | os.PathLike[str]) -> None:
+    """Write methods, as `packlight.convert` takes them, to a TOML file for `load_methods`.
+
+    Module types are written by their qualified names. What is loaded selects the same layers by the
+    same methods. Raises `InputError` for predicates, which no text stands for.
+    """
+    entries = methods if isinstance(methods, Mapping) else {EVERYTHING: methods}
+    lines = [
+        f"{_toml_text(_selector_text(selector))} = {_toml_text(format_methods(choice))}"
+        for selector, choice in entries.items()
+    ]
+    header = "# packlight.convert(model, packlight.load_methods(...)); the first match counts.\n"
+    text = "\n".join([f"{header}[methods]", *lines, ""])
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8, which TOML is written in") from error
+
+
+def _located(path: str | os.PathLike[str], text: str, message: str) -> str:
+    """A message of tomllib with its line in front."""
+    found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
+    if found is None:
+        return f"{path}: {message}"
+    line = found[1] or text.count("\n") + 1
+    return f'{path}:{line}: {message[: found.start()]}; a line is SELECTOR = "METHOD"'
+
+
+def _line(text: str, keys: Sequence[str]) -> int:
+    """The line on which a key's value is complete, so that the lines up to it are TOML with it."""
+    lines = text.split("\n")
+    for number in range(1, len(lines)):
+        try:
+            data: Any = tomllib.loads("\n".join(lines[:number]))
+        except tomllib.TOMLDecodeError:
+            continue  # in the middle of a value of several lines
+        for key in keys:
+            data = data.get(key) if isinstance(data, dict) else None
+        if data is not None:
+            return number
+    return len(lines)
+
+
+def _entry(selector: str, value: object) -> Choice:
+    if isinstance(value, dict):
+        path = selector
+        while isinstance(value, dict) and value:
+            inner, value = next(iter(value.items()))
+            path = f"{path}.{inner}"
+        raise InputError(f'{path} has dots, so it needs quotes: "{path}" = ...')
+    if not isinstance(value, str):
+        raise InputError(f'{selector} is {value!r}; expected a text, such as "FewBit(3)"')
+    return parse_methods(value)
+
+
+def _selector_text(selector: Selector) -> str:
+    if isinstance(selector, str):
+        return selector
+    if not isinstance(selector, type):
+        raise InputError(
+            f"selector {selector!r} is a predicate, which cannot be written; use a pattern of names"
+        )
+    if getattr(nn, selector.__name__, None) is selector:
+        return f"torch.nn.{selector.__name__}"
+    return f"{selector.__module__}.{selector.__qualname__}"
+
+
+def _toml_text(text: str) -> str:
+    """A TOML basic string. JSON escapes all that TOML wants escaped, but for one character."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
