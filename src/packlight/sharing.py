@@ -12,6 +12,9 @@ by call order, and the note goes when the tensor goes.
 - **Lifetime**: the note on a tensor that a layer *read* refers to the pack weakly: an input of the
   model outlives the graph, and must not keep the graph's packs. Where saved-tensor hooks take the
   packs away (checkpointing, offloading), the note of an intermediate result holds them itself.
+- **Saved-tensor hooks**: a note holds under the hooks under which it was written. The two passes of
+  a checkpoint must keep alike, and where hooks around it took its inputs away, its second pass gets
+  them as other tensors, without the notes that the first pass saw.
 - **Sketches** (`packlight.sketch`) are noted apart from packs. The tensor cannot be had again from
   one, so it serves the readers that ask for a sketch, and no other.
 - **torch.compile**: the tracer follows the attribute, so layers share within a compiled region.
@@ -20,6 +23,7 @@ by call order, and the note goes when the tensor goes.
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -74,9 +78,16 @@ class _WeakPack(NamedTuple):
         return None if gone else Pack(self.rebuild, self.shape, tensors)
 
 
-# Version, cast, pack and sketch. A plain tuple, which every version of torch.compile can hand out
-# with a tensor that leaves the region.
-_Note: TypeAlias = tuple[int, Tensor | None, Pack | _WeakPack | None, Pack | _WeakPack | None]
+# Version, cast, pack, sketch and pack hook, weakly, for a note must not keep alive what the hook
+# refers to. A plain tuple, which every version of torch.compile can hand out with a tensor
+# that leaves the region.
+_Note: TypeAlias = tuple[
+    int,
+    Tensor | None,
+    Pack | _WeakPack | None,
+    Pack | _WeakPack | None,
+    "weakref.ref[Any] | None",
+]
 
 
 def note_cast(tensor: Tensor, cast: Tensor) -> None:
@@ -144,6 +155,21 @@ def _hooks_are_active() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def _hooks() -> Any:
+    """The pack hook that is active: None where there is none, and where a region is traced."""
+    if torch.compiler.is_compiling():
+        return None
+    top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if top is None else top[0]
+
+
+def _holds(note: _Note, version: int, hooks: Any) -> bool:
+    """Whether a note is on this version of its tensor, and was written under these hooks."""
+    written_under = None if note[4] is None else note[4]()
+    same_hooks = written_under is hooks and (hooks is not None or note[4] is None)
+    return note[0] == version and same_hooks
+
+
 def pack_of(tensor: Tensor) -> Pack | None:
     """What is kept of `tensor` already, None where nothing is that still holds."""
     owner, note = _read(tensor)
@@ -186,12 +212,14 @@ def _write(
     if not _takes_notes(tensor):
         return
     version = _version(tensor)
+    hooks = _hooks()
     note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
-    if note is not None and note[0] == version:
+    if note is not None and _holds(note, version, hooks):
         cast = note[1] if cast is None else cast
         pack = note[2] if pack is None else pack
         sketch = note[3] if sketch is None else sketch
-    setattr(tensor, _ATTRIBUTE, (version, cast, pack, sketch))
+    reference = None if hooks is None else weakref.ref(hooks)
+    setattr(tensor, _ATTRIBUTE, (version, cast, pack, sketch, reference))
 
 
 def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
@@ -203,7 +231,7 @@ def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     if note is None and not torch.compiler.is_compiling() and _is_whole_view(tensor):
         owner = tensor._base  # type: ignore[assignment]
         note = getattr(owner, _ATTRIBUTE, None)
-    if note is not None and note[0] != _version(owner):
+    if note is not None and not _holds(note, _version(owner), _hooks()):
         note = None
     return owner, note
 

@@ -44,7 +44,7 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(codes, scales, rstd, weight)
         ctx.settings = (center, bits, group_size)
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-        return y.view(x.shape), codes, scales
+        return _shaped(y, x.shape), codes, scales
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -64,6 +64,14 @@ class _Norm(torch.autograd.Function):
             dbias.to(ctx.dtypes[1]) if need_bias else None,
             *[None] * 6,
         )
+
+
+def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
+    """`y.view(shape)`, but a tensor of its own: views of it are views of what carries the note."""
+    if torch.compiler.is_compiling():
+        return y.view(shape)
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, shape)
+    return shaped
 
 
 _apply_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Norm.apply
