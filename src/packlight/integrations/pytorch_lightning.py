@@ -1,0 +1,9 @@
+"""A callback for the `Trainer` of pytorch_lightning."""
+
+from pytorch_lightning import Callback
+
+from packlight.integrations._lightning import Converting
+
+
+class PacklightCallback(Converting, Callback):
+    __doc__ = Converting.__doc__

@@ -1,0 +1,196 @@
+"""Layers of timm; `packlight.convert` imports this where the program has imported timm.
+
+| class | becomes, under |
+| --- | --- |
+| GELU, GELUTanh, QuickGELU | the activation: `FewBit`, `GroupQuant`, `Inverted` |
+| BatchNormAct2d | the batch norm, before its dropout and activation: `FixedPoint`, `GroupQuant` |
+| LayerNorm | the layer norm: `GroupQuant`, `Inverted` |
+| LayerNorm2d | the layer norm over channels: `GroupQuant` |
+| RmsNorm | the RMS norm: `GroupQuant`, `Inverted` |
+
+The dropout and the activation of BatchNormAct2d are modules of their own and converted as such.
+What timm builds of torch.nn has torch's rules; its attention calls
+`F.scaled_dot_product_attention`, which `convert(..., functional=True)` covers. All other classes of
+its own are left alone.
+"""
+
+from typing import Any
+
+from timm import layers
+from torch import Tensor, nn
+
+from packlight.groupquant import channel_norms, norms
+from packlight.groupquant.fixed_point import functional as fixed_point
+from packlight.groupquant.fixed_point.method import FixedPoint
+from packlight.groupquant.fixed_point.modules import start_batch
+from packlight.groupquant.method import GroupQuant
+from packlight.groupquant.modules import _Quantised
+from packlight.integrations._activations import register
+from packlight.integrations._classes import joined
+from packlight.inverted import norms as inverted
+from packlight.inverted.method import Inverted
+from packlight.inverted.norm_modules import _InvertedNorm
+from packlight.method import LeaveAlone, Swap, rule
+
+register({layers.GELU: "gelu", layers.GELUTanh: "gelu_tanh", layers.QuickGELU: "quick_gelu"})
+
+
+# --- Batch norm with an activation.
+
+
+class FixedPointBatchNormAct2d(nn.Module):
+    """act(drop(batch_norm(x))); keeps the codes of `packlight.groupquant.fixed_point`."""
+
+    bits: int
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            plain: Tensor = super().forward(x)
+            return plain
+        y = fixed_point.batch_norm(x, **start_batch(self), bits=self.bits)
+        activated: Tensor = self.act(self.drop(y))
+        return activated
+
+
+class GroupQuantBatchNormAct2d(_Quantised):
+    """act(drop(batch_norm(x))); keeps a pack of the normalised value."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            plain: Tensor = super().forward(x)
+            return plain
+        y = channel_norms.batch_norm(x, **start_batch(self), **self.options)
+        activated: Tensor = self.act(self.drop(y))
+        return activated
+
+
+# --- Norms of rows.
+
+
+class GroupQuantLayerNorm(_Quantised):
+    """`F.layer_norm` over the last dimension; keeps a pack of the normalised value."""
+
+    normalized_shape: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            plain: Tensor = super().forward(x)
+            return plain
+        return norms.layer_norm(
+            x, self.normalized_shape, self.weight, self.bias, self.eps, **self.options
+        )
+
+
+class GroupQuantLayerNorm2d(_Quantised):
+    """`F.layer_norm` over the channels of [N, C, H, W]; keeps a pack of the normalised value."""
+
+    normalized_shape: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            plain: Tensor = super().forward(x)
+            return plain
+        y = norms.layer_norm(
+            x.permute(0, 2, 3, 1),
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            **self.options,
+        )
+        return y.permute(0, 3, 1, 2)
+
+
+class GroupQuantRmsNorm(_Quantised):
+    """`F.rms_norm` over the last dimension; keeps a pack of the normalised value."""
+
+    normalized_shape: tuple[int, ...]
+    weight: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            plain: Tensor = super().forward(x)
+            return plain
+        return norms.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self.options)
+
+
+class InvertedLayerNorm(_InvertedNorm):
+    """`F.layer_norm` over the last dimension; keeps its output and 32 bits a row."""
+
+    normalized_shape: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            plain: Tensor = super().forward(x)
+            return plain
+        shape = tuple(self.normalized_shape)
+        return inverted.row_norm(x, shape, self.weight, self.bias, self.eps, True, self._verdict)
+
+
+class InvertedRmsNorm(_InvertedNorm):
+    """`F.rms_norm` over the last dimension; keeps its output and 32 bits a row."""
+
+    normalized_shape: tuple[int, ...]
+    weight: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            plain: Tensor = super().forward(x)
+            return plain
+        shape = tuple(self.normalized_shape)
+        return inverted.row_norm(x, shape, self.weight, None, self.eps, False, self._verdict)
+
+
+# --- The rules.
+
+_GROUP_QUANT: dict[type[nn.Module], type[nn.Module]] = {
+    layers.BatchNormAct2d: GroupQuantBatchNormAct2d,
+    layers.LayerNorm: GroupQuantLayerNorm,
+    layers.LayerNorm2d: GroupQuantLayerNorm2d,
+    layers.RmsNorm: GroupQuantRmsNorm,
+}
+_INVERTED: dict[type[nn.Module], type[nn.Module]] = {
+    layers.LayerNorm: InvertedLayerNorm,
+    layers.RmsNorm: InvertedRmsNorm,
+}
+
+
+def _check(module: Any) -> None:
+    if getattr(module, "_fast_norm", False):
+        raise LeaveAlone("timm's fast norm is on, which computes in another dtype")
+
+
+@rule(GroupQuant, *_GROUP_QUANT)
+def _quantised(method: GroupQuant, module: Any) -> Swap:
+    _check(module)
+    kind = type(module)
+    return Swap(joined(_GROUP_QUANT[kind], kind), {"method": method})
+
+
+@rule(Inverted, *_INVERTED)
+def _inverted(method: Inverted, module: Any) -> Swap:
+    _check(module)
+    kind = type(module)
+    return Swap(joined(_INVERTED[kind], kind), {"offset_limit": None, "_judged": None})
+
+
+@rule(FixedPoint, layers.BatchNormAct2d)
+def _fixed_point(method: FixedPoint, module: Any) -> Swap:
+    kind = type(module)
+    return Swap(joined(FixedPointBatchNormAct2d, kind), {"bits": method.bits})

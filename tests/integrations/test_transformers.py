@@ -1,0 +1,556 @@
+"""Layers and models of transformers: the same forward, gradients near, fewer bytes kept."""
+
+import copy
+import importlib
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+import packlight
+from packlight import FewBit, GroupQuant, Inverted, Sketch
+from packlight.integrations._classes import is_copy, joined
+from packlight.integrations.transformers import attention
+from tests.helpers import crossing, dtype_name, kept_bytes, ulps
+from tests.integrations.models import (
+    BATCH,
+    LENGTH,
+    NAMES,
+    WIDTH,
+    batch,
+    make,
+    step,
+    worst_error,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+
+# To nearest and with groups of their own, so that two passes agree whatever the seed.
+EIGHT = GroupQuant(bits=8, group_size=32, rounding="nearest")
+# Of all: what else a model has, but for dropout, which draws its own mask.
+ALL = (EIGHT, FewBit(bits=8))
+
+# Rounding of one operation.
+EPSILON = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def gradients(layer, x, dy=None):
+    """Output, and gradients of the input and the parameters, by name."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    generator = torch.Generator().manual_seed(3)
+    dy = torch.randn(y.shape, generator=generator).to(y.dtype) if dy is None else dy
+    parameters = dict(layer.named_parameters())
+    found = torch.autograd.grad(y, [x, *parameters.values()], dy)
+    return y.detach(), dict(zip(["input", *parameters], found, strict=True))
+
+
+def error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def pair(layer, method):
+    converted = copy.deepcopy(layer)
+    packlight.convert(converted, method)
+    return layer, converted
+
+
+# ---- activations ---------------------------------------------------------------------------------
+
+# Which call torch's function, or are written as ours: the same bits.
+SAME = ("gelu", "gelu_pytorch_tanh", "mish", "quick_gelu", "relu2", "silu", "swish")
+# Which write out a GELU in Python operations.
+WRITTEN_OUT = {
+    "gelu_accurate": "tanh", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_python": "none",
+    "gelu_python_tanh": "tanh",
+}  # fmt: skip
+OF_TORCH = {"hardswish", "leaky_relu", "relu", "relu6", "sigmoid", "tanh"}
+LEFT_ALONE = {"gelu_10", "laplace", "linear", "prelu", "sqrtsoftplus", "xielu"}
+
+
+def test_every_activation_is_known():
+    assert {*SAME, *WRITTEN_OUT, *OF_TORCH, *LEFT_ALONE} == set(ACT2FN)
+
+
+@pytest.mark.parametrize("name", sorted(LEFT_ALONE - {"xielu", "linear", "prelu"}))
+def test_other_activations_are_left_alone(name):
+    with pytest.raises(packlight.NothingMatchedError, match="no rule of"):
+        packlight.convert(ACT2FN[name], GroupQuant())
+
+
+@every_dtype
+@pytest.mark.parametrize("method", [EIGHT, FewBit(bits=8), Inverted()], ids=str)
+@pytest.mark.parametrize("name", SAME)
+def test_activations_compute_what_the_plain_module_does(name, method, dtype):
+    if name == "relu2" and isinstance(method, Inverted):
+        with pytest.raises(packlight.NothingMatchedError, match="no inverse"):
+            packlight.convert(ACT2FN[name], method)
+        return
+    plain, converted = pair(ACT2FN[name], method)
+    x = (torch.randn(16, 64) * 2).to(dtype)
+    y, expected = gradients(plain, x)
+    ours, actual = gradients(converted, x)
+    assert torch.equal(ours, y)
+    assert error(actual["input"], expected["input"]) < 0.02 + EPSILON[dtype]
+    converted.eval()
+    assert torch.equal(converted(x), y)
+    packlight.revert(converted)
+    assert type(converted) is type(plain)
+
+
+@every_dtype
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_a_gelu_that_is_written_out_is_computed_at_once(name, dtype):
+    """The plain module rounds after every operation, torch's function once."""
+    plain, converted = pair(ACT2FN[name], EIGHT)
+    x = torch.linspace(-6, 6, 4096).to(dtype).requires_grad_()
+    truth = nn.functional.gelu(x.detach().double(), approximate=WRITTEN_OUT[name])
+    theirs, ours = ((layer(x).double() - truth).abs().max() for layer in (plain, converted))
+    if dtype == torch.float32:
+        assert max(theirs, ours) < 1e-6
+    else:
+        assert ours < theirs < {torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+
+
+# ---- RMS norms -----------------------------------------------------------------------------------
+
+NORMS = {
+    "llama.LlamaRMSNorm": {},
+    "mistral.MistralRMSNorm": {},
+    "qwen2.Qwen2RMSNorm": {},
+    "qwen3.Qwen3RMSNorm": {},
+    "phi3.Phi3RMSNorm": {},
+    "t5.T5LayerNorm": {},
+    "gemma.GemmaRMSNorm": {},
+    "gemma3.Gemma3RMSNorm": {},
+    "gpt_oss.GptOssRMSNorm": {},
+}
+ROUND_ONCE = ("gemma.GemmaRMSNorm", "gemma3.Gemma3RMSNorm", "gpt_oss.GptOssRMSNorm")
+
+
+def make_norm(name, width=WIDTH):
+    folder, kind = name.split(".")
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    norm = getattr(module, kind)(width, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.add_(torch.rand(width) * 0.5)
+    return norm
+
+
+@every_dtype
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["same", "float32 weight"])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_give_the_bits_of_the_plain_norm(name, weight_dtype, dtype):
+    plain, converted = pair(make_norm(name).to(weight_dtype or dtype), EIGHT)
+    x = (torch.randn(2, 8, WIDTH) * 3).to(dtype)
+    y, expected = gradients(plain, x)
+    ours, actual = gradients(converted, x)
+    assert ours.dtype == y.dtype
+    assert torch.equal(ours, y)
+    for key, gradient in expected.items():
+        assert actual[key].dtype == gradient.dtype
+        assert error(actual[key], gradient) < 0.01 + EPSILON[dtype], key
+
+
+@every_dtype
+@pytest.mark.parametrize("name", [name for name in NORMS if name not in ROUND_ONCE])
+def test_inverted_norms_are_within_a_unit_of_the_plain_norm(name, dtype):
+    plain, converted = pair(make_norm(name).to(dtype), Inverted())
+    x = (torch.randn(2, 8, WIDTH) * 3).to(dtype)
+    y, expected = gradients(plain, x)
+    ours, actual = gradients(converted, x)
+    assert ulps(ours, y).max() <= (0 if dtype == torch.float32 else 1)
+    for key, gradient in expected.items():
+        assert error(actual[key], gradient) < 20 * EPSILON[dtype], key
+    next_layer = nn.Linear(WIDTH, 8).to(dtype)
+    kept = kept_bytes(lambda: next_layer(converted(x.requires_grad_())))
+    weights = sum(p.numel() * p.element_size() for p in (plain.weight, next_layer.weight))
+    assert kept == y.numel() * y.element_size() + 16 * 4 + weights
+
+
+def test_a_norm_keeps_a_pack_which_the_next_layer_shares():
+    norm, linear = make_norm("llama.LlamaRMSNorm"), nn.Linear(WIDTH, 32)
+    model = nn.Sequential(norm, linear)
+    packlight.convert(model, GroupQuant(bits=4))
+    x = torch.randn(16, WIDTH, requires_grad=True)
+    count = x.numel()
+    report = packlight.profile(model, x)
+    assert report.activation_bytes == count // 2 + 4 * 16 + 4 * 16  # codes, scales, rstd
+
+
+def test_a_norm_whose_code_is_not_known_is_left_alone():
+    class OtherNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(WIDTH))
+            self.variance_epsilon = 1e-5
+
+        def forward(self, hidden_states):
+            input_dtype = hidden_states.dtype
+            hidden_states = hidden_states.to(torch.float32)
+            variance = hidden_states.pow(2).mean(-2, keepdim=True)
+            hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+            return self.weight * hidden_states.to(input_dtype)
+
+    with pytest.raises(packlight.NothingMatchedError):
+        packlight.convert(OtherNorm(), GroupQuant())
+
+
+def test_code_is_compared_whatever_the_variables_are_called():
+    def one(x, y):
+        z = x + y * 2
+        return z.sum()
+
+    def same(a, b):
+        c = a + b * 2
+        return c.sum()
+
+    def other_constant(x, y):
+        z = x + y * 2.0
+        return z.sum()
+
+    def swapped(x, y):
+        z = y + x * 2
+        return z.sum()
+
+    def enclosing():
+        def inner(x, y):
+            z = x + y * one
+            return z.sum()
+
+        return inner
+
+    assert is_copy(same, one)
+    assert not is_copy(other_constant, one)
+    assert not is_copy(swapped, one)
+    assert not is_copy(enclosing(), one)
+    assert not is_copy(None, one)
+    assert not is_copy(len, one)
+
+
+# ---- Conv1D --------------------------------------------------------------------------------------
+
+
+@every_dtype
+def test_conv1d_is_a_linear_layer_with_a_transposed_weight(dtype):
+    plain, converted = pair(Conv1D(48, WIDTH).to(dtype), EIGHT)
+    x = torch.randn(2, 16, WIDTH).to(dtype)
+    y, expected = gradients(plain, x)
+    ours, actual = gradients(converted, x)
+    assert torch.equal(ours, y)
+    assert torch.equal(actual["input"], expected["input"])
+    assert error(actual["bias"], expected["bias"]) < EPSILON[dtype]
+    assert error(actual["weight"], expected["weight"]) < 0.01 + EPSILON[dtype]
+    assert actual["weight"].shape == plain.weight.shape
+
+
+def test_conv1d_with_a_frozen_weight_keeps_nothing():
+    layer = Conv1D(48, WIDTH)
+    layer.weight.requires_grad_(False)
+    packlight.convert(layer, GroupQuant(bits=4))
+    x = torch.randn(16, WIDTH, requires_grad=True)
+    assert packlight.profile(layer, x).activation_bytes == 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_sketch_of_conv1d_draws_alike_in_both_passes_of_a_checkpoint(reentrant):
+    model = nn.Sequential(Conv1D(48, WIDTH), nn.Dropout(0.5), Conv1D(WIDTH, 48))
+    packlight.convert(model, Sketch(rows=0.5, min_rows=1))
+    x = torch.randn(64, WIDTH, requires_grad=True)
+
+    def gradient(run):
+        torch.manual_seed(5)
+        model.zero_grad()
+        run(x).square().sum().backward()
+        return model[0].weight.grad.clone()
+
+    expected = gradient(model)
+    actual = gradient(
+        lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+    )
+    assert torch.equal(actual, expected)
+
+
+def test_inverted_conv1d_reads_the_cast_of_an_inverted_norm():
+    model = nn.Sequential(nn.LayerNorm(WIDTH), Conv1D(48, WIDTH))
+    plain = copy.deepcopy(model)
+    packlight.convert(model, Inverted())
+    x = torch.randn(16, WIDTH, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = plain(x)
+        assert torch.equal(model(x), y)
+        kept = packlight.profile(model, x)
+    rows = {(row.module, row.shape): row.bytes for row in kept.rows}
+    assert rows["0", (16, WIDTH)] == 2 * x.numel()  # the cast, once
+    assert ("1", (16, WIDTH)) not in rows
+
+
+# ---- gated feed-forward layers -------------------------------------------------------------------
+
+
+def mlp_of(name, **changes):
+    model = make(name, **changes)
+    kinds = ("LlamaMLP", "Phi3MLP", "Qwen2MLP", "GemmaMLP", "T5DenseGatedActDense")
+    return next(module for module in model.modules() if type(module).__name__ in kinds)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "phi3", "t5"])
+def test_a_gated_layer_packs_gate_and_up_once_and_rebuilds_the_product(name):
+    plain, converted = pair(mlp_of(name), EIGHT)
+    x = torch.randn(2, 16, WIDTH)
+    y, expected = gradients(plain, x)
+    ours, actual = gradients(converted, x)
+    assert torch.equal(ours, y)
+    for key, gradient in expected.items():
+        assert error(actual[key], gradient) < 0.02, key
+    four = copy.deepcopy(plain)
+    packlight.convert(four, GroupQuant(bits=4))
+    kept = packlight.profile(four, x.requires_grad_()).activation_bytes
+    pack = 0.5 + 4 / 128
+    assert kept == 32 * (WIDTH + 2 * 160) * pack
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "relu", "gelu_new"])
+def test_a_gated_layer_takes_the_activations_that_have_a_gated_form(act):
+    plain, converted = pair(mlp_of("llama", hidden_act=act), EIGHT)
+    x = torch.randn(2, 16, WIDTH)
+    y, expected = gradients(plain, x)
+    ours, actual = gradients(converted, x)
+    assert torch.equal(ours, y) if act != "gelu_new" else error(ours, y) < 1e-5
+    assert error(actual["input"], expected["input"]) < 0.02
+
+
+def test_a_gated_layer_with_another_activation_leaves_it_to_its_parts():
+    layer = mlp_of("llama", hidden_act="quick_gelu")
+    conversion = packlight.convert(layer, GroupQuant())
+    (left,) = conversion.skipped
+    assert "QuickGELUActivation, has no gated form" in left.reason
+    assert {row.kind for row in conversion.replaced} == {"Linear", "QuickGELUActivation"}
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_attention_packs_query_key_value_and_output(name, padded):
+    plain, inputs = make(name), batch(name, padded)
+    converted = copy.deepcopy(plain)
+    attentions = [m for m in plain.modules() if attention._asks_its_config(type(m))]
+    assert len(attentions) == 2
+    kinds = {type(module): EIGHT for module in attentions}
+    packlight.convert(converted, kinds)
+    assert converted.config._attn_implementation == "sdpa"
+    output, expected = step(plain, inputs)
+    ours, actual = step(converted, inputs)
+    assert torch.equal(ours.logits, output.logits)
+    assert worst_error(actual, expected) < 0.05
+    # The fused kernel keeps all four in 32 bits, ours in 8 and the scale of a group.
+    whole = packlight.profile(plain, **inputs).activation_bytes
+    packed = packlight.profile(converted, **inputs).activation_bytes
+    heads = 2 if name == "llama" else 4
+    elements = BATCH * LENGTH * 16 * (4 + 2 * heads) + BATCH * LENGTH * WIDTH
+    # The output stays with the projection behind it, which reads it whole.
+    shared = BATCH * LENGTH * WIDTH
+    saved = 4 * (elements - shared) - (elements * (1 + 4 / 32))
+    assert whole - packed >= 2 * saved
+
+
+def test_attention_follows_the_config_of_the_model():
+    model = make("llama")
+    packlight.convert(model, GroupQuant())
+    module = model.model.layers[0].self_attn
+    assert module.config._attn_implementation == "packlight"
+    assert module.config.hidden_size == WIDTH
+    assert isinstance(module, transformers.models.llama.modeling_llama.LlamaAttention)
+    model.eval()
+    assert module.config is model.config
+    model.train()
+    model.set_attn_implementation("eager")
+    assert module.config is model.config
+
+
+def test_eager_attention_is_left_alone_and_said_to_be():
+    model = make("bert")
+    model.set_attn_implementation("eager")
+    conversion = packlight.convert(model, GroupQuant())
+    reasons = [row.reason for row in conversion.skipped if row.kind == "BertSelfAttention"]
+    assert len(reasons) == 2
+    assert "'eager'" in reasons[0]
+    assert 'set_attn_implementation("sdpa")' in reasons[0]
+
+
+def test_attention_with_a_position_bias_is_left_alone_and_said_to_be():
+    conversion = packlight.convert(make("t5"), GroupQuant())
+    reasons = {row.reason for row in conversion.skipped if row.kind == "T5Attention"}
+    assert len(reasons) == 1
+    assert "position bias" in reasons.pop()
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_the_implementation_can_be_chosen_without_a_conversion(padded):
+    packlight.convert(nn.Linear(32, 32), GroupQuant())  # which imports the integration
+    plain, inputs = make("llama"), batch("llama", padded)
+    packed = copy.deepcopy(plain)
+    packed.set_attn_implementation("packlight")
+    output, expected = step(plain, inputs)
+    ours, actual = step(packed, inputs)
+    assert torch.equal(ours.logits, output.logits)
+    assert worst_error(actual, expected) < 0.05
+    kept = [packlight.profile(model, **inputs).activation_bytes for model in (plain, packed)]
+    assert kept[1] < kept[0]
+
+
+def test_generation_with_a_cache_goes_on_as_ever():
+    plain = make("llama", use_cache=True)
+    converted = copy.deepcopy(plain)
+    packlight.convert(converted, GroupQuant())
+    ids = batch("llama")["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = plain.eval().generate(ids, **options)
+    assert torch.equal(converted.eval().generate(ids, **options), expected)
+    # In training mode too: keys are longer than queries then.
+    assert torch.equal(converted.train().generate(ids, **options), expected)
+
+
+# ---- whole models --------------------------------------------------------------------------------
+
+# Times less that is kept, at 8 and at 4 bits, in float32.
+TIMES_LESS = {
+    "bert": (3.6, 6.5), "roberta": (3.6, 6.5), "gpt2": (5.0, 8.0), "llama": (4.2, 6.5),
+    "mistral": (4.2, 6.5), "qwen2": (4.2, 6.5), "qwen3": (4.2, 6.5), "gemma": (4.2, 6.5),
+    "phi3": (4.2, 6.5), "t5": (2.0, 2.5), "vit": (3.6, 6.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_computes_the_same_and_keeps_less(name):
+    plain, inputs = make(name), batch(name)
+    converted, four = copy.deepcopy(plain), copy.deepcopy(plain)
+    packlight.convert(converted, ALL)
+    packlight.convert(four, (GroupQuant(bits=4), FewBit(bits=3)))
+    output, expected = step(plain, inputs)
+    ours, actual = step(converted, inputs)
+    if name == "gpt2":  # its GELU is written out, see above
+        torch.testing.assert_close(ours.logits, output.logits, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(ours.logits, output.logits)
+        assert torch.equal(ours.loss, output.loss)
+    assert worst_error(actual, expected) < 0.05
+    kept = [packlight.profile(m, **inputs).activation_bytes for m in (plain, converted, four)]
+    eight_bits, four_bits = TIMES_LESS[name]
+    assert kept[0] > eight_bits * kept[1]
+    assert kept[0] > four_bits * kept[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_revert_gives_back_the_very_model(name):
+    model = make(name)
+    before = {path: (module, type(module)) for path, module in model.named_modules()}
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    conversion = packlight.convert(model, ALL)
+    assert packlight.revert(model) == len(conversion.replaced)
+    assert {path: (module, type(module)) for path, module in model.named_modules()} == before
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_a_saved_model_is_a_plain_one(name, tmp_path):
+    plain, inputs = make(name), batch(name)
+    packlight.convert(converted := copy.deepcopy(plain), ALL)
+    converted.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path)
+    assert {type(module) for module in loaded.modules()} == {
+        type(module) for module in plain.modules()
+    }
+    assert loaded.state_dict().keys() == converted.state_dict().keys()
+    output, loaded_output = plain.eval()(**inputs), loaded.eval()(**inputs)
+    assert torch.equal(loaded_output.logits, output.logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_converted_models_are_copied_and_pickled(name):
+    model, inputs = make(name), batch(name)
+    packlight.convert(model, ALL)
+    _, expected = step(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        _, actual = step(other, inputs)
+        assert worst_error(actual, expected) == 0
+        kinds = [type(module) for module in other.modules()]
+        assert kinds == [type(module) for module in model.modules()]
+        assert packlight.revert(other) == packlight.revert(copy.deepcopy(model))
+
+
+def test_classes_are_made_once_and_keep_their_name():
+    mixin = next(kind for kind in type(pair(make_norm("llama.LlamaRMSNorm"), EIGHT)[1]).__mro__[1:])
+    kind = transformers.models.llama.modeling_llama.LlamaRMSNorm
+    made = joined(mixin, kind)
+    assert made is joined(mixin, kind)
+    assert made.__name__ == "LlamaRMSNorm"
+    assert issubclass(made, kind)
+    assert pickle.loads(pickle.dumps(made)) is made
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_gradient_checkpointing_gives_the_gradients_that_there_are_without(name, reentrant):
+    """Seeds alike, dropout on: rounding and masks of the two passes of a checkpoint agree."""
+    dropout = {
+        "bert": {"hidden_dropout_prob": 0.2}, "gpt2": {"resid_pdrop": 0.2}, "llama": {},
+        "t5": {"dropout_rate": 0.2},
+    }[name]  # fmt: skip
+    model, inputs = make(name, **dropout), batch(name)
+    packlight.convert(model, (GroupQuant(bits=8), FewBit(bits=8)))
+    _, expected = step(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    _, actual = step(model, inputs)
+    # Packs are shared within a block now, and not between blocks.
+    assert worst_error(actual, expected) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_autocast_computes_what_it_does_without(name, dtype):
+    plain, inputs = make(name), batch(name)
+    packlight.convert(converted := copy.deepcopy(plain), ALL)
+    with torch.autocast("cpu", dtype):
+        output, expected = step(plain, inputs)
+        ours, actual = step(converted, inputs)
+    assert ours.logits.dtype == output.logits.dtype
+    assert torch.equal(ours.logits, output.logits)
+    assert worst_error(actual, expected) < 0.08
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_a_compiled_model_has_no_break_and_its_packs_cross(name, fresh_compiler):
+    model, inputs = make(name), batch(name)
+    plain = copy.deepcopy(model)
+    packlight.convert(model, ALL)
+    output, expected = step(plain, inputs)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def crossing_bytes(model):
+        seen = crossing(lambda *tensors: run(model, tensors), *inputs.values())
+        return sum(value.numel() * value.element_size() for value in seen)
+
+    def run(model, tensors):
+        return model(**dict(zip(inputs, tensors, strict=True))).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ours, actual = step(compiled, inputs)
+    actual = {key.removeprefix("_orig_mod."): value for key, value in actual.items()}
+    torch.testing.assert_close(ours.logits, output.logits, rtol=1e-5, atol=1e-5)
+    assert worst_error(actual, expected) < 0.05
+    packed, whole = crossing_bytes(model) - parameters, crossing_bytes(plain) - parameters
+    assert packed < whole / 2.5
