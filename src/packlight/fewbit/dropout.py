@@ -1,5 +1,6 @@
 """Dropout that keeps one bit an element."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import sharing
 from packlight._checks import (
     check_inplace,
     check_numbers,
@@ -18,40 +20,69 @@ from packlight._philox import draw_seed
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.packing.layout import dense_stride
+from packlight.sharing import Pack
 
 
 class _Dropout(torch.autograd.Function):
+    """y and its mask, which it keeps; y alone in place of x, which may be a view."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float, inplace: bool) -> Any:
         ctx.stride = dense_stride(x)
         if inplace:
             y, codes = x, ops.dropout_(x, seed, p, True)
             ctx.mark_dirty(x)
         else:
             y, codes = ops.dropout(x, seed, p, True)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(codes)
-        ctx.levels = (0.0, 1 / (1 - p))
-        return y
+        ctx.p = p
+        if inplace:
+            return y
+        ctx.mark_non_differentiable(codes)
+        return sharing.notable(y), codes
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative()
-        (codes,) = ctx.saved_tensors
-        dx = ops.decode_backward(grad_output, codes, 1, ctx.levels, False, ctx.stride)
+        dx = None
+        if grad_output is not None:
+            (codes,) = ctx.saved_tensors
+            dx = _dropped(grad_output, codes, ctx.p, ctx.stride)
         return dx, None, None, None
 
 
-_drop: Callable[..., Tensor] = _Dropout.apply
+def _dropped(x: Tensor, codes: Tensor, p: float, stride: tuple[int, ...]) -> Tensor:
+    y: Tensor = ops.decode_backward(x, codes, 1, (0.0, 1 / (1 - p)), False, stride)
+    return y
+
+
+_drop: Callable[..., Any] = _Dropout.apply
+
+
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
+class _DroppedRebuild:
+    """The output from its mask and what is kept of the input."""
+
+    input: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    p: float
+
+    def __call__(self, dtype: torch.dtype, codes: Tensor, *tensors: Tensor | None) -> Tensor:
+        x = self.input(dtype, *tensors).reshape(self.shape)
+        return _dropped(x, codes, self.p, self.stride)
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Zeroes each element with probability p and divides the rest by 1 - p.
 
-    Keeps 1 bit an element, where torch keeps a byte (a scaled copy on the CPU). Exact: the gradient
-    has the very mask of the forward, and 1 / (1 - p) in fp32. The mask comes from Philox4x32-10 and
-    a seed drawn from the ambient generator of the tensor's device, so `torch.manual_seed` repeats a
-    run bit for bit and a checkpoint's recomputation sees the same mask. The stream differs from
-    torch's own.
+    Keeps 1 bit an element, where torch keeps a byte (a scaled copy on the CPU). Where something is
+    kept of the input already, a layer that reads the output rebuilds it from that, unless it is
+    overwritten. Exact: the gradient has the very mask of the forward, and 1 / (1 - p) in fp32. The
+    mask comes from Philox4x32-10 and a seed drawn from the ambient generator of the tensor's
+    device, so `torch.manual_seed` repeats a run bit for bit and a checkpoint's recomputation sees
+    the same mask. The stream differs from torch's own.
 
     Raises `InputError` when p is outside 0 to 1.
     """
@@ -66,7 +97,16 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     if needs_gradient(input):
         if inplace:
             check_inplace(input)
-        return _drop(input, seed, p, inplace)
+            overwritten: Tensor = _drop(input, seed, p, True)
+            return overwritten
+        kept = sharing.pack_of(input)
+        dropped: Tensor
+        dropped, codes = _drop(input, seed, p, False)
+        if kept is not None:
+            shape = tuple(dropped.shape)
+            rebuild = _DroppedRebuild(kept.rebuild, shape, dense_stride(dropped), p)
+            sharing.note_output(dropped, Pack(rebuild, shape, (codes, *kept.tensors)))
+        return dropped
     if inplace:
         ops.dropout_(input, seed, p, False)
         if not torch.compiler.is_compiling():

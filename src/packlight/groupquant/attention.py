@@ -283,39 +283,52 @@ def scaled_dot_product_attention(
     Where torch would not take a fused kernel, where the mask needs a gradient, and where the head
     dimension is no multiple of 8, torch's own function runs and keeps what it keeps.
     """
-    method = GroupQuant(bits, group_size, rounding)
-    arguments = (attn_mask, dropout_p, is_causal)
+    arguments = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    out = attend(query, key, value, *arguments, GroupQuant(bits, group_size, rounding))
+    if out is not None:
+        return out
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    method: GroupQuant,
+) -> Tensor | None:
+    """`scaled_dot_product_attention`; None where torch's own function is to run."""
     for tensor in (query, key, value):
         check_tensor(tensor, "scaled_dot_product_attention")
-
-    def plain() -> Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, *arguments, scale=scale, enable_gqa=enable_gqa
-        )
-
+    if query.dim() != 4 or (mask is not None and mask.requires_grad):
+        return None
+    if query.shape[-1] % 8 or value.shape[-1] != query.shape[-1]:
+        return None
+    if query.shape[-3] != key.shape[-3] and not enable_gqa:
+        return None  # torch raises
     qkv = (query, key, value)
     kind = query.device.type
-    if query.dim() != 4 or (attn_mask is not None and attn_mask.requires_grad):
-        return plain()
-    if query.shape[-1] % 8 or value.shape[-1] != query.shape[-1]:
-        return plain()
-    if query.shape[-3] != key.shape[-3] and not enable_gqa:
-        return plain()  # which raises, as torch does
     seeds = [draw(x, method) for x in (*qkv, query)]
     if not any(needs_gradient(x) for x in qkv):
-        return plain()
+        return None
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         qkv = (query.to(dtype), key.to(dtype), value.to(dtype))
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(dtype)
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, qkv[0].dtype):
-        return plain()
-    backend = _backend(*qkv, attn_mask, dropout_p, is_causal)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(dtype)
+    if mask is not None and mask.dtype not in (torch.bool, qkv[0].dtype):
+        return None
+    backend = _backend(*qkv, mask, dropout_p, is_causal)
     if backend not in _FUSED:
-        return plain()
+        return None
     flags = (backend, dropout_p, is_causal, scale)
-    out, codes, scales = _attend(*qkv, attn_mask, *flags, method, *seeds)
-    layout = (tuple(out.shape), out.stride(), out.numel(), bits, group_size)
+    out, codes, scales = _attend(*qkv, mask, *flags, method, *seeds)
+    layout = (tuple(out.shape), out.stride(), out.numel(), method.bits, method.group_size)
     sharing.note_output(out, Pack(Rebuild(*layout), tuple(out.shape), (codes, scales)))
     return out
