@@ -113,6 +113,14 @@ def test_it_reverts_on_request(framework, callback_class, tmp_path):
     assert kinds(module) == kinds(make_module(framework))
 
 
+def test_without_a_measurement(framework, callback_class, tmp_path):
+    callback = callback_class(EIGHT, measure=False)
+    trainer = trainer_of(framework, tmp_path, callback)
+    trainer.fit(make_module(framework), loader())
+    assert callback.kept_bytes is None
+    assert "packlight_kept_bytes" not in trainer.logged_metrics
+
+
 def test_a_failing_step_leaves_no_hooks_behind(framework, callback_class, tmp_path):
     module = make_module(framework)
     module.fails = True

@@ -73,6 +73,38 @@ def test_it_converts_measures_and_logs(tmp_path):
     assert not model._forward_pre_hooks
 
 
+def test_without_a_measurement_it_hangs_no_hooks(tmp_path):
+    callback = PacklightCallback(GroupQuant(bits=4), measure=False)
+    trainer = trainer_of(make("bert"), tmp_path, [callback], max_steps=1)
+    trainer.train()
+    assert callback.kept_bytes is None
+    assert not any("packlight_kept_bytes" in row for row in trainer.state.log_history)
+
+
+def test_a_compiled_trainer(tmp_path, fresh_compiler):
+    plain = make("bert")
+    converted = copy.deepcopy(plain)
+    callback = PacklightCallback((GroupQuant(bits=8, rounding="nearest"), FewBit(bits=8)))
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+    trainers = [
+        trainer_of(plain, tmp_path, **options),
+        trainer_of(converted, tmp_path, [callback], **options),
+    ]
+    for trainer in trainers:
+        torch._dynamo.reset()
+        trainer.train()
+    losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    # What crosses to the backward pass, parameters apart.
+    assert (
+        0 < callback.kept_bytes < packlight.profile(plain, **row_of(trainers[0])).activation_bytes
+    )
+
+
+def row_of(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
 def test_it_trains_as_the_plain_trainer_does(tmp_path):
     plain = make("bert")
     converted = copy.deepcopy(plain)

@@ -21,20 +21,22 @@ class _Joined(type):
     """The type of the classes that `joined` makes. They pickle as the two that they are made of."""
 
 
-_made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+_made: dict[tuple[type, ...], Any] = {}
 
 
 def joined(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `mixin` and `kind`, under the name of `kind`: code asks modules for it."""
     if (mixin, kind) not in _made:
         body = {"__module__": mixin.__module__, "__doc__": mixin.__doc__}
-        made: Any = _Joined(kind.__name__, (mixin, kind), body)
-        _made[mixin, kind] = made
-    return _made[mixin, kind]
+        _made[mixin, kind] = _Joined(kind.__name__, (mixin, kind), body)
+    made: type[nn.Module] = _made[mixin, kind]
+    return made
 
 
-def _parts(made: _Joined) -> tuple[Callable[..., Any], tuple[type, ...]]:
-    return joined, made.__bases__
+def _parts(made: _Joined) -> tuple[Callable[..., Any], tuple[type, ...]] | str:
+    if _made.get(made.__bases__) is made:
+        return joined, made.__bases__
+    return made.__qualname__  # a subclass that someone else has made, by its name as ever
 
 
 copyreg.pickle(_Joined, _parts)
@@ -56,8 +58,8 @@ def once_a_class(look: Callable[[type[nn.Module]], _T]) -> Callable[[type[nn.Mod
 def is_copy(function: object, known: Callable[..., Any]) -> bool:
     """Whether a function has the code of a known one, whatever the variables are called.
 
-    Instructions, constants and the names of attributes and globals agree; neither has variables of
-    a surrounding function, as a decorated one would.
+    Instructions, constants and the names of attributes agree, globals are the same objects, and
+    neither has variables of a surrounding function, as a decorated one would.
     """
     code = getattr(function, "__code__", None)
     if code is None or code.co_freevars or code.co_cellvars:
@@ -65,14 +67,16 @@ def is_copy(function: object, known: Callable[..., Any]) -> bool:
     return _instructions(function) == _instructions(known)
 
 
-def _instructions(function: Any) -> list[tuple[str, str]]:
+def _instructions(function: Any) -> list[tuple[str, object]]:
     names = {name: f"variable {index}" for index, name in enumerate(function.__code__.co_varnames)}
 
-    def named(instruction: dis.Instruction) -> str:
+    def meant(instruction: dis.Instruction) -> object:
         value = instruction.argval
+        if instruction.opname == "LOAD_GLOBAL":  # None for what is built in
+            return value, id(function.__globals__.get(value))
         if "FAST" not in instruction.opname:
             return repr(value)
         parts = value if isinstance(value, tuple) else (value,)  # two at once since Python 3.13
-        return repr([names.get(part, part) for part in parts])
+        return [names.get(part, part) for part in parts]
 
-    return [(each.opname, named(each)) for each in dis.get_instructions(function)]
+    return [(each.opname, meant(each)) for each in dis.get_instructions(function)]

@@ -22,6 +22,7 @@ class Converting:
         strict: as for `packlight.convert`.
         functional: as for `packlight.convert`.
         revert_at_end: whether the module is as it was before when the fit has ended.
+        measure: False for no measurement.
 
     Attributes:
         conversion: what `packlight.convert` returned; None before.
@@ -35,12 +36,14 @@ class Converting:
         strict: bool = True,
         functional: bool = False,
         revert_at_end: bool = False,
+        measure: bool = True,
     ) -> None:
         super().__init__()
         self.methods = methods
         self.strict = strict
         self.functional = functional
         self.revert_at_end = revert_at_end
+        self.measure = measure
         self.conversion: Conversion | None = None
         self.kept_bytes: int | None = None
         self._measure: KeptBytes | None = None
@@ -55,7 +58,7 @@ class Converting:
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.kept_bytes is None:
+        if self.measure and self.kept_bytes is None:
             self._measure = KeptBytes(pl_module)
             self._measure.__enter__()
 

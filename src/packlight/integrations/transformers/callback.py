@@ -25,6 +25,8 @@ class PacklightCallback(TrainerCallback):
         strict: as for `packlight.convert`.
         functional: as for `packlight.convert`.
         revert_at_end: whether the model is as it was before when training has ended.
+        measure: False for no measurement. Under `torch.compile` the first step, which has its
+            hooks, is compiled apart from the others.
 
     Attributes:
         conversion: what `packlight.convert` returned; None before.
@@ -38,11 +40,13 @@ class PacklightCallback(TrainerCallback):
         strict: bool = True,
         functional: bool = False,
         revert_at_end: bool = False,
+        measure: bool = True,
     ) -> None:
         self.methods = methods
         self.strict = strict
         self.functional = functional
         self.revert_at_end = revert_at_end
+        self.measure = measure
         self.conversion: Conversion | None = None
         self.kept_bytes: int | None = None
         self._logged = False
@@ -56,7 +60,8 @@ class PacklightCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         self._convert(model)
-        self._measure_once(model)
+        if self.measure:
+            self._measure_once(model)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
