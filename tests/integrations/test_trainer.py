@@ -218,10 +218,13 @@ def test_minilm_learns_sst2_as_well_as_it_does_without(sst2, tmp_path):
         return {"accuracy": float((logits.argmax(-1) == labels).mean())}
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        path,
+        attention_probs_dropout_prob=0.0,  # with which torch has no fused attention on the CPU
+    )
     callback = PacklightCallback((GroupQuant(bits=4), FewBit(bits=3)))
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=64, learning_rate=2e-4,
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=48, learning_rate=2e-4,
         per_device_train_batch_size=16, per_device_eval_batch_size=64, warmup_steps=6,
         logging_steps=16, save_strategy="no", disable_tqdm=True, seed=1,
         dataloader_pin_memory=False,
@@ -236,8 +239,8 @@ def test_minilm_learns_sst2_as_well_as_it_does_without(sst2, tmp_path):
         callbacks=[callback],
     )
     trainer.train()
-    # Without packlight 0.77 with this seed, and 0.76 or 0.77 with other rates; guessing gives 0.53.
-    assert trainer.evaluate()["eval_accuracy"] > 0.74
+    # Without packlight 0.76 with this seed; guessing gives 0.51.
+    assert trainer.evaluate()["eval_accuracy"] > 0.7
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
     trainer.save_model(tmp_path / "saved")
@@ -248,5 +251,4 @@ def test_minilm_learns_sst2_as_well_as_it_does_without(sst2, tmp_path):
     packlight.revert(model)
     plain = packlight.profile(model.train(), **batch).activation_bytes
     packlight.convert(model, callback.methods)
-    # Of what is left, half are scores: on the CPU torch has no fused attention with dropout.
-    assert plain > 2.5 * packlight.profile(model, **batch).activation_bytes
+    assert plain > 8 * packlight.profile(model, **batch).activation_bytes

@@ -2,7 +2,9 @@
 
 import copy
 import importlib
+import inspect
 import pickle
+import sys
 import types
 
 import pytest
@@ -59,6 +61,17 @@ def pair(layer, method):
     converted = copy.deepcopy(layer)
     packlight.convert(converted, method)
     return layer, converted
+
+
+def test_versions_without_rules_are_said_once(monkeypatch):
+    package = importlib.import_module("packlight.integrations.transformers")
+    # Which is another object than this file's: transformers puts a new one in place as it loads.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    with pytest.warns(UserWarning, match=r"from version 5, and this is 4\.57\.1"):
+        importlib.reload(package)
+    monkeypatch.undo()
+    importlib.reload(package)
+    packlight.convert(nn.Linear(32, 32), GroupQuant())
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -370,6 +383,19 @@ def test_attention_packs_query_key_value_and_output(name, padded):
     assert whole - packed >= 2 * saved
 
 
+def test_a_sliding_window_is_a_mask_that_all_layers_share():
+    plain, inputs = make("mistral", sliding_window=8), batch("mistral")
+    converted = copy.deepcopy(plain)
+    packlight.convert(converted, ALL)
+    output, expected = step(plain, inputs)
+    ours, actual = step(converted, inputs)
+    assert torch.equal(ours.logits, output.logits)
+    assert worst_error(actual, expected) < 0.05
+    masks = [r for r in packlight.profile(converted, **inputs).rows if r.dtype == "bool"]
+    assert len(masks) == 1
+    assert len(masks[0].holders) == 2
+
+
 def test_attention_follows_the_config_of_the_model():
     model = make("llama")
     packlight.convert(model, GroupQuant())
@@ -399,6 +425,13 @@ def test_attention_with_a_position_bias_is_left_alone_and_said_to_be():
     reasons = {row.reason for row in conversion.skipped if row.kind == "T5Attention"}
     assert len(reasons) == 1
     assert "position bias" in reasons.pop()
+
+
+def test_attention_that_has_its_own_way_for_sdpa_is_left_alone():
+    module = importlib.import_module("transformers.models.deepseek_v32.modeling_deepseek_v32")
+    kind = module.DeepseekV32Attention
+    assert '("eager", "sdpa")' in inspect.getsource(kind.forward)
+    assert not attention._asks_its_config(kind)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
@@ -531,8 +564,10 @@ def test_gradient_checkpointing_gives_the_gradients_that_there_are_without(name,
     if reentrant:
         model.enable_input_require_grads()
     _, actual = step(model, inputs)
-    # Packs are shared within a block now, and not between blocks.
-    assert worst_error(actual, expected) < 0.02
+    # Blocks of BERT read the output of a norm in the block before, and decoder blocks of T5 the
+    # encoder's: its pack is shared without checkpoints, and not between their regions.
+    limit = {"bert": 0.02, "t5": 0.02}.get(name, 0.0)
+    assert worst_error(actual, expected) <= limit
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

@@ -4,14 +4,33 @@
 says what each class becomes.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from packlight.integrations.transformers import activations, attention, gated, linear, norms
+import transformers
 
 if TYPE_CHECKING:
     from packlight.integrations.transformers.callback import PacklightCallback
 
-__all__ = ["PacklightCallback", "activations", "attention", "gated", "linear", "norms"]
+__all__ = ["PacklightCallback"]
+
+_OLDEST = 5
+
+if int(transformers.__version__.partition(".")[0]) >= _OLDEST:
+    # Each registers its rules.
+    from packlight.integrations.transformers import (  # noqa: F401
+        activations,
+        attention,
+        gated,
+        linear,
+        norms,
+    )
+else:
+    warnings.warn(
+        f"packlight has rules for transformers from version {_OLDEST}, and this is"
+        f" {transformers.__version__}: its own layers are left alone",
+        stacklevel=2,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ So `model.set_attn_implementation("packlight")` works as well, at 8 bits for all
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,17 +113,28 @@ class GroupQuantAttention(nn.Module):
 
 @once_a_class
 def _asks_its_config(kind: type[nn.Module]) -> bool:
-    """Whether a class calls the implementation that its config names, and looks no further."""
-    forward = vars(kind).get("forward")
-    code = getattr(forward, "__code__", None)
+    """Whether a class calls the implementation that its config names, and looks no further.
+
+    Some have a way of their own for "sdpa"; they are left alone.
+    """
+    own = vars(kind)
+    code = getattr(own.get("forward"), "__code__", None)
     if code is None:
         return False
-    interfaces = getattr(forward, "__globals__", {}).get("ALL_ATTENTION_FUNCTIONS")
-    asks = {"ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation"}
+    interfaces = own["forward"].__globals__.get("ALL_ATTENTION_FUNCTIONS")
+    asks = {"ALL_ATTENTION_FUNCTIONS", "config", "_attn_implementation"}
+    codes = [value.__code__ for value in own.values() if hasattr(value, "__code__")]
     return (
         isinstance(interfaces, AttentionInterface)
         and asks <= set(code.co_names)
-        and _REPLACES not in code.co_consts
+        and not any(_mentions(code.co_consts) for code in codes)
+    )
+
+
+def _mentions(constants: Iterable[object]) -> bool:
+    return any(
+        _mentions(value) if isinstance(value, (tuple, frozenset)) else value == _REPLACES
+        for value in constants
     )
 
 
