@@ -1,18 +1,21 @@
-"""ResNet-18 on CIFAR-10, exact and with packed activations: does it still train, what does it keep.
+"""ResNet-18 and a small ViT on CIFAR-10, exact and with packed activations: do they still train.
 
-    python -m benchmarks.cifar --data shared/data/cifar10 --epochs 16 --seeds 0 1 2
+    python -m benchmarks.run --suite train --data shared/data --filter cifar
 
 Every method sees the same weights, batches and schedule for a seed. A row a run goes to
-`benchmarks/results/cifar.jsonl`: loss and test accuracy an epoch, bytes kept for the backward pass
-of one batch, peak memory, seconds. Runs whose row is there already are skipped. Needs pyarrow and
-pillow to read the data: `train-*.parquet` and `test.parquet` with columns `image` (an encoded
-image) and `label`; `--repack FILE.npz` writes what needs pillow only. On a GPU: bf16 autocast,
-channels last.
+`results/cifar.jsonl`: loss and test accuracy an epoch, bytes kept for the backward pass of one
+batch, peak memory, seconds. Reads `cifar10/train-*.parquet` and `cifar10/test.parquet` with columns
+`image` (an encoded image) and `label`, for which it needs pyarrow and pillow, or `cifar10.npz`,
+which needs pillow only: `python -m benchmarks.cifar shared/data/cifar10 cifar10.npz` writes it. On
+a GPU: bf16 autocast, channels last.
 """
 
 import argparse
+import functools
 import io
+import itertools
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,7 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import rows
-from packlight import groupquant, profile
+from benchmarks.models import PreNormBlock, Stack
+from packlight import (
+    DEFAULT_METHODS,
+    FewBit,
+    GroupQuant,
+    Inverted,
+    Sketch,
+    convert,
+    groupquant,
+    profile,
+)
+from packlight.convert import Methods
 from packlight.groupquant import fixed_point
 
 # --- The network.
@@ -145,6 +159,49 @@ def resnet50(kit: Kit, pool: nn.Module, width: int = 64) -> nn.Sequential:
     return _resnet(kit, Bottleneck, [3, 4, 6, 3], width, stem)
 
 
+class ViT(nn.Module):
+    """A vision transformer for 32x32 images: 64 patches, mean pooling."""
+
+    def __init__(self, width: int = 192, layers: int = 6, heads: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 4, stride=4)
+        self.position = nn.Parameter(torch.randn(64, width) * 0.02)
+        self.blocks = Stack([PreNormBlock(width, heads, False, 0.1) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+# What `convert` is given; those of `METHODS` are built with their layers.
+CONVERSIONS: dict[str, Methods] = {
+    "few-bit 3": FewBit(3),
+    "inverted": Inverted(),
+    "default": DEFAULT_METHODS,
+}
+VIT_CONVERSIONS: dict[str, Methods] = {
+    **{f"group{bits}": (GroupQuant(bits), FewBit(3)) for bits in (8, 4, 2)},
+    **{name: method for name, method in CONVERSIONS.items() if name != "default"},
+    "sketch 0.2": {nn.Linear: Sketch(0.2)},
+}
+RUNS = {"resnet18": [*METHODS, *CONVERSIONS], "vit": ["exact", *VIT_CONVERSIONS]}
+# Settings of both, and what differs: plain SGD does not train the ViT.
+EPOCHS, BATCH = 16, 512
+LEARNING_RATES = {"resnet18": 0.4, "vit": 1e-3}
+
+
+def network(name: str, method: str) -> nn.Module:
+    if name == "resnet18":
+        model: nn.Module = resnet18(METHODS.get(method, METHODS["exact"]))
+        conversions = CONVERSIONS
+    else:
+        model, conversions = ViT(), VIT_CONVERSIONS
+    if method in conversions:
+        convert(model, conversions[method], functional=True)
+    return model
+
+
 # --- The data.
 
 
@@ -188,7 +245,7 @@ def read_encoded(path: pathlib.Path) -> dict[str, Encoded]:
         return {split: _of_npz(path, split) for split in ("train", "test")}
     shards = sorted(path.glob("train-*.parquet"))
     if not shards:
-        raise SystemExit(f"{path} holds no train-*.parquet; say where with --data")
+        raise FileNotFoundError(f"{path} holds no train-*.parquet; say where with --data")
     return {"train": _of_parquet(shards), "test": _of_parquet([path / "test.parquet"])}
 
 
@@ -254,31 +311,35 @@ def accuracy(model: nn.Module, data: Data, size: int, device: str) -> float:
     return right / len(data.test)
 
 
-def train(
-    method: str, seed: int, data: Data, options: argparse.Namespace, device: str
-) -> dict[str, Any]:
+def train(name: str, method: str, seed: int, data: Data, epochs: int) -> dict[str, Any]:
     """Trains once and returns what goes into the row."""
+    device = data.train.device.type
     torch.manual_seed(seed)
-    model = resnet18(METHODS[method], options.width).to(device, memory_format=torch.channels_last)
+    model = network(name, method).to(device, memory_format=torch.channels_last)
     generator = torch.Generator(device).manual_seed(seed)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
-    steps = len(data.train) // options.batch * options.epochs
+    rate = LEARNING_RATES[name]
+    if name == "resnet18":
+        groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0}]
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+    else:
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0}]
+        optimizer = torch.optim.AdamW(groups, lr=rate)
+    steps = len(data.train) // BATCH * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=steps, pct_start=0.25, cycle_momentum=False
+        optimizer, rate, total_steps=steps, pct_start=0.25, cycle_momentum=False
     )
     in_bf16 = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     with in_bf16:
-        images, _ = next(batches(data, options.batch, torch.Generator(device).manual_seed(seed)))
+        images, _ = next(batches(data, BATCH, torch.Generator(device).manual_seed(seed)))
         kept = profile(model, images).activation_bytes
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     losses, accuracies, seconds = [], [], 0.0
-    for epoch in range(options.epochs):
+    for epoch in range(epochs):
         started, total, count = time.perf_counter(), torch.zeros((), device=device), 0
-        for images, labels in batches(data, options.batch, generator):
+        for images, labels in batches(data, BATCH, generator):
             with in_bf16:
                 output = model(images)
             loss = F.cross_entropy(output.float(), labels, label_smoothing=0.1)
@@ -290,13 +351,14 @@ def train(
             count += 1
         losses.append(total.item() / count)
         seconds += time.perf_counter() - started  # the loss was waited for
-        accuracies.append(accuracy(model, data, options.batch, device))
+        accuracies.append(accuracy(model, data, BATCH, device))
         print(
-            f"{method} seed {seed} epoch {epoch + 1:2d}: loss {losses[-1]:.3f},"
+            f"{name}, {method}, seed {seed}, epoch {epoch + 1:2d}: loss {losses[-1]:.3f},"
             f" accuracy {accuracies[-1]:.4f}, {seconds:.0f} s",
             flush=True,
         )
     return {
+        "lr": rate,
         "loss": losses,
         "accuracy": accuracies,
         "kept_bytes": kept,
@@ -305,39 +367,33 @@ def train(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="folder or .npz file")
-    parser.add_argument("--repack", type=pathlib.Path, help="only write the data as this .npz file")
-    parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "cifar.jsonl")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=0.4, help="the highest of the cycle")
-    parser.add_argument("--width", type=int, default=64, help="channels of the first stage")
-    parser.add_argument("--limit", type=int, help="images a split, for trying it out")
-    parser.add_argument("--commit", help="where git cannot tell")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = rows.settings(device, options.commit)
-    given = {name: getattr(options, name) for name in ("epochs", "batch", "lr", "width", "limit")}
-    names = ("method", "seed", *given)
-    known = [tuple(row[name] for name in names) for row in rows.read(options.out)]
-    encoded = read_encoded(options.data)
-    if options.repack:
-        repack(encoded, options.repack)
-        return
-    data = decode(encoded, device, options.limit)
-    for seed in options.seeds:
-        for method in options.methods:
-            if (method, seed, *given.values()) in known:
-                print(f"{method} seed {seed}: there already")
-                continue
-            result = train(method, seed, data, options, device)
-            row = {"method": method, "seed": seed, **given, **result, **settings}
-            rows.append(options.out, row)
+@functools.lru_cache(maxsize=1)
+def data_of(folder: pathlib.Path, device: str, limit: int | None) -> Data:
+    packed = folder / "cifar10.npz"
+    return decode(read_encoded(packed if packed.exists() else folder / "cifar10"), device, limit)
+
+
+def cases(options: argparse.Namespace) -> list[rows.Case]:
+    """Every method for both networks, seed by seed. `--limit` tries it out: one epoch."""
+    epochs = 1 if options.limit else EPOCHS
+
+    def run(name: str, method: str, seed: int) -> dict[str, Any]:
+        return train(
+            name, method, seed, data_of(options.data, options.device, options.limit), epochs
+        )
+
+    found = []
+    for seed, name in itertools.product(options.seeds, RUNS):
+        for method in RUNS[name]:
+            key = {"model": name, "method": method, "seed": seed}
+            key |= {"epochs": epochs, "batch": BATCH, "limit": options.limit}
+            title = f"cifar/{name}/{method}/{seed}"
+            found.append(
+                rows.Case(title, "cifar.jsonl", key, functools.partial(run, name, method, seed), 90)
+            )
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    source, target = map(pathlib.Path, sys.argv[1:])
+    repack(read_encoded(source), target)

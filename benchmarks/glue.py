@@ -1,7 +1,7 @@
-"""Fine-tunes MiniLM on CoLA and MRPC with sketched linear layers: quality, bytes kept, time.
+"""Fine-tunes MiniLM on CoLA, MRPC and SST-2 by every method: quality, bytes kept, time.
 
     python -m benchmarks.glue --data shared/data/glue --repack glue.npz
-    python -m benchmarks.glue --data glue.npz                 the table: every kind and share
+    python -m benchmarks.run --suite train --data . --filter glue   fine-tuning; reads ./glue.npz
     python -m benchmarks.glue --data glue.npz --speed         milliseconds a step, one after another
     python -m benchmarks.glue --roberta                       RoBERTa-base's shape: kept and peak
     python -m benchmarks.glue --data glue.npz --monitor DIR   variance ratios of the exact run
@@ -11,12 +11,12 @@ Every method sees the same weights, batches and schedule for a seed. `--repack` 
 transformers), tokenises once, and writes numbers and weights; **the weights are rounded to float16
 for transport**, so every run starts from the rounded ones and trains in float32. A row a run goes
 to `benchmarks/results/glue.jsonl`: metrics on the development split after the last epoch, bytes
-kept by one batch of 32 x 128 tokens, peak memory, seconds. Runs whose row is there are skipped.
-`--shard 2/8` does every eighth run from the second, for several processes side by side on one
-device, whose seconds then mean little: `--speed` measures them alone.
+kept by one batch of 32 x 128 tokens, peak memory, seconds. Of several processes side by side on one
+device the seconds mean little: `--speed` measures steps alone.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import pathlib
@@ -30,19 +30,22 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import rows
-from packlight import FewBit, Sketch, convert, profile
+from packlight import DEFAULT_METHODS, FewBit, Inverted, Sketch, convert, profile
 from packlight.convert import Methods
 from packlight.sketch import VarianceMonitor
 from packlight.sketch.method import KINDS
 
-TASKS = {"cola": ("sentence",), "mrpc": ("sentence1", "sentence2")}
-EPOCHS = {"cola": 3, "mrpc": 5}
+TASKS = {"cola": ("sentence",), "mrpc": ("sentence1", "sentence2"), "sst2": ("sentence",)}
+EPOCHS = {"cola": 3, "mrpc": 5, "sst2": 1}
 LEARNING_RATE = 5e-5
 BATCH, LONGEST = 32, 128
 SHARES = (0.5, 0.2, 0.1)
 # Run with every seed; all others with the first.
 MAIN = (
     "exact",
+    "gelu3",
+    "inverted",
+    "default",
     *(f"{kind} {share}" for kind in ("srht", "rows") for share in SHARES),
     "gelu3 + srht 0.2",
     "gelu3 + rows 0.2",
@@ -163,6 +166,10 @@ def methods_of(name: str) -> Methods | None:
         return None
     if name == "gelu3":
         return {nn.GELU: FewBit(bits=3)}
+    if name == "inverted":
+        return Inverted()
+    if name == "default":
+        return DEFAULT_METHODS
     combined = name.startswith("gelu3 + ")
     kind, share = name.removeprefix("gelu3 + ").split()
     methods: dict[Any, Any] = {_is_in_encoder: Sketch(float(share), kind)}  # type: ignore[arg-type]
@@ -172,7 +179,7 @@ def methods_of(name: str) -> Methods | None:
 def converted(model: nn.Module, name: str) -> nn.Module:
     methods = methods_of(name)
     if methods is not None:
-        convert(model, methods)
+        convert(model, methods, functional=name == "default")
     return model
 
 
@@ -180,10 +187,12 @@ def converted(model: nn.Module, name: str) -> nn.Module:
 
 
 def scores(task: str, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """CoLA: Matthews correlation. MRPC: F1 and accuracy."""
+    """CoLA: Matthews correlation. MRPC: F1. All: accuracy."""
     hits = [int(((predicted == p) & (labels == y)).sum()) for p in (0, 1) for y in (0, 1)]
     true_no, false_no, false_yes, true_yes = hits
     accuracy = (true_no + true_yes) / len(labels)
+    if task == "sst2":
+        return {"accuracy": accuracy}
     if task == "mrpc":
         return {"f1": 2 * true_yes / (2 * true_yes + false_yes + false_no), "accuracy": accuracy}
     sides = (true_yes + false_yes, true_yes + false_no, true_no + false_yes, true_no + false_no)
@@ -252,32 +261,28 @@ def train(store: Store, task: str, name: str, seed: int, device: str) -> dict[st
     }
 
 
-def table(store: Store, options: argparse.Namespace, device: str) -> None:
-    settings = rows.settings(device, options.commit)
-    known = [
-        (row.get("task"), row.get("method"), row.get("seed")) for row in rows.read(options.out)
-    ]
-    part, parts = map(int, options.shard.split("/"))
-    runs = [
-        (task, name, seed)
-        for task, seed, name in itertools.product(options.tasks, options.seeds, options.methods)
-        if seed == options.seeds[0] or name in MAIN
-    ]
-    for task, name, seed in runs[part - 1 :: parts]:
-        if (task, name, seed) in known:
-            print(f"{task}, {name}, seed {seed}: there already")
+@functools.lru_cache(maxsize=1)
+def store_of(path: pathlib.Path) -> Store:
+    return Store(path)
+
+
+def cases(options: argparse.Namespace) -> list[rows.Case]:
+    """Fine-tuning by every method: the main ones with every seed, the others with the first."""
+
+    def run(task: str, name: str, seed: int) -> dict[str, Any]:
+        return train(store_of(options.data / "glue.npz"), task, name, seed, options.device)
+
+    found = []
+    for task, seed, name in itertools.product(TASKS, options.seeds, METHODS):
+        if seed != options.seeds[0] and name not in MAIN:
             continue
-        result = train(store, task, name, seed, device)
-        case = {"case": "fine-tune", "task": task, "method": name, "seed": seed, "shards": parts}
-        case |= {"epochs": EPOCHS[task], "lr": LEARNING_RATE, "batch": BATCH}
-        rows.append(options.out, {**case, **result, **settings})
-        metric = "f1" if task == "mrpc" else "matthews"
-        print(
-            f"{task}, {name}, seed {seed}: {metric} {result[metric]:.4f}, loss"
-            f" {result['loss'][-1]:.3f}, kept {result['kept_bytes'] / 2**20:.1f} MiB,"
-            f" {result['train_seconds']:.0f} s",
-            flush=True,
+        key = {"case": "fine-tune", "task": task, "method": name, "seed": seed}
+        key |= {"epochs": EPOCHS[task], "lr": LEARNING_RATE, "batch": BATCH}
+        title = f"glue/{task}/{name}/{seed}"
+        found.append(
+            rows.Case(title, "glue.jsonl", key, functools.partial(run, task, name, seed), 60)
         )
+    return found
 
 
 # --- Time, and the variances.
@@ -414,9 +419,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "glue.jsonl")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shard", default="1/1", help="which part of the runs, as 2/8")
-    parser.add_argument("--speed", action="store_true", help="time steps instead of training")
+    parser.add_argument("--speed", action="store_true", help="time steps")
     parser.add_argument("--monitor", type=pathlib.Path, help="write variance ratios to this folder")
     parser.add_argument("--roberta", action="store_true", help="measure RoBERTa-base's shape")
     parser.add_argument("--roberta-batch", type=int, default=128)
@@ -437,7 +440,7 @@ def main() -> None:
     elif options.speed:
         speed(store, options, device)
     else:
-        table(store, options, device)
+        parser.error("say what: --repack, --speed, --monitor or --roberta")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Group quantisation against torch's own functions and a device copy: time, bandwidth, ratios.
 
-    python -m benchmarks.groupquant --out benchmarks/results/groupquant.jsonl
+    python -m benchmarks.run --suite kernels --filter groupquant   results/groupquant.jsonl
 
 Every case is checked before it is timed. Times are medians of side-by-side repetitions by CUDA
 events, launches and allocation included. `of_copy` counts the bytes that must move, each input read
@@ -8,8 +8,8 @@ once and each output written once, packs included, and divides by the bandwidth 
 """
 
 import argparse
-import pathlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.kernels import DTYPES, copy_bandwidth, interleaved
+from benchmarks.kernels import inputs, interleaved
 from packlight import groupquant, use_reference
 from packlight.groupquant import ops
 from packlight.groupquant.method import Grouping
@@ -48,6 +48,7 @@ def measure_pack(x: Tensor, bits: int, rounding: str, copy: float) -> dict[str, 
             "unpack": lambda: ops.dequantize(*pack, *layout, *PLAIN),
         },
         12,
+        x.device.type,
     )
     moved = n * x.element_size() + pack_bytes(n, bits)
     return {
@@ -63,13 +64,17 @@ def measure_function(
     check(ours, plain, inputs)
     y, expected = ours(*inputs), plain(*inputs)
     dy = torch.randn_like(y)
-    forward = interleaved({"ours": lambda: ours(*inputs), "torch": lambda: plain(*inputs)}, 12)
+    device = y.device.type
+    forward = interleaved(
+        {"ours": lambda: ours(*inputs), "torch": lambda: plain(*inputs)}, 12, device
+    )
     backward = interleaved(
         {
             "ours": lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True),
             "torch": lambda: torch.autograd.grad(expected, inputs, dy, retain_graph=True),
         },
         12,
+        device,
     )
     return {
         "forward_ms": forward["ours"],
@@ -102,62 +107,54 @@ def check(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: lis
         assert (a.float() - b.float()).norm() <= 0.02 * b.float().norm()
 
 
-def functions(
-    x: Tensor, bits: int, widths: tuple[int, ...]
-) -> Iterator[tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]:
-    """Name, ours, torch's own, and inputs, of every function worth timing."""
-    for name in ("gelu", "silu", "tanh", "mish"):
-        plain = getattr(torch if name == "tanh" else F, name)
-        yield name, partial(getattr(groupquant, name), bits=bits), plain, [x]
-    pair = list(x.chunk(2))
-    yield "swiglu", partial(groupquant.swiglu, bits=bits), lambda g, u: F.silu(g) * u, pair
-    for width in widths:
-        matrix = x[: x.numel() // width * width].view(-1, width)
-        weight, bias = (torch.randn(width, device=x.device).to(x.dtype) for _ in range(2))
-        shape = {"normalized_shape": (width,)}
-        yield (
-            f"layer_norm {width}",
-            lambda x, w, b, s=shape: groupquant.layer_norm(x, **s, weight=w, bias=b, bits=bits),
-            lambda x, w, b, s=shape: F.layer_norm(x, **s, weight=w, bias=b),
+Function = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
+
+
+def function_of(name: str, x: Tensor, bits: int) -> Function:
+    """Ours, torch's own, and inputs, of a function by its name: "gelu", "layer_norm 768"."""
+    kind, _, width = name.partition(" ")
+    ours = getattr(groupquant, kind)
+    if kind == "swiglu":
+        return partial(ours, bits=bits), lambda g, u: F.silu(g) * u, list(x.chunk(2))
+    plain = torch.tanh if kind == "tanh" else getattr(F, kind)
+    if not width:
+        return partial(ours, bits=bits), plain, [x]
+    size = int(width)
+    matrix = x[: x.numel() // size * size].view(-1, size)
+    weight, bias = (torch.randn(size, device=x.device).to(x.dtype) for _ in range(2))
+    if kind == "layer_norm":
+        return (
+            lambda x, w, b: ours(x, (size,), weight=w, bias=b, bits=bits),
+            lambda x, w, b: plain(x, (size,), weight=w, bias=b),
             [matrix, weight, bias],
         )
-        yield (
-            f"rms_norm {width}",
-            lambda x, w, s=shape: groupquant.rms_norm(x, **s, weight=w, eps=1e-6, bits=bits),
-            lambda x, w, s=shape: F.rms_norm(x, **s, weight=w, eps=1e-6),
-            [matrix, weight],
-        )
+    return (
+        lambda x, w: ours(x, (size,), weight=w, eps=1e-6, bits=bits),
+        lambda x, w: plain(x, (size,), weight=w, eps=1e-6),
+        [matrix, weight],
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "groupquant.jsonl")
-    parser.add_argument("--log2-elements", type=int, default=28)
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8, 2])
-    parser.add_argument("--commit", help="where git cannot tell")
-    options = parser.parse_args()
-    settings = rows.settings("cuda", options.commit)
-    count = 1 << options.log2_elements
-
-    for name in options.dtypes:
-        x = torch.randn(count, device="cuda").mul_(1.5).to(DTYPES[name])
-        copy = copy_bandwidth(x)
-
-        def report(case: str, bits: int, result: dict[str, Any], name=name, copy=copy) -> None:
-            row = {"case": case, "dtype": name, "bits": bits, "elements": count, **result}
-            rows.append(options.out, {**row, "copy_GBps": copy / 1e6, **settings})
-            figures = {k: f"{v:.2f}" for k, v in result.items() if k.endswith(("copy", "ratio"))}
-            print(f"{case:22s} {name} {bits} bits", figures, flush=True)
-
-        for bits in options.bits:
-            for rounding in ("stochastic", "nearest"):
-                report(f"pack {rounding}", bits, measure_pack(x, bits, rounding, copy))
-            if bits != 4 and name == "fp32":
-                continue
-            for case, ours, plain, inputs in functions(x, bits, WIDTHS if bits == 4 else (1024,)):
-                report(case, bits, measure_function(ours, plain, inputs))
+def checked(name: str, bits: int, dtype: str, log2_elements: int, device: str) -> dict[str, Any]:
+    x, _, copy = inputs(dtype, log2_elements, device)
+    if name.startswith("pack "):
+        result = measure_pack(x, bits, name.removeprefix("pack "), copy)
+    else:
+        result = measure_function(*function_of(name, x.detach(), bits))
+    return {**result, "copy_GBps": copy / 1e6}
 
 
-if __name__ == "__main__":
-    main()
+def cases(options: argparse.Namespace) -> list[rows.Case]:
+    """Packing, and every function worth timing; norms of all widths at 4 bits."""
+    packs = ("pack stochastic", "pack nearest")
+    plain = ("gelu", "silu", "tanh", "mish", "swiglu")
+    found = []
+    for log2, dtype, bits in itertools.product(options.log2_elements, ("bf16", "fp32"), (4, 8, 2)):
+        widths = WIDTHS if bits == 4 else (1024,)
+        norms = [f"{kind} {width}" for width in widths for kind in ("layer_norm", "rms_norm")]
+        for name in packs if bits != 4 and dtype == "fp32" else (*packs, *plain, *norms):
+            key = {"case": name, "dtype": dtype, "bits": bits, "elements": 1 << log2}
+            run = partial(checked, name, bits, dtype, log2, options.device)
+            title = f"groupquant/{name} {dtype} {bits} bits 2^{log2}"
+            found.append(rows.Case(title, "groupquant.jsonl", key, run, 4))
+    return found

@@ -1,7 +1,7 @@
 """Kernels of the activations against torch's own and a device copy: time, bandwidth, ratios.
 
-    python -m benchmarks.kernels                     few-bit, into benchmarks/results/kernels.jsonl
-    python -m benchmarks.kernels --method inverted   into benchmarks/results/inverted.jsonl
+    python -m benchmarks.run --suite kernels --filter fewbit     results/kernels.jsonl
+    python -m benchmarks.run --suite kernels --filter inverted   results/inverted.jsonl
 
 Every case is checked against torch before it is timed. Times are medians of side-by-side
 repetitions by CUDA events through autograd, launches and allocation included; inputs are random and
@@ -12,14 +12,18 @@ process.
 """
 
 import argparse
-import pathlib
+import functools
+import itertools
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import packlight.fewbit as few_bit
 from benchmarks import rows
 from packlight import use_reference
 from packlight.packing.layout import packed_bytes
@@ -29,11 +33,21 @@ from tests.layers import Layer
 
 OUTPUTS = {"fewbit": "kernels.jsonl", "inverted": "inverted.jsonl"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+BITS = (1, 2, 3, 4)  # of few-bit layers
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved(
+    functions: dict[str, Callable[[], Any]], repeats: int, device: str = "cuda"
+) -> dict[str, float]:
     """Median milliseconds of each function, their repetitions taken in turn."""
     times: dict[str, list[float]] = {name: [] for name in functions}
+    if device == "cpu":  # for trying things out
+        for _ in range(repeats):
+            for name, function in functions.items():
+                started = time.perf_counter()
+                function()
+                times[name].append(1e3 * (time.perf_counter() - started))
+        return {name: statistics.median(values) for name, values in times.items()}
     for _ in range(10):  # clocks rise, kernels compile
         for function in functions.values():
             function()
@@ -54,7 +68,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[s
 def copy_bandwidth(x: Tensor) -> float:
     """Bytes read and written a millisecond by a copy of `x`."""
     target = torch.empty_like(x)
-    milliseconds = interleaved({"copy": lambda: target.copy_(x)}, 30)["copy"]
+    milliseconds = interleaved({"copy": lambda: target.copy_(x)}, 30, x.device.type)["copy"]
     return 2 * x.element_size() * x.numel() / milliseconds
 
 
@@ -112,15 +126,18 @@ class Case:
 def measure(case: Case, x: Tensor, dy: Tensor, copy: float) -> dict[str, Any]:
     """One row: forward and backward of the layer and of torch's."""
     x.requires_grad_()
-    layer = case.layer
+    layer, device = case.layer, x.device.type
     y, plain = case.apply(x), layer.torch(x)
-    forward = interleaved({"ours": lambda: case.apply(x), "torch": lambda: layer.torch(x)}, 12)
+    forward = interleaved(
+        {"ours": lambda: case.apply(x), "torch": lambda: layer.torch(x)}, 12, device
+    )
     backward = interleaved(
         {
             "ours": lambda: torch.autograd.grad(y, x, dy, retain_graph=True),
             "torch": lambda: torch.autograd.grad(plain, x, dy, retain_graph=True),
         },
         12,
+        device,
     )
     forward_bytes, backward_bytes = case.bytes(x)
     return {
@@ -138,79 +155,46 @@ def measure(case: Case, x: Tensor, dy: Tensor, copy: float) -> dict[str, Any]:
     }
 
 
-def cases(method: str, names: list[str] | None, widths: list[int]) -> list[Case]:
-    """What to measure: every layer of a method, few-bit ones at each width."""
-    if method == "inverted":
-        found = [Case(layer) for layer in inverted.OURS]
-    else:
-        found = [
-            Case(layer, None if layer.bits is not None else bits)
-            for layer in fewbit.LAYERS
-            for bits in ([layer.bits] if layer.bits is not None else widths)
-        ]
-    return [case for case in found if not names or str(case.layer) in names]
+class Dropout(Case):
+    """Dropout at p = 0.1, whose mask is its own."""
+
+    def __init__(self) -> None:
+        function, plain = few_bit.dropout, F.dropout
+        super().__init__(fewbit.Layer("dropout", None, None, function, plain, (0.1,), bits=1))
+
+    def check(self, x: Tensor, dy: Tensor) -> None:
+        kept = (self.apply(x) != 0).float().mean().item()
+        assert abs(kept - 0.9) < max(1e-3, 3 * x.numel() ** -0.5), kept
 
 
-def measure_dropout(x: Tensor, dy: Tensor, copy: float) -> dict[str, Any]:
-    """The row of dropout, at p = 0.1."""
-    import torch.nn.functional as F
-
-    import packlight.fewbit as few_bit
-
-    layer = fewbit.Layer("dropout", None, None, few_bit.dropout, F.dropout, (0.1,), bits=1)
-    kept = few_bit.dropout(x, 0.1) != 0
-    assert abs(kept.float().mean().item() - 0.9) < 1e-3
-    return measure(Case(layer), x, dy, copy)
+@functools.lru_cache(maxsize=1)
+def inputs(dtype: str, log2_elements: int, device: str) -> tuple[Tensor, Tensor, float]:
+    """An input, a gradient, and the bandwidth of a copy; the cases of a dtype share them."""
+    x, dy = (torch.randn(1 << log2_elements, device=device) for _ in range(2))
+    x, dy = x.mul_(1.5).to(DTYPES[dtype]), dy.to(DTYPES[dtype])
+    return x, dy, copy_bandwidth(x)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--method", default="fewbit", choices=OUTPUTS)
-    parser.add_argument("--out", type=pathlib.Path, help="rows are appended to this file")
-    parser.add_argument("--log2-elements", type=int, default=28)
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
-    parser.add_argument("--layers", nargs="+", help="only these, by name")
-    parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4], help="of few-bit")
-    parser.add_argument("--commit", help="where git cannot tell")
-    options = parser.parse_args()
-    path = options.out or rows.RESULTS / OUTPUTS[options.method]
-    settings = {"method": options.method, **rows.settings("cuda", options.commit)}
-    count = 1 << options.log2_elements
-    for name in options.dtypes:
-        dtype = DTYPES[name]
-        x = torch.randn(count, device="cuda").mul_(1.5).to(dtype)
-        dy = torch.randn(count, device="cuda").to(dtype)
-        copy = copy_bandwidth(x)
-        print(f"{name}: copy {copy / 1e6:.0f} GB/s")
-        for case in cases(options.method, options.layers, options.bits):
-            case.check(x.detach(), dy)
-            result = measure(case, x.detach(), dy, copy)
-            report(path, settings, str(case.layer), name, case.bits, count, copy, result)
-        wanted = not options.layers or "dropout" in options.layers
-        if options.method == "fewbit" and wanted:
-            result = measure_dropout(x.detach(), dy, copy)
-            report(path, settings, "dropout", name, 1, count, copy, result)
+def checked(method: str, case: Case, dtype: str, log2_elements: int, device: str) -> dict[str, Any]:
+    x, dy, copy = inputs(dtype, log2_elements, device)
+    case.check(x.detach(), dy)
+    result = measure(case, x.detach(), dy, copy)
+    return {**result, "copy_GBps": copy / 1e6, "method": method}
 
 
-def report(
-    path: pathlib.Path,
-    settings: dict[str, Any],
-    layer: str,
-    dtype: str,
-    bits: int,
-    count: int,
-    copy: float,
-    result: dict[str, Any],
-) -> None:
-    row = {"case": layer, "dtype": dtype, "bits": bits, "elements": count, **result}
-    rows.append(path, {**row, "copy_GBps": copy / 1e6, **settings})
-    print(
-        f"{layer:13s} {dtype} {bits} bits: forward {result['forward_of_copy']:.2f} of copy"
-        f" {result['forward_ratio']:.2f}x torch, backward {result['backward_of_copy']:.2f} of copy"
-        f" {result['backward_ratio']:.2f}x, both {result['both_ratio']:.2f}x",
-        flush=True,
-    )
-
-
-if __name__ == "__main__":
-    main()
+def cases(options: argparse.Namespace) -> list[rows.Case]:
+    """Every layer of a method, few-bit ones at each width that is not theirs alone."""
+    few = [
+        Case(layer, None if layer.bits is not None else bits)
+        for layer in fewbit.LAYERS
+        for bits in ([layer.bits] if layer.bits is not None else BITS)
+    ]
+    methods = {"fewbit": [*few, Dropout()], "inverted": [Case(x) for x in inverted.OURS]}
+    found = []
+    for log2, dtype in itertools.product(options.log2_elements, ("bf16", "fp32")):
+        for method, case in ((m, case) for m, all_ in methods.items() for case in all_):
+            key = {"case": str(case.layer), "dtype": dtype, "bits": case.bits}
+            run = functools.partial(checked, method, case, dtype, log2, options.device)
+            name = f"{method}/{case.layer} {dtype} {case.bits} bits 2^{log2}"
+            found.append(rows.Case(name, OUTPUTS[method], {**key, "elements": 1 << log2}, run, 4))
+    return found

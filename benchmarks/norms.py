@@ -1,7 +1,7 @@
 """Inverted LayerNorm and RMSNorm against torch's own and a device copy: time, bandwidth, ratios.
 
-    python -m benchmarks.norms --out benchmarks/results/norms.jsonl
-    python -m benchmarks.norms --sweep --dtypes bf16 --widths 1024 4096
+    python -m benchmarks.run --suite kernels --filter norms   results/norms.jsonl
+    python -m benchmarks.norms --dtypes bf16 --widths 1024 4096
 
 Every case is checked against torch before it is timed. Times are medians of side-by-side
 repetitions by CUDA events through autograd, launches and allocation included; inputs are random and
@@ -11,12 +11,13 @@ forward, dy, y and dx in the backward. `exact` is how many channels are kept exa
 the case is that of autocast: float32 output from a 16-bit input, and its 16-bit cast, against what
 torch does there (a cast of the input, the norm, a cast of the output).
 
-`--sweep` times the kernels under many settings (`packlight.inverted.norm_kernels`) and prints the
-best of each case; rows go to `--out` only if it is given.
+Run by itself, this times the kernels under many settings (`packlight.inverted.norm_kernels`) and
+prints the best of each case; rows go to `--out` only if it is given.
 """
 
 import argparse
 import contextlib
+import functools
 import itertools
 import pathlib
 from collections.abc import Iterator
@@ -38,12 +39,14 @@ KINDS = ("layer_norm", "rms_norm")
 class Case:
     """One norm of one width: ours and torch's, as functions of x."""
 
-    def __init__(self, kind: str, width: int, dtype: torch.dtype, exact: int, cast: bool) -> None:
+    def __init__(
+        self, kind: str, width: int, dtype: torch.dtype, exact: int, cast: bool, device: str
+    ) -> None:
         self.kind, self.width, self.cast = kind, width, cast
         parameters = torch.float32 if cast else dtype
-        self.weight = (torch.rand(width, device="cuda") + 0.5).to(parameters).requires_grad_()
-        self.bias = (torch.rand(width, device="cuda") * 0.2).to(parameters).requires_grad_()
-        self.channels = torch.randperm(width, device="cuda")[:exact]
+        self.weight = (torch.rand(width, device=device) + 0.5).to(parameters).requires_grad_()
+        self.bias = (torch.rand(width, device=device) * 0.2).to(parameters).requires_grad_()
+        self.channels = torch.randperm(width, device=device)[:exact]
         with torch.no_grad():
             self.weight[self.channels] = 0.0
 
@@ -53,13 +56,13 @@ class Case:
 
     def ours(self, x: Tensor) -> Tensor:
         shape, exact = (self.width,), {"exact_channels": self.channels}
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.cast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cast):
             if self.kind == "layer_norm":
                 return inverted.layer_norm(x, shape, self.weight, self.bias, **exact)
             return inverted.rms_norm(x, shape, self.weight, **exact)
 
     def torch(self, x: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.cast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cast):
             if self.kind == "layer_norm":
                 y = F.layer_norm(x, (self.width,), self.weight, self.bias)
             else:
@@ -96,7 +99,9 @@ def measure(case: Case, x: Tensor, dy: Tensor, copy: float, repeats: int) -> dic
         y = case.torch(x)
         return y.to(x.dtype) if case.cast else y  # what the next Linear does
 
-    forward = interleaved({"ours": lambda: case.ours(x), "torch": cast_of_torch}, repeats)
+    forward = interleaved(
+        {"ours": lambda: case.ours(x), "torch": cast_of_torch}, repeats, x.device.type
+    )
     y, plain = case.ours(x), case.torch(x)
     dy = dy.to(y.dtype)
     backward = interleaved(
@@ -105,6 +110,7 @@ def measure(case: Case, x: Tensor, dy: Tensor, copy: float, repeats: int) -> dic
             "torch": lambda: torch.autograd.grad(plain, inputs, dy, retain_graph=True),
         },
         repeats,
+        x.device.type,
     )
     size = x.numel() * x.element_size()
     output = y.numel() * y.element_size()
@@ -175,37 +181,53 @@ def sweep(case: Case, x: Tensor, dy: Tensor, repeats: int) -> Iterator[dict[str,
 # --- Running.
 
 
+@functools.lru_cache(maxsize=1)
+def inputs(dtype: str, width: int, count: int, device: str) -> tuple[Tensor, Tensor, float]:
+    """An input, a gradient, and the bandwidth of a copy; the cases of a width share them."""
+    x, dy = (torch.randn(count, width, device=device).to(DTYPES[dtype]) for _ in range(2))
+    return x, dy, copy_bandwidth(x)
+
+
+def checked(
+    kind: str, dtype: str, width: int, count: int, exact: int, cast: bool, device: str
+) -> dict[str, Any]:
+    x, dy, copy = inputs(dtype, width, count, device)
+    case = Case(kind, width, x.dtype, exact, cast, device)
+    check(case, x, dy)
+    return {**measure(case, x.detach(), dy, copy, 12), "copy_GBps": copy / 1e6}
+
+
+def cases(options: argparse.Namespace) -> list[rows.Case]:
+    """Both norms at all widths, with exact channels, and LayerNorm as under autocast."""
+    found = []
+    for log2, dtype, width, kind, exact, cast in itertools.product(
+        options.log2_elements, ("bf16", "fp32"), WIDTHS, KINDS, (0, 3), (False, True)
+    ):
+        if cast and (exact or dtype != "bf16" or kind != "layer_norm"):
+            continue
+        count = (1 << log2) // width
+        key = {"case": kind, "dtype": dtype, "width": width, "rows": count, "exact": exact}
+        run = functools.partial(checked, kind, dtype, width, count, exact, cast, options.device)
+        name = f"norms/{kind} {dtype} {width}" + f" exact {exact}" * bool(exact)
+        name += " autocast" * cast + f" 2^{log2}"
+        found.append(rows.Case(name, "norms.jsonl", {**key, "cast": cast}, run, 4))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, help="by default results/norms.jsonl")
+    parser.add_argument("--out", type=pathlib.Path, help="a file for the rows")
     parser.add_argument("--log2-elements", type=int, default=28)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
-    parser.add_argument("--exact", type=int, nargs="+", default=[0, 3], help="exact channels")
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--sweep", action="store_true", help="time many settings of the kernels")
     parser.add_argument("--commit", help="where git cannot tell")
     options = parser.parse_args()
     settings = rows.settings("cuda", options.commit)
-    for name, width in itertools.product(options.dtypes, options.widths):
-        dtype = DTYPES[name]
-        count = (1 << options.log2_elements) // width
-        x = torch.randn(count, width, device="cuda").to(dtype)
-        dy = torch.randn(count, width, device="cuda").to(dtype)
-        copy = copy_bandwidth(x)
-        for kind in options.kinds:
-            if options.sweep:
-                run_sweep(options, settings, kind, name, x, dy)
-                continue
-            casts = [False, True] if name == "bf16" and kind == "layer_norm" else [False]
-            for exact, cast in itertools.product(options.exact, casts):
-                if exact and cast:
-                    continue
-                case = Case(kind, width, dtype, exact, cast)
-                check(case, x, dy)
-                result = measure(case, x.detach(), dy, copy, options.repeats)
-                report(options.out, settings, case, name, exact, count, copy, result)
+    for dtype, width, kind in itertools.product(options.dtypes, options.widths, options.kinds):
+        x, dy, _ = inputs(dtype, width, (1 << options.log2_elements) // width, "cuda")
+        run_sweep(options, settings, kind, dtype, x, dy)
 
 
 def run_sweep(
@@ -217,7 +239,7 @@ def run_sweep(
     dy: Tensor,
 ) -> None:
     """Times all settings and prints the five best of each way."""
-    case = Case(kind, x.shape[1], x.dtype, 0, False)
+    case = Case(kind, x.shape[1], x.dtype, 0, False, "cuda")
     results = list(sweep(case, x.detach(), dy, options.repeats))
     for row in results:
         if options.out:
@@ -230,38 +252,6 @@ def run_sweep(
         for row in best[:5]:
             chosen = ", ".join(f"{name} {row[name]}" for name in SETTINGS)
             print(f"{kind} {dtype} {x.shape[1]} {way}: {row['ms']:.3f} ms with {chosen}")
-
-
-def report(
-    path: pathlib.Path | None,
-    settings: dict[str, Any],
-    case: Case,
-    dtype: str,
-    exact: int,
-    count: int,
-    copy: float,
-    result: dict[str, Any],
-) -> None:
-    row = {
-        "case": case.kind,
-        "dtype": dtype,
-        "width": case.width,
-        "rows": count,
-        "exact": exact,
-        "cast": case.cast,
-        **result,
-        "copy_GBps": copy / 1e6,
-        **settings,
-    }
-    rows.append(path or rows.RESULTS / "norms.jsonl", row)
-    label = f"{case.kind} {dtype} {case.width}{f' exact {exact}' * bool(exact)}"
-    label += " autocast" * case.cast
-    print(
-        f"{label:32s} forward {result['forward_of_copy']:.2f} of copy"
-        f" {result['forward_ratio']:.2f}x torch, backward {result['backward_of_copy']:.2f} of copy"
-        f" {result['backward_ratio']:.2f}x, both {result['both_ratio']:.2f}x",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

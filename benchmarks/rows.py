@@ -4,11 +4,28 @@ import json
 import pathlib
 import platform
 import subprocess
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+class Case(NamedTuple):
+    """Something to measure, and the fields by which its row is found again."""
+
+    name: str  # what --filter is matched with
+    out: str  # the file among the results
+    key: dict[str, Any]
+    measure: Callable[[], dict[str, Any]]
+    seconds: float  # a guess, until a row says how long it took
+    hidden: bool = False  # run only where --filter asks for it
+
+
+def same_case(row: dict[str, Any], case: Case) -> bool:
+    """Whether a row is of this case, whenever and wherever it was measured."""
+    return all(row.get(name) == value for name, value in case.key.items())
 
 
 def commit() -> str:

@@ -1,17 +1,17 @@
 """Sketched linear layers against torch's own: time of forward and backward, memory, correctness.
 
-    python -m benchmarks.sketch --out benchmarks/results/sketch.jsonl
+    python -m benchmarks.run --suite kernels --filter sketch   results/sketch.jsonl
 
 Every case is checked before it is timed: output, input and bias gradient are torch's, the kernels'
 weight gradient is the reference's, and at full size its squared error is the variance that the
 closed form says. Times are medians of side-by-side repetitions by CUDA events. `extra` is the most
-memory that making the sketch takes beyond what is kept, as a share of the input. A row a case;
-cases whose row is there already are skipped. `--sweep` times tile shapes of the transform instead.
+memory that making the sketch takes beyond what is kept, as a share of the input. Run by itself,
+this times tile shapes of the transform: `python -m benchmarks.sketch`.
 """
 
 import argparse
+import functools
 import itertools
-import pathlib
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.kernels import DTYPES, interleaved
+from benchmarks.kernels import interleaved
 from packlight import sketch, use_reference
 from packlight.sketch import kernels, ops
 from packlight.sketch.method import KINDS, Sketch
@@ -31,8 +31,10 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
 class Problem:
     """A linear layer and what flows through it."""
 
-    def __init__(self, tokens: int, features: int, outputs: int, dtype: torch.dtype) -> None:
-        options = {"device": "cuda", "dtype": dtype}
+    def __init__(
+        self, tokens: int, features: int, outputs: int, dtype: torch.dtype, device: str = "cuda"
+    ) -> None:
+        options = {"device": device, "dtype": dtype}
         self.x = torch.randn(tokens, features, **options).requires_grad_()
         self.weight = (torch.randn(outputs, features, **options) * 0.02).requires_grad_()
         self.bias = torch.randn(outputs, **options).requires_grad_()
@@ -44,7 +46,7 @@ class Problem:
 
     def small(self) -> "Problem":
         """The same in little, at an awkward size."""
-        return Problem(1500, 264, 136, self.x.dtype)
+        return Problem(1500, 264, 136, self.x.dtype, self.x.device.type)
 
     def run(self, method: Sketch | None) -> Tensor:
         if method is None:
@@ -82,7 +84,7 @@ def check(problem: Problem, method: Sketch) -> float:
 def extra_memory(problem: Problem, method: Sketch) -> float:
     """What making a sketch takes for a moment, beyond what it keeps, as a share of x."""
     x = problem.x.detach()
-    seed = torch.ones(1, dtype=torch.int64, device="cuda")
+    seed = torch.ones(1, dtype=torch.int64, device=x.device)
     count = method.row_count(x.shape[0])
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -93,18 +95,20 @@ def extra_memory(problem: Problem, method: Sketch) -> float:
 
 def measure(problem: Problem, method: Sketch, repeats: int) -> dict[str, Any]:
     ratio = check(problem, method)
+    device = problem.x.device.type
     whole = interleaved(
         {
             "ours": lambda: problem.gradients(method),
             "torch": lambda: problem.gradients(None),
         },
         repeats,
+        device,
     )
     forward = interleaved(
-        {"ours": lambda: problem.run(method), "torch": lambda: problem.run(None)}, repeats
+        {"ours": lambda: problem.run(method), "torch": lambda: problem.run(None)}, repeats, device
     )
     x = problem.x.detach()
-    seed = torch.ones(1, dtype=torch.int64, device="cuda")
+    seed = torch.ones(1, dtype=torch.int64, device=x.device)
     count = method.row_count(x.shape[0])
     apart = interleaved(
         {
@@ -112,6 +116,7 @@ def measure(problem: Problem, method: Sketch, repeats: int) -> dict[str, Any]:
             "copy": lambda: x.clone(),
         },
         repeats,
+        device,
     )
     return {
         "both_ms": whole["ours"],
@@ -121,7 +126,7 @@ def measure(problem: Problem, method: Sketch, repeats: int) -> dict[str, Any]:
         "forward_torch_ms": forward["torch"],
         "sketch_ms": apart["sketch"],
         "copy_ms": apart["copy"],
-        "extra": extra_memory(problem, method),
+        "extra": extra_memory(problem, method) if device == "cuda" else None,
         "error_of_variance": ratio,
     }
 
@@ -129,7 +134,7 @@ def measure(problem: Problem, method: Sketch, repeats: int) -> dict[str, Any]:
 def sweep(problem: Problem, shares: list[float], repeats: int) -> None:
     """Times the transform at other tile shapes."""
     x = problem.x.detach()
-    seed = torch.ones(1, dtype=torch.int64, device="cuda")
+    seed = torch.ones(1, dtype=torch.int64, device=x.device)
     for share, columns, places, warps in itertools.product(
         shares, (64, 128, 256), (32, 64, 128), (2, 4, 8)
     ):
@@ -144,44 +149,27 @@ def sweep(problem: Problem, shares: list[float], repeats: int) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "sketch.jsonl")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--features", type=int, default=4096)
-    parser.add_argument("--outputs", type=int, default=4096)
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--sweep", action="store_true", help="tile shapes instead of cases")
-    parser.add_argument("--commit", help="where git cannot tell")
-    options = parser.parse_args()
-    settings = rows.settings("cuda", options.commit)
+@functools.lru_cache(maxsize=1)
+def problem_of(tokens: int, features: int, device: str) -> Problem:
     torch.manual_seed(0)
-    problem = Problem(options.tokens, options.features, options.outputs, DTYPES[options.dtype])
-    if options.sweep:
-        sweep(problem, options.shares, options.repeats)
-        return
-    given = {name: getattr(options, name) for name in ("tokens", "features", "outputs", "dtype")}
-    # Another commit is another program, so its cases are measured afresh.
-    names = ("kind", "rows", *given, "device", "commit")
-    known = [tuple(row.get(name) for name in names) for row in rows.read(options.out)]
-    for share, kind in itertools.product(options.shares, options.kinds):
-        case = {"kind": kind, "rows": share, **given}
-        if (*case.values(), settings["device"], settings["commit"]) in known:
-            print(f"{kind} {share}: there already")
-            continue
-        result = measure(problem, Sketch(share, kind), options.repeats)
-        rows.append(options.out, {**case, **result, **settings})
-        print(
-            f"{kind:10s} {share}: {result['both_ms']:.3f} ms, torch {result['both_torch_ms']:.3f},"
-            f" ratio {result['both_ratio']:.3f}; sketch {result['sketch_ms']:.3f} ms, copy"
-            f" {result['copy_ms']:.3f}; extra {100 * result['extra']:.2f}% of x;"
-            f" error {result['error_of_variance']:.3f} of the variance",
-            flush=True,
-        )
+    return Problem(tokens, features, features, torch.bfloat16, device)
+
+
+def checked(kind: str, share: float, tokens: int, features: int, device: str) -> dict[str, Any]:
+    return measure(problem_of(tokens, features, device), Sketch(share, kind), 20)
+
+
+def cases(options: argparse.Namespace) -> list[rows.Case]:
+    """Every kind at two shares. The problem's size is its own, whatever the elements of others."""
+    tokens, features = (16384, 4096) if options.device == "cuda" else (512, 256)
+    size = {"tokens": tokens, "features": features, "outputs": features, "dtype": "bf16"}
+    found = []
+    for share, kind in itertools.product((0.1, 0.2), KINDS):
+        run = functools.partial(checked, kind, share, tokens, features, options.device)
+        key = {"kind": kind, "rows": share, **size}
+        found.append(rows.Case(f"sketch/{kind} {share}", "sketch.jsonl", key, run, 5))
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    sweep(problem_of(16384, 4096, "cuda"), [0.1, 0.2], 20)

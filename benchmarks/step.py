@@ -1,240 +1,418 @@
 """One training step of whole models: what is kept, peak memory and time, beside plain PyTorch.
 
-    python -m benchmarks.step --models roberta llama --out benchmarks/results/step.jsonl
+    python -m benchmarks.run --suite step --filter '*/eager' '*/packlight 4*'
 
-Every choice runs in one process on one device, forward and backward, without an optimiser. `kept`
-is what the allocator holds more after the forward pass than before it, the output taken off;
-`step_ms` are medians by CUDA events of steps that Python launches, `graph_ms` of the same step
-captured in a CUDA graph and replayed: what the GPU alone takes. Gradients are compared with those
-of the eager model first: the median and the worst relative error over the weight matrices. The
-models have random weights and no output head, whose logits would be the same in every row. Rows
-that are in the file already are skipped.
+Every choice runs in one process on one device, forward and backward, without an optimiser. The
+models have random weights and are bodies: no embedding, and no output head, whose logits would be
+the same in every row. Blocks are compiled one by one.
+
+A choice is timed only once it is right: its output is the eager model's to rounding, and its
+gradients are as near as the choice promises (`Choice.limit`). Both are taken without dropout, whose
+masks differ between implementations, and on the whole batch.
+
+- `kept_bytes`: what the allocator holds more after the forward pass than before it, the output
+  taken off; `profile_bytes`: the same as `packlight.profile` counts it.
+- `peak_bytes`: the most that the allocator held during a step, beyond what it held before.
+- `step_ms`: median of steps that Python launches; `graph_ms`: of the same step captured in a CUDA
+  graph and replayed, which is what the GPU alone takes.
+- `error_median`, `error_worst`: relative error of the gradients of weight matrices, by layer;
+  `rounding_median`: the same of the eager model, beside float32.
+- `largest_batch`: with `--largest-batch GIB`, what fits when the allocator may take no more.
 """
 
 import argparse
+import contextlib
 import functools
 import gc
-import pathlib
+import importlib.util
 import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from benchmarks import rows
+from benchmarks import cifar, rows
 from benchmarks.kernels import interleaved
-from packlight import fewbit, groupquant
-from packlight.groupquant import GroupQuant
+from benchmarks.models import Attention, DecoderBlock, EncoderBlock, PreNormBlock, Stack, SwiGLU
+from packlight import (
+    DEFAULT_METHODS,
+    FewBit,
+    GroupQuant,
+    Inverted,
+    Sketch,
+    convert,
+    groupquant,
+    profile,
+    saving,
+)
+from packlight.convert import Methods
 
 # ---- models ---------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    """Self-attention with `heads` query heads and `groups` key and value heads."""
-
-    def __init__(self, width: int, heads: int, groups: int, bias: bool, causal: bool, p: float):
-        super().__init__()
-        self.size, self.causal, self.p = width // heads, causal, p
-        self.q = nn.Linear(width, width, bias)
-        self.k = nn.Linear(width, groups * self.size, bias)
-        self.v = nn.Linear(width, groups * self.size, bias)
-        self.out = nn.Linear(width, width, bias)
-        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+class Stem(nn.Sequential):
+    """A class of our own: the compiler leaves a frame of torch's own container alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            f(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
-        gqa = k.shape[1] != q.shape[1]
-        mixed = self.attend(q, k, v, dropout_p=self.p, is_causal=self.causal, enable_gqa=gqa)
-        return self.out(mixed.transpose(1, 2).reshape(x.shape))
-
-
-class EncoderBlock(nn.Module):
-    """A post-norm block of BERT and RoBERTa, with dropout."""
-
-    def __init__(self, width: int, heads: int, hidden: int, p: float = 0.1):
-        super().__init__()
-        self.attention = Attention(width, heads, heads, True, False, p)
-        self.drop1, self.norm1 = nn.Dropout(p), nn.LayerNorm(width)
-        self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
-        self.drop2, self.norm2 = nn.Dropout(p), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(x + self.drop1(self.attention(x)))
-        return self.norm2(x + self.drop2(self.fc2(self.act(self.fc1(x)))))
-
-
-class SwiGLU(nn.Module):
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
-
-
-class DecoderBlock(nn.Module):
-    """A block of Llama, without rotary embeddings."""
-
-    def __init__(self, width: int, heads: int, groups: int, hidden: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(width, 1e-5), nn.RMSNorm(width, 1e-5)
-        self.attention = Attention(width, heads, groups, False, True, 0.0)
-        self.gate, self.up = nn.Linear(width, hidden, False), nn.Linear(width, hidden, False)
-        self.act, self.down = SwiGLU(), nn.Linear(hidden, width, False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        h = self.norm2(x)
-        return x + self.down(self.act(self.gate(h), self.up(h)))
-
-
-class Stack(nn.Module):
-    def __init__(self, blocks: list[nn.Module]):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.checkpointed = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        for layer in self:
+            x = layer(x)
         return x
 
 
-MODELS: dict[str, dict[str, Any]] = {
-    "roberta": {
-        "make": lambda: Stack([EncoderBlock(768, 12, 3072) for _ in range(12)]),
-        "shape": (128, 128, 768),
-        "autocast": True,
-    },
-    "llama": {
-        "make": lambda: Stack([DecoderBlock(2048, 32, 4, 5632) for _ in range(22)]),
-        "shape": (4, 2048, 2048),
-        "autocast": False,
-    },
-    "tiny": {
-        "make": lambda: Stack([EncoderBlock(64, 4, 256), DecoderBlock(64, 4, 2, 128)]),
-        "shape": (2, 64, 64),
-        "autocast": True,
-    },
+def resnet50(width: int = 64) -> Stack:
+    """The convolutions of ResNet-50."""
+    layers = cifar.resnet50(cifar.METHODS["exact"], nn.MaxPool2d(3, 2, 1), width)
+    blocks = [layer for layer in layers if isinstance(layer, cifar.Bottleneck)]
+    return Stack([Stem(*layers[:4]), *blocks])
+
+
+class Model(NamedTuple):
+    """A model, the shape of its input, and how it computes: "bf16", "fp32" or under "autocast"."""
+
+    make: Callable[[], Stack]
+    shape: tuple[int, ...]
+    precision: str
+    title: str
+
+
+def _roberta() -> Stack:
+    return Stack([EncoderBlock(768, 12, 3072) for _ in range(12)])
+
+
+def _tiny() -> Stack:
+    return Stack([EncoderBlock(64, 4, 256), DecoderBlock(64, 4, 2, 128)])
+
+
+MODELS = {
+    "roberta": Model(_roberta, (128, 128, 768), "autocast", "RoBERTa-base, 128 x 128, bf16"),
+    "llama": Model(
+        lambda: Stack([DecoderBlock(2048, 32, 4, 5632) for _ in range(22)]),
+        (4, 2048, 2048),
+        "bf16",
+        "Llama-like 1.1B, 4 x 2048, bf16",
+    ),
+    "vit": Model(
+        lambda: Stack([PreNormBlock(768, 12, False, 0.0) for _ in range(12)]),
+        (128, 197, 768),
+        "autocast",
+        "ViT-B/16, 128 images, bf16",
+    ),
+    "resnet50": Model(resnet50, (128, 3, 224, 224), "autocast", "ResNet-50, 128 images, bf16"),
+    "gpt2-medium": Model(
+        lambda: Stack([PreNormBlock(1024, 16, True, 0.1) for _ in range(24)]),
+        (8, 1024, 1024),
+        "autocast",
+        "GPT-2 medium, 8 x 1024, bf16",
+    ),
+    "roberta-fp32": Model(_roberta, (128, 128, 768), "fp32", "RoBERTa-base, 128 x 128, fp32"),
+}
+
+# To try the harness on a CPU; run only where --filter names them.
+TINY = {
+    "tiny": Model(_tiny, (2, 64, 64), "autocast", "tiny"),
+    "tiny-gpt2": Model(
+        lambda: Stack([PreNormBlock(64, 4, True, 0.1)]), (2, 64, 64), "autocast", "tiny GPT-2"
+    ),
+    "tiny-resnet50": Model(lambda: resnet50(8), (4, 3, 64, 64), "autocast", "tiny ResNet-50"),
 }
 
 # ---- choices --------------------------------------------------------------------------------
 
-LIGHT = {
-    nn.Linear: groupquant.Linear,
-    nn.LayerNorm: groupquant.LayerNorm,
-    nn.RMSNorm: groupquant.RMSNorm,
-    nn.GELU: groupquant.GELU,
-    SwiGLU: groupquant.SwiGLU,
-}
+# Of the median relative gradient error. The loss has random weights, so a gradient is itself as
+# small as noise, and unbiased noise of a few times its size is what few bits must look like here.
+ROUNDING = 0.06
+LIMITS = {8: 0.1, 4: 0.6, 3: 0.1, 2: 4.0}
 
 
-def pack(model: nn.Module, bits: int, attention_bits: int | None = 8) -> None:
-    """Every layer becomes its group-quantised twin, dropout a one-bit one."""
+class Choice(NamedTuple):
+    """What a user could do to a model for its memory."""
+
+    prepare: Callable[[Stack], None] = lambda model: None
+    compiled: bool = False
+    limit: float = ROUNDING
+    # Within what the forward pass runs.
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    graph: bool = True  # whether a CUDA graph can hold the step
+
+
+def checkpointed(model: Stack) -> None:
+    model.context = {}
+
+
+_aten = torch.ops.aten
+_PRODUCTS = (
+    *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.convolution.default),
+    *(
+        getattr(_aten, f"_scaled_dot_product_{name}").default
+        for name in ("flash_attention", "efficient_attention", "cudnn_attention")
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation in _PRODUCTS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective(model: Stack) -> None:
+    """Checkpoints that keep what matmuls, convolutions and attention return."""
+    keep = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    model.context = {"context_fn": keep}
+
+
+def budget(share: float) -> contextlib.AbstractContextManager[Any]:
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(activation_memory_budget=share)
+
+
+def liger(model: Stack) -> None:
+    """Liger-Kernel's norms and SwiGLU, with the weights of torch's."""
+    from liger_kernel.ops import LigerSiLUMulFunction
+    from liger_kernel.transformers import LigerLayerNorm, LigerRMSNorm
+
+    class LigerSwiGLU(nn.Module):
+        def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+            return LigerSiLUMulFunction.apply(gate, up)
+
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is SwiGLU:
+                setattr(parent, name, LigerSwiGLU())
+            elif type(layer) in (nn.LayerNorm, nn.RMSNorm):
+                kind = LigerLayerNorm if type(layer) is nn.LayerNorm else LigerRMSNorm
+                ours = kind(layer.normalized_shape[0], layer.eps)
+                for key, weight in layer.named_parameters():
+                    setattr(ours, key, weight)
+                setattr(parent, name, ours)
+
+
+def packlight(model: Stack, methods: Methods, attention_bits: int | None = None) -> None:
+    """Converts layers and calls; `attention_bits` in place of the 8 of the conversion."""
     for module in model.modules():
-        if type(module) is nn.Dropout:
-            module.__class__ = fewbit.Dropout
-        elif type(module) in LIGHT:
-            module.__class__ = LIGHT[type(module)]
-            module.method = GroupQuant(bits)
-        elif isinstance(module, Attention) and attention_bits:
+        if isinstance(module, Attention) and attention_bits:
             module.attend = functools.partial(
                 groupquant.scaled_dot_product_attention, bits=attention_bits
             )
+    convert(model, methods, functional=True)
 
 
-def checkpointed(model: nn.Module) -> None:
-    model.checkpointed = True
+def _then(*changes: Callable[[Stack], None]) -> Callable[[Stack], None]:
+    def prepare(model: Stack) -> None:
+        for change in changes:
+            change(model)
+
+    return prepare
 
 
-CHOICES: dict[str, tuple[Callable[[nn.Module], None], bool]] = {
-    "eager": (lambda model: None, False),
-    "checkpoint": (checkpointed, False),
-    "compile": (lambda model: None, True),
-    "compile + checkpoint": (checkpointed, True),
-    "packlight 8": (functools.partial(pack, bits=8), False),
-    "packlight 4": (functools.partial(pack, bits=4), False),
-    "packlight 2": (functools.partial(pack, bits=2, attention_bits=4), False),
-    "packlight 4, compile": (functools.partial(pack, bits=4), True),
+def _grouped(bits: int, attention_bits: int | None = None) -> Callable[[Stack], None]:
+    # Dropout, and max pooling, by FewBit: one bit, exact.
+    methods = (GroupQuant(bits), FewBit(3))
+    return functools.partial(packlight, methods=methods, attention_bits=attention_bits)
+
+
+def _packed_checkpoints() -> contextlib.AbstractContextManager[Any]:
+    return saving(GroupQuant(4), overrides={"checkpoint": GroupQuant(8)})
+
+
+_PACKLIGHT = {
+    "packlight 4": Choice(_grouped(4), limit=LIMITS[4]),
+    "packlight default": Choice(
+        functools.partial(packlight, methods=DEFAULT_METHODS), limit=LIMITS[4]
+    ),
+    "packlight 2": Choice(_grouped(2, 4), limit=LIMITS[2]),
+    "packlight 8": Choice(_grouped(8), limit=LIMITS[8]),
+    "packlight 4, attention 4": Choice(_grouped(4, 4), limit=LIMITS[4]),
+    "packlight 4 + checkpoint": Choice(
+        _then(_grouped(4), checkpointed), limit=LIMITS[4], around=_packed_checkpoints
+    ),
+    "packlight few-bit 3": Choice(
+        functools.partial(packlight, methods=FewBit(3)), limit=LIMITS[3]
+    ),
+    "packlight inverted": Choice(functools.partial(packlight, methods=Inverted())),
+    # A fifth of the rows: the variance is about that of the batch four times over.
+    "packlight sketch 0.2": Choice(
+        functools.partial(packlight, methods=Sketch(0.2)), limit=LIMITS[2]
+    ),
+}  # fmt: skip
+
+# In the order of what is worth knowing first.
+CHOICES: dict[str, Choice] = {
+    "eager": Choice(),
+    "checkpoint": Choice(checkpointed),
+    "compile": Choice(compiled=True),
+    "compile + checkpoint": Choice(checkpointed, compiled=True),
+    **{
+        name + ", compile" * compiled: choice._replace(compiled=compiled)
+        for name, choice in _PACKLIGHT.items()
+        for compiled in (False, True)
+    },
+    "compile, budget 0.5": Choice(compiled=True, around=lambda: budget(0.5)),
+    "compile, budget 0.2": Choice(compiled=True, around=lambda: budget(0.2)),
+    "selective checkpoint": Choice(selective),
+    # Every step waits for copies that Python starts.
+    "save_on_cpu": Choice(around=lambda: save_on_cpu(torch.cuda.is_available()), graph=False),
 }
+if importlib.util.find_spec("liger_kernel"):
+    CHOICES |= {"liger": Choice(liger), "liger, compile": Choice(liger, compiled=True)}
+
+
+def applies(model: Stack, choice: str) -> bool:
+    """Whether a choice would change anything in a model that no other choice does."""
+    kinds = {type(module) for module in model.modules()}
+    if choice.startswith("packlight default"):  # the same as at 4 bits, but for batch norms
+        return nn.BatchNorm2d in kinds
+    if choice.startswith(("packlight inverted", "liger")):
+        return bool(kinds & {nn.LayerNorm, nn.RMSNorm}) or "inverted" in choice
+    if "sketch" in choice:
+        return nn.Linear in kinds
+    return "attention" not in choice or Attention in kinds
+
 
 # ---- measuring ------------------------------------------------------------------------------
 
 
-def build(name: str, choice: str, device: str) -> tuple[Callable[..., Tensor], nn.Module, Tensor]:
-    case = MODELS[name]
-    torch.manual_seed(0)
-    model = case["make"]().to(device)
-    x = torch.randn(case["shape"], device=device)
-    if not case["autocast"]:
-        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
-    change, compiled = CHOICES[choice]
-    change(model)
-    torch._dynamo.reset()
-    if compiled:
-        for block in model.blocks:
-            block.compile(fullgraph=True)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=case["autocast"])
+class Step:
+    """A model as a choice leaves it, its input, and a forward pass."""
 
-    def run(x: Tensor) -> Tensor:
-        with autocast:
-            return model(x)
+    def __init__(self, case: Model, choice: Choice, device: str) -> None:
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model, self.x = case.make(), torch.randn(case.shape)
+        if len(case.shape) == 4:
+            self.model = self.model.to(memory_format=torch.channels_last)
+            self.x = self.x.to(memory_format=torch.channels_last)
+        if case.precision == "bf16":
+            self.model, self.x = self.model.to(torch.bfloat16), self.x.to(torch.bfloat16)
+        self.choice, self.device = choice, device
+        self.autocast = torch.autocast(device, torch.bfloat16, case.precision == "autocast")
+        choice.prepare(self.model)
+        torch._dynamo.reset()
+        if choice.compiled:
+            for block in self.model.blocks:
+                # Blocks of other shapes are other programs: dynamic ones would be slower.
+                block.compile(fullgraph=True, dynamic=False)
 
-    return run, model, x
+    def __call__(self, x: Tensor) -> Tensor:
+        with self.autocast, self.choice.around():
+            return self.model(x)
 
-
-def gradients(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Weight gradients of a small batch, for a loss with random weights."""
-    torch.manual_seed(1)
-    few = x[:2]
-    weights = torch.randn_like(few)  # before anything else draws
-    loss = (run(few).float() * weights).mean()
-    return [g.float() for g in torch.autograd.grad(loss, list(model.parameters()))]
-
-
-def without_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """Turns dropout off, whose masks differ between implementations; returns what it was."""
-    before = []
-    for module in model.modules():
-        if isinstance(module, nn.Dropout | Attention):
-            before.append((module, "p", module.p))
+    @contextlib.contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        found = [m for m in self.model.modules() if isinstance(m, nn.Dropout | Attention)]
+        before = [module.p for module in found]
+        for module in found:
             module.p = 0.0
-    return before
+        yield
+        for module, p in zip(found, before, strict=True):
+            module.p = p
+
+    def gradients(self) -> tuple[Tensor, list[Tensor]]:
+        """Output, and weight gradients of a loss with random weights."""
+        with self.without_dropout():
+            y = self(self.x)
+            torch.manual_seed(1)
+            loss = (y.float() * torch.randn_like(y, dtype=torch.float32)).mean()
+            grads = torch.autograd.grad(loss, list(self.model.parameters()))
+        return y.detach(), list(grads)
 
 
-def measure(name: str, choice: str, device: str, exact: list[Tensor] | None) -> dict[str, Any]:
-    run, model, x = build(name, choice, device)
-    row: dict[str, Any] = {}
-    before = without_dropout(model)
-    grads = gradients(run, model, x)
-    if exact is not None:
-        errors = [
-            ((a - b).norm() / b.norm()).item()
-            for a, b in zip(grads, exact, strict=True)
-            if b.dim() > 1
-        ]
-        row |= {"error_median": statistics.median(errors), "error_worst": max(errors)}
-    else:
-        row["grads"] = grads
-    for module, key, value in before:
-        setattr(module, key, value)
-    del grads
-    if device == "cuda":
-        row |= timed(run, model, x)
+class IncorrectError(Exception):
+    """A choice does not compute what it promises."""
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.float(), b.to(a.device).float()
+    return ((a - b).norm() / b.norm()).item()
+
+
+class Errors(NamedTuple):
+    """Relative errors of an output and of weight gradients."""
+
+    output: float
+    median: float
+    worst: float
+
+    @classmethod
+    def of(cls, found: tuple[Tensor, list[Tensor]], truth: tuple[Tensor, list[Tensor]]) -> "Errors":
+        pairs = zip(found[1], truth[1], strict=True)
+        errors = [relative(a, b) for a, b in pairs if b.dim() > 1]
+        return cls(relative(found[0], truth[0]), statistics.median(errors), max(errors))
+
+
+class Exact:
+    """What eager models compute, kept on the CPU, and how far rounding alone takes them.
+
+    A deep network at random weights magnifies the rounding of 16 bits, a ResNet without mercy: any
+    other order of operations is as far from eager as eager is from float32.
+    """
+
+    def __init__(self) -> None:
+        self.name, self.values = "", (torch.empty(0), [torch.empty(0)])
+        self.rounding = Errors(0.0, 0.0, 0.0)
+
+    def make(self, name: str, case: Model, device: str) -> None:
+        if name == self.name:
+            return
+        found = Step(case, CHOICES["eager"], device).gradients()
+        if case.precision != "fp32":
+            single = Step(case._replace(precision="fp32"), CHOICES["eager"], device)
+            self.rounding = Errors.of(found, single.gradients())
+        else:
+            self.rounding = Errors(0.0, 0.0, 0.0)
+        self.name, self.values = name, (found[0].cpu(), [grad.cpu() for grad in found[1]])
+
+    def check(self, step: Step) -> dict[str, float]:
+        """Errors of the weight gradients. Raises where they, or the output, are not as promised."""
+        errors, limit = Errors.of(step.gradients(), self.values), step.choice.limit
+        if not errors.output <= ROUNDING + 2 * self.rounding.output:  # nor NaN
+            raise IncorrectError(f"the output is off by {errors.output:.3f} of its norm")
+        if not (
+            errors.median <= limit + 2 * self.rounding.median
+            and errors.worst <= 10 * limit + 2 * self.rounding.worst
+        ):
+            raise IncorrectError(
+                f"gradients are off by {errors.median:.3f} (median), {errors.worst:.3f} (worst)"
+            )
+        return {"error_median": errors.median, "error_worst": errors.worst}
+
+
+def measure(
+    name: str, choice: str, device: str, exact: Exact, gib: float | None = None
+) -> dict[str, Any]:
+    """A row: first what is right, then what it costs."""
+    case = {**MODELS, **TINY}[name]
+    exact.make(name, case, device)
+    row: dict[str, Any] = {"rounding_median": exact.rounding.median}
+    # Each block of another shape is one more program.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        step = Step(case, CHOICES[choice], device)
+        if choice != "eager":
+            row |= exact.check(step)
+        row |= timed(step) if device == "cuda" else timed_on_cpu(step)
+        with step.autocast, step.choice.around():
+            row["profile_bytes"] = profile(step.model, step.x).activation_bytes
+        if gib is not None:
+            row |= {"largest_batch": largest_batch(step, gib), "largest_batch_GiB": gib}
     return row
 
 
-def timed(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> dict[str, Any]:
-    dy = torch.randn_like(run(x))
+def timed(step: Step) -> dict[str, Any]:
+    model, x = step.model, step.x
+    dy = torch.randn_like(step(x))
     for _ in range(3):
-        run(x).backward(dy)
+        step(x).backward(dy)
         model.zero_grad(set_to_none=False)
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
-    y = run(x)
+    y = step(x)
     kept = torch.cuda.memory_allocated() - start - y.numel() * y.element_size()
     y.backward(dy)
     del y
@@ -243,84 +421,146 @@ def timed(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> dict[str, 
     for _ in range(10):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run(x).backward(dy)
+        step(x).backward(dy)
         end.record()
         times.append((begin, end))
     torch.cuda.synchronize()
     milliseconds = statistics.median(begin.elapsed_time(end) for begin, end in times)
     row = {"kept_bytes": kept, "peak_bytes": peak, "step_ms": milliseconds}
-    return row | graphed(lambda: run(x).backward(dy))
+    return row | (graphed(lambda: step(x).backward(dy)) if step.choice.graph else {})
 
 
-def graphed(step: Callable[[], None]) -> dict[str, Any]:
+def timed_on_cpu(step: Step) -> dict[str, Any]:
+    dy = torch.randn_like(step(step.x))
+    times = interleaved({"step": lambda: step(step.x).backward(dy)}, 3, "cpu")
+    return {"step_ms": times["step"]}
+
+
+def graphed(run: Callable[[], None]) -> dict[str, Any]:
     """Time of the step as a CUDA graph, or why it cannot be captured."""
     try:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step()
+            run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
+            run()
     except RuntimeError as error:
+        # A generator that took part in a capture that failed goes on believing in it.
+        fresh = torch.Generator("cuda").manual_seed(0)
+        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
         return {"graph_failed": str(error)[:200]}
     times = interleaved({"graph": graph.replay}, 7)
     return {"graph_ms": times["graph"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "step.jsonl")
-    parser.add_argument("--models", nargs="+", default=["roberta", "llama"], choices=MODELS)
-    parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--commit", help="where git cannot tell")
-    options = parser.parse_args()
-    settings = rows.settings(options.device, options.commit)
-    mark = ("device", "commit")
-    done = {
-        (row["model"], row["choice"])
-        for row in rows.read(options.out)
-        if all(row.get(key) == settings[key] for key in mark) and "failed" not in row
-    }
-    for name in options.models:
-        exact, eager = None, None
-        for choice in ["eager", *(c for c in options.choices if c != "eager")]:
-            if (name, choice) in done and choice != "eager":
-                continue
-            try:
-                row = measure(name, choice, options.device, exact)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                reason = str(error).partition("\n")[0][:200]
-                row = {"failed": f"{type(error).__name__}: {reason}"}
-            exact = row.pop("grads", exact)
-            eager = eager or row
-            rows.append(options.out, {"model": name, "choice": choice, **row, **settings})
-            print(line(name, choice, row, eager), flush=True)
+def largest(fits: Callable[[int], bool], start: int, within: float = 1 / 32) -> int:
+    """The largest number that fits, 0 if none does, to a share of it; `start` is a guess."""
+    low, high = 0, start
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, within * low):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest_batch(step: Step, gib: float) -> int:
+    """The largest batch whose step fits when the allocator may take no more than `gib` GiB."""
+    if step.device != "cuda":
+        raise ValueError("--largest-batch needs a CUDA device, whose allocator has a limit")
+
+    def fits(size: int) -> bool:
+        repeated = -(-size // len(step.x))
+        try:
+            x = torch.cat([step.x] * repeated)[:size]
+            y = step(x)
+            y.backward(torch.ones_like(y))
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            x = y = None
             gc.collect()
-            if options.device == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
+        return True
+
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+    try:
+        return largest(fits, len(step.x))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def line(name: str, choice: str, row: dict[str, Any], eager: dict[str, Any]) -> str:
+# ---- the suite ------------------------------------------------------------------------------
+
+OUT = "step.jsonl"
+
+
+def cases(options: argparse.Namespace) -> list[rows.Case]:
+    """Every choice that means something for a model, model by model."""
+    exact = Exact()
+    found = []
+    for name, model in {**MODELS, **TINY}.items():
+        with torch.device("meta"):
+            body = model.make()
+        for choice, what in CHOICES.items():
+            if not applies(body, choice):
+                continue
+            run = functools.partial(
+                measure, name, choice, options.device, exact, options.largest_batch
+            )
+            key = {"model": name, "choice": choice}
+            hidden = name in TINY
+            found.append(
+                rows.Case(f"{name}/{choice}", OUT, key, run, 60 if what.compiled else 10, hidden)
+            )
+    return found
+
+
+def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """A row in words, beside the eager row of its model."""
+    text = f"{row['model']:13s} {row['choice']:33s}"
     if "failed" in row:
-        return f"{name:8s} {choice:22s} {row['failed']}"
-    text = f"{name:8s} {choice:22s}"
-    if "step_ms" in row:
-        text += (
-            f" kept {row['kept_bytes'] / 2**30:6.2f} GiB"
-            f" ({eager['kept_bytes'] / row['kept_bytes']:5.2f}x less)"
-            f" peak {row['peak_bytes'] / 2**30:6.2f} GiB step {row['step_ms']:7.1f} ms"
-            f" ({eager['step_ms'] / row['step_ms']:4.2f}x)"
-        )
-        if "graph_ms" in row and "graph_ms" in eager:
-            ratio = eager["graph_ms"] / row["graph_ms"]
-            text += f" as a graph {row['graph_ms']:7.1f} ms ({ratio:4.2f}x)"
+        return f"{text} {row['failed']}"
+    eager = baseline(row, others) or row
+    for key, label in (("kept_bytes", "kept"), ("profile_bytes", "counted")):
+        if key in row:
+            text += f" {label} {row[key] / 2**30:6.2f} GiB"
+            if row[key] and eager.get(key):
+                text += f" ({eager[key] / row[key]:5.2f}x less)"
+    if "peak_bytes" in row:
+        text += f" peak {row['peak_bytes'] / 2**30:6.2f}"
+    for key, label in (("step_ms", "launched"), ("graph_ms", "as a graph")):
+        if key in row:
+            text += f" {label} {row[key]:7.1f} ms"
+            if key in eager:
+                text += f" ({eager[key] / row[key]:4.2f}x)"
     if "error_median" in row:
-        text += f" gradient error {row['error_median']:.3f}, worst {row['error_worst']:.3f}"
+        text += f" error {row['error_median']:.3f}, worst {row['error_worst']:.3f}"
+        if row.get("rounding_median", 0) > ROUNDING:  # else it says nothing of the choice
+            text += f" (rounding of eager {row['rounding_median']:.3f})"
+    if "largest_batch" in row:
+        text += f" batch {row['largest_batch']} in {row['largest_batch_GiB']:g} GiB"
     return text
 
 
-if __name__ == "__main__":
-    main()
+def baseline(row: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The eager row to compare with: of the same model and device, and commit if there is one.
+
+    Of several the last, since rows of one process follow each other.
+    """
+    same = [
+        other
+        for other in others
+        if other["choice"] == "eager"
+        and "failed" not in other
+        and all(other[key] == row[key] for key in ("model", "device"))
+    ]
+    return next(
+        (other for other in reversed(same) if other["commit"] == row["commit"]),
+        same[-1] if same else None,
+    )

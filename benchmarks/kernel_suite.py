@@ -1,0 +1,34 @@
+"""The kernels of all methods, as one suite."""
+
+import argparse
+from typing import Any
+
+from benchmarks import groupquant, kernels, norms, rows, sketch
+
+
+def cases(options: argparse.Namespace) -> list[rows.Case]:
+    return [
+        case for module in (kernels, norms, groupquant, sketch) for case in module.cases(options)
+    ]
+
+
+def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """A row in words."""
+    name = f"{row['kind']} {row['rows']}" if "kind" in row else row["case"]
+    text = f"{name:16s} {row['dtype']}"
+    for key, label in (("bits", "{} bits"), ("width", "{}"), ("exact", "exact {}")):
+        if row.get(key):
+            text += " " + label.format(row[key])
+    text += " autocast" * bool(row.get("cast"))
+    if "failed" in row:
+        return f"{text:34s} {row['failed']}"
+    parts = []
+    for part in ("forward", "backward", "both", "pack", "unpack"):
+        figures = [
+            f"{row[key]:.2f} {unit}"
+            for key, unit in ((f"{part}_of_copy", "of copy"), (f"{part}_ratio", "x torch"))
+            if key in row
+        ]
+        if figures:
+            parts.append(f"{part} " + " ".join(figures))
+    return f"{text:34s} {', '.join(parts)}"

@@ -1,0 +1,318 @@
+"""Draws pictures from the rows in `benchmarks/results/`; needs matplotlib and no GPU.
+
+    python -m benchmarks.plot
+
+`docs/pictures/step.png`: activation memory against speed, a panel a model, of the device with most
+rows or the one that `--device` names. A point is the latest row of its choice, beside the eager row
+of the same commit. `docs/pictures/cifar.png`, where there are rows: losses and accuracies.
+"""
+
+import argparse
+import itertools
+import pathlib
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import rows, step
+
+PICTURES = rows.RESULTS.parents[1] / "docs" / "pictures"
+
+OURS, OTHERS, FRONT = "#0b62c4", "#b3471d", "#9a9a9a"
+
+# ---- points ---------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """A choice: GiB of activations kept, and speed as a share of eager's."""
+
+    choice: str
+    memory: float
+    speed: float
+    as_graph: bool = True  # whether the GPU alone was timed
+
+    @property
+    def is_ours(self) -> bool:
+        return self.choice.startswith("packlight")
+
+    @property
+    def is_compiled(self) -> bool:
+        return "compile" in self.choice
+
+    @property
+    def label(self) -> str:
+        """What colour and shape do not say."""
+        short = self.choice.removeprefix("packlight ").removesuffix(", compile")
+        first, *rest = short.split(", ") if self.is_ours else [short]
+        if first.split(" ")[0].isdigit():
+            bits, *more = first.split(" ")
+            first = " ".join([f"{bits} bits", *more])
+        elif short == "compile + checkpoint":
+            first = "checkpoint"
+        return ", ".join([first.removeprefix("compile, "), *rest])
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other beats: less memory than all that are as fast. By memory."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.memory, -point.speed)):
+        if not best or point.speed > best[-1].speed:
+            best.append(point)
+    return best
+
+
+def latest(found: Sequence[dict[str, Any]], device: str) -> dict[str, list[Point]]:
+    """By model, a point for each choice: the last row that did not fail."""
+    last = {
+        (row["model"], row["choice"]): row
+        for row in found
+        if row["device"] == device and row.get("kept_bytes")
+    }
+    points: dict[str, list[Point]] = {}
+    for (model, choice), row in last.items():
+        eager = step.baseline(row, found)
+        if eager is None:
+            continue
+        key = "graph_ms" if "graph_ms" in row and "graph_ms" in eager else "step_ms"
+        point = Point(choice, row["kept_bytes"] / 2**30, eager[key] / row[key], key == "graph_ms")
+        points.setdefault(model, []).append(point)
+    return points
+
+
+# ---- drawing --------------------------------------------------------------------------------
+
+
+def draw_steps(found: Sequence[dict[str, Any]], device: str | None, path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    counts = Counter(row["device"] for row in found if row.get("kept_bytes"))
+    if device is None:
+        device = counts.most_common(1)[0][0] if counts else ""
+    panels = latest(found, device)
+    if not panels:
+        raise SystemExit(f"no rows of whole steps on {device or 'any device'}")
+    order = [name for name in step.MODELS if name in panels]
+    columns = min(2, len(order))
+    height = -(-len(order) // columns)
+    figure, axes = pyplot.subplots(
+        height, columns, figsize=(6.4 * columns, 4.6 * height + 0.9), squeeze=False
+    )
+    for axis, name in itertools.zip_longest(axes.flat, order):
+        if name is None:
+            axis.set_visible(False)
+            continue
+        draw_panel(axis, panels[name])
+        axis.set_title(step.MODELS[name].title, loc="left", fontsize=11, weight="bold")
+    versions = [row["torch"] for row in found if row["device"] == device]
+    figure.suptitle(
+        f"One training step on one {device}, torch {versions[-1]}", x=0.02, y=0.995, ha="left"
+    )
+    figure.legend(
+        handles=legend(),
+        loc="upper left",
+        bbox_to_anchor=(0.012, 1 - 0.22 / figure.get_figheight()),
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.68 / figure.get_figheight()))
+    for axis, name in zip(axes.flat, order, strict=False):
+        place_labels(axis, panels[name])
+    save(figure, path)
+
+
+def draw_panel(axis: Any, points: list[Point]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+    memory = [point.memory for point in points]
+    lowest, highest = min(memory) / 1.5, max(memory) * 1.6
+    speeds = [point.speed for point in points]
+    top, bottom = max(speeds), min(speeds)
+    margin = 0.12 * max(top - bottom, 0.1)
+    axis.set(xscale="log", xlim=(lowest, highest), ylim=(bottom - margin, top + margin))
+    others = [point for point in points if not point.is_ours]
+    for chosen, line in ((others, "--"), (points, "-")):
+        best = front(chosen)
+        # Where no point is, the next one with less memory is the best there is.
+        xs = [*(point.memory for point in best), highest]
+        ys = [*(point.speed for point in best), best[-1].speed]
+        axis.plot(
+            [best[0].memory, *xs],
+            [bottom - margin, *ys],
+            line,
+            drawstyle="steps-post",
+            color=FRONT,
+            linewidth=1.1,
+            zorder=1,
+        )
+    for point in points:
+        colour = OURS if point.is_ours else OTHERS
+        axis.scatter(
+            point.memory,
+            point.speed,
+            marker="s" if point.is_compiled else "o",
+            s=44,
+            facecolor=colour if point.as_graph else "white",
+            edgecolor=colour,
+            linewidth=1.3,
+            zorder=3,
+        )
+    ticks = [t for e in range(-8, 8) for t in (2.0**e,) if lowest <= t <= highest]
+    axis.set_xticks(ticks)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}x"))
+    axis.set_xlabel("activations kept for the backward pass, GiB: left is better", fontsize=9)
+    axis.set_ylabel("speed, of eager's: up is better", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(color="#eeeeee", zorder=0)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def legend() -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    def mark(marker: str, colour: str, label: str, filled: bool = True) -> Any:
+        face = colour if filled else "white"
+        return Line2D(
+            [], [], marker=marker, color=colour, markerfacecolor=face, linestyle="", label=label
+        )
+
+    return [
+        mark("o", OURS, "packlight"),
+        mark("o", OTHERS, "what PyTorch and others offer"),
+        mark("o", "#444444", "eager"),
+        mark("s", "#444444", "compiled"),
+        mark("o", "#444444", "launched by Python: no CUDA graph of both", filled=False),
+        Line2D([], [], color=FRONT, label="fastest of all at a given memory"),
+        Line2D([], [], color=FRONT, linestyle="--", label="fastest without packlight"),
+    ]
+
+
+def place_labels(axis: Any, points: list[Point]) -> None:
+    """Writes each point's label where nothing else is, as near as can be."""
+    from matplotlib.transforms import Bbox
+
+    figure = axis.figure
+    renderer = figure.canvas.get_renderer()
+    inside = axis.get_window_extent(renderer)
+    dots = [axis.transData.transform((point.memory, point.speed)) for point in points]
+    size = 5 * figure.dpi / 72
+    taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in dots]
+    # Nearest first; beside a point before above or below it.
+    places = [
+        (across * reach, up * reach)
+        for reach in (1.0, 1.6, 2.4, 3.4, 4.6, 6.0)
+        for across, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    ]
+    for point, dot in zip(points, dots, strict=True):
+        colour = OURS if point.is_ours else OTHERS
+        for across, up in places:
+            text = axis.annotate(
+                point.label,
+                (point.memory, point.speed),
+                xytext=(8 * across, 9 * up),
+                textcoords="offset points",
+                ha={1: "left", -1: "right", 0: "center"}[(across > 0) - (across < 0)],
+                va="center",
+                fontsize=8,
+                color=colour,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.4},
+                zorder=4,
+                arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4, "linewidth": 0.6}
+                if max(abs(across), abs(up)) > 1.6
+                else None,
+            )
+            box = text.get_window_extent(renderer).padded(1)
+            if not any(box.overlaps(other) for other in taken) and (
+                inside.x0 <= box.x0 and box.x1 <= inside.x1 + size
+                and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            ):  # fmt: skip
+                taken.append(box)
+                break
+            text.remove()
+        else:
+            raise RuntimeError(f"no room for {point.label!r} beside {dot}")
+
+
+def draw_training(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Loss and test accuracy by epoch: the mean over seeds, with the lowest and the highest."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    # Runs of different length or size are different experiments: the one with most rows.
+    names = ("model", "epochs", "batch", "lr", "width", "limit", "device")
+    experiments = Counter(tuple(row.get(name) for name in names) for row in found)
+    chosen = experiments.most_common(1)[0][0]
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in found:
+        if tuple(row.get(name) for name in names) == chosen:
+            runs.setdefault(row["method"], {})[row["seed"]] = row
+    figure, axes = pyplot.subplots(1, 2, figsize=(12.8, 4.6))
+    colours = pyplot.get_cmap("tab10").colors
+    for (method, seeds), colour in zip(runs.items(), itertools.cycle(colours)):
+        kept = statistics.median(row["kept_bytes"] for row in seeds.values()) / 2**30
+        for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
+            curves = list(zip(*(row[key] for row in seeds.values()), strict=True))
+            epochs = range(1, len(curves) + 1)
+            axis.plot(
+                epochs,
+                [statistics.fmean(values) for values in curves],
+                color="black" if method == "exact" else colour,
+                label=f"{method}: {kept:.2f} GiB, {len(seeds)} seeds",
+            )
+            axis.fill_between(
+                epochs,
+                [min(values) for values in curves],
+                [max(values) for values in curves],
+                color="black" if method == "exact" else colour,
+                alpha=0.12,
+                linewidth=0,
+            )
+            axis.set(xlabel="epoch", ylabel={"loss": "training loss"}.get(key, "test accuracy"))
+            axis.grid(color="#eeeeee")
+            for side in ("top", "right"):
+                axis.spines[side].set_visible(False)
+    axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+    settings = dict(zip(names, chosen, strict=True))
+    figure.suptitle(
+        f"CIFAR-10, {settings['model'] or 'resnet18'}, {settings['epochs']} epochs, batch"
+        f" {settings['batch']}, on {settings['device']}; kept for the backward pass of a batch",
+        fontsize=11,
+    )
+    figure.tight_layout()
+    save(figure, path)
+
+
+def save(figure: Any, path: pathlib.Path) -> None:
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    print(path)
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=pathlib.Path, default=rows.RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=PICTURES, help="folder of pictures")
+    parser.add_argument("--device", help="its name in the rows")
+    options = parser.parse_args(words)
+    draw_steps(rows.read(options.results / step.OUT), options.device, options.out / "step.png")
+    training = [row for row in rows.read(options.results / "cifar.jsonl") if "accuracy" in row]
+    if training:
+        draw_training(training, options.out / "cifar.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""The benchmarks' harness, on models that are small: rows, resuming, failures, and the picture."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import packlight
+from benchmarks import kernel_suite, plot, rows, run, step, train_suite
+
+ROW = {
+    "device": "a device",
+    "torch": "2.11",
+    "triton": None,
+    "python": "3.12",
+    "commit": "abc",
+}
+
+
+def measure(tmp_path, *words, suite="step"):
+    run.main(
+        ["--suite", suite, "--device", "cpu", "--out", str(tmp_path), "--commit", "abc", *words]
+    )
+    return [row for path in tmp_path.glob("*.jsonl") for row in rows.read(path)]
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["checkpoint", "packlight 4", "packlight 4 + checkpoint"])
+def test_a_choice_is_checked_and_measured(tmp_path, choice, monkeypatch, capsys):
+    monkeypatch.setattr(step, "CHOICES", {key: step.CHOICES[key] for key in ("eager", choice)})
+    eager, row = measure(tmp_path, "--filter", "tiny/")
+    assert (eager["choice"], row["choice"], row["model"]) == ("eager", choice, "tiny")
+    assert row["step_ms"] > 0
+    assert row["profile_bytes"] < eager["profile_bytes"] / 2
+    assert row["error_median"] <= row["error_worst"]
+    assert row["commit"] == "abc"
+    assert "less" in capsys.readouterr().out
+
+
+def test_what_is_measured_already_is_skipped(tmp_path):
+    words = ("--filter", "tiny/eager", "tiny/save")
+    first = measure(tmp_path, *words)
+    assert measure(tmp_path, *words) == first
+    assert len(measure(tmp_path, "--commit", "def", *words)) == 2 * len(first) == 4
+
+
+def test_a_failure_is_a_row_and_is_tried_again_only_if_asked(tmp_path, monkeypatch, capsys):
+    def fail(model):
+        raise ValueError("no room\nmore")
+
+    monkeypatch.setitem(step.CHOICES, "checkpoint", step.Choice(fail))
+    words = ("--filter", "tiny/eager", "tiny/checkpoint")
+    monkeypatch.setattr(step, "CHOICES", dict(step.CHOICES))
+    eager, failed = measure(tmp_path, *words)
+    assert failed["failed"] == "ValueError: no room"
+    assert {"model", "choice", "device", "commit", "torch"} <= failed.keys()
+    assert "no room" in capsys.readouterr().out
+    assert measure(tmp_path, *words) == [eager, failed]
+    monkeypatch.setitem(step.CHOICES, "checkpoint", step.Choice(step.checkpointed))
+    assert "failed" not in measure(tmp_path, "--retry", *words)[-1]
+
+
+def test_nothing_wrong_is_timed(tmp_path, monkeypatch):
+    def scale(model):
+        for parameter in model.parameters():
+            parameter.data *= 1.5
+
+    promises_too_much = step.CHOICES["packlight 4"]._replace(limit=0.001)
+    choices = {"eager": step.Choice(), "scaled": step.Choice(scale), "packed": promises_too_much}
+    monkeypatch.setattr(step, "CHOICES", choices)
+    scaled, packed = measure(tmp_path, "--filter", "tiny/scaled", "tiny/packed")
+    assert scaled["failed"].startswith("IncorrectError: the output is off by")
+    assert packed["failed"].startswith("IncorrectError: gradients are off by")
+    assert "step_ms" not in scaled | packed
+
+
+def test_a_budget_stops_before_what_would_not_fit(tmp_path, capsys):
+    rows.append(
+        tmp_path / step.OUT,
+        {"model": "tiny", "choice": "eager", "seconds": 50, **rows.settings("cpu", "older")},
+    )
+    assert len(measure(tmp_path, "--filter", "tiny/eager", "--budget", "40")) == 1
+    assert "about 50 s" in capsys.readouterr().out
+    assert len(measure(tmp_path, "--filter", "tiny/eager", "--budget", "70")) == 2
+
+
+@given(st.integers(0, 3000), st.integers(1, 500))
+def test_the_largest_batch_is_found_within_a_share(limit, start):
+    found = step.largest(lambda size: size <= limit, start)
+    assert found <= limit <= found + max(1, found / 32)
+
+
+def test_the_default_is_the_choice_at_4_bits_where_there_is_no_batch_norm():
+    def converted(choice):
+        model = step.TINY["tiny"].make()
+        step.CHOICES[choice].prepare(model)
+        return [(name, type(module)) for name, module in model.named_modules()]
+
+    assert converted("packlight default") == converted("packlight 4")
+    assert not step.applies(step.TINY["tiny"].make(), "packlight default")
+    assert step.applies(step.TINY["tiny-resnet50"].make(), "packlight default")
+
+
+def test_filters():
+    cases = [rows.Case(name, "", {}, dict, 1) for name in ("a/eager", "a/eager 2", "b/eager")]
+    cases.append(rows.Case("tiny/eager", "", {}, dict, 1, hidden=True))
+
+    def names(*filters):
+        return [case.name for case in run.chosen(cases, list(filters))]
+
+    assert names() == ["a/eager", "a/eager 2", "b/eager"]
+    assert names("*/eager") == ["a/eager", "b/eager"]
+    assert names("eager 2", "b/") == ["a/eager 2", "b/eager"]
+    assert names("tiny/") == ["tiny/eager"]
+
+
+@pytest.mark.parametrize("name", step.MODELS)
+def test_models_have_the_shapes_that_they_say(name):
+    case = step.MODELS[name]
+    with torch.device("meta"):
+        model, x = case.make(), torch.empty(1, *case.shape[1:])
+        y = model(x)
+    assert y.shape == (x.shape if x.dim() == 3 else (1, 2048, 7, 7))
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    # Those of the papers without embeddings and heads, rotary embeddings have none.
+    expected = {"roberta": 85, "llama": 969, "vit": 85, "resnet50": 23.5, "gpt2-medium": 302}
+    assert parameters == pytest.approx(expected[name.removesuffix("-fp32")], rel=0.01)
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_got_slower_is_printed_in_red(tmp_path, capsys):
+    words = ("--filter", "groupquant/pack nearest bf16 4 bits", "--log2-elements", "12")
+    (row,) = measure(tmp_path, *words, suite="kernels")
+    assert "\033[31m" not in capsys.readouterr().out
+    path = tmp_path / "groupquant.jsonl"
+    path.write_text(json.dumps({**row, "pack_ms": row["pack_ms"] / 1e3, "unpack_ms": 1e9}) + "\n")
+    measure(tmp_path, *words, "--commit", "def", suite="kernels")
+    out = capsys.readouterr().out
+    assert "\033[31m pack_ms" in out
+    assert "unpack_ms" not in out
+
+
+def test_what_counts_as_slower():
+    before = {**ROW, "forward_ms": 1.0, "forward_torch_ms": 1.0, "copy_ms": 1.0, "both_ms": 2.0}
+    row = {**before, "forward_ms": 1.2, "forward_torch_ms": 3.0, "copy_ms": 3.0, "both_ms": 2.1}
+    assert run.slowdowns(row, before) == {"forward_ms": 1.2}
+    assert run.slowdowns(row, None) == run.slowdowns({**row, "device": "another"}, before) == {}
+
+
+def test_every_row_of_a_kernel_belongs_to_one_case():
+    cases = kernel_suite.cases(run.arguments(["--suite", "kernels", "--device", "cuda"]))
+    assert len({case.name for case in cases}) == len(cases)
+    for out in {case.out for case in cases}:
+        for row in rows.read(rows.RESULTS / out):
+            found = [case for case in cases if case.out == out and rows.same_case(row, case)]
+            assert len(found) == 1, row
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_training_rows_are_set_beside_exact_ones_of_the_same_seeds():
+    found = [
+        {**ROW, "case": "gpt", "method": method, "seed": seed, "loss": [9, loss], "kept_bytes": 1}
+        for method, losses in (("exact", (1.0, 2.0)), ("other", (1.1, 2.2)))
+        for seed, loss in enumerate(losses)
+    ]
+    text = train_suite.line(found[-1], found)
+    assert "validation loss 2.2000" in text
+    assert "2 seeds 1.6500" in text
+    assert "to exact +0.1500 (paired t-test, p = 0.20)" in text
+
+
+def test_a_gpt_trains_by_a_method(tmp_path, monkeypatch):
+    sizes = {"steps": 3, "layers": 1, "width": 16, "heads": 1, "context": 8, "batch": 2}
+    monkeypatch.setitem(train_suite.gpt.SIZES, "cpu", sizes)
+    text = torch.randint(256, (400,), dtype=torch.uint8)
+    monkeypatch.setattr(train_suite.gpt, "text", lambda: packlight.demo.Text(text, text))
+    (row,) = measure(tmp_path, "--filter", "gpt/default/0", suite="train")
+    assert len(row["loss"]) == len(row["loss_steps"]) == 4
+
+
+@pytest.mark.parametrize("name", train_suite.cifar.RUNS)
+def test_networks_of_cifar_are_converted(name):
+    for method in train_suite.cifar.RUNS[name]:
+        model = train_suite.cifar.network(name, method)
+        kinds = {type(module).__module__.split(".")[0] for module in model.modules()}
+        assert ("packlight" in kinds) == (method != "exact")
+    assert isinstance(model, nn.Module)
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+_numbers = st.integers(1, 6)
+
+
+@given(st.lists(st.tuples(_numbers, _numbers), max_size=12))
+def test_the_front_is_what_no_point_beats(pairs):
+    points = [plot.Point(str(i), memory, speed) for i, (memory, speed) in enumerate(pairs)]
+
+    def beaten(point):
+        return any(
+            other.memory <= point.memory
+            and other.speed >= point.speed
+            and (other.memory, other.speed) != (point.memory, point.speed)
+            for other in points
+        )
+
+    found = plot.front(points)
+    expected = {(p.memory, p.speed) for p in points if not beaten(p)}
+    assert [(p.memory, p.speed) for p in found] == sorted(expected)
+
+
+def test_points_are_the_latest_rows_beside_their_own_eager_row():
+    def row(choice, kept, ms, commit, **more):
+        return {**ROW, "model": "roberta", "choice": choice, "commit": commit} | {
+            "kept_bytes": kept * 2**30, "step_ms": ms, **more
+        }  # fmt: skip
+
+    found = [
+        row("eager", 8, 10, "a", graph_ms=8),
+        row("packlight 4", 2, 20, "a"),
+        row("packlight 4", 3, 40, "a", graph_ms=16),
+        row("packlight 4", 3, 50, "b") | {"device": "another"},
+        {**ROW, "model": "roberta", "choice": "packlight 4", "failed": "no"},
+        row("eager", 8, 30, "b"),
+        row("compile", 6, 15, "b"),
+    ]
+    points = {point.choice: point for point in plot.latest(found, "a device")["roberta"]}
+    assert points["packlight 4"] == plot.Point("packlight 4", 3, 0.5, True)
+    assert points["compile"] == plot.Point("compile", 6, 2.0, False)
+
+
+@pytest.mark.parametrize(
+    ("choice", "label"),
+    [
+        ("eager", "eager"),
+        ("compile", "compile"),
+        ("compile + checkpoint", "checkpoint"),
+        ("compile, budget 0.5", "budget 0.5"),
+        ("packlight 4", "4 bits"),
+        ("packlight 4 + checkpoint, compile", "4 bits + checkpoint"),
+        ("packlight 4, attention 4, compile", "4 bits, attention 4"),
+        ("packlight few-bit 3", "few-bit 3"),
+    ],
+)
+def test_labels(choice, label):
+    assert plot.Point(choice, 1, 1).label == label
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pictures_are_drawn_from_rows(tmp_path):
+    results = tmp_path / "results"
+    for row in rows.read(rows.RESULTS / step.OUT):
+        rows.append(results / step.OUT, row)
+    for method in ("exact", "default"):
+        for seed in range(2):
+            rows.append(
+                results / "cifar.jsonl",
+                {**ROW, "method": method, "seed": seed, "loss": [2, 1], "accuracy": [0.1, 0.5]}
+                | {"kept_bytes": 2**30},
+            )
+    plot.main(["--results", str(results), "--out", str(tmp_path)])
+    for name in ("step.png", "cifar.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_choices_find_room_in_one_panel(tmp_path):
+    """Two dozen points, as a full run gives."""
+    names = [*step.CHOICES]
+    for i, choice in enumerate(names):
+        kept = {"eager": 12}.get(choice, 0.4 * 1.13 ** (i % 24 + 1))
+        row = {"model": "llama", "choice": choice, "kept_bytes": kept * 2**30}
+        rows.append(tmp_path / step.OUT, {**ROW, **row, "step_ms": 100 + 7 * (i * 5 % 11)})
+    plot.main(["--results", str(tmp_path), "--out", str(tmp_path)])
+    assert (tmp_path / "step.png").exists()
+
+
+def test_no_rows_no_picture(tmp_path):
+    with pytest.raises(SystemExit, match="no rows"):
+        plot.main(["--results", str(tmp_path), "--out", str(tmp_path)])
+    assert isinstance(run.arguments(["--suite", "step"]), argparse.Namespace)
