@@ -23,7 +23,7 @@ from packlight.inverted.norm_reference import row_width
 
 
 class Setting(NamedTuple):
-    """How a kernel is cut up. `benchmarks/norms.py --sweep` times many."""
+    """How a kernel is cut up. `python -m benchmarks.norms` times many."""
 
     tile: int  # elements of a tile, where a row is shorter
     per_thread: int  # elements of a tile that a thread holds
