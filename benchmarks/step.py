@@ -86,6 +86,7 @@ def _tiny() -> Stack:
     return Stack([EncoderBlock(64, 4, 256), DecoderBlock(64, 4, 2, 128)])
 
 
+# ResNet-50 late: its blocks have many shapes, each of which is compiled.
 MODELS = {
     "roberta": Model(_roberta, (128, 128, 768), "autocast", "RoBERTa-base, 128 x 128, bf16"),
     "llama": Model(
@@ -100,13 +101,13 @@ MODELS = {
         "autocast",
         "ViT-B/16, 128 images, bf16",
     ),
-    "resnet50": Model(resnet50, (128, 3, 224, 224), "autocast", "ResNet-50, 128 images, bf16"),
     "gpt2-medium": Model(
         lambda: Stack([PreNormBlock(1024, 16, True, 0.1) for _ in range(24)]),
         (8, 1024, 1024),
         "autocast",
         "GPT-2 medium, 8 x 1024, bf16",
     ),
+    "resnet50": Model(resnet50, (128, 3, 224, 224), "autocast", "ResNet-50, 128 images, bf16"),
     "roberta-fp32": Model(_roberta, (128, 128, 768), "fp32", "RoBERTa-base, 128 x 128, fp32"),
 }
 
