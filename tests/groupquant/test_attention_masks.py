@@ -155,3 +155,17 @@ def test_it_compiles_without_a_break(mask, fresh_compiler):
     ours, actual = gradients(compiled, tensors, mask)
     torch.testing.assert_close(ours, y)
     torch.testing.assert_close(actual, expected)
+
+
+def test_causal_attention_with_dropout_compiles(fresh_compiler):
+    """torch's plain attention makes its triangle itself, while the kernel is asked for."""
+    x = torch.randn(2, 4, 64, 32, requires_grad=True)
+
+    def attend(x):
+        q, k, v = x * 1.0, x * 2.0, x * 3.0
+        return groupquant.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True)
+
+    y = torch.compile(attend, fullgraph=True, backend="aot_eager")(x)
+    y.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.any()

@@ -204,7 +204,7 @@ def _choice(
     # Of tensors without values that operator says "math", whatever torch takes for them.
     if mask is not None:  # torch makes numbers of booleans, and here some that do have values
         mask = query.new_empty(mask.shape)
-    with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
+    with query.fake_mode, torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, enable_gqa=enable_gqa
