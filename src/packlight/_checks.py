@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from packlight.errors import DoubleBackwardError, InputError
 
@@ -74,6 +74,11 @@ def autocast_dtype(x: Tensor, name: str | None, probe: Callable[[Tensor], Tensor
 def needs_gradient(x: Tensor) -> bool:
     """Whether a backward pass may come, so that something must be kept."""
     return torch.is_grad_enabled() and x.requires_grad
+
+
+def is_frozen(weight: Tensor) -> bool:
+    """Whether this is a parameter that is not trained: nothing is kept for it, in any pass."""
+    return isinstance(weight, nn.Parameter) and not weight.requires_grad
 
 
 def refuse_second_derivative(keeps: str = "codes of its derivative") -> None:

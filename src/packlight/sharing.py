@@ -170,12 +170,14 @@ def _holds(note: _Note, version: int, hooks: Any) -> bool:
     return note[0] == version and same_hooks
 
 
+def _alive(pack: Pack | _WeakPack | None) -> Pack | None:
+    return pack.pack() if isinstance(pack, _WeakPack) else pack
+
+
 def pack_of(tensor: Tensor) -> Pack | None:
     """What is kept of `tensor` already, None where nothing is that still holds."""
     owner, note = _read(tensor)
-    pack = None if note is None else note[2]
-    if isinstance(pack, _WeakPack):
-        pack = pack.pack()
+    pack = None if note is None else _alive(note[2])
     if pack is None or owner is tensor:
         return pack
     shape = tuple(tensor.shape)
@@ -188,9 +190,7 @@ def sketch_of(tensor: Tensor) -> Pack | None:
     A view has the sketch of its base where both are contiguous and have rows of one width.
     """
     owner, note = _read(tensor)
-    sketch = None if note is None else note[3]
-    if isinstance(sketch, _WeakPack):
-        sketch = sketch.pack()
+    sketch = None if note is None else _alive(note[3])
     if sketch is None or owner is tensor:
         return sketch
     rows_are_the_same = (

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import sharing
-from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight._checks import check_tensor, is_frozen, needs_gradient, refuse_second_derivative
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, draw, is_frozen, pack_input, worth_packing
+from packlight.groupquant.packs import KEEPS, draw, pack_input, worth_packing
 from packlight.sharing import Pack
 
 Size = int | Sequence[int]

@@ -28,6 +28,7 @@ from packlight._checks import (
     autocast,
     check_numbers,
     check_tensor,
+    is_frozen,
     needs_gradient,
     refuse_second_derivative,
 )
@@ -35,7 +36,7 @@ from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, Rebuild, draw, is_frozen, pack_input, worth_packing
+from packlight.groupquant.packs import KEEPS, Rebuild, draw, pack_input, worth_packing
 from packlight.sharing import Pack
 
 _DEFAULT = GroupQuant()

@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from packlight import sharing
 from packlight._philox import draw_seed
@@ -50,11 +50,6 @@ def draw(x: Tensor, method: GroupQuant) -> Tensor | None:
     see another mask in the second.
     """
     return draw_seed(x) if method.rounding == "stochastic" else None
-
-
-def is_frozen(weight: Tensor) -> bool:
-    """Whether this is a parameter that is not trained: then nothing is packed in any pass."""
-    return isinstance(weight, nn.Parameter) and not weight.requires_grad
 
 
 def pack_input(x: Tensor, method: GroupQuant, seed: Tensor | None) -> Pack:

@@ -21,7 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight._checks import autocast_dtype, check_tensor, refuse_second_derivative
+from packlight._checks import (
+    autocast_dtype,
+    check_tensor,
+    is_frozen,
+    needs_gradient,
+    refuse_second_derivative,
+)
 from packlight._philox import draw_seed
 from packlight.errors import InputError
 from packlight.packing.layout import compute_dtype
@@ -110,7 +116,7 @@ def _check(x: Tensor, weight: Tensor, axes: int) -> None:
 
 def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int, method: Sketch) -> Tensor:
     plain = _PLAIN[axes]
-    if not weight.requires_grad:
+    if is_frozen(weight):
         return plain(x, weight, bias)
     if axes and x.dim() == axes + 1:  # no batch dimension
         return _layer(x.unsqueeze(0), weight, bias, axes, method).squeeze(0)
@@ -123,7 +129,7 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int, method: Sk
     # which has none, must leave the generator as its second pass does, or dropout behind this layer
     # would drop others there.
     seed = draw_seed(x)
-    if not torch.is_grad_enabled():
+    if not needs_gradient(weight):
         return plain(x, weight, bias)
     dtype = autocast_dtype(x, "linear", lambda empty: F.linear(empty, empty.new_empty(1, 0)))
     tokens = _tokens_of(x, axes)
@@ -141,7 +147,7 @@ def _say_exact(weight: Tensor, tokens: int, rows: int) -> None:
     shape = tuple(weight.shape)
     if torch.compiler.is_compiling() or not tokens or shape in _said:
         return
-    if not torch.is_grad_enabled():
+    if not needs_gradient(weight):
         return
     _said.add(shape)
     warnings.warn(

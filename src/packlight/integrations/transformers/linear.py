@@ -1,13 +1,12 @@
 """`Conv1D` of GPT-2 and its like: a linear layer that holds its weight transposed."""
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from packlight._checks import is_frozen
 from packlight.groupquant import functional as quantised
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import _Quantised
-from packlight.groupquant.packs import is_frozen
 from packlight.integrations._classes import joined
 from packlight.inverted.linear import _cast_if_noted
 from packlight.inverted.method import Inverted
@@ -40,9 +39,7 @@ class SketchConv1D(_Sketched):
         if not self.training or is_frozen(self.weight):
             plain: Tensor = super().forward(x)
             return plain
-        with torch.enable_grad():  # without, a view needs no gradient, and the draw depends on it
-            weight = self.weight.t()
-        return sketched.linear(x, weight, self.bias, **self.options)
+        return sketched.linear(x, self.weight.t(), self.bias, **self.options)
 
 
 class InvertedConv1D(nn.Module):
