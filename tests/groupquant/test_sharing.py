@@ -126,13 +126,20 @@ def test_layers_share_one_pack(case, mode):
     assert kept == TOKENS * WIDTH * packs * PACK + TOKENS * extra
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("reads", ["its input", "a product"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_compiled_layers_share_the_same_packs(case, fresh_compiler):
+def test_compiled_layers_share_the_same_packs(case, reads, autocast, fresh_compiler):
+    """An input of the region takes no note: the compiler merges the packs that are made of it.
+
+    Casts of weights to bfloat16 would show as bytes that eager mode does not keep.
+    """
     make, packs, extra = case
     model = make()
 
     def run(x):
-        return model(x * 1.0)  # an input of the region takes no note
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(x * 1.0 if reads == "a product" else x)
 
     x = input_of()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

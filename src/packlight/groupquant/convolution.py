@@ -19,6 +19,7 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import check_tensor, is_frozen, needs_gradient, refuse_second_derivative
+from packlight._recast import recast
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.packs import KEEPS, draw, pack_input, worth_packing
@@ -104,7 +105,7 @@ class _Convolution(torch.autograd.Function):
         dtype = grad_output.dtype
         x = ctx.rebuild(dtype, *tensors).reshape(ctx.shape)
         mask = list(ctx.needs_input_grad[:3])
-        gradients = ctx.geometry.backward(grad_output, x, weight.to(dtype), mask)
+        gradients = ctx.geometry.backward(grad_output, x, recast(weight, grad_output), mask)
         pairs = zip(gradients, ctx.dtypes, mask, strict=True)
         cast = [g.to(dtype) if wanted else None for g, dtype, wanted in pairs]
         return *cast, None, None, *[None] * len(tensors)

@@ -32,6 +32,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
+from packlight._recast import recast
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant import ops
@@ -71,7 +72,8 @@ class _Linear(torch.autograd.Function):
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = grad_output.matmul(weight.to(grad_output.dtype)).to(ctx.x_dtype)
+            dx = rows.mm(recast(weight, rows)).view(*grad_output.shape[:-1], -1)
+            dx = dx.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             x = ctx.rebuild(grad_output.dtype, *tensors)
             dweight = rows.t().mm(x.reshape(rows.shape[0], -1)).to(ctx.weight_dtype)

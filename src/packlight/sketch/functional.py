@@ -29,6 +29,7 @@ from packlight._checks import (
     refuse_second_derivative,
 )
 from packlight._philox import draw_seed
+from packlight._recast import recast
 from packlight.errors import InputError
 from packlight.packing.layout import compute_dtype
 from packlight.sketch.method import Kind, Sketch
@@ -73,7 +74,7 @@ class _Layer(torch.autograd.Function):
         weight, kept = ctx.saved_tensors
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            weight = weight.to(grad_output.dtype)
+            weight = recast(weight, grad_output)
             if ctx.axes:
                 dx = _PLAIN[ctx.axes](grad_output, weight.transpose(0, 1))
             else:
