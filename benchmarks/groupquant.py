@@ -8,6 +8,7 @@ once and each output written once, packs included, and divides by the bandwidth 
 """
 
 import argparse
+import importlib.util
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -57,26 +58,40 @@ def measure_pack(x: Tensor, bits: int, rounding: str, copy: float) -> dict[str, 
 
 
 def measure_function(
-    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: list[Tensor],
+    liger: Callable[..., Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Forward and backward of a function and of torch's."""
+    """Forward and backward of a function, of torch's, and of Liger-Kernel's where it has one."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     check(ours, plain, inputs)
-    y, expected = ours(*inputs), plain(*inputs)
-    dy = torch.randn_like(y)
-    device = y.device.type
+    given = {"ours": (ours, inputs), "torch": (plain, inputs)}
+    if liger is not None:
+        # Copies, into which its backward pass may write.
+        given["liger"] = liger, [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = {name: function(*xs) for name, (function, xs) in given.items()}
+    if liger is not None:
+        torch.testing.assert_close(outputs["liger"], outputs["torch"], rtol=2**-6, atol=2**-6)
+    dy = torch.randn_like(outputs["ours"])
+    device = dy.device.type
     forward = interleaved(
-        {"ours": lambda: ours(*inputs), "torch": lambda: plain(*inputs)}, 12, device
+        {name: partial(function, *xs) for name, (function, xs) in given.items()}, 12, device
     )
     backward = interleaved(
         {
-            "ours": lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True),
-            "torch": lambda: torch.autograd.grad(expected, inputs, dy, retain_graph=True),
+            name: partial(torch.autograd.grad, outputs[name], xs, dy, retain_graph=True)
+            for name, (_, xs) in given.items()
         },
         12,
         device,
     )
-    return {
+    row = {}
+    if liger is not None:
+        row = {"forward_liger_ms": forward["liger"], "backward_liger_ms": backward["liger"]}
+        both = forward["liger"] + backward["liger"]
+        row["both_liger_ratio"] = both / (forward["ours"] + backward["ours"])
+    return row | {
         "forward_ms": forward["ours"],
         "forward_torch_ms": forward["torch"],
         "backward_ms": backward["ours"],
@@ -135,12 +150,29 @@ def function_of(name: str, x: Tensor, bits: int) -> Function:
     )
 
 
+def liger_of(name: str) -> Callable[..., Tensor] | None:
+    """Liger-Kernel's function, of the same arguments as ours, where it is installed and has one."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel import ops as theirs
+
+    kind = name.partition(" ")[0]
+    if kind == "swiglu":
+        return lambda g, u: theirs.LigerSiLUMulFunction.apply(g, u)
+    if kind == "layer_norm":
+        return lambda x, w, b: theirs.LigerLayerNormFunction.apply(x, w, b, 1e-5)
+    if kind == "rms_norm":  # not in place: the gradient is read again
+        return lambda x, w: theirs.LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False)
+    return None
+
+
 def checked(name: str, bits: int, dtype: str, log2_elements: int, device: str) -> dict[str, Any]:
     x, _, copy = inputs(dtype, log2_elements, device)
     if name.startswith("pack "):
         result = measure_pack(x, bits, name.removeprefix("pack "), copy)
     else:
-        result = measure_function(*function_of(name, x.detach(), bits))
+        liger = liger_of(name) if device == "cuda" else None
+        result = measure_function(*function_of(name, x.detach(), bits), liger)
     return {**result, "copy_GBps": copy / 1e6}
 
 

@@ -12,6 +12,14 @@ def cases(options: argparse.Namespace) -> list[rows.Case]:
     ]
 
 
+def units(part: str) -> list[tuple[str, str]]:
+    return [
+        (f"{part}_of_copy", "of copy"),
+        (f"{part}_ratio", "x torch"),
+        (f"{part}_liger_ratio", "x Liger"),
+    ]
+
+
 def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
     """A row in words."""
     name = f"{row['kind']} {row['rows']}" if "kind" in row else row["case"]
@@ -24,11 +32,7 @@ def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
         return f"{text:34s} {row['failed']}"
     parts = []
     for part in ("forward", "backward", "both", "pack", "unpack"):
-        figures = [
-            f"{row[key]:.2f} {unit}"
-            for key, unit in ((f"{part}_of_copy", "of copy"), (f"{part}_ratio", "x torch"))
-            if key in row
-        ]
+        figures = [f"{row[key]:.2f} {unit}" for key, unit in units(part) if key in row]
         if figures:
             parts.append(f"{part} " + " ".join(figures))
     return f"{text:34s} {', '.join(parts)}"

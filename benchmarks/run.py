@@ -81,11 +81,11 @@ def expected_seconds(case: rows.Case, known: list[dict[str, Any]], device: str) 
 
 
 def own_times(row: dict[str, Any]) -> dict[str, float]:
-    """Times of ours in a row of a kernel, without torch's and the copy's."""
+    """Times of ours in a row of a kernel, without torch's, Liger's and the copy's."""
     return {
         key: value
         for key, value in row.items()
-        if key.endswith("_ms") and "torch" not in key and not key.startswith("copy")
+        if key.endswith("_ms") and not any(other in key for other in ("torch", "liger", "copy"))
     }
 
 
