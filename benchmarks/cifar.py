@@ -187,7 +187,7 @@ VIT_CONVERSIONS: dict[str, Methods] = {
 }
 RUNS = {"resnet18": [*METHODS, *CONVERSIONS], "vit": ["exact", *VIT_CONVERSIONS]}
 # Settings of both, and what differs: plain SGD does not train the ViT.
-EPOCHS, BATCH = 16, 512
+EPOCHS, BATCH = 12, 512
 LEARNING_RATES = {"resnet18": 0.4, "vit": 1e-3}
 
 

@@ -36,7 +36,7 @@ from packlight.sketch import VarianceMonitor
 from packlight.sketch.method import KINDS
 
 TASKS = {"cola": ("sentence",), "mrpc": ("sentence1", "sentence2"), "sst2": ("sentence",)}
-EPOCHS = {"cola": 3, "mrpc": 5, "sst2": 1}
+EPOCHS = {"cola": 3, "mrpc": 4, "sst2": 1}
 LEARNING_RATE = 5e-5
 BATCH, LONGEST = 32, 128
 SHARES = (0.5, 0.2, 0.1)
