@@ -39,6 +39,15 @@ class FixedPoint(Method):
     - gamma = 0, or so small that beta / gamma has no fraction of a bin: the window is that of
       x_hat, `shift` 1 if beta > 0 and K - 1 if not. dgamma is as good there as elsewhere.
 
+    The end of a residual block, y = relu(batch_norm(h) + x), keeps the code and one bit, the mask
+    of the ReLU: 5 bits an element at `bits=4`. With `convert(..., functional=True)`, which sees the
+    addition, that is all: where something is kept of x already, as of the end of another block, the
+    convolutions and Linears that read y keep nothing of their own. Their weight gradients are then
+    those of y~ = [y > 0] (y~_norm + x~), where each term brings the error of its own code, so that
+    the error does not grow beside y: nearest value, so biased. Gradients with respect to y, their
+    biases and both terms of the sum are exact. After 8 batch norms in a row a pack is made of y,
+    since rebuilding takes longer the longer the chain is.
+
     Args:
         bits: code length: 4 or 8.
     """

@@ -1,11 +1,13 @@
 """What a pack of fixed-point codes stands for."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from packlight.groupquant.fixed_point import ops
+from packlight.groupquant.fixed_point.residual_ops import residual
 
 # What the error of a second derivative says is kept.
 KEEPS = "fixed-point codes"
@@ -23,3 +25,38 @@ class Rebuild:
     def __call__(self, dtype: torch.dtype, codes: Tensor, table: Tensor) -> Tensor:
         y: Tensor = ops.rebuild(codes, table, self.shape, self.stride, self.bits, dtype, self.relu)
         return y
+
+
+@dataclasses.dataclass  # not frozen, as above
+class ResidualRebuild:
+    """A sum of batch norms and of what it starts with, from what is kept of each.
+
+    The links are added one after the other; those that `masked` names have the mask of a ReLU, that
+    of the sum up to there. The running sum is in float32, rounded to `dtype` every few links, which
+    is little beside the error of codes. The tensors are those of the start, then codes, table and
+    mask of each link.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    bits: int
+    masked: tuple[bool, ...]
+    start: Callable[..., Tensor] | None = None
+    first: int = 0  # how many tensors belong to the start
+
+    def __call__(self, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        start = None
+        if self.start is not None:
+            start = self.start(dtype, *tensors[: self.first]).reshape(self.shape)
+        codes, table, *kept = tensors[self.first :]
+        layout = (self.shape, self.stride, self.bits, dtype)
+        y: Tensor = residual(start, codes, table, kept, self.masked, *layout)
+        return y
+
+    def with_link(self) -> "ResidualRebuild":
+        """One more batch norm added."""
+        return dataclasses.replace(self, masked=(*self.masked, False))
+
+    def with_mask(self) -> "ResidualRebuild":
+        """The ReLU behind it."""
+        return dataclasses.replace(self, masked=(*self.masked[:-1], True))

@@ -12,7 +12,7 @@ from packlight import fewbit, sharing
 from packlight._checks import check_inplace, check_tensor, needs_gradient, refuse_second_derivative
 from packlight.fewbit import ops as few_bit
 from packlight.groupquant.fixed_point import ops
-from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild
+from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, ResidualRebuild
 from packlight.packing.layout import dense_stride
 from packlight.sharing import Pack
 
@@ -118,13 +118,29 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         stride, bits = kept.rebuild.stride, kept.rebuild.bits
         y = _apply_coded(input, codes, table, stride, bits, written)
         pack = Pack(Rebuild(shape, stride, bits, relu=True), shape, kept.tensors)
+        note = sharing.note_output
     else:
         stride = dense_stride(input)
         y, mask = _apply_masked(input, written)
         if torch.compiler.is_compiling():
             y = y.view_as(y)  # see `batch_norm`
-        pack = Pack(MaskedRebuild(kept.rebuild, shape, stride), shape, (mask, *kept.tensors))
+        pack = _masked(kept, shape, stride, mask)
+        # A chain of blocks: weakly, see `residual.add`.
+        chain = isinstance(pack.rebuild, ResidualRebuild)
+        note = sharing.note_input if chain else sharing.note_output
     if copied:
         y = input.copy_(y)
-    sharing.note_output(y, pack)
+    note(y, pack)
     return y
+
+
+def _masked(kept: Pack, shape: tuple[int, ...], stride: tuple[int, ...], mask: Tensor) -> Pack:
+    """What is kept of the ReLU of a tensor that this is kept of."""
+    rebuild = kept.rebuild
+    if (
+        isinstance(rebuild, ResidualRebuild)
+        and (rebuild.shape, rebuild.stride) == (shape, stride)
+        and not rebuild.masked[-1]
+    ):
+        return Pack(rebuild.with_mask(), shape, (*kept.tensors, mask))
+    return Pack(MaskedRebuild(rebuild, shape, stride), shape, (mask, *kept.tensors))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from packlight.groupquant.fixed_point import functional, modules
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.fixed_point.relu import relu
+from packlight.groupquant.fixed_point.residual import add, add_
 from packlight.method import Swap, call_rule, rule
 
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {
@@ -31,3 +32,5 @@ def _relu(method: FixedPoint, module: Any) -> Swap:
 
 call_rule(FixedPoint, {F.batch_norm: functional.batch_norm}, dataclasses.asdict)
 call_rule(FixedPoint, {F.relu: relu, Tensor.relu: relu, torch.relu: relu})
+# `y + x` and `y += x` are calls of these.
+call_rule(FixedPoint, {torch.add: add, Tensor.add: add, Tensor.add_: add_})

@@ -1,0 +1,84 @@
+"""Residual sums that are rebuilt from what their terms keep already.
+
+At the end of a residual block, y = relu(batch_norm(h) + x), the batch norm keeps its codes and the
+ReLU its mask, whatever reads y. Where something is kept of x as well, y comes back from the three,
+and what reads it keeps nothing of its own. If x is itself the end of a block, so does x: a chain.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packlight import sharing
+from packlight.groupquant.fixed_point.packs import Rebuild, ResidualRebuild
+from packlight.sharing import Pack
+
+# Batch norms that a sum is rebuilt from. To rebuild the end of the k-th block of a chain costs k
+# links, so that a longer chain would cost more time than the pack of one sum in eight is worth.
+MAX_LINKS = 8
+# Tensors of a pack that a chain may start with. What is itself made of more takes long to rebuild.
+_MAX_TENSORS = 4
+
+
+def add(input: Tensor, *others: Any, **options: Any) -> Tensor:
+    """torch.add. The sum of two tensors of which something is kept already needs no pack.
+
+    One of them is the output of `fixed_point.batch_norm`. Shape, dtype and memory order are those
+    of the other; else this is torch's function and nothing more.
+    """
+    kept = _kept_of_sum(input, *others) if len(others) == 1 and not options else None
+    y = torch.add(input, *others, **options)
+    if kept is not None:
+        # Weakly: what is kept is kept by the layers behind the terms, as long as the graph is.
+        sharing.note_input(y, kept)
+    return y
+
+
+def add_(input: Tensor, *others: Any, **options: Any) -> Tensor:
+    """`add` that overwrites its input, as `y += x` does."""
+    # Before the addition, after which no note on the input holds.
+    kept = _kept_of_sum(input, *others) if len(others) == 1 and not options else None
+    y = input.add_(*others, **options)
+    if kept is not None:
+        sharing.note_input(y, kept)
+    return y
+
+
+def _kept_of_sum(a: Tensor, b: object) -> Pack | None:
+    """What a + b can be rebuilt from, None where nothing is kept that it can be."""
+    if not isinstance(b, Tensor) or not torch.is_grad_enabled():
+        return None
+    # First, since most sums end here, and in a compiled region shapes may be unknown numbers.
+    one = sharing.pack_of(a)
+    two = None if one is None else sharing.pack_of(b)
+    if one is None or two is None:
+        return None
+    if a.shape != b.shape or a.dtype != b.dtype or a.stride() != b.stride():
+        return None
+    # What is noted on a leaf may be gone in one pass of a checkpoint and there in the other, and
+    # both must keep alike. In a compiled region leaves, its inputs, have no notes.
+    if not torch.compiler.is_compiling() and (a.grad_fn is None or b.grad_fn is None):
+        return None
+    stride = a.stride()
+    kept = _linked(one, two, stride)
+    return _linked(two, one, stride) if kept is None else kept
+
+
+def _linked(one: Pack, two: Pack, stride: tuple[int, ...]) -> Pack | None:
+    """The sum of a batch norm, `one`, and of `two`."""
+    norm, other = one.rebuild, two.rebuild
+    if not isinstance(norm, Rebuild) or norm.relu or norm.stride != stride:
+        return None
+    tensors = (*two.tensors, *one.tensors)
+    layout = (norm.shape, stride, norm.bits)
+    if isinstance(other, ResidualRebuild) and (other.shape, other.stride, other.bits) == layout:
+        if len(other.masked) >= MAX_LINKS:
+            return None
+        return Pack(other.with_link(), norm.shape, tensors)
+    if isinstance(other, Rebuild) and not other.relu and other == norm:
+        return Pack(ResidualRebuild(*layout, (False, False)), norm.shape, tensors)
+    count = len(two.tensors)
+    if count > _MAX_TENSORS:
+        return None
+    return Pack(ResidualRebuild(*layout, (False,), other, count), norm.shape, tensors)
