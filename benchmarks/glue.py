@@ -22,7 +22,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks import rows
 from packlight import DEFAULT_METHODS, FewBit, Inverted, Sketch, convert, profile
+from packlight.cli import Parser
 from packlight.convert import Methods
 from packlight.sketch import VarianceMonitor
 from packlight.sketch.method import KINDS
@@ -98,7 +99,7 @@ class Store:
 
     def __init__(self, path: pathlib.Path) -> None:
         if path.suffix != ".npz":
-            raise SystemExit(f"{path} is not what --repack writes; make that first")
+            raise FileNotFoundError(f"{path} is not what --repack writes; make that first")
         with np.load(path) as file:
             self.arrays = {name: file[name] for name in file.files}
 
@@ -412,35 +413,42 @@ def roberta(options: argparse.Namespace, device: str) -> None:
         del model, optimizer, batch
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def method(name: str) -> str:
+    methods_of(name)  # raises for a name that means nothing
+    return name
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="benchmarks.glue", description=__doc__.partition("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--repack", type=pathlib.Path, help="only write the data as this .npz file")
+    what.add_argument("--speed", action="store_true", help="time steps")
+    what.add_argument("--monitor", type=pathlib.Path, help="write variance ratios to this folder")
+    what.add_argument("--roberta", action="store_true", help="measure RoBERTa-base's shape")
     parser.add_argument("--data", type=pathlib.Path, help="folder of parquet files, or .npz file")
-    parser.add_argument("--repack", type=pathlib.Path, help="only write the data as this .npz file")
     parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "glue.jsonl")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--speed", action="store_true", help="time steps")
-    parser.add_argument("--monitor", type=pathlib.Path, help="write variance ratios to this folder")
-    parser.add_argument("--roberta", action="store_true", help="measure RoBERTa-base's shape")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), type=method)
     parser.add_argument("--roberta-batch", type=int, default=128)
     parser.add_argument("--commit", help="where git cannot tell")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.roberta:
         roberta(options, device)
         return
     if options.data is None:
         parser.error("--data says where the tasks are")
-    if options.repack:
-        repack(options.data, options.repack)
-        return
-    store = Store(options.data)
+    try:
+        if options.repack:
+            repack(options.data, options.repack)
+            return
+        store = Store(options.data)
+    except (OSError, ImportError) as error:
+        parser.error(str(error))
     if options.monitor:
         monitor(store, options, device)
-    elif options.speed:
-        speed(store, options, device)
     else:
-        parser.error("say what: --repack, --speed, --monitor or --roberta")
+        speed(store, options, device)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,28 @@ def test_a_gpt_trains_by_a_method(tmp_path, monkeypatch):
     assert len(row["loss"]) == len(row["loss_steps"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("script", "line", "message"),
+    [
+        ("cifar", "", "arguments are required: source, target"),
+        ("cifar", "nowhere out.npz", "nowhere holds no train-*.parquet"),
+        ("glue", "", "--repack --speed --monitor --roberta is required"),
+        ("glue", "--speed", "--data says where"),
+        ("glue", "--speed --roberta", "not allowed with"),
+        ("glue", "--speed --data nowhere", "nowhere is not what --repack writes"),
+        ("glue", "--speed --data nowhere.npz", "nowhere.npz"),
+        ("glue", "--roberta --methods what", "'what'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(script, line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        getattr(train_suite, script).main(line.split())
+    assert end.value.code == 2
+    (text,) = capsys.readouterr().err.splitlines()
+    assert message in text
+
+
 @pytest.mark.parametrize("name", train_suite.cifar.RUNS)
 def test_networks_of_cifar_are_converted(name):
     for method in train_suite.cifar.RUNS[name]:

@@ -794,6 +794,18 @@ def test_the_conversion_is_plain_data():
     assert repr(conversion) == "Conversion(model='Net', replaced=<2>, skipped=<9>)"
 
 
+def test_the_conversion_says_which_calls_keep_other_bits():
+    def bits(*methods):
+        conversion = convert(Net(), methods, functional=True)
+        data = conversion.to_dict()
+        assert data["functional_bits"] == conversion.functional_bits
+        assert ("packs at" in str(conversion)) == bool(conversion.functional_bits)
+        return conversion.functional_bits
+
+    assert bits(GroupQuant(bits=4), FewBit(bits=3)) == {"scaled_dot_product_attention": 8}
+    assert bits(GroupQuant(bits=8)) == bits(FewBit(bits=3)) == {}
+
+
 def test_the_conversion_knows_the_bytes():
     model = Net()
     x = torch.randn(64, 32)

@@ -147,6 +147,43 @@ def test_what_depends_on_values_names_the_operation_and_the_line():
         predict(Peeks(), torch.randn(3, requires_grad=True))
 
 
+class Masked(nn.Module):
+    """Looks at a mask, as transformers does: one without padding is not kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x, mask=None, lengths=None):
+        if mask is None:
+            mask = torch.ones(x.shape[:2], device=x.device)
+        if lengths is not None:
+            x = x[:, : lengths.max().item()]
+        positions = torch.arange(x.shape[1], device=x.device)
+        y = self.fc(x).exp()
+        if (positions.diff() != 1).any() or not mask.all():
+            y = y.masked_fill(mask[:, : y.shape[1], None] == 0, 0.0)
+        return y
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"mask": torch.ones(4, 8, dtype=torch.bool)},
+        {"mask": torch.arange(8) < torch.tensor([[8], [5], [3], [1]])},
+        {"lengths": torch.tensor([5, 3, 1, 4])},
+    ],
+    ids=["made", "whole", "padded", "lengths"],
+)
+def test_masks_and_lengths_count_by_their_values(given):
+    model, x = Masked(), torch.randn(4, 8, 16)
+    before = copy.deepcopy(given)
+    run, predicted = profile(model, x, **given), predict(model, x, **given)
+    assert predicted == run
+    assert all(torch.equal(given[name], value) for name, value in before.items())
+
+
 def test_what_cannot_be_predicted():
     with pytest.raises(InputError, match="no copy without values"):
         predict(F.gelu, torch.randn(3))

@@ -16,7 +16,7 @@ from packlight._version import __version__
 from packlight.errors import PacklightError
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`. A user's mistake is one line on stderr and exit status 2."""
-    parser = _Parser(
+    parser = Parser(
         prog="packlight",
         description="Train and fine-tune PyTorch models with a fraction of the activation memory.",
     )

@@ -16,7 +16,10 @@ from packlight.report import MemoryDifference, _cell, _ranges, _render, _table
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Replaced:
-    """A layer that was converted: all its names, its class before and after, the method."""
+    """A layer that was converted: all its names, its class before and after, the method.
+
+    The method is the one that the layer keeps by: attention takes 8 bits at least.
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -42,6 +45,7 @@ class Conversion:
       parameters nor work of their own, are in neither.
     - `unmatched`: selectors that matched no module.
     - `functional`: the modules in whose own code calls of torch functions are covered.
+    - `functional_bits`: those of these functions that keep other bits than the methods say.
     """
 
     model: str
@@ -49,6 +53,7 @@ class Conversion:
     skipped: tuple[Skipped, ...]
     unmatched: tuple[str, ...] = ()
     functional: tuple[str, ...] = ()
+    functional_bits: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
     converted: nn.Module = dataclasses.field(kw_only=True, compare=False)
 
     def bytes(self, *inputs: Any, loss: Any = None, **kwargs: Any) -> MemoryDifference:
@@ -84,6 +89,7 @@ class Conversion:
             ],
             "unmatched": list(self.unmatched),
             "functional": list(self.functional),
+            "functional_bits": dict(self.functional_bits),
         }
 
     def __repr__(self) -> str:
@@ -119,7 +125,10 @@ class Conversion:
             yield table
         if self.functional:
             modules = f"{len(self.functional)} modules: {', '.join(condensed(self.functional))}"
-            yield Text(f"calls of torch functions are covered in {modules}")
+            bits = "".join(
+                f"; {name} packs at {bits} bits" for name, bits in self.functional_bits.items()
+            )
+            yield Text(f"calls of torch functions are covered in {modules}{bits}")
         if self.unmatched:
             yield Text(f"selectors that matched nothing: {', '.join(self.unmatched)}")
 

@@ -29,7 +29,7 @@ from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
-from packlight.method import LeaveAlone, Method, Swap, find_rule
+from packlight.method import Calls, LeaveAlone, Method, Swap, find_rule
 
 __all__ = ["DEFAULT_METHODS", "convert", "revert"]
 
@@ -237,6 +237,12 @@ class _Change(NamedTuple):
     swap: Swap
     method: Method
 
+    @property
+    def applied(self) -> Method:
+        """The method by which the layer keeps, which a rule may have made of the one given."""
+        found = (value for value in self.swap.attributes.values() if isinstance(value, Method))
+        return next(found, self.method)
+
 
 class _NoRule(Exception):
     """Why a method has no rule for a layer."""
@@ -361,14 +367,27 @@ class _Plan:
                 change.layer.names,
                 change.layer.kind.__name__,
                 _public_name(change.swap.kind),
-                change.method,
+                change.applied,
             )
             for change in self.changes
         )
         unmatched = tuple(_text(selector) for selector in self.unmatched())
         kind = _kind(model).__name__
         covered = tuple(layer.names[0] for layer, _ in self.covered)
-        return Conversion(kind, replaced, tuple(self.skipped), unmatched, covered, converted=model)
+        bits = _other_bits(self.all_methods) if covered else {}
+        return Conversion(
+            kind, replaced, tuple(self.skipped), unmatched, covered, bits, converted=model
+        )
+
+
+def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:
+    """Torch functions whose calls keep other bits than any of the methods says."""
+    given = {None, *(getattr(method, "bits", None) for method in methods)}
+    found = {
+        function.__name__: call.options.get("bits")
+        for function, call in Calls.of(methods).table.items()
+    }
+    return {name: bits for name, bits in found.items() if bits is not None and bits not in given}
 
 
 def _change_for(layer: _Layer, methods: tuple[Method, ...]) -> _Change:

@@ -2,12 +2,14 @@
 
 Model and inputs are copied onto fake tensors (`torch._subclasses.fake_tensor`), which have a shape,
 a dtype and a device and no values, and the copy is profiled. So nothing is computed and no memory
-used, and a model that does not fit can be looked at.
+used, and a model that does not fit can be looked at. Small tensors of whole numbers keep their
+values: lengths, labels, and masks, of which models keep none that is all ones.
 """
 
 import copy
+import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from packlight._swap import restore
 from packlight.errors import InputError
@@ -52,8 +55,9 @@ def predict(
     what the real ones return: in tests within 3%, in most to the byte.
 
     Raises `InputError` for what is no module, for a device that is not there (autograd cannot do
-    without it), and for a model whose forward pass depends on values (`.item()`, `nonzero`), naming
-    the operation and the line: profile a run of that one.
+    without it), and for a model whose forward pass depends on values (`.item()`, `nonzero`) of
+    anything but small integer and bool inputs that are on the device, and constants: naming the
+    operation and the line. Profile a run of that one.
 
     >>> import torch, packlight
     >>> with torch.device("meta"):
@@ -98,19 +102,38 @@ def _predict(
             " an nn.Module, or profile a run of it"
         )
     # Tensors that a loss brings along are real.
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _Mode(allow_non_fake_inputs=True)
     with _Copying(mode, None if device is None else torch.device(device)):
         copied = copy.deepcopy((model, inputs, kwargs))
     fake, fake_inputs, fake_kwargs = copied
     reports = []
     for change in changes:
         change(fake)
-        with _RealCoins(), mode:
+        with _KnownValues(), mode:
             try:
                 reports.append(profile(fake, *fake_inputs, loss=loss, **fake_kwargs))
             except _NEEDS_VALUES as error:
                 raise InputError(_needs_values(error)) from error
     return reports
+
+
+class _Mode(FakeTensorMode):
+    """Knows of the grouped products of experts that they take any dtype, not bfloat16 alone."""
+
+    def dispatch(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] = {},
+    ) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return super().dispatch(func, types, args, kwargs)
+        with self:
+            halves = [factor.to(torch.bfloat16) for factor in args[:2]]
+        product: Any = super().dispatch(func, types, (*halves, *args[2:]), kwargs)
+        with self:
+            return product.to(args[0].dtype)
 
 
 class _Copying(TorchFunctionMode):
@@ -147,6 +170,9 @@ class _Copying(TorchFunctionMode):
                 " the CPU: device='cpu'"
             )
         if tensor.device == device and not isinstance(tensor, FakeTensor):
+            if tensor.dtype in _WHOLE and tensor.numel() <= _MOST_KNOWN:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return _known(tensor.clone())
             return self.mode.from_tensor(tensor, static_shapes=True)
         with torch._C.DisableTorchFunctionSubclass(), self.mode:
             return torch.empty_strided(
@@ -158,23 +184,53 @@ class _Copying(TorchFunctionMode):
             )
 
 
-class _RealCoins(TorchFunctionMode):
-    """Draws single random numbers for real, and computes with them: `layerdrop` asks for them."""
+class _KnownValues(TorchFunctionMode):
+    """Computes for real what depends on whole numbers only, while it is small.
+
+    `layerdrop` tosses a coin; transformers counts positions and makes masks of ones, and looks
+    whether these and those that it is given say anything.
+    """
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        is_coin = func is torch.rand and args in (([],), ((),))
-        if is_coin or (tensors and all(map(_is_coin, tensors))):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        tensors = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        if tensors:
+            # No more elements come of several tensors than each with each would give.
+            is_known = (
+                all(map(_is_known, tensors))
+                and math.prod(tensor.numel() for tensor in tensors) <= _MOST_KNOWN
+            )
+        else:
+            is_known = (func is torch.rand and args in (([],), ((),))) or (
+                func in _MAKES_KNOWN and func(*args, **kwargs).numel() <= _MOST_KNOWN
+            )
+        if not is_known:
+            return func(*args, **kwargs)
+        with unset_fake_temporarily():
+            result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                _known(tensor)
+        return result
 
 
-def _is_coin(tensor: Tensor) -> bool:
-    return tensor.dim() == 0 and not isinstance(tensor, FakeTensor)
+# Not `zeros`, into which models gather activations.
+_MAKES_KNOWN = (torch.arange, torch.ones, torch.tensor)
+_MOST_KNOWN = 2**20
+_KNOWN = "_packlight_known"
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _known(tensor: Tensor) -> Tensor:
+    setattr(tensor, _KNOWN, True)
+    return tensor
+
+
+def _is_known(tensor: Tensor) -> bool:
+    """Whether it is one of those; what is real besides is a loss's own."""
+    return not isinstance(tensor, FakeTensor) and (tensor.dim() == 0 or hasattr(tensor, _KNOWN))
 
 
 _NEEDS_VALUES = (

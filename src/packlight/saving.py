@@ -49,6 +49,8 @@ from packlight.sharing import Pack
 
 __all__ = ["saving"]
 
+_CHECKPOINT = "checkpoint"  # what the inputs of checkpoints are called, in place of a node
+
 # What stays exact: a softmax is small where it errs most, and a loss is where the gradient begins.
 # The functions are for losses that torch composes of elementary operations.
 _EXACT = (
@@ -61,7 +63,7 @@ _EXACT = (
     "*cross_entropy*",
     "kl_div",
     # A checkpoint's inputs: its recomputation must see what the forward pass saw.
-    "checkpoint",
+    _CHECKPOINT,
 )
 
 # Scores are exponentials of products of two packed tensors: 8 bits, whatever the method.
@@ -125,8 +127,9 @@ def saving(
         skip: called with a tensor that would be packed; True keeps it exactly.
         overrides: methods, or None for exact, by patterns (as in `fnmatch`) of operations. An
             operation is named as `packlight.profile` reports it, "GeluBackward0", or by the torch
-            function called, "gelu"; "checkpoint" is the inputs of checkpoints. The first pattern
-            that matches counts, before the defaults above: `{"*Softmax*": GroupQuant(bits=8)}`.
+            function called, "gelu"; "checkpoint" is the inputs of checkpoints, always rounded to
+            nearest. The first pattern that matches counts, before the defaults above:
+            `{"*Softmax*": GroupQuant(bits=8)}`.
 
     A tensor that is modified in place after it was saved: where torch would raise, a pack still
     gives the gradient of the value at save time. What is kept exactly raises as torch does.
@@ -374,7 +377,8 @@ class _Saver:
         if name == "__get__":  # an attribute; another hook may read one between two of our own
             return func(*args, **kwargs)
         if self.pending:
-            self.settle()
+            # A checkpoint may have begun since, of the kind that runs without gradients.
+            self.settle(draws=torch.is_grad_enabled())
         if func in _BACKWARD or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
         before = self.running
@@ -417,9 +421,16 @@ class _Saver:
         if not node and produced is not None and produced._sequence_nr() == sequence:
             node = produced.name()  # the operation's own output
         elsewhere = threading.get_ident() != self.thread
+        entry = _Pending(holder, exact, owner, is_cast, sequence, node, caller)
+        if caller.node == _CHECKPOINT:
+            # All before its first pass begins. A note written in there would hold in there, where
+            # the second pass, which gets what was unpacked, has none; and it has noted the state of
+            # the generator already, so after a draw its two passes would see two dropout masks.
+            self._settle(draws=False)
+            self._decide([entry], "", {}, draws=False)
+            return holder
         if self.running is None and self.pending and self.pending[-1].sequence != sequence:
             self.settle()
-        entry = _Pending(holder, exact, owner, is_cast, sequence, node, caller)
         if elsewhere:
             self._decide([entry], "", {})
         else:
@@ -449,8 +460,11 @@ class _Saver:
             return False
         return self.skip is None or not self.skip(tensor)
 
-    def _settle(self, result: object = None) -> None:
-        """`settle`: packs what is pending; `result` is what the call that saved it returned."""
+    def _settle(self, result: object = None, draws: bool = True) -> None:
+        """`settle`: packs what is pending; `result` is what the call that saved it returned.
+
+        Without draws, all is rounded to nearest.
+        """
         if not self.pending or threading.get_ident() != self.thread:
             return  # what another thread calls says nothing of this one's operations
         pending, self.pending = self.pending, []
@@ -464,9 +478,11 @@ class _Saver:
                         nodes |= _nodes_behind(roots, call.start, pending[-1].sequence)
             # An output that is saved tells for the inputs, outside of calls too.
             nodes |= {entry.sequence: entry.node for entry in pending if entry.node}
-            self._decide(pending, call.name if call is not None else "", nodes)
+            self._decide(pending, call.name if call is not None else "", nodes, draws)
 
-    def _decide(self, pending: list[_Pending], function: str, nodes: dict[int, str]) -> None:
+    def _decide(
+        self, pending: list[_Pending], function: str, nodes: dict[int, str], draws: bool = True
+    ) -> None:
         largest = max(entry.exact.tensor.numel() for entry in pending)
         for entry in pending:
             node = entry.node or nodes.get(entry.sequence, "")
@@ -478,6 +494,8 @@ class _Saver:
                 method = None
             # A tensor that the operation itself has overwritten since cannot be packed any more.
             if method is not None and tensor._version == entry.exact.version:
+                if not draws:
+                    method = dataclasses.replace(method, rounding="nearest")
                 _keep_pack(entry, method, node == _COMPILED)
             else:
                 _note_exact(entry)
@@ -538,7 +556,7 @@ class _PythonCaller(NamedTuple):
 
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-_CHECKPOINT = torch.utils.checkpoint.__name__
+_CHECKPOINTS = torch.utils.checkpoint.__name__
 
 # Modules whose frames stand between the hook and the operation: a profile calls the hook around it.
 _BETWEEN = ("packlight.profile", "packlight.saving", "torch._dynamo.eval_frame")
@@ -549,13 +567,13 @@ def _python_caller(frame: types.FrameType | None) -> _PythonCaller:
         frame = frame.f_back
     if frame is None:
         return _PythonCaller()
-    if frame.f_globals.get("__name__") == _CHECKPOINT:
-        return _PythonCaller("checkpoint")
+    if frame.f_globals.get("__name__") == _CHECKPOINTS:
+        return _PythonCaller(_CHECKPOINT)
     if frame.f_code is not _APPLY:
         return _PythonCaller()
     function = frame.f_locals["cls"]
-    if function.__module__ == _CHECKPOINT:
-        return _PythonCaller("checkpoint", function)
+    if function.__module__ == _CHECKPOINTS:
+        return _PythonCaller(_CHECKPOINT)
     return _PythonCaller(f"{function.__name__}Backward", function, frame.f_locals["args"])
 
 

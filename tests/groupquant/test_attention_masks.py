@@ -1,5 +1,7 @@
 """Attention with a mask, and with grouped heads: the forward is torch's, four packs are kept."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,8 +109,10 @@ def test_every_kernel_that_takes_masks(backend, mask, groups):
     with sdpa_kernel(backend):
         try:
             y = F.scaled_dot_product_attention(*repeated, mask)
+            # Where this is the only kernel, torch refuses grouped heads that it does not take.
+            F.scaled_dot_product_attention(*tensors, mask, enable_gqa=groups > 1)
         except RuntimeError:
-            pytest.skip(f"torch has no {backend} for this mask here")
+            pytest.skip(f"torch has no {backend} for this mask and these heads here")
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
         expected = torch.autograd.grad(y, tensors, dy)
         chosen = attention._choose(*tensors, mask, 0.0, False)
@@ -169,3 +173,32 @@ def test_causal_attention_with_dropout_compiles(fresh_compiler):
     y.sum().backward()
     assert torch.isfinite(x.grad).all()
     assert x.grad.any()
+
+
+def test_one_draw_rounds_query_key_value_and_output_each_in_its_own_way(monkeypatch):
+    draws, kept = [], []
+    randint = torch.randint
+
+    def watched(*args, **kwargs):
+        draws.append(args)
+        return randint(*args, **kwargs)
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch, "randint", watched)
+    x = torch.randn(BATCH, HEADS, KEYS, WIDTH, requires_grad=True)
+    for _ in range(2):
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            groupquant.scaled_dot_product_attention(x, x, x, bits=8, group_size=32)
+    assert len(draws) == 2
+    codes = [tensor for tensor in kept if tensor.dtype == torch.uint8]
+    first, again = codes[:4], codes[4:]
+    assert all(map(torch.equal, first, again))
+    for one, other in itertools.combinations(first[:3], 2):  # of one tensor: codes differ by 1
+        difference = (one.int() - other.int()).abs()
+        assert difference.max() == 1
+        # Independent roundings of a value a share p of the way to the next differ in 2 p (1 - p).
+        assert 0.30 < difference.float().mean() < 0.36

@@ -136,7 +136,7 @@ def test_fast_norms_are_left_alone(timm):
 TIMES_LESS = 2.5
 
 
-def check_model(model, x, attention=False):
+def check_model(model, x, attention=False, times_less=TIMES_LESS):
     model.train()
     plain, converted = model, copy.deepcopy(model)
     packlight.convert(converted, ALL, functional=attention)
@@ -156,7 +156,7 @@ def check_model(model, x, attention=False):
         # Some are zero but for rounding: of a scale before another batch norm.
         assert distance < 0.1 * gradient.double().norm() + 0.01 * total, key
     kept = [packlight.profile(m, x).activation_bytes for m in (plain, converted)]
-    assert kept[0] > TIMES_LESS * kept[1]
+    assert kept[0] > times_less * kept[1]
     packlight.revert(converted)
     assert [type(m) for m in converted.modules()] == [type(m) for m in plain.modules()]
 
@@ -198,5 +198,8 @@ def test_models_of_torchvision(torchvision, name):
             num_classes=8,
         ),
     }  # fmt: skip
-    size = 32 if name == "vit_b_16" else 64
-    check_model(makers[name](), torch.randn(4, 3, size, size))
+    size, times_less = 64, TIMES_LESS
+    if name == "vit_b_16":
+        # nn.MultiheadAttention calls kernels of torch's that keep what they keep: exact.
+        size, times_less = 32, 2.2
+    check_model(makers[name](), torch.randn(4, 3, size, size), times_less=times_less)

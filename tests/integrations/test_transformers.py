@@ -410,6 +410,17 @@ def test_attention_follows_the_config_of_the_model():
     assert module.config is model.config
 
 
+def test_the_report_says_by_how_many_bits_attention_packs():
+    conversion = packlight.convert(make("llama"), GroupQuant(bits=2), functional=True)
+    methods = {row.kind: row.method for row in conversion.replaced}
+    assert methods["LlamaAttention"] == GroupQuant(bits=8)
+    assert methods["Linear"] == GroupQuant(bits=2)
+    assert conversion.functional_bits == {"scaled_dot_product_attention": 8}
+    text = " ".join(str(conversion).split())
+    assert "GroupQuant(bits=8)" in text
+    assert "scaled_dot_product_attention packs at 8 bits" in text
+
+
 def test_eager_attention_is_left_alone_and_said_to_be():
     model = make("bert")
     model.set_attn_implementation("eager")
@@ -424,7 +435,22 @@ def test_attention_with_a_position_bias_is_left_alone_and_said_to_be():
     conversion = packlight.convert(make("t5"), GroupQuant())
     reasons = {row.reason for row in conversion.skipped if row.kind == "T5Attention"}
     assert len(reasons) == 1
-    assert "position bias" in reasons.pop()
+    reason = reasons.pop()
+    assert "position bias" in reason
+    assert "packlight.saving" in reason
+
+
+def test_what_is_said_to_do_about_a_position_bias_helps():
+    model = make("t5")
+    inputs = batch("t5")
+    packlight.convert(model, GroupQuant(bits=4))
+    before = packlight.profile(model, **inputs)
+    scores = {"*Softmax*": GroupQuant(bits=8)}
+    with packlight.saving(GroupQuant(bits=4), min_bytes=0, overrides=scores):
+        after = packlight.profile(model, **inputs)
+    operation = "SafeSoftmaxBackward0"
+    assert before.by_operation()[operation] > 3 * after.by_operation()[operation]
+    assert before.activation_bytes > 1.5 * after.activation_bytes
 
 
 def test_attention_that_has_its_own_way_for_sdpa_is_left_alone():
@@ -621,3 +647,36 @@ def test_a_compiled_model_has_no_break_and_its_packs_cross(name, fresh_compiler)
     assert worst_error(actual, expected) < 0.05
     packed, whole = crossing_bytes(model) - parameters, crossing_bytes(plain) - parameters
     assert packed < whole / 2.5
+
+
+# ---- predictions ---------------------------------------------------------------------------------
+
+_SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+_LOOKING = {
+    # A mask of ones that the decoder makes for itself, and does not use.
+    "BartForConditionalGeneration": {
+        "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64, "use_cache": False,
+    },
+    # Looks for tokens that see all others.
+    "LongformerForMaskedLM": {**_SMALL, "num_attention_heads": 2, "attention_window": [16]},
+    # Experts, and a look whether the positions are those of several texts.
+    "MixtralForCausalLM": {
+        **_SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "use_cache": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("name", _LOOKING)
+def test_models_that_look_at_masks_and_positions_are_predicted(name, dtype):
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**_LOOKING[name])).to(dtype).train()
+    ids = torch.randint(3, 64, (2, 64))
+    padded = (torch.arange(64) < torch.tensor([[64], [40]])).long()
+    for mask in ({}, {"attention_mask": torch.ones_like(ids)}, {"attention_mask": padded}):
+        inputs = {"input_ids": ids, "labels": ids, **mask}
+        run, predicted = packlight.profile(model, **inputs), packlight.predict(model, **inputs)
+        assert predicted.activation_bytes == run.activation_bytes

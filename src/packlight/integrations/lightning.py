@@ -2,8 +2,8 @@
 
 from lightning import Callback
 
-from packlight.integrations._lightning import Converting
+from packlight.integrations._lightning import ConvertingFit
 
 
-class PacklightCallback(Converting, Callback):
-    __doc__ = Converting.__doc__
+class PacklightCallback(ConvertingFit, Callback):
+    __doc__ = ConvertingFit.__doc__

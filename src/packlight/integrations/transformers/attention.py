@@ -151,7 +151,11 @@ def _attention(method: GroupQuant, module: nn.Module) -> Swap:
             f' output takes the place of "{_REPLACES}": model.set_attn_implementation("sdpa")'
         )
     if "position_bias" in type(module).forward.__code__.co_varnames:
-        raise LeaveAlone("it adds a position bias to its scores, whose gradient needs all of them")
+        raise LeaveAlone(
+            "it adds a learned position bias to its scores, whose gradient needs all of them;"
+            " around the forward pass, packlight.saving(GroupQuant(bits=4), overrides={'*Softmax*':"
+            " GroupQuant(bits=8)}) packs them"
+        )
     packs = dataclasses.replace(method, bits=max(method.bits, _BITS))
     attributes = {"attention_method": packs, "model_config": module.config}
     return Swap(joined(GroupQuantAttention, type(module)), attributes)

@@ -5,12 +5,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from packlight.conversion import Conversion
-from packlight.convert import DEFAULT_METHODS, Methods, convert, revert
-from packlight.integrations._measure import KeptBytes
+from packlight.convert import revert
+from packlight.integrations._converting import Converting
 
 
-class PacklightCallback(TrainerCallback):
+class PacklightCallback(Converting, TrainerCallback):
     """Converts the model of a `Trainer` before it trains, and logs what a forward pass keeps.
 
     Conversion happens when the `Trainer` is made, so before it wraps the model for several devices,
@@ -18,40 +17,13 @@ class PacklightCallback(TrainerCallback):
     same keys, so checkpoints are plain ones, and `from_pretrained` gives the plain model.
 
     The first forward pass of each training is measured: `kept_bytes` is what autograd keeps of it,
-    and the first log has it as "packlight_kept_bytes".
-
-    Args:
-        methods: as for `packlight.convert`.
-        strict: as for `packlight.convert`.
-        functional: as for `packlight.convert`.
-        revert_at_end: whether the model is as it was before when training has ended.
-        measure: False for no measurement. Under `torch.compile` the first step, which has its
-            hooks, is compiled apart from the others.
-
-    Attributes:
-        conversion: what `packlight.convert` returned; None before.
-        kept_bytes: what the first forward pass of the last training kept; None before.
+    and the first log has it as "packlight_kept_bytes". Under `torch.compile` the first step, which
+    has the hooks of the measurement, is compiled apart from the others.
     """
 
-    def __init__(
-        self,
-        methods: Methods = DEFAULT_METHODS,
-        *,
-        strict: bool = True,
-        functional: bool = False,
-        revert_at_end: bool = False,
-        measure: bool = True,
-    ) -> None:
-        self.methods = methods
-        self.strict = strict
-        self.functional = functional
-        self.revert_at_end = revert_at_end
-        self.measure = measure
-        self.conversion: Conversion | None = None
-        self.kept_bytes: int | None = None
-        self._logged = False
-        self._converted: nn.Module | None = None
-        self._handles: list[Any] = []
+    _logged = False
+    _converted: nn.Module | None = None
+    _handles: tuple[Any, ...] = ()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if kwargs.get("model") is not None:  # none where the Trainer has `model_init`
@@ -73,39 +45,34 @@ class PacklightCallback(TrainerCallback):
         self._logged = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop_measuring()
+        self._remove_hooks()
         if self.revert_at_end:
             revert(kwargs["model"])
             self._converted = None
 
     def _convert(self, model: nn.Module) -> None:
-        if self._converted is model:
-            return
-        self.conversion = convert(
-            model, self.methods, strict=self.strict, functional=self.functional
-        )
-        self._converted = model
+        if self._converted is not model:
+            super()._convert(model)
+            self._converted = model
 
     def _measure_once(self, model: nn.Module) -> None:
         """Has hooks of the model count what its next forward pass with gradients keeps."""
         self.kept_bytes, self._logged = None, False
-        self._stop_measuring()
-        measure = KeptBytes(model)
+        self._remove_hooks()
 
         def enter(module: nn.Module, args: Any) -> None:
-            measure.__enter__()
+            self._start_measuring(model)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            measure.__exit__()
-            self.kept_bytes = measure.bytes
             self._stop_measuring()
+            self._remove_hooks()
 
-        self._handles = [
+        self._handles = (
             model.register_forward_pre_hook(enter),
             model.register_forward_hook(leave, always_call=True),
-        ]
+        )
 
-    def _stop_measuring(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles = ()

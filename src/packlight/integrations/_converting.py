@@ -1,0 +1,57 @@
+"""What the callbacks of all trainers share: they convert a model, and measure what it keeps."""
+
+from torch import nn
+
+from packlight.conversion import Conversion
+from packlight.convert import DEFAULT_METHODS, Methods, convert
+from packlight.integrations._measure import KeptBytes
+
+
+class Converting:
+    """A callback's arguments and results; when it does what is its own business."""
+
+    def __init__(
+        self,
+        methods: Methods = DEFAULT_METHODS,
+        *,
+        strict: bool = True,
+        functional: bool = False,
+        revert_at_end: bool = False,
+        measure: bool = True,
+    ) -> None:
+        """
+        Args:
+            methods: as for `packlight.convert`.
+            strict: as for `packlight.convert`.
+            functional: as for `packlight.convert`.
+            revert_at_end: whether the model is as it was before when training has ended.
+            measure: False for no measurement.
+
+        Attributes:
+            conversion: what `packlight.convert` returned; None before.
+            kept_bytes: what autograd kept of the forward pass that was measured last; None before.
+        """
+        super().__init__()  # the trainer's own class
+        self.methods = methods
+        self.strict = strict
+        self.functional = functional
+        self.revert_at_end = revert_at_end
+        self.measure = measure
+        self.conversion: Conversion | None = None
+        self.kept_bytes: int | None = None
+        self._measuring: KeptBytes | None = None
+
+    def _convert(self, model: nn.Module) -> None:
+        self.conversion = convert(
+            model, self.methods, strict=self.strict, functional=self.functional
+        )
+
+    def _start_measuring(self, model: nn.Module) -> None:
+        self._measuring = KeptBytes(model)
+        self._measuring.__enter__()
+
+    def _stop_measuring(self) -> None:
+        if self._measuring is not None:
+            self._measuring.__exit__()
+            self.kept_bytes = self._measuring.bytes
+            self._measuring = None

@@ -1,0 +1,74 @@
+"""Converted models of transformers on a CUDA device, as they are trained there."""
+
+import copy
+
+import pytest
+import torch
+
+import packlight
+from packlight import FewBit, GroupQuant
+from tests.integrations.models import NAMES, batch, make, worst_error
+
+pytestmark = pytest.mark.gpu
+
+# To nearest and with groups of their own, so that two passes agree whatever the seed.
+ALL = (GroupQuant(bits=8, group_size=32, rounding="nearest"), FewBit(bits=8))
+
+
+def on_device(name):
+    inputs = {key: value.cuda() for key, value in batch(name).items()}
+    plain = make(name).cuda()
+    converted = copy.deepcopy(plain)
+    packlight.convert(converted, ALL)
+    return plain, converted, inputs
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def trained(model, inputs, steps=4):
+    """Losses of some steps in float16 with scaled gradients, and the gradients of the first."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    losses = []
+    for i in range(steps):
+        torch.manual_seed(i)
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = model(**inputs).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if i == 0:
+            first = {name: grad.clone() for name, grad in gradients(model).items()}
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert scaler.get_scale() == 2.0**10  # no step was left out
+    return torch.tensor(losses), first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_trains_in_float16_with_scaled_gradients(name):
+    plain, converted, inputs = on_device(name)
+    kept = []
+    for model in (plain, converted):
+        with torch.autocast("cuda", torch.float16):
+            kept.append(packlight.profile(model, **inputs).activation_bytes)
+    assert kept[1] < kept[0] / (1.3 if name == "t5" else 1.8)
+    expected, truth = trained(plain, inputs)
+    actual, ours = trained(converted, inputs)
+    assert worst_error(ours, truth) < 0.08
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+
+
+# Inductor's advice: TensorFloat32 is off, an online softmax is not worth it here.
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor")
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_a_compiled_model_computes_what_the_plain_one_does(name, fresh_compiler):
+    plain, converted, inputs = on_device(name)
+    compiled = torch.compile(converted, fullgraph=True)
+    for model in (plain, compiled):
+        with torch.autocast("cuda", torch.bfloat16):
+            model(**inputs).loss.backward()
+    assert worst_error(gradients(converted), gradients(plain)) < 0.1
