@@ -1,5 +1,6 @@
 """`convert(..., functional=True)`: calls of torch functions in a model's own code."""
 
+import contextlib
 import copy
 import inspect
 import io
@@ -9,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from packlight import FewBit, FixedPoint, GroupQuant, Inverted, convert, profile, revert
-from packlight.errors import CannotConvertError, NothingMatchedError
+from packlight import FewBit, FixedPoint, GroupQuant, Inverted, calls, convert, profile, revert
+from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.method import _calls
 from packlight.sketch import Sketch
 
@@ -192,6 +193,97 @@ def test_an_exception_leaves_nothing_behind():
     assert _get_current_function_mode_stack() == []
 
 
+# --- Layers of ours run with the mode off.
+
+
+class Layers(nn.Module):
+    """What is on, seen from within a layer that a conversion makes."""
+
+    def __init__(self, act=None):
+        super().__init__()
+        self.fc, self.norm, self.act = nn.Linear(64, 64), nn.LayerNorm(64), act or nn.GELU()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return F.silu(self.drop(self.act(self.norm(self.fc(x)))))
+
+
+def count_calls(monkeypatch):
+    seen = []
+    covering = calls._Covering.__torch_function__
+
+    def counted(self, func, *rest):
+        seen.append(func)
+        return covering(self, func, *rest)
+
+    monkeypatch.setattr(calls._Covering, "__torch_function__", counted)
+    return seen
+
+
+@pytest.mark.parametrize("again", [lambda model: model, lambda m: pickle.loads(pickle.dumps(m))])
+def test_nothing_that_our_layers_call_goes_through_the_mode(again, monkeypatch):
+    model, x = Layers(), torch.randn(2, 64)
+    convert(model, FINE, functional=True)
+    model = again(model)
+    seen = count_calls(monkeypatch)
+    model(x).sum().backward()
+    assert seen == [F.silu]
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_a_mode_of_the_user_sees_what_our_layers_call(around):
+    class Names(TorchFunctionMode):
+        def __torch_function__(self, func, kinds, args=(), kwargs=None):
+            names.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    class Within(Layers):
+        def forward(self, x):
+            with contextlib.nullcontext() if around else Names():
+                return super().forward(x)
+
+    names = []
+    model, x = Within(), torch.randn(2, 64)
+    convert(model, [GroupQuant(), FewBit()], functional=True)
+    with Names() if around else contextlib.nullcontext():
+        model(x)
+    # Four layers draw, and so does the call; one in a mode runs with that mode off.
+    assert names.count("randint") == 4 + around
+
+
+def test_a_hook_of_a_layer_is_covered_as_the_model_s_code_is():
+    model, x = Layers(), torch.randn(2, 64)
+    convert(model, FINE, functional=True)
+    model.fc.register_forward_hook(lambda module, given, y: F.softsign(y))
+    assert "SoftsignBackward0" not in operations(model, x)
+
+
+def test_what_is_inside_a_layer_of_ours_is_covered(monkeypatch):
+    model, x = Layers(), torch.randn(2, 64)
+    convert(model, FINE, functional=True)
+    model.norm.inside = nn.Identity()  # added later, so it has no cover of its own
+    seen = count_calls(monkeypatch)
+    model(x)
+    assert len(seen) > 1
+
+
+def test_an_exception_in_a_layer_leaves_the_mode_as_it_was():
+    stacks = []
+
+    class Catches(Layers):
+        def forward(self, x):
+            with pytest.raises(InputError):
+                self.fc(None)
+            stacks.append(_get_current_function_mode_stack())
+            return super().forward(x)
+
+    model = Catches()
+    convert(model, FINE, functional=True)
+    model(torch.randn(2, 64))
+    assert [len(stack) for stack in stacks] == [1]
+    assert _get_current_function_mode_stack() == []
+
+
 def test_it_compiles_without_a_break_to_the_same_gradients(fresh_compiler):
     model, x = Net(), torch.randn(2, 32, 64)
     convert(model, FINE, functional=True)
@@ -291,7 +383,10 @@ ARGUMENTS = {
     F.scaled_dot_product_attention: lambda x: (x, x * 0.5, x * 2),
     F.softplus: lambda x: (x, 1.5, 10.0),
     F.threshold: lambda x: (x, 0.1, -1.0),
+    Tensor.add: lambda x: (x, x * 2),
+    Tensor.add_: lambda x: (x, x * 2),
     Tensor.mul: lambda x: (torch.sigmoid(x), x),
+    torch.add: lambda x: (x, x * 2),
     torch.mul: lambda x: (torch.tanh(x), x),
 }
 METHODS = {
@@ -336,9 +431,9 @@ def test_every_function_gives_torch_s_results(method, function):
         assert torch.equal(ours, y)
         assert (our_grad - grad).norm() <= 0.08 * grad.norm()  # elu and selu jump at 0
         name = getattr(function, "__name__", "")
-        assert name in ("linear", "dropout") or operations(model, X.clone().requires_grad_()) != (
-            operations(plain, X.clone().requires_grad_())
-        )
+        same = name in ("linear", "dropout", "add", "add_")  # an addition keeps nothing either way
+        x = X.clone().requires_grad_()
+        assert same or operations(model, x) != operations(plain, x)
 
 
 def test_attention_is_packed_at_8_bits_whatever_the_method():

@@ -11,7 +11,7 @@ from packlight._launch import quick
 @pytest.fixture(autouse=True)
 def stream(monkeypatch):
     """There is none without a GPU."""
-    monkeypatch.setattr(_launch, "_current_stream", lambda: 7)
+    monkeypatch.setattr(_launch, "_stream", lambda device: 7)
 
 
 class Kernel:
@@ -116,3 +116,45 @@ def test_the_interpreter_keeps_nothing():
         launch[(1,)](torch.zeros(32), 32, SCALE=0.5, FORM=2)
     assert kinds(kernel) == ["compiled", "compiled"]
     assert not launch.compiled
+
+
+# --- Prepared launches.
+
+
+def test_a_prepared_launch_takes_tensors_alone():
+    kernel = Kernel()
+    launch = quick(kernel).prepare((5,), 32, FORM=2, SCALE=0.5, num_warps=4)
+    x = torch.zeros(32)
+    launch(x)
+    launch(x)
+    assert kernel.launches == [
+        ("compiled", (5, 1, 1), (x, 32), {"FORM": 2, "SCALE": 0.5, "num_warps": 4}),
+        ("direct", (5, 1, 1), (x.data_ptr(), 32, 0.5, 2), {}),
+    ]
+
+
+@pytest.mark.parametrize("x", [torch.zeros(32, dtype=torch.float16), torch.zeros(33)[1:]])
+def test_a_prepared_launch_compiles_anew_for_other_tensors(x):
+    kernel = Kernel()
+    launch = quick(kernel).prepare((1,), 32, SCALE=0.5, FORM=2)
+    for tensor in (torch.zeros(32), x, torch.zeros(64), x):
+        launch(tensor)
+    assert kinds(kernel) == ["compiled", "compiled", "direct", "direct"]
+
+
+def test_launches_of_other_shapes_share_what_is_compiled():
+    kernel = Kernel()
+    form = quick(kernel)
+    for n in (32, 48, 33):
+        form.prepare((n,), n, SCALE=0.5, FORM=2)(torch.zeros(64))
+    assert kinds(kernel) == ["compiled", "direct", "compiled"]
+    assert kernel.launches[1][1] == (48, 1, 1)
+
+
+def test_a_profiler_hears_of_prepared_launches(monkeypatch):
+    kernel = Kernel()
+    launch = quick(kernel).prepare((5,), 32, SCALE=0.5, FORM=2)
+    launch(torch.zeros(32))
+    monkeypatch.setattr(knobs.runtime, "launch_exit_hook", lambda metadata: None)
+    launch(torch.zeros(32))
+    assert kinds(kernel) == ["compiled", "hooked"]

@@ -8,6 +8,7 @@ Also the instructions an element, the first thing to look at when a kernel is sl
 
 import argparse
 import itertools
+import math
 import re
 import subprocess
 import tempfile
@@ -74,9 +75,6 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
     for full in (False, True):
         constants = {"KEEP_CODES": full, "FULL": full, "BLOCK": kernels.BLOCK}
         yield f"dropout bf16, full {full}", dropout_kernels._dropout_kernel, constants, "bf16"
-        constants = {"WINDOW": 9, "CHANNELS_LAST": full, "LARGE": full, "BITS": 4, "BLOCK": 256}
-        for kernel in (pooling_kernels._forward_kernel, pooling_kernels._backward_kernel):
-            yield f"pool {kernel.__name__} {full}", kernel, constants, "bf16"
     yield from inverted_variants()
 
 
@@ -158,22 +156,85 @@ def inverted_variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
                     )
 
 
-def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
-    """The kernels of fixed-point codes, channels-last and not."""
+def pool_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `norm_variants`: pooling of a slab of 112 x 112, and its output of half the size."""
+    for dtype, channels, side, whole in itertools.product(
+        ("bf16", "fp32"), (64, 1), (2, 3, 9), (True, False)
+    ):
+        window = {"K": (1, side, side), "S": (1, 2, 2), "P": (0, side // 2, side // 2)}
+        window["D"] = (1, 1, 1)
+        constants: dict[str, Any] = {
+            name + axis: value
+            for name, values in window.items()
+            for axis, value in zip("DHW", values, strict=True)
+        }
+        constants |= pooling_kernels._spanning(constants)
+        constants |= {"ID": 1, "OD": 1, "BITS": (side**2 - 1).bit_length(), "LARGE": not whole}
+        constants |= {"WORDS": whole, "WHOLE": whole} | ({"C": 1} if channels == 1 else {})
+        for kernel, size in (
+            (pooling_kernels._forward_kernel, (1, 56, 56)),
+            (pooling_kernels._backward_kernel, (1, 112, 112)),
+        ):
+            tiling = pooling_kernels._tiling(channels, size, DTYPES[dtype].itemsize)
+            elements = math.prod(tiling.constants.values())
+            if "forward" in kernel.__name__ and whole:
+                elements *= 8
+            label = f"pool {dtype} {side}, {channels} channels, {whole}, {kernel.__name__}"
+            yield label, kernel, constants | tiling.constants, dtype, tiling.warps, elements
+
+
+def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `norm_variants`: the kernels of fixed-point codes, channels-last and not."""
+    kernels = fixed_point_kernels
     for bits in (4, 8):
         sizes = {"WEIGHT": True, "BIAS": True, "BITS": bits}
-        table = {**sizes, "BLOCK": fixed_point_kernels.TABLE_BLOCK}
-        yield f"fixed point table {bits} bits", fixed_point_kernels._table_kernel, table, "fp32"
         for dtype, regular in itertools.product(("fp32", "bf16"), (True, False)):
             # Whole blocks of one channel a word, channels last; or none of it.
-            block = {**sizes, "SAME": regular, "FULL": regular, "BLOCK": fixed_point_kernels.BLOCK}
+            block = {**sizes, "SAME": regular, "FULL": regular, "BLOCK": kernels.BLOCK}
             if regular:
                 block["inner"] = 1
             label = f"fixed point {dtype} {bits} bits, regular {regular}"
-            yield f"{label}, forward", fixed_point_kernels._forward_kernel, block, dtype
-            for mode in range(4):
-                kernel = fixed_point_kernels._decode_kernel
-                yield f"{label}, decode {mode}", kernel, {**block, "MODE": mode}, dtype
+            elements = 8 * kernels.BLOCK
+            yield f"{label}, forward", kernels._forward_kernel, block, dtype, 4, elements
+            for mode in range(3):
+                decode = {**block, "MODE": mode}
+                yield f"{label}, decode {mode}", kernels._decode_kernel, decode, dtype, 4, elements
+        running = {"RUNNING_MEAN": True, "RUNNING_VAR": True, "PARTS": 1024, "BLOCK": 8}
+        table, label = sizes | running, f"fixed point table {bits} bits"
+        yield label, kernels._table_kernel, table, "fp32", 8, kernels.ENDING
+    ending = {"PARTS": 1024, "BLOCK": 8}
+    yield "fixed point finish", kernels._finish_kernel, ending, "fp32", 8, kernels.ENDING
+    for dtype, columns, large in itertools.product(("fp32", "bf16"), (1, 64), (False, True)):
+        label = f"fixed point {dtype}, {columns} columns, large {large}"
+
+        def tile(
+            warps: int, dtype: str = dtype, columns: int = columns, large: bool = large
+        ) -> Any:
+            elements = warps * 32 * (16 // DTYPES[dtype].itemsize)
+            shape = {"ROWS": elements // columns, "COLUMNS": columns, "LARGE": large}
+            return elements, shape | ({"inner": 1} if columns > 1 else {})
+
+        elements, constants = tile(kernels.SUM_WARPS)
+        constants["UNROLL"] = kernels.UNROLL
+        elements *= kernels.UNROLL
+        kernel = kernels._statistics_kernel
+        yield f"{label}, statistics", kernel, constants, dtype, kernels.SUM_WARPS, elements
+        for bits, same in itertools.product((4, 8), (True, False)):
+            for name, kernel, warps in (
+                ("sums", kernels._sums_kernel, kernels.SUM_WARPS),
+                ("dx", kernels._dx_kernel, kernels.DX_WARPS),
+            ):
+                elements, constants = tile(warps)
+                constants |= {"BITS": bits, "SAME": same, "FULL": True}
+                elements *= 8 if same else 1
+                yield (
+                    f"{label}, {bits} bits, {same}, {name}",
+                    kernel,
+                    constants,
+                    dtype,
+                    warps,
+                    elements,
+                )
 
 
 def sketch_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
@@ -244,14 +305,27 @@ def compile_kernel(
             special["mean_ptr"] = special["norms_ptr"] = "*fp32"
             special |= dict.fromkeys(("index_ptr", "places_ptr", "chosen_ptr"), "*i32")
             special["draws_ptr"] = "*i64"
+            names = ("parts_ptr", "plan_ptr", "running_mean_ptr", "running_var_ptr")
+            special |= dict.fromkeys(names, "*fp32")
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in ("a", "b", "scale", "offset", "low", "eps"):
+        elif name in ("a", "b", "scale", "offset", "low", "eps", "momentum"):
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if name in ("n", "drop_below") else "i32"
-            if name in ("n", "groups", "width"):
+            if name in (
+                "n",
+                "groups",
+                "width",
+                "size",
+                "channels",
+                "inner",
+                "share",
+                "C",
+                "IW",
+                "OW",
+            ):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
@@ -288,11 +362,11 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only the variants whose name contains this")
     options = parser.parse_args()
     count = 0
-    plain = (
-        (*variant, 4, variant[2]["BLOCK"] * 8) for variant in (*variants(), *fixed_point_variants())
-    )
+    plain = ((*variant, 4, variant[2]["BLOCK"] * 8) for variant in variants())
     for name, kernel, constants, dtype, warps, elements in (
         *plain,
+        *pool_variants(),
+        *fixed_point_variants(),
         *norm_variants(),
         *sketch_variants(),
     ):

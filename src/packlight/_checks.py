@@ -1,6 +1,6 @@
 """Checks that every function of a layer makes before any work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +46,18 @@ def check_inplace(x: Tensor) -> None:
 _autocast_dtypes: dict[tuple[object, ...], torch.dtype] = {}
 
 
-def autocast(x: Tensor, name: str | None, probe: Callable[[Tensor], Tensor]) -> Tensor:
+def autocast(x: Tensor, name: Hashable | None, probe: Callable[[Tensor], Tensor]) -> Tensor:
     """`x` in the dtype in which autocast would run it; nothing keeps the cast copy.
 
     See `autocast_dtype` for the arguments.
     """
-    return x.to(autocast_dtype(x, name, probe))
+    dtype = autocast_dtype(x, name, probe)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
-def autocast_dtype(x: Tensor, name: str | None, probe: Callable[[Tensor], Tensor]) -> torch.dtype:
+def autocast_dtype(
+    x: Tensor, name: Hashable | None, probe: Callable[[Tensor], Tensor]
+) -> torch.dtype:
     """The dtype of what torch's function returns for `x`, under autocast if it is on.
 
     `probe` runs torch's function on an empty tensor like `x`, so that torch's lists of functions
@@ -64,11 +67,17 @@ def autocast_dtype(x: Tensor, name: str | None, probe: Callable[[Tensor], Tensor
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch has no autocast on meta
         return x.dtype
     if name is None or torch.compiler.is_compiling():
-        return probe(x.detach().new_empty(0)).dtype
+        return _probed(x, probe)
     key = (name, kind, x.dtype, torch.get_autocast_dtype(kind))
-    if key not in _autocast_dtypes:
-        _autocast_dtypes[key] = probe(x.detach().new_empty(0)).dtype
-    return _autocast_dtypes[key]
+    found = _autocast_dtypes.get(key)
+    if found is None:
+        found = _autocast_dtypes[key] = _probed(x, probe)
+    return found
+
+
+def _probed(x: Tensor, probe: Callable[[Tensor], Tensor]) -> torch.dtype:
+    with torch.no_grad():  # a checkpoint counts what is saved, and its passes must agree
+        return probe(x.detach().new_empty(0)).dtype
 
 
 def needs_gradient(x: Tensor) -> bool:

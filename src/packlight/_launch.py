@@ -5,6 +5,9 @@ GPU server, several times what a small kernel takes. `@quick` above `@triton.jit
 compiled kernel by what it was specialised for, and further calls go to it directly. They hand over
 addresses in place of tensors, of which the launcher would ask the address again, and of the driver
 whether it is one.
+
+`prepare` goes further: a launcher keeps what it makes of shapes and settings, under
+`functools.lru_cache`, and hands over nothing but tensors.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,9 @@ from typing import Any
 from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver
+
+# Launches that one launcher keeps: one for each shape and setting.
+LAUNCHES = 1024
 
 
 class quick:
@@ -26,35 +32,84 @@ class quick:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def call(*arguments: Any, **constants: Any) -> None:
-            special, plain = _specialise(arguments)
-            key = (*special, *constants, *map(_identity, constants.values()))
-            found = self.compiled.get(key)
-            if found is not None:
-                compiled, names = found
-                _run(compiled, grid, plain + [constants[name] for name in names])
-                return
-            compiled = self.kernel[grid](*arguments, **constants)
-            if hasattr(compiled, "function"):  # the interpreter compiles nothing
-                names = tuple(self.kernel.arg_names[len(arguments) :])
-                self.compiled[key] = compiled, names
+            self.launch(grid, arguments, constants)
 
         return call
 
+    def prepare(self, grid: tuple[int, ...], *numbers: Any, **constants: Any) -> "Launch":
+        """What is called with the tensors of a launch, which come before its numbers."""
+        return Launch(self, grid, numbers, constants)
 
-def _run(compiled: Any, grid: tuple[int, ...], arguments: list[Any]) -> None:
-    """What `compiled[grid](*arguments)` does in Triton 3.4 to 3.7, where no profiler listens."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    whole_grid = (*grid, 1, 1)[:3]
-    if any(getattr(hook, "calls", hook) for hook in hooks):  # an empty chain is called all the same
-        compiled[whole_grid](*arguments)
+    def launch(
+        self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> tuple[Any, tuple[str, ...]] | None:
+        """Runs the kernel. The compiled one and the names of its constants, if there is one."""
+        special, plain = _specialise(arguments)
+        key = (*special, *constants, *map(_identity, constants.values()))
+        found = self.compiled.get(key)
+        if found is not None:
+            compiled, names = found
+            device = arguments[0].get_device()
+            _run(compiled, (*grid, 1, 1)[:3], device, plain + [constants[name] for name in names])
+            return found
+        compiled = self.kernel[grid](*arguments, **constants)
+        if not hasattr(compiled, "function"):  # the interpreter compiles nothing
+            return None
+        names = tuple(self.kernel.arg_names[len(arguments) :])
+        self.compiled[key] = compiled, names
+        return compiled, names
+
+
+class Launch:
+    """A kernel with its grid, numbers and constants. Called with the tensors."""
+
+    def __init__(
+        self,
+        kernel: quick,
+        grid: tuple[int, ...],
+        numbers: tuple[Any, ...],
+        constants: dict[str, Any],
+    ) -> None:
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.numbers = numbers
+        self.constants = constants
+        self.found: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        addresses: list[Any] = [tensor.data_ptr() for tensor in tensors]
+        key = (
+            *[tensor.dtype for tensor in tensors],
+            *[tensor.get_device() for tensor in tensors],
+            *[address & 15 == 0 for address in addresses],
+        )
+        found = self.found.get(key)
+        if found is not None:
+            compiled, rest = found
+            _run(compiled, self.grid, tensors[0].get_device(), addresses + rest)
+            return
+        launched = self.kernel.launch(self.grid, (*tensors, *self.numbers), self.constants)
+        if launched is not None:
+            compiled, names = launched
+            rest = [*self.numbers, *(self.constants[name] for name in names)]
+            self.found[key] = compiled, rest
+
+
+def _run(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]) -> None:
+    """What `compiled[grid](*arguments)` does in Triton 3.4 to 3.7, where no profiler listens.
+
+    `device` is that of the tensors, which is the current one: see `define_op`.
+    """
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        compiled[grid](*arguments)  # an empty chain is called all the same
         return
-    stream = _current_stream()
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    run(*whole_grid, stream, function, metadata, None, None, None, *arguments)
+    function, metadata = compiled.function, compiled.packed_metadata
+    compiled.run(*grid, _stream(device), function, metadata, None, None, None, *arguments)
 
 
-def _current_stream() -> Any:
-    return driver.active.get_current_stream(driver.active.get_current_device())
+def _stream(device: int) -> Any:
+    return driver.active.get_current_stream(device)
 
 
 def _specialise(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:

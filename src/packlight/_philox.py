@@ -19,6 +19,12 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=x.device)
 
 
+def draw_seeds(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Several seeds as `draw_seed` draws one, in one draw."""
+    seeds: tuple[Tensor, ...] = torch.randint(2**63 - 1, (count,), device=x.device).split(1)
+    return seeds
+
+
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of the product of two unsigned 32-bit numbers held in int64."""
     low, high = b * (a & 0xFFFF), b * (a >> 16)

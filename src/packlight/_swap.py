@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from packlight.calls import covered, covers
+from packlight.calls import covered, covers, leave_alone
 from packlight.method import Method, Swap
 
 _ATTRIBUTE = "_packlight_former"
@@ -23,6 +23,9 @@ class Former:
     values: dict[str, Any]  # of the attributes that the swap replaced
     swap: Swap
     methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:  # every converted module has one, an unpickled one too
+        leave_alone(self.swap.kind)
 
     def __reduce__(self) -> Any:
         # A class that covers calls is made anew where this is unpickled.

@@ -6,7 +6,9 @@ every call of a torch function, also in a region that `torch.compile` traces. It
 a forward runs, exceptions or not, so nothing of it is global; and each module of the model's own
 code has it, so a checkpoint that runs a module again sees it again.
 
-What the layers of torch.nn call is left to the rules for layers.
+What the layers of torch.nn call is left to the rules for layers. The layers that a conversion makes
+run with the mode off: they look at tensors a hundred times a block, and each look would go through
+it.
 """
 
 import functools
@@ -18,13 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from packlight._library import constant_while_traced
 from packlight.method import Calls, Method, Swap
 
 _ATTRIBUTE = "_packlight_calls"
 _COVERS = "_packlight_covers"
+_ALONE = "_packlight_alone"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -102,6 +111,32 @@ def _told() -> bool:
     return _traced["by a layer"]
 
 
+# ---- layers of ours ------------------------------------------------------------------------------
+
+
+def leave_alone(kind: type[nn.Module]) -> None:
+    """Has a class of layers of ours run its forward with the mode off; other classes stay."""
+    owner: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
+    if owner.__module__.startswith("packlight.") and not hasattr(owner.forward, _ALONE):
+        owner.forward = _alone(owner.forward)
+
+
+def _alone(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Traced, a look costs nothing. A module inside may be the user's, and is covered like any.
+        if torch.compiler.is_compiling() or self._modules or not _is_innermost():
+            return forward(self, *args, **kwargs)
+        mode = _pop_mode()
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _push_mode(mode)
+
+    setattr(alone, _ALONE, True)
+    return alone
+
+
 # ---- which modules -------------------------------------------------------------------------------
 
 
@@ -166,6 +201,11 @@ def _remake(make: Callable[..., nn.Module], kind: type[nn.Module], *arguments: A
     module = make(*arguments)
     module.__class__ = covered(kind)
     return module
+
+
+def _is_innermost() -> bool:
+    """Whether the mode can be taken off the stack without taking off another."""
+    return type(_get_current_function_mode()) is _Covering
 
 
 def _is_on() -> bool:

@@ -156,9 +156,7 @@ def _hooks_are_active() -> bool:
 
 
 def _hooks() -> Any:
-    """The pack hook that is active: None where there is none, and where a region is traced."""
-    if torch.compiler.is_compiling():
-        return None
+    """The pack hook that is active, None where there is none."""
     top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if top is None else top[0]
 
@@ -209,10 +207,11 @@ def _write(
     sketch: Pack | _WeakPack | None = None,
 ) -> None:
     """Adds a fact to what is noted on this version of the tensor."""
-    if not _takes_notes(tensor):
+    traced = torch.compiler.is_compiling()
+    if traced and not _takes_notes(tensor):
         return
-    version = _version(tensor)
-    hooks = _hooks()
+    version = _version(tensor) if traced else tensor._version
+    hooks = None if traced else _hooks()
     note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
     if note is not None and _holds(note, version, hooks):
         cast = note[1] if cast is None else cast
@@ -225,14 +224,17 @@ def _write(
 def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     """The note that holds for the tensor, and the tensor that carries it."""
     owner = tensor
-    if not _takes_notes(tensor):
+    traced = torch.compiler.is_compiling()
+    if traced and not _takes_notes(tensor):
         return owner, None
     note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
-    if note is None and not torch.compiler.is_compiling() and _is_whole_view(tensor):
+    if note is None and not traced and _is_whole_view(tensor):
         owner = tensor._base  # type: ignore[assignment]
         note = getattr(owner, _ATTRIBUTE, None)
-    if note is not None and not _holds(note, _version(owner), _hooks()):
-        note = None
+    if note is not None:
+        version = _version(owner) if traced else owner._version
+        if not _holds(note, version, None if traced else _hooks()):
+            note = None
     return owner, note
 
 
@@ -276,22 +278,18 @@ def _told_takes_notes() -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often the tensor was modified in place, as a constant where it is traced."""
-    if torch.compiler.is_compiling():
-        from torch._dynamo.comptime import comptime  # an import of a second, so only here
+    """How often the traced tensor was modified in place, as a constant."""
+    from torch._dynamo.comptime import comptime  # an import of a second, so only here
 
-        comptime(_ask_tracer)
-        version: int = _told_version()
-        return version
-    return tensor._version
+    comptime(_ask_tracer)
+    version: int = _told_version()
+    return version
 
 
 def _takes_notes(tensor: Tensor) -> bool:
     """False for inputs of a compiled region, since a note from outside is no part of its graph, and
     for tensors whose attributes the tracer does not follow.
     """
-    if not torch.compiler.is_compiling():
-        return True
     if not _TRACER_FOLLOWS:
         return False
     from torch._dynamo.comptime import comptime

@@ -167,8 +167,19 @@ POOLS = {
     "2d one element": ((1, 1, 3, 3), (1, 1), (1, 1), (0, 0), (1, 1), False),
     "2d 7 bits": ((1, 1, 11, 11), (9, 9), (2, 2), (0, 0), (1, 1), False),
     "2d over 256": ((1, 1, 20, 20), (17, 17), (1, 1), (0, 0), (1, 1), False),
+    "2d whole words": ((8, 4, 9, 15), (3, 3), (2, 2), (1, 1), (1, 1), False),
+    "2d several tiles": ((8, 2, 40, 36), (3, 3), (2, 2), (1, 1), (1, 1), False),
+    "2d fewer slabs than codes of a word": ((3, 8, 2, 2), (2, 2), (2, 2), (0, 0), (1, 1), False),
+    "3d whole words": ((2, 4, 4, 4, 8), (2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1), False),
     "3d": ((1, 2, 5, 6, 7), (2, 2, 3), (2, 1, 2), (1, 0, 1), (1, 1, 1), False),
 }
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", ["2d", "2d whole words"])
+def test_max_pool_with_long_places(case, channels_last, monkeypatch):
+    monkeypatch.setattr(pooling_kernels, "SHORT", 0)
+    test_max_pool_equals_the_reference(POOLS[case], torch.bfloat16, channels_last, "cpu")
 
 
 @every_device

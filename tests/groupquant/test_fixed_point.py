@@ -339,6 +339,20 @@ def test_modules_are_drop_in(axes, options):
 # --- Kernels and operators.
 
 
+def compare_backward(dy, codes, table, stride, bits):
+    """The kernels' gradients beside the formula in float64, sums by the size of their terms."""
+    dx, dgamma, dbeta = kernels.batch_norm_backward(dy, codes, table, stride, bits)
+    kept = (codes, table.double(), stride, bits)
+    expected, dgamma_expected, dbeta_expected = reference.batch_norm_backward(dy.double(), *kept)
+    terms = dy.double().abs().sum([i for i in range(dy.dim()) if i != 1])
+    assert ((dbeta - dbeta_expected).abs() <= 1e-6 * terms + 1e-30).all()
+    assert ((dgamma - dgamma_expected).abs() <= 4e-6 * terms + 1e-30).all()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3}.get(dy.dtype, 1.6e-2)
+    torch.testing.assert_close(dx.double(), expected, rtol=tolerance, atol=tolerance)
+    assert dx.dtype == dy.dtype
+    assert dx.stride() == stride
+
+
 @every_bits
 @every_layout
 @every_kernel_dtype
@@ -358,7 +372,7 @@ def test_kernels_equal_the_reference(device, dtype, layout, bits):
             x, weight, bias, *plain_running, *arguments
         )
         for ours, theirs in zip(running, plain_running, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(table, expected_table, rtol=1e-5, atol=1e-5)
         tolerance = {torch.float32: 2e-6, torch.float16: 1e-3}.get(dtype, 1e-2)
         # Where x - mean cancels, the last digit of x counts.
@@ -368,18 +382,182 @@ def test_kernels_equal_the_reference(device, dtype, layout, bits):
         assert (distance != 0).sum() <= 2 + x.numel() * 1e-3
         dy = torch.randn_like(y)
         kept = (expected, expected_table, y.stride(), bits)
-        ours = kernels.batch_norm_backward(dy, *kept)
-        theirs = reference.batch_norm_backward(dy, *kept)
-        # torch's CUDA kernel rounds each term of a sum to 16 bits, so a sum of N terms of size 2
-        # errs by 2 sqrt(N) roundings, seldom by twice as many.
-        terms = 4 * (x.numel() / count) ** 0.5
-        for a, b, size in zip(ours, theirs, (1.0, terms, terms), strict=True):
-            torch.testing.assert_close(a / size, b / size, rtol=tolerance, atol=tolerance)
+        compare_backward(dy, *kept)
         assert torch.equal(kernels.relu_backward(dy, *kept), reference.relu_backward(dy, *kept))
         for relu in (False, True):
             stored = (expected, expected_table, y.shape, y.stride(), bits, dtype, relu)
             a, b = kernels.rebuild(*stored), reference.rebuild(*stored)
             torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-6)
+
+
+def channels_last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+# Tiles that are whole or not, one or many, of one part or several.
+SHAPES = {
+    "two dimensions": lambda: torch.randn(300, 24),
+    "two dimensions, ragged": lambda: torch.randn(77, 5),
+    "two dimensions, transposed": lambda: torch.randn(24, 64).t(),
+    "three dimensions": lambda: torch.randn(6, 3, 50),
+    "five dimensions": lambda: torch.randn(2, 4, 3, 5, 6).to(memory_format=torch.channels_last_3d),
+    "one channel": lambda: torch.randn(9, 1, 4, 4),
+    "one channel of stride 1": lambda: channels_last(torch.randn(9, 1, 4, 4)),
+    "one channel of stride 0": lambda: torch.randn(8, 1, 4, 4).as_strided(
+        (8, 1, 4, 4), (16, 0, 4, 1)
+    ),
+    "many channels": lambda: channels_last(torch.randn(8, 200, 3, 3)),
+    "many channels, contiguous": lambda: torch.randn(8, 70, 3, 3),
+    "several parts": lambda: channels_last(torch.randn(32, 64, 12, 12)),
+    "several parts, contiguous": lambda: torch.randn(64, 3, 40, 40),
+    "several parts, ragged": lambda: channels_last(torch.randn(33, 48, 11, 13)),
+    "several parts, ragged, contiguous": lambda: torch.randn(33, 3, 41, 43),
+    "fewer elements than lanes": lambda: torch.randn(4, 4),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def check(x):
+    """Statistics, codes and gradients of the kernels at 4 bits."""
+    count = x.shape[1]
+    weight, bias = torch.randn(2, count, device=x.device)
+    running = [torch.zeros(count, device=x.device), torch.ones(count, device=x.device)]
+    y, codes, table = kernels.batch_norm(x, weight, bias, *running, 1.0, 1e-5, 4)
+    others = [i for i in range(x.dim()) if i != 1]
+    var, mean = torch.var_mean(x.double(), others)
+    torch.testing.assert_close(running[0].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(running[1].double(), var, rtol=1e-6, atol=1e-30)
+    shape = (-1, *[1] * (x.dim() - 2))
+    deviation = (torch.var(x.double(), others, correction=0) + 1e-5).sqrt()
+    expected = (x.double() - mean.view(shape)) / deviation.view(shape)
+    expected = expected * weight.view(shape) + bias.view(shape)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3}.get(x.dtype, 1.6e-2)
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    compare_backward(torch.randn_like(y) + 0.5, codes, table, y.stride(), 4)
+
+
+@every_shape
+@every_device
+def test_kernels_of_every_shape(device, shape):
+    check(shape().to(device))
+
+
+@every_shape
+def test_kernels_with_long_places(shape, monkeypatch):
+    monkeypatch.setattr(kernels, "SHORT", 0)
+    check(shape().bfloat16())
+
+
+@every_device
+@pytest.mark.parametrize("layout", [lambda x: x, channels_last], ids=["contiguous", "last"])
+def test_sums_of_many_values(device, layout):
+    """Within 1e-5 of the sums in float64, of a few digits that cancel too."""
+    side = 48 if device == "cpu" else 400  # the interpreter is slow
+    x = layout(torch.randn(16, 2, side, side, device=device))
+    y, codes, table = kernels.batch_norm(x, None, None, None, None, 0.1, 1e-5, 8)
+    for shift in (0.1, 1.0, 100.0):
+        dy = y + shift
+        _, *ours = kernels.batch_norm_backward(dy, codes, table, y.stride(), 8)
+        kept = (codes, table.double(), y.stride(), 8)
+        _, *theirs = reference.batch_norm_backward(dy.double(), *kept)
+        torch.testing.assert_close(ours[0].double(), theirs[0], rtol=1e-5, atol=shift)
+        torch.testing.assert_close(ours[1].double(), theirs[1], rtol=1e-5, atol=0)
+
+
+@every_device
+@pytest.mark.parametrize("layout", [lambda x: x, channels_last], ids=["contiguous", "last"])
+def test_statistics_where_the_mean_is_large(device, layout):
+    """What the rounding of x itself leaves, also behind a first value that lies far off."""
+    x = layout(torch.randn(16, 3, 64, 64, device=device) + 1000 * torch.arange(3).view(3, 1, 1))
+    x[0, 2, 0, 0] = 1e5
+    running = [torch.zeros(3, device=device) for _ in range(2)]
+    kernels.batch_norm(x, None, None, *running, 1.0, 1e-5, 4)
+    var, mean = torch.var_mean(x.double(), (0, 2, 3))
+    torch.testing.assert_close(running[0].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(running[1].double(), var, rtol=1e-5, atol=0)
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("given", ["mean", "var", "both"])
+def test_running_statistics(device, dtype, given):
+    x = torch.randn(40, 6, device=device) * 3 + 2
+    spread = torch.rand(2, 6, 2, device=device).to(dtype)  # not contiguous, each of them
+    ours, plain = ([t[:, 0] for t in values] for values in (spread.clone(), spread.clone()))
+    kernels.batch_norm(
+        x,
+        None,
+        None,
+        None if given == "var" else ours[0],
+        None if given == "mean" else ours[1],
+        0.3,
+        1e-5,
+        4,
+    )
+    expected = [t.to(torch.float32, copy=True) for t in plain]
+    F.batch_norm(x, *expected, training=True, momentum=0.3)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    for i, name in enumerate(("mean", "var")):
+        target = expected[i].to(dtype) if given in (name, "both") else plain[i]
+        torch.testing.assert_close(ours[i], target, rtol=tolerance, atol=tolerance)
+
+
+@every_device
+@every_layout
+def test_nonfinite_gradients_stay_in_their_channel(device, layout):
+    x = layout(torch.randn(8, 16, 4, 4, device=device))
+    y, codes, table = kernels.batch_norm(x, None, None, None, None, 0.1, 1e-5, 4)
+    for value in (math.nan, math.inf):
+        dy = torch.randn_like(y)
+        dy[2, 3, 1, 1] = value
+        dx, dgamma, dbeta = kernels.batch_norm_backward(dy, codes, table, y.stride(), 4)
+        assert not dx[:, 3].isfinite().any()
+        assert not dgamma[3].isfinite()
+        assert not dbeta[3].isfinite()
+        assert dx[:, :3].isfinite().all()
+        assert dx[:, 4:].isfinite().all()
+
+
+@every_device
+def test_gradients_of_any_stride(device):
+    x = channels_last(torch.randn(8, 16, 4, 4, device=device))
+    y, codes, table = kernels.batch_norm(x, None, None, None, None, 0.1, 1e-5, 4)
+    for dy in (
+        torch.randn(16, 1, 1, device=device).expand(8, 16, 4, 4),
+        torch.randn(8, 16, 4, 4, device=device),
+        torch.randn(8, 16, 4, 8, device=device)[..., ::2],
+    ):
+        compare_backward(dy, codes, table, y.stride(), 4)
+
+
+@every_device
+def test_empty_tensors(device):
+    kept = (torch.zeros(0, dtype=torch.uint8, device=device), torch.zeros(6, 3, device=device))
+    dy = torch.zeros(0, 3, 4, 4, device=device)
+    dx, dgamma, dbeta = kernels.batch_norm_backward(dy, *kept, dy.stride(), 4)
+    assert dx.shape == dy.shape
+    assert not dgamma.any()
+    assert not dbeta.any()
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph():
+    x = channels_last(torch.randn(8, 16, 8, 8, device="cuda"))
+    running = [torch.zeros(16, device="cuda"), torch.ones(16, device="cuda")]
+
+    def step():
+        y, codes, table = kernels.batch_norm(x, None, None, *running, 0.1, 1e-5, 4)
+        return kernels.batch_norm_backward(x, codes, table, y.stride(), 4)[0]
+
+    expected = step()
+    after_one = [t.clone() for t in running]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dx = step()
+    running[0].zero_(), running[1].fill_(1)
+    graph.replay()
+    assert torch.equal(dx, expected)
+    assert torch.equal(torch.stack(running), torch.stack(after_one))
 
 
 def test_opcheck():

@@ -1,11 +1,13 @@
 """Dropout in one pass: draws, output and packed mask. The backward is the activations' kernel."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.fewbit.dropout_reference import drop_below
 from packlight.packing.kernels import empty_word, load_rows, store_row, store_word
 from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes, write_back
@@ -52,24 +54,27 @@ def _dropout_kernel(
         store_word(codes_ptr, word, lane, groups, lane < groups - start, 1)
 
 
+@functools.lru_cache(LAUNCHES)
+def _prepared(n: int, p: float, keep_codes: bool) -> Launch:
+    groups = lanes(n)
+    return _dropout_kernel.prepare(
+        (triton.cdiv(groups, BLOCK),),
+        n,
+        groups,
+        drop_below(p),
+        1 / (1 - p),
+        KEEP_CODES=keep_codes,
+        FULL=n == 8 * groups and groups % BLOCK == 0,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+
 def _launch(x: Tensor, y: Tensor, seed: Tensor, p: float, keep_codes: bool) -> Tensor:
-    n, groups = x.numel(), lanes(x.numel())
+    n = x.numel()
     codes = x.new_empty(packed_bytes(n, 1) if keep_codes else 0, dtype=torch.uint8)
     if n:
-        _dropout_kernel[(triton.cdiv(groups, BLOCK),)](
-            x,
-            y,
-            codes,
-            seed,
-            n,
-            groups,
-            drop_below(p),
-            1 / (1 - p),
-            KEEP_CODES=keep_codes,
-            FULL=n == 8 * groups and groups % BLOCK == 0,
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+        _prepared(n, p, keep_codes)(x, y, codes, seed)
     return codes
 
 

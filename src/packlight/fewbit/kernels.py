@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.elementwise.kernels import DIGITS, FORWARD
 from packlight.fewbit.activations import EXACT, NON_FINITE
 from packlight.packing.kernels import (
@@ -358,6 +358,42 @@ def _bins(borders: np.ndarray, folded: bool) -> tuple[np.ndarray, float, float, 
     return (entries | below).astype(np.int32), float(scale), offset, low - width
 
 
+@functools.lru_cache(LAUNCHES)
+def _forward_launch(
+    n: int,
+    dtype: torch.dtype,
+    name: str | None,
+    coded: str,
+    a: float,
+    b: float,
+    bits: int,
+    parity: str,
+    poison: int,
+    bins: bool,
+    *entry: float,
+) -> Launch:
+    """`name` is the function to compute, `coded` the one whose exact codes are stored."""
+    groups = lanes(n)
+    return _forward_kernel.prepare(
+        (triton.cdiv(groups, BLOCK),),
+        n,
+        groups,
+        a,
+        b,
+        *entry,
+        FORWARD=None if name is None else FORWARD[name],
+        CODE=CODE.get(coded),
+        PARITY=PARITY[parity],
+        POISON=poison,
+        BITS=bits,
+        BINS=bins,
+        DIGITS=DIGITS[dtype],
+        FULL=n == 8 * groups and groups % BLOCK == 0,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+
 def _launch_forward(
     x: Tensor,
     y: Tensor | None,
@@ -369,7 +405,7 @@ def _launch_forward(
     poison: int,
 ) -> Tensor:
     """Runs over flat `x` into flat `y` (which may be `x`, or None) and returns the codes."""
-    n, groups = x.numel(), lanes(x.numel())
+    n = x.numel()
     codes = x.new_empty(packed_bytes(n, bits) + int(poison != 0), dtype=torch.uint8)
     if poison:
         codes[-1:].zero_()
@@ -377,33 +413,12 @@ def _launch_forward(
         return codes
     if name in EXACT:
         parameters = EXACT[name].compared(parameters, x)
-    a, b = (*parameters, 0.0, 0.0)[:2]
+    a, b = map(float, (*parameters, 0.0, 0.0)[:2])
     depth = bits - (parity == "complement")
-    table = _borders(tuple(borders), depth, parity != "none", x.device)
-    _forward_kernel[(triton.cdiv(groups, BLOCK),)](
-        x,
-        x if y is None else y,
-        codes,
-        table.table,
-        n,
-        groups,
-        a,
-        b,
-        table.scale,
-        table.offset,
-        table.low,
-        table.last,
-        FORWARD=None if y is None else FORWARD[name],
-        CODE=CODE.get(name),
-        PARITY=PARITY[parity],
-        POISON=poison,
-        BITS=bits,
-        BINS=table.bins,
-        DIGITS=DIGITS[x.dtype],
-        FULL=n == 8 * groups and groups % BLOCK == 0,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    table, *entry = _borders(tuple(borders), depth, parity != "none", x.device)
+    function = None if y is None else name
+    launch = _forward_launch(n, x.dtype, function, name, a, b, bits, parity, poison, *entry)
+    launch(x, x if y is None else y, codes, table)
     return codes
 
 
@@ -444,6 +459,22 @@ def encode(
     return _launch_forward(flat, None, "", (), bits, borders, parity, poison)
 
 
+@functools.lru_cache(LAUNCHES)
+def _backward_launch(n: int, bits: int, flagged: bool, mask: bool) -> Launch:
+    groups = lanes(n)
+    return _backward_kernel.prepare(
+        (triton.cdiv(groups, BLOCK),),
+        n,
+        groups,
+        BITS=bits,
+        FLAGGED=flagged,
+        MASK=mask,
+        FULL=n == 8 * groups and groups % BLOCK == 0,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+
 def decode_backward(
     grad_output: Tensor,
     codes: Tensor,
@@ -453,21 +484,10 @@ def decode_backward(
     stride: Sequence[int],
 ) -> Tensor:
     grad_input = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    n, groups = grad_output.numel(), lanes(grad_output.numel())
+    n = grad_output.numel()
     if n == 0:
         return grad_input
-    _backward_kernel[(triton.cdiv(groups, BLOCK),)](
-        memory_order(grad_output, stride),
-        codes,
-        _levels(tuple(levels), bits, codes.device),
-        grad_input,
-        n,
-        groups,
-        BITS=bits,
-        FLAGGED=codes.numel() > packed_bytes(n, bits),
-        MASK=mask,
-        FULL=n == 8 * groups and groups % BLOCK == 0,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    launch = _backward_launch(n, bits, codes.numel() > packed_bytes(n, bits), mask)
+    table = _levels(tuple(levels), bits, codes.device)
+    launch(memory_order(grad_output, stride), codes, table, grad_input)
     return grad_input

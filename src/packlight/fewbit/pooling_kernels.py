@@ -1,12 +1,15 @@
 """Max pooling that keeps window offsets: one forward and one backward kernel for 1 to 3 dimensions.
 
-Both number elements in memory order, contiguous or channels-last. The backward gathers: every input
-element asks the windows that cover it whether it was their maximum. No atomics, so the result does
-not depend on timing.
+Memory is seen as [slabs, D, H, W, C]: a slab is an element of the batch in channels-last, one
+channel of it (C = 1) else. A program has a tile [ROWS, COLUMNS, CHANNELS] of one slab, so places
+are short numbers that take no division by sizes. The backward gathers: every input element asks the
+windows that span it whether it was their maximum. No atomics, so the result does not depend on
+timing.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,43 +18,85 @@ from torch import Tensor
 
 from packlight._launch import quick
 from packlight.fewbit import pooling_reference as reference
-from packlight.packing.kernels import empty_word, store_word
+from packlight.packing import reference as packing
+from packlight.packing.kernels import code_at, store_word
 from packlight.packing.layout import lanes, memory_order
 
-BLOCK = 256
+# Loops of so many rounds are unrolled.
+UNROLLED = tl.constexpr(16)
+# A thread has 16 bytes of a tile, 8 where they are not read at once; a program so many warps.
+WARPS = 4
+# Channels that lie side by side in a tile.
+CHANNELS = 64
+# Elements of a slab whose places are 32-bit numbers, with room for the tiles at its end.
+SHORT = 2**30
 
 
 @triton.jit
-def _split(p, C, D, H, W, CHANNELS_LAST: tl.constexpr):
-    """Memory position -> (batch or plane, channel, d, h, w); without channels-last channel is 0."""
-    if CHANNELS_LAST:
-        channel = p % C
-        p = p // C
-    else:
-        channel = p * 0
-    w = p % W
-    p = p // W
-    h = p % H
-    p = p // H
-    return p // D, channel, p % D, h, w
+def _tile(
+    C,
+    D,
+    H,
+    W,
+    LARGE: tl.constexpr,  # places within a slab, one element of the batch, need 64 bits
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """A program's tile of a tensor [slabs, D, H, W, C]: slab, d, h, w and c, the latter as axes."""
+    index: tl.constexpr = tl.int64 if LARGE else tl.int32
+    place = tl.program_id(0)
+    c = place % tl.cdiv(C, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
+    place = place // tl.cdiv(C, CHANNELS)
+    w = place % tl.cdiv(W, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)[None, :, None]
+    place = place // tl.cdiv(W, COLUMNS)
+    h = place % tl.cdiv(H, ROWS) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    place = place // tl.cdiv(H, ROWS)
+    return place // D, (place % D).to(index), h.to(index), w.to(index), c.to(index)
 
 
 @triton.jit
-def _join(outer, channel, d, h, w, C, D, H, W, CHANNELS_LAST: tl.constexpr):
-    """The inverse of `_split`."""
-    p = ((outer * D + d) * H + h) * W + w
-    if CHANNELS_LAST:
-        p = p * C + channel
-    return p
+def _first(y, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, K: tl.constexpr):
+    """Where window y begins along an axis, and which of its K places is the first inside."""
+    begin = y * S - P
+    return begin, tl.minimum((tl.maximum(-begin, 0) + (D - 1)) // D, K - 1)
+
+
+@triton.jit
+def _better(
+    best,
+    offset,
+    k,
+    x_ptr,
+    d,
+    h,
+    w,
+    c,
+    there,
+    C,
+    size,
+    K,
+    D,
+):
+    """The maximum and its offset after place k of the windows that begin at d, h, w."""
+    d += k // (K[1] * K[2]) * D[0]
+    h += k // K[2] % K[1] * D[1]
+    w += k % K[2] * D[2]
+    there &= (d >= 0) & (d < size[0]) & (h >= 0) & (h < size[1]) & (w >= 0) & (w < size[2])
+    place = ((d * size[1] + h) * size[2] + w) * C + c
+    x = tl.load(x_ptr + place, there, other=float("-inf")).to(tl.float32)
+    better = (x > best) | (x != x)  # as torch: the first of equals wins, and any NaN
+    return tl.where(better, x, best), tl.where(better, k, offset)
 
 
 @quick
 @triton.jit
 def _forward_kernel(
-    x_ptr,  # input, in memory order
-    y_ptr,  # [n]
-    codes_ptr,  # [BITS * groups]
-    n,
+    x_ptr,  # [slabs, ID, IH, IW, C], as memory has it
+    y_ptr,  # [slabs, OD, OH, OW, C]
+    codes_ptr,  # [BITS * groups], or a byte an element
+    slabs,
+    step,  # slabs of as many codes as there are groups
     groups,
     C,
     ID,
@@ -60,56 +105,122 @@ def _forward_kernel(
     OD,
     OH,
     OW,
-    KH,
-    KW,
-    SD,
-    SH,
-    SW,
-    PD,
-    PH,
-    PW,
-    DD,
-    DH,
-    DW,
-    WINDOW: tl.constexpr,  # KD * KH * KW
-    CHANNELS_LAST: tl.constexpr,
-    LARGE: tl.constexpr,  # positions need 64 bits
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SD: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PD: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DD: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
     BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,  # a word has the same place of eight slabs; the tile is one of words
+    LARGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    word = empty_word(BLOCK, BITS)
-    for j in tl.static_range(8):
-        p = j * groups.to(tl.int64) + lane
-        inside = (lane < groups) & (p < n)
-        if not LARGE:
-            p = p.to(tl.int32)
-        outer, channel, d, h, w = _split(p, C, OD, OH, OW, CHANNELS_LAST)
-        best = tl.full([BLOCK], float("-inf"), tl.float32)
-        offset = tl.full([BLOCK], -1, tl.int32)
-        for k in range(WINDOW):
-            xd = d * SD - PD + (k // (KH * KW)) * DD
-            xh = h * SH - PH + (k // KW % KH) * DH
-            xw = w * SW - PW + (k % KW) * DW
-            valid = (xd >= 0) & (xd < ID) & (xh >= 0) & (xh < IH) & (xw >= 0) & (xw < IW) & inside
-            q = _join(outer, channel, xd, xh, xw, C, ID, IH, IW, CHANNELS_LAST)
-            x = tl.load(x_ptr + q, valid, other=float("-inf")).to(tl.float32)
-            # As torch: the first of equals wins, any NaN wins, and a window of -inf has an offset.
-            better = valid & ((x > best) | (x != x) | (offset < 0))
-            best = tl.where(better, x, best)
-            offset = tl.where(better, k, offset)
-        tl.store(y_ptr + p, best.to(y_ptr.dtype.element_ty), inside)
-        word |= tl.maximum(offset, 0).to(word.dtype) << (j * BITS)
-    store_word(codes_ptr, word, lane, groups, lane < groups, BITS)
+    slab, d, h, w, c = _tile(C, OD, OH, OW, LARGE, ROWS, COLUMNS, CHANNELS)
+    place = ((d * OH + h) * OW + w) * C + c
+    here = (h < OH) & (w < OW) & (c < C)
+    xd, kd = _first(d, SD, PD, DD, KD)
+    xh, kh = _first(h, SH, PH, DH, KH)
+    xw, kw = _first(w, SW, PW, DW, KW)
+    first = (kd * KH + kh) * KW + kw + tl.zeros([ROWS, COLUMNS, CHANNELS], tl.int32)
+    first = first.to(tl.int32)
+    out_size = tl.full([], OD, tl.int64) * OH * OW * C
+    in_size = tl.full([], ID, tl.int64) * IH * IW * C
+    word = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.int32 if BITS <= 4 else tl.int64)
+    size, K, D = (ID, IH, IW), (KD, KH, KW), (DD, DH, DW)
+    for j in range(8 if WORDS else 1):
+        image = (slab + j * step).to(tl.int64)
+        there = here & (image < slabs)
+        best = tl.full([ROWS, COLUMNS, CHANNELS], float("-inf"), tl.float32)
+        offset = first  # of a window of -inf
+        image_ptr = x_ptr + image * in_size
+        if KD * KH * KW <= UNROLLED:
+            for k in tl.static_range(KD * KH * KW):
+                best, offset = _better(
+                    best, offset, k, image_ptr, xd, xh, xw, c, there, C, size, K, D
+                )
+        else:
+            for k in range(KD * KH * KW):
+                best, offset = _better(
+                    best, offset, k, image_ptr, xd, xh, xw, c, there, C, size, K, D
+                )
+        y = best.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + image * out_size + place, y, there)
+        word |= offset.to(word.dtype) << (j * BITS)
+    codes_ptr += slab.to(tl.int64) * out_size
+    if WORDS:
+        store_word(codes_ptr, word, place, groups, here, BITS)
+    else:
+        tl.store(codes_ptr + place, word.to(tl.uint8), here)
+
+
+@triton.jit
+def _window(x, i, size, K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
+    """Of the windows that span x along an axis the i-th from the end: which it is, which of its
+    places x is, and whether it is one."""
+    y = (x + P) // S - i
+    distance = x + P - y * S
+    k = distance // D
+    return y, k, (y >= 0) & (y < size) & (k < K) & (k * D == distance)
+
+
+@triton.jit
+def _share(
+    i,
+    dy_ptr,
+    codes_ptr,
+    slab,
+    element,
+    here,
+    step,
+    groups,
+    C,
+    geometry,
+    BITS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """dy of the i-th window that spans an element, where the element was its maximum."""
+    d, h, w, c = element
+    size, K, S, P, D, A = geometry
+    yd, kd, in_d = _window(d, i // (A[1] * A[2]), size[0], K[0], S[0], P[0], D[0])
+    yh, kh, in_h = _window(h, i // A[2] % A[1], size[1], K[1], S[1], P[1], D[1])
+    yw, kw, in_w = _window(w, i % A[2], size[2], K[2], S[2], P[2], D[2])
+    there = in_d & in_h & in_w & here
+    place = ((yd * size[1] + yh) * size[2] + yw) * C + c
+    start = (tl.full([], size[0], tl.int64) * size[1] * size[2] * C) * slab
+    # Not masked by the code, so that a thread reads its neighbouring channels at once.
+    dy = tl.load(dy_ptr + start + place, there, other=0.0)
+    if WHOLE:
+        lane = slab // step
+        bit = lane * BITS
+        code_ptr = codes_ptr + (start + ((bit >> 3) - lane) * groups) + place
+        shift = bit & 7
+        code = tl.load(code_ptr, there, other=0).to(tl.int32)
+        if 8 % BITS != 0:
+            high = tl.load(code_ptr + groups, there & (shift + BITS > 8), other=0).to(tl.int32)
+            code |= high << 8
+        code = (code >> shift) & ((1 << BITS) - 1)
+    else:
+        code = code_at(codes_ptr, start + place, groups, there, BITS)
+    k = ((kd * K[1] + kh) * K[2] + kw).to(tl.int32)
+    return tl.where(code == k, dy.to(tl.float32), 0.0)
 
 
 @quick
 @triton.jit
 def _backward_kernel(
-    dy_ptr,  # in the memory order of y
+    dy_ptr,  # [slabs, OD, OH, OW, C], as memory has it
     codes_ptr,  # [BITS * groups]
-    dx_ptr,  # [n]
-    n,
+    dx_ptr,  # [slabs, ID, IH, IW, C]
+    step,  # slabs of as many codes as there are groups
     groups,
     C,
     ID,
@@ -118,47 +229,48 @@ def _backward_kernel(
     OD,
     OH,
     OW,
-    KH,
-    KW,
-    SD,
-    SH,
-    SW,
-    PD,
-    PH,
-    PW,
-    DD,
-    DH,
-    DW,
-    WINDOW: tl.constexpr,  # KD * KH * KW
-    CHANNELS_LAST: tl.constexpr,
-    LARGE: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SD: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PD: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DD: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    AD: tl.constexpr,  # windows that span an element along each axis, at most
+    AH: tl.constexpr,
+    AW: tl.constexpr,
     BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,  # all codes of a slab are in the same place of their words
+    LARGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = p < n
-    if not LARGE:
-        p = p.to(tl.int32)
-    outer, channel, d, h, w = _split(p, C, ID, IH, IW, CHANNELS_LAST)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for k in range(WINDOW):
-        # Position k of output window t / S, if that is whole, lies on this element.
-        td = d + PD - (k // (KH * KW)) * DD
-        th = h + PH - (k // KW % KH) * DH
-        tw = w + PW - (k % KW) * DW
-        yd, yh, yw = td // SD, th // SH, tw // SW
-        valid = (td >= 0) & (th >= 0) & (tw >= 0) & (yd < OD) & (yh < OH) & (yw < OW) & inside
-        valid = valid & (yd * SD == td) & (yh * SH == th) & (yw * SW == tw)
-        q = _join(outer, channel, yd, yh, yw, C, OD, OH, OW, CHANNELS_LAST)
-        row = q // groups
-        bit = row * BITS
-        code_ptr = codes_ptr + (bit >> 3).to(tl.int64) * groups + (q - row * groups)
-        shift = (bit & 7).to(tl.int32)
-        code = tl.load(code_ptr, valid, other=0).to(tl.int32)
-        high = tl.load(code_ptr + groups, valid & (shift + BITS > 8), other=0).to(tl.int32)
-        code = ((code | (high << 8)) >> shift) & ((1 << BITS) - 1)
-        total += tl.load(dy_ptr + q, valid & (code == k), other=0.0).to(tl.float32)
-    tl.store(dx_ptr + p, total.to(dx_ptr.dtype.element_ty), inside)
+    slab, d, h, w, c = _tile(C, ID, IH, IW, LARGE, ROWS, COLUMNS, CHANNELS)
+    groups = tl.full([], groups, tl.int64)
+    here = (h < IH) & (w < IW) & (c < C)
+    total = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.float32)
+    K, S, P, D, A = (KD, KH, KW), (SD, SH, SW), (PD, PH, PW), (DD, DH, DW), (AD, AH, AW)
+    geometry = ((OD, OH, OW), K, S, P, D, A)
+    element = (d, h, w, c)
+    if AD * AH * AW <= UNROLLED:
+        for i in tl.static_range(AD * AH * AW):
+            total += _share(
+                i, dy_ptr, codes_ptr, slab, element, here, step, groups, C, geometry, BITS, WHOLE
+            )
+    else:
+        for i in range(AD * AH * AW):
+            total += _share(
+                i, dy_ptr, codes_ptr, slab, element, here, step, groups, C, geometry, BITS, WHOLE
+            )
+    dx_ptr += (tl.full([], ID, tl.int64) * IH * IW * C) * slab
+    place = ((d * IH + h) * IW + w) * C + c
+    tl.store(dx_ptr + place, total.to(dx_ptr.dtype.element_ty), here)
 
 
 def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
@@ -172,18 +284,50 @@ def _geometry(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[int, ...]:
-    """The kernels' scalars from C to DW."""
+    layout: torch.memory_format,
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The kernels' scalars from C to OW, and their constants from KD to DW."""
     axes = len(kernel)
-    channels = input_size[-axes - 1] if len(input_size) > axes else 1
-    return (
-        channels,
-        *_three(input_size[-axes:], 1),
-        *_three(output_size[-axes:], 1),
-        *_three(kernel, 1)[1:],
-        *_three(stride, 1),
-        *_three(padding, 0),
-        *_three(dilation, 1),
+    channels = 1 if layout is torch.contiguous_format else input_size[1]
+    sizes = (*_three(input_size[-axes:], 1), *_three(output_size[-axes:], 1))
+    window = zip("KSPD", (kernel, stride, padding, dilation), (1, 1, 0, 1), strict=True)
+    constants = {
+        name + axis: value
+        for name, values, fill in window
+        for axis, value in zip("DHW", _three(values, fill), strict=True)
+    }
+    return (channels, *sizes), constants
+
+
+def _spanning(window: dict[str, int]) -> dict[str, int]:
+    """How many windows span an element along each axis, at most."""
+    return {
+        "A" + axis: triton.cdiv(
+            window["D" + axis] * (window["K" + axis] - 1) + 1, window["S" + axis]
+        )
+        for axis in "DHW"
+    }
+
+
+class _Tiling(NamedTuple):
+    programs: int  # a slab
+    constants: dict[str, int]
+    warps: int
+
+
+def _tiling(channels: int, size: Sequence[int], bytes_each: int) -> _Tiling:
+    """Tiles of a slab [*size, channels], as wide as may be along the innermost axis."""
+    depth, height, width = size
+    each = (16 if channels > 1 else 8) // bytes_each  # gathered one by one along an image
+    room = WARPS * 32 * each
+    most = min(CHANNELS, triton.next_power_of_2(channels))
+    columns = min(room // most, triton.next_power_of_2(width))
+    rows = min(room // (most * columns), triton.next_power_of_2(height))
+    programs = depth * triton.cdiv(height, rows) * triton.cdiv(width, columns)
+    return _Tiling(
+        programs * triton.cdiv(channels, most),
+        {"ROWS": rows, "COLUMNS": columns, "CHANNELS": most},
+        max(1, rows * columns * most // (32 * each)),
     )
 
 
@@ -204,22 +348,31 @@ def max_pool(
     size = reference.output_shape(x, kernel, stride, padding, dilation, ceil_mode)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
     n, groups = y.numel(), lanes(y.numel())
-    codes = x.new_empty(bits * groups, dtype=torch.uint8)
-    if n:
-        _forward_kernel[(triton.cdiv(groups, BLOCK),)](
-            x,
-            y,
-            codes,
-            n,
-            groups,
-            *_geometry(x.shape, size, kernel, stride, padding, dilation),
-            WINDOW=math.prod(kernel),
-            CHANNELS_LAST=layout is not torch.contiguous_format,
-            LARGE=max(x.numel(), n) >= 2**30,
-            BITS=bits,
-            BLOCK=BLOCK,
-        )
-    return y, codes
+    if n == 0:
+        return y, x.new_empty(bits * groups, dtype=torch.uint8)
+    sizes, constants = _geometry(x.shape, size, kernel, stride, padding, dilation, layout)
+    channels, output_size = sizes[0], sizes[4:]
+    slab = channels * math.prod(output_size)
+    slabs, words = n // slab, groups % slab == 0
+    # Where words are not whole, one kernel more packs the offsets: batches of other than 8 k.
+    codes = x.new_empty(bits * groups if words else n, dtype=torch.uint8)
+    tiling = _tiling(channels, output_size, x.element_size())
+    _forward_kernel[(tiling.programs * (groups // slab if words else slabs),)](
+        x,
+        y,
+        codes,
+        slabs,
+        groups // slab,
+        groups,
+        *sizes,
+        **constants,
+        BITS=bits,
+        WORDS=words,
+        LARGE=max(x.numel(), n) // slabs >= SHORT,
+        **tiling.constants,
+        num_warps=tiling.warps,
+    )
+    return y, codes if words else packing.pack(codes, bits)
 
 
 def max_pool_backward(
@@ -241,18 +394,28 @@ def max_pool_backward(
     grad_input = torch.empty(
         tuple(input_size), dtype=grad_output.dtype, device=grad_output.device, memory_format=layout
     )
-    if grad_input.numel():
-        _backward_kernel[(triton.cdiv(grad_input.numel(), BLOCK),)](
+    n = grad_input.numel()
+    if n:
+        sizes, constants = _geometry(
+            input_size, grad_output.shape, kernel, stride, padding, dilation, layout
+        )
+        channels, groups = sizes[0], lanes(grad_output.numel())
+        slabs = n // (channels * math.prod(sizes[1:4]))
+        slab = channels * math.prod(sizes[4:])
+        tiling = _tiling(channels, sizes[1:4], grad_input.element_size())
+        _backward_kernel[(tiling.programs * slabs,)](
             memory_order(grad_output, output_stride),
             codes,
             grad_input,
-            grad_input.numel(),
-            lanes(grad_output.numel()),
-            *_geometry(input_size, grad_output.shape, kernel, stride, padding, dilation),
-            WINDOW=math.prod(kernel),
-            CHANNELS_LAST=layout is not torch.contiguous_format,
-            LARGE=max(grad_input.numel(), grad_output.numel()) >= 2**30,
+            groups // slab,
+            groups,
+            *sizes,
+            **constants,
+            **_spanning(constants),
             BITS=bits,
-            BLOCK=BLOCK,
+            WHOLE=groups % slab == 0,
+            LARGE=max(n, grad_output.numel()) // slabs >= SHORT,
+            **tiling.constants,
+            num_warps=tiling.warps,
         )
     return grad_input

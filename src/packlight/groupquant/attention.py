@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
-from packlight._library import constant_while_traced
+from packlight._library import apply_of, constant_while_traced
 from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, Rebuild, draw, new_pack
+from packlight.groupquant.packs import KEEPS, Rebuild, draw_many, new_pack
 from packlight.sharing import Pack
 
 _aten = torch.ops.aten
@@ -252,7 +252,7 @@ def _backend(
     return _choose(query, key, value, mask, dropout_p, is_causal)
 
 
-_attend: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Attention.apply
+_attend: Callable[..., tuple[Tensor, Tensor, Tensor]] = apply_of(_Attention)
 
 
 def scaled_dot_product_attention(
@@ -314,7 +314,7 @@ def attend(
         return None  # torch raises
     qkv = (query, key, value)
     kind = query.device.type
-    seeds = [draw(x, method) for x in (*qkv, query)]
+    seeds = draw_many(query, 4, method)
     if not any(needs_gradient(x) for x in qkv):
         return None
     if torch.is_autocast_enabled(kind):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import check_tensor, is_frozen, needs_gradient, refuse_second_derivative
+from packlight._library import apply_of
 from packlight._recast import recast
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant, Rounding
@@ -111,7 +112,7 @@ class _Convolution(torch.autograd.Function):
         return *cast, None, None, *[None] * len(tensors)
 
 
-_apply: Callable[..., Tensor] = _Convolution.apply
+_apply: Callable[..., Tensor] = apply_of(_Convolution)
 
 
 def _numbers(value: Any, axes: int, name: str) -> tuple[int, ...]:
@@ -220,7 +221,7 @@ class _Pad(torch.autograd.Function):
         return _pad_backward(grad_output, ctx.shape, ctx.widths, ctx.mode), None, None
 
 
-_apply_pad: Callable[..., Tensor] = _Pad.apply
+_apply_pad: Callable[..., Tensor] = apply_of(_Pad)
 
 
 def _pad_backward(

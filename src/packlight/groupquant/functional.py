@@ -32,6 +32,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
+from packlight._library import apply_of
 from packlight._recast import recast
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
@@ -82,7 +83,7 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias, None, *[None] * len(tensors)
 
 
-_apply_linear: Callable[..., Tensor] = _Linear.apply
+_apply_linear: Callable[..., Tensor] = apply_of(_Linear)
 
 
 def linear(
@@ -145,7 +146,7 @@ class _Activation(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
-_activate: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Activation.apply
+_activate: Callable[..., tuple[Tensor, Tensor, Tensor]] = apply_of(_Activation)
 
 
 def _activation(
@@ -374,7 +375,7 @@ class _Gated(torch.autograd.Function):
         return dgate, dup, None, None, None, None
 
 
-_apply_gated: Callable[..., tuple[Tensor, ...]] = _Gated.apply
+_apply_gated: Callable[..., tuple[Tensor, ...]] = apply_of(_Gated)
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one

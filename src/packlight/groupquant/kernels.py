@@ -6,6 +6,7 @@ eight elements for each byte position, whatever the bits: `parts` elements of on
 start. Eight 16-bit random numbers are one call of Philox.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD
 from packlight.groupquant.method import Grouping
@@ -410,6 +411,34 @@ def _empty_pack(x: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(grouping.groups, dtype=torch.int32)
 
 
+def _two(parameters: Sequence[float]) -> tuple[float, float]:
+    a, b = (*parameters, 0.0, 0.0)[:2]
+    return float(a), float(b)
+
+
+@functools.lru_cache(LAUNCHES)
+def _quantize_launch(
+    grouping: Grouping, dtype: torch.dtype, name: str | None, a: float, b: float, stochastic: bool
+) -> Launch:
+    nq, tiles, full = tile_of(grouping)
+    return _quantize_kernel.prepare(
+        (grouping.rows * tiles,),
+        grouping.width,
+        grouping.row_groups,
+        tiles,
+        a,
+        b,
+        FORWARD=None if name is None else FORWARD[name],
+        DIGITS=DIGITS[dtype],
+        SIZE=grouping.group_bytes,
+        BITS=grouping.bits,
+        STOCHASTIC=stochastic,
+        FULL=full,
+        NQ=nq,
+        num_warps=NUM_WARPS,
+    )
+
+
 def _pack(
     x: Tensor, y: Tensor | None, name: str, parameters: Sequence[float], width: int, bits: int,
     group_size: int, seed: Tensor | None,
@@ -418,28 +447,9 @@ def _pack(
     codes, scales = _empty_pack(x, grouping)
     if x.numel() == 0:
         return codes, scales
-    nq, tiles, full = tile_of(grouping)
-    a, b = (*parameters, 0.0, 0.0)[:2]
-    _quantize_kernel[(grouping.rows * tiles,)](
-        x,
-        x if y is None else y,
-        codes,
-        scales,
-        codes if seed is None else seed,
-        width,
-        grouping.row_groups,
-        tiles,
-        a,
-        b,
-        FORWARD=None if y is None else FORWARD[name],
-        DIGITS=DIGITS[x.dtype],
-        SIZE=grouping.group_bytes,
-        BITS=bits,
-        STOCHASTIC=seed is not None,
-        FULL=full,
-        NQ=nq,
-        num_warps=NUM_WARPS,
-    )
+    function = None if y is None else name
+    launch = _quantize_launch(grouping, x.dtype, function, *_two(parameters), seed is not None)
+    launch(x, x if y is None else y, codes, scales, codes if seed is None else seed)
     return codes, scales
 
 
@@ -448,6 +458,36 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     flat = memory_order(x, stride)
     return _pack(flat, None, "", (), flat.numel(), bits, group_size, seed)
+
+
+@functools.lru_cache(LAUNCHES)
+def _dequantize_launch(
+    grouping: Grouping,
+    dtype: torch.dtype,
+    name: str,
+    a: float,
+    b: float,
+    weight: bool,
+    bias: bool,
+) -> Launch:
+    nq, tiles, full = tile_of(grouping)
+    return _dequantize_kernel.prepare(
+        (grouping.rows * tiles,),
+        grouping.width,
+        grouping.row_groups,
+        tiles,
+        a,
+        b,
+        FORWARD=FORWARD[name] if name else None,
+        DIGITS=DIGITS[dtype],
+        WEIGHT=weight,
+        BIAS=bias,
+        SIZE=grouping.group_bytes,
+        BITS=grouping.bits,
+        FULL=full,
+        NQ=nq,
+        num_warps=NUM_WARPS,
+    )
 
 
 def dequantize(
@@ -468,29 +508,9 @@ def dequantize(
     if y.numel() == 0:
         return y
     grouping = Grouping(y.numel() // width, width, bits, group_size)
-    nq, tiles, full = tile_of(grouping)
-    a, b = (*parameters, 0.0, 0.0)[:2]
-    _dequantize_kernel[(grouping.rows * tiles,)](
-        codes,
-        scales,
-        y,
-        y if weight is None else weight,
-        y if bias is None else bias,
-        width,
-        grouping.row_groups,
-        tiles,
-        a,
-        b,
-        FORWARD=FORWARD[name] if name else None,
-        DIGITS=DIGITS[dtype],
-        WEIGHT=weight is not None,
-        BIAS=bias is not None,
-        SIZE=grouping.group_bytes,
-        BITS=bits,
-        FULL=full,
-        NQ=nq,
-        num_warps=NUM_WARPS,
-    )
+    given = (weight is not None, bias is not None)
+    launch = _dequantize_launch(grouping, dtype, name, *_two(parameters), *given)
+    launch(codes, scales, y, y if weight is None else weight, y if bias is None else bias)
     return y
 
 
@@ -502,6 +522,23 @@ def activation(
     flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
     n = x.numel()
     return y, *_pack(flat_x, flat_y, name, parameters, n, bits, group_size, seed)
+
+
+@functools.lru_cache(LAUNCHES)
+def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: float) -> Launch:
+    nq, tiles, full = tile_of(grouping)
+    return _activation_backward_kernel.prepare(
+        (tiles,),
+        grouping.width,
+        a,
+        b,
+        DERIVATIVE=DERIVATIVE[name],
+        SIZE=grouping.group_bytes,
+        BITS=grouping.bits,
+        FULL=full,
+        NQ=nq,
+        num_warps=NUM_WARPS,
+    )
 
 
 def activation_backward(
@@ -519,28 +556,30 @@ def activation_backward(
     if n == 0:
         return dx
     grouping = Grouping(1, n, bits, group_size)
-    nq, tiles, full = tile_of(grouping)
-    a, b = (*parameters, 0.0, 0.0)[:2]
-    _activation_backward_kernel[(tiles,)](
-        memory_order(grad_output, stride),
-        codes,
-        scales,
-        dx,
-        n,
-        a,
-        b,
-        DERIVATIVE=DERIVATIVE[name],
-        SIZE=grouping.group_bytes,
-        BITS=bits,
-        FULL=full,
-        NQ=nq,
-        num_warps=NUM_WARPS,
-    )
+    launch = _activation_backward_launch(grouping, name, *_two(parameters))
+    launch(memory_order(grad_output, stride), codes, scales, dx)
     return dx
 
 
 # A gated unit holds two tiles, so half as many positions a program.
 GATED_BLOCK = 1024
+
+
+@functools.lru_cache(LAUNCHES)
+def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, stochastic: bool) -> Launch:
+    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
+    return _gated_kernel.prepare(
+        (tiles,),
+        grouping.width,
+        FORWARD=FORWARD[name],
+        DIGITS=DIGITS[dtype],
+        SIZE=grouping.group_bytes,
+        BITS=grouping.bits,
+        STOCHASTIC=stochastic,
+        FULL=full,
+        NQ=nq,
+        num_warps=NUM_WARPS,
+    )
 
 
 def gated(
@@ -549,27 +588,36 @@ def gated(
     y = torch.empty_like(gate)
     n = y.numel()
     grouping = Grouping(1, n, bits, group_size)
-    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
     gate_pack, up_pack = _empty_pack(gate, grouping), _empty_pack(gate, grouping)
     if n:
-        _gated_kernel[(tiles,)](
+        _gated_launch(grouping, gate.dtype, name, seed is not None)(
             memory_order(gate, y.stride()),
             memory_order(up, y.stride()),
             y,
             *gate_pack,
             *up_pack,
             gate_pack[0] if seed is None else seed,
-            n,
-            FORWARD=FORWARD[name],
-            DIGITS=DIGITS[gate.dtype],
-            SIZE=grouping.group_bytes,
-            BITS=bits,
-            STOCHASTIC=seed is not None,
-            FULL=full,
-            NQ=nq,
-            num_warps=NUM_WARPS,
         )
     return y, *gate_pack, *up_pack
+
+
+@functools.lru_cache(LAUNCHES)
+def _gated_backward_launch(
+    grouping: Grouping, dtype: torch.dtype, name: str, product: bool
+) -> Launch:
+    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
+    return _gated_backward_kernel.prepare(
+        (tiles,),
+        grouping.width,
+        FORWARD=FORWARD[name],
+        DERIVATIVE=None if product else DERIVATIVE[name],
+        DIGITS=DIGITS[dtype],
+        SIZE=grouping.group_bytes,
+        BITS=grouping.bits,
+        FULL=full,
+        NQ=nq,
+        num_warps=NUM_WARPS,
+    )
 
 
 def gated_backward(
@@ -586,27 +634,10 @@ def gated_backward(
     dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
     dup = torch.empty_like(dgate)
     n = dgate.numel()
-    grouping = Grouping(1, n, bits, group_size)
-    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
+    packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:
-        _gated_backward_kernel[(tiles,)](
-            memory_order(grad_output, stride),
-            gate_codes,
-            gate_scales,
-            up_codes,
-            up_scales,
-            dgate,
-            dup,
-            n,
-            FORWARD=FORWARD[name],
-            DERIVATIVE=DERIVATIVE[name],
-            DIGITS=DIGITS[dgate.dtype],
-            SIZE=grouping.group_bytes,
-            BITS=bits,
-            FULL=full,
-            NQ=nq,
-            num_warps=NUM_WARPS,
-        )
+        launch = _gated_backward_launch(Grouping(1, n, bits, group_size), dgate.dtype, name, False)
+        launch(memory_order(grad_output, stride), *packs, dgate, dup)
     return dgate, dup
 
 
@@ -624,25 +655,8 @@ def gated_product(
 ) -> Tensor:
     y = gate_codes.new_empty_strided(shape, stride, dtype=dtype)
     n = y.numel()
-    grouping = Grouping(1, n, bits, group_size)
-    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
+    packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:
-        _gated_backward_kernel[(tiles,)](
-            y,
-            gate_codes,
-            gate_scales,
-            up_codes,
-            up_scales,
-            y,
-            y,
-            n,
-            FORWARD=FORWARD[name],
-            DERIVATIVE=None,
-            DIGITS=DIGITS[dtype],
-            SIZE=grouping.group_bytes,
-            BITS=bits,
-            FULL=full,
-            NQ=nq,
-            num_warps=NUM_WARPS,
-        )
+        launch = _gated_backward_launch(Grouping(1, n, bits, group_size), dtype, name, True)
+        launch(y, *packs, y, y)
     return y

@@ -79,7 +79,7 @@ class Linear(_Quantised, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.linear(input, self.weight, self.bias, **self.options)
+        return quantised._linear(input, self.weight, self.bias, self.method)
 
 
 class LayerNorm(_Quantised, nn.LayerNorm):

@@ -4,12 +4,14 @@ A program walks over rows, a row a tile (see `kernels.py`), with weights in regi
 adds up its rows' share of the weight and bias gradients in registers as well.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.groupquant.kernels import (
     load_codes,
     load_tile,
@@ -188,6 +190,30 @@ def _launch_shape(grouping: Grouping) -> tuple[int, bool, int, int, int]:
     return nq, grouping.width == nq * bundle, warps, -(-grouping.rows // steps), steps
 
 
+@functools.lru_cache(LAUNCHES)
+def _forward_launch(
+    grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, stochastic: bool
+) -> Launch:
+    nq, full, warps, programs, steps = _launch_shape(grouping)
+    return _forward_kernel.prepare(
+        (programs,),
+        grouping.rows,
+        grouping.width,
+        grouping.row_groups,
+        steps,
+        eps,
+        CENTER=center,
+        WEIGHT=weight,
+        BIAS=bias,
+        SIZE=grouping.group_bytes,
+        BITS=grouping.bits,
+        STOCHASTIC=stochastic,
+        FULL=full,
+        NQ=nq,
+        num_warps=warps,
+    )
+
+
 def norm(
     x: Tensor,
     width: int,
@@ -207,8 +233,8 @@ def norm(
     rstd = x.new_empty(rows, dtype=torch.float32)
     if x.numel() == 0:
         return y, codes, scales, rstd
-    nq, full, warps, programs, steps = _launch_shape(grouping)
-    _forward_kernel[(programs,)](
+    given = (weight is not None, bias is not None, seed is not None)
+    _forward_launch(grouping, eps, center, *given)(
         x,
         y,
         x if weight is None else weight,
@@ -217,22 +243,33 @@ def norm(
         scales,
         rstd,
         codes if seed is None else seed,
-        rows,
-        width,
+    )
+    return y, codes, scales, rstd
+
+
+@functools.lru_cache(LAUNCHES)
+def _backward_launch(
+    grouping: Grouping, center: bool, weight: bool, need_weight: bool, need_bias: bool
+) -> tuple[Launch, int]:
+    """The launch, and its programs, each of which writes a partial sum."""
+    nq, full, warps, programs, steps = _launch_shape(grouping)
+    launch = _backward_kernel.prepare(
+        (programs,),
+        grouping.rows,
+        grouping.width,
         grouping.row_groups,
         steps,
-        eps,
         CENTER=center,
-        WEIGHT=weight is not None,
-        BIAS=bias is not None,
+        WEIGHT=weight,
+        NEED_WEIGHT=need_weight,
+        NEED_BIAS=need_bias,
         SIZE=grouping.group_bytes,
-        BITS=bits,
-        STOCHASTIC=seed is not None,
+        BITS=grouping.bits,
         FULL=full,
         NQ=nq,
         num_warps=warps,
     )
-    return y, codes, scales, rstd
+    return launch, programs
 
 
 def norm_backward(
@@ -254,30 +291,10 @@ def norm_backward(
         zeros = rstd.new_zeros(width)
         return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
     grouping = Grouping(rows, width, bits, group_size)
-    nq, full, warps, programs, steps = _launch_shape(grouping)
+    needs = (need_weight, need_bias)
+    launch, programs = _backward_launch(grouping, center, weight is not None, *needs)
     dweight = rstd.new_empty(programs, width) if need_weight else nothing
     dbias = rstd.new_empty(programs, width) if need_bias else nothing
-    _backward_kernel[(programs,)](
-        grad_output,
-        codes,
-        scales,
-        rstd,
-        grad_output if weight is None else weight,
-        dx,
-        dweight,
-        dbias,
-        rows,
-        width,
-        grouping.row_groups,
-        steps,
-        CENTER=center,
-        WEIGHT=weight is not None,
-        NEED_WEIGHT=need_weight,
-        NEED_BIAS=need_bias,
-        SIZE=grouping.group_bytes,
-        BITS=bits,
-        FULL=full,
-        NQ=nq,
-        num_warps=warps,
-    )
+    gamma = grad_output if weight is None else weight
+    launch(grad_output, codes, scales, rstd, gamma, dx, dweight, dbias)
     return dx, dweight.sum(0) if need_weight else nothing, dbias.sum(0) if need_bias else nothing

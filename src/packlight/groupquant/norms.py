@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import sharing
-from packlight._checks import autocast, check_tensor, needs_gradient, refuse_second_derivative
+from packlight._checks import autocast, check_tensor, refuse_second_derivative
+from packlight._library import apply_of
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant, Rounding, row_group_size
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
@@ -66,6 +67,13 @@ class _Norm(torch.autograd.Function):
         )
 
 
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    """The parameter itself where it is flat: a view is one more node of the graph."""
+    if parameter is None or parameter.dim() == 1:
+        return parameter
+    return parameter.reshape(-1)
+
+
 def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
     """`y.view(shape)`, but a tensor of its own: views of it are views of what carries the note."""
     if torch.compiler.is_compiling():
@@ -74,34 +82,38 @@ def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
     return shaped
 
 
-_apply_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Norm.apply
+_apply_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = apply_of(_Norm)
 
 
 def _norm(
     x: Tensor,
     name: str,
     plain: Callable[[Tensor], Tensor],
-    normalized_shape: Sequence[int],
+    normalized_shape: tuple[int, ...],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | None,
     method: GroupQuant,
 ) -> Tensor:
     check_tensor(x, name)
-    wanted = any(needs_gradient(t) for t in (x, weight, bias) if t is not None)
+    wanted = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
     width = math.prod(normalized_shape)
     group_size = row_group_size(width, method.group_size)
-    fits = list(x.shape[x.dim() - len(normalized_shape) :]) == list(normalized_shape)
+    fits = x.shape[x.dim() - len(normalized_shape) :] == normalized_shape
     if group_size is None or not fits:
         return plain(x)  # raises for shapes that do not fit
     seed = draw(x, method)
     if not wanted:
         return plain(x)
-    asked = f"{name}, weight {None if weight is None else weight.dtype}"
+    asked = (name, None if weight is None else weight.dtype)
     x = autocast(x, asked, lambda empty: plain(empty.view(0, *normalized_shape)))
     if eps is None:  # as torch has it: that of the dtype in which it computes
         eps = torch.finfo(compute_dtype(x)).eps
-    flat_weight, flat_bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
+    flat_weight, flat_bias = _flat(weight), _flat(bias)
     y, codes, scales = _apply_norm(
         x,
         flat_weight,
@@ -137,7 +149,7 @@ def layer_norm(
     dx = rstd (g - mean g - x~ mean(g x~)) for g = dy weight, and dweight = sum dy x~, which is
     unbiased with stochastic rounding; dbias is exact.
     """
-    shape = list(normalized_shape)
+    shape = tuple(normalized_shape)
 
     def plain(x: Tensor) -> Tensor:
         return F.layer_norm(x, shape, weight, bias, eps)
@@ -160,7 +172,7 @@ def rms_norm(
 
     Keeps what `layer_norm` keeps; dx = rstd (g - x~ mean(g x~)).
     """
-    shape = list(normalized_shape)
+    shape = tuple(normalized_shape)
 
     def plain(x: Tensor) -> Tensor:
         return F.rms_norm(x, shape, weight, eps)

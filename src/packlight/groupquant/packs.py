@@ -7,7 +7,7 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._library import define_op
-from packlight._philox import draw_seed
+from packlight._philox import draw_seed, draw_seeds
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
 from packlight.packing.layout import dense_stride
@@ -62,6 +62,11 @@ _traced_seed = define_op(
     reference=draw_seed,
     fake=lambda x: x.new_empty(1, dtype=torch.int64),
 )
+
+
+def draw_many(x: Tensor, count: int, method: GroupQuant) -> tuple[Tensor | None, ...]:
+    """What as many calls of `draw` would give, in one draw."""
+    return draw_seeds(x, count) if method.rounding == "stochastic" else (None,) * count
 
 
 def pack_input(x: Tensor, method: GroupQuant, seed: Tensor | None) -> Pack:

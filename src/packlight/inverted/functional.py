@@ -43,6 +43,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
+from packlight._library import apply_of
 from packlight.errors import InputError
 from packlight.inverted import ops
 from packlight.inverted.inverses import INVERSES
@@ -80,7 +81,7 @@ class _InvertedActivation(torch.autograd.Function):
 
 
 # A typed name: torch leaves `apply` without annotations.
-_activate: Callable[..., Tensor] = _InvertedActivation.apply
+_activate: Callable[..., Tensor] = apply_of(_InvertedActivation)
 
 
 def _plain(x: Tensor, name: str, parameters: tuple[float, ...], inplace: bool) -> Tensor:

@@ -77,6 +77,27 @@ def code_of(word, j: tl.constexpr, BITS: tl.constexpr):
     return ((word >> (j * BITS)) & ((1 << BITS) - 1)).to(tl.int32)
 
 
+@triton.jit
+def code_at(packed_ptr, place, groups, mask, BITS: tl.constexpr):
+    """The codes of elements `place`, a tensor of any shape, as int32: each is looked up by itself.
+
+    For elements that are not met eight of a word at a time.
+    """
+    lane = tl.zeros(place.shape, tl.int32)
+    for step in tl.static_range(2, -1, -1):  # place // groups, which is below 8
+        over = place >= groups << step
+        place = tl.where(over, place - (groups << step), place)
+        lane = tl.where(over, lane + (1 << step), lane)
+    bit = lane * BITS
+    byte_ptr = packed_ptr + (bit >> 3) * groups + place
+    code = tl.load(byte_ptr, mask, other=0).to(tl.int32)
+    shift = bit & 7
+    if 8 % BITS != 0:  # a code may lie in two bytes
+        high = tl.load(byte_ptr + groups, mask & (shift + BITS > 8), other=0).to(tl.int32)
+        code |= high << 8
+    return (code >> shift) & ((1 << BITS) - 1)
+
+
 # --- Masks.
 
 BLOCK = 512

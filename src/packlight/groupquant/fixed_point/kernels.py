@@ -1,12 +1,18 @@
 """Triton kernels of fixed-point codes. Launchers have the signatures of reference.py.
 
-Statistics, and the sums of the backward pass, are left to torch's own kernels, which know every
-memory format. The backward pass hands them the codes themselves, as whole numbers in the gradient's
-dtype (exact up to 8 bits in bfloat16): with CENTRE for the mean, UNIT for 1 / deviation and SCALE
-for the weight, torch's formula is that of x~.
+Memory is seen as [outer, channels, inner], whatever the strides, and value t of a channel lies at
+(t // inner, channel, t % inner): channels-last is inner = 1. Where sums over a channel are asked
+for, a program has a tile [ROWS, COLUMNS] of values and channels (COLUMNS is 1 unless channels are
+neighbours), takes tile after tile, and writes its share as a row of [2, parts, channels] in
+float32; a small kernel ends the sums. Their order is fixed, so a run repeats bit for bit on the
+same device.
+
+Traffic in bytes an element, of 16-bit tensors at 4 bits: statistics 2, forward 4.5, sums of the
+backward pass 2.5, its dx 4.5.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +23,7 @@ from packlight._launch import quick
 from packlight.groupquant.fixed_point import reference
 from packlight.groupquant.fixed_point.method import EDGE, WIDTH
 from packlight.packing.kernels import (
+    code_at,
     code_of,
     empty_word,
     load_rows,
@@ -37,32 +44,133 @@ EDGE_ = tl.constexpr(EDGE)
 WIDTH_ = tl.constexpr(WIDTH)
 
 # What `_decode_kernel` makes of a code.
-NUMBER = tl.constexpr(0)
-VALUE = tl.constexpr(1)
-RELU = tl.constexpr(2)
-MASK = tl.constexpr(3)
+VALUE = tl.constexpr(0)
+RELU = tl.constexpr(1)
+MASK = tl.constexpr(2)
+
+
+@triton.jit
+def _tile(
+    block,
+    tile,
+    inner,
+    channels,
+    LARGE: tl.constexpr,  # places need 64 bits
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Channels [1, COLUMNS], values [ROWS, 1] and places [ROWS, COLUMNS] of a tile."""
+    channel = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    t = tl.full([ROWS, 1], tile, tl.int64 if LARGE else tl.int32) * ROWS
+    t += tl.arange(0, ROWS)[:, None]
+    return channel, t, (t // inner * channels + channel) * inner + t % inner
+
+
+@quick
+@triton.jit
+def _statistics_kernel(
+    x_ptr,  # [n]
+    parts_ptr,  # [2, parts, channels]: mean and sum of squared deviations
+    size,  # values a channel
+    inner,
+    channels,
+    share,  # values of a part
+    LARGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,  # tiles on their way at once
+):
+    """Sums of x - shift and of its square, with the mean of a first tile for the shift.
+
+    One element far off among the m of that tile moves the shift by 1 / m of its distance; so what
+    cancels in the end stays within share / m^2 roundings.
+    """
+    block, part = tl.program_id(0), tl.program_id(1)
+    first = part * (share // ROWS)
+    channel, t, place = _tile(block, first, inner, channels, LARGE, ROWS, COLUMNS)
+    inside = channel < channels
+    x = tl.load(x_ptr + place, (t < size) & inside, other=0.0).to(tl.float32)
+    begin = tl.full([], part, tl.int64) * share
+    count = tl.minimum(size - begin, share)
+    shift = tl.sum(x, 0, keep_dims=True) / tl.minimum(count, ROWS).to(tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares = tl.zeros([ROWS, COLUMNS], tl.float32)
+    tiles = tl.minimum(first + share // ROWS, tl.cdiv(size, ROWS))
+    for tile in range(first, tiles, UNROLL):
+        xs, there = (), ()
+        for k in tl.static_range(UNROLL):
+            _, t, place = _tile(block, tile + k, inner, channels, LARGE, ROWS, COLUMNS)
+            there = there + (t < size,)
+            xs = xs + (tl.load(x_ptr + place, there[k] & inside, other=0.0),)
+        for k in tl.static_range(UNROLL):
+            difference = tl.where(there[k], xs[k].to(tl.float32) - shift, 0.0)
+            total += difference
+            squares += difference * difference
+    total = tl.sum(total, 0, keep_dims=True)
+    squares = tl.sum(squares, 0, keep_dims=True)
+    mean = total / count.to(tl.float32)
+    squares -= total * mean
+    squares = tl.where(squares < 0, 0.0, squares)  # keeps NaN
+    row_ptr = parts_ptr + part.to(tl.int64) * channels + channel
+    tl.store(row_ptr, shift + mean, inside)
+    tl.store(row_ptr + tl.num_programs(1).to(tl.int64) * channels, squares, inside)
 
 
 @quick
 @triton.jit
 def _table_kernel(
-    mean_ptr,  # [channels] float32, as the rest
-    rstd_ptr,
+    parts_ptr,  # [2, parts, channels], as `_statistics_kernel` leaves it
+    running_mean_ptr,  # [channels], as the rest
+    running_var_ptr,
     weight_ptr,
     bias_ptr,
+    mean_ptr,
+    rstd_ptr,
     table_ptr,  # [6, channels]
+    size,
     channels,
+    share,
+    parts,
+    momentum,
+    eps,
+    RUNNING_MEAN: tl.constexpr,
+    RUNNING_VAR: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The table of a batch norm, as `reference.channel_table`."""
+    """Statistics, the running ones, and the table of a batch norm, as `reference.channel_table`."""
     COUNT: tl.constexpr = 1 << BITS
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = channel < channels
-    mean = tl.load(mean_ptr + channel, there, other=0.0)
-    rstd = tl.load(rstd_ptr + channel, there, other=1.0)
+    part = tl.arange(0, PARTS)[:, None].to(tl.int64)
+    given = (part < parts) & there[None, :]
+    part_ptr = parts_ptr + part * channels + channel[None, :]
+    means = tl.load(part_ptr, given, other=0.0)
+    squares = tl.load(part_ptr + tl.full([], parts, tl.int64) * channels, given, other=0.0)
+    values = tl.minimum(size - part * share, share).to(tl.float32)
+    # Differences from the first part, since a mean may be large beside what is to be added up.
+    mean = tl.load(parts_ptr + channel, there, other=0.0)
+    difference = tl.where(given, (means - mean[None, :]) * values, 0.0)
+    all_values = tl.full([], size, tl.int64).to(tl.float32)
+    mean += tl.sum(difference, 0) / all_values
+    difference = means - mean[None, :]
+    squares += tl.where(given, difference * difference * values, 0.0)
+    square = tl.sum(squares, 0)
+    var = square / all_values
+    rstd = tl.where(var + eps == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(var + eps)))
+    tl.store(mean_ptr + channel, mean, there)
+    tl.store(rstd_ptr + channel, rstd, there)
+    if RUNNING_MEAN:
+        running = tl.load(running_mean_ptr + channel, there, other=0.0).to(tl.float32)
+        running = (1 - momentum) * running + momentum * mean
+        tl.store(running_mean_ptr + channel, running, there)
+    if RUNNING_VAR:
+        running = tl.load(running_var_ptr + channel, there, other=0.0).to(tl.float32)
+        running = (1 - momentum) * running + momentum * (square / (all_values - 1))
+        tl.store(running_var_ptr + channel, running, there)
     gamma = tl.full([BLOCK], 1.0, dtype=tl.float32)
     beta = tl.zeros([BLOCK], dtype=tl.float32)
     if WEIGHT:
@@ -179,7 +287,7 @@ def _decode_kernel(
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The codes as numbers, what they stand for, the ReLU of it, or dy where that is positive."""
+    """What the codes stand for, the ReLU of it, or dy where that is positive."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     groups = groups.to(tl.int64)
     n = tl.full([], n, tl.int64)
@@ -193,17 +301,16 @@ def _decode_kernel(
     if MODE == MASK:
         dys = load_rows(dy_ptr + start, start, lane, n, groups, FULL)
     for j in tl.static_range(8):
-        if MODE != NUMBER and (j == 0 or not SAME):
+        if j == 0 or not SAME:
             channel = _channel(j * groups + start, lane, inner, channels)
             shift = tl.load(table_ptr + SHIFT * channels + channel)
             step = tl.load(table_ptr + STEP * channels + channel)
             low = tl.load(table_ptr + LOW * channels + channel)
         y = code_of(word, j, BITS).to(tl.float32)
-        if MODE != NUMBER:
-            positive = y >= shift
+        positive = y >= shift
         if MODE == MASK:
             y = tl.where(positive, dys[j].to(tl.float32), 0.0)
-        if (MODE != NUMBER) and (MODE != MASK):
+        else:
             y = y * step + low
             if MODE == RELU:
                 y = tl.maximum(y, step / 2, propagate_nan=tl.PropagateNan.ALL)
@@ -211,29 +318,215 @@ def _decode_kernel(
         store_row(y_ptr + start, y, j, start, lane, n, groups, FULL)
 
 
+@triton.jit
+def _gradients_and_codes(
+    dy_ptr,
+    codes_ptr,
+    place,
+    mask,
+    n,
+    groups,
+    BITS: tl.constexpr,
+    SAME: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """The gradients of a tile and its codes in float32, 8 of each if it is one of words, else 1."""
+    gs, codes = (), ()
+    if SAME:
+        # A byte has one code of 8 bits or two of 4, so there is no need to put a word together.
+        planes = ()
+        for p in tl.static_range(BITS):
+            byte = tl.load(codes_ptr + p * groups + place, mask, other=0)
+            planes = planes + (byte.to(tl.int32),)
+        for j in tl.static_range(8):
+            there = mask if FULL else mask & (place < n - j * groups)
+            gs = gs + (tl.load(dy_ptr + j * groups + place, there, other=0.0),)
+        for j in tl.static_range(8):
+            code = planes[j * BITS // 8] >> (j * BITS % 8)
+            codes = codes + ((code & ((1 << BITS) - 1)).to(tl.float32),)
+    else:
+        codes = (code_at(codes_ptr, place, groups, mask, BITS).to(tl.float32),)
+        gs = (tl.load(dy_ptr + place, mask, other=0.0),)
+    return gs, codes
+
+
+@quick
+@triton.jit
+def _sums_kernel(
+    dy_ptr,  # [n]
+    codes_ptr,  # [BITS * groups]
+    table_ptr,  # [6, channels]
+    parts_ptr,  # [2, parts, channels]: sums of g and of g (code - CENTRE)
+    n,
+    groups,
+    size,  # words a channel if they are of one channel each, else values
+    inner,
+    channels,
+    share,  # of them, in a part
+    BITS: tl.constexpr,
+    SAME: tl.constexpr,  # the eight elements of a word are of one channel
+    FULL: tl.constexpr,  # and all there
+    LARGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    block, part = tl.program_id(0), tl.program_id(1)
+    n = tl.full([], n, tl.int64 if LARGE else tl.int32)
+    groups = tl.full([], groups, tl.int64 if LARGE else tl.int32)
+    channel = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = channel < channels
+    centre = tl.load(table_ptr + CENTRE * channels + channel, inside, other=0.0)
+    sum_g = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    first = part * (share // ROWS)
+    for tile in range(first, tl.minimum(first + share // ROWS, tl.cdiv(size, ROWS))):
+        _, t, place = _tile(block, tile, inner, channels, LARGE, ROWS, COLUMNS)
+        mask = (t < size) & inside
+        gs, codes = _gradients_and_codes(
+            dy_ptr, codes_ptr, place, mask, n, groups, BITS, SAME, FULL
+        )
+        for j in tl.static_range(8 if SAME else 1):
+            g = gs[j].to(tl.float32)
+            sum_g += g
+            sum_product += g * (codes[j] - centre)
+    row_ptr = parts_ptr + part.to(tl.int64) * channels + channel
+    tl.store(row_ptr, tl.sum(sum_g, 0, keep_dims=True), inside)
+    row_ptr += tl.num_programs(1).to(tl.int64) * channels
+    tl.store(row_ptr, tl.sum(sum_product, 0, keep_dims=True), inside)
+
+
+@quick
+@triton.jit
+def _finish_kernel(
+    parts_ptr,  # [2, parts, channels], as `_sums_kernel` leaves it
+    table_ptr,  # [6, channels]
+    dgamma_ptr,  # [channels]
+    dbeta_ptr,  # [channels]
+    plan_ptr,  # [3, channels]: dx = plan[0] (g - plan[1] - plan[2] code)
+    size,  # values a channel
+    channels,
+    parts,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = channel < channels
+    part = tl.arange(0, PARTS)[:, None]
+    given = (part < parts) & there[None, :]
+    part_ptr = parts_ptr + part * channels + channel[None, :]
+    dbeta = tl.sum(tl.load(part_ptr, given, other=0.0), 0)
+    product = tl.sum(tl.load(part_ptr + parts * channels, given, other=0.0), 0)
+    unit = tl.load(table_ptr + UNIT * channels + channel, there, other=0.0)
+    centre = tl.load(table_ptr + CENTRE * channels + channel, there, other=0.0)
+    scale = tl.load(table_ptr + SCALE * channels + channel, there, other=0.0)
+    values = tl.full([], size, tl.int64).to(tl.float32)
+    dgamma = product * unit
+    slope = dgamma / values * unit
+    tl.store(dgamma_ptr + channel, dgamma, there)
+    tl.store(dbeta_ptr + channel, dbeta, there)
+    tl.store(plan_ptr + channel, scale * unit, there)
+    tl.store(plan_ptr + channels + channel, dbeta / values - slope * centre, there)
+    tl.store(plan_ptr + 2 * channels + channel, slope, there)
+
+
+@quick
+@triton.jit
+def _dx_kernel(
+    dy_ptr,  # [n]
+    codes_ptr,  # [BITS * groups]
+    plan_ptr,  # [3, channels]
+    dx_ptr,  # [n]
+    n,
+    groups,
+    size,
+    inner,
+    channels,
+    BITS: tl.constexpr,
+    SAME: tl.constexpr,
+    FULL: tl.constexpr,
+    LARGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dx = SCALE UNIT (g - mean g - x~ mean(g x~))."""
+    blocks = tl.cdiv(channels, COLUMNS)
+    n = tl.full([], n, tl.int64 if LARGE else tl.int32)
+    groups = tl.full([], groups, tl.int64 if LARGE else tl.int32)
+    # Programs that follow each other have neighbouring channels.
+    block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    channel, t, place = _tile(block, tile, inner, channels, LARGE, ROWS, COLUMNS)
+    inside = channel < channels
+    mask = (t < size) & inside
+    gs, codes = _gradients_and_codes(dy_ptr, codes_ptr, place, mask, n, groups, BITS, SAME, FULL)
+    factor = tl.load(plan_ptr + channel, inside, other=0.0)
+    base = tl.load(plan_ptr + channels + channel, inside, other=0.0)
+    slope = tl.load(plan_ptr + 2 * channels + channel, inside, other=0.0)
+    for j in tl.static_range(8 if SAME else 1):
+        dx = factor * (gs[j].to(tl.float32) - base - slope * codes[j])
+        there = mask if FULL else mask & (place < n - j * groups)
+        tl.store(dx_ptr + j * groups + place, dx.to(dx_ptr.dtype.element_ty), there)
+
+
 # --- Launchers.
 
-# Words a program, as few-bit kernels have it.
+# Words a program of the kernels that know no channels, as few-bit kernels have it.
 BLOCK = 512
-TABLE_BLOCK = 128
+# Channels that lie side by side in a tile.
+COLUMNS = 64
+# Warps of a program, whose threads hold 16 bytes of a row each: sums over channels, and dx.
+SUM_WARPS = 8
+DX_WARPS = 4
+# Programs a multiprocessor that sum up.
+PROGRAMS = 4
+# Tiles of statistics on their way at once.
+UNROLL = 4
+# Parts times channels of a program that ends sums, and its warps.
+ENDING = 8192
+END_WARPS = 8
+# Elements of a tensor whose places are 32-bit numbers, with room for the tiles at its end.
+SHORT = 2**30
 
 
-def _statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / deviation a channel, in float32; updates the running statistics."""
-    if not x.is_cuda:  # Triton's interpreter; what follows has no kernel on the CPU
-        _, mean, rstd = torch.native_batch_norm(
-            x.float(), None, None, running_mean, running_var, True, momentum, eps
-        )
-        return mean, rstd
-    mean, rstd = torch.batch_norm_stats(x, eps)
-    if running_mean is not None:
-        count = x.numel() // x.shape[1]
-        torch.batch_norm_gather_stats(
-            x, mean[None], rstd[None], running_mean, running_var, momentum, eps, count
-        )
-    return mean, rstd
+class _Cut(NamedTuple):
+    """How [outer, channels, inner] falls into tiles."""
+
+    inner: int
+    rows: int
+    columns: int
+    blocks: int  # of columns
+
+
+def _cut(x: Tensor, stride: Sequence[int], warps: int) -> _Cut:
+    channels = x.shape[1]
+    inner = stride[1] if channels > 1 else 1  # strides of one channel say nothing
+    columns = min(COLUMNS, triton.next_power_of_2(channels)) if inner == 1 else 1
+    rows = warps * 32 * (16 // x.element_size()) // columns
+    return _Cut(inner, rows, columns, triton.cdiv(channels, columns))
+
+
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter
+        return 3
+    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _parts(device: torch.device, size: int, step: int, blocks: int) -> tuple[int, int]:
+    """Parts, and the values of each, that `size` values a channel make in steps of `step`."""
+    steps = triton.cdiv(size, step)
+    share = triton.cdiv(steps, max(1, _programs(device) // blocks))
+    return triton.cdiv(steps, share), share * step
+
+
+def _ending(device: torch.device, channels: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and constants of a kernel that ends sums."""
+    parts = triton.next_power_of_2(_programs(device))
+    block = min(128, max(1, ENDING // parts))
+    return (triton.cdiv(channels, block),), {"PARTS": parts, "BLOCK": block}
+
+
+def _whole(buffer: Tensor | None, instead: Tensor) -> Tensor:
+    """A buffer [channels] as kernels read it, some tensor where there is none."""
+    return instead if buffer is None else buffer.contiguous()
 
 
 def batch_norm(
@@ -246,19 +539,59 @@ def batch_norm(
     eps: float,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    n, channels, groups = x.numel(), x.shape[1], lanes(x.numel())
+    if n == 0:
+        return reference.batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, bits)
     stride = dense_stride(x)
     y = x.new_empty_strided(x.shape, stride)
     flat = memory_order(x, stride)
-    dense = flat.as_strided(x.shape, stride)
-    mean, rstd = _statistics(dense, running_mean, running_var, momentum, eps)
-    n, channels, groups = x.numel(), x.shape[1], lanes(x.numel())
     codes = x.new_empty(packed_bytes(n, bits), dtype=torch.uint8)
-    table = mean.new_empty(reference.ROWS, channels)
-    parameters = (mean if weight is None else weight, mean if bias is None else bias)
-    given = {"WEIGHT": weight is not None, "BIAS": bias is not None}
-    _table_kernel[(triton.cdiv(channels, TABLE_BLOCK),)](
-        mean, rstd, *parameters, table, channels, **given, BITS=bits, BLOCK=TABLE_BLOCK, num_warps=4
+    table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
+    mean, rstd = table.new_empty(2, channels)
+    cut = _cut(x, stride, SUM_WARPS)
+    size = n // channels
+    parts, share = _parts(x.device, size, cut.rows * UNROLL, cut.blocks)
+    statistics = table.new_empty(2, parts, channels)
+    _statistics_kernel[(cut.blocks, parts)](
+        flat,
+        statistics,
+        size,
+        cut.inner,
+        channels,
+        share,
+        LARGE=n >= SHORT,
+        ROWS=cut.rows,
+        COLUMNS=cut.columns,
+        UNROLL=UNROLL,
+        num_warps=SUM_WARPS,
     )
+    parameters = (_whole(weight, mean), _whole(bias, mean))
+    given = {"WEIGHT": weight is not None, "BIAS": bias is not None}
+    running = (_whole(running_mean, mean), _whole(running_var, mean))
+    grid, ending = _ending(x.device, channels)
+    _table_kernel[grid](
+        statistics,
+        *running,
+        *parameters,
+        mean,
+        rstd,
+        table,
+        size,
+        channels,
+        share,
+        parts,
+        float(momentum),
+        float(eps),
+        RUNNING_MEAN=running_mean is not None,
+        RUNNING_VAR=running_var is not None,
+        **given,
+        BITS=bits,
+        **ending,
+        num_warps=END_WARPS,
+    )
+    for buffer, written in zip((running_mean, running_var), running, strict=True):
+        if buffer is not None and buffer is not written:
+            buffer.copy_(written)
     _forward_kernel[(triton.cdiv(groups, BLOCK),)](
         flat,
         y,
@@ -269,11 +602,11 @@ def batch_norm(
         table,
         n,
         groups,
-        stride[1],
+        cut.inner,
         channels,
         **given,
         BITS=bits,
-        SAME=groups % (stride[1] * channels) == 0,
+        SAME=groups % (cut.inner * channels) == 0,
         FULL=n == 8 * groups and groups % BLOCK == 0,
         BLOCK=BLOCK,
         num_warps=4,
@@ -288,6 +621,7 @@ def _decode(
     n, groups = y.numel(), lanes(y.numel())
     if n == 0:
         return y
+    inner = _cut(y, y.stride(), DX_WARPS).inner
     _decode_kernel[(triton.cdiv(groups, BLOCK),)](
         codes,
         table,
@@ -295,11 +629,11 @@ def _decode(
         y,
         n,
         groups,
-        y.stride(1),
+        inner,
         y.shape[1],
         MODE=mode.value,
         BITS=bits,
-        SAME=groups % (y.stride(1) * y.shape[1]) == 0,
+        SAME=groups % (inner * y.shape[1]) == 0,
         FULL=n == 8 * groups and groups % BLOCK == 0,
         BLOCK=BLOCK,
         num_warps=4,
@@ -310,23 +644,64 @@ def _decode(
 def batch_norm_backward(
     grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    _decode(codes, table, None, numbers, bits, NUMBER)
-    flat = memory_order(grad_output, stride)
-    dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-        flat.as_strided(grad_output.shape, tuple(stride)),
-        numbers,
-        table[reference.SCALE],
-        None,
-        None,
-        table[reference.CENTRE],
-        table[reference.UNIT],
-        True,
-        0.0,
-        [True, True, True],
+    n, channels, groups = grad_output.numel(), table.shape[1], lanes(grad_output.numel())
+    if n == 0:
+        return reference.batch_norm_backward(grad_output, codes, table, stride, bits)
+    dy = memory_order(grad_output, stride)
+    dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    dgamma, dbeta = table.new_empty(2, channels)
+    cut = _cut(dx, stride, SUM_WARPS)
+    same = groups % (cut.inner * channels) == 0
+    size = (groups if same else n) // channels
+    block = {"BITS": bits, "SAME": same, "FULL": not same or n == 8 * groups, "LARGE": n >= SHORT}
+    parts, share = _parts(dx.device, size, cut.rows, cut.blocks)
+    sums = table.new_empty(2, parts, channels)
+    _sums_kernel[(cut.blocks, parts)](
+        dy,
+        codes,
+        table,
+        sums,
+        n,
+        groups,
+        size,
+        cut.inner,
+        channels,
+        share,
+        **block,
+        ROWS=cut.rows,
+        COLUMNS=cut.columns,
+        num_warps=SUM_WARPS,
     )
-    if dx.stride() != tuple(stride):
-        dx = dx.new_empty_strided(dx.shape, tuple(stride)).copy_(dx)
+    plan = table.new_empty(3, channels)
+    grid, ending = _ending(dx.device, channels)
+    _finish_kernel[grid](
+        sums,
+        table,
+        dgamma,
+        dbeta,
+        plan,
+        n // channels,
+        channels,
+        parts,
+        **ending,
+        num_warps=END_WARPS,
+    )
+    cut = _cut(dx, stride, DX_WARPS)
+    _dx_kernel[(cut.blocks * triton.cdiv(size, cut.rows),)](
+        dy,
+        codes,
+        plan,
+        dx,
+        n,
+        groups,
+        size,
+        cut.inner,
+        channels,
+        **block,
+        ROWS=cut.rows,
+        COLUMNS=cut.columns,
+        num_warps=DX_WARPS,
+    )
     return dx, dgamma, dbeta
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight._library import apply_of
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant, row_group_size
 from packlight.groupquant.modules import _Quantised
@@ -122,7 +123,7 @@ class _RoundedNorm(torch.autograd.Function):
         )
 
 
-_norm_rounded: Callable[..., tuple[Tensor, Tensor, Tensor]] = _RoundedNorm.apply
+_norm_rounded: Callable[..., tuple[Tensor, Tensor, Tensor]] = apply_of(_RoundedNorm)
 
 
 def _fits(x: Tensor, weight: Tensor, method: GroupQuant) -> int | None:
