@@ -268,7 +268,7 @@ def draw_training(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
                 epochs,
                 [statistics.fmean(values) for values in curves],
                 color="black" if method == "exact" else colour,
-                label=f"{method}: {kept:.2f} GiB, {len(seeds)} seeds",
+                label=f"{method}: {kept:.2f} GiB, {len(seeds)} seed" + "s" * (len(seeds) > 1),
             )
             axis.fill_between(
                 epochs,
