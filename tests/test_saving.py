@@ -914,3 +914,17 @@ def test_any_program_has_the_gradients_of_values_quantised_when_saved(program):
         assert (one is None) == (other is None)
         if one is not None:
             assert torch.equal(one, other)
+
+
+def test_what_a_layer_of_ours_keeps_stays_exact():
+    """A second pack would be silent: Inverted takes the inverse of the very output."""
+    from packlight import inverted
+
+    for layer in (inverted.LayerNorm(64), inverted.GELU()):
+        x = torch.randn(128, 64, requires_grad=True)
+        dy = torch.randn(128, 64)
+        (expected,) = torch.autograd.grad(layer(x * 1.0), x, dy)
+        with packlight.saving(GroupQuant(4, rounding="nearest"), min_bytes=0):
+            y = layer(x * 1.0)
+        (actual,) = torch.autograd.grad(y, x, dy)
+        torch.testing.assert_close(actual, expected)

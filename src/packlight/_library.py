@@ -50,23 +50,6 @@ def constant_while_traced(function: _F) -> _F:
     return function
 
 
-def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without what torch does in Python for transforms of `torch.func`.
-
-    That is half of what a call costs. Where such a transform is active, torch's own runs, which
-    raises, and where a region is traced, which follows no other.
-    """
-    base: Any = super(torch.autograd.Function, function)
-    direct: Callable[..., Any] = base.apply
-
-    def apply(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        return direct(*args)
-
-    return apply
-
-
 def define_op(
     schema: str,
     *,

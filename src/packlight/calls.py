@@ -133,7 +133,10 @@ def _alone(forward: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _push_mode(mode)
 
-    setattr(alone, _ALONE, True)
+    # A code object of its own: the compiler counts recompilations by it, up to eight.
+    wrapped: Any = alone
+    wrapped.__code__ = wrapped.__code__.replace(co_name=f"alone_{forward.__qualname__}")
+    setattr(wrapped, _ALONE, True)
     return alone
 
 

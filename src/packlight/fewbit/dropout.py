@@ -16,7 +16,6 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._library import apply_of
 from packlight._philox import draw_seed
 from packlight.errors import InputError
 from packlight.fewbit import ops
@@ -58,7 +57,7 @@ def _dropped(x: Tensor, codes: Tensor, p: float, stride: tuple[int, ...]) -> Ten
     return y
 
 
-_drop: Callable[..., Any] = apply_of(_Dropout)
+_drop: Callable[..., Any] = _Dropout.apply
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one

@@ -39,7 +39,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._library import apply_of, constant_while_traced
+from packlight._library import constant_while_traced
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.fewbit.activations import (
@@ -140,7 +140,7 @@ class _Activation(torch.autograd.Function):
         return ops.decode_backward(grad_output, codes, *ctx.decoding, ctx.stride), *[None] * 4
 
 
-_activate: Callable[..., Tensor] = apply_of(_Activation)
+_activate: Callable[..., Tensor] = _Activation.apply
 
 
 class _Custom(torch.autograd.Function):
@@ -169,7 +169,7 @@ class _Custom(torch.autograd.Function):
         return ops.decode_backward(grad_output, codes, *ctx.decoding, ctx.stride), None, None
 
 
-_activate_custom: Callable[..., Tensor] = apply_of(_Custom)
+_activate_custom: Callable[..., Tensor] = _Custom.apply
 
 
 def _plain(

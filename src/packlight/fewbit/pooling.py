@@ -14,7 +14,6 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._library import apply_of
 from packlight.errors import InputError
 from packlight.fewbit import ops
 
@@ -47,7 +46,7 @@ class _MaxPool(torch.autograd.Function):
         return dx, None, None, None
 
 
-_pool: Callable[..., Any] = apply_of(_MaxPool)
+_pool: Callable[..., Any] = _MaxPool.apply
 
 
 def _tuple(value: Any, axes: int, name: str) -> tuple[int, ...]:

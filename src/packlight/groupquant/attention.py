@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
-from packlight._library import apply_of, constant_while_traced
+from packlight._library import constant_while_traced
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.packs import KEEPS, Rebuild, draw_many, new_pack
 from packlight.sharing import Pack
@@ -252,7 +252,7 @@ def _backend(
     return _choose(query, key, value, mask, dropout_p, is_causal)
 
 
-_attend: Callable[..., tuple[Tensor, Tensor, Tensor]] = apply_of(_Attention)
+_attend: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Attention.apply
 
 
 def scaled_dot_product_attention(

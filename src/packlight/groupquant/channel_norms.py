@@ -13,7 +13,6 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
-from packlight._library import apply_of
 from packlight.groupquant import channel_norm_ops, ops
 from packlight.groupquant.channel_norm_ops import along_channels
 from packlight.groupquant.fixed_point.functional import norm_worth_packing
@@ -123,8 +122,8 @@ def _wanted(ctx: Any, gradients: Any, needed: Any) -> list[Tensor | None]:
     ]
 
 
-_apply_batch_norm: Callable[..., tuple[Tensor, ...]] = apply_of(_BatchNorm)
-_apply_group_norm: Callable[..., tuple[Tensor, ...]] = apply_of(_GroupNorm)
+_apply_batch_norm: Callable[..., tuple[Tensor, ...]] = _BatchNorm.apply
+_apply_group_norm: Callable[..., tuple[Tensor, ...]] = _GroupNorm.apply
 
 
 def _noted(y: Tensor, method: GroupQuant, tensors: tuple[Tensor, ...]) -> Tensor:

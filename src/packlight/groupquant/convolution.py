@@ -19,7 +19,6 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import check_tensor, is_frozen, needs_gradient, refuse_second_derivative
-from packlight._library import apply_of
 from packlight._recast import recast
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant, Rounding
@@ -112,7 +111,7 @@ class _Convolution(torch.autograd.Function):
         return *cast, None, None, *[None] * len(tensors)
 
 
-_apply: Callable[..., Tensor] = apply_of(_Convolution)
+_apply: Callable[..., Tensor] = _Convolution.apply
 
 
 def _numbers(value: Any, axes: int, name: str) -> tuple[int, ...]:
@@ -221,7 +220,7 @@ class _Pad(torch.autograd.Function):
         return _pad_backward(grad_output, ctx.shape, ctx.widths, ctx.mode), None, None
 
 
-_apply_pad: Callable[..., Tensor] = apply_of(_Pad)
+_apply_pad: Callable[..., Tensor] = _Pad.apply
 
 
 def _pad_backward(

@@ -32,7 +32,6 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._library import apply_of
 from packlight._recast import recast
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
@@ -83,7 +82,7 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias, None, *[None] * len(tensors)
 
 
-_apply_linear: Callable[..., Tensor] = apply_of(_Linear)
+_apply_linear: Callable[..., Tensor] = _Linear.apply
 
 
 def linear(
@@ -146,7 +145,7 @@ class _Activation(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
-_activate: Callable[..., tuple[Tensor, Tensor, Tensor]] = apply_of(_Activation)
+_activate: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Activation.apply
 
 
 def _activation(
@@ -375,7 +374,7 @@ class _Gated(torch.autograd.Function):
         return dgate, dup, None, None, None, None
 
 
-_apply_gated: Callable[..., tuple[Tensor, ...]] = apply_of(_Gated)
+_apply_gated: Callable[..., tuple[Tensor, ...]] = _Gated.apply
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
-from packlight._library import apply_of
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant, Rounding, row_group_size
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
@@ -82,7 +81,7 @@ def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
     return shaped
 
 
-_apply_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = apply_of(_Norm)
+_apply_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Norm.apply
 
 
 def _norm(

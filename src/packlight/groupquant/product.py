@@ -9,7 +9,6 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
-from packlight._library import apply_of
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.packs import KEEPS, draw, pack_input, worth_packing
 from packlight.sharing import Pack
@@ -50,7 +49,7 @@ class _Multiplication(torch.autograd.Function):
         return grad_output * b, grad_output * a, None, *[None] * len(tensors)
 
 
-_multiply: Callable[..., Tensor] = apply_of(_Multiplication)
+_multiply: Callable[..., Tensor] = _Multiplication.apply
 
 
 def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any) -> Tensor:

@@ -43,7 +43,6 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._library import apply_of
 from packlight.errors import InputError
 from packlight.inverted import ops
 from packlight.inverted.inverses import INVERSES
@@ -81,7 +80,7 @@ class _InvertedActivation(torch.autograd.Function):
 
 
 # A typed name: torch leaves `apply` without annotations.
-_activate: Callable[..., Tensor] = apply_of(_InvertedActivation)
+_activate: Callable[..., Tensor] = _InvertedActivation.apply
 
 
 def _plain(x: Tensor, name: str, parameters: tuple[float, ...], inplace: bool) -> Tensor:

@@ -45,7 +45,6 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import autocast_dtype, check_tensor, refuse_second_derivative
-from packlight._library import apply_of
 from packlight.errors import InputError
 from packlight.inverted import norm_ops as ops
 from packlight.inverted.norm_ill_posed import WELL_POSED, Verdict, judge, verdict_on
@@ -183,8 +182,8 @@ class _InvertedChannelNorm(torch.autograd.Function):
 
 
 # Typed names: torch leaves `apply` without annotations.
-_norm_rows: Callable[..., Any] = apply_of(_InvertedRowNorm)
-_norm_channels: Callable[..., Any] = apply_of(_InvertedChannelNorm)
+_norm_rows: Callable[..., Any] = _InvertedRowNorm.apply
+_norm_channels: Callable[..., Any] = _InvertedChannelNorm.apply
 
 
 def _unless(absent: bool, tensor: Tensor) -> Tensor | None:

@@ -28,7 +28,6 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._library import apply_of
 from packlight._philox import draw_seed
 from packlight._recast import recast
 from packlight.errors import InputError
@@ -92,7 +91,7 @@ class _Layer(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None
 
 
-_apply: Callable[..., Tensor] = apply_of(_Layer)
+_apply: Callable[..., Tensor] = _Layer.apply
 
 
 def _check(x: Tensor, weight: Tensor, axes: int) -> None:

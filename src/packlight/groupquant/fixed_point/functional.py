@@ -14,7 +14,6 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
-from packlight._library import apply_of
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.method import FixedPoint, check_bits
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild
@@ -64,7 +63,7 @@ class _BatchNorm(torch.autograd.Function):
         return dx if ctx.needs_input_grad[0] else None, dweight, dbias, *[None] * 5
 
 
-_apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = apply_of(_BatchNorm)
+_apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _BatchNorm.apply
 
 
 def batch_norm(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from packlight import fewbit, sharing
 from packlight._checks import check_inplace, check_tensor, needs_gradient, refuse_second_derivative
-from packlight._library import apply_of
 from packlight.fewbit import ops as few_bit
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, ResidualRebuild
@@ -44,7 +43,7 @@ class _CodedReLU(torch.autograd.Function):
         return ops.relu_backward(grad_output, *ctx.saved_tensors, *ctx.layout), *[None] * 5
 
 
-_apply_coded: Callable[..., Tensor] = apply_of(_CodedReLU)
+_apply_coded: Callable[..., Tensor] = _CodedReLU.apply
 
 
 class _MaskedReLU(torch.autograd.Function):
@@ -74,7 +73,7 @@ class _MaskedReLU(torch.autograd.Function):
         return dx, None
 
 
-_apply_masked: Callable[..., tuple[Tensor, Tensor]] = apply_of(_MaskedReLU)
+_apply_masked: Callable[..., tuple[Tensor, Tensor]] = _MaskedReLU.apply
 
 
 def _times_mask(x: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -68,6 +68,9 @@ def _kept_of_sum(a: Tensor, b: object) -> Pack | None:
 def _linked(one: Pack, two: Pack, stride: tuple[int, ...]) -> Pack | None:
     """The sum of a batch norm, `one`, and of `two`."""
     norm, other = one.rebuild, two.rebuild
+    # A tensor that stood twice among those that a layer saves, the tracer would refuse.
+    if any(kept is other_kept for kept in one.tensors for other_kept in two.tensors):
+        return None
     if not isinstance(norm, Rebuild) or norm.relu or norm.stride != stride:
         return None
     tensors = (*two.tensors, *one.tensors)

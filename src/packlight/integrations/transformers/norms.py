@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
-from packlight._library import apply_of
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant, row_group_size
 from packlight.groupquant.modules import _Quantised
@@ -123,7 +122,7 @@ class _RoundedNorm(torch.autograd.Function):
         )
 
 
-_norm_rounded: Callable[..., tuple[Tensor, Tensor, Tensor]] = apply_of(_RoundedNorm)
+_norm_rounded: Callable[..., tuple[Tensor, Tensor, Tensor]] = _RoundedNorm.apply
 
 
 def _fits(x: Tensor, weight: Tensor, method: GroupQuant) -> int | None:
