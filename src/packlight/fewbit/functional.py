@@ -140,6 +140,7 @@ class _Activation(torch.autograd.Function):
         return ops.decode_backward(grad_output, codes, *ctx.decoding, ctx.stride), *[None] * 4
 
 
+# Typed names: torch leaves `apply` without annotations.
 _activate: Callable[..., Tensor] = _Activation.apply
 
 
