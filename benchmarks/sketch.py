@@ -139,6 +139,7 @@ def sweep(problem: Problem, shares: list[float], repeats: int) -> None:
         shares, (64, 128, 256), (32, 64, 128), (2, 4, 8)
     ):
         kernels.COLUMNS, kernels.PLACES, kernels.WARPS = columns, places, warps
+        kernels._transform_launches.cache_clear()
         count = Sketch(share).row_count(x.shape[0])
         y = x.new_empty(count, x.shape[1])
         time = interleaved({"sketch": lambda y=y: kernels.apply(x, seed, "srht", y)}, repeats)

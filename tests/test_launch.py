@@ -1,5 +1,7 @@
 """The launcher: one compiled kernel for each thing that Triton would compile anew for."""
 
+import importlib
+
 import pytest
 import torch
 from triton import knobs
@@ -158,3 +160,27 @@ def test_a_profiler_hears_of_prepared_launches(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "launch_exit_hook", lambda metadata: None)
     launch(torch.zeros(32))
     assert kinds(kernel) == ["compiled", "hooked"]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "fewbit.dropout_kernels",
+        "fewbit.kernels",
+        "fewbit.pooling_kernels",
+        "groupquant.fixed_point.kernels",
+        "groupquant.fixed_point.residual_kernels",
+        "groupquant.kernels",
+        "groupquant.norm_kernels",
+        "inverted.kernels",
+        "inverted.norm_kernels",
+        "packing.kernels",
+        "sketch.kernels",
+    ],
+)
+def test_what_launchers_keep_is_bounded(module):
+    module = importlib.import_module(f"packlight.{module}")
+    cached = [f for f in vars(module).values() if hasattr(f, "cache_parameters")]
+    own = [f for f in cached if f.__module__ == module.__name__]
+    assert own
+    assert all(f.cache_parameters()["maxsize"] for f in own)

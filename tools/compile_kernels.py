@@ -25,6 +25,7 @@ from packlight.elementwise.kernels import FORWARD
 from packlight.fewbit import dropout_kernels, kernels, pooling_kernels
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
+from packlight.groupquant.fixed_point import residual_kernels
 from packlight.inverted import kernels as inverted_kernels
 from packlight.inverted import norm_kernels
 from packlight.sketch import kernels as sketch_kernels
@@ -81,9 +82,8 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
 def norm_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
     """As `variants`, with the warps of a program and the elements of its tile."""
     affine = {"HAS_WEIGHT": True, "HAS_BIAS": True, "CENTRED": True, "EXACT": False}
-    rms = {**affine, "HAS_BIAS": False, "CENTRED": False, "bias_ptr": None, "dbeta_ptr": None}
-    exact, none = {**affine, "EXACT": True}, {"slots_ptr": None, "exact_ptr": None}
-    for label, norm in (("layer", affine | none), ("rms", rms | none), ("exact layer", exact)):
+    rms, exact = {**affine, "HAS_BIAS": False, "CENTRED": False}, {**affine, "EXACT": True}
+    for label, norm in (("layer", affine), ("rms", rms), ("exact layer", exact)):
         for width in (64, 768, 1024, 2048, 4096, 8192, 16384):
             for dtype in ("bf16", "fp32"):
                 block = triton.next_power_of_2(width)
@@ -237,6 +237,22 @@ def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int,
                 )
 
 
+def residual_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `norm_variants`: chains of 1 to 4 links that start with a tensor and are masked
+    throughout, or that start with nothing and have every other link masked."""
+    block = fixed_point_kernels.BLOCK
+    for bits, dtype, regular, start, links in itertools.product(
+        (4, 8), ("fp32", "bf16"), (True, False), (True, False), range(1, 5)
+    ):
+        masks = (0b1111 if start else 0b0101) & ((1 << links) - 1)
+        constants = {"START": start, "LINKS": links, "MASKS": masks, "BITS": bits}
+        constants |= {"SAME": regular, "FULL": regular, "BLOCK": block}
+        if regular:
+            constants["inner"] = 1
+        label = f"residual {dtype} {bits} bits, regular {regular}, start {start}, {links} links"
+        yield label, residual_kernels._residual_kernel, constants, dtype, 4, 8 * block
+
+
 def sketch_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
     """As `norm_variants`: sketches at the lengths of blocks that shares of 0.1 to 0.5 take."""
     for degree in (4, 7, 10):
@@ -270,8 +286,6 @@ def sketch_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]
         yield f"sketch statistics {dtype}", kernel, constants, dtype, 8, rows * columns
         for weighted in (False, True):
             constants = {"HAS_WEIGHT": weighted, "COLUMNS": columns}
-            if not weighted:
-                constants["weight_ptr"] = None
             kernel = sketch_kernels._gather_kernel
             yield f"sketch gather {dtype}, weight {weighted}", kernel, constants, dtype, 4, columns
 
@@ -302,9 +316,12 @@ def compile_kernel(
             special["bits_ptr"] = "*u8"
             special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
-            special["mean_ptr"] = special["norms_ptr"] = "*fp32"
+            special["moments_ptr"] = special["norms_ptr"] = "*fp32"
             special |= dict.fromkeys(("index_ptr", "places_ptr", "chosen_ptr"), "*i32")
             special["draws_ptr"] = "*i64"
+            special |= dict.fromkeys(("mask_ptr", "mask1_ptr", "mask2_ptr", "mask3_ptr"), "*u8")
+            special |= dict.fromkeys(("codes1_ptr", "codes2_ptr", "codes3_ptr"), "*u8")
+            special |= dict.fromkeys(("table1_ptr", "table2_ptr", "table3_ptr"), "*fp32")
             names = ("parts_ptr", "plan_ptr", "running_mean_ptr", "running_var_ptr")
             special |= dict.fromkeys(names, "*fp32")
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
@@ -367,6 +384,7 @@ def main() -> None:
         *plain,
         *pool_variants(),
         *fixed_point_variants(),
+        *residual_variants(),
         *norm_variants(),
         *sketch_variants(),
     ):

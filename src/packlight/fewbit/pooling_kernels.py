@@ -7,6 +7,7 @@ windows that span it whether it was their maximum. No atomics, so the result doe
 timing.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.fewbit import pooling_reference as reference
 from packlight.packing import reference as packing
 from packlight.packing.kernels import code_at, store_word
-from packlight.packing.layout import lanes, memory_order
+from packlight.packing.layout import laid_out, lanes, packed_bytes
 
 # Loops of so many rounds are unrolled.
 UNROLLED = tl.constexpr(16)
@@ -331,6 +332,54 @@ def _tiling(channels: int, size: Sequence[int], bytes_each: int) -> _Tiling:
     )
 
 
+@functools.lru_cache(LAUNCHES)
+def _output_size(
+    input_size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    ceil_mode: bool,
+) -> tuple[int, ...]:
+    x = torch.empty(input_size, device="meta")
+    return reference.output_shape(x, kernel, stride, padding, dilation, ceil_mode)
+
+
+@functools.lru_cache(LAUNCHES)
+def _forward_launch(
+    input_size: tuple[int, ...],
+    output_size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    layout: torch.memory_format,
+    itemsize: int,
+    short: int,
+) -> tuple[Launch, bool]:
+    """The launch, and whether it makes words."""
+    sizes, constants = _geometry(input_size, output_size, kernel, stride, padding, dilation, layout)
+    channels, size = sizes[0], sizes[4:]
+    n, slab = math.prod(output_size), channels * math.prod(size)
+    groups, slabs = lanes(n), n // slab
+    words = groups % slab == 0
+    tiling = _tiling(channels, size, itemsize)
+    launch = _forward_kernel.prepare(
+        (tiling.programs * (groups // slab if words else slabs),),
+        slabs,
+        groups // slab,
+        groups,
+        *sizes,
+        **constants,
+        BITS=reference.offset_bits(kernel),
+        WORDS=words,
+        LARGE=max(math.prod(input_size), n) // slabs >= short,
+        **tiling.constants,
+        num_warps=tiling.warps,
+    )
+    return launch, words
+
+
 def max_pool(
     x: Tensor,
     kernel: Sequence[int],
@@ -342,37 +391,56 @@ def max_pool(
     bits = reference.offset_bits(kernel)
     if bits > 8:  # one word cannot hold eight such offsets; windows over 256 elements are rare
         return reference.max_pool(x, kernel, stride, padding, dilation, ceil_mode)
-    axes = len(kernel)
-    layout = reference.memory_format(x, axes)
+    layout = reference.memory_format(x, len(kernel))
     x = x.contiguous(memory_format=layout)
-    size = reference.output_shape(x, kernel, stride, padding, dilation, ceil_mode)
+    window = (tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+    size = _output_size(x.shape, *window, ceil_mode)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
-    n, groups = y.numel(), lanes(y.numel())
+    n = y.numel()
     if n == 0:
-        return y, x.new_empty(bits * groups, dtype=torch.uint8)
-    sizes, constants = _geometry(x.shape, size, kernel, stride, padding, dilation, layout)
-    channels, output_size = sizes[0], sizes[4:]
-    slab = channels * math.prod(output_size)
-    slabs, words = n // slab, groups % slab == 0
+        return y, x.new_empty(0, dtype=torch.uint8)
+    launch, words = _forward_launch(x.shape, size, *window, layout, x.element_size(), SHORT)
     # Where words are not whole, one kernel more packs the offsets: batches of other than 8 k.
-    codes = x.new_empty(bits * groups if words else n, dtype=torch.uint8)
-    tiling = _tiling(channels, output_size, x.element_size())
-    _forward_kernel[(tiling.programs * (groups // slab if words else slabs),)](
-        x,
-        y,
-        codes,
-        slabs,
+    codes = x.new_empty(packed_bytes(n, bits) if words else n, dtype=torch.uint8)
+    launch(x, y, codes)
+    return y, codes if words else packing.pack(codes, bits)
+
+
+# The layout of an output of these sizes and strides.
+_layout = functools.lru_cache(LAUNCHES)(reference.output_format)
+
+
+@functools.lru_cache(LAUNCHES)
+def _backward_launch(
+    input_size: tuple[int, ...],
+    output_size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    layout: torch.memory_format,
+    itemsize: int,
+    short: int,
+) -> Launch:
+    sizes, constants = _geometry(input_size, output_size, kernel, stride, padding, dilation, layout)
+    channels, size = sizes[0], sizes[1:4]
+    n, count = math.prod(input_size), math.prod(output_size)
+    groups, slabs = lanes(count), n // (channels * math.prod(size))
+    slab = channels * math.prod(sizes[4:])
+    tiling = _tiling(channels, size, itemsize)
+    return _backward_kernel.prepare(
+        (tiling.programs * slabs,),
         groups // slab,
         groups,
         *sizes,
         **constants,
-        BITS=bits,
-        WORDS=words,
-        LARGE=max(x.numel(), n) // slabs >= SHORT,
+        **_spanning(constants),
+        BITS=reference.offset_bits(kernel),
+        WHOLE=groups % slab == 0,
+        LARGE=max(n, count) // slabs >= short,
         **tiling.constants,
         num_warps=tiling.warps,
     )
-    return y, codes if words else packing.pack(codes, bits)
 
 
 def max_pool_backward(
@@ -385,37 +453,18 @@ def max_pool_backward(
     input_size: Sequence[int],
     output_stride: Sequence[int],
 ) -> Tensor:
-    bits = reference.offset_bits(kernel)
-    if bits > 8:
+    if reference.offset_bits(kernel) > 8:
         return reference.max_pool_backward(
             grad_output, codes, kernel, stride, padding, dilation, input_size, output_stride
         )
-    layout = reference.output_format(grad_output.shape, output_stride, len(kernel))
+    input_size, output_stride = tuple(input_size), tuple(output_stride)
+    layout = _layout(grad_output.shape, output_stride, len(kernel))
     grad_input = torch.empty(
-        tuple(input_size), dtype=grad_output.dtype, device=grad_output.device, memory_format=layout
+        input_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout
     )
-    n = grad_input.numel()
-    if n:
-        sizes, constants = _geometry(
-            input_size, grad_output.shape, kernel, stride, padding, dilation, layout
-        )
-        channels, groups = sizes[0], lanes(grad_output.numel())
-        slabs = n // (channels * math.prod(sizes[1:4]))
-        slab = channels * math.prod(sizes[4:])
-        tiling = _tiling(channels, sizes[1:4], grad_input.element_size())
-        _backward_kernel[(tiling.programs * slabs,)](
-            memory_order(grad_output, output_stride),
-            codes,
-            grad_input,
-            groups // slab,
-            groups,
-            *sizes,
-            **constants,
-            **_spanning(constants),
-            BITS=bits,
-            WHOLE=groups % slab == 0,
-            LARGE=max(n, grad_output.numel()) // slabs >= SHORT,
-            **tiling.constants,
-            num_warps=tiling.warps,
-        )
+    if grad_input.numel():
+        window = (tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+        sizes = (input_size, grad_output.shape)
+        launch = _backward_launch(*sizes, *window, layout, grad_input.element_size(), SHORT)
+        launch(laid_out(grad_output, output_stride), codes, grad_input)
     return grad_input

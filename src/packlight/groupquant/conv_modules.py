@@ -11,22 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from packlight.groupquant.channel_norms import batch_norm, group_norm
-from packlight.groupquant.convolution import (
-    conv1d,
-    conv2d,
-    conv3d,
-    conv_transpose1d,
-    conv_transpose2d,
-    conv_transpose3d,
-    pad,
-)
+from packlight.groupquant.convolution import convolve, pad
 from packlight.groupquant.fixed_point.modules import start_batch
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.modules import _Quantised
 
 _DEFAULT = GroupQuant()
-_CONV = {1: conv1d, 2: conv2d, 3: conv3d}
-_CONV_TRANSPOSE = {1: conv_transpose1d, 2: conv_transpose2d, 3: conv_transpose3d}
 
 
 class _Conv(_Quantised, nn.modules.conv._ConvNd):
@@ -64,9 +54,9 @@ class _Conv(_Quantised, nn.modules.conv._ConvNd):
             widths = self._reversed_padding_repeated_twice
             input = pad(input, self.weight, widths, self.padding_mode, self.method)
             padding = 0
-        conv = _CONV[len(self.kernel_size)]
-        sizes = (self.stride, padding, self.dilation, self.groups)
-        return conv(input, self.weight, self.bias, *sizes, **self.options)
+        # Not by way of `conv2d`, which would make the method anew and check it.
+        sizes = (self.stride, padding, self.dilation, self.groups, len(self.kernel_size))
+        return convolve(input, self.weight, self.bias, *sizes, self.method)
 
 
 class Conv1d(_Conv, nn.Conv1d):
@@ -115,8 +105,9 @@ class _ConvTranspose(_Quantised, nn.modules.conv._ConvTransposeNd):
         axes = len(self.kernel_size)
         given: Any = (self.stride, self.padding, self.kernel_size, axes, self.dilation)
         output_padding = self._output_padding(input, output_size, *given)
-        sizes: Any = (self.stride, self.padding, output_padding, self.groups, self.dilation)
-        return _CONV_TRANSPOSE[axes](input, self.weight, self.bias, *sizes, **self.options)
+        padding: Any = self.padding
+        sizes = (self.stride, padding, self.dilation, self.groups, axes)
+        return convolve(input, self.weight, self.bias, *sizes, self.method, output_padding)
 
 
 class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):

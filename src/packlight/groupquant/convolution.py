@@ -36,6 +36,7 @@ _PLAIN: dict[tuple[int, bool], Callable[..., Tensor]] = {
     (2, True): F.conv_transpose2d,
     (3, True): F.conv_transpose3d,
 }
+_backward = torch.ops.aten.convolution_backward.default
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
@@ -49,16 +50,8 @@ class _Geometry:
     output_padding: tuple[int, ...]
     groups: int
 
-    @property
-    def axes(self) -> int:
-        return len(self.stride)
-
-    @property
-    def name(self) -> str:
-        return f"conv_transpose{self.axes}d" if self.transposed else f"conv{self.axes}d"
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        plain = _PLAIN[self.axes, self.transposed]
+        plain = _PLAIN[len(self.stride), self.transposed]
         if self.transposed:
             output = (self.output_padding, self.groups, self.dilation)
             return plain(x, weight, bias, self.stride, self.padding, *output)
@@ -68,11 +61,11 @@ class _Geometry:
         self, grad_output: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, those that `mask` asks for."""
-        single = x.dim() == self.axes + 1  # no batch dimension
+        single = x.dim() == len(self.stride) + 1  # no batch dimension
         if single:
             grad_output, x = grad_output.unsqueeze(0), x.unsqueeze(0)
         features = grad_output.shape[1]
-        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        dx, dweight, dbias = _backward(
             grad_output, x, weight, [features], self.stride, self.padding, self.dilation,
             self.transposed, self.output_padding, self.groups, mask,
         )  # fmt: skip
@@ -131,8 +124,7 @@ def _numbers(value: Any, axes: int, name: str) -> tuple[int, ...]:
     return numbers
 
 
-def _check_shapes(x: Tensor, weight: Tensor, geometry: _Geometry) -> None:
-    axes, name = geometry.axes, geometry.name
+def _check_shapes(name: str, axes: int, x: Tensor, weight: Tensor, geometry: _Geometry) -> None:
     if x.dim() not in (axes + 1, axes + 2):
         raise InputError(
             f"{name} takes {axes + 1} or {axes + 2} dimensions, got shape {tuple(x.shape)}"
@@ -158,7 +150,7 @@ def _same_padding(weight: Tensor, dilation: Sequence[int]) -> list[int]:
     return [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
 
 
-def _convolution(
+def convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -170,7 +162,7 @@ def _convolution(
     method: GroupQuant,
     output_padding: Size | None = None,
 ) -> Tensor:
-    """`output_padding` says that the convolution is a transposed one."""
+    """What the functions and the layers share. With `output_padding` it is a transposed one."""
     transposed = output_padding is not None
     name = f"conv_transpose{axes}d" if transposed else f"conv{axes}d"
     check_tensor(x, name)
@@ -186,9 +178,11 @@ def _convolution(
         paddings = tuple(total // 2 for total in added) if added else (0,) * axes
     else:
         paddings = _numbers(padding, axes, "padding")
-    outputs = _numbers(output_padding if transposed else 0, axes, "output_padding")
+    outputs = (0,) * axes
+    if output_padding is not None:
+        outputs = _numbers(output_padding, axes, "output_padding")
     geometry = _Geometry(strides, paddings, dilations, transposed, outputs, groups)
-    _check_shapes(x, weight, geometry)
+    _check_shapes(name, axes, x, weight, geometry)
     if added and any(total % 2 for total in added):
         # An odd number: torch, too, adds the one that is left at the far end.
         widths = [width for total in reversed(added) for width in (0, total % 2)]
@@ -300,7 +294,7 @@ def conv1d(
 ) -> Tensor:
     """torch.nn.functional.conv1d over [N, C, L] or [C, L]; see `conv2d`."""
     method = GroupQuant(bits, group_size, rounding)
-    return _convolution(input, weight, bias, stride, padding, dilation, groups, 1, method)
+    return convolve(input, weight, bias, stride, padding, dilation, groups, 1, method)
 
 
 def conv2d(
@@ -323,7 +317,7 @@ def conv2d(
     rounding. Channels-last stays channels-last.
     """
     method = GroupQuant(bits, group_size, rounding)
-    return _convolution(input, weight, bias, stride, padding, dilation, groups, 2, method)
+    return convolve(input, weight, bias, stride, padding, dilation, groups, 2, method)
 
 
 def conv3d(
@@ -341,7 +335,7 @@ def conv3d(
 ) -> Tensor:
     """torch.nn.functional.conv3d over [N, C, D, H, W] or [C, D, H, W]; see `conv2d`."""
     method = GroupQuant(bits, group_size, rounding)
-    return _convolution(input, weight, bias, stride, padding, dilation, groups, 3, method)
+    return convolve(input, weight, bias, stride, padding, dilation, groups, 3, method)
 
 
 def conv_transpose1d(
@@ -362,7 +356,7 @@ def conv_transpose1d(
     see `conv2d`.
     """
     method = GroupQuant(bits, group_size, rounding)
-    return _convolution(
+    return convolve(
         input, weight, bias, stride, padding, dilation, groups, 1, method, output_padding
     )
 
@@ -385,7 +379,7 @@ def conv_transpose2d(
     see `conv2d`.
     """
     method = GroupQuant(bits, group_size, rounding)
-    return _convolution(
+    return convolve(
         input, weight, bias, stride, padding, dilation, groups, 2, method, output_padding
     )
 
@@ -408,6 +402,6 @@ def conv_transpose3d(
     see `conv2d`.
     """
     method = GroupQuant(bits, group_size, rounding)
-    return _convolution(
+    return convolve(
         input, weight, bias, stride, padding, dilation, groups, 3, method, output_padding
     )

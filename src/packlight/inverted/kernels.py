@@ -10,6 +10,7 @@ float32. Hence fits of f' itself, short ones in 16 bits, without a division and 
 root.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.elementwise.kernels import DIGITS, FORWARD, PTX, expm1, log2
 from packlight.inverted.inverses import INVERSES, fit_of, representable
 from packlight.packing.kernels import (
@@ -30,7 +31,14 @@ from packlight.packing.kernels import (
     store_row,
     store_word,
 )
-from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes, write_back
+from packlight.packing.layout import (
+    dense_stride,
+    laid_out,
+    lanes,
+    memory_order,
+    packed_bytes,
+    write_back,
+)
 
 # --- Derivatives: f'(f^-1(y)) in fp32. `left` is the branch, a and b the function's parameters, FIT
 # the constants of `_constants`. Formulas and their reasons are those of reference.py.
@@ -290,29 +298,31 @@ def forward_constants(name: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _launch_forward(x: Tensor, y: Tensor, name: str) -> Tensor:
-    """Runs over flat `x` into flat `y`, which may be `x`, and returns the bits."""
-    n, groups = x.numel(), lanes(x.numel())
-    bits = x.new_empty(packed_bytes(n, 1), dtype=torch.uint8)
-    if n == 0:
-        return bits
-    _forward_kernel[(triton.cdiv(groups, BLOCK),)](
-        x,
-        y,
-        bits,
+@functools.lru_cache(LAUNCHES)
+def _forward_launch(n: int, name: str, dtype: torch.dtype) -> Launch:
+    groups = lanes(n)
+    return _forward_kernel.prepare(
+        (triton.cdiv(groups, BLOCK),),
         n,
         groups,
-        **forward_constants(name, x.dtype),
+        **forward_constants(name, dtype),
         FULL=n == 8 * groups and groups % BLOCK == 0,
         num_warps=4,
     )
+
+
+def _launch_forward(x: Tensor, y: Tensor, name: str) -> Tensor:
+    """Runs over `x` into `y`, which may be `x`, both in one order, and returns the bits."""
+    n = x.numel()
+    bits = x.new_empty(packed_bytes(n, 1), dtype=torch.uint8)
+    if n:
+        _forward_launch(n, name, x.dtype)(x, y, bits)
     return bits
 
 
 def activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
-    bits = _launch_forward(memory_order(x, y.stride()), memory_order(y, y.stride()), name)
-    return y, bits
+    return y, _launch_forward(laid_out(x, y.stride()), y, name)
 
 
 def activation_(x: Tensor, name: str) -> Tensor:
@@ -335,25 +345,19 @@ def backward_constants(name: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def backward(
-    grad_output: Tensor, y: Tensor, bits: Tensor | None, name: str, parameters: Sequence[float]
-) -> Tensor:
-    stride = dense_stride(y)
-    grad_input = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    n, groups = grad_output.numel(), lanes(grad_output.numel())
-    if n == 0:
-        return grad_input
+@functools.lru_cache(LAUNCHES)
+def _backward_launch(
+    n: int, name: str, dtype: torch.dtype, parameters: tuple[float, ...]
+) -> Launch:
+    groups = lanes(n)
     if name in ("hardtanh", "relu6"):
-        bounds = tuple(parameters) if name == "hardtanh" else (0.0, 6.0)
-        parameters = representable(bounds, y.dtype)
-    a, b = (*parameters, 0.0, 0.0)[:2]
-    constants = backward_constants(name, y.dtype)
+        bounds = parameters if name == "hardtanh" else (0.0, 6.0)
+        parameters = representable(bounds, dtype)
+    a, b = map(float, (*parameters, 0.0, 0.0)[:2])
+    constants = backward_constants(name, dtype)
     block = constants["BLOCK"]
-    _backward_kernel[(triton.cdiv(groups, block),)](
-        memory_order(grad_output, stride),
-        memory_order(y, stride),
-        y if bits is None else bits,
-        grad_input,
+    return _backward_kernel.prepare(
+        (triton.cdiv(groups, block),),
         n,
         groups,
         a,
@@ -362,4 +366,19 @@ def backward(
         FULL=n == 8 * groups and groups % block == 0,
         num_warps=4,
     )
+
+
+def backward(
+    grad_output: Tensor, y: Tensor, bits: Tensor | None, name: str, parameters: Sequence[float]
+) -> Tensor:
+    stride = dense_stride(y)
+    grad_input = grad_output.new_empty_strided(grad_output.shape, stride)
+    n = grad_output.numel()
+    if n:
+        _backward_launch(n, name, y.dtype, tuple(parameters))(
+            laid_out(grad_output, stride),
+            laid_out(y, stride),
+            y if bits is None else bits,
+            grad_input,
+        )
     return grad_input

@@ -11,6 +11,7 @@ dgamma and dbeta a pass of their own.
 Traffic: the forward reads x and writes y (and its cast); the backward reads dy and y and writes dx.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.inverted.norm_reference import row_width
 
 
@@ -392,62 +393,137 @@ def _programs(device: torch.device, tiles: int, per_multiprocessor: int) -> int:
     return min(tiles, per_multiprocessor * multiprocessors)
 
 
-def _slots(channels: Tensor | None, width: int) -> Tensor | None:
+def _slots(channels: Tensor, width: int) -> Tensor:
     """[width]: the place of each column among `channels`, -1 where it is not there."""
-    if channels is None:
-        return None
     slots = torch.full((width,), -1, dtype=torch.int32, device=channels.device)
     places = torch.arange(channels.numel(), dtype=torch.int32, device=channels.device)
     return slots.scatter_(0, channels, places)
 
 
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
+def _readable(parameter: Tensor | None, instead: Tensor) -> Tensor:
+    """A parameter as kernels read it, some tensor where there is none."""
+    return instead if parameter is None else parameter.contiguous()
 
 
-def row_norm(x, normalized_shape, weight, bias, channels, eps, centred, dtype, cast):
-    width = row_width(normalized_shape)
-    rows = x.numel() // width
-    x = x.contiguous()
-    weight, bias = _contiguous(weight), _contiguous(bias)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    narrow = y.new_empty(0) if cast is None else torch.empty_like(y, dtype=cast)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    exact, count = y.new_empty(0), 0
-    if channels is not None:
-        count = channels.numel()
-        exact = y.new_empty((rows, count), dtype=cast or dtype)
-    pointers = (x, y, narrow, rstd, weight, bias, _slots(channels, width), exact)
-    forms = {
-        "CENTRED": centred,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_BIAS": bias is not None,
-        "HAS_NARROW": cast is not None,
-        "EXACT": channels is not None,
-    }
+def _forms(weight: bool, bias: bool, exact: bool) -> dict[str, bool]:
+    return {"HAS_WEIGHT": weight, "HAS_BIAS": bias, "EXACT": exact}
+
+
+# What the kernels are cut up by is among the arguments of the functions below, since benchmarks and
+# tests vary it.
+@functools.lru_cache(LAUNCHES)
+def _forward_launch(
+    rows: int, width: int, count: int, eps: float, centred: bool, narrow: bool,
+    given: tuple[bool, bool, bool], setting: Setting, device: torch.device,
+) -> Launch:  # fmt: skip
     block = triton.next_power_of_2(width)
-    if block > FORWARD_WIDTH:
-        _wide_forward_kernel[(rows,)](
-            *pointers, width, count, eps, **forms, BLOCK=WIDE_BLOCK, num_warps=8
-        )
-        return y, narrow, rstd, exact
-    setting = setting_for(FORWARD, block)
     per_tile, warps = tile_of(setting, block)
     tiles = triton.cdiv(rows, per_tile)
-    _forward_kernel[(_programs(x.device, tiles, setting.programs),)](
-        *pointers,
+    return _forward_kernel.prepare(
+        (_programs(device, tiles, setting.programs),),
         rows,
         width,
         count,
         eps,
-        **forms,
+        CENTRED=centred,
+        HAS_NARROW=narrow,
+        **_forms(*given),
         FULL=block == width,
         ROWS=per_tile,
         BLOCK=block,
         STAGES=setting.stages,
         num_warps=warps,
     )
+
+
+@functools.lru_cache(LAUNCHES)
+def _wide_forward_launch(
+    rows: int, width: int, count: int, eps: float, centred: bool, narrow: bool,
+    given: tuple[bool, bool, bool], block: int,
+) -> Launch:  # fmt: skip
+    forms = {"CENTRED": centred, "HAS_NARROW": narrow, **_forms(*given)}
+    return _wide_forward_kernel.prepare(
+        (rows,), width, count, eps, **forms, BLOCK=block, num_warps=8
+    )
+
+
+def row_norm(x, normalized_shape, weight, bias, channels, eps, centred, dtype, cast):
+    width = row_width(normalized_shape)
+    rows = x.numel() // width
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    narrow = y.new_empty(0) if cast is None else torch.empty_like(y, dtype=cast)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    exact, slots, count = y.new_empty(0), x, 0
+    if channels is not None:
+        slots, count = _slots(channels, width), channels.numel()
+        exact = y.new_empty((rows, count), dtype=cast or dtype)
+    given = (weight is not None, bias is not None, channels is not None)
+    shape = (rows, width, count, float(eps), centred, cast is not None, given)
+    block = triton.next_power_of_2(width)
+    if block > FORWARD_WIDTH:
+        launch = _wide_forward_launch(*shape, WIDE_BLOCK)
+    else:
+        launch = _forward_launch(*shape, setting_for(FORWARD, block), x.device)
+    launch(x, y, narrow, rstd, _readable(weight, x), _readable(bias, x), slots, exact)
     return y, narrow, rstd, exact
+
+
+@functools.lru_cache(LAUNCHES)
+def _backward_launch(
+    rows: int, width: int, count: int, centred: bool, given: tuple[bool, bool, bool],
+    needs_input: bool, needs_affine: bool, setting: Setting, device: torch.device,
+) -> tuple[Launch, int]:  # fmt: skip
+    """The launch, and its programs, each of which writes a partial sum."""
+    block = triton.next_power_of_2(width)
+    per_tile, warps = tile_of(setting, block)
+    programs = _programs(device, triton.cdiv(rows, per_tile), setting.programs)
+    launch = _backward_kernel.prepare(
+        (programs,),
+        rows,
+        width,
+        count,
+        CENTRED=centred,
+        **_forms(*given),
+        NEEDS_INPUT=needs_input,
+        NEEDS_AFFINE=needs_affine,
+        FULL=block == width,
+        ROWS=per_tile,
+        BLOCK=block,
+        STAGES=setting.stages,
+        num_warps=warps,
+    )
+    return launch, programs
+
+
+@functools.lru_cache(LAUNCHES)
+def _wide_backward_launch(
+    rows: int, width: int, count: int, centred: bool, given: tuple[bool, bool, bool], block: int
+) -> Launch:
+    forms = {"CENTRED": centred, **_forms(*given)}
+    return _wide_backward_kernel.prepare((rows,), width, count, **forms, BLOCK=block, num_warps=8)
+
+
+@functools.lru_cache(LAUNCHES)
+def _columns_launch(
+    rows: int, width: int, count: int, given: tuple[bool, bool, bool], tile: tuple[int, int],
+    device: torch.device,
+) -> tuple[Launch, int]:  # fmt: skip
+    """As `_backward_launch`. Programs share the columns among them, then the rows."""
+    per_tile, columns = tile
+    programs = _programs(device, triton.cdiv(rows, per_tile), WIDE_PROGRAMS)
+    programs = max(1, programs * columns // width)
+    launch = _columns_kernel.prepare(
+        (triton.cdiv(width, columns), programs),
+        rows,
+        width,
+        count,
+        **_forms(*given),
+        ROWS=per_tile,
+        BLOCK=columns,
+        num_warps=4,
+    )
+    return launch, programs
 
 
 def row_norm_backward(
@@ -467,23 +543,24 @@ def row_norm_backward(
     width = row_width(normalized_shape)
     rows = y.numel() // width
     dy, y = grad_output.contiguous(), y.contiguous()
-    gamma, beta = _contiguous(weight), _contiguous(bias)
-    slots, count = _slots(channels, width), 0 if channels is None else channels.numel()
+    gamma, beta = _readable(weight, y), _readable(bias, y)
+    slots, count = y, 0
+    if channels is None:
+        exact = y
+    else:
+        slots, count = _slots(channels, width), channels.numel()
     dx = torch.empty(y.shape if needs_input else 0, dtype=dtype, device=y.device)
-    forms = {
-        "HAS_WEIGHT": weight is not None,
-        "HAS_BIAS": bias is not None,
-        "EXACT": channels is not None,
-    }
+    given = (weight is not None, bias is not None, channels is not None)
     block = triton.next_power_of_2(width)
     wide = block > BACKWARD_WIDTH
-    if wide:  # programs share the columns among them, then the rows
-        programs = _programs(y.device, triton.cdiv(rows, COLUMN_ROWS), WIDE_PROGRAMS)
-        programs = max(1, programs * COLUMNS // width)
+    if wide:
+        tile = (COLUMN_ROWS, COLUMNS)
+        launch, programs = _columns_launch(rows, width, count, given, tile, y.device)
     else:
-        setting = setting_for(BACKWARD, block)
-        per_tile, warps = tile_of(setting, block)
-        programs = _programs(y.device, triton.cdiv(rows, per_tile), setting.programs)
+        setting, needs = setting_for(BACKWARD, block), (needs_input, needs_affine)
+        launch, programs = _backward_launch(
+            rows, width, count, centred, given, *needs, setting, y.device
+        )
 
     def sums(parameter: Tensor | None) -> Tensor:
         shape = (programs, width) if needs_affine and parameter is not None else 0
@@ -491,48 +568,13 @@ def row_norm_backward(
 
     dgamma, dbeta = sums(weight), sums(bias)
     if not wide:
-        _backward_kernel[(programs,)](
-            dy,
-            y,
-            dx,
-            rstd,
-            gamma,
-            beta,
-            slots,
-            exact,
-            dgamma,
-            dbeta,
-            rows,
-            width,
-            count,
-            CENTRED=centred,
-            **forms,
-            NEEDS_INPUT=needs_input,
-            NEEDS_AFFINE=needs_affine,
-            FULL=block == width,
-            ROWS=per_tile,
-            BLOCK=block,
-            STAGES=setting.stages,
-            num_warps=warps,
-        )
+        launch(dy, y, dx, rstd, gamma, beta, slots, exact, dgamma, dbeta)
     else:
         if needs_input:
-            pointers = (dy, y, dx, rstd, gamma, beta, slots, exact)
-            _wide_backward_kernel[(rows,)](
-                *pointers, width, count, CENTRED=centred, **forms, BLOCK=WIDE_BLOCK, num_warps=8
-            )
+            rows_launch = _wide_backward_launch(rows, width, count, centred, given, WIDE_BLOCK)
+            rows_launch(dy, y, dx, rstd, gamma, beta, slots, exact)
         if needs_affine:
-            pointers = (dy, y, gamma, beta, slots, exact, dgamma, dbeta)
-            _columns_kernel[(triton.cdiv(width, COLUMNS), programs)](
-                *pointers,
-                rows,
-                width,
-                count,
-                **forms,
-                ROWS=COLUMN_ROWS,
-                BLOCK=COLUMNS,
-                num_warps=4,
-            )
+            launch(dy, y, gamma, beta, slots, exact, dgamma, dbeta)
     return dx, _total(dgamma, weight, y), _total(dbeta, bias, y)
 
 

@@ -3,6 +3,7 @@
 Below them the two kernels that need nothing else: a mask to one bit an element, and back.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
-from packlight.packing.layout import lanes, memory_order, packed_bytes
+from packlight._launch import LAUNCHES, Launch, quick
+from packlight.packing.layout import laid_out, lanes, packed_bytes
 
 
 @triton.jit
@@ -143,21 +144,25 @@ def _unpack_mask_kernel(
         store_row(y_ptr + start, code_of(word, j, 1), j, start, lane, n, groups, FULL)
 
 
-def _launch(kernel, flat: Tensor, packed: Tensor) -> None:
-    n, groups = flat.numel(), lanes(flat.numel())
-    if n:
-        full = n == 8 * groups and groups % BLOCK == 0
-        grid = (triton.cdiv(groups, BLOCK),)
-        kernel[grid](flat, packed, n, groups, FULL=full, BLOCK=BLOCK, num_warps=4)
+@functools.lru_cache(LAUNCHES)
+def _launch(kernel: quick, n: int) -> Launch:
+    groups = lanes(n)
+    full = n == 8 * groups and groups % BLOCK == 0
+    grid = (triton.cdiv(groups, BLOCK),)
+    return kernel.prepare(grid, n, groups, FULL=full, BLOCK=BLOCK, num_warps=4)
 
 
 def pack_mask(mask: Tensor, stride: Sequence[int]) -> Tensor:
-    packed = mask.new_empty(packed_bytes(mask.numel(), 1))
-    _launch(_pack_mask_kernel, memory_order(mask, stride), packed)
+    n = mask.numel()
+    packed = mask.new_empty(packed_bytes(n, 1))
+    if n:
+        _launch(_pack_mask_kernel, n)(laid_out(mask, stride), packed)
     return packed
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
     mask = packed.new_empty_strided(tuple(shape), tuple(stride), dtype=torch.bool)
-    _launch(_unpack_mask_kernel, mask.as_strided((mask.numel(),), (1,)).view(torch.uint8), packed)
+    n = mask.numel()
+    if n:
+        _launch(_unpack_mask_kernel, n)(mask.view(torch.uint8), packed)
     return mask

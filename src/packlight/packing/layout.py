@@ -54,11 +54,17 @@ def write_back(x: Tensor, flat: Tensor, stride: Sequence[int]) -> None:
         x.copy_(flat.as_strided(x.shape, tuple(stride)))
 
 
+def laid_out(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """`x` with dense strides `stride`: itself when it has these strides, a copy otherwise."""
+    stride = tuple(stride)
+    if x.stride() == stride:
+        return x
+    return x.new_empty_strided(x.shape, stride).copy_(x)
+
+
 def memory_order(x: Tensor, stride: Sequence[int]) -> Tensor:
     """The elements of `x` as a flat tensor, in the memory order of dense strides `stride`.
 
-    A view when `x` has these strides, a copy otherwise.
+    A view when `x` has these strides, a copy otherwise. A kernel reads `laid_out` alike.
     """
-    if x.stride() != tuple(stride):
-        x = x.new_empty_strided(x.shape, tuple(stride)).copy_(x)
-    return x.as_strided((x.numel(),), (1,))
+    return laid_out(x, stride).as_strided((x.numel(),), (1,))

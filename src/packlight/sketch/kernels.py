@@ -10,6 +10,7 @@ Numbers that vary with the number of tokens are not specialised on: batches of m
 compile the same kernel over and over.
 """
 
+import functools
 import math
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.sketch import reference
 from packlight.sketch.method import TRANSFORMS, Blocks
 from packlight.sketch.reference import BUNDLE, CHOICE, DRAW, POLYNOMIALS, ROUNDS, SHIFT, Steps
@@ -270,17 +271,16 @@ def _precision(dtype: torch.dtype) -> str | None:
     return "ieee" if dtype == torch.float32 else None
 
 
-def _transform(x: Tensor, seed: Tensor, kind: str, y: Tensor) -> None:
-    rows = y.shape[0]
-    blocks = Blocks.of(x.shape[0], rows)
+@functools.lru_cache(LAUNCHES)
+def _transform_launches(
+    tokens: int, features: int, stride: int, rows: int, kind: str, dtype: torch.dtype
+) -> tuple[Launch, Launch, int]:
+    """Those of the plan and of the transform, and the places of the plan."""
+    blocks = Blocks.of(tokens, rows)
     length, count, base, extra = blocks
     degree = length.bit_length() - 1
-    places = x.new_empty(count * length, dtype=torch.int32)
-    chosen = x.new_empty(rows, dtype=torch.int32)
-    _plan_kernel[(triton.cdiv(count * length, PLAN),)](
-        places,
-        chosen,
-        seed,
+    plan = _plan_kernel.prepare(
+        (triton.cdiv(count * length, PLAN),),
         rows,
         count,
         base,
@@ -294,14 +294,11 @@ def _transform(x: Tensor, seed: Tensor, kind: str, y: Tensor) -> None:
     most = blocks.block_rows(0)
     tile_rows = min(64, max(16, triton.next_power_of_2(most)))
     tiles = triton.cdiv(most, tile_rows)
-    _transform_kernel[(count * tiles * triton.cdiv(x.shape[1], COLUMNS),)](
-        x,
-        y,
-        places,
-        chosen,
-        x.shape[0],
-        x.shape[1],
-        x.stride(0),
+    transform = _transform_kernel.prepare(
+        (count * tiles * triton.cdiv(features, COLUMNS),),
+        tokens,
+        features,
+        stride,
         base,
         extra,
         KIND=kind,
@@ -310,30 +307,43 @@ def _transform(x: Tensor, seed: Tensor, kind: str, y: Tensor) -> None:
         ROWS=tile_rows,
         PLACES=min(PLACES, length),
         COLUMNS=COLUMNS,
-        PRECISION=_precision(y.dtype),
+        PRECISION=_precision(dtype),
         num_warps=WARPS,
+    )
+    return plan, transform, count * length
+
+
+def _transform(x: Tensor, seed: Tensor, kind: str, y: Tensor) -> None:
+    rows = y.shape[0]
+    plan, transform, count = _transform_launches(*x.shape, x.stride(0), rows, kind, y.dtype)
+    places = x.new_empty(count, dtype=torch.int32)
+    chosen = x.new_empty(rows, dtype=torch.int32)
+    plan(places, chosen, seed)
+    transform(x, y, places, chosen)
+
+
+@functools.lru_cache(LAUNCHES)
+def _dense_launch(
+    tokens: int, features: int, stride: int, rows: int, kind: str, dtype: torch.dtype
+) -> Launch:
+    kernel = _gaussian_kernel if kind == "gaussian" else _rademacher_kernel
+    return kernel.prepare(
+        (triton.cdiv(rows, BUNDLE), triton.cdiv(features, DENSE_COLUMNS)),
+        tokens,
+        features,
+        stride,
+        rows,
+        1 / math.sqrt(rows),
+        BUNDLE=BUNDLE,
+        TOKENS=DENSE_TOKENS // 2 if dtype == torch.float32 else DENSE_TOKENS,  # else it spills
+        COLUMNS=DENSE_COLUMNS,
+        PRECISION=_precision(dtype),
+        num_warps=8,
     )
 
 
 def _dense(x: Tensor, seed: Tensor, kind: str, y: Tensor) -> None:
-    rows = y.shape[0]
-    kernel = _gaussian_kernel if kind == "gaussian" else _rademacher_kernel
-    tokens = DENSE_TOKENS // 2 if y.dtype == torch.float32 else DENSE_TOKENS  # else it spills
-    kernel[(triton.cdiv(rows, BUNDLE), triton.cdiv(x.shape[1], DENSE_COLUMNS))](
-        x,
-        y,
-        seed,
-        x.shape[0],
-        x.shape[1],
-        x.stride(0),
-        rows,
-        1 / math.sqrt(rows),
-        BUNDLE=BUNDLE,
-        TOKENS=tokens,
-        COLUMNS=DENSE_COLUMNS,
-        PRECISION=_precision(y.dtype),
-        num_warps=8,
-    )
+    _dense_launch(*x.shape, x.stride(0), y.shape[0], kind, y.dtype)(x, y, seed)
 
 
 def _rows_in_order(x: Tensor) -> Tensor:
@@ -378,24 +388,26 @@ def _statistics_kernel(
     tl.store(draws_ptr + token, words[0].to(tl.int64), there)
 
 
+@functools.lru_cache(LAUNCHES)
+def _statistics_launch(tokens: int, features: int, stride: int) -> Launch:
+    return _statistics_kernel.prepare(
+        (triton.cdiv(tokens, STATISTICS_ROWS),),
+        tokens,
+        features,
+        stride,
+        ROWS=STATISTICS_ROWS,
+        COLUMNS=ROW_COLUMNS,
+        num_warps=8,
+    )
+
+
 def row_statistics(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     tokens, features = x.shape
     norms = x.new_empty(tokens, dtype=torch.float32)
     draws = x.new_empty(tokens, dtype=torch.int64)
     if tokens:
         x = _rows_in_order(x)
-        _statistics_kernel[(triton.cdiv(tokens, STATISTICS_ROWS),)](
-            x,
-            norms,
-            draws,
-            seed,
-            tokens,
-            features,
-            x.stride(0),
-            ROWS=STATISTICS_ROWS,
-            COLUMNS=ROW_COLUMNS,
-            num_warps=8,
-        )
+        _statistics_launch(tokens, features, x.stride(0))(x, norms, draws, seed)
     return norms, draws
 
 
@@ -405,7 +417,7 @@ def _gather_kernel(
     x_ptr,  # [tokens, features], rows `stride` apart
     y_ptr,  # [rows, features]
     index_ptr,  # [rows]
-    weight_ptr,  # [rows] or None
+    weight_ptr,  # [rows], if HAS_WEIGHT
     features,
     stride,
     HAS_WEIGHT: tl.constexpr,
@@ -421,20 +433,23 @@ def _gather_kernel(
     tl.store(y_ptr + row * features + column, x.to(y_ptr.dtype.element_ty), mask)
 
 
+@functools.lru_cache(LAUNCHES)
+def _gather_launch(rows: int, features: int, stride: int, weighted: bool) -> Launch:
+    return _gather_kernel.prepare(
+        (rows, triton.cdiv(features, ROW_COLUMNS)),
+        features,
+        stride,
+        HAS_WEIGHT=weighted,
+        COLUMNS=ROW_COLUMNS,
+        num_warps=4,
+    )
+
+
 def gather(x: Tensor, index: Tensor, weight: Tensor | None, y: Tensor) -> None:
     if y.numel():
         x = _rows_in_order(x)
-        _gather_kernel[(y.shape[0], triton.cdiv(y.shape[1], ROW_COLUMNS))](
-            x,
-            y,
-            index,
-            weight,
-            y.shape[1],
-            x.stride(0),
-            HAS_WEIGHT=weight is not None,
-            COLUMNS=ROW_COLUMNS,
-            num_warps=4,
-        )
+        launch = _gather_launch(*y.shape, x.stride(0), weight is not None)
+        launch(x, y, index, y if weight is None else weight)
 
 
 _STEPS = Steps(apply, row_statistics, gather)

@@ -58,9 +58,14 @@ class _BatchNorm(torch.autograd.Function):
         if grad_output is not None:
             codes, table = ctx.saved_tensors
             dx, dgamma, dbeta = ops.batch_norm_backward(grad_output, codes, table, *ctx.layout)
-            dweight = dgamma.to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-            dbias = dbeta.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return dx if ctx.needs_input_grad[0] else None, dweight, dbias, *[None] * 5
+            needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+            if needs_weight:
+                dweight = dgamma.to(ctx.weight_dtype)
+            if needs_bias:
+                dbias = dbeta.to(ctx.bias_dtype)
+            if not needs_input:
+                dx = None
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 _apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _BatchNorm.apply
@@ -98,14 +103,14 @@ def batch_norm(
         # The tracer gives attributes to a view of one of several outputs. One that was made within
         # the Function, as `sharing.notable` does, could not be written to by a ReLU in place.
         y = y.view_as(y)
-    sharing.note_output(
-        y, Pack(Rebuild(tuple(y.shape), y.stride(), bits), tuple(y.shape), (codes, table))
-    )
+    shape = tuple(y.shape)
+    sharing.note_output(y, Pack(Rebuild(shape, y.stride(), bits), shape, (codes, table)))
     return y
 
 
 def norm_worth_packing(input: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a backward pass may come, and a pack of the input of a norm is smaller than it."""
-    if not any(needs_gradient(tensor) for tensor in (input, *parameters) if tensor is not None):
+    given = (tensor for tensor in parameters if tensor is not None)
+    if not (needs_gradient(input) or any(map(needs_gradient, given))):
         return False
     return input.dim() > 1 and input.numel() >= MIN_VALUES * input.shape[1] > 0

@@ -11,15 +11,16 @@ Traffic in bytes an element, of 16-bit tensors at 4 bits: statistics 2, forward 
 backward pass 2.5, its dx 4.5.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.groupquant.fixed_point import reference
 from packlight.groupquant.fixed_point.method import EDGE, WIDTH
 from packlight.packing.kernels import (
@@ -31,7 +32,7 @@ from packlight.packing.kernels import (
     store_row,
     store_word,
 )
-from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes
+from packlight.packing.layout import laid_out, lanes, packed_bytes
 
 STEP = tl.constexpr(reference.STEP)
 LOW = tl.constexpr(reference.LOW)
@@ -124,8 +125,7 @@ def _table_kernel(
     running_var_ptr,
     weight_ptr,
     bias_ptr,
-    mean_ptr,
-    rstd_ptr,
+    moments_ptr,  # [2, channels]: mean and rstd
     table_ptr,  # [6, channels]
     size,
     channels,
@@ -161,8 +161,8 @@ def _table_kernel(
     square = tl.sum(squares, 0)
     var = square / all_values
     rstd = tl.where(var + eps == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(var + eps)))
-    tl.store(mean_ptr + channel, mean, there)
-    tl.store(rstd_ptr + channel, rstd, there)
+    tl.store(moments_ptr + channel, mean, there)
+    tl.store(moments_ptr + channels + channel, rstd, there)
     if RUNNING_MEAN:
         running = tl.load(running_mean_ptr + channel, there, other=0.0).to(tl.float32)
         running = (1 - momentum) * running + momentum * mean
@@ -211,8 +211,7 @@ def _forward_kernel(
     x_ptr,  # [n], in the memory order of y, as the rest
     y_ptr,  # [n]
     codes_ptr,  # [BITS * groups]
-    mean_ptr,  # [channels]
-    rstd_ptr,  # [channels]
+    moments_ptr,  # [2, channels], as `_table_kernel` leaves it
     weight_ptr,  # [channels]
     bias_ptr,  # [channels]
     table_ptr,  # [6, channels]
@@ -240,8 +239,8 @@ def _forward_kernel(
     for j in tl.static_range(8):
         if j == 0 or not SAME:
             channel = _channel(j * groups + start, lane, inner, channels)
-            mean = tl.load(mean_ptr + channel)
-            rstd = tl.load(rstd_ptr + channel)
+            mean = tl.load(moments_ptr + channel)
+            rstd = tl.load(moments_ptr + channels + channel)
             if WEIGHT:
                 gamma = tl.load(weight_ptr + channel).to(tl.float32)
             if BIAS:
@@ -490,18 +489,19 @@ SHORT = 2**30
 class _Cut(NamedTuple):
     """How [outer, channels, inner] falls into tiles."""
 
-    inner: int
     rows: int
     columns: int
     blocks: int  # of columns
 
 
-def _cut(x: Tensor, stride: Sequence[int], warps: int) -> _Cut:
-    channels = x.shape[1]
-    inner = stride[1] if channels > 1 else 1  # strides of one channel say nothing
+def _cut(channels: int, inner: int, itemsize: int, warps: int) -> _Cut:
     columns = min(COLUMNS, triton.next_power_of_2(channels)) if inner == 1 else 1
-    rows = warps * 32 * (16 // x.element_size()) // columns
-    return _Cut(inner, rows, columns, triton.cdiv(channels, columns))
+    rows = warps * 32 * (16 // itemsize) // columns
+    return _Cut(rows, columns, triton.cdiv(channels, columns))
+
+
+def _inner(channels: int, stride: Sequence[int]) -> int:
+    return stride[1] if channels > 1 else 1  # strides of one channel say nothing
 
 
 def _programs(device: torch.device) -> int:
@@ -524,9 +524,87 @@ def _ending(device: torch.device, channels: int) -> tuple[tuple[int], dict[str, 
     return (triton.cdiv(channels, block),), {"PARTS": parts, "BLOCK": block}
 
 
+def _words(n: int, channels: int, inner: int) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
+    """Grid, numbers and constants of a kernel that knows no channels."""
+    groups = lanes(n)
+    constants = {
+        "SAME": groups % (inner * channels) == 0,
+        "FULL": n == 8 * groups and groups % BLOCK == 0,
+        "BLOCK": BLOCK,
+        "num_warps": 4,
+    }
+    return (triton.cdiv(groups, BLOCK),), (n, groups, inner, channels), constants
+
+
 def _whole(buffer: Tensor | None, instead: Tensor) -> Tensor:
     """A buffer [channels] as kernels read it, some tensor where there is none."""
     return instead if buffer is None else buffer.contiguous()
+
+
+@functools.lru_cache(LAUNCHES)
+def _statistics_launch(
+    n: int, channels: int, inner: int, itemsize: int, large: bool, device: torch.device
+) -> tuple[Launch, int, int]:
+    """The launch, its parts and the values of each."""
+    cut = _cut(channels, inner, itemsize, SUM_WARPS)
+    size = n // channels
+    parts, share = _parts(device, size, cut.rows * UNROLL, cut.blocks)
+    launch = _statistics_kernel.prepare(
+        (cut.blocks, parts),
+        size,
+        inner,
+        channels,
+        share,
+        LARGE=large,
+        ROWS=cut.rows,
+        COLUMNS=cut.columns,
+        UNROLL=UNROLL,
+        num_warps=SUM_WARPS,
+    )
+    return launch, parts, share
+
+
+# By itself, since momentum may be another at every call.
+@functools.lru_cache(LAUNCHES)
+def _table_launch(
+    size: int,
+    channels: int,
+    share: int,
+    parts: int,
+    momentum: float,
+    eps: float,
+    running_mean: bool,
+    running_var: bool,
+    weight: bool,
+    bias: bool,
+    bits: int,
+    device: torch.device,
+) -> Launch:
+    grid, ending = _ending(device, channels)
+    return _table_kernel.prepare(
+        grid,
+        size,
+        channels,
+        share,
+        parts,
+        momentum,
+        eps,
+        RUNNING_MEAN=running_mean,
+        RUNNING_VAR=running_var,
+        WEIGHT=weight,
+        BIAS=bias,
+        BITS=bits,
+        **ending,
+        num_warps=END_WARPS,
+    )
+
+
+@functools.lru_cache(LAUNCHES)
+def _forward_launch(
+    n: int, channels: int, inner: int, weight: bool, bias: bool, bits: int
+) -> Launch:
+    grid, numbers, constants = _words(n, channels, inner)
+    return _forward_kernel.prepare(grid, *numbers, WEIGHT=weight, BIAS=bias, BITS=bits, **constants)
 
 
 def batch_norm(
@@ -539,132 +617,69 @@ def batch_norm(
     eps: float,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, channels, groups = x.numel(), x.shape[1], lanes(x.numel())
+    n, channels, device = x.numel(), x.shape[1], x.device
     if n == 0:
         return reference.batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, bits)
-    stride = dense_stride(x)
-    y = x.new_empty_strided(x.shape, stride)
-    flat = memory_order(x, stride)
+    y = torch.empty_like(x)
+    stride = y.stride()
+    x = laid_out(x, stride)
     codes = x.new_empty(packed_bytes(n, bits), dtype=torch.uint8)
     table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
-    mean, rstd = table.new_empty(2, channels)
-    cut = _cut(x, stride, SUM_WARPS)
-    size = n // channels
-    parts, share = _parts(x.device, size, cut.rows * UNROLL, cut.blocks)
+    moments = table.new_empty(2, channels)
+    inner, given = _inner(channels, stride), (weight is not None, bias is not None)
+    launch, parts, share = _statistics_launch(
+        n, channels, inner, x.element_size(), n >= SHORT, device
+    )
     statistics = table.new_empty(2, parts, channels)
-    _statistics_kernel[(cut.blocks, parts)](
-        flat,
-        statistics,
-        size,
-        cut.inner,
-        channels,
-        share,
-        LARGE=n >= SHORT,
-        ROWS=cut.rows,
-        COLUMNS=cut.columns,
-        UNROLL=UNROLL,
-        num_warps=SUM_WARPS,
-    )
-    parameters = (_whole(weight, mean), _whole(bias, mean))
-    given = {"WEIGHT": weight is not None, "BIAS": bias is not None}
-    running = (_whole(running_mean, mean), _whole(running_var, mean))
-    grid, ending = _ending(x.device, channels)
-    _table_kernel[grid](
-        statistics,
-        *running,
-        *parameters,
-        mean,
-        rstd,
-        table,
-        size,
-        channels,
-        share,
-        parts,
-        float(momentum),
-        float(eps),
-        RUNNING_MEAN=running_mean is not None,
-        RUNNING_VAR=running_var is not None,
-        **given,
-        BITS=bits,
-        **ending,
-        num_warps=END_WARPS,
-    )
-    for buffer, written in zip((running_mean, running_var), running, strict=True):
-        if buffer is not None and buffer is not written:
-            buffer.copy_(written)
-    _forward_kernel[(triton.cdiv(groups, BLOCK),)](
-        flat,
-        y,
-        codes,
-        mean,
-        rstd,
-        *parameters,
-        table,
-        n,
-        groups,
-        cut.inner,
-        channels,
-        **given,
-        BITS=bits,
-        SAME=groups % (cut.inner * channels) == 0,
-        FULL=n == 8 * groups and groups % BLOCK == 0,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    launch(x, statistics)
+    weight, bias = _whole(weight, moments), _whole(bias, moments)
+    new_mean, new_var = _whole(running_mean, moments), _whole(running_var, moments)
+    _table_launch(
+        n // channels, channels, share, parts, float(momentum), float(eps),
+        running_mean is not None, running_var is not None, *given, bits, device,
+    )(statistics, new_mean, new_var, weight, bias, moments, table)  # fmt: skip
+    if running_mean is not None and running_mean is not new_mean:
+        running_mean.copy_(new_mean)
+    if running_var is not None and running_var is not new_var:
+        running_var.copy_(new_var)
+    _forward_launch(n, channels, inner, *given, bits)(x, y, codes, moments, weight, bias, table)
     return y, codes, table
+
+
+@functools.lru_cache(LAUNCHES)
+def _decode_launch(n: int, channels: int, inner: int, bits: int, mode: int) -> Launch:
+    grid, numbers, constants = _words(n, channels, inner)
+    return _decode_kernel.prepare(grid, *numbers, MODE=mode, BITS=bits, **constants)
 
 
 def _decode(
     codes: Tensor, table: Tensor, dy: Tensor | None, y: Tensor, bits: int, mode: tl.constexpr
 ) -> Tensor:
     """Runs over the codes into `y`, which is dense."""
-    n, groups = y.numel(), lanes(y.numel())
-    if n == 0:
-        return y
-    inner = _cut(y, y.stride(), DX_WARPS).inner
-    _decode_kernel[(triton.cdiv(groups, BLOCK),)](
-        codes,
-        table,
-        y if dy is None else memory_order(dy, y.stride()),
-        y,
-        n,
-        groups,
-        inner,
-        y.shape[1],
-        MODE=mode.value,
-        BITS=bits,
-        SAME=groups % (inner * y.shape[1]) == 0,
-        FULL=n == 8 * groups and groups % BLOCK == 0,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    n, channels, stride = y.numel(), y.shape[1], y.stride()
+    if n:
+        launch = _decode_launch(n, channels, _inner(channels, stride), bits, mode.value)
+        launch(codes, table, y if dy is None else laid_out(dy, stride), y)
     return y
 
 
-def batch_norm_backward(
-    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, channels, groups = grad_output.numel(), table.shape[1], lanes(grad_output.numel())
-    if n == 0:
-        return reference.batch_norm_backward(grad_output, codes, table, stride, bits)
-    dy = memory_order(grad_output, stride)
-    dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    dgamma, dbeta = table.new_empty(2, channels)
-    cut = _cut(dx, stride, SUM_WARPS)
-    same = groups % (cut.inner * channels) == 0
+@functools.lru_cache(LAUNCHES)
+def _backward_launches(
+    n: int, channels: int, inner: int, itemsize: int, bits: int, large: bool, device: torch.device
+) -> tuple[Launch, Launch, Launch, int]:
+    """Those of the sums, of their end and of dx, and the parts of the sums."""
+    groups = lanes(n)
+    same = groups % (inner * channels) == 0
     size = (groups if same else n) // channels
-    block = {"BITS": bits, "SAME": same, "FULL": not same or n == 8 * groups, "LARGE": n >= SHORT}
-    parts, share = _parts(dx.device, size, cut.rows, cut.blocks)
-    sums = table.new_empty(2, parts, channels)
-    _sums_kernel[(cut.blocks, parts)](
-        dy,
-        codes,
-        table,
-        sums,
+    block = {"BITS": bits, "SAME": same, "FULL": not same or n == 8 * groups, "LARGE": large}
+    cut = _cut(channels, inner, itemsize, SUM_WARPS)
+    parts, share = _parts(device, size, cut.rows, cut.blocks)
+    sums = _sums_kernel.prepare(
+        (cut.blocks, parts),
         n,
         groups,
         size,
-        cut.inner,
+        inner,
         channels,
         share,
         **block,
@@ -672,36 +687,43 @@ def batch_norm_backward(
         COLUMNS=cut.columns,
         num_warps=SUM_WARPS,
     )
-    plan = table.new_empty(3, channels)
-    grid, ending = _ending(dx.device, channels)
-    _finish_kernel[grid](
-        sums,
-        table,
-        dgamma,
-        dbeta,
-        plan,
-        n // channels,
-        channels,
-        parts,
-        **ending,
-        num_warps=END_WARPS,
+    grid, ending = _ending(device, channels)
+    finish = _finish_kernel.prepare(
+        grid, n // channels, channels, parts, **ending, num_warps=END_WARPS
     )
-    cut = _cut(dx, stride, DX_WARPS)
-    _dx_kernel[(cut.blocks * triton.cdiv(size, cut.rows),)](
-        dy,
-        codes,
-        plan,
-        dx,
+    cut = _cut(channels, inner, itemsize, DX_WARPS)
+    dx = _dx_kernel.prepare(
+        (cut.blocks * triton.cdiv(size, cut.rows),),
         n,
         groups,
         size,
-        cut.inner,
+        inner,
         channels,
         **block,
         ROWS=cut.rows,
         COLUMNS=cut.columns,
         num_warps=DX_WARPS,
     )
+    return sums, finish, dx, parts
+
+
+def batch_norm_backward(
+    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, channels = grad_output.numel(), table.shape[1]
+    if n == 0:
+        return reference.batch_norm_backward(grad_output, codes, table, stride, bits)
+    dy = laid_out(grad_output, stride)
+    dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    sum_up, finish, make_dx, parts = _backward_launches(
+        n, channels, _inner(channels, stride), dx.element_size(), bits, n >= SHORT, dx.device
+    )
+    sums = table.new_empty(2, parts, channels)
+    sum_up(dy, codes, table, sums)
+    dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
+    plan = table.new_empty(3, channels)
+    finish(sums, table, dgamma, dbeta, plan)
+    make_dx(dy, codes, plan, dx)
     return dx, dgamma, dbeta
 
 

@@ -18,13 +18,16 @@ _DEFAULT = FixedPoint()
 def start_batch(module: Any) -> dict[str, Any]:
     """Counts a batch of a batch norm that trains; the function's arguments but for the input."""
     momentum = 0.0 if module.momentum is None else module.momentum
-    if module.track_running_stats and module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
+    tracks = module.track_running_stats
+    # Looked up once, as a module finds buffers by way of a function in Python.
+    batches = module.num_batches_tracked if tracks else None
+    if batches is not None:
+        batches.add_(1)
         if module.momentum is None:  # a plain average of all batches
-            momentum = 1.0 / float(module.num_batches_tracked)
+            momentum = 1.0 / float(batches)
     return {
-        "running_mean": module.running_mean if module.track_running_stats else None,
-        "running_var": module.running_var if module.track_running_stats else None,
+        "running_mean": module.running_mean if tracks else None,
+        "running_var": module.running_var if tracks else None,
         "weight": module.weight,
         "bias": module.bias,
         "training": True,

@@ -1,5 +1,6 @@
 """The Triton kernel of residual sums: up to `SLOTS` links in one pass over memory."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -7,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import quick
+from packlight._launch import LAUNCHES, Launch, quick
 from packlight.groupquant.fixed_point import reference
-from packlight.groupquant.fixed_point.kernels import _channel
+from packlight.groupquant.fixed_point.kernels import _channel, _inner, _words
 from packlight.groupquant.fixed_point.residual_ops import links
 from packlight.packing.kernels import code_of, load_rows, load_word, store_row
-from packlight.packing.layout import lanes, memory_order
+from packlight.packing.layout import laid_out
 
 STEP = tl.constexpr(reference.STEP)
 LOW = tl.constexpr(reference.LOW)
@@ -121,10 +122,25 @@ def _residual_kernel(
 
 # --- The launcher, with the signature of the reference.
 
-# Words a program, as `_decode_kernel` has it.
-BLOCK = 512
 # Links a pass. A further one costs 5 bits an element, a further pass two values.
 SLOTS = 4
+
+
+@functools.lru_cache(LAUNCHES)
+def _launch(
+    n: int, channels: int, inner: int, bits: int, start: bool, masked: tuple[bool, ...]
+) -> Launch:
+    """That of as many links as `masked` has, those it names with a mask."""
+    grid, numbers, constants = _words(n, channels, inner)
+    return _residual_kernel.prepare(
+        grid,
+        *numbers,
+        START=start,
+        LINKS=len(masked),
+        MASKS=sum(mask << i for i, mask in enumerate(masked)),
+        BITS=bits,
+        **constants,
+    )
 
 
 def residual(
@@ -139,32 +155,19 @@ def residual(
     dtype: torch.dtype,
 ) -> Tensor:
     y = codes.new_empty_strided(tuple(shape), tuple(stride), dtype=dtype)
-    n, channels, groups = y.numel(), y.shape[1], lanes(y.numel())
+    n, channels = y.numel(), y.shape[1]
     if n == 0:
         return y
-    x = None if start is None else memory_order(start, stride)
+    inner = _inner(channels, stride)
+    x = None if start is None else laid_out(start, stride)
     chain = list(links((codes, table, *kept), masked))
     for first in range(0, len(chain), SLOTS):
-        part = chain[first : first + SLOTS]
-        masks = sum(len(link) // 3 << i for i, link in enumerate(part))
-        slots = [(*link, link[0])[:3] for link in part]  # of those without a mask, none is read
-        slots += [slots[0]] * (SLOTS - len(part))
-        _residual_kernel[(triton.cdiv(groups, BLOCK),)](
-            y if x is None else x,
-            y,
-            *(tensor for slot in slots for tensor in slot),
-            n,
-            groups,
-            stride[1],
-            channels,
-            START=x is not None,
-            LINKS=len(part),
-            MASKS=masks,
-            BITS=bits,
-            SAME=groups % (stride[1] * channels) == 0,
-            FULL=n == 8 * groups and groups % BLOCK == 0,
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+        part, masks = chain[first : first + SLOTS], tuple(masked[first : first + SLOTS])
+        tensors: list[Tensor] = []
+        for link in part:  # where there is no mask, none is read
+            tensors += link if len(link) == 3 else (*link, link[0])
+        tensors += tensors[:3] * (SLOTS - len(part))
+        launch = _launch(n, channels, inner, bits, x is not None, masks)
+        launch(y if x is None else x, y, *tensors)
         x = y
     return y
