@@ -18,8 +18,9 @@ by call order, and the note goes when the tensor goes.
 - **Sketches** (`packlight.sketch`) are noted apart from packs. The tensor cannot be had again from
   one, so it serves the readers that ask for a sketch, and no other.
 - **torch.compile**: the tracer follows the attribute, so layers share within a compiled region.
-  Versions are those of the tracer's example tensors. Inputs of the region get no note, which would
-  outlive it.
+  Versions and views are those of the tracer's example tensors. A tensor whose attributes it does
+  not follow, an input of the region among them, is noted on an alias, which is nothing in the
+  compiled code. A note from outside the region is no part of its graph, and is not read.
 """
 
 import dataclasses
@@ -104,18 +105,9 @@ def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     # A hook on the tensor would not see a gradient that goes to the cast instead.
     if not torch.compiler.is_compiling() and (owner._backward_hooks or tensor._backward_hooks):
         return None
-    if owner is tensor:
+    if _laid_out_alike(owner, tensor):
         return cast
     return cast.view(tensor.shape) if tensor.is_contiguous() else None
-
-
-def notable(output: Tensor) -> Tensor:
-    """An output of an operator, for use within `torch.autograd.Function.forward`, that takes notes.
-
-    The tracer of torch.compile gives no attributes to one of several outputs of an operator, but
-    does to a view of it.
-    """
-    return output.view_as(output) if torch.compiler.is_compiling() else output
 
 
 def note_output(tensor: Tensor, pack: Pack) -> None:
@@ -176,7 +168,7 @@ def pack_of(tensor: Tensor) -> Pack | None:
     """What is kept of `tensor` already, None where nothing is that still holds."""
     owner, note = _read(tensor)
     pack = None if note is None else _alive(note[2])
-    if pack is None or owner is tensor:
+    if pack is None or _laid_out_alike(owner, tensor):
         return pack
     shape = tuple(tensor.shape)
     return Pack(_View(pack.rebuild, shape, tensor.stride()), shape, pack.tensors)
@@ -189,7 +181,7 @@ def sketch_of(tensor: Tensor) -> Pack | None:
     """
     owner, note = _read(tensor)
     sketch = None if note is None else _alive(note[3])
-    if sketch is None or owner is tensor:
+    if sketch is None or _laid_out_alike(owner, tensor):
         return sketch
     rows_are_the_same = (
         tensor.is_contiguous()
@@ -208,41 +200,50 @@ def _write(
 ) -> None:
     """Adds a fact to what is noted on this version of the tensor."""
     traced = torch.compiler.is_compiling()
-    if traced and not _takes_notes(tensor):
+    if traced and not _TRACER_FOLLOWS:
         return
-    version = _version(tensor) if traced else tensor._version
-    hooks = None if traced else _hooks()
-    note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
-    if note is not None and _holds(note, version, hooks):
+    owner, note = _read(tensor)
+    if note is not None and _laid_out_alike(owner, tensor):
         cast = note[1] if cast is None else cast
         pack = note[2] if pack is None else pack
         sketch = note[3] if sketch is None else sketch
+    if traced and not _takes_notes(tensor):
+        tensor = tensor.detach()
+    version = _version(tensor) if traced else tensor._version
+    hooks = None if traced else _hooks()
     reference = None if hooks is None else weakref.ref(hooks)
     setattr(tensor, _ATTRIBUTE, (version, cast, pack, sketch, reference))
 
 
 def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     """The note that holds for the tensor, and the tensor that carries it."""
-    owner = tensor
     traced = torch.compiler.is_compiling()
-    if traced and not _takes_notes(tensor):
-        return owner, None
-    note: _Note | None = getattr(tensor, _ATTRIBUTE, None)
-    if note is None and not traced and _is_whole_view(tensor):
-        owner = tensor._base  # type: ignore[assignment]
-        note = getattr(owner, _ATTRIBUTE, None)
-    if note is not None:
-        version = _version(owner) if traced else owner._version
-        if not _holds(note, version, None if traced else _hooks()):
-            note = None
-    return owner, note
+    if traced and not _TRACER_FOLLOWS:
+        return tensor, None
+    owner = _traced_owner(tensor) if traced else _owner(tensor)
+    note: _Note | None = None if owner is None else getattr(owner, _ATTRIBUTE, None)
+    if owner is None or note is None:
+        return tensor, None
+    version = _version(owner) if traced else owner._version
+    return owner, note if _holds(note, version, None if traced else _hooks()) else None
 
 
-def _is_whole_view(tensor: Tensor) -> bool:
-    """Whether the tensor is a view of all elements of its base, in the order of their memory."""
-    base = tensor._base
+def _owner(tensor: Tensor) -> Tensor | None:
+    """The tensor that a note on this one would be on: itself, or the base of a whole view."""
+    if not hasattr(tensor, _ATTRIBUTE) and _is_whole_view(tensor, tensor._base):
+        return tensor._base
+    return tensor
+
+
+def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.stride() == b.stride())
+
+
+def _is_whole_view(tensor: Tensor, base: Tensor | None) -> bool:
+    """Whether a view of `base` has all of its elements, in the order of their memory."""
     return (
         base is not None
+        and base.dtype == tensor.dtype
         and base.numel() == tensor.numel()
         and base.storage_offset() == tensor.storage_offset()
         and is_dense(base)
@@ -256,13 +257,55 @@ def _is_whole_view(tensor: Tensor) -> bool:
 _traced: dict[str, Any] = {}
 
 
+def _tracer(context: Any) -> Any:
+    return context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+
+
 def _ask_tracer(context: Any) -> None:
+    from torch._dynamo.variables.base import is_side_effect_safe
+
     variable = context.get_local("tensor")
     _traced["version"] = variable.as_fake()._version
-    # The tracer follows attributes of some tensors only: not those of one of several outputs.
-    tracker = variable._i_will_not_complain_if_bc_breaks_VariableTracker()
+    # The tracer follows attributes of some tensors only: not those of one of several outputs, nor,
+    # in the body of a checkpoint, those of a tensor from outside.
+    mutation = variable._i_will_not_complain_if_bc_breaks_VariableTracker().mutation_type
     is_input = variable.as_proxy().node.op == "placeholder"
-    _traced["takes_notes"] = not is_input and tracker.mutation_type is not None
+    _traced["takes_notes"] = not is_input and mutation is not None and is_side_effect_safe(mutation)
+
+
+def _find_owner(context: Any) -> None:
+    """Puts what carries the note of the local `tensor` into the local `owner`.
+
+    Of several the last: it may have been written on a later version.
+    """
+    fake = context.get_local("tensor").as_fake()
+    tracer = _tracer(context)
+    graphs: list[Any] = []
+    graph = tracer.output.current_tracer
+    while graph is not None:  # not those of the body of a checkpoint that ended
+        graphs, graph = [*graphs, graph], graph.parent
+    same = viewed = None
+    for tracker, attributes in tracer.output.side_effects.store_attr_mutations.items():
+        if _ATTRIBUTE not in attributes or tracker.as_proxy().tracer not in graphs:
+            continue
+        noted = tracker.as_proxy().node.meta["example_value"]
+        if noted.untyped_storage()._cdata != fake.untyped_storage()._cdata:
+            continue
+        if _laid_out_alike(noted, fake):
+            same = tracker
+        elif _is_whole_view(fake, noted):
+            viewed = tracker
+    if same is not None or viewed is not None:
+        tracer.symbolic_locals["owner"] = viewed if same is None else same
+
+
+def _traced_owner(tensor: Tensor) -> Tensor | None:
+    """The tensor that carries a note on memory and elements of the traced one, if there is one."""
+    from torch._dynamo.comptime import comptime  # an import of a second, so only here
+
+    owner = None
+    comptime(_find_owner)
+    return owner
 
 
 @constant_while_traced
@@ -279,7 +322,7 @@ def _told_takes_notes() -> bool:
 
 def _version(tensor: Tensor) -> int:
     """How often the traced tensor was modified in place, as a constant."""
-    from torch._dynamo.comptime import comptime  # an import of a second, so only here
+    from torch._dynamo.comptime import comptime
 
     comptime(_ask_tracer)
     version: int = _told_version()
@@ -287,11 +330,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _takes_notes(tensor: Tensor) -> bool:
-    """False for inputs of a compiled region, since a note from outside is no part of its graph, and
-    for tensors whose attributes the tracer does not follow.
-    """
-    if not _TRACER_FOLLOWS:
-        return False
+    """Whether the tracer follows the attributes of the traced tensor."""
     from torch._dynamo.comptime import comptime
 
     comptime(_ask_tracer)

@@ -75,7 +75,7 @@ class _Attention(torch.autograd.Function):
         # The mask as it was given: a bias made of it would be four times as large, for each layer.
         ctx.save_for_backward(*(part for _, pack in packed for part in pack), mask, *tensors)
         ctx.settings = (query.dtype, backend, dropout_p, is_causal, scale, sizes)
-        return sharing.notable(out), codes, scales
+        return out, codes, scales
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:

@@ -127,8 +127,6 @@ _apply_group_norm: Callable[..., tuple[Tensor, ...]] = _GroupNorm.apply
 
 
 def _noted(y: Tensor, method: GroupQuant, tensors: tuple[Tensor, ...]) -> Tensor:
-    if torch.compiler.is_compiling():
-        y = y.view_as(y)  # see `fixed_point.batch_norm`
     shape = tuple(y.shape)
     rebuild = ChannelRebuild(shape, y.stride(), method.bits, method.group_size)
     sharing.note_output(y, Pack(rebuild, shape, tensors))

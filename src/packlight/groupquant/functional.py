@@ -134,7 +134,7 @@ class _Activation(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(codes, scales)
         ctx.f = (name, parameters, y.stride(), bits, group_size)
-        return sharing.notable(y), codes, scales
+        return y, codes, scales
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -363,7 +363,7 @@ class _Gated(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*packs)
         ctx.f = (name, y.stride(), bits, group_size)
-        return sharing.notable(y), *packs
+        return y, *packs
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:

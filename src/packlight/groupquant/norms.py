@@ -41,7 +41,8 @@ class _Norm(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(codes, scales, rstd, weight)
+        # The bias, as torch does: readers rebuild y with it, and a flattened one is held by no other.
+        ctx.save_for_backward(codes, scales, rstd, weight, bias)
         ctx.settings = (center, bits, group_size)
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         return _shaped(y, x.shape), codes, scales
@@ -51,7 +52,7 @@ class _Norm(torch.autograd.Function):
         refuse_second_derivative(KEEPS)
         if grad_output is None:
             return (None,) * 9
-        codes, scales, rstd, weight = ctx.saved_tensors
+        codes, scales, rstd, weight, _ = ctx.saved_tensors
         center, bits, group_size = ctx.settings
         _, need_weight, need_bias = ctx.needs_input_grad[:3]
         dy = grad_output.reshape(rstd.shape[0], -1).contiguous()
@@ -75,8 +76,6 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 
 def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
     """`y.view(shape)`, but a tensor of its own: views of it are views of what carries the note."""
-    if torch.compiler.is_compiling():
-        return y.view(shape)
     shaped: Tensor = torch.ops.aten._unsafe_view(y, shape)
     return shaped
 

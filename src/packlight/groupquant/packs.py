@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from packlight import sharing
-from packlight._library import define_op
 from packlight._philox import draw_seed, draw_seeds
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
@@ -52,16 +51,7 @@ def draw(x: Tensor, method: GroupQuant) -> Tensor | None:
     """
     if method.rounding == "nearest":
         return None
-    return _traced_seed(x) if torch.compiler.is_compiling() else draw_seed(x)
-
-
-# Not marked as random: a compiler merges what is drawn for one tensor, and then the packs made of
-# it. An input of a compiled region carries no note by which q, k and v could share one.
-_traced_seed = define_op(
-    "rounding_seed(Tensor x) -> Tensor",
-    reference=draw_seed,
-    fake=lambda x: x.new_empty(1, dtype=torch.int64),
-)
+    return draw_seed(x)
 
 
 def draw_many(x: Tensor, count: int, method: GroupQuant) -> tuple[Tensor | None, ...]:

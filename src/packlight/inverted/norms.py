@@ -232,8 +232,6 @@ def _noted(result: Any, cast: torch.dtype | None) -> Tensor:
         y: Tensor = result
         return y
     y, narrow = result
-    if torch.compiler.is_compiling():
-        y = y.view_as(y)  # the tracer lets no attribute be set on one of several outputs
     sharing.note_cast(y, narrow)
     return y
 

@@ -99,10 +99,6 @@ def batch_norm(
     if not training or not norm_worth_packing(input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, codes, table = _apply(input, weight, bias, running_mean, running_var, momentum, eps, bits)
-    if torch.compiler.is_compiling():
-        # The tracer gives attributes to a view of one of several outputs. One that was made within
-        # the Function, as `sharing.notable` does, could not be written to by a ReLU in place.
-        y = y.view_as(y)
     shape = tuple(y.shape)
     sharing.note_output(y, Pack(Rebuild(shape, y.stride(), bits), shape, (codes, table)))
     return y

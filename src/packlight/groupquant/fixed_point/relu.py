@@ -109,7 +109,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         return fewbit.relu(input, inplace)
     if inplace:
         check_inplace(input)
-    # No Function with two outputs may write to a view; a tracer's tensor that takes notes is one.
+    # No Function with two outputs may write to a view; a tracer does not say what is one.
     copied = inplace and (torch.compiler.is_compiling() or input._is_view())
     written = inplace and not copied
     shape = tuple(input.shape)
@@ -122,12 +122,9 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     else:
         stride = dense_stride(input)
         y, mask = _apply_masked(input, written)
-        if torch.compiler.is_compiling():
-            y = y.view_as(y)  # see `batch_norm`
         pack = _masked(kept, shape, stride, mask)
-        # A chain of blocks: weakly, see `residual.add`.
-        chain = isinstance(pack.rebuild, ResidualRebuild)
-        note = sharing.note_input if chain else sharing.note_output
+        # Weakly: the packs are those of layers before, of a whole stage for a residual sum.
+        note = sharing.note_input
     if copied:
         y = input.copy_(y)
     note(y, pack)

@@ -101,7 +101,7 @@ class _RoundedNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(codes, scales, rstd, weight)
         ctx.settings = (x.dtype, bits, group_size)
-        return sharing.notable(weight * x_hat.view(x.shape).to(dtype)), codes, scales
+        return weight * x_hat.view(x.shape).to(dtype), codes, scales
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
