@@ -12,6 +12,9 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+# Of Philox2x32.
+PAIR_MULTIPLIER = 0xD256D193
+PAIR_WEYL = 0x9E3779B9
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -44,3 +47,12 @@ def philox(
         c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c[0], c[1], c[2], c[3]
+
+
+def philox2x32(key: Tensor, c0: Tensor, c1: Tensor, rounds: int = _ROUNDS) -> tuple[Tensor, Tensor]:
+    """Two unsigned 32-bit numbers for each counter (c0, c1): Philox2x32, all held in int64."""
+    for _ in range(rounds):
+        high, low = _multiply(PAIR_MULTIPLIER, c0)
+        c0, c1 = high ^ key ^ c1, low
+        key = (key + PAIR_WEYL) & _MASK
+    return c0, c1

@@ -3,7 +3,11 @@
 A tile is NQ bundles of a row. A bundle is 8 / PARTS consecutive groups, so that a thread holds
 eight elements for each byte position, whatever the bits: `parts` elements of one byte in each of
 8 / parts groups. Element (q, s, p, i) of a tile lies ((q SETS + s) PARTS + p) SIZE + i behind its
-start. Eight 16-bit random numbers are one call of Philox.
+start. The eight random numbers of a byte position are one call of Philox.
+
+float32 numbers from 2^(23 - f) to 2^(24 - f) lie 2^-f apart. So (x - low) / step + 2^(23 - f) + u
+has the fraction in its low f bits and the code, floor((x - low) / step + u), right above them. The
+quotient is rounded to a multiple of 2^-f thereby, and so is u: the expected code is that multiple.
 """
 
 import functools
@@ -15,18 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
+from packlight._philox import PAIR_MULTIPLIER, PAIR_WEYL
 from packlight.elementwise.derivative_kernels import DERIVATIVE
-from packlight.elementwise.kernels import DIGITS, FORWARD
+from packlight.elementwise.kernels import DIGITS, FORWARD, PTX
 from packlight.groupquant.method import Grouping
-from packlight.groupquant.reference import ROUNDS
+from packlight.groupquant.reference import ROUNDS, TINY
 from packlight.packing.layout import memory_order
 
 INFINITY = tl.constexpr(float("inf"))
-# float32 numbers from 2^23 to 2^24 are whole: adding one of these rounds, and the integer is in the
-# low bits. Adding the second serves numbers below 0 too.
 WHOLE = tl.constexpr(8388608.0)
-ROUND = tl.constexpr(12582912.0)
+LEAST_STEP = tl.constexpr(TINY)
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+MULTIPLIER = tl.constexpr(PAIR_MULTIPLIER)
+WEYL = tl.constexpr(PAIR_WEYL)
 
 
 @triton.jit
@@ -47,6 +52,18 @@ def tile_offsets(NQ: tl.constexpr, SIZE: tl.constexpr, j: tl.constexpr):
 
 
 @triton.jit
+def to_float32(x):
+    if PTX and x.dtype == tl.bfloat16:
+        # One instruction each. Triton moves every other one down first, then both up.
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def load_tile(x_ptr, left, NQ: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
     """The eight [NQ, SIZE] float32 tensors of a tile at `x_ptr`, 0 past the row's end.
 
@@ -56,9 +73,10 @@ def load_tile(x_ptr, left, NQ: tl.constexpr, SIZE: tl.constexpr, FULL: tl.conste
     for j in tl.static_range(8):
         offsets = tile_offsets(NQ, SIZE, j)
         if FULL:
-            tile = tile + (tl.load(x_ptr + offsets).to(tl.float32),)
+            x = tl.load(x_ptr + offsets)
         else:
-            tile = tile + (tl.load(x_ptr + offsets, offsets < left, other=0.0).to(tl.float32),)
+            x = tl.load(x_ptr + offsets, offsets < left, other=0.0)
+        tile = tile + (to_float32(x),)
     return tile
 
 
@@ -77,22 +95,17 @@ def store_tile(
 
 @triton.jit
 def random_tile(seed, row, bundle, SIZE: tl.constexpr, NQ: tl.constexpr):
-    """Four [NQ, SIZE] uint32 tensors for the byte positions of bundles [NQ] of a row."""
-    c0 = bundle[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    c0 = c0.to(tl.uint32)
-    zero = tl.zeros([NQ, SIZE], dtype=tl.uint32)
-    return tl.philox(seed, c0, zero + row.to(tl.uint32), zero, zero, n_rounds=PHILOX_ROUNDS)
-
-
-@triton.jit
-def uniform_above_one(draws, j: tl.constexpr):
-    """1 + k / 2^16 for number j of the eight 16-bit numbers k of a byte position."""
-    word = draws[j // 2].to(tl.int32, bitcast=True)
-    if j % 2 == 0:
-        bits = word << 7
-    else:
-        bits = word >> 9
-    return ((bits & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True)
+    """Two [NQ, SIZE] uint32 tensors for the byte positions of bundles [NQ] of a row."""
+    seed = seed.to(tl.uint64)
+    key = seed.to(tl.uint32)
+    c0 = bundle.to(tl.uint32)[:, None] * SIZE + tl.arange(0, SIZE).to(tl.uint32)[None, :]
+    c1 = tl.zeros([NQ, SIZE], dtype=tl.uint32) + (row.to(tl.uint32) ^ (seed >> 32).to(tl.uint32))
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        high = tl.umulhi(c0, MULTIPLIER)
+        low = tl.mul(c0, MULTIPLIER, sanitize_overflow=False)
+        c0, c1 = high ^ key ^ c1, low
+        key = tl.add(key, WEYL, sanitize_overflow=False)
+    return c0, c1
 
 
 @triton.jit
@@ -117,8 +130,97 @@ def group_scales(
     low_bits = (bits + tl.where(bits < 0, 0xFFFF, 0)) & -65536
     spread = high - low_bits.to(tl.float32, bitcast=True)
     step = spread * (1.0 / ((1 << BITS) - 1))
-    step_bits = (step.to(tl.int32, bitcast=True) + 0xFFFF) & -65536
+    step_bits = tl.maximum((step.to(tl.int32, bitcast=True) + 0xFFFF) & -65536, LEAST_STEP)
     return low_bits, tl.where(spread < INFINITY, step_bits, 0x7FC00000)
+
+
+@triton.jit
+def reciprocal(step):
+    """1 / step, correctly rounded: as step has 8 significant bits, one Newton step is enough."""
+    if PTX:
+        near = tl.inline_asm_elementwise(
+            "rcp.approx.f32 $0, $1;", "=f,f", [step], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.fma(near, tl.fma(-step, near, 1.0), near)
+    else:
+        return tl.div_rn(1.0, step)
+
+
+@triton.jit
+def code_and_fraction(
+    x, low, inverse, draws, j: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr
+):
+    """int32 bits of the float32 number that holds the code of element j, as said above."""
+    FRACTION: tl.constexpr = 15 if BITS == 8 else 16
+    BASE: tl.constexpr = (150 - FRACTION) << 23  # bits of 2^(23 - FRACTION)
+    TURN: tl.constexpr = j % 4 if STOCHASTIC else 0  # bytes
+    if STOCHASTIC:
+        word = draws[j // 4]
+        if BITS == 8:  # 15 of the 16 bits
+            word = word & (0x7FFF7FFF if TURN % 2 == 0 else 0xFF7FFF7F)
+    else:
+        word = tl.full(x.shape, 1 << (FRACTION - 1), tl.uint32)
+    if PTX:
+        # prmt sets two bytes of the word below two of the base. program_id(2) is 0, but unknown to
+        # the compiler, which therefore keeps the base in a register and does not load it each time.
+        # Were the difference Triton's, LLVM would fuse it with a product that gave x: the minimum
+        # of a group, exact, could then lie below `low`, the minimum after rounding.
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 u; .reg .f32 v;"
+            "prmt.b32 u, $4, $5, $6; sub.rn.f32 v, $1, $2; fma.rn.f32 $0, v, $3, u;}",
+            "=r,f,f,f,r,r,r",
+            [x, low, inverse, word, BASE + tl.program_id(2), 0x7600 + (TURN + 1) % 4 * 16 + TURN],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        if TURN > 0:
+            word = (word >> (8 * TURN)) | (word << (32 - 8 * TURN))
+        u = ((word & 0xFFFF) | BASE).to(tl.float32, bitcast=True)
+        # The quotient is at most TOP (1 + 2^-24). A product that is rounded first may be more.
+        value = tl.minimum((x - low) * inverse, 1.0 * ((1 << BITS) - 1)) + u
+        return value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def join_codes(parts, BITS: tl.constexpr):
+    """uint8 bytes of the codes of their parts, each as `code_and_fraction` gives it."""
+    if PTX and BITS == 8:
+        return tl.inline_asm_elementwise(  # bits 15 to 22 of each
+            "{.reg .b32 a, b; prmt.b32 a, $1, $2, 0x6521; prmt.b32 b, $3, $4, 0x6521;"
+            "shl.b32 a, a, 1; shl.b32 b, b, 1; prmt.b32 $0, a, b, 0x7531;}",
+            "=r,r,r,r,r", [parts[0]], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif PTX:
+        byte = _third_bytes(parts[0])
+        for p in tl.static_range(1, 8 // BITS):
+            byte = _insert(byte, _third_bytes(parts[p]), p * BITS)
+        return byte
+    else:
+        byte = tl.zeros_like(parts[0])
+        for p in tl.static_range(8 // BITS):
+            code = (parts[p] >> (15 if BITS == 8 else 16)) & ((1 << BITS) - 1)
+            byte |= code << (p * BITS)
+        return byte.to(tl.uint8)
+
+
+@triton.jit
+def _third_bytes(x):
+    """Bits 16 to 23: the code, below zeros. After a NaN they are anything."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 a, b; prmt.b32 a, $1, $2, 0x0062; prmt.b32 b, $3, $4, 0x0062;"
+        "prmt.b32 $0, a, b, 0x5410;}",
+        "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _insert(byte, code, SHIFT: tl.constexpr):
+    """The low SHIFT bits of the byte, and above them the code."""
+    KEEP: tl.constexpr = ((1 << SHIFT) - 1) * 0x01010101
+    return tl.inline_asm_elementwise(
+        f"{{.reg .b32 a; shl.b32 a, $2, {SHIFT}; lop3.b32 $0, $1, a, {KEEP}, 0xE4;}}",
+        "=r,r,r", [byte, code], dtype=tl.uint8, is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -129,34 +231,26 @@ def store_codes(
     """Quantises a tile; `codes_ptr` and `scales_ptr` point at those of its first group."""
     PARTS: tl.constexpr = 8 // BITS
     SETS: tl.constexpr = 8 // PARTS
-    TOP: tl.constexpr = (1 << BITS) - 1
     for s in tl.static_range(SETS):
         low_bits, step_bits = group_scales(tile, s, left, NQ, SIZE, BITS, FULL)
         low, step = low_bits.to(tl.float32, bitcast=True), step_bits.to(tl.float32, bitcast=True)
-        inverse = tl.where(step > 0, tl.div_rn(1.0, step), 0.0)
-        inverse = tl.broadcast_to(inverse[:, None], [NQ, SIZE])
-        byte = tl.zeros([NQ, SIZE], dtype=tl.int32)
+        inverse = tl.broadcast_to(reciprocal(step)[:, None], [NQ, SIZE])
+        parts = ()
         for p in tl.static_range(PARTS):
-            # (x - low) / step is from 0 to TOP, and stays so after rounding, but for 8 bits.
-            above = tile[s * PARTS + p] - low[:, None]
-            if STOCHASTIC:
-                u = uniform_above_one(draws, s * PARTS + p)
-                value = tl.fma(above, inverse, u) + (-1.5 + 0.5 / 65536)
-            else:
-                value = above * inverse
-            if BITS == 8:
-                value = tl.minimum(value, 1.0 * TOP)
-            code = (value + ROUND).to(tl.int32, bitcast=True) & TOP  # NaN becomes a number here
-            byte |= code << (p * BITS)
+            x = tile[s * PARTS + p]
+            parts = parts + (
+                code_and_fraction(x, low[:, None], inverse, draws, s * PARTS + p, BITS, STOCHASTIC),
+            )
+        byte = join_codes(parts, BITS)
         group = tl.arange(0, NQ) * SETS + s
         target = codes_ptr + group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         word = low_bits | ((step_bits >> 16) & 0xFFFF)
         if FULL:
-            tl.store(target, byte.to(tl.uint8))
+            tl.store(target, byte)
             tl.store(scales_ptr + group, word)
         else:
             there = group * (PARTS * SIZE) < left
-            tl.store(target, byte.to(tl.uint8), there[:, None])
+            tl.store(target, byte, there[:, None])
             tl.store(scales_ptr + group, word, there)
 
 

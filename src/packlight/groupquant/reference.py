@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight._philox import philox
+from packlight._philox import philox2x32
 from packlight.elementwise.derivatives import BACKWARD
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant.method import Grouping
@@ -22,29 +22,51 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "relu": F.relu,
 }
 
-# Rounds of Philox4x32: 7 are the fewest that pass BigCrush (Salmon et al., SC 2011, table 2).
+# Rounds of Philox2x32: 7 are the fewest that pass BigCrush (Random123 by Salmon et al.).
 ROUNDS = 7
 
 
-def draws(seed: Tensor, grouping: Grouping, first_row: int = 0) -> Tensor:
-    """Uniform numbers (k + 1/2) / 2^16 on (0, 1), [rows, row_groups, group_size] float32.
+def fraction_bits(bits: int) -> int:
+    """Bits of a random number: as many as fit a float32 number's 23 below a code, at most 16."""
+    return min(16, 23 - bits)
 
-    One Philox call gives eight 16-bit numbers: to the `parts` elements of one byte in 8 / parts
+
+def draws(seed: Tensor, grouping: Grouping, first_row: int = 0) -> Tensor:
+    """Uniform numbers k / 2^f on [0, 1), f = `fraction_bits`, [rows, row_groups, group_size].
+
+    One Philox call gives eight numbers: to the `parts` elements of one byte in 8 / parts
     consecutive groups. Its counter is (byte of the first of these groups in its row, row), rows
-    counted from `first_row`.
+    counted from `first_row`. The key is the low half of the seed; the high half is xored to the
+    row, so two seeds share numbers with a chance of about rows / 2^63.
+
+    A word of bytes 0 to 3 gives the numbers of bytes (0, 1), (1, 2), (2, 3) and (3, 0), low byte
+    first, without the top bit at 8 bits. Each is uniform, so each rounding is unbiased.
+
+    Of two neighbours, one byte is the high one of the first and the low one of the second. Given
+    that byte, the chance that the second rounds up takes one of two values 2^(8 - f) apart, so its
+    deviation is at most 2^(7 - f); that of the first one's rounding is at most 1/2. So their
+    covariance is at most 2^(6 - f), in steps squared: 1/1024, at 8 bits 1/512. All other pairs are
+    independent. A sum of n roundings, as many neighbours, has a variance of at most n / 512 (at 8
+    bits n / 256) more than independent ones, whose is at most n / 4.
     """
     rows, row_groups, size = grouping.rows, grouping.row_groups, grouping.group_bytes
     sets = 8 // grouping.parts
     calls = -(-row_groups // sets)
-    c0 = torch.arange(calls * size, device=seed.device).repeat(rows)
+    c0 = torch.arange(calls * size, device=seed.device).repeat(rows) & 0xFFFFFFFF
     c1 = torch.arange(first_row, first_row + rows, device=seed.device)
+    c1 = ((seed >> 32) ^ c1) & 0xFFFFFFFF
     c1 = c1.repeat_interleave(calls * size)
-    words = torch.stack(philox(seed, c0, c1, ROUNDS))
-    halves = torch.stack([words & 0xFFFF, words >> 16], 1)  # [4, 2, rows * calls * size]
-    uniform = (halves.float() + 0.5) / 65536
+    words = torch.stack(philox2x32(seed & 0xFFFFFFFF, c0, c1, ROUNDS))
+    fraction = fraction_bits(grouping.bits)
+    turned = torch.stack([words >> shift | words << (32 - shift) for shift in (0, 8, 16, 24)], 1)
+    uniform = (turned & ((1 << fraction) - 1)).float() / (1 << fraction)  # [2, 4, rows ...]
     uniform = uniform.view(sets, grouping.parts, rows, calls, size)
     uniform = uniform.permute(2, 3, 0, 1, 4).reshape(rows, calls * sets, grouping.group_size)
     return uniform[:, :row_groups]
+
+
+# Bits of 2^-126, the least step: its inverse is finite.
+TINY = 0x00800000
 
 
 def _bf16_down(x: Tensor) -> Tensor:
@@ -80,12 +102,15 @@ def quantize_rows(
     low = low_bits.view(torch.float32)
     spread = (high - low).contiguous()
     finite = spread < float("inf")  # false for NaN too
-    step_bits = torch.where(finite, _bf16_up(spread * (1 / top)), 0x7FC00000).int()
-    step = step_bits.view(torch.float32)
-    inverse = torch.where(step > 0, 1.0 / step, 0.0)
+    step_bits = _bf16_up(spread * (1 / top)).clamp(min=TINY)
+    step_bits = torch.where(finite, step_bits, 0x7FC00000).int()
+    inverse = torch.where(finite, 1.0 / step_bits.view(torch.float32), 0.0)
     codes = (values - low.unsqueeze(-1)).nan_to_num(0.0, 0.0, 0.0) * inverse.unsqueeze(-1)
-    codes = codes.round() if seed is None else (codes + draws(seed, grouping, first_row)).floor()
-    codes = codes.clamp(0, top).to(torch.uint8)
+    # The sum has `fraction_bits` behind the point, as in `kernels.py`.
+    base = float(1 << (23 - fraction_bits(bits)))
+    dither = 0.5 if seed is None else draws(seed, grouping, first_row)
+    codes = codes.clamp(max=top) + (base + dither) - base
+    codes = codes.floor().to(torch.uint8)
 
     bytes_ = codes.view(rows, grouping.row_groups, grouping.parts, grouping.group_bytes)
     packed = bytes_[:, :, 0].clone()
