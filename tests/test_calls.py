@@ -296,6 +296,24 @@ def test_it_compiles_without_a_break_to_the_same_gradients(fresh_compiler):
     assert not torch.equal(gradients(plain, x)[0], expected[0])  # there is a difference to see
 
 
+def test_as_many_classes_compile_as_there_are(fresh_compiler):
+    """The compiler counts recompilations by code object, and by its name the sizes that vary."""
+    inputs = []
+
+    def backend(graph, example_inputs):
+        inputs.extend(example_inputs)
+        return graph.forward
+
+    for i in range(torch._dynamo.config.recompile_limit + 2):
+        kind = type(f"Gated{i}", (Gated,), {})
+        model, x = kind(32 + i), torch.randn(4, 32 + i)
+        convert(model, FINE, functional=True)
+        expected = gradients(model, x)
+        model.compile(fullgraph=True, backend=backend)
+        assert all(map(torch.equal, gradients(model, x), expected))
+    assert all(isinstance(given, Tensor) for given in inputs)  # no size became a variable
+
+
 def test_it_copies_pickles_reverts_and_keeps_its_name_and_signature():
     model, x = Net(), torch.randn(2, 32, 64)
     signature, keys = inspect.signature(model.forward), vars(model).keys() | set()

@@ -133,11 +133,18 @@ def _alone(forward: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _push_mode(mode)
 
-    # A code object of its own: the compiler counts recompilations by it, up to eight.
-    wrapped: Any = alone
-    wrapped.__code__ = wrapped.__code__.replace(co_name=f"alone_{forward.__qualname__}")
-    setattr(wrapped, _ALONE, True)
+    _give_own_code(alone, f"alone_{forward.__qualname__}")
+    setattr(alone, _ALONE, True)
     return alone
+
+
+def _give_own_code(function: Any, name: str) -> None:
+    """Gives a function that is made for each class a code object that no other class has.
+
+    torch.compile counts recompilations by code object, up to eight, and remembers by its name which
+    sizes vary.
+    """
+    function.__code__ = function.__code__.replace(co_name=name)
 
 
 # ---- which modules -------------------------------------------------------------------------------
@@ -177,6 +184,8 @@ def _make(kind: type[nn.Module]) -> type[nn.Module]:
             return kind.forward(self, *args, **kwargs)
         with _Covering(vars(self)[_ATTRIBUTE]):
             return kind.forward(self, *args, **kwargs)
+
+    _give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
 
     def reduce(self: Any, protocol: Any) -> Any:
         # The class is made anew where it is unpickled.

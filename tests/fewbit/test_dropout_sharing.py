@@ -43,6 +43,16 @@ def test_the_reader_keeps_nothing_of_its_own():
     assert codes == sorted([pack[WIDTH], pack[HIDDEN], packed_bytes(ROWS * HIDDEN, 1)])
 
 
+def test_the_reader_keeps_nothing_behind_a_norm_of_several_dimensions():
+    """Whose parameters are flattened for it: nobody else holds those."""
+    model = nn.Sequential(nn.LayerNorm((4, WIDTH)), nn.Dropout(0.25), nn.Linear(WIDTH, HIDDEN))
+    packlight.convert(model, METHODS)
+    x = torch.randn(ROWS, 4, WIDTH, requires_grad=True)
+    rows = packlight.profile(model, x).rows
+    codes = sorted(row.bytes for row in rows if row.dtype == "uint8")
+    assert codes == [packed_bytes(x.numel(), 1), x.numel()]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_weight_gradient_is_that_of_the_dropped_values(inplace, dtype):

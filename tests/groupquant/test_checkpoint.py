@@ -1,4 +1,4 @@
-"""A checkpoint's second pass draws what its first drew, or a dropout behind would drop others."""
+"""Checkpoints: both passes draw alike, or a dropout behind would drop others; they compile."""
 
 import contextlib
 
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from packlight import GroupQuant, fewbit, groupquant, saving
+from packlight import GroupQuant, convert, fewbit, groupquant, saving
 from packlight.groupquant.product import mul
+from tests.helpers import crossing
 
 WEIGHT = nn.Parameter(torch.randn(64, 64) / 8)
 KERNEL = nn.Parameter(torch.randn(8, 4, 3, 3) / 6)
@@ -68,3 +69,40 @@ def test_both_passes_see_one_mask(name, context, use_reentrant, packed_before, m
     first, second = masks
     assert torch.equal(first, second)
     assert 0 < first.sum() < first.numel()
+
+
+class Within(nn.Module):
+    """A checkpoint of layers that write notes, also on what is made outside, and a reader after."""
+
+    def __init__(self, *block):
+        super().__init__()
+        self.block, self.last = nn.Sequential(*block), nn.Linear(64, 64)
+
+    def forward(self, x, use=checkpoint):
+        x = x * 1.0
+        return use(self.block, x, use_reentrant=False) + self.last(x)
+
+
+BLOCKS = {
+    "linear": lambda: (nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)),
+    "norm": lambda: (nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_a_checkpoint_in_a_compiled_region(block, fresh_compiler):
+    model = Within(*block())
+    convert(model, GroupQuant(bits=4, rounding="nearest"))
+    x, dy = torch.randn(128, 64, requires_grad=True), torch.randn(128, 64)
+    leaves = [x, *model.parameters()]
+
+    def plain(block, x, use_reentrant):
+        return block(x)
+
+    expected = torch.autograd.grad(model(x, plain), leaves, dy)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), leaves, dy), expected)
+    # The checkpoint keeps x itself, from which all packs are made again, and no value within.
+    weights = [parameter.shape for parameter in model.parameters()]
+    kept = [tensor for tensor in crossing(model, x)[1:] if tensor.shape not in weights]
+    assert [tensor.shape for tensor in kept] == [x.shape]

@@ -1,6 +1,7 @@
 """Residual sums rebuilt from the packs of their terms: bytes, values, gradients, stale notes."""
 
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import packlight
 from benchmarks.cifar import METHODS, Block, Bottleneck, resnet18, resnet50
 from packlight import DEFAULT_METHODS, FixedPoint, GroupQuant, sharing
-from packlight.groupquant import fixed_point
+from packlight.groupquant import fixed_point, product
 from packlight.groupquant.fixed_point import reference, residual, residual_kernels, residual_ops
 from packlight.groupquant.fixed_point.packs import ResidualRebuild
 from packlight.packing.layout import packed_bytes
@@ -354,6 +355,28 @@ def test_a_sum_keeps_no_pack_longer_than_the_graph():
     y.sum().backward()
     gc.collect()
     assert [ref() for ref in tensors] == [None] * 5
+    assert sharing.pack_of(y) is None
+
+
+READERS = {
+    "dropout": lambda y: packlight.fewbit.dropout(y, 0.5),
+    "relu behind dropout": lambda y: fixed_point.relu(packlight.fewbit.dropout(y, 0.5)),
+    "product": lambda y: product.mul(
+        y, y.detach().clone().requires_grad_(), **dataclasses.asdict(NEAREST[1])
+    ),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_what_is_made_of_a_sum_keeps_no_pack_longer_than_the_graph(read):
+    y = read(residual.add(batch_norm(hidden()), batch_norm(hidden())))
+    found = sharing.pack_of(y)  # its readers share the packs as long as the graph is there
+    assert (found.rebuild(y.dtype, *found.tensors) - y).norm() < 0.2 * y.norm()
+    tensors = [weakref.ref(tensor) for tensor in found.tensors]
+    del found
+    y.sum().backward()
+    gc.collect()
+    assert [ref() for ref in tensors] == [None] * len(tensors)
     assert sharing.pack_of(y) is None
 
 

@@ -40,7 +40,7 @@ class _Dropout(torch.autograd.Function):
         if inplace:
             return y
         ctx.mark_non_differentiable(codes)
-        return sharing.notable(y), codes
+        return y, codes
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -105,7 +105,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         if kept is not None:
             shape = tuple(dropped.shape)
             rebuild = _DroppedRebuild(kept.rebuild, shape, dense_stride(dropped), p)
-            sharing.note_output(dropped, Pack(rebuild, shape, (codes, *kept.tensors)))
+            # Weakly: the packs are those of layers before, of a whole stage for a residual sum.
+            sharing.note_input(dropped, Pack(rebuild, shape, (codes, *kept.tensors)))
         return dropped
     if inplace:
         ops.dropout_(input, seed, p, False)

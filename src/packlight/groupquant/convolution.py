@@ -272,6 +272,7 @@ def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: Gro
     kept = pack_input(x, method, seed)
     rebuild = PaddedRebuild(kept.rebuild, tuple(x.shape), tuple(widths), mode)
     padded = _apply_pad(x, tuple(widths), mode)
+    # Strongly: until the convolution reads the padded tensor, nothing else holds a new pack.
     sharing.note_output(padded, Pack(rebuild, tuple(padded.shape), kept.tensors))
     return padded
 

@@ -41,7 +41,7 @@ class _Norm(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
-        # The bias, as torch does: readers rebuild y with it, and a flattened one is held by no other.
+        # The bias, as torch does: readers rebuild y with it, and nothing else owns a flattened one.
         ctx.save_for_backward(codes, scales, rstd, weight, bias)
         ctx.settings = (center, bits, group_size)
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]

@@ -70,7 +70,8 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
     product = _Product(rebuilds, tuple(input.shape), len(one.tensors))
     tensors = (*one.tensors, *two.tensors)
     y = _multiply(input, other, product, *tensors)
-    sharing.note_output(y, Pack(product, tuple(y.shape), tensors))
+    # Weakly: a factor's packs may be those of layers before, of a whole stage for a residual sum.
+    sharing.note_input(y, Pack(product, tuple(y.shape), tensors))
     return y
 
 
