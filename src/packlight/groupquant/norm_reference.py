@@ -11,6 +11,15 @@ from packlight.groupquant.reference import dequantize_rows, quantize_rows
 from packlight.packing.layout import compute_dtype
 
 
+def normalise(x: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
+    """x_hat [rows, width] and rstd [rows, 1] in the dtype that torch computes in."""
+    values = x.to(compute_dtype(x))
+    if center:
+        values = values - values.mean(-1, keepdim=True)
+    rstd = (values.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return values * rstd, rstd
+
+
 def norm(
     x: Tensor,
     width: int,
@@ -27,12 +36,8 @@ def norm(
         y = F.layer_norm(x, (width,), weight, bias, eps)
     else:
         y = F.rms_norm(x, (width,), weight, eps)
-    values = x.to(compute_dtype(x))
-    if center:
-        values = values - values.mean(-1, keepdim=True)
-    rstd = (values.square().mean(-1, keepdim=True) + eps).rsqrt()
-    x_hat = (values * rstd).float().reshape(-1)
-    codes, scales = quantize_rows(x_hat, width, bits, group_size, seed)
+    x_hat, rstd = normalise(x, eps, center)
+    codes, scales = quantize_rows(x_hat.float().reshape(-1), width, bits, group_size, seed)
     return y, codes, scales, rstd.view(-1)
 
 
@@ -53,9 +58,23 @@ def norm_backward(
     `grad_output` is [rows, width]. Sums that are not needed come back empty.
     """
     rows, width = grad_output.shape
-    dtype = compute_dtype(grad_output)
+    x_hat = dequantize_rows(codes, scales, rows, width, bits, group_size)
+    x_hat = x_hat.to(compute_dtype(grad_output))
+    return gradients(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)
+
+
+def gradients(
+    grad_output: Tensor,
+    x_hat: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    center: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`norm_backward` with x~ in the dtype that torch computes in."""
+    dtype = x_hat.dtype
     dy = grad_output.to(dtype)
-    x_hat = dequantize_rows(codes, scales, rows, width, bits, group_size).to(dtype)
     g = dy if weight is None else dy * weight.to(dtype)
     dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
     if center:

@@ -1,0 +1,63 @@
+"""The operators of norms as operations that a compiler fuses with what is around them.
+
+A norm stands between a sum, a dropout and a cast. To a compiler an operator of ours is opaque: it
+must write the sum out for it, and read the output again for the cast; of operations it makes one
+kernel. What remains opaque is the pack, which reads x_hat in the bits in which matmuls behind do.
+"""
+
+import torch
+from torch import Tensor
+
+from packlight.groupquant import norm_reference, ops
+from packlight.packing.layout import compute_dtype
+
+
+def narrow_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matmul would read `x`: a narrower one under autocast."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def norm(
+    x: Tensor,
+    width: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `ops.norm` gives, with y to rounding, for a width of whole groups."""
+    x_hat, rstd = norm_reference.normalise(x, eps, center)
+    packed = x_hat.to(narrow_dtype(x))
+    codes, scales = ops.quantize(packed, (width, 1), bits, group_size, seed)
+    y = x_hat if weight is None else x_hat * weight
+    y = y if bias is None else y + bias
+    return y.to(x.dtype), codes, scales, rstd.view(-1)
+
+
+def norm_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    center: bool,
+    need_weight: bool,
+    need_bias: bool,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `ops.norm_backward` gives; `dtype` is the one in which x_hat was packed."""
+    shape = tuple(grad_output.shape)
+    layout = (shape, (shape[1], 1), grad_output.numel(), bits, group_size)
+    x_hat = ops.dequantize(codes, scales, *layout, dtype, "", (), None, None)
+    x_hat = x_hat.to(compute_dtype(grad_output))
+    return norm_reference.gradients(
+        grad_output, x_hat, rstd, weight, center, need_weight, need_bias
+    )
