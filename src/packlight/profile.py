@@ -10,6 +10,7 @@ without unpacking it.
 import bisect
 import dataclasses
 import functools
+import gc
 import inspect
 import os
 import random
@@ -852,6 +853,8 @@ class _AllocatorMeter:
 
     def __init__(self, devices: list[torch.device]) -> None:
         self.devices = devices
+        if devices:
+            gc.collect()  # what dies during the pass would hide as much that is kept
         self.before = [torch.cuda.memory_allocated(device) for device in devices]
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)

@@ -161,7 +161,7 @@ def test_gradients_are_near_the_exact_ones(device, kind, bits, inplace):
     ours, exact = gradients(model, x), gradients(plain, x)
     names = ["input", *dict(model.named_parameters())]
     errors = {n: (a - b).norm() / b.norm() for n, a, b in zip(names, ours, exact, strict=True)}
-    limit = 0.25 if bits == 4 else 0.04
+    limit = {("fixed", 4): 0.32, ("group", 4): 0.25}.get((kind, bits), 0.04)
     assert errors["conv.weight"] < limit
     assert errors["norm.weight"] < limit
     assert errors["input"] < limit

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import FixedPoint, fixed_point
 from packlight.groupquant.fixed_point import kernels, ops, reference
+from packlight.groupquant.fixed_point.method import BIN
 from packlight.method import Method
 from packlight.packing.layout import dense_stride, packed_bytes
 from packlight.packing.reference import unpack
@@ -58,21 +59,24 @@ def loss(x, weight, bias, dy, norm, relu):
 
 @every_bits
 def test_codes_follow_the_source(bits):
-    """Inside the window, for positive gamma, every code is that of the published formula."""
-    count = 2**bits
+    """Inside the window, for positive gamma, every code is that of the published formula.
+
+    There 6 / K stands for the width of a bin.
+    """
+    count, width = 2**bits, BIN[bits]
     x = torch.randn(8, 6, 20, 20, dtype=torch.float64)
     gamma = torch.tensor([1.0, 0.5, 2.0, 1.5, 0.1, 3.0], dtype=torch.float64)
     beta = gamma * torch.tensor([0.0, 0.3, -0.7, 1.9, -2.5, 2.4], dtype=torch.float64)
     _, codes, table = codes_of(x, gamma, beta, bits)
     x_hat = F.batch_norm(x, None, None, None, None, True)
     a = x_hat + channels(beta / gamma)
-    shift = (count / 2 - (beta / gamma * count / 6).floor()).clamp(min=1)
-    expected = ((a - 1e-6) * count / 6).floor() + channels(shift)
+    shift = (count / 2 - (beta / gamma / width).floor()).clamp(min=1)
+    expected = ((a - 1e-6) / width).floor() + channels(shift)
     # Rounding may move a value that lies on an edge.
-    edge = ((a - 1e-6) * count / 6 - ((a - 1e-6) * count / 6).round()).abs() < 1e-9
+    edge = ((a - 1e-6) / width - ((a - 1e-6) / width).round()).abs() < 1e-9
     assert torch.equal(table[reference.SHIFT], shift)
     assert ((codes == expected.clamp(0, count - 1)) | edge).all()
-    a_rebuilt = (codes.double() - channels(shift) + 0.5) * 6 / count
+    a_rebuilt = (codes.double() - channels(shift) + 0.5) * width
     x_rebuilt = channels(table[reference.UNIT]) * (codes - channels(table[reference.CENTRE]))
     torch.testing.assert_close(x_rebuilt, a_rebuilt - channels(beta / gamma))
     y_rebuilt = channels(table[reference.STEP]) * codes + channels(table[reference.LOW])
@@ -84,8 +88,9 @@ CASES = {
     "plain": (1.0, 0.0),
     "negative gamma": (-0.7, 0.4),
     "negative both": (-2.0, -1.0),
-    "bias at three sigma": (1.0, 3.0),
-    "bias at minus three sigma": (1.0, -3.0),
+    "bias at four sigma": (1.0, 4.0),
+    "bias at minus four sigma": (1.0, -4.0),
+    "bias at eight sigma": (1.0, 8.0),
     "bias far above": (1.0, 11.0),
     "bias far below": (-1.0, -11.0),
     "gamma zero": (0.0, 0.5),
@@ -113,9 +118,9 @@ def test_every_case_of_gamma_and_beta(case, bits, backend):
     assert torch.equal(codes >= channels(shift), y > 0)
     x_hat = F.batch_norm(x, None, None, None, None, True)
     x_rebuilt = channels(table[reference.UNIT]) * (codes - channels(table[reference.CENTRE]))
-    half = 3 / count
+    half = BIN[bits] / 2
     # The window's ends lie at whole bins of a, and one code may be set aside for a rare side of 0.
-    sure = x_hat.abs() < 3 - 4 * half
+    sure = x_hat.abs() < count * half - 4 * half
     assert (x_rebuilt - x_hat).abs()[sure].max() <= half * (1 + 1e-3)
     packed = run(x, gamma, beta, None, None, 0.1, 1e-5, bits)[1]
     rebuilt = ops.rebuild(packed, table, y.shape, y.stride(), bits, torch.float32, True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight.groupquant.fixed_point import reference
-from packlight.groupquant.fixed_point.method import EDGE, WIDTH
+from packlight.groupquant.fixed_point.method import BIN, EDGE
 from packlight.packing.kernels import (
     code_at,
     code_of,
@@ -42,7 +42,7 @@ CENTRE = tl.constexpr(reference.CENTRE)
 SCALE = tl.constexpr(reference.SCALE)
 FAR = tl.constexpr(reference.FAR)
 EDGE_ = tl.constexpr(EDGE)
-WIDTH_ = tl.constexpr(WIDTH)
+BIN_OF_4, BIN_OF_8 = tl.constexpr(BIN[4]), tl.constexpr(BIN[8])
 
 # What `_decode_kernel` makes of a code.
 VALUE = tl.constexpr(0)
@@ -143,6 +143,7 @@ def _table_kernel(
 ):
     """Statistics, the running ones, and the table of a batch norm, as `reference.channel_table`."""
     COUNT: tl.constexpr = 1 << BITS
+    WIDTH: tl.constexpr = BIN_OF_4 if BITS == 4 else BIN_OF_8
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = channel < channels
     part = tl.arange(0, PARTS)[:, None].to(tl.int64)
@@ -177,14 +178,14 @@ def _table_kernel(
         gamma = tl.load(weight_ptr + channel, there, other=1.0).to(tl.float32)
     if BIAS:
         beta = tl.load(bias_ptr + channel, there, other=0.0).to(tl.float32)
-    position = tl.div_rn(beta, tl.abs(gamma)) * (COUNT / WIDTH_)
+    position = tl.div_rn(beta, tl.abs(gamma)) * (1 / WIDTH)
     position = tl.where(position == position, position, -FAR)  # 0 / 0, and NaN
     position = tl.minimum(tl.maximum(position, -FAR), FAR)
     whole = tl.floor(position)
     phase = tl.where(tl.abs(position) < FAR, position - whole, 0.0)
     centre = phase + (COUNT - 1) / 2 + 0.0 * (mean + rstd)
-    step = tl.abs(gamma) * (WIDTH_ / COUNT)
-    unit = tl.where(gamma < 0, -WIDTH_ / COUNT, WIDTH_ / COUNT)
+    step = tl.abs(gamma) * WIDTH
+    unit = tl.where(gamma < 0, -WIDTH, WIDTH)
     shift = tl.minimum(tl.maximum(COUNT // 2 - whole, 1.0), COUNT - 1.0)
     tl.store(table_ptr + STEP * channels + channel, step, there)
     tl.store(table_ptr + LOW * channels + channel, beta - step * centre, there)
@@ -228,6 +229,7 @@ def _forward_kernel(
 ):
     """y = (x - mean) rstd gamma + beta, and its codes."""
     COUNT: tl.constexpr = 1 << BITS
+    WIDTH: tl.constexpr = BIN_OF_4 if BITS == 4 else BIN_OF_8
     start = tl.program_id(0).to(tl.int64) * BLOCK
     groups = groups.to(tl.int64)
     n = tl.full([], n, tl.int64)  # Triton passes 1 as a constant, which has no `to`
@@ -247,7 +249,7 @@ def _forward_kernel(
                 beta = tl.load(bias_ptr + channel).to(tl.float32)
             inverse = tl.div_rn(1.0, tl.load(table_ptr + UNIT * channels + channel))
             offset = tl.load(table_ptr + CENTRE * channels + channel)
-            offset = offset + (0.5 - EDGE_ * COUNT / WIDTH_)
+            offset = offset + (0.5 - EDGE_ / WIDTH)
             shift = tl.load(table_ptr + SHIFT * channels + channel)
         x_hat = (xs[j].to(tl.float32) - mean) * rstd
         y = x_hat

@@ -6,36 +6,41 @@ from packlight.errors import InputError
 from packlight.method import Method
 
 BITS = (4, 8)
-# The window is 6 standard deviations wide.
-WIDTH = 6.0
+# The width of a bin in standard deviations, so that the window is 8 and 16 of them wide.
+BIN = {4: 1 / 2, 8: 1 / 16}
 # Puts the normalised value 0 into the bin left of it, as the source does.
 EDGE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedPoint(Method):
-    """Keep a b-bit code of what a batch norm makes of each value, in a window of +-3 sigma.
+    """Keep a b-bit code of what a batch norm makes of each value, in a window of +-4 or 8 sigma.
 
-    With K = 2^b, x_hat the normalised value, s the sign of gamma, and a = s x_hat + beta / |gamma|,
-    so that y = |gamma| a, a channel has
+    With K = 2^b codes for bins of h = 1/2 (4 bits) or 1/16 (8 bits), x_hat the normalised value, s
+    the sign of gamma, and a = s x_hat + beta / |gamma|, so that y = |gamma| a, a channel has
 
-        shift = K/2 - floor(beta / |gamma| K/6), held within 1 ... K - 1
-        code  = floor((a - 1e-6) K/6) + K/2 - floor(beta / |gamma| K/6), held within 0 ... K - 1
-        a~    = (code - K/2 + floor(beta / |gamma| K/6) + 1/2) 6/K,
+        shift = K/2 - floor(beta / (|gamma| h)), held within 1 ... K - 1
+        code  = floor((a - 1e-6) / h) + K/2 - floor(beta / (|gamma| h)), held within 0 ... K - 1
+        a~    = (code - K/2 + floor(beta / (|gamma| h)) + 1/2) h,
         x~    = s (a~ - beta / |gamma|),     y~ = |gamma| a~.
 
     The window follows the bias, and no pass looks for minimum and maximum. `[code >= shift]` is
     the mask of a ReLU behind the batch norm, exactly: the code of an element whose y is positive
     is raised to `shift`, and any other lowered below it, so that not even the rounding of y makes
     a difference. So one code serves BatchNorm, ReLU and the convolutions behind them. Keeps `bits`
-    bits an element and 24 bytes a channel. |x~ - x_hat| <= 3/K within the window; nearest value,
+    bits an element and 24 bytes a channel. |x~ - x_hat| <= h / 2 within the window; nearest value,
     so biased. Source: Chakrabarti and Moseley, NeurIPS 2019, arXiv 1901.07988, whose gamma is
     positive. What differs here:
 
     - gamma < 0: the sign flips the axis of x_hat, as above; the rest is the same.
-    - |beta / gamma| > 3, where no bin, or all of them, would lie left of 0: the source holds the
-      window at 0, so that all values fall in its last bin. Here it goes on following the bias; one
-      code is set aside for the side of 0 that is rare.
+    - The source has a window of +-3 sigma for both. The normalised values of a network that learns
+      have heavy tails (a kurtosis of 4 to 60, where a normal distribution has 3), and what is cut
+      off shrinks gradients. In a small ResNet-18 on CIFAR-10 those of convolutions are off by 0.116
+      at 4 bits and 0.049 at 8 with +-3, by 0.112 with +-4 and by 0.011 with +-8, and come out 1.8%
+      and 0.9% too short with +-3, 0.8% and 0.02% with these (`tools/fixed_point_window.py`).
+    - |beta / gamma| beyond the window, where no bin, or all of them, would lie left of 0: the
+      source holds the window at 0, so that all values fall in its last bin. Here it goes on
+      following the bias; one code is set aside for the side of 0 that is rare.
     - gamma = 0, or so small that beta / gamma has no fraction of a bin: the window is that of
       x_hat, `shift` 1 if beta > 0 and K - 1 if not. dgamma is as good there as elsewhere.
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from packlight.groupquant.fixed_point.method import EDGE, WIDTH
+from packlight.groupquant.fixed_point.method import BIN, EDGE
 from packlight.packing import reference as packing
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
 
@@ -29,17 +29,17 @@ def channel_table(
     mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
     """The table of a batch norm with these statistics and parameters, [channels] each."""
-    count = 2**bits
+    count, width = 2**bits, BIN[bits]
     gamma = torch.ones_like(rstd) if weight is None else weight.to(rstd.dtype)
     beta = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype)
     # Left of everything where gamma and beta are both 0: y is 0, and not positive.
-    position = (beta / gamma.abs() * (count / WIDTH)).nan_to_num(-FAR, FAR, -FAR)
+    position = (beta / gamma.abs() / width).nan_to_num(-FAR, FAR, -FAR)
     whole = position.floor()
     phase = torch.where(position.abs() < FAR, position - whole, 0.0)
     # A channel that is not finite comes back as NaN: x_hat is NaN throughout.
     centre = phase + (count - 1) / 2 + 0.0 * (mean + rstd)
-    step = gamma.abs() * (WIDTH / count)
-    unit = torch.where(gamma < 0, -WIDTH / count, WIDTH / count)
+    step = gamma.abs() * width
+    unit = torch.where(gamma < 0, -width, width)
     rows = {
         STEP: step,
         LOW: beta - step * centre,
@@ -67,7 +67,7 @@ def encode(x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, bits
     """Packed codes of the normalised `x`, in the memory order of `y`, which is its batch norm."""
     count = 2**bits
     x_hat = (x.to(table.dtype) - _channels(mean, x)) * _channels(rstd, x)
-    offset = table[CENTRE] + (0.5 - EDGE * count / WIDTH)
+    offset = table[CENTRE] + (0.5 - EDGE / BIN[bits])
     code = (x_hat * _channels(1 / table[UNIT], x) + _channels(offset, x)).floor().nan_to_num(0.0)
     code = code.clamp(0, count - 1)
     shift = _channels(table[SHIFT], x)
