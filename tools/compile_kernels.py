@@ -76,6 +76,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
     for full in (False, True):
         constants = {"KEEP_CODES": full, "FULL": full, "BLOCK": kernels.BLOCK}
         yield f"dropout bf16, full {full}", dropout_kernels._dropout_kernel, constants, "bf16"
+    yield "dropout's mask", dropout_kernels._mask_kernel, {"BLOCK": 512}, "bf16"
     yield from inverted_variants()
 
 

@@ -1,6 +1,7 @@
 """Dropout with a packed mask: its law, its gradient, its bytes, its randomness."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -112,6 +113,39 @@ def test_compiles():
     assert set(dx.tolist()) == {0.0, 8.0}
 
 
+@pytest.mark.parametrize("shape", [(8, 64), (3, 7), (5,), (), (0, 4), (7, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_compiled_dropout_has_the_mask_of_its_seed(shape, dtype, monkeypatch, fresh_compiler):
+    """Operations there, which a compiler fuses; the operator, which says what is true, here."""
+    seed = torch.tensor([2**62 + 12345])
+    module = sys.modules["packlight.fewbit.dropout"]  # its package has the function by that name
+    monkeypatch.setattr(module, "draw_seed", lambda x: seed)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+
+    def run(x):
+        return few_bit.dropout(x * 1.0, 0.25)
+
+    expected = run(x)
+    (expected_dx,) = torch.autograd.grad(expected.sum(), x)
+    for backend in ("aot_eager", "inductor"):
+        compiled = torch.compile(run, fullgraph=True, backend=backend)
+        y = compiled(x)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        tolerance = 8e-3 if dtype == torch.bfloat16 else 1e-6  # of the factor, in bfloat16 here
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=0)
+        torch.testing.assert_close(dx, expected_dx, rtol=tolerance, atol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), y, rtol=0, atol=0)
+
+
+def test_compiled_dropout_keeps_a_bit_at_most(fresh_compiler):
+    x = torch.randn(64, 64, requires_grad=True)
+    compiled = torch.compile(
+        lambda x: few_bit.dropout(x * 1.0, 0.25), fullgraph=True, backend="aot_eager"
+    )
+    assert kept_bytes(lambda: compiled(x)) <= 64 * 64 // 8
+
+
 def test_opcheck():
     seed = torch.randint(2**63 - 1, (1,))
     for x in (torch.randn(3, 7), torch.randn(4, 6).t()):
@@ -119,6 +153,7 @@ def test_opcheck():
             arguments = (x, seed, 0.5, keep)
             torch.library.opcheck(torch.ops.packlight.few_bit_dropout.default, arguments)
             torch.library.opcheck(torch.ops.packlight.few_bit_dropout_.default, arguments)
+    torch.library.opcheck(torch.ops.packlight.few_bit_dropout_mask.default, (seed, 77, 0.5))
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])

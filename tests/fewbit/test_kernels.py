@@ -151,6 +151,8 @@ def test_dropout_equals_the_reference(p, dtype, device):
         seed = torch.randint(2**63 - 1, (1,), device=device)
         y, codes = dropout_kernels.dropout(x, seed, p, True)
         expected, expected_codes = dropout_reference.dropout(x, seed, p, True)
+        mask = dropout_kernels.dropout_mask(seed, x.numel(), p)
+        assert torch.equal(unpack(mask, 1, x.numel()), unpack(expected_codes, 1, x.numel()))
         assert torch.equal(unpack(codes, 1, count), unpack(expected_codes, 1, count))
         assert ulps(y, expected).max() <= (2 if device == "cpu" else 1)
         written = x.clone()

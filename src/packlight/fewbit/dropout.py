@@ -19,7 +19,7 @@ from packlight._checks import (
 from packlight._philox import draw_seed
 from packlight.errors import InputError
 from packlight.fewbit import ops
-from packlight.packing.layout import dense_stride
+from packlight.packing.layout import compute_dtype, dense_stride
 from packlight.sharing import Pack
 
 
@@ -60,6 +60,35 @@ def _dropped(x: Tensor, codes: Tensor, p: float, stride: tuple[int, ...]) -> Ten
 _drop: Callable[..., Any] = _Dropout.apply
 
 
+class _TracedDropout(torch.autograd.Function):
+    """`_Dropout` as operations that a compiler fuses with what is around them: a residual sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.p = p
+        return _traced_dropped(x, codes, p)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        (codes,) = ctx.saved_tensors
+        return _traced_dropped(grad_output, codes, ctx.p), None, None
+
+
+def _traced_dropped(x: Tensor, codes: Tensor, p: float) -> Tensor:
+    """`x` by its mask and 1 / (1 - p), for codes of elements in the order of a contiguous tensor.
+
+    Element j L + g is bit j of byte g, see `packing/layout.py`.
+    """
+    bit = torch.arange(8, dtype=torch.int32, device=x.device)
+    kept = (codes.to(torch.int32) >> bit.unsqueeze(1)) & 1
+    factor = kept.view(-1)[: x.numel()].view(x.shape) * (1 / (1 - p))
+    return (x.to(compute_dtype(x)) * factor).to(x.dtype)
+
+
+_drop_traced: Callable[..., Tensor] = _TracedDropout.apply
+
+
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class _DroppedRebuild:
     """The output from its mask and what is kept of the input."""
@@ -94,6 +123,11 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         return F.dropout(input, p, training, inplace)  # keeps nothing of the input's size
     seed = draw_seed(input)
     # Without a gradient too: a checkpoint runs its first pass so, and must see the same mask.
+    traced = torch.compiler.is_compiling() and not inplace and input.is_contiguous()
+    if traced:
+        codes = ops.dropout_mask(seed, input.numel(), p)
+        if not needs_gradient(input):
+            return _traced_dropped(input, codes, p)
     if needs_gradient(input):
         if inplace:
             check_inplace(input)
@@ -101,7 +135,10 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
             return overwritten
         kept = sharing.pack_of(input)
         dropped: Tensor
-        dropped, codes = _drop(input, seed, p, False)
+        if traced:
+            dropped = _drop_traced(input, codes, p)
+        else:
+            dropped, codes = _drop(input, seed, p, False)
         if kept is not None:
             shape = tuple(dropped.shape)
             rebuild = _DroppedRebuild(kept.rebuild, shape, dense_stride(dropped), p)

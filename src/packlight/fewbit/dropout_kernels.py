@@ -15,6 +15,14 @@ from packlight.packing.layout import dense_stride, lanes, memory_order, packed_b
 BLOCK = 512
 
 
+@triton.jit
+def _draws(seed, start, BLOCK: tl.constexpr):
+    """The draws of the eight elements of each of BLOCK groups."""
+    group = (start + tl.arange(0, BLOCK)).to(tl.int32)
+    zero = tl.zeros([BLOCK], dtype=tl.int32)
+    return tl.philox(seed, group, zero, zero, zero) + tl.philox(seed, group, zero + 1, zero, zero)
+
+
 @quick
 @triton.jit(do_not_specialize=["drop_below"])
 def _dropout_kernel(
@@ -34,15 +42,12 @@ def _dropout_kernel(
     groups = groups.to(tl.int64)
     n = tl.full([], n, tl.int64)  # Triton passes 1 as a constant, which has no `to`
     lane = tl.arange(0, BLOCK)
-    seed = tl.load(seed_ptr)
-    group = (start + lane).to(tl.int32)
-    zero = tl.zeros([BLOCK], dtype=tl.int32)
     x_ptr += start
     y_ptr += start
     codes_ptr += start
 
     xs = load_rows(x_ptr, start, lane, n, groups, FULL)
-    draws = tl.philox(seed, group, zero, zero, zero) + tl.philox(seed, group, zero + 1, zero, zero)
+    draws = _draws(tl.load(seed_ptr), start, BLOCK)
 
     word = empty_word(BLOCK, 1)
     for j in tl.static_range(8):
@@ -52,6 +57,25 @@ def _dropout_kernel(
         word |= kept.to(tl.int32) << j
     if KEEP_CODES:
         store_word(codes_ptr, word, lane, groups, lane < groups - start, 1)
+
+
+@quick
+@triton.jit(do_not_specialize=["drop_below"])
+def _mask_kernel(
+    codes_ptr,  # [groups]
+    seed_ptr,  # [1]
+    groups,
+    drop_below,
+    BLOCK: tl.constexpr,
+):
+    """The mask alone: of any element, those of a group past the end too."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    draws = _draws(tl.load(seed_ptr), start, BLOCK)
+    word = empty_word(BLOCK, 1)
+    for j in tl.static_range(8):
+        word |= (draws[j] >= tl.full([], drop_below, tl.uint32)).to(tl.int32) << j
+    lane = tl.arange(0, BLOCK)
+    store_word(codes_ptr + start, word, lane, groups, lane < groups - start, 1)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -75,6 +99,19 @@ def _launch(x: Tensor, y: Tensor, seed: Tensor, p: float, keep_codes: bool) -> T
     codes = x.new_empty(packed_bytes(n, 1) if keep_codes else 0, dtype=torch.uint8)
     if n:
         _prepared(n, p, keep_codes)(x, y, codes, seed)
+    return codes
+
+
+@functools.lru_cache(LAUNCHES)
+def _prepared_mask(groups: int, p: float) -> Launch:
+    grid = (triton.cdiv(groups, BLOCK),)
+    return _mask_kernel.prepare(grid, groups, drop_below(p), BLOCK=BLOCK, num_warps=4)
+
+
+def dropout_mask(seed: Tensor, count: int, p: float) -> Tensor:
+    codes = seed.new_empty(packed_bytes(count, 1), dtype=torch.uint8)
+    if count:
+        _prepared_mask(lanes(count), p)(codes, seed)
     return codes
 
 

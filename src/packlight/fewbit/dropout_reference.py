@@ -24,6 +24,11 @@ def _kept(seed: Tensor, count: int, p: float) -> Tensor:
     return (draws >= drop_below(p)).view(-1)[:count]
 
 
+def dropout_mask(seed: Tensor, count: int, p: float) -> Tensor:
+    """The packed mask of `dropout` for `count` elements."""
+    return packing.pack(_kept(seed, count, p).to(torch.uint8), 1)
+
+
 def dropout(x: Tensor, seed: Tensor, p: float, keep_codes: bool) -> tuple[Tensor, Tensor]:
     """x / (1 - p) where a draw keeps it, else 0; and the packed mask, empty if not asked for."""
     stride = dense_stride(x)

@@ -70,6 +70,13 @@ dropout = define_op(
     kernel="packlight.fewbit.dropout_kernels:dropout",
 )
 
+dropout_mask = define_op(
+    "few_bit_dropout_mask(Tensor seed, SymInt count, float p) -> Tensor",
+    reference=dropout_reference.dropout_mask,
+    fake=lambda seed, count, p: seed.new_empty(packed_bytes(count, 1), dtype=torch.uint8),
+    kernel="packlight.fewbit.dropout_kernels:dropout_mask",
+)
+
 dropout_ = define_op(
     "few_bit_dropout_(Tensor(a!) x, Tensor seed, float p, bool keep_codes) -> Tensor",
     reference=dropout_reference.dropout_,
