@@ -25,7 +25,7 @@ by call order, and the note goes when the tensor goes.
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -102,12 +102,13 @@ def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     cast = None if note is None else note[1]
     if cast is None or cast.dtype != dtype:
         return None
+    # A cast has a gradient of its own: a view may have passed a Function, a hook or `detach`.
+    if not _is_itself(owner, tensor):
+        return None
     # A hook on the tensor would not see a gradient that goes to the cast instead.
     if not torch.compiler.is_compiling() and (owner._backward_hooks or tensor._backward_hooks):
         return None
-    if _laid_out_alike(owner, tensor):
-        return cast
-    return cast.view(tensor.shape) if tensor.is_contiguous() else None
+    return cast
 
 
 def note_output(tensor: Tensor, pack: Pack) -> None:
@@ -204,7 +205,7 @@ def _write(
         return
     owner, note = _read(tensor)
     if note is not None and _laid_out_alike(owner, tensor):
-        cast = note[1] if cast is None else cast
+        cast = note[1] if cast is None and _is_itself(owner, tensor) else cast
         pack = note[2] if pack is None else pack
         sketch = note[3] if sketch is None else sketch
     if traced and not _takes_notes(tensor):
@@ -233,6 +234,11 @@ def _owner(tensor: Tensor) -> Tensor | None:
     if not hasattr(tensor, _ATTRIBUTE) and _is_whole_view(tensor, tensor._base):
         return tensor._base
     return tensor
+
+
+def _is_itself(owner: Tensor, tensor: Tensor) -> bool:
+    """Whether the note that was just read is on this tensor, not on one with the same memory."""
+    return _told_itself() if torch.compiler.is_compiling() else owner is tensor
 
 
 def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
@@ -276,27 +282,62 @@ def _ask_tracer(context: Any) -> None:
 def _find_owner(context: Any) -> None:
     """Puts what carries the note of the local `tensor` into the local `owner`.
 
-    Of several the last: it may have been written on a later version.
+    That is a tensor with the same memory and of the same version, laid out alike or a base of which
+    the local one is a whole view; of several the last. What is not known of symbolic sizes counts
+    as different, since a guess would be a guard on the sizes of the model's inputs.
     """
-    fake = context.get_local("tensor").as_fake()
-    tracer = _tracer(context)
+    variable, tracer = context.get_local("tensor"), _tracer(context)
+    fake, node = variable.as_fake(), variable.as_proxy().node
+    _traced["itself"] = False
+    believed = variable._i_will_not_complain_if_bc_breaks_VariableTracker().stride
+    if believed is not None and tuple(believed) != tuple(fake.stride()):
+        return  # transposed in place, which the tracer has not noticed
     graphs: list[Any] = []
     graph = tracer.output.current_tracer
     while graph is not None:  # not those of the body of a checkpoint that ended
         graphs, graph = [*graphs, graph], graph.parent
-    same = viewed = None
+    alike = viewed = None
     for tracker, attributes in tracer.output.side_effects.store_attr_mutations.items():
         if _ATTRIBUTE not in attributes or tracker.as_proxy().tracer not in graphs:
             continue
         noted = tracker.as_proxy().node.meta["example_value"]
-        if noted.untyped_storage()._cdata != fake.untyped_storage()._cdata:
+        if not _same_elements(noted, fake):
             continue
-        if _laid_out_alike(noted, fake):
-            same = tracker
+        if _known_equal((*noted.shape, *noted.stride()), (*fake.shape, *fake.stride())):
+            alike = tracker
         elif _is_whole_view(fake, noted):
             viewed = tracker
-    if same is not None or viewed is not None:
-        tracer.symbolic_locals["owner"] = viewed if same is None else same
+    found = viewed if alike is None else alike
+    if found is not None:
+        tracer.symbolic_locals["owner"] = found
+        carrier = found.as_proxy().node
+        # An alias is `detach` of the tensor that it was made for.
+        is_alias = carrier.target == "detach" and carrier.args[0] is node
+        _traced["itself"] = carrier is node or is_alias
+
+
+def _same_elements(a: Tensor, b: Tensor) -> bool:
+    """Whether two traced tensors have one memory, all of it known to be the same numbers."""
+    try:
+        same_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except NotImplementedError:  # a tensor of torch.func
+        return False
+    return (
+        same_storage
+        and a._version == b._version
+        and a.dtype == b.dtype
+        and a.is_neg() == b.is_neg()
+        and a.is_conj() == b.is_conj()
+        and _known_equal((a.storage_offset(), a.numel()), (b.storage_offset(), b.numel()))
+    )
+
+
+def _known_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(a) == len(b) and all(
+        statically_known_true(p == q) for p, q in zip(a, b, strict=True)
+    )
 
 
 def _traced_owner(tensor: Tensor) -> Tensor | None:
@@ -306,6 +347,12 @@ def _traced_owner(tensor: Tensor) -> Tensor | None:
     owner = None
     comptime(_find_owner)
     return owner
+
+
+@constant_while_traced
+def _told_itself() -> bool:
+    itself: bool = _traced["itself"]
+    return itself
 
 
 @constant_while_traced

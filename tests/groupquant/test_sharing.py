@@ -222,6 +222,96 @@ def test_a_view_in_a_compiled_region_has_the_pack_of_its_base_where_it_is_whole(
         assert kept_bytes(lambda: compiled(x)) <= kept_bytes(lambda: run(x)) + 64
 
 
+def read_twice(first, second):
+    """Weight gradients of two Linears that read what two functions make of one tensor."""
+
+    def run(x, a, b):
+        h = x * 2
+        y = group_quant.linear(first(h), a, bits=8, **NEAREST).sum()
+        return y + group_quant.linear(second(h), b, bits=8, **NEAREST).sum()
+
+    return run
+
+
+TWO_READERS = {
+    "slices": (lambda h: h[:, 0], lambda h: h[:, 1]),
+    "chunks": (lambda h: h.chunk(2)[0], lambda h: h.chunk(2)[1]),
+    "data written to": (lambda h: h, lambda h: h.data.mul_(3.0)),
+    "negative": (
+        lambda h: torch.complex(h, h).imag,
+        lambda h: torch.complex(h, h).conj().imag,
+    ),
+    "transposed in place": (lambda h: h[0].clone().t_(), lambda h: h[1].clone().t_()),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", TWO_READERS.values(), ids=TWO_READERS.keys())
+def test_two_readers_of_one_memory_have_packs_of_what_they_read(case, compiled, fresh_compiler):
+    first, second = case
+    run = read_twice(first, second)
+    run = torch.compile(run, backend="aot_eager") if compiled else run
+    x = torch.randn(16, 64, 64)
+    a, b = (torch.ones(8, 64, requires_grad=True) for _ in range(2))
+    found = torch.autograd.grad(run(x, a, b), (a, b))
+    for gradient_found, read in zip(found, (first(x * 2), second(x * 2)), strict=True):
+        assert relative(gradient_found, read.reshape(-1, 64).sum(0).expand(8, 64)) < 0.05
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_activation_transposed_in_place_is_read_twice(compiled, fresh_compiler):
+    x = torch.randn(32, 32, requires_grad=True)
+
+    def run(x, a, b):
+        h = group_quant.gelu(x, bits=8, **NEAREST)
+        h.t_()
+        return sum(group_quant.linear(h, w, bits=8, **NEAREST).sum() for w in (a, b))
+
+    run = torch.compile(run, backend="aot_eager") if compiled else run
+    a, b = (torch.ones(8, 32, requires_grad=True) for _ in range(2))
+    truth = F.gelu(x).t().sum(0).expand(8, 32)
+    assert all(relative(w, truth) < 0.02 for w in torch.autograd.grad(run(x, a, b), (a, b)))
+
+
+@pytest.mark.parametrize("tokens", [32, 48])
+def test_a_cast_is_read_by_its_tensor_alone(tokens):
+    """A transposed reader casts for itself."""
+    x = torch.randn(2, tokens, 32, requires_grad=True)
+    a, b = torch.randn(8, tokens, requires_grad=True), torch.randn(8, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = torch.tanh(x.transpose(1, 2))
+        group_quant.linear(h, a)
+        y = group_quant.linear(h.transpose(1, 2), b)
+        assert torch.equal(y, F.linear(h.transpose(1, 2), b))
+
+
+class Reverse(torch.autograd.Function):
+    """Gradient reversal, whose output is a view of its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return -grad_output
+
+
+@pytest.mark.parametrize("linear", [F.linear, group_quant.linear])
+def test_gradients_under_autocast_go_through_what_returns_a_view(linear):
+    x = torch.randn(16, 64, requires_grad=True)
+    a, b = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = x * 1
+        y = linear(h, a).sum() + linear(Reverse.apply(h), b).sum()
+        view = h.view(4, 4, 64)
+        z = linear(h, a).sum() + linear(view, b).sum()
+    (dx,) = torch.autograd.grad(y, x, retain_graph=True)
+    assert relative(dx, (a.sum(0) - b.sum(0)).expand_as(x)) < 0.02
+    (dview,) = torch.autograd.grad(z, view)
+    assert relative(dview, b.sum(0).expand_as(view)) < 0.02
+
+
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
 def test_a_gpt_block_keeps_at_most_7_5_bytes_a_token_and_width(mode):
     model, x = Block().to(torch.bfloat16 if mode == "bf16" else torch.float32), input_of()
@@ -446,3 +536,13 @@ def test_hooks_that_take_packs_away_do_no_harm():
     with torch.autograd.graph.save_on_cpu():
         _, actual = gradient(model, x)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", [group_quant.LayerNorm, group_quant.RMSNorm])
+def test_a_norm_of_an_empty_batch(kind, compiled, fresh_compiler):
+    norm, x = kind(64), torch.randn(0, 3, 64, requires_grad=True)
+    run = torch.compile(norm, backend="aot_eager") if compiled else norm
+    dx, dweight = torch.autograd.grad(run(x).sum(), (x, norm.weight))
+    assert dx.shape == x.shape
+    assert not dweight.any()

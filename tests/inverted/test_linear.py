@@ -253,3 +253,18 @@ def test_report_counts_many_unshared_outputs():
     report = profile(model, torch.randn(4, 8, requires_grad=True))
     assert len(report.unshared_outputs()) == 7
     assert "3 (RMSNorm), 3 more" in " ".join(str(report).split())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_gradient_goes_through_detach(compiled, fresh_compiler):
+    """The cast is another tensor with the same numbers, and has a gradient."""
+    norm, linear = inverted.LayerNorm(32), inverted.Linear(32, 8)
+    x = torch.randn(6, 32, requires_grad=True)
+
+    def run(x):
+        return linear(norm(x).detach()).square().sum() + x.sum()
+
+    run = torch.compile(run, backend="aot_eager") if compiled else run
+    with torch.autocast("cpu", torch.bfloat16):
+        (dx,) = torch.autograd.grad(run(x), x)
+    assert torch.equal(dx, torch.ones_like(x))

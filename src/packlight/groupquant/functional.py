@@ -110,26 +110,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, method: GroupQuant) 
     if not needs_gradient(weight):
         return F.linear(x, weight, bias)
     kept = pack_input(x, method, seed)
-    return _apply_linear(_cast_once(x), weight, bias, kept.rebuild, *kept.tensors)
-
-
-def _cast_once(x: Tensor) -> Tensor:
-    """What autocast makes of an intermediate result, one for all layers that read it.
-
-    Torch casts for each of them, and each adds a gradient in the wider dtype. A compiler merges the
-    casts itself.
-    """
-    kind = x.device.type
-    if torch.compiler.is_compiling() or kind == "meta" or not torch.is_autocast_enabled(kind):
-        return x
-    dtype = torch.get_autocast_dtype(kind)
-    if x.dtype in (dtype, torch.float64) or x.grad_fn is None or x.retains_grad:
-        return x
-    cast = sharing.cast_of(x, dtype)
-    if cast is None and not x._backward_hooks:
-        cast = x.to(dtype)
-        sharing.note_cast(x, cast)
-    return x if cast is None else cast
+    return _apply_linear(x, weight, bias, kept.rebuild, *kept.tensors)
 
 
 # --- Activations.

@@ -13,7 +13,7 @@ from packlight._checks import autocast, check_tensor, refuse_second_derivative
 from packlight.groupquant import ops, traced_norms
 from packlight.groupquant.method import GroupQuant, Rounding, row_group_size
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.groupquant.traced_norms import narrow_dtype
+from packlight.groupquant.traced_norms import packed_dtype
 from packlight.packing.layout import compute_dtype
 from packlight.sharing import Pack
 
@@ -57,7 +57,7 @@ def normalised_backward(
     group_size: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias; `dtype` is `narrow_dtype` of what was normalised."""
+    """dx, dweight and dbias; `dtype` is `packed_dtype` of what was normalised."""
     arguments = (grad_output, codes, scales, rstd, weight, center, need_weight, need_bias)
     if _fused_by_compiler(grad_output.shape[1], group_size):
         return traced_norms.norm_backward(*arguments, bits, group_size, dtype)
@@ -89,7 +89,7 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # The bias, as torch does: readers rebuild y with it, and nothing else owns a flattened one.
         ctx.save_for_backward(codes, scales, rstd, weight, bias)
-        ctx.settings = (center, bits, group_size, narrow_dtype(x))
+        ctx.settings = (width, center, bits, group_size, packed_dtype(x, bits))
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         return _shaped(y, x.shape), codes, scales
 
@@ -99,9 +99,9 @@ class _Norm(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 9
         codes, scales, rstd, weight, _ = ctx.saved_tensors
-        center, bits, group_size, packed_as = ctx.settings
+        width, center, bits, group_size, packed_as = ctx.settings
         _, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dy = grad_output.reshape(rstd.shape[0], -1).contiguous()
+        dy = grad_output.reshape(rstd.shape[0], width).contiguous()
         dx, dweight, dbias = normalised_backward(
             dy,
             codes,

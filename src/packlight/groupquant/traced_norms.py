@@ -12,9 +12,14 @@ from packlight.groupquant import norm_reference, ops
 from packlight.packing.layout import compute_dtype
 
 
-def narrow_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a matmul would read `x`: a narrower one under autocast."""
+def packed_dtype(x: Tensor, bits: int) -> torch.dtype:
+    """The dtype in which x_hat is packed: under autocast that in which a matmul would read it.
+
+    Codes of 8 bits are as fine as bfloat16, whose rounding would show.
+    """
     kind = x.device.type
+    if bits == 8:
+        return compute_dtype(x)
     if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x.dtype
     return torch.get_autocast_dtype(kind)
@@ -33,7 +38,7 @@ def norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `ops.norm` gives, with y to rounding, for a width of whole groups."""
     x_hat, rstd = norm_reference.normalise(x, eps, center)
-    packed = x_hat.to(narrow_dtype(x))
+    packed = x_hat.to(packed_dtype(x, bits))
     codes, scales = ops.quantize(packed, (width, 1), bits, group_size, seed)
     y = x_hat if weight is None else x_hat * weight
     y = y if bias is None else y + bias

@@ -25,7 +25,7 @@ from packlight.groupquant.method import GroupQuant, row_group_size
 from packlight.groupquant.modules import _Quantised
 from packlight.groupquant.norms import normalised, normalised_backward, rms_norm
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.groupquant.traced_norms import narrow_dtype
+from packlight.groupquant.traced_norms import packed_dtype
 from packlight.integrations._classes import is_copy, joined, once_a_class
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
@@ -100,7 +100,7 @@ class _RoundedNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(codes, scales, rstd, weight)
-        ctx.settings = (x.dtype, bits, group_size, narrow_dtype(rows))
+        ctx.settings = (x.dtype, bits, group_size, packed_dtype(rows, bits))
         return weight * x_hat.view(x.shape).to(dtype), codes, scales
 
     @staticmethod
@@ -111,7 +111,7 @@ class _RoundedNorm(torch.autograd.Function):
         codes, scales, rstd, weight = ctx.saved_tensors
         dtype, bits, group_size, packed_as = ctx.settings
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        dy = grad_output.reshape(rstd.shape[0], -1).contiguous()
+        dy = grad_output.reshape(rstd.shape[0], weight.numel()).contiguous()
         dx, dweight = normalised_backward(
             dy, codes, scales, rstd, weight, False, needs_weight, False, bits, group_size, packed_as
         )[:2]
