@@ -10,59 +10,13 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
-from packlight.groupquant import ops, traced_norms
 from packlight.groupquant.method import GroupQuant, Rounding, row_group_size
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.groupquant.traced_norms import packed_dtype
+from packlight.groupquant.traced_norms import operators, packed_dtype
 from packlight.packing.layout import compute_dtype
 from packlight.sharing import Pack
 
 _DEFAULT = GroupQuant()
-
-
-def _fused_by_compiler(width: int, group_size: int) -> bool:
-    """Whether a compiler gets operations; packs of rows with a ragged group are the operator's."""
-    return torch.compiler.is_compiling() and width % group_size == 0
-
-
-def normalised(
-    x: Tensor,
-    width: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    center: bool,
-    bits: int,
-    group_size: int,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, codes and scales of x_hat, and rstd [rows], of contiguous `x` [rows, width]."""
-    function = traced_norms.norm if _fused_by_compiler(width, group_size) else ops.norm
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = function(
-        x, width, weight, bias, eps, center, bits, group_size, seed
-    )
-    return found
-
-
-def normalised_backward(
-    grad_output: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    center: bool,
-    need_weight: bool,
-    need_bias: bool,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias; `dtype` is `packed_dtype` of what was normalised."""
-    arguments = (grad_output, codes, scales, rstd, weight, center, need_weight, need_bias)
-    if _fused_by_compiler(grad_output.shape[1], group_size):
-        return traced_norms.norm_backward(*arguments, bits, group_size, dtype)
-    gradients: tuple[Tensor, Tensor, Tensor] = ops.norm_backward(*arguments, bits, group_size)
-    return gradients
 
 
 class _Norm(torch.autograd.Function):
@@ -82,14 +36,16 @@ class _Norm(torch.autograd.Function):
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, width)
-        y, codes, scales, rstd = normalised(
+        packed_as = packed_dtype(x, bits)
+        normalise = operators(width, group_size, packed_as)[0]
+        y, codes, scales, rstd = normalise(
             rows.contiguous(), width, weight, bias, eps, center, bits, group_size, seed
         )
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
         # The bias, as torch does: readers rebuild y with it, and nothing else owns a flattened one.
         ctx.save_for_backward(codes, scales, rstd, weight, bias)
-        ctx.settings = (width, center, bits, group_size, packed_dtype(x, bits))
+        ctx.settings = (width, center, bits, group_size, packed_as)
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         return _shaped(y, x.shape), codes, scales
 
@@ -102,18 +58,9 @@ class _Norm(torch.autograd.Function):
         width, center, bits, group_size, packed_as = ctx.settings
         _, need_weight, need_bias = ctx.needs_input_grad[:3]
         dy = grad_output.reshape(rstd.shape[0], width).contiguous()
-        dx, dweight, dbias = normalised_backward(
-            dy,
-            codes,
-            scales,
-            rstd,
-            weight,
-            center,
-            need_weight,
-            need_bias,
-            bits,
-            group_size,
-            packed_as,
+        differentiate = operators(width, group_size, packed_as)[1]
+        dx, dweight, dbias = differentiate(
+            dy, codes, scales, rstd, weight, center, need_weight, need_bias, bits, group_size
         )
         return (
             dx.view(grad_output.shape) if ctx.needs_input_grad[0] else None,

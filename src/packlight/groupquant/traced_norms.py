@@ -5,6 +5,10 @@ must write the sum out for it, and read the output again for the cast; of operat
 kernel. What remains opaque is the pack, which reads x_hat in the bits in which matmuls behind do.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +27,19 @@ def packed_dtype(x: Tensor, bits: int) -> torch.dtype:
     if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+def operators(
+    width: int, group_size: int, dtype: torch.dtype
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`ops.norm` and `ops.norm_backward`, or what stands for them in a compiled region.
+
+    Rows with a ragged group are the operators' also there. `dtype` is `packed_dtype` of what is
+    normalised.
+    """
+    if torch.compiler.is_compiling() and width % group_size == 0:
+        return norm, functools.partial(norm_backward, dtype=dtype)
+    return ops.norm, ops.norm_backward
 
 
 def norm(

@@ -23,9 +23,9 @@ from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
 from packlight.groupquant.method import GroupQuant, row_group_size
 from packlight.groupquant.modules import _Quantised
-from packlight.groupquant.norms import normalised, normalised_backward, rms_norm
+from packlight.groupquant.norms import rms_norm
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.groupquant.traced_norms import packed_dtype
+from packlight.groupquant.traced_norms import operators, packed_dtype
 from packlight.integrations._classes import is_copy, joined, once_a_class
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
@@ -94,13 +94,15 @@ class _RoundedNorm(torch.autograd.Function):
         rows = x.reshape(-1, width).contiguous()
         if dtype.itemsize > rows.dtype.itemsize:
             rows = rows.to(dtype)
-        x_hat, codes, scales, rstd = normalised(
+        packed_as = packed_dtype(rows, bits)
+        normalise = operators(width, group_size, packed_as)[0]
+        x_hat, codes, scales, rstd = normalise(
             rows, width, None, None, eps, False, bits, group_size, seed
         )
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(codes, scales, rstd, weight)
-        ctx.settings = (x.dtype, bits, group_size, packed_dtype(rows, bits))
+        ctx.settings = (x.dtype, bits, group_size, packed_as)
         return weight * x_hat.view(x.shape).to(dtype), codes, scales
 
     @staticmethod
@@ -112,9 +114,10 @@ class _RoundedNorm(torch.autograd.Function):
         dtype, bits, group_size, packed_as = ctx.settings
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dy = grad_output.reshape(rstd.shape[0], weight.numel()).contiguous()
-        dx, dweight = normalised_backward(
-            dy, codes, scales, rstd, weight, False, needs_weight, False, bits, group_size, packed_as
-        )[:2]
+        differentiate = operators(weight.numel(), group_size, packed_as)[1]
+        dx, dweight, _ = differentiate(
+            dy, codes, scales, rstd, weight, False, needs_weight, False, bits, group_size
+        )
         return (
             dx.view(grad_output.shape).to(dtype) if needs_x else None,
             dweight.to(weight.dtype) if needs_weight else None,
