@@ -1,7 +1,10 @@
-"""Layers and converted models in DDP and FSDP2: two gloo processes give the gradients of one."""
+"""Layers and converted models in DDP and FSDP2: two processes give the gradients of one."""
 
 import subprocess
 import sys
+
+import pytest
+import torch
 
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist
@@ -14,8 +17,12 @@ import packlight.inverted as inverted
 import packlight
 from packlight import groupquant
 
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+rank, backend = int(sys.argv[1]), sys.argv[3]
+# NCCL: a GPU each.
+device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", rank)
+if backend == "nccl":
+    torch.cuda.set_device(device)
+dist.init_process_group(backend, init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 
 def make():
     torch.manual_seed(0)
@@ -37,19 +44,19 @@ def convert():
     return model
 
 torch.manual_seed(1)
-x = torch.randn(8, 6)
-one = make()
+x = torch.randn(8, 6).to(device)
+one = make().to(device)
 one(x).mean().backward()
 expected = [p.grad for p in one.parameters()]
 half = x[4 * rank : 4 * rank + 4]
 
 for build in (make, convert):
-    model = DistributedDataParallel(build())
+    model = DistributedDataParallel(build().to(device))
     model(half).mean().backward()
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad)
 
-    model = build()
+    model = build().to(device)
     for layer in (model[0], model[2], model[5], model[7]):
         fully_shard(layer)
     fully_shard(model)
@@ -63,10 +70,13 @@ print("same gradients")
 """
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def test_two_processes_give_the_gradients_of_one(tmp_path, backend):
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "rendezvous")],
+            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "rendezvous"), backend],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
