@@ -72,16 +72,20 @@ class _TracedDropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         (codes,) = ctx.saved_tensors
-        return _traced_dropped(grad_output, codes, ctx.p), None, None
+        # Integers of another width than the forward pass has: a compiler would take equal ones for
+        # one computation, and may then keep its result, a factor an element, in place of the codes.
+        return _traced_dropped(grad_output, codes, ctx.p, torch.int16), None, None
 
 
-def _traced_dropped(x: Tensor, codes: Tensor, p: float) -> Tensor:
+def _traced_dropped(
+    x: Tensor, codes: Tensor, p: float, integer: torch.dtype = torch.int32
+) -> Tensor:
     """`x` by its mask and 1 / (1 - p), for codes of elements in the order of a contiguous tensor.
 
     Element j L + g is bit j of byte g, see `packing/layout.py`.
     """
-    bit = torch.arange(8, dtype=torch.int32, device=x.device)
-    kept = (codes.to(torch.int32) >> bit.unsqueeze(1)) & 1
+    bit = torch.arange(8, dtype=integer, device=x.device)
+    kept = (codes.to(integer) >> bit.unsqueeze(1)) & 1
     factor = kept.view(-1)[: x.numel()].view(x.shape) * (1 / (1 - p))
     return (x.to(compute_dtype(x)) * factor).to(x.dtype)
 

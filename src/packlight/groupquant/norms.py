@@ -12,7 +12,7 @@ from packlight import sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
 from packlight.groupquant.method import GroupQuant, Rounding, row_group_size
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.groupquant.traced_norms import operators, packed_dtype
+from packlight.groupquant.traced_norms import operators
 from packlight.packing.layout import compute_dtype
 from packlight.sharing import Pack
 
@@ -36,8 +36,7 @@ class _Norm(torch.autograd.Function):
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, width)
-        packed_as = packed_dtype(x, bits)
-        normalise = operators(width, group_size, packed_as)[0]
+        normalise = operators(width, group_size)[0]
         y, codes, scales, rstd = normalise(
             rows.contiguous(), width, weight, bias, eps, center, bits, group_size, seed
         )
@@ -45,7 +44,7 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # The bias, as torch does: readers rebuild y with it, and nothing else owns a flattened one.
         ctx.save_for_backward(codes, scales, rstd, weight, bias)
-        ctx.settings = (width, center, bits, group_size, packed_as)
+        ctx.settings = (width, center, bits, group_size)
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         return _shaped(y, x.shape), codes, scales
 
@@ -55,10 +54,10 @@ class _Norm(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 9
         codes, scales, rstd, weight, _ = ctx.saved_tensors
-        width, center, bits, group_size, packed_as = ctx.settings
+        width, center, bits, group_size = ctx.settings
         _, need_weight, need_bias = ctx.needs_input_grad[:3]
         dy = grad_output.reshape(rstd.shape[0], width).contiguous()
-        differentiate = operators(width, group_size, packed_as)[1]
+        differentiate = operators(width, group_size)[1]
         dx, dweight, dbias = differentiate(
             dy, codes, scales, rstd, weight, center, need_weight, need_bias, bits, group_size
         )

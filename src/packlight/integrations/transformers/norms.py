@@ -25,7 +25,7 @@ from packlight.groupquant.method import GroupQuant, row_group_size
 from packlight.groupquant.modules import _Quantised
 from packlight.groupquant.norms import rms_norm
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.groupquant.traced_norms import operators, packed_dtype
+from packlight.groupquant.traced_norms import operators
 from packlight.integrations._classes import is_copy, joined, once_a_class
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
@@ -94,15 +94,14 @@ class _RoundedNorm(torch.autograd.Function):
         rows = x.reshape(-1, width).contiguous()
         if dtype.itemsize > rows.dtype.itemsize:
             rows = rows.to(dtype)
-        packed_as = packed_dtype(rows, bits)
-        normalise = operators(width, group_size, packed_as)[0]
+        normalise = operators(width, group_size)[0]
         x_hat, codes, scales, rstd = normalise(
             rows, width, None, None, eps, False, bits, group_size, seed
         )
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(codes, scales, rstd, weight)
-        ctx.settings = (x.dtype, bits, group_size, packed_as)
+        ctx.settings = (x.dtype, bits, group_size)
         return weight * x_hat.view(x.shape).to(dtype), codes, scales
 
     @staticmethod
@@ -111,10 +110,10 @@ class _RoundedNorm(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         codes, scales, rstd, weight = ctx.saved_tensors
-        dtype, bits, group_size, packed_as = ctx.settings
+        dtype, bits, group_size = ctx.settings
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dy = grad_output.reshape(rstd.shape[0], weight.numel()).contiguous()
-        differentiate = operators(weight.numel(), group_size, packed_as)[1]
+        differentiate = operators(weight.numel(), group_size)[1]
         dx, dweight, _ = differentiate(
             dy, codes, scales, rstd, weight, False, needs_weight, False, bits, group_size
         )
