@@ -1,0 +1,68 @@
+"""Whole blocks of transformers, converted, in compiled code and in CUDA graphs."""
+
+import pytest
+import torch
+
+from benchmarks.models import DecoderBlock, EncoderBlock, PreNormBlock
+from packlight import FewBit, GroupQuant, convert, profile
+
+BLOCKS = {
+    "encoder with dropout": lambda: EncoderBlock(128, 4, 512),
+    "pre-norm": lambda: PreNormBlock(128, 4, False, 0.0),
+    "pre-norm with dropout, causal": lambda: PreNormBlock(128, 4, True, 0.1),
+    "decoder": lambda: DecoderBlock(128, 4, 2, 384),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_compiled_block_keeps_no_more_than_the_eager_one(name, autocast, fresh_compiler):
+    """One block: of two, compiled one by one, the second packs its input again."""
+    block, x = BLOCKS[name](), torch.randn(4, 128, 128)
+    block.attention.p = 0.0  # on the CPU, torch has no fused attention with dropout
+    convert(block, (GroupQuant(4), FewBit(3)), functional=True)
+    # The compiler's own choice of what to keep, after the decompositions of its default backend.
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch.autocast("cpu", torch.bfloat16, autocast):
+        eager = profile(block, x).activation_bytes
+        assert profile(compiled, x).activation_bytes <= eager + 64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_in_cuda_graphs_computes_what_the_launched_one_does(name):
+    """`make_graphed_callables` takes the launches of a step off the CPU."""
+    block, x = BLOCKS[name]().cuda(), torch.randn(4, 128, 128, device="cuda", requires_grad=True)
+    for module in block.modules():
+        if hasattr(module, "p"):
+            module.p = 0.0
+    convert(block, (GroupQuant(4, rounding="nearest"), FewBit(3)), functional=True)
+    inputs = [x, *block.parameters()]
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        expected = torch.autograd.grad(block(x).square().sum(), inputs)
+        graphed = torch.cuda.make_graphed_callables(block, (x,))
+        for _ in range(2):
+            actual = torch.autograd.grad(graphed(x).square().sum(), inputs)
+            for a, b in zip(actual, expected, strict=True):
+                assert (a - b).norm() <= 1e-3 * b.norm()
+
+
+@pytest.mark.gpu
+def test_each_replay_of_a_graph_draws_its_own_masks_and_roundings():
+    block = EncoderBlock(128, 4, 512).cuda()
+    x = torch.randn(4, 128, 128, device="cuda", requires_grad=True)
+    convert(block, (GroupQuant(4), FewBit(3)), functional=True)
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        graphed = torch.cuda.make_graphed_callables(block, (x,))
+        first, second = graphed(x).clone(), graphed(x).clone()
+        assert (first != second).float().mean() > 0.5  # masks of dropout
+        for module in block.modules():
+            if hasattr(module, "p"):
+                module.p = 0.0
+        block.forward = type(block).forward.__get__(block)
+        graphed = torch.cuda.make_graphed_callables(block, (x,))
+        grads = [
+            torch.autograd.grad(graphed(x).square().sum(), block.fc1.weight)[0].clone()
+            for _ in range(2)
+        ]
+        assert 0.01 < (grads[0] - grads[1]).norm() / grads[0].norm() < 0.5  # roundings
