@@ -80,8 +80,9 @@ def profile(
     are a `torch.Generator` of the model's own, inputs that the model overwrites, and a model that
     itself calls `backward`, which adds to a `.grad` that is there.
 
-    Limits: what a Python `autograd.Function` keeps as attributes of `ctx`, and what other hooks
-    keep in files or closures, is not seen. An operation whose graph node cannot be reached from
+    Limits: what a Python `autograd.Function` keeps as attributes of `ctx`, what other hooks keep in
+    files or closures, and what selective checkpointing sets aside, is not seen; on a CUDA device
+    `allocated_bytes` has it. An operation whose graph node cannot be reached from
     the output is named "unknown". A module compiled by `torch.compile` is one line. Profile the
     module inside `DistributedDataParallel`, whose backward cannot run apart from `.grad`. What
     hooks inside the model keep is counted only by a torch that shows what a graph node saved
