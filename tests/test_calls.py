@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import io
 import pickle
@@ -11,9 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from packlight import FewBit, FixedPoint, GroupQuant, Inverted, calls, convert, profile, revert
+from packlight import (
+    FewBit,
+    FixedPoint,
+    GroupQuant,
+    Inverted,
+    calls,
+    convert,
+    groupquant,
+    profile,
+    revert,
+)
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.method import _calls
 from packlight.sketch import Sketch
@@ -86,6 +98,43 @@ def test_a_product_of_an_activation_keeps_nothing_for_it():
     convert(model, GroupQuant(bits=4), functional=True)
     # Packs of the input, of gate and of up: the activation and the product are rebuilt.
     assert profile(model, x).activation_bytes == 3 * x.numel() * 17 // 32
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("activation_first", [True, False])
+def test_a_product_of_an_activation_is_a_gated_unit(activation_first, compiled, fresh_compiler):
+    """Its packs are read by the operators of gated units, in either order of the factors."""
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Linear(256, 16)
+
+        def forward(self, gate, up):
+            y = F.silu(gate * 1.0)
+            return self.down(y * up if activation_first else up * y)
+
+    model = Product()
+    convert(model, NEAREST, functional=True)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    inputs = [torch.randn(8, 256, requires_grad=True) for _ in range(2)]
+    inputs.append(model.down.weight)
+    unit = groupquant.swiglu(*inputs[:2], **dataclasses.asdict(NEAREST))
+    expected = torch.autograd.grad(model.down(unit).square().sum(), inputs)
+    actual = torch.autograd.grad(run(*inputs[:2]).square().sum(), inputs)
+    torch.testing.assert_close(actual, expected)
+
+    called = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            called.add(operator.__name__.partition(".")[0])
+            return operator(*args, **(kwargs or {}))
+
+    with Watch():
+        model(*inputs[:2]).sum().backward()
+    assert {"group_quant_gated_backward", "group_quant_gated_product"} <= called
+    assert "group_dequantize" not in called
 
 
 def test_eval_and_no_grad_run_the_plain_functions():

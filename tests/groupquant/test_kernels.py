@@ -66,11 +66,12 @@ def test_gated_units_equal_the_reference(name, dtype, device):
                 for pack in (ours, theirs)
             ]
             assert (values[0] != values[1]).float().mean() < 2e-3
-        backward = (dy, *theirs[1:], name, (1,), 4, 128)
-        for a, b in zip(
-            kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
-        ):
-            close(a, b, dtype)
+        for through in (True, False):
+            backward = (dy, *theirs[1:], name, (1,), 4, 128, through)
+            for a, b in zip(
+                kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
+            ):
+                close(a, b, dtype)
         product = (*theirs[1:], name, (count,), (1,), 4, 128, dtype)
         close(kernels.gated_product(*product), reference.gated_product(*product), dtype)
 
@@ -123,7 +124,9 @@ def test_operators_pass_opcheck():
     backward = (x, codes, scales, "gelu", [], [96, 1], 4, 32)
     check(namespace.group_quant_activation_backward.default, backward)
     packs = (codes, scales, codes, scales)
-    check(namespace.group_quant_gated_backward.default, (x, *packs, "silu", [96, 1], 4, 32))
+    for through in (True, False):
+        gated = (x, *packs, "silu", [96, 1], 4, 32, through)
+        check(namespace.group_quant_gated_backward.default, gated)
     product = (*packs, "silu", [4, 96], [96, 1], 4, 32, FP32)
     check(namespace.group_quant_gated_product.default, product)
     _, codes, scales, rstd = ops.norm(x, 96, None, None, 1e-5, True, 4, 32, None)

@@ -370,7 +370,7 @@ class _Gated(torch.autograd.Function):
         refuse_second_derivative(KEEPS)
         dgate = dup = None
         if grad_output is not None:
-            dgate, dup = ops.gated_backward(grad_output, *ctx.saved_tensors, *ctx.f)
+            dgate, dup = ops.gated_backward(grad_output, *ctx.saved_tensors, *ctx.f, True)
         return dgate, dup, None, None, None, None
 
 

@@ -458,13 +458,17 @@ def _gated_backward_kernel(
     width,  # n
     FORWARD: tl.constexpr,
     DERIVATIVE: tl.constexpr,  # None: rebuild f(gate~) up~
+    THROUGH: tl.constexpr,
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
-    """dgate = dy up~ f'(gate~) and dup = dy f(gate~), or the product f(gate~) up~ itself."""
+    """dgate = dy up~ f'(gate~) and dup = dy f(gate~), or the product f(gate~) up~ itself.
+
+    Unless THROUGH, dy up~ in place of dgate.
+    """
     bundle = tl.program_id(0).to(tl.int64) * NQ
     start = bundle * (8 * SIZE)
     left = width - start
@@ -480,7 +484,9 @@ def _gated_backward_kernel(
         if DERIVATIVE is None:
             store_tile(dup_ptr + start, f * up[j], left, NQ, SIZE, j, FULL)
         else:
-            dgate = dy[j] * up[j] * DERIVATIVE(gate[j], 0.0, 0.0)
+            dgate = dy[j] * up[j]
+            if THROUGH:
+                dgate *= DERIVATIVE(gate[j], 0.0, 0.0)
             store_tile(dgate_ptr + start, dgate, left, NQ, SIZE, j, FULL)
             store_tile(dup_ptr + start, dy[j] * f, left, NQ, SIZE, j, FULL)
 
@@ -697,7 +703,7 @@ def gated(
 
 @functools.lru_cache(LAUNCHES)
 def _gated_backward_launch(
-    grouping: Grouping, dtype: torch.dtype, name: str, product: bool
+    grouping: Grouping, dtype: torch.dtype, name: str, product: bool, through: bool
 ) -> Launch:
     nq, tiles, full = tile_of(grouping, GATED_BLOCK)
     return _gated_backward_kernel.prepare(
@@ -705,6 +711,7 @@ def _gated_backward_launch(
         grouping.width,
         FORWARD=FORWARD[name],
         DERIVATIVE=None if product else DERIVATIVE[name],
+        THROUGH=through,
         DIGITS=DIGITS[dtype],
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,
@@ -724,13 +731,15 @@ def gated_backward(
     stride: Sequence[int],
     bits: int,
     group_size: int,
+    through: bool,
 ) -> tuple[Tensor, Tensor]:
     dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
     dup = torch.empty_like(dgate)
     n = dgate.numel()
     packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:
-        launch = _gated_backward_launch(Grouping(1, n, bits, group_size), dgate.dtype, name, False)
+        grouping = Grouping(1, n, bits, group_size)
+        launch = _gated_backward_launch(grouping, dgate.dtype, name, False, through)
         launch(memory_order(grad_output, stride), *packs, dgate, dup)
     return dgate, dup
 
@@ -751,6 +760,6 @@ def gated_product(
     n = y.numel()
     packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:
-        launch = _gated_backward_launch(Grouping(1, n, bits, group_size), dtype, name, True)
+        launch = _gated_backward_launch(Grouping(1, n, bits, group_size), dtype, name, True, True)
         launch(y, *packs, y, y)
     return y

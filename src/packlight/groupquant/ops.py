@@ -92,6 +92,7 @@ def _fake_gated_backward(
     stride: Sequence[int],
     bits: int,
     group_size: int,
+    through: bool,
 ) -> tuple[Tensor, Tensor]:
     dgate = grad_output.new_empty_strided(grad_output.shape, stride)
     return dgate, torch.empty_like(dgate)
@@ -99,8 +100,8 @@ def _fake_gated_backward(
 
 gated_backward = define_op(
     "group_quant_gated_backward(Tensor grad_output, Tensor gate_codes, Tensor gate_scales,"
-    " Tensor up_codes, Tensor up_scales, str name, SymInt[] stride, int bits, int group_size)"
-    " -> (Tensor, Tensor)",
+    " Tensor up_codes, Tensor up_scales, str name, SymInt[] stride, int bits, int group_size,"
+    " bool through) -> (Tensor, Tensor)",
     reference=reference.gated_backward,
     fake=_fake_gated_backward,
     kernel=f"{_KERNELS}:gated_backward",

@@ -1,6 +1,7 @@
 """The product of two tensors of which one is packed already, as of an activation and a gate."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
+from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
-from packlight.groupquant.packs import KEEPS, draw, pack_input, worth_packing
+from packlight.groupquant.packs import KEEPS, Rebuild, draw, pack_input, worth_packing
 from packlight.sharing import Pack
 
 
@@ -22,14 +24,53 @@ class _Product:
     shape: tuple[int, ...]
     first: int  # how many tensors belong to the first
 
-    def factors(self, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        gate = self._gate(tensors)
+        if gate is not None:
+            layout = (gate.f.shape, gate.f.stride, gate.f.bits, gate.f.group_size)
+            y: Tensor = ops.gated_product(*gate.packs, gate.f.name, *layout, dtype)
+            return y
+        one, other = self._factors(dtype, *tensors)
+        return one * other
+
+    def gradients(self, dy: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the factors."""
+        gate = self._gate(tensors)
+        if gate is not None:
+            layout = (gate.f.stride, gate.f.bits, gate.f.group_size)
+            df, dup = ops.gated_backward(dy, *gate.packs, gate.f.name, *layout, False)
+            return (dup, df) if gate.is_second else (df, dup)
+        one, other = self._factors(dy.dtype, *tensors)
+        return dy * other, dy * one
+
+    def _factors(self, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         one = self.rebuilds[0](dtype, *tensors[: self.first]).reshape(self.shape)
         other = self.rebuilds[1](dtype, *tensors[self.first :]).reshape(self.shape)
         return one, other
 
-    def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
-        one, other = self.factors(dtype, *tensors)
-        return one * other
+    def _gate(self, tensors: tuple[Tensor | None, ...]) -> "_Gate | None":
+        """The factors as f(gate) and up, where the kernels of gated units can read their packs."""
+        if self.first != 2 or len(tensors) != 4:  # more than codes and scales
+            return None
+        for second, (f, up) in enumerate((self.rebuilds, self.rebuilds[::-1])):
+            if not (isinstance(f, Rebuild) and isinstance(up, Rebuild)):
+                return None
+            alike = _layout(f) == _layout(up) and f.name and not (up.name or f.parameters)
+            if alike and f.shape == self.shape and f.width == math.prod(self.shape):
+                packs = (*tensors[2:], *tensors[:2]) if second else tensors
+                return _Gate(f, packs, bool(second))
+        return None
+
+
+def _layout(pack: Rebuild) -> tuple[Any, ...]:
+    return pack.shape, pack.stride, pack.width, pack.bits, pack.group_size
+
+
+@dataclasses.dataclass
+class _Gate:
+    f: Rebuild
+    packs: tuple[Tensor | None, ...]  # of gate and up
+    is_second: bool  # of the factors
 
 
 class _Multiplication(torch.autograd.Function):
@@ -45,8 +86,7 @@ class _Multiplication(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         tensors = ctx.saved_tensors
-        a, b = ctx.product.factors(grad_output.dtype, *tensors)
-        return grad_output * b, grad_output * a, None, *[None] * len(tensors)
+        return *ctx.product.gradients(grad_output, *tensors), None, *[None] * len(tensors)
 
 
 _multiply: Callable[..., Tensor] = _Multiplication.apply

@@ -236,8 +236,9 @@ def gated_backward(
     stride: Sequence[int],
     bits: int,
     group_size: int,
+    through: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dgate = dy up~ f'(gate~), dup = dy f(gate~)."""
+    """dgate = dy up~ f'(gate~), dup = dy f(gate~). Unless `through`, dy up~ in place of dgate."""
     flat = memory_order(grad_output, stride)
     n, dtype = flat.numel(), compute_dtype(flat)
     gate = dequantize_rows(gate_codes, gate_scales, 1, n, bits, group_size).view(-1).to(dtype)
@@ -245,7 +246,7 @@ def gated_backward(
     dy = flat.to(dtype)
     dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
     dup = torch.empty_like(dgate)
-    dgate.as_strided((n,), (1,)).copy_(BACKWARD[name](dy * up, gate))
+    dgate.as_strided((n,), (1,)).copy_(BACKWARD[name](dy * up, gate) if through else dy * up)
     dup.as_strided((n,), (1,)).copy_(dy * FUNCTIONS[name](gate))
     return dgate, dup
 
