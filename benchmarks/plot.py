@@ -99,7 +99,7 @@ def draw_steps(found: Sequence[dict[str, Any]], device: str | None, path: pathli
     columns = min(2, len(order))
     height = -(-len(order) // columns)
     figure, axes = pyplot.subplots(
-        height, columns, figsize=(6.4 * columns, 4.6 * height + 0.9), squeeze=False
+        height, columns, figsize=(6.4 * columns, 5.6 * height + 0.9), squeeze=False
     )
     for axis, name in itertools.zip_longest(axes.flat, order):
         if name is None:

@@ -28,6 +28,8 @@ def test_a_compiled_block_keeps_no_more_than_the_eager_one(name, autocast, fresh
         assert profile(compiled, x).activation_bytes <= eager + 64
 
 
+# Parameters that a graph captured live on the default stream, which costs a wait and no more.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_in_cuda_graphs_computes_what_the_launched_one_does(name):
@@ -47,6 +49,8 @@ def test_a_block_in_cuda_graphs_computes_what_the_launched_one_does(name):
                 assert (a - b).norm() <= 1e-3 * b.norm()
 
 
+# Parameters that a graph captured live on the default stream, which costs a wait and no more.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 @pytest.mark.gpu
 def test_each_replay_of_a_graph_draws_its_own_masks_and_roundings():
     block = EncoderBlock(128, 4, 512).cuda()
