@@ -209,8 +209,12 @@ def place_labels(axis: Any, points: list[Point]) -> None:
     # Nearest first; beside a point before above or below it.
     places = [
         (across * reach, up * reach)
-        for reach in (1.0, 1.6, 2.4, 3.4, 4.6, 6.0)
-        for across, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+        for reach in (1.0, 1.6, 2.4, 3.4, 4.6, 6.0, 7.6, 9.4, 11.4)
+        for across, up in itertools.chain(
+            ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)),
+            itertools.product((-0.5, 0.5), (-1, 1)),
+            itertools.product((-1, 1), (-0.5, 0.5)),
+        )
     ]
     for point, dot in zip(points, dots, strict=True):
         colour = OURS if point.is_ours else OTHERS
