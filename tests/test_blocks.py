@@ -13,6 +13,19 @@ BLOCKS = {
     "decoder": lambda: DecoderBlock(128, 4, 2, 384),
 }
 
+# A graph captured parameters that live on the default stream, which costs a wait and no more.
+in_a_graph = pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
+
+
+def converted(name, dropout=None, **options):
+    """A block at 4 bits, and an input for it; `dropout` replaces every probability."""
+    block, x = BLOCKS[name]().cuda(), torch.randn(4, 128, 128, device="cuda", requires_grad=True)
+    for module in block.modules():
+        if dropout is not None and hasattr(module, "p"):
+            module.p = dropout
+    convert(block, (GroupQuant(4, **options), FewBit(3)), functional=True)
+    return block, x
+
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
@@ -28,17 +41,12 @@ def test_a_compiled_block_keeps_no_more_than_the_eager_one(name, autocast, fresh
         assert profile(compiled, x).activation_bytes <= eager + 64
 
 
-# Parameters that a graph captured live on the default stream, which costs a wait and no more.
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
+@in_a_graph
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_in_cuda_graphs_computes_what_the_launched_one_does(name):
     """`make_graphed_callables` takes the launches of a step off the CPU."""
-    block, x = BLOCKS[name]().cuda(), torch.randn(4, 128, 128, device="cuda", requires_grad=True)
-    for module in block.modules():
-        if hasattr(module, "p"):
-            module.p = 0.0
-    convert(block, (GroupQuant(4, rounding="nearest"), FewBit(3)), functional=True)
+    block, x = converted(name, dropout=0.0, rounding="nearest")
     inputs = [x, *block.parameters()]
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         expected = torch.autograd.grad(block(x).square().sum(), inputs)
@@ -49,21 +57,16 @@ def test_a_block_in_cuda_graphs_computes_what_the_launched_one_does(name):
                 assert (a - b).norm() <= 1e-3 * b.norm()
 
 
-# Parameters that a graph captured live on the default stream, which costs a wait and no more.
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
+@in_a_graph
 @pytest.mark.gpu
 def test_each_replay_of_a_graph_draws_its_own_masks_and_roundings():
-    block = EncoderBlock(128, 4, 512).cuda()
-    x = torch.randn(4, 128, 128, device="cuda", requires_grad=True)
-    convert(block, (GroupQuant(4), FewBit(3)), functional=True)
+    name = "encoder with dropout"
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        block, x = converted(name)
         graphed = torch.cuda.make_graphed_callables(block, (x,))
         first, second = graphed(x).clone(), graphed(x).clone()
         assert (first != second).float().mean() > 0.5  # masks of dropout
-        for module in block.modules():
-            if hasattr(module, "p"):
-                module.p = 0.0
-        block.forward = type(block).forward.__get__(block)
+        block, x = converted(name, dropout=0.0)
         graphed = torch.cuda.make_graphed_callables(block, (x,))
         grads = [
             torch.autograd.grad(graphed(x).square().sum(), block.fc1.weight)[0].clone()

@@ -15,7 +15,6 @@ through an activation. Where no gradient is asked for nothing is packed and the 
 runs. A second derivative raises `DoubleBackwardError`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +36,14 @@ from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, Rebuild, draw, pack_input, worth_packing
+from packlight.groupquant.packs import (
+    KEEPS,
+    GatedProduct,
+    Rebuild,
+    draw,
+    pack_input,
+    worth_packing,
+)
 from packlight.sharing import Pack
 
 _DEFAULT = GroupQuant()
@@ -377,22 +383,6 @@ class _Gated(torch.autograd.Function):
 _apply_gated: Callable[..., tuple[Tensor, ...]] = _Gated.apply
 
 
-@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
-class _Product:
-    """What the packs of gate and up stand for: f(gate) up."""
-
-    name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    bits: int
-    group_size: int
-
-    def __call__(self, dtype: torch.dtype, *packs: Tensor) -> Tensor:
-        layout = (self.shape, self.stride, self.bits, self.group_size)
-        y: Tensor = ops.gated_product(*packs, self.name, *layout, dtype)
-        return y
-
-
 def _gated(
     gate: Tensor, up: Tensor, name: str, method: GroupQuant, plain: Callable[..., Tensor]
 ) -> Tensor:
@@ -408,7 +398,7 @@ def _gated(
     if not wanted or gate.dtype != up.dtype:
         return plain(gate, up)
     y, *packs = _apply_gated(gate, up, name, method.bits, method.group_size, seed)
-    product = _Product(name, tuple(y.shape), y.stride(), method.bits, method.group_size)
+    product = GatedProduct(name, tuple(y.shape), y.stride(), method.bits, method.group_size)
     sharing.note_output(y, Pack(product, tuple(y.shape), tuple(packs)))
     return y
 

@@ -59,21 +59,8 @@ def norm_backward(
     """
     rows, width = grad_output.shape
     x_hat = dequantize_rows(codes, scales, rows, width, bits, group_size)
-    x_hat = x_hat.to(compute_dtype(grad_output))
-    return gradients(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)
-
-
-def gradients(
-    grad_output: Tensor,
-    x_hat: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    center: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`norm_backward` with x~ in the dtype that torch computes in."""
-    dtype = x_hat.dtype
+    dtype = compute_dtype(grad_output)
+    x_hat = x_hat.to(dtype)
     dy = grad_output.to(dtype)
     g = dy if weight is None else dy * weight.to(dtype)
     dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)

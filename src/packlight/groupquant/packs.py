@@ -42,6 +42,28 @@ class Rebuild:
         return x
 
 
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
+class GatedProduct:
+    """What the packs of gate and up stand for: f(gate) up, in a memory order."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    bits: int
+    group_size: int
+
+    def __call__(self, dtype: torch.dtype, *packs: Tensor | None) -> Tensor:
+        layout = (self.shape, self.stride, self.bits, self.group_size)
+        y: Tensor = ops.gated_product(*packs, self.name, *layout, dtype)
+        return y
+
+    def factor_gradients(self, dy: Tensor, *packs: Tensor) -> tuple[Tensor, Tensor]:
+        """With respect to f(gate) and to up."""
+        layout = (self.stride, self.bits, self.group_size)
+        df, dup = ops.gated_backward(dy, *packs, self.name, *layout, False)
+        return df, dup
+
+
 def draw(x: Tensor, method: GroupQuant) -> Tensor | None:
     """A seed for the rounding of `x`; None where it rounds to nearest.
 

@@ -10,9 +10,15 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
-from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
-from packlight.groupquant.packs import KEEPS, Rebuild, draw, pack_input, worth_packing
+from packlight.groupquant.packs import (
+    KEEPS,
+    GatedProduct,
+    Rebuild,
+    draw,
+    pack_input,
+    worth_packing,
+)
 from packlight.sharing import Pack
 
 
@@ -25,21 +31,10 @@ class _Product:
     first: int  # how many tensors belong to the first
 
     def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
-        gate = self._gate(tensors)
-        if gate is not None:
-            layout = (gate.f.shape, gate.f.stride, gate.f.bits, gate.f.group_size)
-            y: Tensor = ops.gated_product(*gate.packs, gate.f.name, *layout, dtype)
-            return y
         one, other = self._factors(dtype, *tensors)
         return one * other
 
-    def gradients(self, dy: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the factors."""
-        gate = self._gate(tensors)
-        if gate is not None:
-            layout = (gate.f.stride, gate.f.bits, gate.f.group_size)
-            df, dup = ops.gated_backward(dy, *gate.packs, gate.f.name, *layout, False)
-            return (dup, df) if gate.is_second else (df, dup)
+    def factor_gradients(self, dy: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         one, other = self._factors(dy.dtype, *tensors)
         return dy * other, dy * one
 
@@ -48,36 +43,30 @@ class _Product:
         other = self.rebuilds[1](dtype, *tensors[self.first :]).reshape(self.shape)
         return one, other
 
-    def _gate(self, tensors: tuple[Tensor | None, ...]) -> "_Gate | None":
-        """The factors as f(gate) and up, where the kernels of gated units can read their packs."""
-        if self.first != 2 or len(tensors) != 4:  # more than codes and scales
-            return None
-        for second, (f, up) in enumerate((self.rebuilds, self.rebuilds[::-1])):
-            if not (isinstance(f, Rebuild) and isinstance(up, Rebuild)):
-                return None
-            alike = _layout(f) == _layout(up) and f.name and not (up.name or f.parameters)
-            if alike and f.shape == self.shape and f.width == math.prod(self.shape):
-                packs = (*tensors[2:], *tensors[:2]) if second else tensors
-                return _Gate(f, packs, bool(second))
+
+def _gated_product(f: Pack, up: Pack, shape: tuple[int, ...]) -> GatedProduct | None:
+    """The product as f(gate) up, where the kernels of gated units can read the packs."""
+    a, b = f.rebuild, up.rebuild
+    if not (isinstance(a, Rebuild) and isinstance(b, Rebuild)):
         return None
+    alike = _layout(a) == _layout(b) and a.shape == shape and a.width == math.prod(shape)
+    only_codes = len(f.tensors) == len(up.tensors) == 2  # no weight and bias of a norm
+    if not (alike and only_codes and a.name and not a.parameters and not b.name):
+        return None
+    return GatedProduct(a.name, a.shape, a.stride, a.bits, a.group_size)
 
 
 def _layout(pack: Rebuild) -> tuple[Any, ...]:
     return pack.shape, pack.stride, pack.width, pack.bits, pack.group_size
 
 
-@dataclasses.dataclass
-class _Gate:
-    f: Rebuild
-    packs: tuple[Tensor | None, ...]  # of gate and up
-    is_second: bool  # of the factors
-
-
 class _Multiplication(torch.autograd.Function):
     """y = a b; keeps the packs of both."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, product: _Product, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, product: _Product | GatedProduct, *tensors: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.product = product
         return a * b
@@ -86,7 +75,7 @@ class _Multiplication(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         tensors = ctx.saved_tensors
-        return *ctx.product.gradients(grad_output, *tensors), None, *[None] * len(tensors)
+        return *ctx.product.factor_gradients(grad_output, *tensors), None, *[None] * len(tensors)
 
 
 _multiply: Callable[..., Tensor] = _Multiplication.apply
@@ -105,9 +94,15 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
     seeds = draw(input, method), draw(other, method)
     if not _is_gate(input, other):
         return torch.mul(input, other)
+    shape = tuple(input.shape)
     one, two = pack_input(input, method, seeds[0]), pack_input(other, method, seeds[1])
-    rebuilds = (one.rebuild, two.rebuild)
-    product = _Product(rebuilds, tuple(input.shape), len(one.tensors))
+    product: _Product | GatedProduct | None = _gated_product(one, two, shape)
+    if product is None:
+        product = _gated_product(two, one, shape)
+        if product is not None:  # the kernels take f(gate) first
+            input, other, one, two = other, input, two, one
+    if product is None:
+        product = _Product((one.rebuild, two.rebuild), shape, len(one.tensors))
     tensors = (*one.tensors, *two.tensors)
     y = _multiply(input, other, product, *tensors)
     # Weakly: a factor's packs may be those of layers before, of a whole stage for a residual sum.
