@@ -404,7 +404,8 @@ def measure(
         with step.autocast, step.choice.around():
             row["profile_bytes"] = profile(step.model, step.x).activation_bytes
         if gib is not None:
-            row |= {"largest_batch": largest_batch(step, gib), "largest_batch_GiB": gib}
+            found = largest_batch(step, gib, row["peak_bytes"])
+            row |= {"largest_batch": found, "largest_batch_GiB": gib}
     return row
 
 
@@ -462,21 +463,31 @@ def graphed(run: Callable[[], None]) -> dict[str, Any]:
     return {"graph_ms": times["graph"]}
 
 
-def largest(fits: Callable[[int], bool], start: int, within: float = 1 / 32) -> int:
-    """The largest number that fits, 0 if none does, to a share of it; `start` is a guess."""
-    low, high = 0, start
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > max(1, within * low):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+def largest(fits: Callable[[int], bool], guess: int, within: float = 1 / 32) -> int:
+    """The largest number that fits, 0 if none does, to a share of it.
+
+    A try may cost a compilation: strides away from the guess double, and halve once on both sides.
+    """
+    low, high, size = 0, None, max(1, guess)
+    stride = max(1, size // 16)
+    while high is None or high - low > max(1, within * low):
+        if fits(size):
+            low = size
+        else:
+            high = size
+        size = low + stride if high is None else max((low + high) // 2, high - stride)
+        stride *= 2
     return low
 
 
-def largest_batch(step: Step, gib: float) -> int:
-    """The largest batch whose step fits when the allocator may take no more than `gib` GiB."""
-    if step.device != "cuda":
-        raise ValueError("--largest-batch needs a CUDA device, whose allocator has a limit")
+def largest_batch(step: Step, gib: float, peak_bytes: int) -> int:
+    """The largest batch whose step fits when the allocator may take no more than `gib` GiB.
+
+    `peak_bytes` is what the step of the batch at hand needs.
+    """
+    batch_bytes = peak_bytes + step.x.nbytes
+    left = gib * 2**30 - (torch.cuda.memory_allocated() - step.x.nbytes)
+    guess = int(len(step.x) * left / batch_bytes)
 
     def fits(size: int) -> bool:
         repeated = -(-size // len(step.x))
@@ -496,7 +507,7 @@ def largest_batch(step: Step, gib: float) -> int:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
     try:
-        return largest(fits, len(step.x))
+        return largest(fits, guess)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -508,6 +519,8 @@ OUT = "step.jsonl"
 
 def cases(options: argparse.Namespace) -> list[rows.Case]:
     """Every choice that means something for a model, model by model."""
+    if options.largest_batch is not None and options.device != "cuda":
+        raise SystemExit("--largest-batch needs a CUDA device, whose allocator has a limit")
     exact = Exact()
     found = []
     for name, model in {**MODELS, **TINY}.items():
