@@ -119,7 +119,7 @@ def test_compiled_dropout_has_the_mask_of_its_seed(shape, dtype, monkeypatch, fr
     """Operations there, which a compiler fuses; the operator, which says what is true, here."""
     seed = torch.tensor([2**62 + 12345])
     module = sys.modules["packlight.fewbit.dropout"]  # its package has the function by that name
-    monkeypatch.setattr(module, "draw_seed", lambda x: seed)
+    monkeypatch.setattr(module, "pass_seed", lambda x: seed)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
 
     def run(x):

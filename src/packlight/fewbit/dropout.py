@@ -16,7 +16,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._philox import draw_seed
+from packlight._philox import pass_seed
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.packing.layout import compute_dtype, dense_stride
@@ -125,7 +125,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         raise InputError(f"p={p!r} is not a probability from 0 to 1")
     if not training or p in (0.0, 1.0):
         return F.dropout(input, p, training, inplace)  # keeps nothing of the input's size
-    seed = draw_seed(input)
+    seed = pass_seed(input)
     # Without a gradient too: a checkpoint runs its first pass so, and must see the same mask.
     traced = torch.compiler.is_compiling() and not inplace and input.is_contiguous()
     if traced:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from packlight import sharing
-from packlight._philox import draw_seed, draw_seeds
+from packlight._philox import pass_seed, pass_seeds
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
 from packlight.packing.layout import dense_stride
@@ -73,12 +73,15 @@ def draw(x: Tensor, method: GroupQuant) -> Tensor | None:
     """
     if method.rounding == "nearest":
         return None
-    return draw_seed(x)
+    return pass_seed(x)
 
 
 def draw_many(x: Tensor, count: int, method: GroupQuant) -> tuple[Tensor | None, ...]:
     """What as many calls of `draw` would give, in one draw."""
-    return draw_seeds(x, count) if method.rounding == "stochastic" else (None,) * count
+    if method.rounding == "nearest":
+        return (None,) * count
+    seeds: tuple[Tensor, ...] = pass_seeds(x, count).split(1)
+    return seeds
 
 
 def pack_input(x: Tensor, method: GroupQuant, seed: Tensor | None) -> Pack:
