@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import packlight.inverted as inverted
+from packlight import Inverted, convert
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.inverted import norm_ops, norms
 from tests.helpers import crossing, dtype_name, every_dtype, kept_bytes
@@ -404,8 +405,18 @@ def test_output_modified_in_place_raises(layer):
     ours, _ = layer.pair()
     y = ours(layer.sample().requires_grad_())
     y.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
         y.sum().backward()
+    assert "leave such norms out" in caught.value.__notes__[0]
+
+
+def test_a_resnet_converts_without_its_batch_norms():
+    """What the error says: their outputs are overwritten by in-place ReLUs and sums."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+    convert(model, {nn.BatchNorm2d: None, "*": Inverted()})
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert type(model[1]) is nn.BatchNorm2d
+    assert model[0].weight.grad is not None
 
 
 # --- 7: autocast. See test_linear.py for what is shared under it.

@@ -87,7 +87,7 @@ class _InvertedRowNorm(torch.autograd.Function):
         dy = _sum(grad_output, grad_narrow)
         if dy is None:
             return (None,) * 9
-        kept, weight, bias, channels, rstd, exact = ctx.saved_tensors
+        kept, weight, bias, channels, rstd, exact = _kept(ctx)
         normalized_shape, centred, dtype = ctx.arguments
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx, dgamma, dbeta = ops.row_norm_backward(
@@ -159,7 +159,7 @@ class _InvertedChannelNorm(torch.autograd.Function):
         dy = _sum(grad_output, grad_narrow)
         if dy is None:
             return (None,) * 8
-        kept, weight, bias, channels, rstd, exact = ctx.saved_tensors
+        kept, weight, bias, channels, rstd, exact = _kept(ctx)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx, dgamma, dbeta = ops.channel_norm_backward(
             dy,
@@ -184,6 +184,20 @@ class _InvertedChannelNorm(torch.autograd.Function):
 # Typed names: torch leaves `apply` without annotations.
 _norm_rows: Callable[..., Any] = _InvertedRowNorm.apply
 _norm_channels: Callable[..., Any] = _InvertedChannelNorm.apply
+
+
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    try:
+        tensors: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" in str(error):
+            error.add_note(
+                "An inverted norm keeps its output. Where the model overwrites that, as with"
+                " nn.ReLU(inplace=True) or `+=`, this saves nothing over keeping the input: leave"
+                ' such norms out, as in convert(model, {nn.BatchNorm2d: None, "*": Inverted()})'
+            )
+        raise
+    return tensors
 
 
 def _unless(absent: bool, tensor: Tensor) -> Tensor | None:
