@@ -177,7 +177,8 @@ class ViT(nn.Module):
 # What `convert` is given; those of `METHODS` are built with their layers.
 CONVERSIONS: dict[str, Methods] = {
     "few-bit 3": FewBit(3),
-    "inverted": Inverted(),
+    # Outputs of batch norms are overwritten, by ReLUs and residual sums.
+    "inverted": {nn.BatchNorm2d: None, "*": Inverted()},
     "default": DEFAULT_METHODS,
 }
 VIT_CONVERSIONS: dict[str, Methods] = {

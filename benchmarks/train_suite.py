@@ -51,7 +51,10 @@ def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
 
 
 def is_alike(other: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a row is of the same experiment, by whatever method and seed."""
-    names = ("case", "task", "model", "epochs", "steps", "batch", "lr", "limit", "device")
+    """Whether a row is of the same experiment, by whatever method and seed, on whatever device.
+
+    What a run ends at is no matter of the GPU it ran on; its times are.
+    """
+    names = ("case", "task", "model", "epochs", "steps", "batch", "lr", "limit")
     same = all(other.get(name) == row.get(name) for name in names)
     return same and "seed" in other and "failed" not in other

@@ -4,10 +4,14 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import packlight
 from packlight import DEFAULT_METHODS, FewBit, FixedPoint, GroupQuant
+from packlight.groupquant import fixed_point
+from packlight.groupquant.fixed_point.residual import add
 from tests.helpers import crossing
 
 # The default, rounding to nearest, so that two runs compare.
@@ -88,3 +92,45 @@ def test_packs_cross_to_the_backward_of_a_compiled_resnet(functional, autocast):
     assert sum(tensor.numel() * tensor.element_size() for tensor in packs) <= 1.2 * kept
     # The rest is tables of six numbers a channel.
     assert {tensor.shape[0] for tensor in packs if tensor.dtype.is_floating_point} == {6}
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_a_compiled_block_stay_channels_last(stride):
+    block = Block(16, 16 * stride, stride).to(memory_format=torch.channels_last)
+    packlight.convert(block, DEFAULT_METHODS, functional=True)
+    x = torch.randn(8, 16, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    made = []
+
+    def backward(graph, _):
+        made.extend(node.meta["val"] for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=backward
+    )
+    torch.compile(block, fullgraph=True, backend=backend)(x).square().sum().backward()
+    torch._dynamo.reset()
+    maps = [tensor for tensor in made if isinstance(tensor, Tensor) and tensor.dim() == 4]
+    assert maps
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in maps)
+
+
+@pytest.mark.parametrize("of", ["norm", "sum", "view", "base"])
+def test_what_an_inplace_relu_overwrote_has_its_gradient_when_compiled(of):
+    norm, weights = fixed_point.BatchNorm2d(4), torch.randn(2, 4, 4, 36)
+
+    def loss(x: Tensor) -> Tensor:
+        y = norm(x)
+        if of == "sum":
+            y = add(y, norm(2 * x))
+        flat = y.flatten(2)
+        before = flat * weights[0]
+        fixed_point.relu(flat if of == "view" else y, inplace=True)
+        after = flat if of == "base" else y.flatten(2)
+        return (before + after * weights[1]).sum()
+
+    x = torch.randn(4, 4, 6, 6, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(x), x)
+    (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(found, expected)
+    torch._dynamo.reset()
