@@ -130,7 +130,8 @@ def function_of(name: str, x: Tensor, bits: int) -> Function:
     kind, _, width = name.partition(" ")
     ours = getattr(groupquant, kind)
     if kind == "swiglu":
-        return partial(ours, bits=bits), lambda g, u: F.silu(g) * u, list(x.chunk(2))
+        halves = x.view(-1, 4096).chunk(2)  # Liger takes a row of any width to its registers
+        return partial(ours, bits=bits), lambda g, u: F.silu(g) * u, list(halves)
     plain = torch.tanh if kind == "tanh" else getattr(F, kind)
     if not width:
         return partial(ours, bits=bits), plain, [x]

@@ -3,12 +3,13 @@
     python -m benchmarks.plot
 
 `docs/pictures/step.png`: activation memory against speed, a panel a model, of the device with most
-rows or the one that `--device` names. A point is the latest row of its choice, beside the eager row
-of the same commit. `docs/pictures/cifar.png`, where there are rows: losses and accuracies.
+points or the one that `--device` names. A point is the latest row of its choice, beside the eager
+row of the same commit. `docs/pictures/cifar.png`, where there are rows: losses and accuracies.
 """
 
 import argparse
 import itertools
+import math
 import pathlib
 import statistics
 from collections import Counter
@@ -89,7 +90,10 @@ def draw_steps(found: Sequence[dict[str, Any]], device: str | None, path: pathli
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    counts = Counter(row["device"] for row in found if row.get("kept_bytes"))
+    points = {
+        (row["device"], row["model"], row["choice"]) for row in found if row.get("kept_bytes")
+    }
+    counts = Counter(device for device, *_ in sorted(points))
     if device is None:
         device = counts.most_common(1)[0][0] if counts else ""
     panels = latest(found, device)
@@ -198,6 +202,7 @@ def legend() -> list[Any]:
 
 def place_labels(axis: Any, points: list[Point]) -> None:
     """Writes each point's label where nothing else is, as near as can be."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     figure = axis.figure
@@ -207,15 +212,12 @@ def place_labels(axis: Any, points: list[Point]) -> None:
     size = 5 * figure.dpi / 72
     taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in dots]
     # Nearest first; beside a point before above or below it.
-    places = [
-        (across * reach, up * reach)
-        for reach in (1.0, 1.6, 2.4, 3.4, 4.6, 6.0, 7.6, 9.4, 11.4)
-        for across, up in itertools.chain(
-            ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)),
-            itertools.product((-0.5, 0.5), (-1, 1)),
-            itertools.product((-1, 1), (-0.5, 0.5)),
-        )
-    ]
+    reaches = (0.5, 1.0, 1.6, 2.4, 3.4, 4.6, 6.0, 7.6, 9.4, 11.4, 14.0)
+    steps = [0.0, *reaches, *(-reach for reach in reaches)]
+    places = sorted(
+        (place for place in itertools.product(steps, steps) if max(map(abs, place)) >= 1),
+        key=lambda place: math.hypot(place[0], 1.01 * place[1]),
+    )
     for point, dot in zip(points, dots, strict=True):
         colour = OURS if point.is_ours else OTHERS
         for across, up in places:
@@ -234,7 +236,8 @@ def place_labels(axis: Any, points: list[Point]) -> None:
                 if max(abs(across), abs(up)) > 1.6
                 else None,
             )
-            box = text.get_window_extent(renderer).padded(1)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer).padded(1)  # without its arrow
             if not any(box.overlaps(other) for other in taken) and (
                 inside.x0 <= box.x0 and box.x1 <= inside.x1 + size
                 and inside.y0 <= box.y0 and box.y1 <= inside.y1

@@ -107,5 +107,6 @@ def test_on_a_gpu_a_stream_has_seeds_of_its_own():
     torch.manual_seed(5)
     with torch.cuda.stream(stream):
         there = pass_seed(x)
+    torch.cuda.synchronize()
     assert here.data_ptr() != there.data_ptr()
     assert here.item() == there.item()
