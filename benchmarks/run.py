@@ -11,14 +11,21 @@ skipped; failed ones too, but for `--retry`. A short table comes last.
 
 `--filter` takes patterns of case names (`*`, `?`), or parts of them; `--list` shows the names.
 `--budget` stops before a case that would not fit into so many seconds: each row says what it took.
+`--missing` takes rows of any device and commit for done. `--processes 1` spreads models, or kinds
+of kernels, over the GPUs; more on each are for training runs, whose times mean nothing then.
 A kernel that is more than 10% slower than in the last row of the same device is printed in red.
 """
 
 import argparse
 import gc
+import os
 import pathlib
+import queue
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -117,6 +124,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS, help="folder of rows")
     parser.add_argument("--commit", help="where git cannot tell")
     parser.add_argument("--budget", type=float, metavar="SECONDS")
+    parser.add_argument("--missing", action="store_true", help="skip what was ever measured")
+    parser.add_argument("--processes", type=int, metavar="N", help="so many at once on each GPU")
     parser.add_argument("--retry", action="store_true", help="also run what has failed before")
     group = parser.add_argument_group("step")
     group.add_argument("--largest-batch", type=float, metavar="GIB")
@@ -129,7 +138,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
     options = arguments(words)
     started = time.perf_counter()
     suite = SUITES[options.suite]
@@ -141,13 +151,17 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(f"no case is called like {options.filter}; --list shows the names")
     settings = rows.settings(options.device, options.commit)
     lines = []
+    if options.processes:
+        waiting = [case for case in cases if done(case, options, settings) is None]
+        side_by_side(waiting, options, words)
     for case in cases:
         path = options.out / case.out
         known = rows.read(path)
-        same = [row for row in known if rows.same_case(row, case)]
-        done = [row for row in same if is_of(row, settings)]
-        if done and ("failed" not in done[-1] or not options.retry):
-            lines.append(suite.line(done[-1], known))
+        found = done(case, options, settings)
+        if found is not None:
+            lines.append(suite.line(found, known))
+            continue
+        if options.processes:
             continue
         left = float("inf")
         if options.budget is not None:
@@ -159,6 +173,7 @@ def main(words: list[str] | None = None) -> None:
         row = {**attempt(case), **settings}
         rows.append(path, row)
         text = suite.line(row, [*known, row])
+        same = [old for old in known if rows.same_case(old, case)]
         before = [old for old in same if "failed" not in old and old["device"] == row["device"]]
         if options.suite == "kernels":
             for name, factor in slowdowns(row, before[-1] if before else None).items():
@@ -169,8 +184,55 @@ def main(words: list[str] | None = None) -> None:
     print(f"\n{len(lines)} of {len(cases)} cases\n" + "\n".join(lines))
 
 
+def done(
+    case: rows.Case, options: argparse.Namespace, settings: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The row for which a case need not run."""
+    found = [
+        row
+        for row in rows.read(options.out / case.out)
+        if rows.same_case(row, case) and (options.missing or is_of(row, settings))
+    ]
+    if not found or ("failed" in found[-1] and options.retry):
+        return None
+    return found[-1]
+
+
 def is_of(row: dict[str, Any], settings: dict[str, Any]) -> bool:
     return all(row[key] == settings[key] for key in ("device", "commit"))
+
+
+def side_by_side(cases: list[rows.Case], options: argparse.Namespace, words: Sequence[str]) -> None:
+    """Runs cases in processes of their own, `options.processes` at once on each GPU.
+
+    Steps of one model, and kernels of one kind, stay together: they are compared with each other.
+    """
+    started = time.perf_counter()
+    groups: dict[str, list[str]] = {}
+    for case in cases:
+        group = case.name if options.suite == "train" else case.name.partition("/")[0]
+        groups.setdefault(group, []).append(f"[{case.name[0]}]{case.name[1:]}")  # not a part
+    count = torch.cuda.device_count() if options.device == "cuda" else 1
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = given.split(",") if given else [str(device) for device in range(count)]
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for device in devices * options.processes:
+        free.put(device)
+
+    def run(patterns: list[str]) -> None:
+        device = free.get()
+        call = [sys.executable, "-m", "benchmarks.run", *words, "--processes", "0"]
+        if options.budget is not None:
+            left = options.budget - (time.perf_counter() - started)
+            call += ["--budget", str(left)]
+        call += ["--filter", *patterns]
+        ended = subprocess.run(call, env={**os.environ, "CUDA_VISIBLE_DEVICES": device})
+        if ended.returncode:
+            print(f"{patterns[0]} and what follows: ended with {ended.returncode}", flush=True)
+        free.put(device)
+
+    with ThreadPoolExecutor(len(devices) * options.processes) as pool:
+        list(pool.map(run, groups.values()))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,25 @@ def test_a_budget_stops_before_what_would_not_fit(tmp_path, capsys):
     assert len(measure(tmp_path, "--filter", "tiny/eager", "--budget", "70")) == 2
 
 
+def test_models_are_measured_in_processes_side_by_side(tmp_path, capfd):
+    words = ("--filter", "tiny/eager", "tiny-gpt2/eager", "tiny/checkpoint", "--processes", "2")
+    found = measure(tmp_path, *words)
+    assert {(row["model"], row["choice"]) for row in found} == {
+        ("tiny", "eager"),
+        ("tiny", "checkpoint"),
+        ("tiny-gpt2", "eager"),
+    }
+    assert all("failed" not in row for row in found)
+    assert "3 of 3 cases" in capfd.readouterr().out
+    assert measure(tmp_path, *words) == found
+
+
+def test_what_is_missing_is_what_no_commit_has(tmp_path):
+    before = measure(tmp_path, "--filter", "tiny/eager")
+    assert measure(tmp_path, "--filter", "tiny/eager", "--missing", "--commit", "def") == before
+    assert len(measure(tmp_path, "--filter", "tiny/eager", "--commit", "def")) == 2
+
+
 @given(st.integers(0, 3000), st.integers(1, 500))
 def test_the_largest_batch_is_found_within_a_share(limit, start):
     found = step.largest(lambda size: size <= limit, start)
