@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from packlight import _tracer
 from packlight._library import constant_while_traced
 from packlight.packing.layout import is_dense
 
@@ -208,9 +209,9 @@ def _write(
         cast = note[1] if cast is None and _is_itself(owner, tensor) else cast
         pack = note[2] if pack is None else pack
         sketch = note[3] if sketch is None else sketch
-    if traced and not _takes_notes(tensor):
+    if traced and not _tracer.takes_notes(tensor):
         tensor = tensor.detach()
-    version = _version(tensor) if traced else tensor._version
+    version = _tracer.version(tensor) if traced else tensor._version
     hooks = None if traced else _hooks()
     reference = None if hooks is None else weakref.ref(hooks)
     setattr(tensor, _ATTRIBUTE, (version, cast, pack, sketch, reference))
@@ -225,7 +226,7 @@ def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
     note: _Note | None = None if owner is None else getattr(owner, _ATTRIBUTE, None)
     if owner is None or note is None:
         return tensor, None
-    version = _version(owner) if traced else owner._version
+    version = _tracer.version(owner) if traced else owner._version
     return owner, note if _holds(note, version, None if traced else _hooks()) else None
 
 
@@ -259,24 +260,8 @@ def _is_whole_view(tensor: Tensor, base: Tensor | None) -> bool:
 
 # --- What the tracer of torch.compile knows.
 
-# What it told of the tensor that was asked for last, while a region is traced.
+# Whether the note that was read last is on the very tensor that was asked for.
 _traced: dict[str, Any] = {}
-
-
-def _tracer(context: Any) -> Any:
-    return context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-
-
-def _ask_tracer(context: Any) -> None:
-    from torch._dynamo.variables.base import is_side_effect_safe
-
-    variable = context.get_local("tensor")
-    _traced["version"] = variable.as_fake()._version
-    # The tracer follows attributes of some tensors only: not those of one of several outputs, nor,
-    # in the body of a checkpoint, those of a tensor from outside.
-    mutation = variable._i_will_not_complain_if_bc_breaks_VariableTracker().mutation_type
-    is_input = variable.as_proxy().node.op == "placeholder"
-    _traced["takes_notes"] = not is_input and mutation is not None and is_side_effect_safe(mutation)
 
 
 def _find_owner(context: Any) -> None:
@@ -286,7 +271,8 @@ def _find_owner(context: Any) -> None:
     the local one is a whole view; of several the last. What is not known of symbolic sizes counts
     as different, since a guess would be a guard on the sizes of the model's inputs.
     """
-    variable, tracer = context.get_local("tensor"), _tracer(context)
+    variable = context.get_local("tensor")
+    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     fake, node = variable.as_fake(), variable.as_proxy().node
     _traced["itself"] = False
     believed = variable._i_will_not_complain_if_bc_breaks_VariableTracker().stride
@@ -353,33 +339,3 @@ def _traced_owner(tensor: Tensor) -> Tensor | None:
 def _told_itself() -> bool:
     itself: bool = _traced["itself"]
     return itself
-
-
-@constant_while_traced
-def _told_version() -> int:
-    version: int = _traced["version"]
-    return version
-
-
-@constant_while_traced
-def _told_takes_notes() -> bool:
-    takes_notes: bool = _traced["takes_notes"]
-    return takes_notes
-
-
-def _version(tensor: Tensor) -> int:
-    """How often the traced tensor was modified in place, as a constant."""
-    from torch._dynamo.comptime import comptime
-
-    comptime(_ask_tracer)
-    version: int = _told_version()
-    return version
-
-
-def _takes_notes(tensor: Tensor) -> bool:
-    """Whether the tracer follows the attributes of the traced tensor."""
-    from torch._dynamo.comptime import comptime
-
-    comptime(_ask_tracer)
-    takes_notes: bool = _told_takes_notes()
-    return takes_notes

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import fewbit, sharing
+from packlight import _tracer, fewbit, sharing
 from packlight._checks import check_inplace, check_tensor, needs_gradient, refuse_second_derivative
-from packlight._library import constant_while_traced
 from packlight.fewbit import ops as few_bit
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, ResidualRebuild
@@ -127,7 +126,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         # Weakly: the packs are those of layers before, of a whole stage for a residual sum.
         note = sharing.note_input
     if copied:
-        if torch.compiler.is_compiling() and _may_be_detached(input):
+        if torch.compiler.is_compiling() and _tracer.may_be_detached(input):
             # It is overwritten, and would get zeros for its gradient. Those of autograd are not
             # channels-last, nor is a sum that starts with them: two copies a layer.
             input.detach_()
@@ -146,28 +145,3 @@ def _masked(kept: Pack, shape: tuple[int, ...], stride: tuple[int, ...], mask: T
     ):
         return Pack(rebuild.with_mask(), shape, (*kept.tensors, mask))
     return Pack(MaskedRebuild(rebuild, shape, stride), shape, (mask, *kept.tensors))
-
-
-# --- What the tracer of torch.compile knows.
-
-# What it told of the tensor that was asked for last, while a region is traced.
-_traced: dict[str, bool] = {}
-
-
-def _ask_tracer(context: Any) -> None:
-    variable = context.get_local("tensor")
-    is_input = variable.as_proxy().node.op == "placeholder"
-    _traced["may_be_detached"] = not is_input and not variable.as_fake()._is_view()
-
-
-@constant_while_traced
-def _told() -> bool:
-    return _traced["may_be_detached"]
-
-
-def _may_be_detached(tensor: Tensor) -> bool:
-    """Whether the traced tensor, a result of this region and no view, can lose its history."""
-    from torch._dynamo.comptime import comptime  # an import of a second, so only here
-
-    comptime(_ask_tracer)
-    return _told()
