@@ -152,12 +152,16 @@ def main(words: Sequence[str] | None = None) -> None:
     settings = rows.settings(options.device, options.commit)
     lines = []
     if options.processes:
-        waiting = [case for case in cases if done(case, options, settings) is None]
+        waiting = [
+            case
+            for case in cases
+            if done(case, rows.read(options.out / case.out), options, settings) is None
+        ]
         side_by_side(waiting, options, words)
     for case in cases:
         path = options.out / case.out
         known = rows.read(path)
-        found = done(case, options, settings)
+        found = done(case, known, options, settings)
         if found is not None:
             lines.append(suite.line(found, known))
             continue
@@ -185,12 +189,15 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def done(
-    case: rows.Case, options: argparse.Namespace, settings: dict[str, Any]
+    case: rows.Case,
+    known: list[dict[str, Any]],
+    options: argparse.Namespace,
+    settings: dict[str, Any],
 ) -> dict[str, Any] | None:
     """The row for which a case need not run."""
     found = [
         row
-        for row in rows.read(options.out / case.out)
+        for row in known
         if rows.same_case(row, case) and (options.missing or is_of(row, settings))
     ]
     if not found or ("failed" in found[-1] and options.retry):

@@ -41,7 +41,6 @@ from packlight import (
     DEFAULT_METHODS,
     FewBit,
     GroupQuant,
-    Inverted,
     Sketch,
     convert,
     groupquant,
@@ -236,9 +235,8 @@ _PACKLIGHT = {
     "packlight few-bit 3": Choice(
         functools.partial(packlight, methods=FewBit(3)), limit=LIMITS[3]
     ),
-    # Outputs of batch norms are overwritten, by ReLUs and residual sums.
     "packlight inverted": Choice(
-        functools.partial(packlight, methods={nn.BatchNorm2d: None, "*": Inverted()})
+        functools.partial(packlight, methods=cifar.CONVERSIONS["inverted"])
     ),
     # A fifth of the rows: the variance is about that of the batch four times over.
     "packlight sketch 0.2": Choice(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import packlight
-from packlight import DEFAULT_METHODS, FewBit, FixedPoint, GroupQuant
+from packlight import DEFAULT_METHODS, FewBit, FixedPoint, GroupQuant, groupquant
 from packlight.groupquant import fixed_point
 from packlight.groupquant.fixed_point.residual import add
 from tests.helpers import crossing
@@ -95,7 +95,7 @@ def test_packs_cross_to_the_backward_of_a_compiled_resnet(functional, autocast):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_gradients_of_a_compiled_block_stay_channels_last(stride):
+def test_gradients_of_a_compiled_block_stay_channels_last(stride, fresh_compiler):
     block = Block(16, 16 * stride, stride).to(memory_format=torch.channels_last)
     packlight.convert(block, DEFAULT_METHODS, functional=True)
     x = torch.randn(8, 16, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
@@ -109,14 +109,21 @@ def test_gradients_of_a_compiled_block_stay_channels_last(stride):
         fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=backward
     )
     torch.compile(block, fullgraph=True, backend=backend)(x).square().sum().backward()
-    torch._dynamo.reset()
     maps = [tensor for tensor in made if isinstance(tensor, Tensor) and tensor.dim() == 4]
     assert maps
     assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in maps)
 
 
+OVERWRITE = {
+    "relu": lambda y: fixed_point.relu(y, inplace=True),
+    "silu": groupquant.SiLU(inplace=True, rounding="nearest"),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITE)
 @pytest.mark.parametrize("of", ["norm", "sum", "view", "base"])
-def test_what_an_inplace_relu_overwrote_has_its_gradient_when_compiled(of):
+def test_what_an_activation_overwrote_has_its_gradient_when_compiled(of, name, fresh_compiler):
+    overwrite = OVERWRITE[name]
     norm, weights = fixed_point.BatchNorm2d(4), torch.randn(2, 4, 4, 36)
 
     def loss(x: Tensor) -> Tensor:
@@ -125,7 +132,7 @@ def test_what_an_inplace_relu_overwrote_has_its_gradient_when_compiled(of):
             y = add(y, norm(2 * x))
         flat = y.flatten(2)
         before = flat * weights[0]
-        fixed_point.relu(flat if of == "view" else y, inplace=True)
+        overwrite(flat if of == "view" else y)
         after = flat if of == "base" else y.flatten(2)
         return (before + after * weights[1]).sum()
 
@@ -133,4 +140,3 @@ def test_what_an_inplace_relu_overwrote_has_its_gradient_when_compiled(of):
     (expected,) = torch.autograd.grad(loss(x), x)
     (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
     torch.testing.assert_close(found, expected)
-    torch._dynamo.reset()

@@ -13,21 +13,21 @@ _told: dict[str, Any] = {}
 def version(tensor: Tensor) -> int:
     """How often the traced tensor was modified in place."""
     _ask(tensor)
-    found: int = _version()
+    found: int = _fact("version")
     return found
 
 
 def takes_notes(tensor: Tensor) -> bool:
     """Whether the tracer follows the attributes of the traced tensor."""
     _ask(tensor)
-    found: bool = _takes_notes()
+    found: bool = _fact("takes_notes")
     return found
 
 
 def may_be_detached(tensor: Tensor) -> bool:
     """Whether the traced tensor, a result of this region and no view, can lose its history."""
     _ask(tensor)
-    found: bool = _may_be_detached()
+    found: bool = _fact("may_be_detached")
     return found
 
 
@@ -51,18 +51,5 @@ def _answer(context: Any) -> None:
 
 
 @constant_while_traced
-def _version() -> int:
-    found: int = _told["version"]
-    return found
-
-
-@constant_while_traced
-def _takes_notes() -> bool:
-    found: bool = _told["takes_notes"]
-    return found
-
-
-@constant_while_traced
-def _may_be_detached() -> bool:
-    found: bool = _told["may_be_detached"]
-    return found
+def _fact(name: str) -> Any:
+    return _told[name]

@@ -164,8 +164,7 @@ def test_compiled_gradients_are_those_of_eager_mode(make, rounding, fresh_compil
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     expected, actual = gradients(run), gradients(compiled)
     if rounding == "nearest":
-        # A value on the border of two codes may go to either: traced norms differ in the last bit.
-        assert all(relative(a, b) < 0.01 for a, b in zip(actual, expected, strict=True))
+        torch.testing.assert_close(actual, expected)
     else:  # the compiler leaves out seeds that nothing reads, so later ones are others
         torch.testing.assert_close(actual, gradients(compiled), rtol=0, atol=0)
         assert all(relative(a, b) < 0.3 for a, b in zip(actual, expected, strict=True))
@@ -183,7 +182,7 @@ def test_a_compiled_block_keeps_what_the_eager_one_keeps(fresh_compiler):
     expected = torch.autograd.grad(run(x).square().sum(), [x, *parameters])
     actual = torch.autograd.grad(compiled(x).square().sum(), [x, *parameters])
     # A value on the border of two codes may go to either: a traced norm differs in its last bit.
-    assert all(relative(a, b) < 0.01 for a, b in zip(actual, expected, strict=True))
+    assert all(relative(a, b) < 0.002 for a, b in zip(actual, expected, strict=True))
     assert kept_bytes(lambda: compiled(x)) <= kept_bytes(lambda: run(x)) + 64
 
 

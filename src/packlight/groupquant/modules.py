@@ -14,6 +14,7 @@ from torch import Size, Tensor, nn
 
 from packlight import sharing
 from packlight._checks import check_inplace
+from packlight._overwrite import overwrite
 from packlight.elementwise.functions import quick_gelu, relu_squared
 from packlight.groupquant import functional as quantised
 from packlight.groupquant import norms
@@ -52,7 +53,7 @@ def in_place(inplace: bool, input: Tensor, output: Tensor) -> Tensor:
         return output
     check_inplace(input)
     pack = sharing.pack_of(output)
-    written = input.copy_(output)
+    written = overwrite(input, output)
     if pack is not None:
         sharing.note_output(written, pack)
     return written

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _tracer, fewbit, sharing
+from packlight import fewbit, sharing
 from packlight._checks import check_inplace, check_tensor, needs_gradient, refuse_second_derivative
+from packlight._overwrite import overwrite
 from packlight.fewbit import ops as few_bit
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, ResidualRebuild
@@ -126,11 +127,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         # Weakly: the packs are those of layers before, of a whole stage for a residual sum.
         note = sharing.note_input
     if copied:
-        if torch.compiler.is_compiling() and _tracer.may_be_detached(input):
-            # It is overwritten, and would get zeros for its gradient. Those of autograd are not
-            # channels-last, nor is a sum that starts with them: two copies a layer.
-            input.detach_()
-        y = input.copy_(y)
+        y = overwrite(input, y)
     note(y, pack)
     return y
 
