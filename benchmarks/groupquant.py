@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.kernels import inputs, interleaved
+from benchmarks.kernels import (
+    LAUNCH_BOUND,
+    inputs,
+    interleaved,
+    unlaunched,
+    unlaunched_passes,
+)
 from packlight import groupquant, use_reference
 from packlight.groupquant import ops
 from packlight.groupquant.method import Grouping
@@ -43,18 +49,22 @@ def measure_pack(x: Tensor, bits: int, rounding: str, copy: float) -> dict[str, 
     step = (pack[1] << 16).view(torch.float32).amax()
     assert (y[: 1 << 20].float() - x[: 1 << 20].float()).abs().max() <= step * 1.02
     del y
-    times = interleaved(
-        {
-            "pack": lambda: ops.quantize(x, (1,), bits, GROUP_SIZE, seed),
-            "unpack": lambda: ops.dequantize(*pack, *layout, *PLAIN),
-        },
-        12,
-        x.device.type,
-    )
+    functions: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = {
+        "pack": lambda: ops.quantize(x, (1,), bits, GROUP_SIZE, seed),
+        "unpack": lambda: ops.dequantize(*pack, *layout, *PLAIN),
+    }
+    times = interleaved(functions, 12, x.device.type)
     moved = n * x.element_size() + pack_bytes(n, bits)
-    return {
-        f"{name}_of_copy": moved / milliseconds / copy for name, milliseconds in times.items()
-    } | {f"{name}_ms": milliseconds for name, milliseconds in times.items()}
+    row = {f"{name}_of_copy": moved / milliseconds / copy for name, milliseconds in times.items()}
+    row |= {f"{name}_ms": milliseconds for name, milliseconds in times.items()}
+    if x.is_cuda and n < LAUNCH_BOUND:
+        functions["copy"] = x.clone
+        alone = unlaunched(functions, 12)
+        copy = 2 * x.nbytes / alone.pop("copy")
+        for name, milliseconds in alone.items():
+            row |= {f"graph_{name}_ms": milliseconds}
+            row |= {f"graph_{name}_of_copy": moved / milliseconds / copy}
+    return row
 
 
 def measure_function(
@@ -86,9 +96,9 @@ def measure_function(
         12,
         device,
     )
-    row = {}
+    row = unlaunched_passes({name: (*what, dy) for name, what in given.items()})
     if liger is not None:
-        row = {"forward_liger_ms": forward["liger"], "backward_liger_ms": backward["liger"]}
+        row |= {"forward_liger_ms": forward["liger"], "backward_liger_ms": backward["liger"]}
         both = forward["liger"] + backward["liger"]
         row["both_liger_ratio"] = both / (forward["ours"] + backward["ours"])
     return row | {
@@ -130,7 +140,8 @@ def function_of(name: str, x: Tensor, bits: int) -> Function:
     kind, _, width = name.partition(" ")
     ours = getattr(groupquant, kind)
     if kind == "swiglu":
-        halves = x.view(-1, 4096).chunk(2)  # Liger takes a row of any width to its registers
+        # Liger takes a row of any width to its registers.
+        halves = x.view(-1, min(4096, x.numel() // 2)).chunk(2)
         return partial(ours, bits=bits), lambda g, u: F.silu(g) * u, list(halves)
     plain = torch.tanh if kind == "tanh" else getattr(F, kind)
     if not width:

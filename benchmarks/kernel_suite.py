@@ -31,8 +31,9 @@ def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
     if "failed" in row:
         return f"{text:34s} {row['failed']}"
     parts = []
-    for part in ("forward", "backward", "both", "pack", "unpack"):
-        figures = [f"{row[key]:.2f} {unit}" for key, unit in units(part) if key in row]
-        if figures:
-            parts.append(f"{part} " + " ".join(figures))
+    for graph in ("", "graph_"):
+        for part in ("forward", "backward", "both", "pack", "unpack"):
+            figures = [f"{row[key]:.2f} {unit}" for key, unit in units(graph + part) if key in row]
+            if figures:
+                parts.append(f"{part} " + " ".join(figures) + " as a graph" * bool(graph))
     return f"{text:34s} {', '.join(parts)}"

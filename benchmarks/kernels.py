@@ -4,11 +4,12 @@
     python -m benchmarks.run --suite kernels --filter inverted   results/inverted.jsonl
 
 Every case is checked against torch before it is timed. Times are medians of side-by-side
-repetitions by CUDA events through autograd, launches and allocation included; inputs are random and
-larger than the cache. `bytes` and `backward_bytes` are the least that must move: each input read
-once, each output written once, codes or bits included. `of_copy` is that bandwidth over the
-bandwidth of a device-to-device copy of a tensor of the same size and dtype, measured in the same
-process.
+repetitions by CUDA events through autograd, launches and allocation included; inputs are random.
+Below 2^26 elements, where launching takes longer than the kernels, a row has times without it too
+(`graph_*`): calls captured in a CUDA graph, whose tensors lie in the cache. `bytes` and
+`backward_bytes` are the least that must move: each input read once, each output written once, codes
+or bits included. `of_copy` is that bandwidth over the bandwidth of a device-to-device copy of a
+tensor of the same size and dtype, measured in the same process.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,54 @@ def interleaved(
     for name, start, end in events:
         times[name].append(start.elapsed_time(end))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+LAUNCH_BOUND = 1 << 26  # elements, below which a launch takes longer than a kernel
+CAPTURED = 20  # calls in a graph, so that launching the graph does not count
+
+
+def unlaunched(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of what the GPU alone takes for each function."""
+    graphs = {}
+    for name, function in functions.items():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CAPTURED):
+                function()
+        graphs[name] = graph.replay
+    return {name: time / CAPTURED for name, time in interleaved(graphs, repeats).items()}
+
+
+def unlaunched_passes(
+    given: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor], Tensor]], repeats: int = 12
+) -> dict[str, float]:
+    """Columns `graph_*` of a row: of functions, their inputs and output gradients, by name.
+
+    A backward pass runs on the stream of its forward pass, so it is captured with it.
+    """
+    x = given["ours"][1][0]
+    if x.device.type == "cpu" or x.numel() >= LAUNCH_BOUND:
+        return {}
+
+    def both(function: Callable[..., Tensor], xs: Sequence[Tensor], dy: Tensor) -> None:
+        torch.autograd.grad(function(*xs), xs, dy)
+
+    forward = {name: functools.partial(f, *xs) for name, (f, xs, _) in given.items()}
+    whole = {name: functools.partial(both, *what) for name, what in given.items()}
+    row = {}
+    for part, functions in (("forward", forward), ("both", whole)):
+        for name, milliseconds in unlaunched(functions, repeats).items():
+            row[f"graph_{part}{'' if name == 'ours' else '_' + name}_ms"] = milliseconds
+        for name in functions:
+            if name != "ours":
+                ratio = row[f"graph_{part}_{name}_ms"] / row[f"graph_{part}_ms"]
+                row[f"graph_{part}{'' if name == 'torch' else '_' + name}_ratio"] = ratio
+    return row
 
 
 def copy_bandwidth(x: Tensor) -> float:
@@ -140,7 +189,8 @@ def measure(case: Case, x: Tensor, dy: Tensor, copy: float) -> dict[str, Any]:
         device,
     )
     forward_bytes, backward_bytes = case.bytes(x)
-    return {
+    alone = unlaunched_passes({"ours": (case.apply, [x], dy), "torch": (layer.torch, [x], dy)})
+    return alone | {
         "bytes": forward_bytes,
         "backward_bytes": backward_bytes,
         "forward_ms": forward["ours"],

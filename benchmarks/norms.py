@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.kernels import DTYPES, copy_bandwidth, interleaved
+from benchmarks.kernels import DTYPES, copy_bandwidth, interleaved, unlaunched_passes
 from packlight import inverted
 from packlight.inverted import norm_kernels as kernels
 
@@ -95,19 +95,24 @@ def measure(case: Case, x: Tensor, dy: Tensor, copy: float, repeats: int) -> dic
     x.requires_grad_()
     inputs = [x, *case.parameters]
 
-    def cast_of_torch() -> Tensor:
+    def ours(x: Tensor, *parameters: Tensor) -> Tensor:
+        return case.ours(x)
+
+    def plain(x: Tensor, *parameters: Tensor) -> Tensor:
         y = case.torch(x)
-        return y.to(x.dtype) if case.cast else y  # what the next Linear does
+        if case.cast:
+            y.to(x.dtype)  # what the next Linear does
+        return y
 
     forward = interleaved(
-        {"ours": lambda: case.ours(x), "torch": cast_of_torch}, repeats, x.device.type
+        {"ours": lambda: ours(x), "torch": lambda: plain(x)}, repeats, x.device.type
     )
-    y, plain = case.ours(x), case.torch(x)
+    y, y_torch = ours(x), plain(x)
     dy = dy.to(y.dtype)
     backward = interleaved(
         {
             "ours": lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True),
-            "torch": lambda: torch.autograd.grad(plain, inputs, dy, retain_graph=True),
+            "torch": lambda: torch.autograd.grad(y_torch, inputs, dy, retain_graph=True),
         },
         repeats,
         x.device.type,
@@ -117,7 +122,8 @@ def measure(case: Case, x: Tensor, dy: Tensor, copy: float, repeats: int) -> dic
     kept = size  # y, or the cast of it
     forward_bytes = size + output + (kept if case.cast else 0)
     backward_bytes = output + kept + size
-    return {
+    alone = unlaunched_passes({"ours": (ours, inputs, dy), "torch": (plain, inputs, dy)}, repeats)
+    return alone | {
         "forward_ms": forward["ours"],
         "forward_torch_ms": forward["torch"],
         "backward_ms": backward["ours"],
