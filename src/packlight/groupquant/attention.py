@@ -6,7 +6,7 @@ serves the linear layer that reads it too.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +37,14 @@ class _Attention(torch.autograd.Function):
         value: Tensor,
         mask: Tensor | None,
         backend: int,
+        repeats: int,
         dropout_p: float,
         is_causal: bool,
         scale: float | None,
         method: GroupQuant,
         *seeds: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        groups = _repeats(query, key, backend)
-        qkv = (query, _repeated(key, groups), _repeated(value, groups))
+        qkv = (query, _repeated(key, repeats), _repeated(value, repeats))
         bias = _bias(mask, query, key, backend)
         # Sizes that the backward pass asks for, and tensors: the statistic first.
         sizes: tuple[int, ...] = ()
@@ -74,24 +74,23 @@ class _Attention(torch.autograd.Function):
         ctx.rebuilds = [rebuild for rebuild, _ in packed]
         # The mask as it was given: a bias made of it would be four times as large, for each layer.
         ctx.save_for_backward(*(part for _, pack in packed for part in pack), mask, *tensors)
-        ctx.settings = (query.dtype, backend, dropout_p, is_causal, scale, sizes)
+        ctx.settings = (query.dtype, backend, repeats, dropout_p, is_causal, scale, sizes)
         return out, codes, scales
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
         if grad_output is None:
-            return (None,) * 13
-        dtype, backend, dropout_p, is_causal, scale, sizes = ctx.settings
+            return (None,) * 14
+        dtype, backend, repeats, dropout_p, is_causal, scale, sizes = ctx.settings
         saved = ctx.saved_tensors
         kept = [
             rebuild(dtype, saved[2 * i], saved[2 * i + 1]) for i, rebuild in enumerate(ctx.rebuilds)
         ]
         mask, statistic, *tensors = saved[8:]
         query, key, value, out = kept
-        groups = _repeats(query, key, backend)
         bias = _bias(mask, query, key, backend)
-        qkv = (query, _repeated(key, groups), _repeated(value, groups))
+        qkv = (query, _repeated(key, repeats), _repeated(value, repeats))
         common = (grad_output, *qkv, out, statistic)
         flags = (dropout_p, is_causal)
         if grad_output.device.type == "cpu":
@@ -112,7 +111,7 @@ class _Attention(torch.autograd.Function):
                 [*ctx.needs_input_grad[:3], False], is_causal, scale=scale,
             )  # fmt: skip
         dq, dk, dv = grads[:3]
-        return dq, _summed(dk, groups), _summed(dv, groups), *[None] * 10
+        return dq, _summed(dk, repeats), _summed(dv, repeats), *[None] * 11
 
 
 # --- What torch does before it calls its kernels.
@@ -136,22 +135,15 @@ def _bias(mask: Tensor | None, query: Tensor, key: Tensor, backend: int) -> Tens
 _ALIGNED = 8  # elements between rows of a bias, for the memory-efficient kernel
 
 
-def _repeats(query: Tensor, key: Tensor, backend: int) -> int:
-    """How often heads of key and value must be repeated, for kernels that do not do so."""
-    if query.device.type == "cpu" or backend == SDPBackend.FLASH_ATTENTION.value:
-        return 1
-    return query.shape[-3] // key.shape[-3]
+def _repeated(x: Tensor, repeats: int) -> Tensor:
+    return x if repeats == 1 else x.repeat_interleave(repeats, dim=-3)
 
 
-def _repeated(x: Tensor, groups: int) -> Tensor:
-    return x if groups == 1 else x.repeat_interleave(groups, dim=-3)
-
-
-def _summed(gradient: Tensor, groups: int) -> Tensor:
-    if groups == 1:
+def _summed(gradient: Tensor, repeats: int) -> Tensor:
+    if repeats == 1:
         return gradient
-    heads = gradient.shape[-3] // groups
-    return gradient.view(*gradient.shape[:-3], heads, groups, *gradient.shape[-2:]).sum(-3)
+    heads = gradient.shape[-3] // repeats
+    return gradient.view(*gradient.shape[:-3], heads, repeats, *gradient.shape[-2:]).sum(-3)
 
 
 # --- Which of torch's kernels: asked of torch, through the tracer where a region is compiled.
@@ -170,6 +162,13 @@ _NODES = {
 _traced: dict[str, int] = {}
 
 
+class _Kernel(NamedTuple):
+    """One of torch's kernels, and how often heads of key and value are to be repeated for it."""
+
+    backend: int
+    repeats: int
+
+
 def _choose(
     query: Tensor,
     key: Tensor,
@@ -177,15 +176,17 @@ def _choose(
     mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-) -> int:
-    enable_gqa = query.shape[-3] != key.shape[-3]
-    backend = _choice(query, key, value, mask, dropout_p, is_causal, enable_gqa)
-    if enable_gqa and backend not in _FUSED:
-        # Of as many heads as the query has, which `_repeated` will make.
-        shape = (*query.shape[:-2], *key.shape[-2:])
-        key, value = (x[:, :1].expand(shape) for x in (key, value))
-        backend = _choice(query, key, value, mask, dropout_p, is_causal, False)
-    return backend
+) -> _Kernel:
+    heads, groups = query.shape[-3], key.shape[-3]  # the compiler's symbols where they vary
+    repeats = 1 if heads == groups else int(heads // groups)
+    backend = _choice(query, key, value, mask, dropout_p, is_causal, repeats > 1)
+    takes_groups = backend in _FUSED and backend != SDPBackend.EFFICIENT_ATTENTION.value
+    if repeats == 1 or takes_groups:
+        return _Kernel(backend, 1)
+    # Of as many heads as the query has, which `_repeated` will make.
+    shape = (*query.shape[:-2], *key.shape[-2:])
+    key, value = (x[:, :1].expand(shape) for x in (key, value))
+    return _Kernel(_choice(query, key, value, mask, dropout_p, is_causal, False), repeats)
 
 
 def _choice(
@@ -224,31 +225,31 @@ def _ask_tracer(context: Any) -> None:
         context.get_local(name).as_python_constant() for name in ("dropout_p", "is_causal")
     )
     fake_mask = None if mask.python_type() is type(None) else mask.as_fake()
-    _traced["backend"] = _choose(query, key, value, fake_mask, dropout_p, is_causal)
+    kernel = _choose(query, key, value, fake_mask, dropout_p, is_causal)
+    _traced.update(kernel._asdict())
 
 
 @constant_while_traced
-def _told_backend() -> int:
-    return _traced["backend"]
+def _told(name: str) -> int:
+    return _traced[name]
 
 
-def _backend(
+def _kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-) -> int:
-    """The number of the kernel that torch would take."""
+) -> _Kernel:
+    """The kernel that torch would take."""
     if torch.compiler.is_compiling():
         from torch._dynamo.comptime import comptime
 
         # A float that took two values is a symbol to the compiler; hashed, it is a number again.
         dropout_p = next(iter({dropout_p}))
         comptime(_ask_tracer)
-        backend: int = _told_backend()
-        return backend
+        return _Kernel(_told("backend"), _told("repeats"))
     return _choose(query, key, value, mask, dropout_p, is_causal)
 
 
@@ -324,11 +325,11 @@ def attend(
             mask = mask.to(dtype)
     if mask is not None and mask.dtype not in (torch.bool, qkv[0].dtype):
         return None
-    backend = _backend(*qkv, mask, dropout_p, is_causal)
-    if backend not in _FUSED:
+    kernel = _kernel(*qkv, mask, dropout_p, is_causal)
+    if kernel.backend not in _FUSED:
         return None
-    flags = (backend, dropout_p, is_causal, scale)
-    out, codes, scales = _attend(*qkv, mask, *flags, method, *seeds)
+    flags = (dropout_p, is_causal, scale)
+    out, codes, scales = _attend(*qkv, mask, *kernel, *flags, method, *seeds)
     layout = (tuple(out.shape), out.stride(), out.numel(), method.bits, method.group_size)
     sharing.note_output(out, Pack(Rebuild(*layout), tuple(out.shape), (codes, scales)))
     return out
