@@ -345,6 +345,31 @@ def test_it_compiles_without_a_break_to_the_same_gradients(fresh_compiler):
     assert not torch.equal(gradients(plain, x)[0], expected[0])  # there is a difference to see
 
 
+# The tracer looks at the gradients of a block's input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_run_with_the_mode_off(fresh_compiler):
+    modes = []
+
+    def compiler(graph, inputs):
+        def run(*args):
+            modes.append(_get_current_function_mode_stack())
+            return graph(*args)
+
+        return run
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 16, 64)
+    convert(model, FINE, functional=True)
+    expected = profile(model, x).activation_bytes
+    for module in model.gated:
+        module.compile(backend=compiler, fullgraph=True)
+    found = profile(model, x).activation_bytes
+    assert modes == [[]] * len(modes)
+    assert len(modes) >= 2
+    assert found <= expected
+    assert pickle.loads(pickle.dumps(model))(x).shape == model(x).shape
+
+
 def test_as_many_classes_compile_as_there_are(fresh_compiler):
     """The compiler counts recompilations by code object, and by its name the sizes that vary."""
     inputs = []

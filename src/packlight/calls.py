@@ -124,18 +124,25 @@ def leave_alone(kind: type[nn.Module]) -> None:
 def _alone(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Traced, a look costs nothing. A module inside may be the user's, and is covered like any.
-        if torch.compiler.is_compiling() or self._modules or not _is_innermost():
+        # A module inside may be the user's, and is covered like any.
+        if self._modules:
             return forward(self, *args, **kwargs)
-        mode = _pop_mode()
-        try:
-            return forward(self, *args, **kwargs)
-        finally:
-            _push_mode(mode)
+        return _without_mode(forward, self, *args, **kwargs)
 
     _give_own_code(alone, f"alone_{forward.__qualname__}")
     setattr(alone, _ALONE, True)
     return alone
+
+
+def _without_mode(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls it with the mode off. Traced it stays on, where a look costs nothing."""
+    if torch.compiler.is_compiling() or type(_get_current_function_mode()) is not _Covering:
+        return function(*args, **kwargs)  # nor where that would take another mode off the stack
+    mode = _pop_mode()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _push_mode(mode)
 
 
 def _give_own_code(function: Any, name: str) -> None:
@@ -187,6 +194,11 @@ def _make(kind: type[nn.Module]) -> type[nn.Module]:
 
     _give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
 
+    def compile_(self: Any, *args: Any, **kwargs: Any) -> None:
+        # What is compiled covers its calls itself; when it runs, they need not be seen again.
+        kind.compile(self, *args, **kwargs)
+        self._compiled_call_impl = functools.partial(_without_mode, self._compiled_call_impl)
+
     def reduce(self: Any, protocol: Any) -> Any:
         # The class is made anew where it is unpickled.
         reduced: Any = kind.__reduce_ex__(self, protocol)
@@ -196,7 +208,8 @@ def _make(kind: type[nn.Module]) -> type[nn.Module]:
 
     # Under the same name: trainers write it into their files.
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body = {**names, "forward": forward, "__reduce_ex__": reduce, _COVERS: kind}
+    body = {**names, "forward": forward, "compile": compile_, "__reduce_ex__": reduce}
+    body[_COVERS] = kind
     made: type[nn.Module] = types.new_class(
         kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body)
     )
@@ -213,11 +226,6 @@ def _remake(make: Callable[..., nn.Module], kind: type[nn.Module], *arguments: A
     module = make(*arguments)
     module.__class__ = covered(kind)
     return module
-
-
-def _is_innermost() -> bool:
-    """Whether the mode can be taken off the stack without taking off another."""
-    return type(_get_current_function_mode()) is _Covering
 
 
 def _is_on() -> bool:
