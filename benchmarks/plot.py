@@ -76,7 +76,8 @@ def latest(found: Sequence[dict[str, Any]], device: str) -> dict[str, list[Point
         if eager is None:
             continue
         key = "graph_ms" if "graph_ms" in row and "graph_ms" in eager else "step_ms"
-        point = Point(choice, row["kept_bytes"] / 2**30, eager[key] / row[key], key == "graph_ms")
+        speed = step.speed(row, eager, key)
+        point = Point(choice, row["kept_bytes"] / 2**30, speed, key == "graph_ms")
         points.setdefault(model, []).append(point)
     return points
 

@@ -14,7 +14,8 @@ masks differ between implementations, and on the whole batch.
   taken off; `profile_bytes`: the same as `packlight.profile` counts it.
 - `peak_bytes`: the most that the allocator held during a step, beyond what it held before.
 - `step_ms`: median of steps that Python launches; `graph_ms`: of the same step captured in a CUDA
-  graph and replayed, which is what the GPU alone takes.
+  graph and replayed, which is what the GPU alone takes. `graph_eager_ms` and `graph_compile_ms` are
+  the eager and the compiled model's, replayed in turns with it.
 - `error_median`, `error_worst`: relative error of the gradients of weight matrices, by layer;
   `rounding_median`: the same of the eager model, beside float32.
 - `largest_batch`: with `--largest-batch GIB`, what fits when the allocator may take no more.
@@ -389,8 +390,68 @@ class Exact:
         return {"error_median": errors.median, "error_worst": errors.worst}
 
 
+class Graph:
+    """A step captured in a CUDA graph. Raises RuntimeError where it cannot be."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.dy = step, torch.randn_like(step(step.x))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._launch()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._launch()
+
+    def _launch(self) -> None:
+        self.step(self.step.x).backward(self.dy)
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+class Beside:
+    """Graphs of a model, eager and compiled, with which those of other choices take turns.
+
+    Power and heat move a GPU's clock by several percent within minutes: times that were taken one
+    after the other do not compare.
+    """
+
+    def __init__(self) -> None:
+        self.name, self.graphs = "", dict[str, Graph]()
+
+    def clear(self) -> None:
+        self.graphs.clear()
+
+    def timed(self, name: str, choice: str, step: Step) -> dict[str, Any]:
+        """Columns `graph_*` of a row, or why the step is no graph."""
+        if name != self.name:
+            self.clear()
+            self.name = name
+        try:
+            if choice != "eager" and "eager" not in self.graphs:
+                model = {**MODELS, **TINY}[name]
+                self.graphs["eager"] = Graph(Step(model, CHOICES["eager"], step.device))
+            graph = Graph(step)
+        except RuntimeError as error:
+            # A generator that took part in a capture that failed goes on believing in it.
+            fresh = torch.Generator("cuda").manual_seed(0)
+            torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
+            return {"graph_failed": str(error)[:200]}
+        others = {other: found for other, found in self.graphs.items() if other != choice}
+        times = interleaved({choice: graph, **others}, 7)
+        if choice in ("eager", "compile"):
+            self.graphs[choice] = graph
+        if torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[1] / 2:
+            self.clear()  # a graph keeps the memory of its step
+        return {"graph_ms": times.pop(choice)} | {
+            f"graph_{other}_ms": milliseconds for other, milliseconds in times.items()
+        }
+
+
 def measure(
-    name: str, choice: str, device: str, exact: Exact, gib: float | None = None
+    name: str, choice: str, device: str, exact: Exact, beside: Beside, gib: float | None = None
 ) -> dict[str, Any]:
     """A row: first what is right, then what it costs."""
     case = {**MODELS, **TINY}[name]
@@ -402,9 +463,12 @@ def measure(
         if choice != "eager":
             row |= exact.check(step)
         row |= timed(step) if device == "cuda" else timed_on_cpu(step)
+        if device == "cuda" and step.choice.graph:
+            row |= beside.timed(name, choice, step)
         with step.autocast, step.choice.around():
             row["profile_bytes"] = profile(step.model, step.x).activation_bytes
         if gib is not None:
+            beside.clear()
             found = largest_batch(step, gib, row["peak_bytes"])
             row |= {"largest_batch": found, "largest_batch_GiB": gib}
     return row
@@ -413,7 +477,7 @@ def measure(
 def timed(step: Step) -> dict[str, Any]:
     model, x = step.model, step.x
     dy = torch.randn_like(step(x))
-    for _ in range(3):
+    for _ in range(8):
         step(x).backward(dy)
         model.zero_grad(set_to_none=False)
     torch.cuda.synchronize()
@@ -434,34 +498,13 @@ def timed(step: Step) -> dict[str, Any]:
         times.append((begin, end))
     torch.cuda.synchronize()
     milliseconds = statistics.median(begin.elapsed_time(end) for begin, end in times)
-    row = {"kept_bytes": kept, "peak_bytes": peak, "step_ms": milliseconds}
-    return row | (graphed(lambda: step(x).backward(dy)) if step.choice.graph else {})
+    return {"kept_bytes": kept, "peak_bytes": peak, "step_ms": milliseconds}
 
 
 def timed_on_cpu(step: Step) -> dict[str, Any]:
     dy = torch.randn_like(step(step.x))
     times = interleaved({"step": lambda: step(step.x).backward(dy)}, 3, "cpu")
     return {"step_ms": times["step"]}
-
-
-def graphed(run: Callable[[], None]) -> dict[str, Any]:
-    """Time of the step as a CUDA graph, or why it cannot be captured."""
-    try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError as error:
-        # A generator that took part in a capture that failed goes on believing in it.
-        fresh = torch.Generator("cuda").manual_seed(0)
-        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
-        return {"graph_failed": str(error)[:200]}
-    times = interleaved({"graph": graph.replay}, 7)
-    return {"graph_ms": times["graph"]}
 
 
 def largest(fits: Callable[[int], bool], guess: int, within: float = 1 / 32) -> int:
@@ -522,7 +565,7 @@ def cases(options: argparse.Namespace) -> list[rows.Case]:
     """Every choice that means something for a model, model by model."""
     if options.largest_batch is not None and options.device != "cuda":
         raise SystemExit("--largest-batch needs a CUDA device, whose allocator has a limit")
-    exact = Exact()
+    exact, beside = Exact(), Beside()
     found = []
     for name, model in {**MODELS, **TINY}.items():
         with torch.device("meta"):
@@ -531,7 +574,7 @@ def cases(options: argparse.Namespace) -> list[rows.Case]:
             if not applies(body, choice):
                 continue
             run = functools.partial(
-                measure, name, choice, options.device, exact, options.largest_batch
+                measure, name, choice, options.device, exact, beside, options.largest_batch
             )
             key = {"model": name, "choice": choice}
             hidden = name in TINY
@@ -558,7 +601,9 @@ def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
         if key in row:
             text += f" {label} {row[key]:7.1f} ms"
             if key in eager:
-                text += f" ({eager[key] / row[key]:4.2f}x)"
+                text += f" ({speed(row, eager, key):4.2f}x)"
+    if "graph_compile_ms" in row:
+        text += f" ({row['graph_compile_ms'] / row['graph_ms']:4.2f}x of compile)"
     if "error_median" in row:
         text += f" error {row['error_median']:.3f}, worst {row['error_worst']:.3f}"
         if row.get("rounding_median", 0) > ROUNDING:  # else it says nothing of the choice
@@ -566,6 +611,12 @@ def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
     if "largest_batch" in row:
         text += f" batch {row['largest_batch']} in {row['largest_batch_GiB']:g} GiB"
     return text
+
+
+def speed(row: dict[str, Any], eager: dict[str, Any], key: str) -> float:
+    """As a share of eager's, by "step_ms" or "graph_ms": beside it where they took turns."""
+    beside: float = row.get(key.replace("_", "_eager_"), eager[key])
+    return beside / float(row[key])
 
 
 def baseline(row: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -274,10 +274,12 @@ def test_points_are_the_latest_rows_beside_their_own_eager_row():
         {**ROW, "model": "roberta", "choice": "packlight 4", "failed": "no"},
         row("eager", 8, 30, "b"),
         row("compile", 6, 15, "b"),
+        row("packlight 2", 1, 40, "a", graph_ms=12, graph_eager_ms=6),
     ]
     points = {point.choice: point for point in plot.latest(found, "a device")["roberta"]}
     assert points["packlight 4"] == plot.Point("packlight 4", 3, 0.5, True)
     assert points["compile"] == plot.Point("compile", 6, 2.0, False)
+    assert points["packlight 2"] == plot.Point("packlight 2", 1, 0.5, True)  # took turns
 
 
 @pytest.mark.parametrize(
