@@ -51,8 +51,8 @@ def pass_seeds(x: Tensor, count: int) -> Tensor:
 
 # Made at once, and the most that may be asked for at once. A draw moves a generator by _STEP.
 AHEAD, MOST, _STEP = 1024, 16, 4
-# Of each device and stream, the last that were made, and what of.
-_made: dict[tuple[torch.device, int], tuple[tuple[int, int], Tensor]] = {}
+# Of each device and stream, the last that were made, together and one by one, and what of.
+_made: dict[tuple[torch.device, int], tuple[tuple[int, int], Tensor, tuple[Tensor, ...]]] = {}
 
 
 def seeds_ahead(generator: Any, device: torch.device, stream: int, count: int) -> Tensor:
@@ -67,16 +67,18 @@ def seeds_ahead(generator: Any, device: torch.device, stream: int, count: int) -
     of = generator.initial_seed(), block
     known = _made.get((device, stream))
     if known is None or known[0] != of:
-        known = _made[device, stream] = of, _make(*of, device)
-    return known[1].narrow(0, place, count)
+        known = _made[device, stream] = of, *_make(*of, device)
+    _, seeds, single = known
+    return single[place] if count == 1 else seeds.narrow(0, place, count)
 
 
-def _make(seed: int, block: int, device: torch.device) -> Tensor:
+def _make(seed: int, block: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
     generator = torch.Generator(device)
     generator.manual_seed(random.Random(f"{seed} {block}").getrandbits(63))
     # They outlive whatever this call happens to be made in.
     with torch.inference_mode(False), _disable_current_modes():
-        return torch.randint(2**63 - 1, (AHEAD + MOST,), device=device, generator=generator)
+        seeds = torch.randint(2**63 - 1, (AHEAD + MOST,), device=device, generator=generator)
+        return seeds, seeds.split(1)
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
