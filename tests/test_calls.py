@@ -10,7 +10,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
@@ -135,6 +137,44 @@ def test_a_product_of_an_activation_is_a_gated_unit(activation_first, compiled, 
         model(*inputs[:2]).sum().backward()
     assert {"group_quant_gated_backward", "group_quant_gated_product"} <= called
     assert "group_dequantize" not in called
+
+
+# What is done to gate, the activation's result and up before they are multiplied.
+USES = {
+    "product alone": lambda gate, y, up: y * up,
+    "another reader": lambda gate, y, up: y * up + y.sin(),
+    "a view": lambda gate, y, up: y.flatten() * up.flatten(),
+    "gate modified": lambda gate, y, up: (gate.mul_(2.0), y * up)[1],
+    "activation modified": lambda gate, y, up: y.mul_(2.0) * up,
+    "in a checkpoint": lambda gate, y, up: checkpoint(torch.mul, y, up, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_compiled_product_of_an_activation_is_one_operator_each_way(use, fresh_compiler):
+    class Product(nn.Module):
+        def forward(self, gate, up):
+            gate = gate * 1.0
+            return USES[use](gate, F.silu(gate), up)
+
+    model = Product()
+    convert(model, NEAREST, functional=True)
+    inputs = [torch.randn(8, 256, requires_grad=True) for _ in range(2)]
+    dy = torch.randn(8, 256)
+    expected = torch.autograd.grad(model(*inputs).reshape(8, 256), inputs, dy)
+    called = set()
+
+    def collect(graph, example_inputs):
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=collect, bw_compiler=collect)
+    run = torch.compile(model, fullgraph=True, backend=backend)
+    actual = torch.autograd.grad(run(*inputs).reshape(8, 256), inputs, dy)
+    torch.testing.assert_close(actual, expected)
+    operators = {name.split(".")[1] for name in called if name.startswith("packlight.")}
+    one_each_way = {"group_quant_gated", "group_quant_gated_backward"}
+    assert (operators == one_each_way) == (use == "product alone"), operators
 
 
 def test_eval_and_no_grad_run_the_plain_functions():

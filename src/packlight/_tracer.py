@@ -6,6 +6,8 @@ from torch import Tensor
 
 from packlight._library import constant_while_traced
 
+_SOURCE = "packlight_source"  # in what the tracer knows of a node of its graph
+
 # What it told of the tensor that was asked for last, while a region is traced.
 _told: dict[str, Any] = {}
 
@@ -29,6 +31,47 @@ def may_be_detached(tensor: Tensor) -> bool:
     _ask(tensor)
     found: bool = _fact("may_be_detached")
     return found
+
+
+def note_source(tensor: Tensor, source: Tensor) -> None:
+    """Has the tracer know that the traced tensor was computed of `source` alone."""
+    from torch._dynamo.comptime import comptime  # an import of a second, so only here
+
+    comptime(_keep_source)
+
+
+def source_of(tensor: Tensor) -> Tensor | None:
+    """The source noted of the traced tensor, where neither was modified since.
+
+    It can be had although nothing keeps it: the compiled code computes it if it is used, and if the
+    tensor itself is not used then, it is not computed.
+    """
+    from torch._dynamo.comptime import comptime
+
+    source = None
+    comptime(_find_source)
+    return source
+
+
+def _keep_source(context: Any) -> None:
+    tensor, source = context.get_local("tensor"), context.get_local("source")
+    versions = tensor.as_fake()._version, source.as_fake()._version
+    tracker = source._i_will_not_complain_if_bc_breaks_VariableTracker()
+    tensor.as_proxy().node.meta[_SOURCE] = tracker, versions
+
+
+def _find_source(context: Any) -> None:
+    """Puts the source of the local `tensor` into the local `source`."""
+    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    tensor = context.get_local("tensor")
+    node = tensor.as_proxy().node
+    found = node.meta.get(_SOURCE)
+    if found is None or node.graph is not tracer.output.current_tracer.graph:
+        return  # in the body of a checkpoint, what is outside is an input
+    tracker, versions = found
+    now = tensor.as_fake()._version, tracker.as_proxy().node.meta["example_value"]._version
+    if versions == now:
+        tracer.symbolic_locals["source"] = tracker
 
 
 def _ask(tensor: Tensor) -> None:

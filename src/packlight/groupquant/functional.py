@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _tracer, sharing
 from packlight._checks import (
     autocast,
     check_numbers,
@@ -178,6 +178,8 @@ def _activation(
     layout = (tuple(y.shape), y.stride(), y.numel(), method.bits, method.group_size)
     rebuild = Rebuild(*layout, name, parameters)
     sharing.note_output(y, Pack(rebuild, tuple(y.shape), (codes, scales)))
+    if torch.compiler.is_compiling():
+        _tracer.note_source(y, x)
     return y
 
 
@@ -393,9 +395,10 @@ class _Gated(torch.autograd.Function):
 _apply_gated: Callable[..., tuple[Tensor, ...]] = _Gated.apply
 
 
-def _gated(
+def gated(
     gate: Tensor, up: Tensor, name: str, method: GroupQuant, plain: Callable[..., Tensor]
 ) -> Tensor:
+    """f(gate) up, by its name and by torch's functions."""
     check_tensor(gate, name)
     check_tensor(up, name)
     if gate.shape != up.shape or gate.device != up.device:
@@ -426,7 +429,7 @@ def swiglu(
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
     method = GroupQuant(bits, group_size, rounding)
-    return _gated(gate, up, "silu", method, lambda gate, up: F.silu(gate) * up)
+    return gated(gate, up, "silu", method, lambda gate, up: F.silu(gate) * up)
 
 
 def geglu(
@@ -443,7 +446,7 @@ def geglu(
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
     method = GroupQuant(bits, group_size, rounding)
-    return _gated(
+    return gated(
         gate,
         up,
         _gelu_name(approximate),
@@ -465,7 +468,7 @@ def reglu(
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
     method = GroupQuant(bits, group_size, rounding)
-    return _gated(gate, up, "relu", method, lambda gate, up: F.relu(gate) * up)
+    return gated(gate, up, "relu", method, lambda gate, up: F.relu(gate) * up)
 
 
 def glu(
@@ -487,4 +490,4 @@ def glu(
         )
     up, gate = input.chunk(2, dim)
     method = GroupQuant(bits, group_size, rounding)
-    return _gated(gate, up, "sigmoid", method, lambda gate, up: F.glu(input, dim))
+    return gated(gate, up, "sigmoid", method, lambda gate, up: F.glu(input, dim))

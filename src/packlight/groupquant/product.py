@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _tracer, sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
+from packlight.fewbit.activations import CONTINUOUS
+from packlight.groupquant.functional import gated
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.packs import (
     KEEPS,
@@ -101,6 +103,12 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
         product = _gated_product(two, one, shape)
         if product is not None:  # the kernels take f(gate) first
             input, other, one, two = other, input, two, one
+    if torch.compiler.is_compiling() and isinstance(product, GatedProduct):
+        gate = _tracer.source_of(input)
+        if gate is not None:
+            # One kernel each way. The compiler drops the activation, whose result nothing uses.
+            function = CONTINUOUS[product.name].function
+            return gated(gate, other, product.name, method, lambda g, up: function(g) * up)
     if product is None:
         product = _Product((one.rebuild, two.rebuild), shape, len(one.tensors))
     tensors = (*one.tensors, *two.tensors)
