@@ -422,25 +422,29 @@ def _gated_kernel(
     start = bundle * (8 * SIZE)
     left = width - start
     group = bundle * BITS
-    gate = load_tile(gate_ptr + start, left, NQ, SIZE, FULL)
-    up = load_tile(up_ptr + start, left, NQ, SIZE, FULL)
-    for j in tl.static_range(8):
-        # torch rounds f(gate) to the tensors' dtype before it multiplies.
-        y = FORWARD(gate[j], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty).to(tl.float32) * up[j]
-        store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
     draws = ()
-    more = ()
+    seed, row = 0, tl.zeros([], dtype=tl.int64)
     if STOCHASTIC:
         seed = tl.load(seed_ptr)
-        row = tl.zeros([], dtype=tl.int64)
         draws = random_tile(seed, row, bundle + tl.arange(0, NQ), SIZE, NQ)
-        more = random_tile(seed, row + 1, bundle + tl.arange(0, NQ), SIZE, NQ)
+    gate = load_tile(gate_ptr + start, left, NQ, SIZE, FULL)
+    # One after the other: registers for both would leave room for few programs at once.
+    factors = ()
+    for j in tl.static_range(8):
+        # torch rounds f(gate) to the tensors' dtype before it multiplies.
+        factors = factors + (FORWARD(gate[j], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
     store_codes(
         gate, gate_codes_ptr + group * SIZE, gate_scales_ptr + group, draws, left, NQ, SIZE, BITS,
         STOCHASTIC, FULL,
     )  # fmt: skip
+    if STOCHASTIC:
+        draws = random_tile(seed, row + 1, bundle + tl.arange(0, NQ), SIZE, NQ)
+    up = load_tile(up_ptr + start, left, NQ, SIZE, FULL)
+    for j in tl.static_range(8):
+        y = to_float32(factors[j]) * up[j]
+        store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
     store_codes(
-        up, up_codes_ptr + group * SIZE, up_scales_ptr + group, more, left, NQ, SIZE, BITS,
+        up, up_codes_ptr + group * SIZE, up_scales_ptr + group, draws, left, NQ, SIZE, BITS,
         STOCHASTIC, FULL,
     )  # fmt: skip
 
@@ -495,7 +499,10 @@ def _gated_backward_kernel(
 
 # Byte positions a program, eight elements each.
 BLOCK = 1024
-NUM_WARPS = 4
+# A thread that packs and does nothing else has 64 elements, which takes the fewest instructions for
+# each. Where a function is computed too, that would take registers for a quarter of the threads
+# that an SM has room for: there it is half as many.
+PACK_WARPS, WARPS = 4, 8
 
 
 def tile_of(grouping: Grouping, block: int | None = None) -> tuple[int, int, bool]:
@@ -535,7 +542,7 @@ def _quantize_launch(
         STOCHASTIC=stochastic,
         FULL=full,
         NQ=nq,
-        num_warps=NUM_WARPS,
+        num_warps=PACK_WARPS if name is None else WARPS,
     )
 
 
@@ -586,7 +593,7 @@ def _dequantize_launch(
         BITS=grouping.bits,
         FULL=full,
         NQ=nq,
-        num_warps=NUM_WARPS,
+        num_warps=WARPS,
     )
 
 
@@ -637,7 +644,7 @@ def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: floa
         BITS=grouping.bits,
         FULL=full,
         NQ=nq,
-        num_warps=NUM_WARPS,
+        num_warps=WARPS,
     )
 
 
@@ -678,7 +685,7 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, stochastic:
         STOCHASTIC=stochastic,
         FULL=full,
         NQ=nq,
-        num_warps=NUM_WARPS,
+        num_warps=WARPS,
     )
 
 
@@ -717,7 +724,7 @@ def _gated_backward_launch(
         BITS=grouping.bits,
         FULL=full,
         NQ=nq,
-        num_warps=NUM_WARPS,
+        num_warps=WARPS,
     )
 
 
