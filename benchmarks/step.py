@@ -424,15 +424,17 @@ class Beside:
     def clear(self) -> None:
         self.graphs.clear()
 
-    def timed(self, name: str, choice: str, step: Step) -> dict[str, Any]:
-        """Columns `graph_*` of a row, or why the step is no graph."""
+    def make(self, name: str, case: Model, device: str) -> None:
+        """The eager model's, before another model is made: that resets the compiler."""
         if name != self.name:
             self.clear()
             self.name = name
+        if "eager" not in self.graphs:
+            self.graphs["eager"] = Graph(Step(case, CHOICES["eager"], device))
+
+    def timed(self, choice: str, step: Step) -> dict[str, Any]:
+        """Columns `graph_*` of a row, or why the step is no graph."""
         try:
-            if choice != "eager" and "eager" not in self.graphs:
-                model = {**MODELS, **TINY}[name]
-                self.graphs["eager"] = Graph(Step(model, CHOICES["eager"], step.device))
             graph = Graph(step)
         except RuntimeError as error:
             # A generator that took part in a capture that failed goes on believing in it.
@@ -441,8 +443,9 @@ class Beside:
             return {"graph_failed": str(error)[:200]}
         others = {other: found for other, found in self.graphs.items() if other != choice}
         times = interleaved({choice: graph, **others}, 7)
-        if choice in ("eager", "compile"):
+        if choice == "compile":
             self.graphs[choice] = graph
+        torch.cuda.empty_cache()
         if torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[1] / 2:
             self.clear()  # a graph keeps the memory of its step
         return {"graph_ms": times.pop(choice)} | {
@@ -456,6 +459,8 @@ def measure(
     """A row: first what is right, then what it costs."""
     case = {**MODELS, **TINY}[name]
     exact.make(name, case, device)
+    if device == "cuda":
+        beside.make(name, case, device)
     row: dict[str, Any] = {"rounding_median": exact.rounding.median}
     # Each block of another shape is one more program.
     with torch._dynamo.config.patch(recompile_limit=64):
@@ -464,7 +469,7 @@ def measure(
             row |= exact.check(step)
         row |= timed(step) if device == "cuda" else timed_on_cpu(step)
         if device == "cuda" and step.choice.graph:
-            row |= beside.timed(name, choice, step)
+            row |= beside.timed(choice, step)
         with step.autocast, step.choice.around():
             row["profile_bytes"] = profile(step.model, step.x).activation_bytes
         if gib is not None:
