@@ -12,6 +12,7 @@ quotient is rounded to a multiple of 2^-f thereby, and so is u: the expected cod
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -497,19 +498,31 @@ def _gated_backward_kernel(
 
 # --- Launchers, with the signatures of reference.py.
 
-# Byte positions a program, eight elements each.
-BLOCK = 1024
-# A thread that packs and does nothing else has 64 elements, which takes the fewest instructions for
-# each. Where a function is computed too, that would take registers for a quarter of the threads
-# that an SM has room for: there it is half as many.
-PACK_WARPS, WARPS = 4, 8
+
+class Setting(NamedTuple):
+    """Byte positions a program, eight elements each, and its warps."""
+
+    block: int
+    warps: int
 
 
-def tile_of(grouping: Grouping, block: int | None = None) -> tuple[int, int, bool]:
+# 64 elements a thread take the fewest instructions for each, and most registers: with 32 more
+# threads run at once. The fastest of 2^27 elements on an H200.
+PACK = Setting(1024, 4)
+ACTIVATION = Setting(512, 4)
+UNPACK = Setting(512, 4)
+REBUILD = Setting(1024, 4)  # through a function, or weight and bias
+BACKWARD = Setting(1024, 4)
+GATED = Setting(1024, 8)
+GATED_BACKWARD = Setting(1024, 8)
+PRODUCT = Setting(1024, 4)
+
+
+def tile_of(grouping: Grouping, block: int) -> tuple[int, int, bool]:
     """Bundles a tile of `block` byte positions, tiles a row, and whether every tile is whole."""
     bundle = 8 * grouping.group_bytes
     bundles = -(-grouping.width // bundle)
-    nq = max(1, min((block or BLOCK) // grouping.group_bytes, triton.next_power_of_2(bundles)))
+    nq = max(1, min(block // grouping.group_bytes, triton.next_power_of_2(bundles)))
     return nq, -(-bundles // nq), grouping.width % (nq * bundle) == 0
 
 
@@ -527,7 +540,8 @@ def _two(parameters: Sequence[float]) -> tuple[float, float]:
 def _quantize_launch(
     grouping: Grouping, dtype: torch.dtype, name: str | None, a: float, b: float, stochastic: bool
 ) -> Launch:
-    nq, tiles, full = tile_of(grouping)
+    block, warps = PACK if name is None else ACTIVATION
+    nq, tiles, full = tile_of(grouping, block)
     return _quantize_kernel.prepare(
         (grouping.rows * tiles,),
         grouping.width,
@@ -542,7 +556,7 @@ def _quantize_launch(
         STOCHASTIC=stochastic,
         FULL=full,
         NQ=nq,
-        num_warps=PACK_WARPS if name is None else WARPS,
+        num_warps=warps,
     )
 
 
@@ -577,7 +591,8 @@ def _dequantize_launch(
     weight: bool,
     bias: bool,
 ) -> Launch:
-    nq, tiles, full = tile_of(grouping)
+    block, warps = REBUILD if name or weight or bias else UNPACK
+    nq, tiles, full = tile_of(grouping, block)
     return _dequantize_kernel.prepare(
         (grouping.rows * tiles,),
         grouping.width,
@@ -593,7 +608,7 @@ def _dequantize_launch(
         BITS=grouping.bits,
         FULL=full,
         NQ=nq,
-        num_warps=WARPS,
+        num_warps=warps,
     )
 
 
@@ -633,7 +648,7 @@ def activation(
 
 @functools.lru_cache(LAUNCHES)
 def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: float) -> Launch:
-    nq, tiles, full = tile_of(grouping)
+    nq, tiles, full = tile_of(grouping, BACKWARD.block)
     return _activation_backward_kernel.prepare(
         (tiles,),
         grouping.width,
@@ -644,7 +659,7 @@ def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: floa
         BITS=grouping.bits,
         FULL=full,
         NQ=nq,
-        num_warps=WARPS,
+        num_warps=BACKWARD.warps,
     )
 
 
@@ -668,13 +683,9 @@ def activation_backward(
     return dx
 
 
-# A gated unit holds two tiles, so half as many positions a program.
-GATED_BLOCK = 1024
-
-
 @functools.lru_cache(LAUNCHES)
 def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, stochastic: bool) -> Launch:
-    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
+    nq, tiles, full = tile_of(grouping, GATED.block)
     return _gated_kernel.prepare(
         (tiles,),
         grouping.width,
@@ -685,7 +696,7 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, stochastic:
         STOCHASTIC=stochastic,
         FULL=full,
         NQ=nq,
-        num_warps=WARPS,
+        num_warps=GATED.warps,
     )
 
 
@@ -712,7 +723,8 @@ def gated(
 def _gated_backward_launch(
     grouping: Grouping, dtype: torch.dtype, name: str, product: bool, through: bool
 ) -> Launch:
-    nq, tiles, full = tile_of(grouping, GATED_BLOCK)
+    block, warps = PRODUCT if product else GATED_BACKWARD
+    nq, tiles, full = tile_of(grouping, block)
     return _gated_backward_kernel.prepare(
         (tiles,),
         grouping.width,
@@ -724,7 +736,7 @@ def _gated_backward_launch(
         BITS=grouping.bits,
         FULL=full,
         NQ=nq,
-        num_warps=WARPS,
+        num_warps=warps,
     )
 
 
