@@ -139,10 +139,17 @@ def test_a_product_of_an_activation_is_a_gated_unit(activation_first, compiled, 
     assert "group_dequantize" not in called
 
 
-# What is done to gate, the activation's result and up before they are multiplied.
+# What is done to gate, the activation's result and up before they are multiplied, and after.
 USES = {
     "product alone": lambda gate, y, up: y * up,
     "another reader": lambda gate, y, up: y * up + y.sin(),
+    "a reader before": lambda gate, y, up: y.sin() + y * up,
+    "gate read": lambda gate, y, up: gate.sin() + y * up,
+    "gate itself": lambda gate, y, up: (y * gate) * (up + 1.0),
+    "its square": lambda gate, y, up: (y * y) * (up + 1.0),
+    "data modified": lambda gate, y, up: (y.data.mul_(2.0), y * up)[1],
+    "gate's data modified": lambda gate, y, up: (gate.data.mul_(2.0), y * up)[1],
+    "detached": lambda gate, y, up: y.detach() * up + gate.sin(),
     "a view": lambda gate, y, up: y.flatten() * up.flatten(),
     "gate modified": lambda gate, y, up: (gate.mul_(2.0), y * up)[1],
     "activation modified": lambda gate, y, up: y.mul_(2.0) * up,
@@ -171,10 +178,66 @@ def test_a_compiled_product_of_an_activation_is_one_operator_each_way(use, fresh
     backend = aot_autograd(fw_compiler=collect, bw_compiler=collect)
     run = torch.compile(model, fullgraph=True, backend=backend)
     actual = torch.autograd.grad(run(*inputs).reshape(8, 256), inputs, dy)
+    torch.testing.assert_close(run(*inputs), model(*inputs))
     torch.testing.assert_close(actual, expected)
     operators = {name.split(".")[1] for name in called if name.startswith("packlight.")}
     one_each_way = {"group_quant_gated", "group_quant_gated_backward"}
     assert (operators == one_each_way) == (use == "product alone"), operators
+
+
+OPTIONS = dataclasses.asdict(NEAREST)
+TWICE = {
+    "key and value": lambda x: F.scaled_dot_product_attention(x * 1.0, y := x * 2.0, y),
+    "all of attention": lambda x: F.scaled_dot_product_attention(y := x * 2.0, y, y),
+    "square": lambda x: (y := F.silu(x * 1.0)) * y,
+    "gated unit": lambda x: groupquant.swiglu(y := x * 1.0, y, **OPTIONS),
+}
+
+
+@pytest.mark.parametrize("function", TWICE)
+def test_a_tensor_given_twice_gets_both_gradients_compiled(function, fresh_compiler):
+    class Net(nn.Module):
+        def forward(self, x):
+            return TWICE[function](x)
+
+    model, x = Net(), torch.randn(2, 4, 16, 32, requires_grad=True)
+    convert(model, NEAREST, functional=True)
+    (expected,) = torch.autograd.grad(model(x).sin().sum(), x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(x).sin().sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
+# Of linear layers a, b, c, d, and an input: what is packed once must be packed once compiled.
+READERS = {
+    "gated": lambda a, b, c, d, x: c(F.silu(a(x)) * b(x)),
+    "gate read before": lambda a, b, c, d, x: d(g := a(x)) + c(F.silu(g) * b(x)),
+    "gate read after": lambda a, b, c, d, x: c(F.silu(g := a(x)) * b(x)) + d(g),
+    "up read before": lambda a, b, c, d, x: d(u := b(x)) + c(F.silu(a(x)) * u),
+    "up read after": lambda a, b, c, d, x: c(F.silu(a(x)) * (u := b(x))) + d(u),
+    "input gated": lambda a, b, c, d, x: c(x * torch.sigmoid(a(x))),
+    "swish": lambda a, b, c, d, x: c((h := a(x)) * torch.sigmoid(h)),
+    "two activations": lambda a, b, c, d, x: c(torch.tanh(a(x)) * torch.sigmoid(b(x))),
+    "GRU": lambda a, b, c, d, x: c((1 - (z := torch.sigmoid(a(x)))) * torch.tanh(b(x)) + z * x),
+    "highway": lambda a, b, c, d, x: c((z := torch.sigmoid(a(x))) * F.relu(b(x)) + (1 - z) * x),
+}
+
+
+@pytest.mark.parametrize("readers", READERS)
+def test_compiled_products_keep_no_more_than_uncompiled_ones(readers, fresh_compiler):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(256, 256, bias=False) for _ in range(4)])
+
+        def forward(self, x):
+            return READERS[readers](*self.layers, x * 1.0)
+
+    model, x = Net(), torch.randn(64, 256)
+    convert(model, {"layers.1": GroupQuant(2), "*": GroupQuant(4)}, functional=True)
+    expected = profile(model, x).activation_bytes
+    found = profile(torch.compile(model, fullgraph=True, backend="aot_eager"), x).activation_bytes
+    assert found <= expected + 64
 
 
 def test_eval_and_no_grad_run_the_plain_functions():
@@ -408,6 +471,40 @@ def test_compiled_blocks_run_with_the_mode_off(fresh_compiler):
     assert len(modes) >= 2
     assert found <= expected
     assert pickle.loads(pickle.dumps(model))(x).shape == model(x).shape
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("block", ["in eval", "with a hook", "of another method"])
+def test_a_compiled_block_covers_no_less_than_the_mode_around_it(block, fresh_compiler):
+    model, x = Net(), torch.randn(4, 16, 64)
+    other = GroupQuant(bits=2, group_size=32, rounding="nearest")
+    methods = {"gated.1.*": other, "*": NEAREST} if block == "of another method" else NEAREST
+    convert(model, methods, functional=True)
+    if block == "in eval":
+        model.gated[1].eval()
+    if block == "with a hook":
+        model.gated[1].register_forward_hook(lambda module, args, y: F.gelu(y) * F.silu(y))
+    expected, kept = gradients(model, x), profile(model, x).activation_bytes
+    for module in model.gated:
+        module.compile(backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(gradients(model, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert profile(model, x).activation_bytes <= kept
+
+
+def test_a_class_with_a_compile_of_its_own_keeps_it():
+    class Keras(Gated):
+        def compile(self, optimizer):
+            return optimizer
+
+    class Flagged(Gated):
+        compile = False
+
+    for kind, value in ((Keras, "adam"), (Flagged, False)):
+        model, x = kind(), torch.randn(2, 64)
+        convert(model, FINE, functional=True)
+        assert (model.compile and model.compile("adam")) == value
+        assert model(x).shape == x.shape
 
 
 def test_as_many_classes_compile_as_there_are(fresh_compiler):

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from packlight._library import constant_while_traced
 
-_SOURCE = "packlight_source"  # in what the tracer knows of a node of its graph
+# Of the graph that is traced: by node, the tensor that it was computed of, and how.
+_SOURCES = "_packlight_sources"
 
 # What it told of the tensor that was asked for last, while a region is traced.
 _told: dict[str, Any] = {}
@@ -33,18 +34,38 @@ def may_be_detached(tensor: Tensor) -> bool:
     return found
 
 
-def note_source(tensor: Tensor, source: Tensor) -> None:
-    """Has the tracer know that the traced tensor was computed of `source` alone."""
-    from torch._dynamo.comptime import comptime  # an import of a second, so only here
+def are_one(a: Tensor, b: Tensor) -> bool:
+    """Whether two traced tensors are one variable of the compiled code."""
+    from torch._dynamo.comptime import comptime
+
+    comptime(_compare)
+    found: bool = _fact("are_one")
+    return found
+
+
+def apart(tensor: Tensor, *others: Tensor) -> Tensor:
+    """The traced tensor, and where it is one of the others an alias.
+
+    A Function takes no tensor twice: the tracer of 2.13 refuses it, that of 2.11 loses a gradient.
+    """
+    for other in others:
+        if are_one(tensor, other):
+            return tensor.view_as(tensor)
+    return tensor
+
+
+def note_source(tensor: Tensor, source: Tensor, how: str) -> None:
+    """Has the tracer know that the traced tensor was computed of `source` alone, and how."""
+    from torch._dynamo.comptime import comptime
 
     comptime(_keep_source)
 
 
-def source_of(tensor: Tensor) -> Tensor | None:
-    """The source noted of the traced tensor, where neither was modified since.
+def source_of(tensor: Tensor, how: str, other: Tensor) -> Tensor | None:
+    """The source noted of the traced tensor, if it was computed so and nothing has read either.
 
-    It can be had although nothing keeps it: the compiled code computes it if it is used, and if the
-    tensor itself is not used then, it is not computed.
+    What is computed of the source in place of the tensor leaves the compiled code nothing that uses
+    the tensor, which is not computed then. The source may not be `other`.
     """
     from torch._dynamo.comptime import comptime
 
@@ -53,25 +74,44 @@ def source_of(tensor: Tensor) -> Tensor | None:
     return source
 
 
+def _compare(context: Any) -> None:
+    a, b = (context.get_local(name).as_proxy().node for name in ("a", "b"))
+    _told["are_one"] = a is b
+
+
+def _sources(context: Any) -> dict[Any, Any]:
+    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    found: dict[Any, Any] = vars(tracer.output).setdefault(_SOURCES, {})
+    return found
+
+
 def _keep_source(context: Any) -> None:
     tensor, source = context.get_local("tensor"), context.get_local("source")
-    versions = tensor.as_fake()._version, source.as_fake()._version
     tracker = source._i_will_not_complain_if_bc_breaks_VariableTracker()
-    tensor.as_proxy().node.meta[_SOURCE] = tracker, versions
+    how = context.get_local("how").as_python_constant()
+    versions = tensor.as_fake()._version, source.as_fake()._version
+    _sources(context)[tensor.as_proxy().node] = tracker, how, versions
 
 
 def _find_source(context: Any) -> None:
     """Puts the source of the local `tensor` into the local `source`."""
     tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-    tensor = context.get_local("tensor")
+    tensor, how = context.get_local("tensor"), context.get_local("how").as_python_constant()
     node = tensor.as_proxy().node
-    found = node.meta.get(_SOURCE)
-    if found is None or node.graph is not tracer.output.current_tracer.graph:
-        return  # in the body of a checkpoint, what is outside is an input
-    tracker, versions = found
-    now = tensor.as_fake()._version, tracker.as_proxy().node.meta["example_value"]._version
-    if versions == now:
+    tracker, noted, versions = _sources(context).get(node, (None, None, None))
+    # In the body of a checkpoint, what is outside is an input.
+    if tracker is None or noted != how or node.graph is not tracer.output.current_tracer.graph:
+        return
+    source = tracker.as_proxy().node
+    now = tensor.as_fake()._version, source.meta["example_value"]._version
+    read = _readers(node) or _readers(source) - {node.args[0]}  # one of the results of a function
+    if versions == now and not read and context.get_local("other").as_proxy().node is not source:
         tracer.symbolic_locals["source"] = tracker
+
+
+def _readers(node: Any) -> set[Any]:
+    """What uses the node, but for aliases that carry notes."""
+    return {user for user in node.users if user.target != "detach"}
 
 
 def _ask(tensor: Tensor) -> None:

@@ -35,6 +35,12 @@ _ATTRIBUTE = "_packlight_calls"
 _COVERS = "_packlight_covers"
 _ALONE = "_packlight_alone"
 
+# torch's, for all modules; they run outside a module's forward.
+_GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Where a caller's own code has not begun yet, seen from the mode.
@@ -194,11 +200,6 @@ def _make(kind: type[nn.Module]) -> type[nn.Module]:
 
     _give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
 
-    def compile_(self: Any, *args: Any, **kwargs: Any) -> None:
-        # What is compiled covers its calls itself; when it runs, they need not be seen again.
-        kind.compile(self, *args, **kwargs)
-        self._compiled_call_impl = functools.partial(_without_mode, self._compiled_call_impl)
-
     def reduce(self: Any, protocol: Any) -> Any:
         # The class is made anew where it is unpickled.
         reduced: Any = kind.__reduce_ex__(self, protocol)
@@ -208,12 +209,33 @@ def _make(kind: type[nn.Module]) -> type[nn.Module]:
 
     # Under the same name: trainers write it into their files.
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body = {**names, "forward": forward, "compile": compile_, "__reduce_ex__": reduce}
-    body[_COVERS] = kind
+    body = {**names, "forward": forward, "__reduce_ex__": reduce, _COVERS: kind}
+    if kind.compile is nn.Module.compile:
+        body["compile"] = _compile
     made: type[nn.Module] = types.new_class(
         kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body)
     )
     return made
+
+
+def _compile(self: Any, *args: Any, **kwargs: Any) -> None:
+    """`nn.Module.compile` of a covered module."""
+    nn.Module.compile(self, *args, **kwargs)
+    self._compiled_call_impl = functools.partial(_run_compiled, self, self._compiled_call_impl)
+
+
+def _run_compiled(module: Any, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs compiled code of a module, in which its calls are covered already, with the mode off.
+
+    Not where the mode around it covers what the module's own would not.
+    """
+    if not torch.compiler.is_compiling():
+        mode = _get_current_function_mode()
+        alike = type(mode) is _Covering and vars(module).get(_ATTRIBUTE) == mode.calls
+        hooks = module._forward_hooks, module._forward_pre_hooks, *_GLOBAL_HOOKS
+        if alike and module.training and not any(hooks):
+            return _without_mode(compiled, *args, **kwargs)
+    return compiled(*args, **kwargs)
 
 
 def covers(kind: type[nn.Module]) -> type[nn.Module] | None:

@@ -131,6 +131,26 @@ def test_every_kernel_that_takes_masks(backend, mask, groups):
         assert relative(one, other) < 0.03
 
 
+@pytest.mark.parametrize(
+    ("heads", "batch"),
+    [((8, 2, 4), (2, 2)), ((8, 4, 2), (2, 2)), ((8, 2, 2), (2, 1)), ((4, 4, 4), (2, 1))],
+)
+def test_other_groupings_are_left_to_torch(heads, batch):
+    """Its fused kernels do not check them."""
+    sizes = zip(heads, (batch[0], batch[1], batch[1]), strict=True)
+    q, k, v = (torch.randn(b, h, 16, 32, requires_grad=True) for h, b in sizes)
+    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    actual = groupquant.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("heads", [(2, 4), (8, 3)])
+def test_heads_that_torch_refuses_are_refused(heads):
+    q, k = (torch.randn(2, h, 16, 32, requires_grad=True) for h in heads)
+    with pytest.raises(RuntimeError, match="must divide"):
+        groupquant.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+
 @pytest.mark.parametrize("kind", ["gradient", "dtype"])
 def test_a_mask_that_ours_does_not_take_is_left_to_torch(kind):
     q, k, v = qkv("cpu")

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend
 
-from packlight import sharing
+from packlight import _tracer, sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
 from packlight._library import constant_while_traced
 from packlight.groupquant.method import GroupQuant, Rounding
@@ -309,10 +309,14 @@ def attend(
         check_tensor(tensor, "scaled_dot_product_attention")
     if query.dim() != 4 or (mask is not None and mask.requires_grad):
         return None
-    if query.shape[-1] % 8 or value.shape[-1] != query.shape[-1]:
+    if query.shape[-1] % 8 or key.shape[-1] != query.shape[-1]:
         return None
-    if query.shape[-3] != key.shape[-3] and not enable_gqa:
+    heads, groups = query.shape[-3], key.shape[-3]
+    if heads != groups and (not enable_gqa or heads % groups):
         return None  # torch raises
+    # What its kernels do not take, and do not check.
+    if key.shape != value.shape or query.shape[0] != key.shape[0]:
+        return None
     qkv = (query, key, value)
     kind = query.device.type
     seeds = draw_many(query, 4, method)
@@ -329,6 +333,9 @@ def attend(
     if kernel.backend not in _FUSED:
         return None
     flags = (dropout_p, is_causal, scale)
+    if torch.compiler.is_compiling():
+        query, key, value = qkv
+        qkv = (query, _tracer.apart(key, query), _tracer.apart(value, query, key))
     out, codes, scales = _attend(*qkv, mask, *kernel, *flags, method, *seeds)
     layout = (tuple(out.shape), out.stride(), out.numel(), method.bits, method.group_size)
     sharing.note_output(out, Pack(Rebuild(*layout), tuple(out.shape), (codes, scales)))

@@ -178,8 +178,8 @@ def _activation(
     layout = (tuple(y.shape), y.stride(), y.numel(), method.bits, method.group_size)
     rebuild = Rebuild(*layout, name, parameters)
     sharing.note_output(y, Pack(rebuild, tuple(y.shape), (codes, scales)))
-    if torch.compiler.is_compiling():
-        _tracer.note_source(y, x)
+    if torch.compiler.is_compiling() and name in UNITS:
+        _tracer.note_source(y, x, how(name, method))
     return y
 
 
@@ -362,6 +362,14 @@ def tanhshrink(
 
 # --- Gated units.
 
+# Activations of gates that nothing but the product reads. That of a sigmoid is often read twice.
+UNITS = ("silu", "gelu", "gelu_tanh")
+
+
+def how(name: str, method: GroupQuant) -> str:
+    """By what a traced activation was computed."""
+    return f"{name} {method.bits} {method.group_size} {method.rounding}"
+
 
 class _Gated(torch.autograd.Function):
     """y = f(gate) up, and the packs of gate and up, which it keeps."""
@@ -410,6 +418,8 @@ def gated(
     wanted = needs_gradient(gate) or needs_gradient(up)
     if not wanted or gate.dtype != up.dtype:
         return plain(gate, up)
+    if torch.compiler.is_compiling():
+        up = _tracer.apart(up, gate)
     y, *packs = _apply_gated(gate, up, name, method.bits, method.group_size, seed)
     product = GatedProduct(name, tuple(y.shape), y.stride(), method.bits, method.group_size)
     sharing.note_output(y, Pack(product, tuple(y.shape), tuple(packs)))

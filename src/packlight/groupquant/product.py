@@ -11,7 +11,7 @@ from torch import Tensor
 from packlight import _tracer, sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.groupquant.functional import gated
+from packlight.groupquant.functional import UNITS, gated, how
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.packs import (
     KEEPS,
@@ -96,25 +96,52 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
     seeds = draw(input, method), draw(other, method)
     if not _is_gate(input, other):
         return torch.mul(input, other)
+    if torch.compiler.is_compiling():
+        y = _unit(input, other, method)
+        y = _unit(other, input, method) if y is None else y
+        if y is not None:
+            return y
     shape = tuple(input.shape)
     one, two = pack_input(input, method, seeds[0]), pack_input(other, method, seeds[1])
+    if torch.compiler.is_compiling() and _tracer.are_one(input, other):
+        other = other.view_as(other)  # as `_tracer.apart` says
+        aliases = tuple(x if x is None else x.view_as(x) for x in two.tensors)
+        two = Pack(two.rebuild, two.shape, aliases)
     product: _Product | GatedProduct | None = _gated_product(one, two, shape)
     if product is None:
         product = _gated_product(two, one, shape)
         if product is not None:  # the kernels take f(gate) first
             input, other, one, two = other, input, two, one
-    if torch.compiler.is_compiling() and isinstance(product, GatedProduct):
-        gate = _tracer.source_of(input)
-        if gate is not None:
-            # One kernel each way. The compiler drops the activation, whose result nothing uses.
-            function = CONTINUOUS[product.name].function
-            return gated(gate, other, product.name, method, lambda g, up: function(g) * up)
     if product is None:
         product = _Product((one.rebuild, two.rebuild), shape, len(one.tensors))
     tensors = (*one.tensors, *two.tensors)
     y = _multiply(input, other, product, *tensors)
     # Weakly: a factor's packs may be those of layers before, of a whole stage for a residual sum.
     sharing.note_input(y, Pack(product, tuple(y.shape), tensors))
+    return y
+
+
+def _unit(f: Tensor, up: Tensor, method: GroupQuant) -> Tensor | None:
+    """f(gate) up of a traced activation as one operator each way: its own result is not computed.
+
+    Not where that would keep another pack of what is packed already.
+    """
+    pack = sharing.pack_of(f)
+    if pack is None or not isinstance(pack.rebuild, Rebuild) or pack.rebuild.name not in UNITS:
+        return None
+    name = pack.rebuild.name
+    gate = _tracer.source_of(f, how(name, method), up)
+    if gate is None or sharing.pack_of(gate) is not None or sharing.pack_of(up) is not None:
+        return None
+    function = CONTINUOUS[name].function
+    y = gated(gate, up, name, method, lambda gate, up: function(gate) * up)
+    product = sharing.pack_of(y)
+    if product is not None:  # for whatever else reads the factors
+        shape = tuple(y.shape)
+        layout = (shape, y.stride(), y.numel(), method.bits, method.group_size)
+        sharing.note_input(gate, Pack(Rebuild(*layout), shape, product.tensors[:2]))
+        sharing.note_input(up, Pack(Rebuild(*layout), shape, product.tensors[2:]))
+        sharing.note_output(f, Pack(Rebuild(*layout, name), shape, product.tensors[:2]))
     return y
 
 
