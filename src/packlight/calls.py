@@ -141,9 +141,10 @@ def _alone(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_mode(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls it with the mode off. Traced it stays on, where a look costs nothing."""
+    """Calls it with the mode off."""
+    # Traced, a look costs nothing; and no other mode may be taken off the stack.
     if torch.compiler.is_compiling() or type(_get_current_function_mode()) is not _Covering:
-        return function(*args, **kwargs)  # nor where that would take another mode off the stack
+        return function(*args, **kwargs)
     mode = _pop_mode()
     try:
         return function(*args, **kwargs)
