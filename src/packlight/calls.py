@@ -196,7 +196,7 @@ def _make(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training or not torch.is_grad_enabled() or _is_on():
             return kind.forward(self, *args, **kwargs)
-        with _Covering(vars(self)[_ATTRIBUTE]):
+        with _Covering(getattr(self, _ATTRIBUTE)):
             return kind.forward(self, *args, **kwargs)
 
     _give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")

@@ -62,7 +62,7 @@ def row_group_size(width: int, group_size: int) -> int | None:
     """
     if width < GROUP_SIZES[0]:
         return None
-    return min(group_size, next((size for size in GROUP_SIZES if size >= width), group_size))
+    return min([group_size, *[size for size in GROUP_SIZES if size >= width]])
 
 
 class Grouping(NamedTuple):
