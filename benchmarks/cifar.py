@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import rows
+from benchmarks.graphs import captured
 from benchmarks.models import PreNormBlock, Stack
 from packlight import (
     DEFAULT_METHODS,
@@ -321,7 +322,7 @@ def accuracy(model: nn.Module, data: Data, size: int, device: str) -> float:
     return right / len(data.test)
 
 
-def captured(
+def replayed(
     run: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """`run` as a CUDA graph, which takes what the GPU takes: launching small images takes longer.
@@ -329,15 +330,7 @@ def captured(
     The gradients that the capture leaves in the parameters are written anew by each replay.
     """
     inputs = images.clone(), labels.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = run(*inputs)
+    graph, loss = captured(lambda: run(*inputs), warm_up=3)
 
     def replay(images: Tensor, labels: Tensor) -> Tensor:
         inputs[0].copy_(images)
@@ -383,7 +376,7 @@ def train(name: str, method: str, seed: int, data: Data, epochs: int) -> dict[st
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        gradients = captured(gradients, images, labels)
+        gradients = replayed(gradients, images, labels)
     losses, accuracies, seconds = [], [], 0.0
     for epoch in range(epochs):
         started, total, count = time.perf_counter(), torch.zeros((), device=device), 0

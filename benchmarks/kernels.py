@@ -26,6 +26,7 @@ from torch import Tensor
 
 import packlight.fewbit as few_bit
 from benchmarks import rows
+from benchmarks.graphs import captured
 from packlight import use_reference
 from packlight.packing.layout import packed_bytes
 from tests.fewbit import layers as fewbit
@@ -72,18 +73,15 @@ CAPTURED = 20  # calls in a graph, so that launching the graph does not count
 
 def unlaunched(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median milliseconds of what the GPU alone takes for each function."""
-    graphs = {}
-    for name, function in functions.items():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+
+    def repeated(function: Callable[[], Any]) -> None:
+        for _ in range(CAPTURED):
             function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(CAPTURED):
-                function()
-        graphs[name] = graph.replay
+
+    graphs = {
+        name: captured(functools.partial(repeated, function))[0].replay
+        for name, function in functions.items()
+    }
     return {name: time / CAPTURED for name, time in interleaved(graphs, repeats).items()}
 
 

@@ -36,6 +36,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from benchmarks import cifar, rows
+from benchmarks.graphs import captured
 from benchmarks.kernels import interleaved
 from benchmarks.models import Attention, DecoderBlock, EncoderBlock, PreNormBlock, Stack, SwiGLU
 from packlight import (
@@ -395,14 +396,7 @@ class Graph:
 
     def __init__(self, step: Step) -> None:
         self.step, self.dy = step, torch.randn_like(step(step.x))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._launch()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._launch()
+        self.graph, _ = captured(self._launch)
 
     def _launch(self) -> None:
         self.step(self.step.x).backward(self.dy)

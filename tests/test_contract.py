@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import tests.fewbit.layers
 import tests.groupquant.layers
 import tests.inverted.layers
+from benchmarks.graphs import captured
 from packlight import use_reference
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.packing.layout import dense_stride
@@ -331,18 +332,11 @@ def test_cuda_graph_capture(layer):
     def step():
         return torch.autograd.grad(layer.apply(x), x, dy)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, result = captured(step)
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
     graph.replay()
-    assert torch.equal(captured, step())
+    assert torch.equal(result, step())
 
 
 @pytest.mark.gpu

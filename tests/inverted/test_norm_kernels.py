@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import packlight.inverted as inverted
+from benchmarks.graphs import captured
 from packlight import use_reference
 from packlight.inverted import norm_kernels as kernels
 from packlight.inverted import norm_reference as reference
@@ -195,18 +196,11 @@ def test_cuda_graph_capture(spoilt):
     def step():
         return torch.autograd.grad(norm(x), [x, *norm.parameters()], dy)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, result = captured(step)
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
     graph.replay()
-    for a, b in zip(captured, step(), strict=True):
+    for a, b in zip(result, step(), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import packlight
+from benchmarks.graphs import captured
 from packlight import Sketch, convert, revert, saving, sketch
 from packlight.errors import CannotConvertError, DoubleBackwardError, InputError
 from packlight.groupquant import GroupQuant
@@ -544,20 +545,13 @@ def test_cuda_graph_capture(kind):
         y = sketch.linear(x, weight, kind=kind)
         return torch.autograd.grad(y, weight, torch.ones_like(y))[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, result = captured(step)
     graph.replay()
-    first = captured.clone()
+    first = result.clone()
     graph.replay()
-    assert not torch.equal(captured, first)  # another draw at every replay
+    assert not torch.equal(result, first)  # another draw at every replay
     exact = torch.ones(OUT, 4096, device="cuda") @ x
-    assert (captured - exact).norm() < 10 * exact.norm()
+    assert (result - exact).norm() < 10 * exact.norm()
 
 
 @pytest.mark.gpu
