@@ -9,28 +9,34 @@ from packlight._library import constant_while_traced
 # Of the graph that is traced: by node, the tensor that it was computed of, and how.
 _SOURCES = "_packlight_sources"
 
-# What it told of the tensor that was asked for last, while a region is traced.
-_told: dict[str, Any] = {}
+# What it told when it was asked last, while a region is traced.
+told: dict[str, Any] = {}
+
+
+@constant_while_traced
+def fact(name: str) -> Any:
+    """What the tracer told, as a constant of the compiled code."""
+    return told[name]
 
 
 def version(tensor: Tensor) -> int:
     """How often the traced tensor was modified in place."""
     _ask(tensor)
-    found: int = _fact("version")
+    found: int = fact("version")
     return found
 
 
 def takes_notes(tensor: Tensor) -> bool:
     """Whether the tracer follows the attributes of the traced tensor."""
     _ask(tensor)
-    found: bool = _fact("takes_notes")
+    found: bool = fact("takes_notes")
     return found
 
 
 def may_be_detached(tensor: Tensor) -> bool:
     """Whether the traced tensor, a result of this region and no view, can lose its history."""
     _ask(tensor)
-    found: bool = _fact("may_be_detached")
+    found: bool = fact("may_be_detached")
     return found
 
 
@@ -39,7 +45,7 @@ def are_one(a: Tensor, b: Tensor) -> bool:
     from torch._dynamo.comptime import comptime
 
     comptime(_compare)
-    found: bool = _fact("are_one")
+    found: bool = fact("are_one")
     return found
 
 
@@ -76,7 +82,7 @@ def source_of(tensor: Tensor, how: str, other: Tensor) -> Tensor | None:
 
 def _compare(context: Any) -> None:
     a, b = (context.get_local(name).as_proxy().node for name in ("a", "b"))
-    _told["are_one"] = a is b
+    told["are_one"] = a is b
 
 
 def _sources(context: Any) -> dict[Any, Any]:
@@ -128,11 +134,6 @@ def _answer(context: Any) -> None:
     # The tracer follows attributes of some tensors only: not those of one of several outputs, nor,
     # in the body of a checkpoint, those of a tensor from outside.
     mutation = variable._i_will_not_complain_if_bc_breaks_VariableTracker().mutation_type
-    _told["version"] = fake._version
-    _told["takes_notes"] = not is_input and mutation is not None and is_side_effect_safe(mutation)
-    _told["may_be_detached"] = not is_input and not fake._is_view()
-
-
-@constant_while_traced
-def _fact(name: str) -> Any:
-    return _told[name]
+    told["version"] = fake._version
+    told["takes_notes"] = not is_input and mutation is not None and is_side_effect_safe(mutation)
+    told["may_be_detached"] = not is_input and not fake._is_view()

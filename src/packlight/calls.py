@@ -28,7 +28,7 @@ from torch.overrides import (
     _push_mode,
 )
 
-from packlight._library import constant_while_traced
+from packlight import _tracer
 from packlight.method import Calls, Method, Swap
 
 _ATTRIBUTE = "_packlight_calls"
@@ -83,15 +83,13 @@ def _is_taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 # ---- who calls -----------------------------------------------------------------------------------
 
-_traced: dict[str, bool] = {}
-
 
 def _called_by_a_layer() -> bool:
     if torch.compiler.is_compiling():
         from torch._dynamo.comptime import comptime  # an import of a second, so only here
 
         comptime(_ask_tracer)
-        by_a_layer: bool = _told()
+        by_a_layer: bool = _tracer.fact("by a layer")
         return by_a_layer
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
@@ -109,12 +107,7 @@ def _ask_tracer(context: Any) -> None:
         names.append(translator.f_globals.get("__name__", ""))
         translator = getattr(translator, "parent", None)
     callers = [name for name in names if name not in (__name__, *_BETWEEN)]
-    _traced["by a layer"] = bool(callers) and callers[0].startswith(_LAYERS)
-
-
-@constant_while_traced
-def _told() -> bool:
-    return _traced["by a layer"]
+    _tracer.told["by a layer"] = bool(callers) and callers[0].startswith(_LAYERS)
 
 
 # ---- layers of ours ------------------------------------------------------------------------------

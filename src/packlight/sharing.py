@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from packlight import _tracer
-from packlight._library import constant_while_traced
 from packlight.packing.layout import is_dense
 
 _ATTRIBUTE = "_packlight_note"
@@ -239,7 +238,10 @@ def _owner(tensor: Tensor) -> Tensor | None:
 
 def _is_itself(owner: Tensor, tensor: Tensor) -> bool:
     """Whether the note that was just read is on this tensor, not on one with the same memory."""
-    return _told_itself() if torch.compiler.is_compiling() else owner is tensor
+    if torch.compiler.is_compiling():
+        itself: bool = _tracer.fact("itself")
+        return itself
+    return owner is tensor
 
 
 def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
@@ -260,9 +262,6 @@ def _is_whole_view(tensor: Tensor, base: Tensor | None) -> bool:
 
 # --- What the tracer of torch.compile knows.
 
-# Whether the note that was read last is on the very tensor that was asked for.
-_traced: dict[str, Any] = {}
-
 
 def _find_owner(context: Any) -> None:
     """Puts what carries the note of the local `tensor` into the local `owner`.
@@ -274,7 +273,7 @@ def _find_owner(context: Any) -> None:
     variable = context.get_local("tensor")
     tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     fake, node = variable.as_fake(), variable.as_proxy().node
-    _traced["itself"] = False
+    _tracer.told["itself"] = False
     believed = variable._i_will_not_complain_if_bc_breaks_VariableTracker().stride
     if believed is not None and tuple(believed) != tuple(fake.stride()):
         return  # transposed in place, which the tracer has not noticed
@@ -299,7 +298,7 @@ def _find_owner(context: Any) -> None:
         carrier = found.as_proxy().node
         # An alias is `detach` of the tensor that it was made for.
         is_alias = carrier.target == "detach" and carrier.args[0] is node
-        _traced["itself"] = carrier is node or is_alias
+        _tracer.told["itself"] = carrier is node or is_alias
 
 
 def _same_elements(a: Tensor, b: Tensor) -> bool:
@@ -333,9 +332,3 @@ def _traced_owner(tensor: Tensor) -> Tensor | None:
     owner = None
     comptime(_find_owner)
     return owner
-
-
-@constant_while_traced
-def _told_itself() -> bool:
-    itself: bool = _traced["itself"]
-    return itself

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend
 
 from packlight import _tracer, sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
-from packlight._library import constant_while_traced
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.packs import KEEPS, Rebuild, draw_many, new_pack
 from packlight.sharing import Pack
@@ -159,7 +158,6 @@ _NODES = {
     "ScaledDotProductEfficientAttentionBackward0": SDPBackend.EFFICIENT_ATTENTION.value,
     "ScaledDotProductCudnnAttentionBackward0": SDPBackend.CUDNN_ATTENTION.value,
 }
-_traced: dict[str, int] = {}
 
 
 class _Kernel(NamedTuple):
@@ -226,12 +224,7 @@ def _ask_tracer(context: Any) -> None:
     )
     fake_mask = None if mask.python_type() is type(None) else mask.as_fake()
     kernel = _choose(query, key, value, fake_mask, dropout_p, is_causal)
-    _traced.update(kernel._asdict())
-
-
-@constant_while_traced
-def _told(name: str) -> int:
-    return _traced[name]
+    _tracer.told.update(kernel._asdict())
 
 
 def _kernel(
@@ -249,7 +242,7 @@ def _kernel(
         # A float that took two values is a symbol to the compiler; hashed, it is a number again.
         dropout_p = next(iter({dropout_p}))
         comptime(_ask_tracer)
-        return _Kernel(_told("backend"), _told("repeats"))
+        return _Kernel(_tracer.fact("backend"), _tracer.fact("repeats"))
     return _choose(query, key, value, mask, dropout_p, is_causal)
 
 
