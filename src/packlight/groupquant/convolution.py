@@ -19,7 +19,7 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import check_tensor, is_frozen, needs_gradient, refuse_second_derivative
-from packlight._recast import recast
+from packlight._gradients import recast
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.packs import KEEPS, draw, pack_input, worth_packing

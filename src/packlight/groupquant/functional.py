@@ -31,7 +31,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._recast import recast
+from packlight._gradients import column_sums, product, recast
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant import ops
@@ -82,23 +82,14 @@ class _Linear(torch.autograd.Function):
             dx = dx.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             x = ctx.rebuild(grad_output.dtype, *tensors)
-            dweight = _product(rows.t(), x.reshape(rows.shape[0], -1), ctx.weight_dtype)
+            dweight = product(rows.t(), x.reshape(rows.shape[0], -1), ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             wide = torch.promote_types(rows.dtype, ctx.bias_dtype)
-            dbias = rows.sum(0, dtype=wide).to(ctx.bias_dtype)
+            dbias = column_sums(rows, wide).to(ctx.bias_dtype)
         return dx, dweight, dbias, None, *[None] * len(tensors)
 
 
 _apply_linear: Callable[..., Tensor] = _Linear.apply
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in `dtype`."""
-    # A matmul of 16 bits adds up in 32 and can write those: no rounding, and no kernel to widen it.
-    widens = a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32
-    if widens and not torch.compiler.is_compiling():
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.mm(b).to(dtype)
 
 
 def linear(

@@ -7,6 +7,7 @@ norm has no mean.
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight._gradients import column_sums
 from packlight.groupquant.reference import dequantize_rows, quantize_rows
 from packlight.packing.layout import compute_dtype
 
@@ -68,6 +69,6 @@ def norm_backward(
         dx = dx - g.mean(-1, keepdim=True)
     dx = (dx * rstd.to(dtype).unsqueeze(-1)).to(grad_output.dtype)
     nothing = dy.new_empty(0)
-    dweight = (dy * x_hat).sum(0) if need_weight else nothing
-    dbias = dy.sum(0) if need_bias else nothing
+    dweight = column_sums(dy * x_hat, dtype) if need_weight else nothing
+    dbias = column_sums(dy, dtype) if need_bias else nothing
     return dx, dweight, dbias

@@ -28,8 +28,8 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
+from packlight._gradients import column_sums, recast
 from packlight._philox import draw_seed
-from packlight._recast import recast
 from packlight.errors import InputError
 from packlight.packing.layout import compute_dtype
 from packlight.sketch.method import Kind, Sketch
@@ -82,7 +82,7 @@ class _Layer(torch.autograd.Function):
             dx = dx.to(ctx.x_dtype)
         g = _tokens_of(grad_output, ctx.axes)
         wanted = ctx.needs_input_grad[2] or ctx.weight_gradient.needs_total
-        total = g.sum(0, dtype=compute_dtype(g)) if wanted else None
+        total = column_sums(g, compute_dtype(g)) if wanted else None
         if ctx.needs_input_grad[1]:
             dweight = ctx.weight_gradient(g, total, kept)
             dweight = dweight.view(ctx.shape).to(ctx.weight_dtype)

@@ -1,0 +1,70 @@
+"""What backward passes of layers share: casts of parameters, products and sums of gradients.
+
+Each is what the line of plain PyTorch in it says. The rest is for `torch.compile`, which would keep
+what need not be kept, and read what has been read.
+"""
+
+import torch
+from torch import Tensor
+
+from packlight._library import define_op
+from packlight.packing.layout import compute_dtype
+
+_recast = define_op(
+    "recast(Tensor x, Tensor like) -> Tensor",
+    reference=lambda x, like: x.to(like.dtype),
+    fake=lambda x, like: torch.empty_like(x, dtype=like.dtype),
+)
+
+
+def recast(x: Tensor, like: Tensor) -> Tensor:
+    """The parameter `x` in the dtype of `like`, a gradient.
+
+    Under autocast the forward pass has cast the parameter already. A compiler would take that cast
+    for this one and keep it from pass to pass, 16 bits a parameter; the operator, which depends on
+    the gradient, it cannot make before the backward pass.
+    """
+    if x.dtype == like.dtype:
+        return x
+    return _recast(x, like) if torch.compiler.is_compiling() else x.to(like.dtype)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.mm(b).float()
+
+
+# Inductor of torch 2.8 knows no matmul with a dtype of its own.
+_wide_mm = define_op(
+    "wide_mm(Tensor a, Tensor b) -> Tensor",
+    reference=_mm,
+    fake=lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32),
+)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a.mm(b).to(dtype)`.
+
+    A matmul of 16 bits adds up in 32 and can write those: no rounding, and no kernel to widen it.
+    """
+    if a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32:
+        return _wide_mm(a, b) if torch.compiler.is_compiling() else _mm(a, b)
+    return a.mm(b).to(dtype)
+
+
+def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.sum(0, dtype=dtype)`, which adds up in 32 bits at least; `x` is [rows, columns].
+
+    In traced code chunks of rows are added up, then their sums. Inductor fuses a sum over all rows
+    with sums along the rows, as a norm's backward pass has them, and what depends on these reads
+    everything once more; and for many columns it makes too few chunks of its own.
+    """
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        wide = torch.promote_types(compute_dtype(x), dtype)
+        for chunk in (128, 64, 32):
+            # Of a number of rows that is not known nothing is asked: a guard would bind it.
+            if statically_known_true(x.shape[0] % chunk == 0):
+                chunks = x.unflatten(0, (-1, chunk)).sum(1, dtype=wide)
+                return chunks.sum(0).to(dtype)
+    return x.sum(0, dtype=dtype)

@@ -1,0 +1,77 @@
+"""Parameters cast in the backward pass: no cast crosses from a compiled forward pass."""
+
+import pytest
+import torch
+from torch import nn
+
+from packlight import groupquant, sketch
+from packlight._gradients import column_sums, product, recast
+from tests.helpers import crossing
+
+LAYERS = {
+    "group-quantised Linear": lambda: groupquant.Linear(64, 32),
+    "group-quantised Conv2d": lambda: groupquant.Conv2d(64, 32, 3),
+    "sketched Linear": lambda: sketch.Linear(64, 32, min_rows=1),
+}
+
+
+def test_is_the_tensor_in_the_dtype_of_the_other():
+    x, like = torch.randn(3, 4), torch.randn(2, dtype=torch.bfloat16)
+    assert torch.equal(recast(x, like), x.bfloat16())
+    assert recast(x, x) is x
+    torch.library.opcheck(torch.ops.packlight.recast.default, (x, like))
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+def test_no_cast_of_a_weight_crosses(make, fresh_compiler):
+    layer: nn.Module = make()
+    x = torch.randn(4, 64, 16, 16) if layer.weight.dim() == 4 else torch.randn(256, 64)
+    x.requires_grad_()
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    crossed = [(t.shape, t.dtype) for t in crossing(run, x)]
+    assert (layer.weight.shape, torch.float32) in crossed
+    assert (layer.weight.shape, torch.bfloat16) not in crossed
+
+
+def test_a_product_of_16_bits_is_written_in_32():
+    a, b = torch.randn(5, 64).bfloat16(), torch.randn(64, 3).bfloat16()
+    assert torch.equal(product(a, b, torch.float32), a.mm(b).float())
+    assert product(a, b, torch.bfloat16).dtype == torch.bfloat16
+    torch.library.opcheck(torch.ops.packlight.wide_mm.default, (a, b))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_product_of_16_bits_is_not_rounded(compiled, fresh_compiler):
+    a, b = (torch.randn(64, 64, device="cuda").bfloat16() for _ in range(2))
+    run = torch.compile(product, fullgraph=True) if compiled else product
+    y, truth = run(a.t(), b, torch.float32), a.double().t().mm(b.double())
+    assert y.dtype == torch.float32
+    assert (y - truth).norm() < 1e-5 * truth.norm()  # 16 bits: 2e-3
+
+
+@pytest.mark.parametrize("rows", [1, 50, 96, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_sums_of_columns_are_the_plain_ones(rows, dtype, fresh_compiler):
+    x = torch.randn(rows, 40, dtype=dtype)
+    truth = x.double().sum(0)
+    for wanted in (dtype, torch.float32, torch.float64):
+        plain, compiled = (
+            f(x, wanted)
+            for f in (column_sums, torch.compile(column_sums, fullgraph=True, dynamic=False))
+        )
+        assert plain.dtype == compiled.dtype == wanted
+        limit = truth.norm() * torch.finfo(wanted).eps
+        assert (compiled - truth).norm() <= (plain - truth).norm() + 4 * limit
+
+
+def test_sums_of_columns_ask_nothing_of_a_number_of_rows_that_is_not_known(fresh_compiler):
+    run = torch.compile(column_sums, dynamic=True, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (128, 200, 255):
+            x = torch.randn(rows, 8)
+            torch.testing.assert_close(run(x, torch.float32), x.sum(0))
