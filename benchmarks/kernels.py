@@ -97,7 +97,9 @@ def unlaunched_passes(
         return {}
 
     def both(function: Callable[..., Tensor], xs: Sequence[Tensor], dy: Tensor) -> None:
-        torch.autograd.grad(function(*xs), xs, dy)
+        # Leaves of the capture's own: a gradient waits for the stream its leaf was first used on.
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in xs]
+        torch.autograd.grad(function(*leaves), [x for x in leaves if x.requires_grad], dy)
 
     forward = {name: functools.partial(f, *xs) for name, (f, xs, _) in given.items()}
     whole = {name: functools.partial(both, *what) for name, what in given.items()}

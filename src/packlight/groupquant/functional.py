@@ -78,7 +78,8 @@ class _Linear(torch.autograd.Function):
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = rows.mm(recast(weight, rows)).view(*grad_output.shape[:-1], -1)
+            # Not of `rows`: a compiler would write a cast gradient in their shape, unfused.
+            dx = rows.mm(recast(weight, grad_output)).view(*grad_output.shape[:-1], -1)
             dx = dx.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             x = ctx.rebuild(grad_output.dtype, *tensors)

@@ -284,7 +284,7 @@ def norm_backward(
     bits: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = grad_output.shape
+    rows, width = rstd.numel(), grad_output.shape[-1]
     dx = torch.empty_like(grad_output)
     nothing = rstd.new_empty(0)
     if dx.numel() == 0:

@@ -4,10 +4,11 @@ The pack is of x_hat = (x - mean) rstd as rows of `width` elements, the normalis
 norm has no mean.
 """
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight._gradients import column_sums
 from packlight.groupquant.reference import dequantize_rows, quantize_rows
 from packlight.packing.layout import compute_dtype
 
@@ -56,19 +57,20 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx = rstd (g - mean g - x~ mean(g x~)), g = dy weight; dweight = sum dy x~, dbias = sum dy.
 
-    `grad_output` is [rows, width]. Sums that are not needed come back empty.
+    `grad_output` is [..., width], of two dimensions or more. Sums that are not needed are empty.
     """
-    rows, width = grad_output.shape
-    x_hat = dequantize_rows(codes, scales, rows, width, bits, group_size)
+    *others, width = grad_output.shape
+    x_hat = dequantize_rows(codes, scales, math.prod(others), width, bits, group_size)
     dtype = compute_dtype(grad_output)
-    x_hat = x_hat.to(dtype)
+    x_hat = x_hat.to(dtype).view(grad_output.shape)
     dy = grad_output.to(dtype)
     g = dy if weight is None else dy * weight.to(dtype)
     dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
     if center:
         dx = dx - g.mean(-1, keepdim=True)
-    dx = (dx * rstd.to(dtype).unsqueeze(-1)).to(grad_output.dtype)
+    dx = (dx * rstd.to(dtype).view(*others, 1)).to(grad_output.dtype)
     nothing = dy.new_empty(0)
-    dweight = column_sums(dy * x_hat, dtype) if need_weight else nothing
-    dbias = column_sums(dy, dtype) if need_bias else nothing
+    rows = tuple(range(len(others)))
+    dweight = (dy * x_hat).sum(rows) if need_weight else nothing
+    dbias = dy.sum(rows) if need_bias else nothing
     return dx, dweight, dbias

@@ -12,7 +12,7 @@ from packlight import sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
 from packlight.groupquant.method import GroupQuant, Rounding, row_group_size
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.groupquant.traced_norms import operators
+from packlight.groupquant.traced_norms import as_rows, operators
 from packlight.packing.layout import compute_dtype
 from packlight.sharing import Pack
 
@@ -56,7 +56,7 @@ class _Norm(torch.autograd.Function):
         codes, scales, rstd, weight, _ = ctx.saved_tensors
         width, center, bits, group_size = ctx.settings
         _, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dy = grad_output.reshape(rstd.shape[0], width).contiguous()
+        dy = as_rows(grad_output, width)
         differentiate = operators(width, group_size)[1]
         dx, dweight, dbias = differentiate(
             dy, codes, scales, rstd, weight, center, need_weight, need_bias, bits, group_size

@@ -156,7 +156,7 @@ def _fake_norm_backward(
     bits: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    width = grad_output.shape[1]
+    width = grad_output.shape[-1]
     dtype = compute_dtype(grad_output)
     dweight = grad_output.new_empty(width if need_weight else 0, dtype=dtype)
     dbias = grad_output.new_empty(width if need_bias else 0, dtype=dtype)

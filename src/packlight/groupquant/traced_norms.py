@@ -39,6 +39,16 @@ def operators(width: int, group_size: int) -> tuple[Callable[..., Any], Callable
     return ops.norm, ops.norm_backward
 
 
+def as_rows(grad_output: Tensor, width: int) -> Tensor:
+    """A contiguous gradient [..., width] of two dimensions or more.
+
+    In its own shape where it can be: to that a compiler adds the gradients that pass a norm by, and
+    it fuses with the sums along rows what has their shape.
+    """
+    dy = grad_output.contiguous()
+    return dy if dy.dim() > 1 and dy.shape[-1] == width else dy.view(-1, width)
+
+
 def norm(
     x: Tensor,
     width: int,

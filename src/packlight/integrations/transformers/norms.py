@@ -25,7 +25,7 @@ from packlight.groupquant.method import GroupQuant, row_group_size
 from packlight.groupquant.modules import _Quantised
 from packlight.groupquant.norms import rms_norm
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.groupquant.traced_norms import operators
+from packlight.groupquant.traced_norms import as_rows, operators
 from packlight.integrations._classes import is_copy, joined, once_a_class
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
@@ -112,8 +112,9 @@ class _RoundedNorm(torch.autograd.Function):
         codes, scales, rstd, weight = ctx.saved_tensors
         dtype, bits, group_size = ctx.settings
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        dy = grad_output.reshape(rstd.shape[0], weight.numel()).contiguous()
-        differentiate = operators(weight.numel(), group_size)[1]
+        width = weight.numel()
+        dy = as_rows(grad_output, width)
+        differentiate = operators(width, group_size)[1]
         dx, dweight, _ = differentiate(
             dy, codes, scales, rstd, weight, False, needs_weight, False, bits, group_size
         )
