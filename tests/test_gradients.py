@@ -70,3 +70,11 @@ def test_sums_of_columns_are_as_near_as_those_of_torch(
         assert ours.dtype == wanted
         limit = torch.finfo(wanted).eps * (4 * truth.abs() + x.double().abs().sum(0)).norm()
         assert (ours - truth).norm() <= (plain - truth).norm() + limit
+
+
+def test_sums_of_columns_ask_nothing_of_a_number_of_rows_that_is_not_known(fresh_compiler):
+    run = torch.compile(column_sums, dynamic=True, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (128, 200, 255):
+            x = torch.randn(rows, 8)
+            torch.testing.assert_close(run(x, torch.float32), x.sum(0))

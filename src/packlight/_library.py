@@ -56,14 +56,17 @@ def define_op(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     kernel: str | None = None,
+    any_layout: bool = False,
 ) -> Callable[..., Any]:
     """Registers `packlight::<schema>` and returns the callable operator.
 
     `kernel` is `"module:function"`, or None where plain PyTorch serves CUDA too. All operators are
     opaque to autograd: a `torch.autograd.Function` calls them, on tensors that need no gradient.
+    With `any_layout` a compiler may lay its inputs out as it likes; else it copies those that it
+    has not written yet.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,) if any_layout else ())
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"packlight::{name}", fake)
 

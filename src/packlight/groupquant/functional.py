@@ -75,12 +75,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         weight, *tensors = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            weight = recast(weight, grad_output)
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            # Not of `rows`: a compiler would write a cast gradient in their shape, unfused.
-            dx = rows.mm(recast(weight, grad_output)).view(*grad_output.shape[:-1], -1)
-            dx = dx.to(ctx.x_dtype)
+            dx = rows.mm(weight).view(*grad_output.shape[:-1], -1).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             x = ctx.rebuild(grad_output.dtype, *tensors)
             dweight = product(rows.t(), x.reshape(rows.shape[0], -1), ctx.weight_dtype)
