@@ -63,12 +63,21 @@ def front(points: Iterable[Point]) -> list[Point]:
     return best
 
 
+# Bytes; what keeps less keeps it somewhere else (`save_on_cpu`), and would stretch the axis.
+LEAST = 1 << 20
+
+
+def is_drawn(row: dict[str, Any]) -> bool:
+    kept: float = row.get("kept_bytes", 0)
+    return kept >= LEAST
+
+
 def latest(found: Sequence[dict[str, Any]], device: str) -> dict[str, list[Point]]:
     """By model, a point for each choice: the last row that did not fail."""
     last = {
         (row["model"], row["choice"]): row
         for row in found
-        if row["device"] == device and row.get("kept_bytes")
+        if row["device"] == device and is_drawn(row)
     }
     points: dict[str, list[Point]] = {}
     for (model, choice), row in last.items():
@@ -91,9 +100,7 @@ def draw_steps(found: Sequence[dict[str, Any]], device: str | None, path: pathli
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    points = {
-        (row["device"], row["model"], row["choice"]) for row in found if row.get("kept_bytes")
-    }
+    points = {(row["device"], row["model"], row["choice"]) for row in found if is_drawn(row)}
     counts = Counter(device for device, *_ in sorted(points))
     if device is None:
         device = counts.most_common(1)[0][0] if counts else ""
