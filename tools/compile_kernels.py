@@ -24,14 +24,18 @@ from triton.compiler import ASTSource
 from packlight.elementwise.kernels import FORWARD
 from packlight.fewbit import dropout_kernels, kernels, pooling_kernels
 from packlight.fewbit.activations import CONTINUOUS
+from packlight.groupquant import kernels as group_kernels
+from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
 from packlight.groupquant.fixed_point import residual_kernels
+from packlight.groupquant.method import Grouping
 from packlight.inverted import kernels as inverted_kernels
 from packlight.inverted import norm_kernels
 from packlight.sketch import kernels as sketch_kernels
 from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
+POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
 
@@ -254,6 +258,49 @@ def residual_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, in
         yield label, residual_kernels._residual_kernel, constants, dtype, 4, 8 * block
 
 
+def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `norm_variants`: packs of 2^20 elements, and norms that keep one, as they are launched."""
+    kernels, norms = group_kernels, group_norm_kernels
+    for bits, dtype in itertools.product((2, 4, 8), ("bf16", "fp32")):
+        flat, kind = Grouping(1, 1 << 20, bits, 128), DTYPES[dtype]
+        rows = Grouping(1024, 1024, bits, 128)
+        label = f"group {dtype} {bits} bits"
+        launches = {
+            "pack": kernels._quantize_launch(flat, kind, None, 0.0, 0.0, True),
+            "pack to nearest": kernels._quantize_launch(flat, kind, None, 0.0, 0.0, False),
+            "unpack": kernels._dequantize_launch(flat, kind, "", 0.0, 0.0, False, False),
+            "unpack affine": kernels._dequantize_launch(rows, kind, "", 0.0, 0.0, True, True),
+        }
+        for name in ("gelu", "silu"):
+            launches |= {
+                name: kernels._quantize_launch(flat, kind, name, 0.0, 0.0, True),
+                f"{name} rebuilt": kernels._dequantize_launch(
+                    flat, kind, name, 0.0, 0.0, False, False
+                ),
+                f"{name} backward": kernels._activation_backward_launch(flat, name, 0.0, 0.0),
+                f"gated {name}": kernels._gated_launch(flat, kind, name, True),
+                f"gated {name} rebuilt": kernels._gated_backward_launch(
+                    flat, kind, name, True, True
+                ),
+            } | {
+                f"gated {name} backward, through {through}": kernels._gated_backward_launch(
+                    flat, kind, name, False, through
+                )
+                for through in (True, False)
+            }
+        for width in (768, 1024, 4096, 8192):
+            grouping = Grouping(4096, width, bits, 128)
+            forward = norms._forward_launch(grouping, 1e-5, True, True, True, True)
+            launches[f"norm {width}"] = forward
+            backward, _ = norms._backward_launch(grouping, True, True, True, True)
+            launches[f"norm {width} backward"] = backward
+        for name, launch in launches.items():
+            constants = dict(launch.constants)
+            warps = constants.pop("num_warps")
+            size = 8 * constants["NQ"] * constants["SIZE"]
+            yield f"{label}, {name}", launch.kernel, constants, dtype, warps, size
+
+
 def sketch_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
     """As `norm_variants`: sketches at the lengths of blocks that shares of 0.1 to 0.5 take."""
     for degree in (4, 7, 10):
@@ -325,6 +372,9 @@ def compile_kernel(
             special |= dict.fromkeys(("table1_ptr", "table2_ptr", "table3_ptr"), "*fp32")
             names = ("parts_ptr", "plan_ptr", "running_mean_ptr", "running_var_ptr")
             special |= dict.fromkeys(names, "*fp32")
+            special |= dict.fromkeys(("gate_codes_ptr", "up_codes_ptr"), "*u8")
+            special |= dict.fromkeys(("scales_ptr", "gate_scales_ptr", "up_scales_ptr"), "*i32")
+            special |= dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32")
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -386,6 +436,7 @@ def main() -> None:
         *pool_variants(),
         *fixed_point_variants(),
         *residual_variants(),
+        *group_variants(),
         *norm_variants(),
         *sketch_variants(),
     ):
