@@ -106,6 +106,21 @@ def test_norms_equal_the_reference(width, center, dtype, device):
         close(dbias / scale, expected[2] / scale, FP32)
 
 
+@every_device
+@every_bits
+@pytest.mark.parametrize("width", [32, 40, 96, 768])  # 40: a ragged group ends each row
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_rebuilt_rows_equal_the_reference(width, has_bias, bits, device):
+    """Tiles go on from row to row, and begin anywhere in one."""
+    rows = 12 if width == 40 else 5000 // width  # more than a tile
+    x = torch.randn(rows * width, device=device)
+    codes, scales = reference.quantize_rows(x, width, bits, 32, None)
+    weight, bias = (torch.randn(width, device=device) for _ in range(2))
+    layout = ((rows, width), (width, 1), width, bits, 32)
+    kept = (codes, scales, *layout, FP32, "", (), weight, bias if has_bias else None)
+    close(kernels.dequantize(*kept), reference.dequantize(*kept), FP32)
+
+
 def test_operators_pass_opcheck():
     check = torch.library.opcheck
     namespace = torch.ops.packlight

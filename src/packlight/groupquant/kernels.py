@@ -82,6 +82,30 @@ def load_tile(x_ptr, left, NQ: tl.constexpr, SIZE: tl.constexpr, FULL: tl.conste
 
 
 @triton.jit
+def load_columns(
+    p_ptr, first, left, PERIOD: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr,
+    BITS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """What `load_tile` gives, of a parameter [width] for a tile that starts at group `first`.
+
+    A row has PERIOD groups.
+    """
+    PARTS: tl.constexpr = 8 // BITS
+    SETS: tl.constexpr = 8 // PARTS
+    tile = ()
+    for j in tl.static_range(8):
+        group = (first + tl.arange(0, NQ) * SETS + j // PARTS).to(tl.uint32) % PERIOD
+        within = (j % PARTS) * SIZE + tl.arange(0, SIZE)
+        source = p_ptr + group[:, None] * (PARTS * SIZE) + within[None, :]
+        if FULL:
+            p = tl.load(source)
+        else:
+            p = tl.load(source, tile_offsets(NQ, SIZE, j) < left, other=0.0)
+        tile = tile + (to_float32(p),)
+    return tile
+
+
+@triton.jit
 def store_tile(
     y_ptr, y, left, NQ: tl.constexpr, SIZE: tl.constexpr, j: tl.constexpr, FULL: tl.constexpr
 ):
@@ -343,6 +367,7 @@ def _dequantize_kernel(
     DIGITS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
+    PERIOD: tl.constexpr,  # groups after which weight and bias begin again
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     FULL: tl.constexpr,
@@ -350,15 +375,16 @@ def _dequantize_kernel(
 ):
     """f(v) or v weight + bias of the packed values v."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles * (NQ * BITS)  # group of the row: a bundle is BITS of them
     bundle = (tl.program_id(0) % tiles).to(tl.int64) * NQ
     column = bundle * (8 * SIZE)
     group = row * row_groups + bundle * BITS
     left = width - column
     tile = load_codes(codes_ptr + group * SIZE, scales_ptr + group, left, NQ, SIZE, BITS, FULL)
     if WEIGHT:
-        weight = load_tile(weight_ptr + column, left, NQ, SIZE, FULL)
+        weight = load_columns(weight_ptr, first, left, PERIOD, NQ, SIZE, BITS, FULL)
     if BIAS:
-        bias = load_tile(bias_ptr + column, left, NQ, SIZE, FULL)
+        bias = load_columns(bias_ptr, first, left, PERIOD, NQ, SIZE, BITS, FULL)
     for j in tl.static_range(8):
         y = tile[j]
         if FORWARD is not None:
@@ -511,7 +537,7 @@ class Setting(NamedTuple):
 PACK = Setting(1024, 4)
 ACTIVATION = Setting(512, 4)
 UNPACK = Setting(512, 4)
-REBUILD = Setting(1024, 4)  # through a function, or weight and bias
+REBUILD = Setting(1024, 4)  # through a function
 BACKWARD = Setting(1024, 4)
 GATED = Setting(1024, 8)
 GATED_BACKWARD = Setting(1024, 8)
@@ -591,7 +617,10 @@ def _dequantize_launch(
     weight: bool,
     bias: bool,
 ) -> Launch:
-    block, warps = REBUILD if name or weight or bias else UNPACK
+    block, warps = REBUILD if name else UNPACK
+    period = grouping.row_groups
+    if grouping.width % grouping.group_size == 0:  # rows are one row: tiles need not end with them
+        grouping = grouping._replace(rows=1, width=grouping.rows * grouping.width)
     nq, tiles, full = tile_of(grouping, block)
     return _dequantize_kernel.prepare(
         (grouping.rows * tiles,),
@@ -604,6 +633,7 @@ def _dequantize_launch(
         DIGITS=DIGITS[dtype],
         WEIGHT=weight,
         BIAS=bias,
+        PERIOD=period if weight or bias else 0,
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,
         FULL=full,
