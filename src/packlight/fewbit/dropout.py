@@ -87,7 +87,9 @@ def _traced_dropped(
     bit = torch.arange(8, dtype=integer, device=x.device)
     kept = (codes.to(integer) >> bit.unsqueeze(1)) & 1
     factor = kept.view(-1)[: x.numel()].view(x.shape) * (1 / (1 - p))
-    return (x.to(compute_dtype(x)) * factor).to(x.dtype)
+    y = x.to(compute_dtype(x)) * factor
+    # No cast to the dtype it has: torch 2.11 loses the gradient of a traced Function that ends so.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 _drop_traced: Callable[..., Tensor] = _TracedDropout.apply
