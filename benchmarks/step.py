@@ -8,7 +8,8 @@ the same in every row. Blocks are compiled one by one.
 
 A choice is timed only once it is right: its output is the eager model's to rounding, and its
 gradients are as near as the choice promises (`Choice.limit`). Both are taken without dropout, whose
-masks differ between implementations, and on the whole batch.
+masks differ between implementations, and on the whole batch. With dropout the gradients' norms are
+compared.
 
 - `kept_bytes`: what the allocator holds more after the forward pass than before it, the output
   taken off; `profile_bytes`: the same as `packlight.profile` counts it.
@@ -310,9 +311,17 @@ class Step:
         with self.autocast, self.choice.around():
             return self.model(x)
 
+    @property
+    def _with_dropout(self) -> list[Any]:
+        return [m for m in self.model.modules() if isinstance(m, nn.Dropout | Attention)]
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(module.p for module in self._with_dropout)
+
     @contextlib.contextmanager
     def without_dropout(self) -> Iterator[None]:
-        found = [m for m in self.model.modules() if isinstance(m, nn.Dropout | Attention)]
+        found = self._with_dropout
         before = [module.p for module in found]
         for module in found:
             module.p = 0.0
@@ -320,9 +329,9 @@ class Step:
         for module, p in zip(found, before, strict=True):
             module.p = p
 
-    def gradients(self) -> tuple[Tensor, list[Tensor]]:
+    def gradients(self, dropout: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Output, and weight gradients of a loss with random weights."""
-        with self.without_dropout():
+        with contextlib.nullcontext() if dropout else self.without_dropout():
             y = self(self.x)
             torch.manual_seed(1)
             loss = (y.float() * torch.randn_like(y, dtype=torch.float32)).mean()
@@ -337,6 +346,13 @@ class IncorrectError(Exception):
 def relative(a: Tensor, b: Tensor) -> float:
     a, b = a.float(), b.to(a.device).float()
     return ((a - b).norm() / b.norm()).item()
+
+
+def norms(step: Step) -> list[float]:
+    """Of the gradients of weight matrices, with dropout; none where there is none."""
+    if not step.has_dropout:
+        return []
+    return [grad.norm().item() for grad in step.gradients(dropout=True)[1] if grad.dim() > 1]
 
 
 class Errors(NamedTuple):
@@ -362,12 +378,13 @@ class Exact:
 
     def __init__(self) -> None:
         self.name, self.values = "", (torch.empty(0), [torch.empty(0)])
-        self.rounding = Errors(0.0, 0.0, 0.0)
+        self.rounding, self.norms = Errors(0.0, 0.0, 0.0), list[float]()
 
     def make(self, name: str, case: Model, device: str) -> None:
         if name == self.name:
             return
-        found = Step(case, CHOICES["eager"], device).gradients()
+        eager = Step(case, CHOICES["eager"], device)
+        found, self.norms = eager.gradients(), norms(eager)
         if case.precision != "fp32":
             # Checkpointed, which computes the same: attention in float32 keeps all its scores.
             single = Step(case._replace(precision="fp32"), Choice(checkpointed), device)
@@ -388,6 +405,9 @@ class Exact:
             raise IncorrectError(
                 f"gradients are off by {errors.median:.3f} (median), {errors.worst:.3f} (worst)"
             )
+        for i, (norm, truth) in enumerate(zip(norms(step), self.norms, strict=True)):
+            if not truth / 2 <= norm <= 2 * (1 + 2 * limit) * truth:
+                raise IncorrectError(f"with dropout gradient {i} is {norm / truth:.2f} of eager's")
         return {"error_median": errors.median, "error_worst": errors.worst}
 
 
