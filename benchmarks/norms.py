@@ -54,19 +54,18 @@ class Case:
     def parameters(self) -> list[Tensor]:
         return [self.weight, self.bias] if self.kind == "layer_norm" else [self.weight]
 
-    def ours(self, x: Tensor) -> Tensor:
+    def ours(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """With parameters of the caller's, or its own."""
         shape, exact = (self.width,), {"exact_channels": self.channels}
+        norm = getattr(inverted, self.kind)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cast):
-            if self.kind == "layer_norm":
-                return inverted.layer_norm(x, shape, self.weight, self.bias, **exact)
-            return inverted.rms_norm(x, shape, self.weight, **exact)
+            y: Tensor = norm(x, shape, *(parameters or self.parameters), **exact)
+        return y
 
-    def torch(self, x: Tensor) -> Tensor:
+    def torch(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        norm = getattr(F, self.kind)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cast):
-            if self.kind == "layer_norm":
-                y = F.layer_norm(x, (self.width,), self.weight, self.bias)
-            else:
-                y = F.rms_norm(x, (self.width,), self.weight)
+            y: Tensor = norm(x, (self.width,), *(parameters or self.parameters))
         return y
 
 
@@ -95,11 +94,10 @@ def measure(case: Case, x: Tensor, dy: Tensor, copy: float, repeats: int) -> dic
     x.requires_grad_()
     inputs = [x, *case.parameters]
 
-    def ours(x: Tensor, *parameters: Tensor) -> Tensor:
-        return case.ours(x)
+    ours = case.ours
 
     def plain(x: Tensor, *parameters: Tensor) -> Tensor:
-        y = case.torch(x)
+        y = case.torch(x, *parameters)
         if case.cast:
             y.to(x.dtype)  # what the next Linear does
         return y

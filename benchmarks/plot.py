@@ -67,22 +67,17 @@ def front(points: Iterable[Point]) -> list[Point]:
 LEAST = 1 << 20
 
 
-def is_drawn(row: dict[str, Any]) -> bool:
-    kept: float = row.get("kept_bytes", 0)
-    return kept >= LEAST
-
-
 def latest(found: Sequence[dict[str, Any]], device: str) -> dict[str, list[Point]]:
     """By model, a point for each choice: the last row that did not fail."""
     last = {
         (row["model"], row["choice"]): row
         for row in found
-        if row["device"] == device and is_drawn(row)
+        if row["device"] == device and "kept_bytes" in row
     }
     points: dict[str, list[Point]] = {}
     for (model, choice), row in last.items():
         eager = step.baseline(row, found)
-        if eager is None:
+        if eager is None or row["kept_bytes"] < LEAST:
             continue
         key = "graph_ms" if "graph_ms" in row and "graph_ms" in eager else "step_ms"
         speed = step.speed(row, eager, key)
@@ -100,7 +95,7 @@ def draw_steps(found: Sequence[dict[str, Any]], device: str | None, path: pathli
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    points = {(row["device"], row["model"], row["choice"]) for row in found if is_drawn(row)}
+    points = {(row["device"], row["model"], row["choice"]) for row in found if "kept_bytes" in row}
     counts = Counter(device for device, *_ in sorted(points))
     if device is None:
         device = counts.most_common(1)[0][0] if counts else ""

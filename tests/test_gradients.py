@@ -1,4 +1,4 @@
-"""Parameters cast in the backward pass: no cast crosses from a compiled forward pass."""
+"""What backward passes share: casts of parameters, none of which crosses, products and sums."""
 
 import pytest
 import torch
@@ -78,3 +78,10 @@ def test_sums_of_columns_ask_nothing_of_a_number_of_rows_that_is_not_known(fresh
         for rows in (128, 200, 255):
             x = torch.randn(rows, 8)
             torch.testing.assert_close(run(x, torch.float32), x.sum(0))
+
+
+def test_a_linear_layer_without_outputs_has_gradients():
+    x, weight = torch.randn(2, 64, requires_grad=True), torch.randn(0, 64, requires_grad=True)
+    groupquant.linear(x, weight).sum().backward()
+    assert not x.grad.any()
+    assert weight.grad.shape == (0, 64)

@@ -270,6 +270,9 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             "pack to nearest": kernels._quantize_launch(flat, kind, None, 0.0, 0.0, False),
             "unpack": kernels._dequantize_launch(flat, kind, "", 0.0, 0.0, False, False),
             "unpack affine": kernels._dequantize_launch(rows, kind, "", 0.0, 0.0, True, True),
+            "unpack affine, ragged": kernels._dequantize_launch(
+                rows._replace(width=1000), kind, "", 0.0, 0.0, True, True
+            ),
         }
         for name in ("gelu", "silu"):
             launches |= {

@@ -32,8 +32,14 @@ def recast(x: Tensor, like: Tensor) -> Tensor:
     return _recast(x, like) if torch.compiler.is_compiling() else x.to(like.dtype)
 
 
+def _adds_up_in_32(x: Tensor) -> bool:
+    """Whether matmuls of 16-bit tensors like `x` do, and can write it."""
+    in_half = x.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    return x.is_cuda and not in_half
+
+
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.mm(b).float()
+    return torch.mm(a, b, out_dtype=torch.float32) if _adds_up_in_32(a) else a.mm(b).float()
 
 
 # Inductor of torch 2.8 knows no matmul with a dtype of its own.
@@ -70,6 +76,6 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
             if statically_known_true(x.shape[0] % chunk == 0):
                 chunks: Tensor = x.unflatten(0, (-1, chunk)).sum(1, dtype=wide)
                 return chunks.sum(0).to(dtype)
-    elif x.is_cuda and x.dtype.itemsize == 2 and dtype.itemsize <= 4:
-        return product(x.new_ones(1, x.shape[0]), x, torch.float32)[0].to(dtype)
+    elif x.dtype.itemsize == 2 and dtype.itemsize <= 4 and _adds_up_in_32(x):
+        return _mm(x.new_ones(1, x.shape[0]), x)[0].to(dtype)
     return x.sum(0, dtype=dtype)

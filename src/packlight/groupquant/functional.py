@@ -15,6 +15,7 @@ through an activation. Where no gradient is asked for nothing is packed and the 
 runs. A second derivative raises `DoubleBackwardError`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,7 @@ class _Linear(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             weight = recast(weight, grad_output)
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        rows = grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             dx = rows.mm(weight).view(*grad_output.shape[:-1], -1).to(ctx.x_dtype)

@@ -86,9 +86,9 @@ def load_columns(
     p_ptr, first, left, PERIOD: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr,
     BITS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """What `load_tile` gives, of a parameter [width] for a tile that starts at group `first`.
+    """What `load_tile` gives, of a parameter for a tile that starts at group `first`.
 
-    A row has PERIOD groups.
+    It is as long as PERIOD groups, and begins again after so many.
     """
     PARTS: tl.constexpr = 8 // BITS
     SETS: tl.constexpr = 8 // PARTS
@@ -356,8 +356,8 @@ def _dequantize_kernel(
     codes_ptr,  # [rows, row_groups, SIZE]
     scales_ptr,  # [rows, row_groups]
     y_ptr,  # [rows, width]
-    weight_ptr,  # [width]
-    bias_ptr,  # [width]
+    weight_ptr,  # [width], or of PERIOD groups
+    bias_ptr,
     width,
     row_groups,
     tiles,
