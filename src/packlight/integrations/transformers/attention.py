@@ -12,6 +12,7 @@ So `model.set_attn_implementation("packlight")` works as well, at 8 bits for all
 """
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -117,16 +118,17 @@ def _asks_its_config(kind: type[nn.Module]) -> bool:
 
     Some have a way of their own for "sdpa"; they are left alone.
     """
-    own = vars(kind)
-    code = getattr(own.get("forward"), "__code__", None)
-    if code is None:
+    # Later versions decorate them, for arguments of another name.
+    own = {name: inspect.unwrap(value) for name, value in vars(kind).items() if callable(value)}
+    forward = own.get("forward")
+    if forward is None or not hasattr(forward, "__code__"):
         return False
-    interfaces = own["forward"].__globals__.get("ALL_ATTENTION_FUNCTIONS")
+    interfaces = forward.__globals__.get("ALL_ATTENTION_FUNCTIONS")
     asks = {"ALL_ATTENTION_FUNCTIONS", "config", "_attn_implementation"}
     codes = [value.__code__ for value in own.values() if hasattr(value, "__code__")]
     return (
         isinstance(interfaces, AttentionInterface)
-        and asks <= set(code.co_names)
+        and asks <= set(forward.__code__.co_names)
         and not any(_mentions(code.co_consts) for code in codes)
     )
 
@@ -150,7 +152,7 @@ def _attention(method: GroupQuant, module: nn.Module) -> Swap:
             f"its attention implementation is {implementation!r}; what packs query, key, value and"
             f' output takes the place of "{_REPLACES}": model.set_attn_implementation("sdpa")'
         )
-    if "position_bias" in type(module).forward.__code__.co_varnames:
+    if "position_bias" in inspect.unwrap(type(module).forward).__code__.co_varnames:
         raise LeaveAlone(
             "it adds a learned position bias to its scores, whose gradient needs all of them;"
             " around the forward pass, packlight.saving(GroupQuant(bits=4), overrides={'*Softmax*':"
