@@ -253,21 +253,36 @@ def place_labels(axis: Any, points: list[Point]) -> None:
 
 
 def draw_training(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Loss and test accuracy by epoch: the mean over seeds, with the lowest and the highest."""
+    """Loss and test accuracy by epoch, a row of panels for each network."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    networks: dict[str, list[dict[str, Any]]] = {}
+    for row in found:
+        networks.setdefault(row.get("model") or "resnet18", []).append(row)
+    figure, axes = pyplot.subplots(
+        len(networks), 2, figsize=(12.8, 4.6 * len(networks)), squeeze=False
+    )
+    for (network, own), pair in zip(networks.items(), axes, strict=True):
+        draw_network(network, own, pair)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def draw_network(network: str, found: Sequence[dict[str, Any]], axes: Sequence[Any]) -> None:
+    """The mean over seeds, with the lowest and the highest."""
+    from matplotlib import pyplot
+
     # Runs of different length or size are different experiments: the one with most rows.
-    names = ("model", "epochs", "batch", "lr", "width", "limit", "device")
+    names = ("epochs", "batch", "lr", "width", "limit", "device")
     experiments = Counter(tuple(row.get(name) for name in names) for row in found)
     chosen = experiments.most_common(1)[0][0]
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for row in found:
         if tuple(row.get(name) for name in names) == chosen:
             runs.setdefault(row["method"], {})[row["seed"]] = row
-    figure, axes = pyplot.subplots(1, 2, figsize=(12.8, 4.6))
     colours = pyplot.get_cmap("tab10").colors
     for (method, seeds), colour in zip(runs.items(), itertools.cycle(colours)):
         kept = statistics.median(row["kept_bytes"] for row in seeds.values()) / 2**30
@@ -294,13 +309,12 @@ def draw_training(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
                 axis.spines[side].set_visible(False)
     axes[1].legend(frameon=False, fontsize=9, loc="lower right")
     settings = dict(zip(names, chosen, strict=True))
-    figure.suptitle(
-        f"CIFAR-10, {settings['model'] or 'resnet18'}, {settings['epochs']} epochs, batch"
-        f" {settings['batch']}, on {settings['device']}; kept for the backward pass of a batch",
+    axes[0].set_title(
+        f"CIFAR-10, {network}, {settings['epochs']} epochs, batch {settings['batch']}, on"
+        f" {settings['device']}; kept for the backward pass of a batch",
         fontsize=11,
+        loc="left",
     )
-    figure.tight_layout()
-    save(figure, path)
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
