@@ -82,17 +82,17 @@ class DecoderBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after another, each checkpointed where `context` says what a checkpoint keeps."""
+    """Blocks one after another; `checkpoints` has arguments of a checkpoint for some of them."""
 
     def __init__(self, blocks: list[nn.Module]):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.context: dict[str, Any] | None = None
+        self.checkpoints: dict[nn.Module, dict[str, Any]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            if self.context is None:
-                x = block(x)
+            if block in self.checkpoints:
+                x = checkpoint(block, x, use_reentrant=False, **self.checkpoints[block])
             else:
-                x = checkpoint(block, x, use_reentrant=False, **self.context)
+                x = block(x)
         return x

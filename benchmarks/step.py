@@ -143,7 +143,7 @@ class Choice(NamedTuple):
 
 
 def checkpointed(model: Stack) -> None:
-    model.context = {}
+    model.checkpoints = {block: {} for block in model.blocks}
 
 
 _aten = torch.ops.aten
@@ -166,7 +166,7 @@ def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
 def selective(model: Stack) -> None:
     """Checkpoints that keep what matmuls, convolutions and attention return."""
     keep = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-    model.context = {"context_fn": keep}
+    model.checkpoints = {block: {"context_fn": keep} for block in model.blocks}
 
 
 def budget(share: float) -> contextlib.AbstractContextManager[Any]:
@@ -196,7 +196,7 @@ def liger(model: Stack) -> None:
                 setattr(parent, name, ours)
 
 
-def packlight(model: Stack, methods: Methods, attention_bits: int | None = None) -> None:
+def packlight(model: nn.Module, methods: Methods, attention_bits: int | None = None) -> None:
     """Converts layers and calls; `attention_bits` in place of the 8 of the conversion."""
     for module in model.modules():
         if isinstance(module, Attention) and attention_bits:
@@ -214,14 +214,23 @@ def _then(*changes: Callable[[Stack], None]) -> Callable[[Stack], None]:
     return prepare
 
 
-def _grouped(bits: int, attention_bits: int | None = None) -> Callable[[Stack], None]:
+def _grouped(bits: int, attention_bits: int | None = None) -> Callable[[nn.Module], None]:
     # Dropout, and max pooling, by FewBit: one bit, exact.
     methods = (GroupQuant(bits), FewBit(3))
     return functools.partial(packlight, methods=methods, attention_bits=attention_bits)
 
 
+def _one_of_three(model: Stack) -> None:
+    """Every third block packed at 2 bits, the others checkpointed."""
+    for i, block in enumerate(model.blocks):
+        if i % 3:
+            model.checkpoints[block] = {}
+        else:
+            _grouped(2, 4)(block)
+
+
 def _packed_checkpoints() -> contextlib.AbstractContextManager[Any]:
-    return saving(GroupQuant(4), overrides={"checkpoint": GroupQuant(8)})
+    return saving(GroupQuant(8), overrides={"checkpoint": GroupQuant(8), "*": None})
 
 
 _PACKLIGHT = {
@@ -234,6 +243,12 @@ _PACKLIGHT = {
     "packlight 4, attention 4": Choice(_grouped(4, 4), limit=LIMITS[4]),
     "packlight 4 + checkpoint": Choice(
         _then(_grouped(4), checkpointed), limit=LIMITS[4], around=_packed_checkpoints
+    ),
+    "packlight checkpoint": Choice(
+        checkpointed, limit=LIMITS[8], around=_packed_checkpoints
+    ),
+    "packlight 2, checkpoint 2 of 3": Choice(
+        _one_of_three, limit=LIMITS[2], around=_packed_checkpoints
     ),
     "packlight few-bit 3": Choice(
         functools.partial(packlight, methods=FewBit(3)), limit=LIMITS[3]
@@ -280,7 +295,7 @@ def applies(model: Stack, choice: str) -> bool:
         return bool(kinds & {nn.LayerNorm, nn.RMSNorm}) or "inverted" in choice
     if "sketch" in choice:
         return nn.Linear in kinds
-    return "attention" not in choice or Attention in kinds
+    return not any(word in choice for word in ("attention", "2 of 3")) or Attention in kinds
 
 
 # ---- measuring ------------------------------------------------------------------------------

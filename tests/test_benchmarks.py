@@ -31,7 +31,9 @@ def measure(tmp_path, *words, suite="step"):
 # ---- steps ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", ["checkpoint", "packlight 4", "packlight 4 + checkpoint"])
+@pytest.mark.parametrize(
+    "choice", ["checkpoint", "packlight 4", "packlight 4 + checkpoint", "packlight checkpoint"]
+)
 def test_a_choice_is_checked_and_measured(tmp_path, choice, monkeypatch, capsys):
     monkeypatch.setattr(step, "CHOICES", {key: step.CHOICES[key] for key in ("eager", choice)})
     eager, row = measure(tmp_path, "--filter", "tiny/")

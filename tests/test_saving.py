@@ -791,6 +791,29 @@ def test_packs_cross_a_compiled_region():
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+def test_statistics_of_converted_layers_in_a_compiled_region_stay_exact():
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    packlight.convert(model, GroupQuant(bits=4))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4096, 64, requires_grad=True)
+    exact = floats(profile(compiled, x))
+    assert [size for _, size in exact] == [4 * 4096] * len(exact)
+    assert exact
+    assert floats(kept(compiled, x)) == exact
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_region_may_call_what_the_tracer_cannot_follow_within_a_mode():
+    def model(x):
+        return x.unflatten(-1, (8, -1)).sin()
+
+    x = torch.randn(64, 64, requires_grad=True)
+    with saving(GroupQuant(bits=8)):
+        y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(y, model(x))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_weights_of_a_compiled_region_stay_exact():
     layer = nn.Linear(128, 256)
 

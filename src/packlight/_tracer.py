@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from packlight._library import constant_while_traced
@@ -11,6 +12,12 @@ _SOURCES = "_packlight_sources"
 
 # What it told when it was asked last, while a region is traced.
 told: dict[str, Any] = {}
+
+
+def traceable(func: Any) -> Any:
+    """A torch function that a traced `TorchFunctionMode` was given, such that it can call it."""
+    # The method calls `super()`, which the tracer of 2.13 cannot follow from within a mode.
+    return torch.unflatten if func is Tensor.unflatten else func
 
 
 @constant_while_traced

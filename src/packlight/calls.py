@@ -62,9 +62,7 @@ class _Covering(TorchFunctionMode):
         kwargs = kwargs or {}
         call = self.calls.table.get(func)
         if call is None or _called_by_a_layer() or not _is_taken(args, kwargs):
-            if func is Tensor.unflatten:  # which calls super(), as the tracer of 2.13 cannot
-                func = torch.unflatten
-            return func(*args, **kwargs)
+            return _tracer.traceable(func)(*args, **kwargs)
         return call.function(*args, **kwargs, **call.options)
 
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from packlight import sharing
+from packlight import _tracer, sharing
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
@@ -80,7 +80,8 @@ _ATTENTION = (
 _COMPILED = "CompiledFunctionBackward"
 
 # A `Function` keeps tensors whose part in it nobody says. One that has this many times fewer
-# elements than another beside it is a statistic (a norm's, attention's logsumexp) and stays exact.
+# elements than another beside it is a statistic (a norm's, attention's logsumexp) and stays exact;
+# the other may be the codes that a layer of ours keeps in a compiled region.
 _STATISTIC = 16
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,7 +115,8 @@ def saving(
       infinities, frozen weights under autocast, statistics of norms and attention (and the floating
       mask that dropout makes on the CPU). Somebody holds most of these anyway. A Python
       `autograd.Function` makes what it keeps without history, so there only tensors of at most
-      1/16 of the elements of its largest are taken for statistics, and kept exactly;
+      1/16 of the elements of its largest, codes of packlight layers included, are taken for
+      statistics, and kept exactly;
     - float64, complex, integer, sparse and nested tensors, tensor subclasses;
     - all that a packlight layer keeps: packed already, or exact for a reason;
     - softmax, logsumexp and losses, inputs of checkpoints, and tensors below `min_bytes`.
@@ -351,7 +353,7 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # operations of a compiled region are not seen one by one
-            return func(*args, **kwargs)
+            return _tracer.traceable(func)(*args, **kwargs)
         return self.saver.call(func, args, kwargs)
 
 
@@ -367,6 +369,8 @@ class _Saver:
         self.known: dict[tuple[str, str], GroupQuant | None] = {}
         self.running: _Call | None = None
         self.pending: list[_Pending] = []
+        # Of the last Function that saved bytes: the most of them, by its sequence number.
+        self.codes: dict[int, int] = {}
         # Sequence numbers are counted a thread, and backward passes on other threads use the hooks.
         self.thread = threading.get_ident()
         self.settle = _untraced(self._settle)
@@ -377,8 +381,10 @@ class _Saver:
         if name == "__get__":  # an attribute; another hook may read one between two of our own
             return func(*args, **kwargs)
         if self.pending:
-            # A checkpoint may have begun since, of the kind that runs without gradients.
-            self.settle(draws=torch.is_grad_enabled())
+            # A checkpoint may have begun since: its own code calls (torch 2.11), or what it runs
+            # without gradients.
+            begun = sys._getframe(2).f_globals.get("__name__") == _CHECKPOINTS
+            self.settle(draws=torch.is_grad_enabled() and not begun)
         if func in _BACKWARD or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
         before = self.running
@@ -408,6 +414,8 @@ class _Saver:
             return holder
         caller = _python_caller(frame)
         if not self._may_pack(tensor, caller):
+            if tensor.dtype == torch.uint8:
+                self.codes = {sequence: max(self.codes.get(sequence, 0), tensor.numel())}
             return holder
         if tensor.dtype in (torch.bool, torch.uint8):
             stride = dense_stride(tensor)
@@ -490,7 +498,8 @@ class _Saver:
             tensor = entry.exact.tensor
             if entry.caller.is_ours:
                 method = None
-            if entry.caller.function is not None and tensor.numel() * _STATISTIC <= largest:
+            beside = max(largest, self.codes.get(entry.sequence, 0))
+            if entry.caller.function is not None and tensor.numel() * _STATISTIC <= beside:
                 method = None
             # A tensor that the operation itself has overwritten since cannot be packed any more.
             if method is not None and tensor._version == entry.exact.version:
