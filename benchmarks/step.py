@@ -223,10 +223,10 @@ def _grouped(bits: int, attention_bits: int | None = None) -> Callable[[nn.Modul
 def _one_of_three(model: Stack) -> None:
     """Every third block packed at 2 bits, the others checkpointed."""
     for i, block in enumerate(model.blocks):
-        if i % 3:
-            model.checkpoints[block] = {}
-        else:
+        if i % 3 == 2:
             _grouped(2, 4)(block)
+        else:
+            model.checkpoints[block] = {}
 
 
 def _packed_checkpoints() -> contextlib.AbstractContextManager[Any]:
