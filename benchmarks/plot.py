@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import rows, step
+from benchmarks import rows, step, train_suite
 
 PICTURES = rows.RESULTS.parents[1] / "docs" / "pictures"
 
@@ -275,14 +275,10 @@ def draw_network(network: str, found: Sequence[dict[str, Any]], axes: Sequence[A
     """The mean over seeds, with the lowest and the highest."""
     from matplotlib import pyplot
 
-    # Runs of different length or size are different experiments: the one with most rows.
-    names = ("epochs", "batch", "lr", "width", "limit", "device")
-    experiments = Counter(tuple(row.get(name) for name in names) for row in found)
-    chosen = experiments.most_common(1)[0][0]
+    found = train_suite.main_experiment(found)
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for row in found:
-        if tuple(row.get(name) for name in names) == chosen:
-            runs.setdefault(row["method"], {})[row["seed"]] = row
+        runs.setdefault(row["method"], {})[row["seed"]] = row
     colours = pyplot.get_cmap("tab10").colors
     for (method, seeds), colour in zip(runs.items(), itertools.cycle(colours)):
         kept = statistics.median(row["kept_bytes"] for row in seeds.values()) / 2**30
@@ -308,9 +304,9 @@ def draw_network(network: str, found: Sequence[dict[str, Any]], axes: Sequence[A
             for side in ("top", "right"):
                 axis.spines[side].set_visible(False)
     axes[1].legend(frameon=False, fontsize=9, loc="lower right")
-    settings = dict(zip(names, chosen, strict=True))
+    settings = found[0]
     axes[0].set_title(
-        f"CIFAR-10, {network}, {settings['epochs']} epochs, batch {settings['batch']}, on"
+        f"CIFAR-10, {network}, {settings.get('epochs')} epochs, batch {settings.get('batch')}, on"
         f" {settings['device']}; kept for the backward pass of a batch",
         fontsize=11,
         loc="left",

@@ -2,7 +2,9 @@
 
 import argparse
 import statistics
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -24,6 +26,36 @@ def metric(row: dict[str, Any]) -> tuple[str, float]:
     return "validation loss", row["loss"][-1]
 
 
+class Outcome(NamedTuple):
+    """What a method's runs end at, by seed, beside exact runs of the same seeds."""
+
+    values: dict[int, float]
+    difference: float | None  # the mean over seeds, None where fewer than two have both
+    p: float | None  # of a paired t-test, None where no seed makes a difference
+
+    @property
+    def p_text(self) -> str:
+        if self.p is None:
+            return ""
+        return "p < 0.01" if self.p < 0.01 else f"p = {self.p:.2f}"
+
+
+def outcome(method: str, found: Sequence[dict[str, Any]]) -> Outcome:
+    """Of the last run of each seed."""
+    ours, exact = (
+        {row["seed"]: metric(row)[1] for row in found if row["method"] == name}
+        for name in (method, "exact")
+    )
+    pairs = [(ours[seed], exact[seed]) for seed in ours if seed in exact]
+    if len(pairs) < 2 or method == "exact":
+        return Outcome(ours, None, None)
+    differences = [a - b for a, b in pairs]
+    p = None
+    if statistics.stdev(differences) > 0:
+        p = float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    return Outcome(ours, statistics.fmean(differences), p)
+
+
 def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
     """A row in words, with what all seeds of its method say beside the exact runs."""
     what = row.get("task") or row.get("model") or row["case"]
@@ -32,21 +64,15 @@ def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
         return f"{text} {row['failed']}"
     name, value = metric(row)
     text += f": {name} {value:.4f}, kept {row['kept_bytes'] / 2**20:.1f} MiB"
-    alike = [other for other in others if is_alike(other, row)]
-    ours, exact = (
-        {other["seed"]: metric(other)[1] for other in alike if other["method"] == method}
-        for method in (row["method"], "exact")
-    )
-    if len(ours) > 1:
-        spread = statistics.stdev(ours.values())
-        text += f"; {len(ours)} seeds {statistics.fmean(ours.values()):.4f} +- {spread:.4f}"
-    pairs = [(ours[seed], exact[seed]) for seed in ours if seed in exact]
-    if len(pairs) > 1 and row["method"] != "exact":
-        differences = [a - b for a, b in pairs]
-        text += f", to exact {statistics.fmean(differences):+.4f}"
-        if statistics.stdev(differences) > 0:
-            p = stats.ttest_rel(*zip(*pairs, strict=True)).pvalue
-            text += f" (paired t-test, p = {p:.2f})"
+    ended = outcome(row["method"], [other for other in others if is_alike(other, row)])
+    values = ended.values.values()
+    if len(values) > 1:
+        spread = statistics.stdev(values)
+        text += f"; {len(values)} seeds {statistics.fmean(values):.4f} +- {spread:.4f}"
+    if ended.difference is not None:
+        text += f", to exact {ended.difference:+.4f}"
+    if ended.p is not None:
+        text += f" (paired t-test, {ended.p_text})"
     return text
 
 
@@ -58,3 +84,17 @@ def is_alike(other: dict[str, Any], row: dict[str, Any]) -> bool:
     names = ("case", "task", "model", "epochs", "steps", "batch", "lr", "limit")
     same = all(other.get(name) == row.get(name) for name in names)
     return same and "seed" in other and "failed" not in other
+
+
+# By which runs of one network are different experiments.
+SETTINGS = ("epochs", "steps", "batch", "lr", "width", "limit", "device")
+
+
+def main_experiment(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the experiment that has most of them."""
+
+    def settings(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in SETTINGS)
+
+    [(chosen, _)] = Counter(map(settings, found)).most_common(1)
+    return [row for row in found if settings(row) == chosen]

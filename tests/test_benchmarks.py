@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import packlight
-from benchmarks import kernel_suite, plot, rows, run, step, train_suite
+from benchmarks import kernel_suite, plot, rows, run, step, table, train_suite
 
 ROW = {
     "device": "a device",
@@ -334,3 +334,64 @@ def test_no_rows_no_picture(tmp_path):
     with pytest.raises(SystemExit, match="no rows"):
         plot.main(["--results", str(tmp_path), "--out", str(tmp_path)])
     assert isinstance(run.arguments(["--suite", "step"]), argparse.Namespace)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_docs_are_those_of_the_rows():
+    text = table.DOCS.read_text(encoding="utf-8")
+    assert table.filled(text) == text
+    assert {f"<!-- table {name} -->" for name in table.TABLES} <= set(text.splitlines())
+
+
+def test_the_readme_shows_lines_of_the_table_of_steps():
+    readme = (table.DOCS.parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("**Whole steps**")[2].partition("**Kernels**")[0].splitlines()
+    lines = [line for line in shown if line.startswith("| ") and "---" not in line]
+    assert len(lines) > 10
+    assert set(lines) <= set(table.DOCS.read_text(encoding="utf-8").splitlines())
+
+
+def test_a_table_of_steps():
+    def row(choice, kept, ms, **more):
+        return {**ROW, "device": table.DEVICE, "model": "roberta", "choice": choice} | {
+            "kept_bytes": kept * 2**30, "step_ms": ms, "graph_ms": ms, "error_median": 0.1, **more
+        }  # fmt: skip
+
+    found = [
+        row("eager", 8, 10),
+        row("eager", 8, 12),
+        row("packlight 4, compile", 2, 30, largest_batch=77),
+        row("packlight 4, compile", 2, 8, graph_eager_ms=12, graph_compile_ms=6),
+        row("packlight 4, compile", 2, 20, largest_batch=78),
+        row("packlight 2", 1, 8) | {"device": "another"},
+    ]
+    title = step.MODELS["roberta"].title
+    assert table.steps(found).splitlines()[2:] == [
+        f"| **{title}**: eager | 8.00 GiB | 12.0 ms | 10.0 ms | | - |",
+        "| packlight 4 bits, compile | 2.00 GiB (4.00x less) | 8.0 ms (1.50x; 0.75x of compile)"
+        " | 8.0 ms (1.25x) | 78 | 0.100 |",
+    ]
+
+
+def test_a_table_of_training_runs():
+    def runs(method, kept, values, **more):
+        return [
+            {**ROW, "case": "gpt", "method": method, "kept_bytes": kept * 2**20, "loss": [9, value]}
+            | {"seed": seed, **more}
+            for seed, value in reversed([*enumerate(values)])
+        ]
+
+    found = [
+        *runs("group4", 5, (1.1, 2.2)),
+        *runs("exact", 10, (1.0, 2.0)),
+        *runs("exact", 10, (7.0,), steps=3),  # another experiment
+        *runs("inverted", 11, (1.0, 2.0)),
+    ]
+    assert table.training(found).splitlines()[2:] == [
+        "| exact | 10 MiB | 1.0000, 2.0000 | 1.5000 +- 0.7071 | |",
+        "| inverted | 11 MiB (1.10x more) | 1.0000, 2.0000 | 1.5000 +- 0.7071 | 0 |",
+        "| GroupQuant, 4 bits | 5 MiB (2.00x less) | 1.1000, 2.2000 | 1.6500 +- 0.7778"
+        " | +0.1500, p = 0.20 |",
+    ]

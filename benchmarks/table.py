@@ -1,0 +1,195 @@
+"""Writes the tables of `docs/benchmarks.md` that are made of rows, each between its two marks.
+
+    python -m benchmarks.table
+
+A table begins behind a line `<!-- table NAME -->` and ends before the next `<!-- end -->`.
+"""
+
+import argparse
+import pathlib
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks import rows, step, train_suite
+
+DOCS = rows.RESULTS.parents[1] / "docs" / "benchmarks.md"
+
+Rows = Sequence[dict[str, Any]]
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(
+        " ".join(["|", *(f"{cell} |" if cell else "|" for cell in cells)]) for cells in lines
+    )
+
+
+def less(value: float, exact: float) -> str:
+    """How many times less, in three digits."""
+    if value > exact:
+        return f"{value / exact:.2f}x more"
+    ratio = exact / value
+    return f"{ratio:.{2 if ratio < 9.995 else 1}f}x less"
+
+
+# ---- whole steps ----------------------------------------------------------------------------
+
+DEVICE = "NVIDIA H200"
+
+# The choices shown, and what they are called; those of a model that has others of its own.
+SHOWN = {
+    "eager": "eager",
+    "checkpoint": "checkpoint every block",
+    "compile": "compile",
+    "compile + checkpoint": "compile + checkpoint",
+    "compile, budget 0.2": "compile, memory budget 0.2",
+    "packlight 4": "packlight 4 bits",
+    "packlight 4, compile": "packlight 4 bits, compile",
+    "packlight 2": "packlight 2 bits",
+    "packlight 2, compile": "packlight 2 bits, compile",
+    "packlight 2, checkpoint 2 of 3, compile": "packlight 2 bits, checkpoint 2 of 3, compile",
+    "packlight checkpoint, compile": "packlight checkpoint every block, compile",
+}
+SHOWN_OF = {
+    "resnet50": {
+        **{choice: name for choice, name in SHOWN.items() if not choice.startswith("packlight")},
+        "packlight default": "packlight default",
+        "packlight default, compile": "packlight default, compile",
+        "packlight checkpoint, compile": SHOWN["packlight checkpoint, compile"],
+    }
+}
+
+
+def steps(found: Rows) -> str:
+    """Of each choice the last row of its GPU alone, and the shortest step that Python launched."""
+    body = []
+    for name, model in step.MODELS.items():
+        own = [
+            row
+            for row in found
+            if row["device"] == DEVICE and row["model"] == name and "kept_bytes" in row
+        ]
+        for choice, title in SHOWN_OF.get(name, SHOWN).items():
+            cells = step_cells(choice, own)
+            if cells:
+                body.append([f"**{model.title}**: {title}" if choice == "eager" else title, *cells])
+    last = [row for row in found if row["device"] == DEVICE][-1]
+    head = [
+        f"{DEVICE}, torch {last['torch'].partition('+')[0]}",
+        *("kept", "as a graph", "launched", "largest batch in 24 GiB", "gradient error, median"),
+    ]
+    return markdown(head, body)
+
+
+def step_cells(choice: str, own: Rows) -> list[str]:
+    """The columns of a choice of one model, none where it was not measured."""
+    of_choice = [row for row in own if row["choice"] == choice and "graph_ms" in row]
+    if not of_choice:
+        return []
+    in_turns = [row for row in of_choice if "graph_compile_ms" in row]
+    row = in_turns[-1] if in_turns else of_choice[-1]
+    eager = step.baseline(row, own) or row
+    launched, eager_launched = (
+        min(other["step_ms"] for other in own if other["choice"] == name)
+        for name in (choice, "eager")
+    )
+    batches = [other["largest_batch"] for other in of_choice if "largest_batch" in other]
+    kept, graph, by_python, error = (
+        f"{row['kept_bytes'] / 2**30:.2f} GiB",
+        f"{row['graph_ms']:.1f} ms",
+        f"{launched:.1f} ms",
+        "-",
+    )
+    if choice != "eager":
+        kept += f" ({less(row['kept_bytes'], eager['kept_bytes'])})"
+        speed = f"{step.speed(row, eager, 'graph_ms'):.2f}x"
+        if choice.startswith("packlight") and "compile" in choice and in_turns:
+            speed += f"; {row['graph_compile_ms'] / row['graph_ms']:.2f}x of compile"
+        graph += f" ({speed})"
+        by_python += f" ({eager_launched / launched:.2f}x)"
+        # Where rounding alone takes eager that far, the figure says nothing of the choice.
+        rounding = row.get("rounding_median", 0) > step.ROUNDING
+        error = "(rounding)" if rounding else f"{row['error_median']:.3f}"
+    return [kept, graph, by_python, str(batches[-1]) if batches else "", error]
+
+
+# ---- training -------------------------------------------------------------------------------
+
+METHODS = {
+    "few-bit 3": "few-bit, 3 bits",
+    "default": "default (4 bits)",
+    "sketch 0.2": "sketch, a fifth of the tokens",
+    **{f"group{bits}": f"GroupQuant, {bits} bits" for bits in (8, 4, 2)},
+    **{f"fixed{bits}": f"fixed point, {bits} bits" for bits in (8, 4)},
+}
+
+
+def training(found: Rows) -> str:
+    """The runs of one network: what each method ends at, beside exact runs of the same seeds."""
+    found = train_suite.main_experiment(found)
+    of_method: dict[str, list[dict[str, Any]]] = {}
+    for row in found:
+        of_method.setdefault(row["method"], []).append(row)
+    kept = {
+        method: statistics.median(row["kept_bytes"] for row in runs)
+        for method, runs in of_method.items()
+    }
+    classifies = "accuracy" in found[0]
+    body = []
+    for method in sorted(kept, key=lambda method: (method != "exact", -kept[method])):
+        size, difference = f"{kept[method] / 2**20:.0f} MiB", ""
+        ended = train_suite.outcome(method, found)
+        if method != "exact":
+            size += f" ({less(kept[method], kept['exact'])})"
+            difference = "0" if ended.p is None else f"{ended.difference:+.4f}, {ended.p_text}"
+        values = [value for _, value in sorted(ended.values.items())]
+        spread = f"{statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f}"
+        by_seed = ", ".join(f"{value:.4f}" for value in values)
+        cells = [METHODS.get(method, method), size, by_seed, spread, difference]
+        if classifies:
+            cells.append(f"{statistics.fmean(row['loss'][-1] for row in of_method[method]):.4f}")
+        body.append(cells)
+    head = ["", "kept, a batch", "by seed", "mean", "to exact, paired"]
+    return markdown(head + ["training loss"] * classifies, body)
+
+
+# ---- the document ---------------------------------------------------------------------------
+
+
+def _cifar(network: str) -> Callable[[], str]:
+    def table() -> str:
+        found = rows.read(rows.RESULTS / "cifar.jsonl")
+        return training([row for row in found if row.get("model") == network])
+
+    return table
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "steps": lambda: steps(rows.read(rows.RESULTS / step.OUT)),
+    "resnet18": _cifar("resnet18"),
+    "vit": _cifar("vit"),
+    "gpt": lambda: training(rows.read(rows.RESULTS / "gpt.jsonl")),
+}
+
+
+def filled(text: str) -> str:
+    """The document with its tables made anew. Raises KeyError where a mark names none."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("path", nargs="?", type=pathlib.Path, default=DOCS, help="the document")
+    path = parser.parse_args(words).path
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
