@@ -643,6 +643,37 @@ def test_packed_inputs_of_checkpoints_use_up_no_random_numbers(reentrant):
     assert torch.equal(x.grad == 0, y == 0)
 
 
+def _in_a_list(run, x):
+    return checkpoint(lambda parts: run(parts[0]), [x], use_reentrant=False)
+
+
+def _by_keyword(run, x):
+    return checkpoint(lambda *, x: run(x), x=x, use_reentrant=False)
+
+
+def _within_a_device(run, x):
+    with torch.device("cpu"):
+        return checkpoint(run, x, use_reentrant=False)
+
+
+def _within_hooks(run, x):
+    with saving(NEAREST):
+        return checkpoint(run, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+@pytest.mark.parametrize("use", [_in_a_list, _by_keyword, _within_a_device, _within_hooks])
+def test_what_is_packed_as_a_checkpoint_begins_uses_up_no_random_numbers(use, leaf):
+    """However its input comes, and whatever lies between it and the context."""
+    x = torch.rand(64, 128, requires_grad=True)
+    h = torch.rand(64, 128, requires_grad=True)
+    with saving(EIGHT):
+        a = Custom.apply(x + 0.1)
+        y = use(nn.Dropout(0.5), h if leaf else h * 1)
+    (a.sum() + y.sum()).backward()
+    assert torch.equal(h.grad == 0, y == 0)
+
+
 def test_saving_inside_a_checkpoint():
     layer = nn.Linear(128, 128)
     x = torch.randn(64, 128, requires_grad=True)

@@ -381,10 +381,7 @@ class _Saver:
         if name == "__get__":  # an attribute; another hook may read one between two of our own
             return func(*args, **kwargs)
         if self.pending:
-            # A checkpoint may have begun since: its own code calls (torch 2.11), or what it runs
-            # without gradients.
-            begun = sys._getframe(2).f_globals.get("__name__") == _CHECKPOINTS
-            self.settle(draws=torch.is_grad_enabled() and not begun)
+            self.settle(draws=not _in_checkpoint(sys._getframe(1)))  # one may have begun since
         if func in _BACKWARD or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
         before = self.running
@@ -584,6 +581,15 @@ def _python_caller(frame: types.FrameType | None) -> _PythonCaller:
     if function.__module__ == _CHECKPOINTS:
         return _PythonCaller(_CHECKPOINT)
     return _PythonCaller(f"{function.__name__}Backward", function, frame.f_locals["args"])
+
+
+def _in_checkpoint(frame: types.FrameType | None) -> bool:
+    """Whether a checkpoint's first or second pass runs, which must draw alike."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _CHECKPOINTS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 # ---- which tensors -------------------------------------------------------------------------------
