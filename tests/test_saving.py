@@ -661,8 +661,29 @@ def _within_hooks(run, x):
         return checkpoint(run, x, use_reentrant=False)
 
 
+class _OfAnotherPackage(torch.autograd.Function):
+    """A checkpoint that torch's module has no part in."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.state, ctx.run = torch.get_rng_state(), run
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        torch.set_rng_state(ctx.state)
+        with torch.enable_grad():
+            y = ctx.run(x)
+        return None, torch.autograd.grad(y, x, dy)[0]
+
+
 @pytest.mark.parametrize("leaf", [False, True])
-@pytest.mark.parametrize("use", [_in_a_list, _by_keyword, _within_a_device, _within_hooks])
+@pytest.mark.parametrize(
+    "use", [_in_a_list, _by_keyword, _within_a_device, _within_hooks, _OfAnotherPackage.apply]
+)
 def test_what_is_packed_as_a_checkpoint_begins_uses_up_no_random_numbers(use, leaf):
     """However its input comes, and whatever lies between it and the context."""
     x = torch.rand(64, 128, requires_grad=True)

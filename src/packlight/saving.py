@@ -115,8 +115,8 @@ def saving(
       infinities, frozen weights under autocast, statistics of norms and attention (and the floating
       mask that dropout makes on the CPU). Somebody holds most of these anyway. A Python
       `autograd.Function` makes what it keeps without history, so there only tensors of at most
-      1/16 of the elements of its largest, codes of packlight layers included, are taken for
-      statistics, and kept exactly;
+      1/16 of the elements of its largest, bytes included (codes of packlight layers), are taken
+      for statistics, and kept exactly;
     - float64, complex, integer, sparse and nested tensors, tensor subclasses;
     - all that a packlight layer keeps: packed already, or exact for a reason;
     - softmax, logsumexp and losses, inputs of checkpoints, and tensors below `min_bytes`.
@@ -381,7 +381,9 @@ class _Saver:
         if name == "__get__":  # an attribute; another hook may read one between two of our own
             return func(*args, **kwargs)
         if self.pending:
-            self.settle(draws=not _in_checkpoint(sys._getframe(1)))  # one may have begun since
+            # A checkpoint may have begun since; those of other packages run without gradients.
+            begun = not torch.is_grad_enabled() or _in_checkpoint(sys._getframe(1))
+            self.settle(draws=not begun)
         if func in _BACKWARD or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
         before = self.running
@@ -584,7 +586,7 @@ def _python_caller(frame: types.FrameType | None) -> _PythonCaller:
 
 
 def _in_checkpoint(frame: types.FrameType | None) -> bool:
-    """Whether a checkpoint's first or second pass runs, which must draw alike."""
+    """Whether a pass of one of torch's checkpoints runs, both of which must draw alike."""
     while frame is not None:
         if frame.f_globals.get("__name__") == _CHECKPOINTS:
             return True
