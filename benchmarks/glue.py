@@ -173,6 +173,7 @@ def methods_of(name: str) -> Methods | None:
         return DEFAULT_METHODS
     combined = name.startswith("gelu3 + ")
     kind, share = name.removeprefix("gelu3 + ").split()
+    # The kind is a word of the name; Sketch raises where it is none of its own.
     methods: dict[Any, Any] = {_is_in_encoder: Sketch(float(share), kind)}  # type: ignore[arg-type]
     return {**methods, nn.GELU: FewBit(bits=3)} if combined else methods
 

@@ -143,7 +143,10 @@ def training(found: Rows) -> str:
         ended = train_suite.outcome(method, found)
         if method != "exact":
             size += f" ({less(kept[method], kept['exact'])})"
-            difference = "0" if ended.p is None else f"{ended.difference:+.4f}, {ended.p_text}"
+        if ended.difference is not None:
+            difference = f"{ended.difference:+.4f}" if ended.difference else "0"
+        if ended.p is not None:
+            difference += f", {train_suite.p_text(ended.p)}"
         values = [value for _, value in sorted(ended.values.items())]
         spread = f"{statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f}"
         by_seed = ", ".join(f"{value:.4f}" for value in values)

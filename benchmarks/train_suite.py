@@ -31,13 +31,7 @@ class Outcome(NamedTuple):
 
     values: dict[int, float]
     difference: float | None  # the mean over seeds, None where fewer than two have both
-    p: float | None  # of a paired t-test, None where no seed makes a difference
-
-    @property
-    def p_text(self) -> str:
-        if self.p is None:
-            return ""
-        return "p < 0.01" if self.p < 0.01 else f"p = {self.p:.2f}"
+    p: float | None  # of a paired t-test, None where all seeds differ by the same
 
 
 def outcome(method: str, found: Sequence[dict[str, Any]]) -> Outcome:
@@ -56,6 +50,10 @@ def outcome(method: str, found: Sequence[dict[str, Any]]) -> Outcome:
     return Outcome(ours, statistics.fmean(differences), p)
 
 
+def p_text(p: float) -> str:
+    return "p < 0.01" if p < 0.01 else f"p = {p:.2f}"
+
+
 def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
     """A row in words, with what all seeds of its method say beside the exact runs."""
     what = row.get("task") or row.get("model") or row["case"]
@@ -72,8 +70,12 @@ def line(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
     if ended.difference is not None:
         text += f", to exact {ended.difference:+.4f}"
     if ended.p is not None:
-        text += f" (paired t-test, {ended.p_text})"
+        text += f" (paired t-test, {p_text(ended.p)})"
     return text
+
+
+# By which runs of one network are different experiments.
+SETTINGS = ("epochs", "steps", "batch", "lr", "width", "limit")
 
 
 def is_alike(other: dict[str, Any], row: dict[str, Any]) -> bool:
@@ -81,20 +83,16 @@ def is_alike(other: dict[str, Any], row: dict[str, Any]) -> bool:
 
     What a run ends at is no matter of the GPU it ran on; its times are.
     """
-    names = ("case", "task", "model", "epochs", "steps", "batch", "lr", "limit")
+    names = ("case", "task", "model", *SETTINGS)
     same = all(other.get(name) == row.get(name) for name in names)
     return same and "seed" in other and "failed" not in other
 
 
-# By which runs of one network are different experiments.
-SETTINGS = ("epochs", "steps", "batch", "lr", "width", "limit", "device")
-
-
 def main_experiment(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the experiment that has most of them."""
+    """Of one network the rows of the experiment, on one device, that has most of them."""
 
     def settings(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(name) for name in SETTINGS)
+        return tuple(row.get(name) for name in (*SETTINGS, "device"))
 
     [(chosen, _)] = Counter(map(settings, found)).most_common(1)
     return [row for row in found if settings(row) == chosen]
