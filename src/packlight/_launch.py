@@ -7,7 +7,7 @@ addresses in place of tensors, of which the launcher would ask the address again
 whether it is one.
 
 `prepare` goes further: a launcher keeps what it makes of shapes and settings, under
-`functools.lru_cache`, and hands over nothing but tensors.
+`functools.lru_cache`, and hands over nothing but tensors and a seed.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class quick:
         return call
 
     def prepare(self, grid: tuple[int, ...], *numbers: Any, **constants: Any) -> "Launch":
-        """What is called with the tensors of a launch, which come before its numbers."""
+        """What is called with the tensors and seed of a launch, which come before its numbers."""
         return Launch(self, grid, numbers, constants)
 
     def launch(
@@ -61,7 +61,10 @@ class quick:
 
 
 class Launch:
-    """A kernel with its grid, numbers and constants. Called with the tensors."""
+    """A kernel with its grid, numbers and constants. Called with the tensors and a seed.
+
+    A seed may be a number, of which the kernel says `do_not_specialize`.
+    """
 
     def __init__(
         self,
@@ -76,23 +79,27 @@ class Launch:
         self.constants = constants
         self.found: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
-    def __call__(self, *tensors: Tensor) -> None:
-        addresses: list[Any] = [tensor.data_ptr() for tensor in tensors]
-        key = (
-            *[tensor.dtype for tensor in tensors],
-            *[tensor.get_device() for tensor in tensors],
-            *[address & 15 == 0 for address in addresses],
-        )
-        found = self.found.get(key)
+    def __call__(self, *arguments: Any) -> None:
+        plain: list[Any] = []
+        key: list[Any] = []
+        for argument in arguments:
+            if type(argument) is int:
+                plain.append(argument)
+                key.append(-(2**31) <= argument < 2**31)
+            else:
+                address = argument.data_ptr()
+                plain.append(address)
+                key += (argument.dtype, argument.get_device(), address & 15 == 0)
+        found = self.found.get(tuple(key))
         if found is not None:
             compiled, rest = found
-            _run(compiled, self.grid, tensors[0].get_device(), addresses + rest)
+            _run(compiled, self.grid, arguments[0].get_device(), plain + rest)
             return
-        launched = self.kernel.launch(self.grid, (*tensors, *self.numbers), self.constants)
+        launched = self.kernel.launch(self.grid, (*arguments, *self.numbers), self.constants)
         if launched is not None:
             compiled, names = launched
             rest = [*self.numbers, *(self.constants[name] for name in names)]
-            self.found[key] = compiled, rest
+            self.found[tuple(key)] = compiled, rest
 
 
 def _run(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]) -> None:

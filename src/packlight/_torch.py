@@ -87,7 +87,6 @@ TRACER = Capability(
     "torch._dynamo.comptime:comptime",
     "torch._dynamo.comptime:ComptimeContext"
     "._i_will_not_complain_if_bc_breaks_InstructionTranslator",
-    "torch._dynamo.variables:ConstantVariable",
     "torch._dynamo.variables.base:VariableTracker",
 )
 MODES = Capability(
@@ -161,24 +160,25 @@ def has_storage(tensor: Tensor, reference: Any) -> bool:
 
     A weak reference keeps the storage's address from being used again.
     """
-    address: int = tensor.untyped_storage()._cdata
-    return address == reference.cdata
+    return bool(tensor.untyped_storage()._cdata == reference.cdata)
 
 
 # ---- function modes ------------------------------------------------------------------------------
 
 
-def without_mode(kind: type[TorchFunctionMode], function: Callable[..., Any], *args: Any) -> Any:
+def without_mode(
+    kind: type[TorchFunctionMode], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """Calls the function with the innermost function mode off, if it is of this very kind."""
     # Traced, a look costs nothing; and no other mode may be taken off the stack.
     if torch.compiler.is_compiling() or MODES.values is None:
-        return function(*args)
+        return function(*args, **kwargs)
     current, pop, push = MODES.values
     if type(current()) is not kind:
-        return function(*args)
+        return function(*args, **kwargs)
     mode = pop()
     try:
-        return function(*args)
+        return function(*args, **kwargs)
     finally:
         push(mode)
 
@@ -199,6 +199,16 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, nn.Parameter) and (
         FAKES.values is not None and isinstance(tensor, FAKES.values[0])
     )
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def attention_backend(*arguments: Any, **options: Any) -> int:
+    """Which of torch's attention kernels torch would take; its composition where it cannot say."""
+    if FUSED_ATTENTION.values is None:
+        return int(torch.nn.attention.SDPBackend.MATH.value)
+    return int(FUSED_ATTENTION.values[0](*arguments, **options))
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------
@@ -255,7 +265,7 @@ def can_ask() -> bool:
 def _answer(context: Any) -> None:
     """Puts the answer into the local `answer` of `ask`."""
     assert TRACER.values is not None
-    *_, constant, variable = TRACER.values
+    variable = TRACER.values[-1]
     tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     local = tracer.symbolic_locals
     name = local["question"].as_python_constant()
@@ -269,7 +279,7 @@ def _answer(context: Any) -> None:
             stacklevel=2,
         )
         return
-    local["answer"] = found if isinstance(found, variable) else constant.create(found)
+    local["answer"] = found if isinstance(found, variable) else variable.build(tracer, found)
 
 
 def is_traced_or_between() -> bool:

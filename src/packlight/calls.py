@@ -20,15 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from packlight import _tracer
+from packlight import _torch, _tracer
 from packlight.method import Calls, Method, Swap
 
 _ATTRIBUTE = "_packlight_calls"
@@ -84,10 +78,7 @@ def _is_taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _called_by_a_layer() -> bool:
     if torch.compiler.is_compiling():
-        from torch._dynamo.comptime import comptime  # an import of a second, so only here
-
-        comptime(_ask_tracer)
-        by_a_layer: bool = _tracer.fact("by a layer")
+        by_a_layer: bool = _torch.ask("is_called_by_a_layer", True)
         return by_a_layer
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
@@ -98,14 +89,16 @@ def _called_by_a_layer() -> bool:
     return False
 
 
-def _ask_tracer(context: Any) -> None:
-    translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+@_torch.question
+def is_called_by_a_layer(tracer: Any) -> bool:
+    translator = tracer
     names = []
     while translator is not None:
         names.append(translator.f_globals.get("__name__", ""))
         translator = getattr(translator, "parent", None)
-    callers = [name for name in names if name not in (__name__, *_BETWEEN)]
-    _tracer.told["by a layer"] = bool(callers) and callers[0].startswith(_LAYERS)
+    between = (__name__, _torch.__name__, *_BETWEEN)
+    callers = [name for name in names if name not in between]
+    return bool(callers) and callers[0].startswith(_LAYERS)
 
 
 # ---- layers of ours ------------------------------------------------------------------------------
@@ -124,23 +117,11 @@ def _alone(forward: Callable[..., Any]) -> Callable[..., Any]:
         # A module inside may be the user's, and is covered like any.
         if self._modules:
             return forward(self, *args, **kwargs)
-        return _without_mode(forward, self, *args, **kwargs)
+        return _torch.without_mode(_Covering, forward, self, *args, **kwargs)
 
     _give_own_code(alone, f"alone_{forward.__qualname__}")
     setattr(alone, _ALONE, True)
     return alone
-
-
-def _without_mode(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls it with the mode off."""
-    # Traced, a look costs nothing; and no other mode may be taken off the stack.
-    if torch.compiler.is_compiling() or type(_get_current_function_mode()) is not _Covering:
-        return function(*args, **kwargs)
-    mode = _pop_mode()
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _push_mode(mode)
 
 
 def _give_own_code(function: Any, name: str) -> None:
@@ -222,11 +203,11 @@ def _run_compiled(module: Any, compiled: Callable[..., Any], *args: Any, **kwarg
     Not where the mode around it covers what the module's own would not.
     """
     if not torch.compiler.is_compiling():
-        mode = _get_current_function_mode()
+        mode = _torch.current_mode()
         alike = type(mode) is _Covering and vars(module).get(_ATTRIBUTE) == mode.calls
         hooks = module._forward_hooks, module._forward_pre_hooks, *_GLOBAL_HOOKS
         if alike and module.training and not any(hooks):
-            return _without_mode(compiled, *args, **kwargs)
+            return _torch.without_mode(_Covering, compiled, *args, **kwargs)
     return compiled(*args, **kwargs)
 
 

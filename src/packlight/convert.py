@@ -23,6 +23,7 @@ import packlight.groupquant.rules
 import packlight.inverted.rules
 import packlight.sketch.rules  # noqa: F401
 from packlight import _swap, integrations
+from packlight._seeds import start_rounding
 from packlight.calls import swap_for_calls
 from packlight.conversion import Conversion, Replaced, Skipped, without_numbers
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
@@ -112,10 +113,12 @@ def convert(
     if strict:
         plan.check(layers)
     plan.check_not_empty(layers)
-    for layer, swap, method in plan.changes:
-        _swap.convert(layer.module, swap, method)
-    for layer, swap in plan.covered:
-        _swap.convert(layer.module, swap, *plan.all_methods)
+    changed = [_swap.convert(layer.module, swap, method) for layer, swap, method in plan.changes]
+    changed += [
+        _swap.convert(layer.module, swap, *plan.all_methods) for layer, swap in plan.covered
+    ]
+    if any(changed):
+        start_rounding()
     return plan.conversion(model)
 
 

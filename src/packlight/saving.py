@@ -39,6 +39,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from packlight import _tracer, sharing
+from packlight._seeds import follow_generator, operands
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
@@ -153,6 +154,7 @@ def saving(
     _check(method, min_bytes, skip, overrides)
     rules = _rules(method, overrides or {})
     saver = _Saver(min_bytes, skip, rules)
+    follow_generator()
     with saved_tensors_hooks(_untraced(saver.pack), _untraced(_unpack)), _Calls(saver):
         try:
             yield
@@ -563,7 +565,7 @@ class _PythonCaller(NamedTuple):
         return self.function is not None and self.function.__module__.startswith("packlight.")
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 _CHECKPOINTS = torch.utils.checkpoint.__name__
 
 # Modules whose frames stand between the hook and the operation: a profile calls the hook around it.
@@ -698,16 +700,15 @@ def _keep_pack(entry: _Pending, method: GroupQuant, same_strides: bool) -> None:
     if tensor.numel() < method.group_size:
         return
     stride = dense_stride(tensor)
-    pack = None if any(repeats) else sharing.pack_of(owner)
-    # A pack without bits of its own is a layer's, which knows what it needs.
-    if pack is None or getattr(pack.rebuild, "bits", method.bits) < method.bits:
+    pack = None if any(repeats) else sharing.pack_of(owner, method.grade)
+    if pack is None:
         codes, scales = ops.quantize(
-            tensor, stride, method.bits, method.group_size, draw(tensor, method)
+            tensor, stride, method.bits, method.group_size, *operands(draw(tensor, method))
         )
         stands_for = tensor if any(repeats) else owner
         layout = (tuple(stands_for.shape), dense_stride(stands_for), tensor.numel())
         rebuild = Rebuild(*layout, method.bits, method.group_size)
-        pack = Pack(rebuild, layout[0], (codes, scales))
+        pack = Pack(rebuild, layout[0], (codes, scales), method.grade)
         if stands_for is owner:
             # Not `note_input`: the holders keep the very tensors of the pack, hooks or no hooks.
             sharing.note_kept(owner, pack)

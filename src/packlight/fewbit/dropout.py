@@ -16,7 +16,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._philox import pass_seed
+from packlight._seeds import Seed, mask_seed, operands
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.packing.layout import compute_dtype, dense_stride
@@ -27,13 +27,13 @@ class _Dropout(torch.autograd.Function):
     """y and its mask, which it keeps; y alone in place of x, which may be a view."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float, inplace: bool) -> Any:
+    def forward(ctx: Any, x: Tensor, seed: Seed, p: float, inplace: bool) -> Any:
         ctx.stride = dense_stride(x)
         if inplace:
-            y, codes = x, ops.dropout_(x, seed, p, True)
+            y, codes = x, ops.dropout_(x, *operands(seed), p, True)
             ctx.mark_dirty(x)
         else:
-            y, codes = ops.dropout(x, seed, p, True)
+            y, codes = ops.dropout(x, *operands(seed), p, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(codes)
         ctx.p = p
@@ -127,7 +127,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         raise InputError(f"p={p!r} is not a probability from 0 to 1")
     if not training or p in (0.0, 1.0):
         return F.dropout(input, p, training, inplace)  # keeps nothing of the input's size
-    seed = pass_seed(input)
+    seed = mask_seed(input)
     # Without a gradient too: a checkpoint runs its first pass so, and must see the same mask.
     traced = torch.compiler.is_compiling() and not inplace and input.is_contiguous()
     if traced:
@@ -148,13 +148,13 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         if kept is not None:
             shape = tuple(dropped.shape)
             rebuild = _DroppedRebuild(kept.rebuild, shape, dense_stride(dropped), p)
-            # Weakly: the packs are those of layers before, of a whole stage for a residual sum.
-            sharing.note_input(dropped, Pack(rebuild, shape, (codes, *kept.tensors)))
+            pack = Pack(rebuild, shape, (codes, *kept.tensors), kept.grade)
+            sharing.note_output(dropped, pack)
         return dropped
     if inplace:
-        ops.dropout_(input, seed, p, False)
+        ops.dropout_(input, *operands(seed), p, False)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(input)  # as any in-place operation of torch
         return input
-    y: Tensor = ops.dropout(input, seed, p, False)[0]
+    y: Tensor = ops.dropout(input, *operands(seed), p, False)[0]
     return y

@@ -39,7 +39,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._library import constant_while_traced
+from packlight._torch import constant_while_traced
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.fewbit.activations import (

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 from packlight.errors import InputError
 from packlight.method import Method
+from packlight.sharing import Grade
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -52,6 +53,11 @@ class GroupQuant(Method):
             )
         if self.rounding not in ROUNDINGS:
             raise InputError(f'rounding={self.rounding!r} is neither "stochastic" nor "nearest"')
+
+    @property
+    def grade(self) -> Grade:
+        """How near to a tensor its packs are."""
+        return Grade(self.bits, self.group_size, self.rounding == "stochastic")
 
 
 def row_group_size(width: int, group_size: int) -> int | None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from packlight._library import constant_while_traced
+from packlight._torch import constant_while_traced
 from packlight.errors import InputError
 from packlight.inverted import norms
 from packlight.inverted.norm_ill_posed import WELL_POSED, Verdict, judge, worst_error

@@ -30,8 +30,7 @@ def add(input: Tensor, *others: Any, **options: Any) -> Tensor:
     kept = _kept_of_sum(input, *others) if len(others) == 1 and not options else None
     y = torch.add(input, *others, **options)
     if kept is not None:
-        # Weakly: what is kept is kept by the layers behind the terms, as long as the graph is.
-        sharing.note_input(y, kept)
+        sharing.note_output(y, kept)
     return y
 
 
@@ -41,7 +40,7 @@ def add_(input: Tensor, *others: Any, **options: Any) -> Tensor:
     kept = _kept_of_sum(input, *others) if len(others) == 1 and not options else None
     y = input.add_(*others, **options)
     if kept is not None:
-        sharing.note_input(y, kept)
+        sharing.note_output(y, kept)
     return y
 
 
@@ -74,14 +73,16 @@ def _linked(one: Pack, two: Pack, stride: tuple[int, ...]) -> Pack | None:
     if not isinstance(norm, Rebuild) or norm.relu or norm.stride != stride:
         return None
     tensors = (*two.tensors, *one.tensors)
+    grade = one.grade.and_of(two.grade)
     layout = (norm.shape, stride, norm.bits)
     if isinstance(other, ResidualRebuild) and (other.shape, other.stride, other.bits) == layout:
         if len(other.masked) >= MAX_LINKS:
             return None
-        return Pack(other.with_link(), norm.shape, tensors)
+        return Pack(other.with_link(), norm.shape, tensors, grade)
     if isinstance(other, Rebuild) and not other.relu and other == norm:
-        return Pack(ResidualRebuild(*layout, (False, False)), norm.shape, tensors)
+        return Pack(ResidualRebuild(*layout, (False, False)), norm.shape, tensors, grade)
     count = len(two.tensors)
     if count > _MAX_TENSORS:
         return None
-    return Pack(ResidualRebuild(*layout, (False,), other, count), norm.shape, tensors)
+    rebuild = ResidualRebuild(*layout, (False,), other, count)
+    return Pack(rebuild, norm.shape, tensors, grade)
