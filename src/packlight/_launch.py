@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from triton import knobs
-from triton.runtime.driver import driver
+
+from packlight import _torch
 
 # Launches that one launcher keeps: one for each shape and setting.
 LAUNCHES = 1024
@@ -103,20 +103,28 @@ class Launch:
 
 
 def _run(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]) -> None:
-    """What `compiled[grid](*arguments)` does in Triton 3.4 to 3.7, where no profiler listens.
+    """What `compiled[grid](*arguments)` does in the tested Tritons, where no profiler listens.
 
     `device` is that of the tensors, which is the current one: see `define_op`.
     """
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        compiled[grid](*arguments)  # an empty chain is called all the same
+    if not _torch.launches_directly() or _is_watched():
+        compiled[grid](*arguments)
         return
     function, metadata = compiled.function, compiled.packed_metadata
     compiled.run(*grid, _stream(device), function, metadata, None, None, None, *arguments)
 
 
+def _is_watched() -> bool:
+    """Whether a profiler has hooks on launches; an empty chain of them is called all the same."""
+    assert _torch.TRITON.values is not None
+    runtime = _torch.TRITON.values[0]
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 def _stream(device: int) -> Any:
-    return driver.active.get_current_stream(device)
+    assert _torch.TRITON.values is not None
+    return _torch.TRITON.values[1].active.get_current_stream(device)
 
 
 def _specialise(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:

@@ -6,6 +6,7 @@ or a clear refusal, and never a wrong gradient or a failed import. `packlight.en
 answers. Nothing here imports the tracer of torch.compile, which takes a second, before it is used.
 """
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -119,6 +120,13 @@ FAKES = Capability(
     "torch._subclasses.fake_tensor:unset_fake_temporarily",
 )
 
+TRITON = Capability(
+    "launches compiled Triton kernels directly",
+    "Triton launches them itself, which takes the CPU longer",
+    "triton:knobs.runtime",
+    "triton.runtime.driver:driver",
+)
+
 CAPABILITIES = (
     HOOKS,
     STORAGES,
@@ -128,6 +136,7 @@ CAPABILITIES = (
     CURRENT_DEVICE,
     FUSED_ATTENTION,
     FAKES,
+    TRITON,
 )
 
 
@@ -199,6 +208,61 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, nn.Parameter) and (
         FAKES.values is not None and isinstance(tensor, FAKES.values[0])
     )
+
+
+def with_values() -> contextlib.AbstractContextManager[Any]:
+    """A context in which tensors have values, also while a model without values is run."""
+    if FAKES.values is None:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = FAKES.values[2]()
+    return context
+
+
+# ---- layouts and norms ---------------------------------------------------------------------------
+
+_suggested_format = _look_up("torch._prims_common:suggest_memory_format")
+_batch_norm = _look_up("torch:_batch_norm_impl_index")
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format that torch reads off the strides; contiguous where it does not say."""
+    if _suggested_format is None:
+        return torch.contiguous_format
+    found: torch.memory_format = _suggested_format(x)
+    return found
+
+
+def batch_norm(*arguments: Any) -> tuple[Tensor, ...]:
+    """Output, mean and rstd, first of its results, by the kernel that `F.batch_norm` takes.
+
+    The last argument is whether cuDNN may be taken, which torch's public function does not do.
+    """
+    found: tuple[Tensor, ...]
+    if _batch_norm is None:
+        found = torch.native_batch_norm(*arguments[:-1])
+    else:
+        found = _batch_norm(*arguments)
+    return found
+
+
+# ---- Triton --------------------------------------------------------------------------------------
+
+
+def triton_version() -> str | None:
+    """The release of Triton, None where it is not installed."""
+    version: str | None = _look_up("triton:__version__")
+    return version
+
+
+@functools.cache
+def launches_directly() -> bool:
+    """Whether the launchers of this release of Triton take what `_launch.py` hands them."""
+    version = triton_version()
+    if version is None or not TRITON:
+        return False
+    warn_if_untested("Triton", version, TESTED_TRITON)
+    release = torch.torch_version.TorchVersion(".".join(version.split(".")[:2]))
+    return bool(TESTED_TRITON[0] <= release <= TESTED_TRITON[1])
 
 
 # ---- attention -----------------------------------------------------------------------------------

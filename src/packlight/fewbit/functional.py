@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 
+from packlight import _torch
 from packlight._checks import (
     autocast,
     check_inplace,
@@ -94,7 +94,7 @@ def _poison(name: str, parameters: tuple[float, ...]) -> int:
     row = CONTINUOUS[name]
     if parameters == tuple(row.parameters.values()):
         return row.poison
-    with unset_fake_temporarily():
+    with _torch.with_values():
         return NAN | nonfinite_derivative(lambda x: row.function(x, *parameters))
 
 
