@@ -97,6 +97,16 @@ MODES = Capability(
     "torch.overrides:_pop_mode",
     "torch.overrides:_push_mode",
 )
+MODE_STACK = Capability(
+    "lists function modes",
+    "a part in eval() or excluded keeps as the part of the model around it does",
+    "torch.overrides:_get_current_function_mode_stack",
+)
+TRANSFORMS = Capability(
+    "sees torch.func",
+    "converted models raise torch's error in torch.func's transforms",
+    "torch._C:_are_functorch_transforms_active",
+)
 NODES = Capability(
     "numbers graph nodes",
     "`saving` and `profile` refuse",
@@ -132,6 +142,8 @@ CAPABILITIES = (
     STORAGES,
     TRACER,
     MODES,
+    MODE_STACK,
+    TRANSFORMS,
     NODES,
     CURRENT_DEVICE,
     FUSED_ATTENTION,
@@ -198,6 +210,22 @@ def current_mode() -> TorchFunctionMode | None:
         return None
     mode: TorchFunctionMode | None = MODES.values[0]()
     return mode
+
+
+# Looked up here, since the tracer of torch.compile follows it under its own name only.
+_mode_stack: Callable[[], list[TorchFunctionMode]] = (
+    list if MODE_STACK.values is None else MODE_STACK.values[0]
+)
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The function modes that are on, the innermost last; none where torch does not say."""
+    return _mode_stack()
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is on; False where torch does not say."""
+    return TRANSFORMS.values is not None and bool(TRANSFORMS.values[0]())
 
 
 # ---- tensors without values ----------------------------------------------------------------------

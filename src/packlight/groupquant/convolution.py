@@ -20,6 +20,7 @@ from torch import Tensor
 from packlight import sharing
 from packlight._checks import check_tensor, is_frozen, needs_gradient, refuse_second_derivative
 from packlight._gradients import recast
+from packlight._overwrite import writable
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.packs import KEEPS, pack_input, worth_packing
@@ -85,7 +86,8 @@ class _Convolution(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor,
     ) -> Tensor:
-        y = geometry.forward(x, weight, bias)  # autocast casts in here, and keeps no copy
+        # Autocast casts in here, and keeps no copy.
+        y = writable(geometry.forward(x, weight, bias))
         ctx.save_for_backward(weight, *tensors)
         ctx.geometry, ctx.rebuild, ctx.shape = geometry, rebuild, x.shape
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)

@@ -33,6 +33,7 @@ from packlight._checks import (
     refuse_second_derivative,
 )
 from packlight._gradients import column_sums, product, recast
+from packlight._overwrite import writable
 from packlight._seeds import Seed, operands
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
@@ -66,7 +67,7 @@ class _Linear(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = writable(F.linear(x, weight, bias))
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
         ctx.rebuild = rebuild
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype

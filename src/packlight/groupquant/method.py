@@ -44,9 +44,9 @@ class GroupQuant(Method):
     rounding: Rounding = "stochastic"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or isinstance(self.bits, bool):
+        if type(self.bits) is not int or self.bits not in BITS:
             raise InputError(f"bits={self.bits!r} is not 2, 4 or 8; 4 is a good start")
-        if self.group_size not in GROUP_SIZES:
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise InputError(
                 f"group_size={self.group_size!r} is not a power of two from 32 to 1024;"
                 " 128 is a good start"

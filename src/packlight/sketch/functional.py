@@ -29,6 +29,7 @@ from packlight._checks import (
     refuse_second_derivative,
 )
 from packlight._gradients import column_sums, recast
+from packlight._overwrite import writable
 from packlight.errors import InputError
 from packlight.packing.layout import compute_dtype
 from packlight.sketch.method import Kind, Sketch
@@ -60,7 +61,8 @@ class _Layer(torch.autograd.Function):
         weight_gradient: WeightGradient,
         kept: Tensor,
     ) -> Tensor:
-        y = _PLAIN[axes](x, weight, bias)  # autocast casts in here, and keeps no copy
+        # Autocast casts in here, and keeps no copy.
+        y = writable(_PLAIN[axes](x, weight, bias))
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, kept)
         ctx.axes, ctx.weight_gradient = axes, weight_gradient
         ctx.x_dtype, ctx.weight_dtype, ctx.shape = x.dtype, weight.dtype, weight.shape
