@@ -120,13 +120,15 @@ class _Facts(NamedTuple):
     cast: Tensor | None = None
     pack: Pack | _WeakPack | None = None
     sketch: Pack | _WeakPack | None = None
+    exact: Any = None  # weakly, what an operation holds that keeps the tensor itself
+    filled: bool = False  # with an infinity or a number as huge, in places
 
     def with_those_of(self, other: "_Facts", same_tensor: bool) -> "_Facts":
         """These facts, and what else is known."""
         cast = other.cast if self.cast is None and same_tensor else self.cast
         pack = other.pack if self.pack is None else self.pack
         sketch = other.sketch if self.sketch is None else self.sketch
-        return _Facts(cast, pack, sketch)
+        return _Facts(cast, pack, sketch, self.exact or other.exact, self.filled or other.filled)
 
 
 # How the tensor that carries a note and the one asked about are related: one object; laid out
@@ -182,6 +184,27 @@ def note_sketch(tensor: Tensor, sketch: Pack) -> None:
     _write(tensor, _Facts(sketch=sketch), holds=_takes_packs_away(tensor))
 
 
+def note_exact(tensor: Tensor, holder: object) -> None:
+    """Notes about a tensor that an operation keeps it exactly, for as long as the holder lives."""
+    _write(tensor, _Facts(exact=weakref.ref(holder)), holds=False)
+
+
+def is_kept_exactly(tensor: Tensor) -> bool:
+    """Whether an operation keeps this version of the tensor exactly."""
+    exact = _read(tensor)[1].exact
+    return exact is not None and exact() is not None
+
+
+def note_filled(tensor: Tensor) -> None:
+    """Notes about a tensor that places of it were filled with an infinity or a number as huge."""
+    _write(tensor, _Facts(filled=True), holds=False)
+
+
+def is_filled(tensor: Tensor) -> bool:
+    """Whether places of the tensor were filled so."""
+    return _read(tensor)[1].filled
+
+
 def pack_of(tensor: Tensor, asked: Grade | None = None) -> Pack | None:
     """What is kept of `tensor` already, None where nothing is that still holds and serves."""
     relation, facts = _read(tensor)
@@ -231,7 +254,7 @@ def _write(tensor: Tensor, facts: _Facts, holds: bool) -> None:
         _torch.ask("keep_note", None, tensor, facts)
         return
     if not holds:
-        facts = _Facts(facts.cast, _weakly(facts.pack), _weakly(facts.sketch))
+        facts = facts._replace(pack=_weakly(facts.pack), sketch=_weakly(facts.sketch))
     if relation in ("itself", "alike"):
         facts = facts.with_those_of(known, relation == "itself")
     if _may_be_noted(tensor):

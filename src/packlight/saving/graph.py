@@ -1,0 +1,254 @@
+"""What torch tells of the autograd graph and of the code that runs.
+
+All private names of torch that `saving` reads are here. Where one is missing the answer is a safe
+"no": `saving` refuses in one sentence (`is_readable`), or keeps a tensor exactly.
+"""
+
+import contextlib
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_LEAF = "torch::autograd::AccumulateGrad"
+_autograd: Any = torch._C._autograd
+
+
+# ---- nodes ---------------------------------------------------------------------------------------
+
+
+def is_readable() -> bool:
+    """Whether torch numbers graph nodes and shows what they hold; else `saving` refuses."""
+    return hasattr(_autograd, "_get_sequence_nr") and hasattr(
+        getattr(_autograd, "SavedTensor", None), "data"
+    )
+
+
+def next_number() -> int:
+    """The number that the next graph node of this thread gets."""
+    number: int = _autograd._get_sequence_nr()
+    return number
+
+
+def behind(roots: Iterable[Tensor], start: int, visited: set[int]) -> list[Node]:
+    """The nodes behind the roots with numbers from `start` on, the oldest first.
+
+    Those in `visited` are left out, with what is behind them; the others are added to it.
+    """
+    found: dict[int, Node] = {}
+    pending = [tensor.grad_fn for tensor in roots]
+    while pending:
+        node = pending.pop()
+        if node is None or node.name() == _LEAF:
+            continue
+        number = node._sequence_nr()
+        if number < start or number in visited:
+            continue
+        visited.add(number)
+        found[number] = node
+        pending.extend(next_node for next_node, _ in node.next_functions)
+    return [node for _, node in sorted(found.items())]
+
+
+@functools.cache
+def _slot_names(kind: type[Node]) -> tuple[str, ...]:
+    prefix = "_raw_saved_"
+    return tuple(name.removeprefix(prefix) for name in dir(kind) if name.startswith(prefix))
+
+
+def slots(node: Node) -> Iterator[tuple[str, Any]]:
+    """The tensors that a node saved, as hooks packed them, by the names that torch has for them."""
+    for name in _slot_names(type(node)):
+        try:
+            saved = getattr(node, f"_raw_saved_{name}")
+        except RuntimeError:  # a backward pass has freed it
+            continue
+        for variable in saved if isinstance(saved, list | tuple) else (saved,):
+            if variable is not None and variable.data is not None:
+                yield name, variable.data
+
+
+def saves_tensor(node: Node | None, name: str) -> bool:
+    """Whether a node saves a tensor under this name, and not a number."""
+    return node is not None and name in _slot_names(type(node))
+
+
+def saved_number(node: Node | None, name: str) -> Any:
+    """A number that a node saved, such as `threshold`; None where there is none."""
+    return None if saves_tensor(node, name) else getattr(node, f"_saved_{name}", None)
+
+
+def saved_dims(node: Node) -> list[int]:
+    """The dimensions that a reduction saved: torch shows negative ones as unsigned numbers."""
+    dims = saved_number(node, "dim")
+    dims = dims if isinstance(dims, list | tuple) else [dims]
+    return [dim - 2**64 if dim >= 2**63 else dim for dim in dims if dim is not None]
+
+
+def function_of(node: Node) -> type | None:
+    """The `autograd.Function` of a node; None where torch does not say."""
+    function: type | None = getattr(type(node), "_forward_cls", None)
+    return function
+
+
+def hides_node(node: Node) -> bool:
+    """Whether the node of a write to a view in place is inside this one, where nothing shows it."""
+    return node.name().endswith("CopySlices")
+
+
+def is_python(node: Node) -> bool:
+    """Whether the node belongs to an `autograd.Function` that is written in Python."""
+    return isinstance(node, BackwardCFunction)
+
+
+def output_elements(node: Node) -> int:
+    """Elements of the largest output of a node's operation; 0 where torch does not say."""
+    outputs = getattr(node, "_input_metadata", ())  # the inputs of the backward pass
+    return max((torch.Size(output.shape).numel() for output in outputs), default=0)
+
+
+def leaves(node: Node) -> list[Tensor]:
+    """The leaves that require gradients among the inputs of a node's operation."""
+    inputs = (getattr(next_node, "variable", None) for next_node, _ in node.next_functions)
+    return [leaf for leaf in inputs if leaf is not None]
+
+
+@functools.cache
+def node_names() -> frozenset[str]:
+    """Names of all nodes of torch's own operations; empty where torch does not list them."""
+    return frozenset(dir(getattr(torch._C, "_functions", None))) - set(dir(None))
+
+
+# ---- hooks and modes -----------------------------------------------------------------------------
+
+
+def active_hook() -> Any:
+    """The pack hook that is active; None where there is none, or torch does not say."""
+    get = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if get is None else get(True)
+    return None if hooks is None else hooks[0]
+
+
+def unseen() -> contextlib.AbstractContextManager[Any]:
+    """Within this context no `TorchFunctionMode` sees a call.
+
+    Without it a saver ignores its own calls by a flag.
+    """
+    make: Any = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
+    context: contextlib.AbstractContextManager[Any] = make()
+    return context
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+def is_traced_or_between() -> bool:
+    """Whether a region is traced, or runs between two graphs where tracing gave up."""
+    if torch.compiler.is_compiling():
+        return True
+    if "torch._dynamo" not in sys.modules:
+        return False
+    frames = getattr(torch._C._dynamo, "eval_frame", None)
+    get = getattr(frames, "get_eval_frame_callback", None)
+    callback = None if get is None else get()
+    return callback is not None and callback is not False
+
+
+def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function, out of reach of `torch.compile`, which would else compile it where it runs."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and the import takes a second
+        return function
+    disabled: Callable[_P, _T] = torch.compiler.disable(function)
+    return disabled
+
+
+def run_as_written(code: types.CodeType) -> None:
+    """Has `torch.compile` leave the frames of the function alone, but not what it calls.
+
+    Where tracing gives up, frames that run in between are compiled one by one; without `skip_code`
+    that takes time, and changes nothing else.
+    """
+    if "torch._dynamo" in sys.modules:
+        skip_code = getattr(sys.modules.get("torch._dynamo.decorators"), "skip_code", None)
+        if skip_code is not None:
+            skip_code(code)
+
+
+# ---- who saves -----------------------------------------------------------------------------------
+
+_CHECKPOINTS = torch.utils.checkpoint.__name__
+
+# Modules whose frames stand between a pack hook and the code that saves: a profile calls the hook
+# around its own, and up to torch 2.13 `Function.apply` is written in Python.
+_BETWEEN = (
+    "packlight.profile",
+    "packlight.saving",
+    "torch._dynamo.eval_frame",
+    BackwardCFunction.__module__,
+)
+
+
+def _code_that_saves(frame: types.FrameType | None) -> types.FrameType | None:
+    while frame is not None and _module(frame).startswith(_BETWEEN):
+        frame = frame.f_back
+    return frame
+
+
+def _module(frame: types.FrameType) -> str:
+    name: str | None = frame.f_globals.get("__name__")
+    return name or ""
+
+
+def is_checkpoint(frame: types.FrameType | None) -> bool:
+    """Whether one of torch's checkpoints saves its inputs."""
+    caller = _code_that_saves(frame)
+    return caller is not None and _module(caller) == _CHECKPOINTS
+
+
+def compiled_arguments(frame: types.FrameType | None) -> tuple[Any, ...] | None:
+    """The arguments of the compiled region that saves; None where none does."""
+    caller = _code_that_saves(frame)
+    if caller is None or not _module(caller).startswith("torch._functorch."):
+        return None
+    arguments = caller.f_locals.get("args")
+    return tuple(arguments) if isinstance(arguments, list | tuple) else ()
+
+
+def is_in_function(frame: types.FrameType | None) -> bool:
+    """Whether the forward pass of an `autograd.Function` runs."""
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and _is_forward(frame.f_code):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_known_forwards: dict[types.CodeType, bool] = {}
+
+
+def _is_forward(code: types.CodeType) -> bool:
+    if code not in _known_forwards:
+        forwards = (getattr(function, "forward", None) for function in functions())
+        _known_forwards[code] = any(
+            getattr(forward, "__code__", None) is code for forward in forwards
+        )
+    return _known_forwards[code]
+
+
+def functions() -> Iterator[type]:
+    """All classes of `autograd.Function` that there are."""
+    pending: list[type] = [torch.autograd.Function]
+    while pending:
+        function = pending.pop()
+        yield function
+        pending.extend(function.__subclasses__())

@@ -1,0 +1,45 @@
+"""Packs of saved tensors, and notes on tensors of what is kept of them."""
+
+from torch import Tensor
+
+from packlight import sharing
+from packlight._seeds import operands
+from packlight.groupquant import ops
+from packlight.groupquant.method import GroupQuant
+from packlight.groupquant.packs import Rebuild, draw
+from packlight.packing.layout import dense_stride
+from packlight.saving.kept import Packed
+from packlight.saving.tensors import repeats
+from packlight.sharing import Pack
+
+
+def pack(
+    tensor: Tensor, method: GroupQuant, owner: Tensor | None, same_strides: bool = False
+) -> Packed | None:
+    """A pack of a tensor, shared with its owner where there is one; None for less than a group.
+
+    Compiled code relies on the strides of what comes back.
+    """
+    shape = tuple(tensor.shape)
+    # Repeated elements are packed once.
+    repeated = repeats(tensor)
+    if any(repeated):
+        narrow = [1 if once else size for once, size in zip(repeated, shape, strict=True)]
+        tensor, owner = tensor.as_strided(narrow, tensor.stride()), None
+    if tensor.numel() < method.group_size:
+        return None
+    stride = dense_stride(tensor)
+    found = None if owner is None else sharing.pack_of(owner, method.grade)
+    if found is None:
+        seed = operands(draw(tensor, method))
+        codes, scales = ops.quantize(tensor, stride, method.bits, method.group_size, *seed)
+        stands_for = tensor if owner is None else owner
+        layout = (tuple(stands_for.shape), dense_stride(stands_for), tensor.numel())
+        rebuild = Rebuild(*layout, method.bits, method.group_size)
+        found = Pack(rebuild, layout[0], (codes, scales), method.grade)
+        if owner is not None:
+            # Not `note_input`: the holders keep the very tensors of the pack, hooks or no hooks.
+            sharing.note_kept(owner, found)
+    versions = tuple(-1 if kept is None else kept._version for kept in found.tensors)
+    spread = tensor.stride() if same_strides and tensor.stride() != stride else None
+    return Packed(found, versions, shape, tuple(tensor.shape), stride, spread, tensor.dtype)

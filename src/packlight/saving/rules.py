@@ -1,0 +1,179 @@
+"""Which operation is packed by which method."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from packlight.errors import InputError
+from packlight.groupquant.method import GroupQuant
+from packlight.saving import graph
+from packlight.saving.lossless import operation_of
+
+CHECKPOINT = "checkpoint"  # what the inputs of checkpoints are called, in place of a node
+
+# A compiled region shows neither its operations nor what it makes of its weights.
+COMPILED = "CompiledFunctionBackward"
+
+# What stays exact: a softmax is small where it errs most, and a loss is where the gradient begins.
+# The functions are for losses that torch composes of elementary operations.
+_EXACT = (
+    "*Softmax*",
+    "softmax",
+    "*Logsumexp*",
+    "*Loss*",
+    "*CrossEntropy*",
+    "*_loss",
+    "*cross_entropy*",
+    "kl_div",
+    # A checkpoint's inputs: its recomputation must see what the forward pass saw.
+    CHECKPOINT,
+)
+
+# Operations whose derivative has no bound, near 0 or at the end of their domain: a step of the
+# quantiser there turns a large gradient into any other, or into NaN. They stay exact too.
+_UNBOUNDED = (
+    "Log", "Log2", "Log10", "Log1P", "Logit", "Xlogy", "Sqrt", "Rsqrt", "Reciprocal", "Hypot",
+    "Tan", "Atan2", "Acos", "Acosh", "Asin", "Atanh", "Erfinv", "Angle", "Polar", "Copysign",
+    "Remainder", "Fmod", "Prod", "Cumprod", "Norm", "Dist", "Cdist", "EuclideanDist", "Pdist",
+    "Renorm", "Std", "StdMean", "WeightNormInterface", "Digamma", "Lgamma", "Polygamma", "Mvlgamma",
+    "Igamma", "Igammac", "StandardGamma", "Special*", "Linalg*", "Cholesky*", "TriangularSolve",
+    "Ormqr", "LuUnpack",
+)  # fmt: skip
+
+# Operations that compare what they keep, or take exponentials of its differences.
+_COMPARING = (
+    "Aminmax", "Fmax", "Fmin", "IndexReduce", "ScatterReduce", "SegmentReduce", "Nextafter",
+    "Nansum", "Logaddexp*", "Logcumsumexp", "FakeQuantizeLearnable*", "Foreach*",
+)  # fmt: skip
+
+# Single tensors that stay exact: denominators, limits, positions to sample at, biases of scores,
+# which are masks with infinities.
+_EXACT_SLOTS = {
+    "Div": ("other",),
+    "Addcdiv": ("tensor2",),
+    "GridSampler2D": ("grid",),
+    "GridSampler2DCpuFallback": ("grid",),
+    "GridSampler3D": ("grid",),
+    "CudnnGridSampler": ("grid",),
+    "ScaledDotProductFlashAttentionForCpu": ("attn_mask",),
+    "ScaledDotProductEfficientAttention": ("attn_bias",),
+    "ScaledDotProductCudnnAttention": ("attn_bias",),
+    "ScaledDotProductFusedAttentionOverrideable": ("attn_bias",),
+    "EfficientAttention": ("bias",),
+}
+
+# Scores are exponentials of products of two packed tensors: 8 bits, whatever the method.
+_ATTENTION = (
+    "ScaledDotProduct*",
+    "scaled_dot_product_attention",  # its composition of matmuls, on the "math" backend
+    "*FlashAttention*",
+    "*EfficientAttention*",
+    "FlashAttn*",
+    "FlexAttention*",
+)
+
+# Names that packages give their Functions, which may be named before they are imported.
+_OF_PACKAGES = ("FlashAttnFuncBackward", "FlashAttnVarlenFuncBackward", "FlexAttentionBackward")
+
+
+class Rules:
+    """The methods of operations: those that the user gives, and the defaults after them."""
+
+    def __init__(self, method: GroupQuant, overrides: Mapping[str, GroupQuant | None]) -> None:
+        fine = dataclasses.replace(method, bits=8)
+        self.overrides = dict(overrides)
+        self.defaults: dict[str, GroupQuant | None] = {
+            **dict.fromkeys(_EXACT),
+            **dict.fromkeys(_ATTENTION, fine),
+            COMPILED: fine,
+            "*": method,
+        }
+        self.known: dict[tuple[str, str], tuple[GroupQuant | None, bool]] = {}
+
+    def method(
+        self, name: str, function: str, slot: str = "", node: Node | None = None
+    ) -> GroupQuant | None:
+        """How a tensor is packed that a node keeps under the name `slot`; None is exact.
+
+        `name` is the node's, and `function` that of the torch function that was called.
+        """
+        method, is_override = self._of_operation(name, function)
+        operation = operation_of(name)
+        if is_override:
+            return method
+        exact = slot in _EXACT_SLOTS.get(operation, ())
+        if operation == "Pow":
+            exact = not _is_a_power(graph.saved_number(node, "exponent"))
+        elif operation in ("Clamp", "ClampMin", "ClampMax"):  # limits may be tensors
+            exact = any(graph.saves_tensor(node, limit) for limit in ("min", "max"))
+        return None if exact else method
+
+    def asks_for_slots(self, name: str) -> bool:
+        """Whether tensors of an operation are kept each in its own way."""
+        return operation_of(name) in (*_EXACT_SLOTS, "Pow", "Clamp", "ClampMin", "ClampMax")
+
+    def _of_operation(self, node: str, function: str) -> tuple[GroupQuant | None, bool]:
+        """The method, and whether the user has named it."""
+        if (node, function) not in self.known:
+            self.known[node, function] = self._look_up(node, function)
+        return self.known[node, function]
+
+    def _look_up(self, node: str, function: str) -> tuple[GroupQuant | None, bool]:
+        for pattern, method in self.overrides.items():
+            if fnmatchcase(node, pattern) or fnmatchcase(function, pattern):
+                return method, True
+        operation = operation_of(node)
+        if any(fnmatchcase(operation, pattern) for pattern in (*_UNBOUNDED, *_COMPARING)):
+            return None, False
+        for pattern, method in self.defaults.items():
+            if fnmatchcase(node, pattern) or fnmatchcase(function, pattern):
+                return method, False
+        raise AssertionError("the last default matches everything")
+
+    def check_patterns(self) -> None:
+        """Raises where an override names no operation that was seen or that there is."""
+        if not graph.node_names():
+            return  # what torch has is not known
+        seen = {name for names in self.known for name in names}
+        for pattern in self.overrides:
+            if not _matches(pattern, seen) and not _matches(pattern, _names()):
+                nearest = _nearest(pattern, seen | _names())
+                raise InputError(
+                    f"overrides: no operation is named {pattern!r}; name a node as"
+                    " packlight.profile reports it, or a torch function"
+                    + (f", such as {', '.join(nearest)}" if nearest else "")
+                )
+
+
+def _is_a_power(exponent: object) -> bool:
+    """Whether the derivative of x ** exponent has a bound near 0, also on the other side of it."""
+    return isinstance(exponent, int | float) and exponent >= 1 and exponent == int(exponent)
+
+
+def _matches(pattern: str, names: frozenset[str] | set[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _names() -> frozenset[str]:
+    """Names of all operations that there are now: a Function may be defined at any time."""
+    functions = {f"{function.__name__}Backward" for function in graph.functions()}
+    return graph.node_names() | _function_names() | functions | {*_OF_PACKAGES, CHECKPOINT}
+
+
+def _function_names() -> frozenset[str]:
+    places = (torch, torch.nn.functional, Tensor, torch.linalg, torch.special, torch.fft)
+    return frozenset(name for place in places for name in dir(place) if name[0] != "_")
+
+
+def _nearest(pattern: str, names: set[str] | frozenset[str]) -> list[str]:
+    """The names that a pattern is a slip of."""
+    wanted = operation_of(pattern.strip("*")).lower()
+    stems: dict[str, str] = {}
+    for name in sorted(names):
+        stems.setdefault(operation_of(name).lower(), name)
+    return [stems[stem] for stem in difflib.get_close_matches(wanted, stems)]

@@ -1,0 +1,395 @@
+"""When a tensor is packed: as soon as the operation that saved it is known.
+
+Torch calls the pack hook in the middle of an operation and says nothing of it: the inputs come
+before the kernel runs, and the node of the graph cannot be reached yet. So the hook puts the tensor
+into a `Holder` that waits, and a walk over the graph, back from a result, finds the node that saved
+it: the node shows its holders, and under which name it has each ("self", "result"). What is held
+meanwhile is what one call keeps anyway.
+
+- A call of a torch function, which a `TorchFunctionMode` sees, is walked when it returns, from its
+  result, and from its arguments for what it wrote in place.
+- What a Python `autograd.Function` saved is found when a later call reads its result, since no mode
+  sees a Function.
+- A compiled region and a checkpoint are known by the code that calls the hook.
+
+A tensor whose operation is never found stays exact, as the hook left it.
+"""
+
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import TensorWeakRef
+
+from packlight import _tracer, sharing
+from packlight.groupquant.method import GroupQuant
+from packlight.saving import graph, lossless, packing, tensors
+from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting
+from packlight.saving.rules import CHECKPOINT, COMPILED, Rules
+
+# A Function keeps tensors whose part in it nobody says. One that has this many times fewer elements
+# than another beside it is a statistic (a norm's, attention's logsumexp). One that has this many
+# times more than the Function's outputs is what a loss keeps: finished gradients. Both stay exact.
+_MUCH = 16
+
+# After so many further nodes a Function's result is not looked for any more.
+_PATIENCE = 1000
+
+# What runs a backward pass: nodes that Python code makes in it are not the call's own.
+_BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+
+
+class Calls(TorchFunctionMode):
+    """Tells the saver which torch function runs."""
+
+    def __init__(self, saver: "Saver") -> None:
+        super().__init__()
+        self.saver = saver
+        graph.run_as_written(Calls.__torch_function__.__code__)
+        graph.run_as_written(Saver.call.__code__)
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # operations of a compiled region are not seen one by one
+            return _tracer.traceable(func)(*args, **kwargs)
+        return self.saver.call(func, args, kwargs)
+
+
+class _Call(NamedTuple):
+    """A call of a torch function that is running."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    start: int  # the number of the first node that it makes
+    owners: list[Tensor]  # of what it saved: notes on tensors that torch alone holds would be lost
+
+
+class _Thread(threading.local):
+    """What goes on in one thread: each numbers its nodes, and backward passes have their own."""
+
+    def __init__(self) -> None:
+        self.is_ours = False  # our own operations run
+        self.running: _Call | None = None
+        self.waiting: list[weakref.ref[Holder]] = []
+        self.visited: set[int] = set()  # numbers of the nodes that were looked at for these
+        self.compiled: list[Holder] = []  # of the compiled region that saves
+        self.arguments: tuple[Any, ...] = ()  # its arguments
+        # Numbers of the next node: at the event before the last, and at the last.
+        self.before = self.last = graph.next_number()
+
+
+class Saver:
+    """Packs what is saved in one context."""
+
+    def __init__(self, rules: Rules, min_bytes: int, skip: Callable[[Tensor], bool] | None) -> None:
+        self.rules = rules
+        self.min_bytes = min_bytes
+        self.skip = skip
+        self.has_saved = False
+        self.thread = _Thread()
+        # `torch.compile` would compile these where they run between two graphs.
+        self.find = graph.untraced(self._find)
+        self.settle = graph.untraced(self._settle)
+
+    # ---- events ----------------------------------------------------------------------------------
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a torch function, and packs what it saved."""
+        thread = self.thread
+        name = getattr(func, "__name__", "")
+        # An attribute is no call: another hook may read one between two of our own.
+        if thread.is_ours or name == "__get__":
+            return func(*args, **kwargs)
+        arguments = (*args, *kwargs.values())
+        if thread.compiled or thread.waiting:
+            self.find(arguments)
+        if func in _BACKWARD:
+            return func(*args, **kwargs)
+        around = thread.running
+        call = thread.running = _Call(name, arguments, graph.next_number(), [])
+        result = None
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            if thread.compiled or thread.waiting:
+                self.find((result,), arguments)
+            thread.running = around
+            if torch.is_grad_enabled():
+                thread.before, thread.last = call.start, graph.next_number()
+        tensors.note_filling(name, arguments, result)
+        return result
+
+    def pack(self, tensor: Tensor) -> Holder:
+        """The pack hook."""
+        thread = self.thread
+        number = graph.next_number()  # before anything below makes torch renew the node of a view
+        around, thread.is_ours = thread.is_ours, True
+        try:
+            # Our own operations are not calls of the user's, and are not differentiated.
+            with graph.unseen(), torch.no_grad():
+                return self._pack(tensor, number, sys._getframe(1))
+        finally:
+            thread.is_ours = around
+
+    def _settle(self) -> None:
+        """Packs what can be packed now; the rest stays exact."""
+        self.find(())
+        for reference in self.thread.waiting:
+            holder = reference()
+            if holder is not None:
+                holder.waiting = None
+        self.thread.waiting = []
+
+    # ---- the hook --------------------------------------------------------------------------------
+
+    def _pack(self, tensor: Tensor, number: int, frame: types.FrameType) -> Holder:
+        thread = self.thread
+        self.has_saved = True
+        # Off the graph, since an operation's own output would hold the node that holds it.
+        exact = Exact(tensor.detach() if tensor.requires_grad else tensor, tensor._version)
+        holder = Holder(exact)
+        if not self._may_pack(tensor):
+            return holder
+        if tensor.dtype == torch.bool:
+            holder.kept = Mask.of(tensor)
+            return holder
+        call = thread.running
+        owner, is_cast = tensors.owner_of(tensor, () if call is None else call.arguments)
+        is_new = call is None and number > thread.last
+        if is_new:
+            self._find((tensor,))  # what was saved before, and may have led to this tensor
+            thread.before, thread.last = thread.last, number
+        if call is not None:
+            call.owners.append(owner)
+        holder.waiting = Waiting(
+            owner=TensorWeakRef(owner),
+            is_cast=is_cast,
+            has_history=tensor.requires_grad,
+            function="" if call is None else call.name,
+            start=thread.before if call is None else call.start,
+            hook=graph.active_hook(),
+        )
+        if graph.is_checkpoint(frame):
+            # At once: in the first pass of the block a note would serve what the second, which gets
+            # another tensor, has to keep itself.
+            self._decide(CHECKPOINT, "", {"": [holder]})
+            return holder
+        arguments = graph.compiled_arguments(frame)
+        if arguments is not None:
+            thread.compiled.append(holder)
+            thread.arguments = arguments
+        elif graph.is_in_function(frame):
+            # The Function differentiates itself, and keeps finished gradients.
+            holder.waiting = None
+        else:
+            thread.waiting.append(weakref.ref(holder))
+        return holder
+
+    def _may_pack(self, tensor: Tensor) -> bool:
+        if not tensors.is_plain(tensor) or tensor.nbytes < self.min_bytes:
+            return False
+        if tensor.dtype in tensors.FLOATING and tensors.is_weight(tensor):
+            return False
+        return self.skip is None or not self.skip(tensor)
+
+    # ---- finding the operation -------------------------------------------------------------------
+
+    def _find(self, *roots: Iterable[object]) -> None:
+        """Decides what waits and was saved behind the roots, of which the first may suffice."""
+        thread = self.thread
+        around, thread.is_ours = thread.is_ours, True
+        try:
+            with graph.unseen(), torch.no_grad():
+                self._decide_compiled()
+                for values in roots:
+                    self._walk(values)
+        finally:
+            thread.is_ours = around
+
+    def _walk(self, roots: Iterable[object]) -> None:
+        thread = self.thread
+        alive = [holder for reference in thread.waiting if (holder := reference()) is not None]
+        oldest = graph.next_number() - _PATIENCE
+        starts = [one.waiting.start for one in alive if one.waiting and one.waiting.start > oldest]
+        if not starts:
+            thread.waiting = []
+            thread.visited.clear()
+            return
+        nodes = graph.behind(tensors.tensors_in(roots), min(starts), thread.visited)
+        for node in nodes:
+            self._decide_node(node)
+        if thread.running is not None and any(map(graph.hides_node, nodes)):
+            self._decide_write(thread.running, alive)
+        thread.waiting = [ref for ref in thread.waiting if (one := ref()) and one.waiting]
+
+    # ---- deciding --------------------------------------------------------------------------------
+
+    def _decide_node(self, node: Node) -> None:
+        slots: dict[str, list[Holder]] = {}
+        for slot, data in graph.slots(node):
+            holder = getattr(data, "packed", data)  # a profile holds what our hook gave
+            if isinstance(holder, Holder):
+                slots.setdefault(slot, []).append(holder)
+        holders = [holder for held in slots.values() for holder in held]
+        functions = [holder.waiting.function for holder in holders if holder.waiting is not None]
+        if not functions:
+            return
+        if graph.is_python(node):
+            self._decide_function(node, holders)
+        elif lossless.compares(lossless.operation_of(node.name())):
+            self._decide_comparison(node, functions[0], slots)
+        else:
+            self._decide(node.name(), functions[0], slots, node)
+
+    def _decide(
+        self, name: str, function: str, slots: dict[str, list[Holder]], node: Node | None = None
+    ) -> None:
+        """Decides what an operation of torch's saved."""
+        for slot, holders in slots.items():
+            method = self.rules.method(name, function, slot, node)
+            for holder in holders:
+                if holder.waiting is None or not isinstance(holder.kept, Exact):
+                    continue
+                tensor = holder.kept.tensor
+                if tensor.dtype == torch.uint8 and _is_mask(tensor):
+                    holder.kept, holder.waiting = Mask.of(tensor), None
+                else:
+                    packs = tensor.dtype != torch.uint8 and holder.waiting.has_history
+                    self._keep(holder, method if packs else None, name, slot, node)
+
+    def _decide_comparison(self, node: Node, function: str, slots: dict[str, list[Holder]]) -> None:
+        """Decides what an operation saved to compare it in its backward pass."""
+        held = {slot: holders[0] for slot, holders in slots.items()}
+        found: dict[str, Kept] = {}
+        if self.rules.method(node.name(), function) is not None:
+            found = lossless.comparison(node, held)
+        for slot, holder in held.items():
+            if slot in found:
+                holder.kept, holder.waiting = found[slot], None
+            else:
+                _keep_exactly(holder)
+
+    def _decide_write(self, call: _Call, holders: list[Holder]) -> None:
+        """Decides what a call saved that wrote to a view in place, of which no node can be seen."""
+        name = lossless.node_of(call.name)
+        if lossless.is_known_by_name(name) and not self.rules.asks_for_slots(name):
+            mine = [one for one in holders if one.waiting and one.waiting.start == call.start]
+            self._decide(name, call.name, {"result": mine})
+
+    def _decide_function(self, node: Node, holders: list[Holder]) -> None:
+        """Decides what an `autograd.Function` saved."""
+        function = graph.function_of(node)
+        if function is None or function.__module__.startswith("packlight."):
+            for holder in holders:
+                _keep_exactly(holder)
+            return
+        self._decide_made(node.name(), holders, graph.leaves(node), graph.output_elements(node))
+
+    def _decide_compiled(self) -> None:
+        """Decides what a compiled region saved."""
+        thread = self.thread
+        holders, arguments = thread.compiled, thread.arguments
+        thread.compiled, thread.arguments = [], ()
+        if holders:
+            self._decide_made(COMPILED, holders, arguments, None)
+
+    def _decide_made(
+        self, name: str, holders: list[Holder], inputs: Iterable[Any], outputs: int | None
+    ) -> None:
+        """Decides what Python code saved, which made it without history, for a reason unknown.
+
+        `outputs` is the number of elements of its largest output, None where that says nothing.
+        """
+        exact = [holder.kept for holder in holders if isinstance(holder.kept, Exact)]
+        largest = max((one.tensor.numel() for one in exact), default=0)
+        for holder in holders:
+            if holder.waiting is None or not isinstance(holder.kept, Exact):
+                continue
+            tensor = holder.kept.tensor
+            method = self.rules.method(name, holder.waiting.function)
+            is_made = not holder.waiting.has_history
+            if (
+                tensor.dtype == torch.uint8  # codes
+                or tensor.numel() * _MUCH <= largest
+                or (is_made and tensors.comes_from_weight(tensor, inputs))
+                or (is_made and outputs is not None and outputs * _MUCH <= tensor.numel())
+                or (name == COMPILED and tensors.may_be_a_mask(tensor))
+            ):
+                method = None
+            self._keep(holder, method, name)
+
+    # ---- keeping ---------------------------------------------------------------------------------
+
+    def _keep(
+        self,
+        holder: Holder,
+        method: GroupQuant | None,
+        name: str,
+        slot: str = "",
+        node: Node | None = None,
+    ) -> None:
+        """Has a holder keep its tensor by a method, or exactly."""
+        exact = holder.kept
+        assert isinstance(exact, Exact)
+        found = None
+        # A tensor that the operation itself has overwritten since cannot be packed any more.
+        if method is not None and exact.is_unchanged():
+            found = self._stand_in(holder, exact.tensor, method, name, slot, node)
+        if found is None:
+            _keep_exactly(holder)
+        else:
+            holder.kept, holder.waiting = found, None
+
+    def _stand_in(
+        self,
+        holder: Holder,
+        tensor: Tensor,
+        method: GroupQuant,
+        name: str,
+        slot: str,
+        node: Node | None,
+    ) -> Kept | None:
+        """What stands for a tensor; None where it is better kept."""
+        assert holder.waiting is not None
+        owner = holder.waiting.owner()
+        if owner is not None and not holder.waiting.is_cast and sharing.is_kept_exactly(owner):
+            return None
+        if graph.active_hook() is not holder.waiting.hook:
+            owner = None  # a note would hold under other hooks than those under which this is kept
+
+        def pack(tensor: Tensor, owner: Tensor | None = None) -> Kept | None:
+            return packing.pack(tensor, method, owner, same_strides=name == COMPILED)
+
+        operation = lossless.operation_of(name)
+        if not any(tensors.repeats(tensor)):
+            found = lossless.without_values(operation, slot, tensor, node)
+            if found is not None:
+                return found
+        if tensors.is_extreme(tensor, owner):
+            return None
+        if not any(tensors.repeats(tensor)) and lossless.needs_one_side(operation, slot, node):
+            return lossless.one_side(tensor, pack)
+        return pack(tensor, owner)
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether bytes are 0 or 1: to look at the values would make a GPU wait."""
+    return tensor.device.type == "cpu" and bool(tensor.max() <= 1)
+
+
+def _keep_exactly(holder: Holder) -> None:
+    """Has a holder keep its tensor, which other operations then do at no cost."""
+    if holder.waiting is not None and isinstance(holder.kept, Exact):
+        owner = holder.waiting.owner()
+        if owner is not None and not holder.waiting.is_cast:
+            sharing.note_exact(owner, holder.kept)
+    holder.waiting = None
