@@ -107,6 +107,12 @@ TRANSFORMS = Capability(
     "converted models raise torch's error in torch.func's transforms",
     "torch._C:_are_functorch_transforms_active",
 )
+BACKWARD = Capability(
+    "knows that a backward pass runs",
+    "what a user holds of a checkpoint's second pass holds packs",
+    "torch._C:_current_graph_task_id",
+    "torch.autograd:Variable._execution_engine",
+)
 NODES = Capability(
     "numbers graph nodes",
     "`saving` and `profile` refuse",
@@ -139,6 +145,7 @@ TRITON = Capability(
 
 CAPABILITIES = (
     HOOKS,
+    BACKWARD,
     STORAGES,
     TRACER,
     MODES,
@@ -168,6 +175,14 @@ def next_node_number() -> int:
     assert NODES.values is not None
     number: int = NODES.values[0]()
     return number
+
+
+def at_end_of_backward(function: Callable[[], Any]) -> None:
+    """Calls the function when the backward pass that runs has ended; not at all where none runs."""
+    if BACKWARD.values is not None:
+        running, engine = BACKWARD.values
+        if running() != -1:
+            engine.queue_callback(function)
 
 
 def storage_reference(tensor: Tensor) -> Any:

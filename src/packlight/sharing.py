@@ -260,7 +260,7 @@ def _write(tensor: Tensor, facts: _Facts, holds: bool) -> None:
     if _may_be_noted(tensor):
         _notes[id(tensor)] = note = _Note(tensor, facts)
         if holds and tensor.grad_fn is not None and _torch.saved_tensor_hooks() is not None:
-            note.drop_in_backward(tensor)
+            note.drop_later(tensor)
 
 
 def _read(tensor: Tensor) -> tuple[_Relation | None, _Facts]:
@@ -362,8 +362,12 @@ class _Note:
         hook = self.hooks() if isinstance(self.hooks, weakref.ref) else self.hooks
         return hook is now[0]
 
-    def drop_in_backward(self, tensor: Tensor) -> None:
-        """Has the backward pass take away what the note holds, when it goes through the tensor."""
+    def drop_later(self, tensor: Tensor) -> None:
+        """Has the backward pass take away what the note holds.
+
+        That is when it goes through the tensor. None goes through what a checkpoint computes again
+        in a backward pass, at whose end the note goes.
+        """
         reference = weakref.ref(self)
 
         def drop(*_: Any) -> None:
@@ -373,6 +377,7 @@ class _Note:
 
         assert tensor.grad_fn is not None
         tensor.grad_fn.register_hook(drop)
+        _torch.at_end_of_backward(drop)
 
 
 def _may_be_noted(tensor: Tensor) -> bool:
