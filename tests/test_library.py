@@ -70,10 +70,10 @@ def dispatched(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def current(monkeypatch):
-    """Whether tensors are on the current device."""
-    answer = {"current": True}
-    monkeypatch.setattr("packlight._torch.is_current_device", lambda _: answer["current"])
-    return answer
+    """Tensors of these devices are on the current one."""
+    devices = {"cpu"}
+    monkeypatch.setattr("packlight._torch.is_current_device", lambda x: x.device.type in devices)
+    return devices
 
 
 def test_the_reference_serves_the_cpu_and_the_fake_the_compiler(dispatched):
@@ -95,11 +95,15 @@ def test_the_kernel_serves_tensors_of_the_current_device(dispatched, dtype):
 
 
 def test_another_device_is_made_the_current_one_around_the_launch(dispatched, current):
+    """The device is that of the first tensor."""
     _, on_cuda, kernels = dispatched
-    current["current"] = False
-    x = torch.zeros(2)
-    assert torch.equal(on_cuda(x, None, 2.0), x + 1)
-    assert kernels.calls == [("cpu", None, 2.0, [x.device])]
+    x, seed = torch.zeros(2), torch.zeros(1, device="meta")
+    on_cuda(x, seed, 2.0)
+    assert not kernels.entered
+    current.clear()
+    current.add("meta")
+    assert torch.equal(on_cuda(x, seed, 2.0), x + 1)
+    assert kernels.calls == [("cpu", seed, 2.0, []), ("cpu", seed, 2.0, [x.device])]
     assert kernels.entered == [x.device, None]
 
 

@@ -10,6 +10,7 @@ import math
 import random
 import weakref
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -682,6 +683,23 @@ def test_plain_functions():
     assert (row.module, row.module_type) == ("", "")
     assert report.input_bytes == 48
     assert report.model == "<lambda>"
+
+
+@pytest.mark.parametrize(
+    ("filename", "shown"),
+    [
+        ("<ipython-input-3-0f1e2d>", "<ipython-input-3-0f1e2d>"),  # a cell, in older notebooks
+        ("/elsewhere/ipykernel_77/1234.py", "/elsewhere/ipykernel_77/1234.py"),
+        ("relative.py", "relative.py"),
+        (str(Path.cwd() / "models" / "mine.py"), "models/mine.py"),
+        (str(Path(np.__file__).parent / "made_up.py"), "numpy/made_up.py"),
+    ],
+)
+def test_a_source_is_named_by_the_file_that_its_code_was_compiled_for(filename, shown):
+    names = {}
+    exec(compile("\n\ndef wave(x):\n    return (x + 2).sin()\n", filename, "exec"), names)
+    x = torch.randn(8, requires_grad=True)
+    assert {row.source for row in profile(names["wave"], x).rows} == {f"{shown}:4"}
 
 
 def helper(net, x):

@@ -23,6 +23,7 @@ import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,9 +40,48 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
 COPIED = ("src", "tests", "benchmarks", "docs", "tools", "pyproject.toml", "README.md", "Makefile")
 WANTED = 0.9  # of those that are not equivalent
 
-# Tests of a module, where its name does not lead to them; more than one file runs in this order.
-TESTS: dict[str, list[str]] = {}
-
+# Arguments of pytest for modules whose names do not lead to their tests.
+TESTS = {
+    "__main__.py": "tests/test_cli.py",
+    "_library.py": "tests/test_library.py",
+    "_overwrite.py": "tests/fewbit/test_pooling.py tests/inverted/test_norms.py",
+    "_page.py": "tests/test_html.py",
+    "_swap.py": "tests/test_convert.py",
+    "_torch.py": "tests/test_torch.py",
+    "_tracer.py": "tests/test_compiled_resnet.py tests/groupquant/test_sharing.py",
+    "conversion.py": "tests/test_convert.py tests/test_predict.py",
+    "convert.py": "tests/test_convert.py",
+    "elementwise": "tests/fewbit/test_kernels.py tests/inverted/test_activation_kernels.py"
+    " tests/groupquant/test_kernels.py",
+    "elementwise/functions.py": "tests/test_contract.py -k bit_equal",
+    "fewbit/method.py": "tests/fewbit/test_functional.py tests/test_convert.py",
+    "fewbit/modules.py": "tests/test_contract.py tests/fewbit/test_functional.py -k fewbit",
+    "fewbit/rules.py": "tests/test_rules.py tests/test_convert.py",
+    "groupquant": "tests/groupquant",
+    "groupquant/conv_modules.py": "tests/groupquant/test_modules.py"
+    " tests/groupquant/test_convolution.py",
+    "groupquant/fixed_point": "tests/groupquant/test_fixed_point.py"
+    " tests/groupquant/test_residual.py",
+    "groupquant/modules.py": "tests/groupquant/test_modules.py tests/test_contract.py"
+    " -k 'test_modules or groupquant'",
+    "groupquant/rules.py": "tests/test_rules.py tests/test_convert.py",
+    "integrations": "tests/integrations",
+    "integrations/_activations.py": "tests/integrations/test_timm.py"
+    " tests/integrations/test_transformers.py",
+    "integrations/transformers": "tests/integrations/test_transformers.py",
+    "integrations/transformers/callback.py": "tests/integrations/test_trainer.py",
+    "inverted/functional.py": "tests/inverted/test_activations.py tests/test_contract.py"
+    " -k 'inverted or test_activations'",
+    "inverted/method.py": "tests/test_convert.py",
+    "inverted/modules.py": "tests/test_contract.py -k inverted",
+    "inverted/norm_modules.py": "tests/inverted/test_norm_weights.py tests/inverted/test_norms.py",
+    "inverted/rules.py": "tests/test_rules.py tests/test_convert.py",
+    "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
+    "packing/reference.py": "tests/packing",
+    "profile.py": "tests/test_profile.py",
+    "saving.py": "tests/test_saving.py",
+    "sketch": "tests/sketch",
+}
 
 # --- What is changed.
 
@@ -147,8 +187,9 @@ class _Mutations(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
-            first, second = node.args[:2]
+        first, second = [*node.args[:2], None, None][:2]
+        exchangeable = second is not None and not isinstance(first, ast.Starred)
+        if exchangeable and self._text(first) != self._text(second):
             begin, end = self._span(first)[0], self._span(second)[1]
             between = self.source[self._span(first)[1] : self._span(second)[0]].decode()
             exchanged = self._text(second) + between + self._text(first)
@@ -215,20 +256,21 @@ def imported(path: Path) -> set[str]:
 
 @functools.cache
 def tests_of(module: str) -> list[str]:
-    if module in TESTS:
-        return TESTS[module]
+    """Arguments of pytest: those that TESTS has, the module's own tests, else who imports it."""
     path = Path(module)
+    if module in TESTS:
+        return shlex.split(TESTS[module])
     name = ".".join(("packlight", *path.with_suffix("").parts)).removesuffix(".__init__")
-    stem = path.stem.strip("_")
-    mirrored, importing = [], []
+    own, importing = [], []
     for test in sorted((ROOT / "tests").rglob("test_*.py")):
         relative = str(test.relative_to(ROOT))
         same_folder = test.parent == ROOT / "tests" / path.parent
-        if same_folder and re.fullmatch(rf"test_{stem}(_\w+)?", test.stem):
-            mirrored.append(relative)
+        if same_folder and re.fullmatch(rf"test_{path.stem.strip('_')}(_\w+)?", test.stem):
+            own.append(relative)
         elif name in imported(test):
             importing.append(relative)
-    return mirrored + importing
+    folders = [TESTS[folder] for parent in path.parents if (folder := str(parent)) in TESTS]
+    return own or importing or shlex.split(" ".join(folders[:1]))
 
 
 # --- Running.

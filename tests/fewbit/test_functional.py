@@ -14,7 +14,8 @@ import packlight
 import packlight.fewbit as few_bit
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.packing.layout import packed_bytes
-from tests.helpers import kept_bytes
+from tests.fewbit.layers import EXACT
+from tests.helpers import INTEGERS, dtype_name, every_device, gradient, kept_bytes
 
 
 def snake(x):
@@ -186,3 +187,33 @@ def test_wrong_types_raise(call):
 def test_solving_a_book_is_unseen_by_hooks_around_the_call():
     x = torch.randn(64, requires_grad=True)
     assert kept_bytes(lambda: few_bit.elu(x, 0.123456, bits=2)) == 64 * 2 // 8 + 1
+
+
+@every_device
+@pytest.mark.parametrize("backend", ["reference", "kernel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize(
+    ("ours", "plain", "arguments"),
+    [
+        (few_bit.hardshrink, F.hardshrink, (0.3,)),
+        (few_bit.softshrink, F.softshrink, (0.3,)),
+        (few_bit.hardtanh, F.hardtanh, (-0.3, 1.1)),
+        (few_bit.threshold, F.threshold, (0.3, 7.0)),
+        (few_bit.threshold, F.threshold, (-0.7, 7.0)),
+    ],
+)
+def test_a_bound_is_rounded_where_torch_rounds_it(
+    ours, plain, arguments, dtype, backend, device, monkeypatch
+):
+    """Bounds that 16 bits cannot hold, and inputs that are what they round to, or next to it."""
+    if backend == "kernel":
+        EXACT[0].use_kernels(monkeypatch)
+    bounds = torch.tensor([sign * bound for sign in (-1, 1) for bound in arguments])
+    near = bounds.to(dtype)
+    bits = near.view(INTEGERS[dtype])
+    x = torch.cat([near, (bits + 1).view(dtype), (bits - 1).view(dtype)]).to(device)
+    y, dx = gradient(lambda x: ours(x, *arguments), x)
+    expected_y, expected = gradient(lambda x: plain(x, *arguments), x)
+    assert torch.equal(dx, expected)
+    if backend == "reference" or device == "cuda":
+        assert torch.equal(y, expected_y)
