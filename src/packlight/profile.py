@@ -15,6 +15,7 @@ import inspect
 import os
 import random
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -66,6 +68,8 @@ def profile(
       weight is memory that the forward pass adds.
     - What other saved-tensor hooks keep (`save_on_cpu`, `packlight.saving`), whether they are
       active around this call or inside the model, if it is a tensor or a structure of tensors.
+    - What a Python `autograd.Function` keeps as attributes of `ctx`, as fused losses keep finished
+      gradients, where its node can be reached from the output.
 
     The model runs in the mode it is in (`train` or `eval`), with gradients enabled, under the
     caller's autocast. On a CUDA device a backward pass follows, of the loss or else of the sum of
@@ -80,13 +84,11 @@ def profile(
     are a `torch.Generator` of the model's own, inputs that the model overwrites, and a model that
     itself calls `backward`, which adds to a `.grad` that is there.
 
-    Limits: what a Python `autograd.Function` keeps as attributes of `ctx`, what other hooks keep in
-    files or closures, and what selective checkpointing sets aside, is not seen; on a CUDA device
-    `allocated_bytes` has it. An operation whose graph node cannot be reached from
-    the output is named "unknown". A module compiled by `torch.compile` is one line. Profile the
-    module inside `DistributedDataParallel`, whose backward cannot run apart from `.grad`. What
-    hooks inside the model keep is counted only by a torch that shows what a graph node saved
-    (2.11 does).
+    Limits: what hooks keep in files or closures, and what selective checkpointing sets aside, is
+    not seen; on a CUDA device `allocated_bytes` has it. An operation whose graph node cannot be
+    reached from the output is named "unknown". A module compiled by `torch.compile` is one line.
+    Profile the module inside `DistributedDataParallel`, whose backward cannot run apart from
+    `.grad`.
 
     Raises `InputError` for a model or loss that cannot be called, a loss that is no scalar, and
     parameters that a lazy module has not initialised yet.
@@ -491,6 +493,9 @@ def _version(tensor: Tensor) -> int:
 # ---- recording the forward pass ------------------------------------------------------------------
 
 
+_Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
 class _Kept:
     """What autograd holds in place of a saved tensor. Alive exactly as long as it is kept."""
 
@@ -533,14 +538,11 @@ class _Recorder:
         self.stack: list[tuple[nn.Module | None, _Place]] = [(None, scene.root)]
         # From which sequence number of graph nodes on the forward pass was where.
         self.moves: list[tuple[int, _Place]] = [(self.start, scene.root)]
-        # Hooks do not nest in torch: the innermost pair wins. So ours calls the pair around it.
-        self.outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
-        self.outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def run(
         self, forward: Callable[[], Any], loss: Callable[[Any], object] | None
     ) -> tuple[Any, Tensor | None]:
-        with self._watching_modules(), saved_tensors_hooks(_untraced(self.pack), _unpack):
+        with self._watching_modules(), self._watching_saved():
             output = forward()
             if loss is None:
                 return output, None
@@ -554,14 +556,42 @@ class _Recorder:
             )
         return output, value
 
-    def pack(self, tensor: Tensor) -> _Kept:
-        index = len(self.records)
-        packed = tensor if self.outer is None else self.outer[0](tensor)
+    @contextmanager
+    def _watching_saved(self) -> Iterator[None]:
+        """Our hooks, around those of the caller and around each pair that the model enters."""
+        thread = threading.get_ident()
+        enter = saved_tensors_hooks.__enter__
+
+        def enter_watched(hooks: saved_tensors_hooks) -> None:
+            if threading.get_ident() == thread:
+                hooks = self._watched((hooks.pack_hook, hooks.unpack_hook))
+            enter(hooks)
+
+        # Hooks do not nest in torch: the innermost pair wins. So ours calls the other one, and what
+        # is entered later has to be caught as it is entered, which nothing but this does: the graph
+        # shows what hooks packed only where it can be reached, and checkpoints keep their inputs
+        # out of its reach.
+        saved_tensors_hooks.__enter__ = enter_watched  # type: ignore[method-assign]
+        try:
+            hooks = self._watched(torch._C._autograd._top_saved_tensors_default_hooks(True))
+            enter(hooks)
+            try:
+                yield
+            finally:
+                hooks.__exit__()
+        finally:
+            saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+
+    def _watched(self, hooks: _Hooks | None) -> saved_tensors_hooks:
+        return saved_tensors_hooks(_untraced(lambda tensor: self.pack(tensor, hooks)), _unpack)
+
+    def pack(self, tensor: Tensor, hooks: _Hooks | None) -> _Kept:
+        packed = tensor if hooks is None else hooks[0](tensor)
         if packed is tensor and tensor.grad_fn is not None:
             # Detached, since an operation's own output would hold the graph that holds it. Others
             # stay the objects that a graph would hold: notes of packs tell them by identity.
             packed = tensor.detach()
-        kept = _Kept(packed, index, None if self.outer is None else self.outer[1])
+        kept = _Kept(packed, len(self.records), None if hooks is None else hooks[1])
         source, checkpointed = _caller()
         owners = (tensor, tensor._base)
         self.loose_parameters += [p for p in owners if isinstance(p, nn.Parameter)]
@@ -677,7 +707,7 @@ def short_path(filename: str) -> str:
 
 
 class _Foreign(NamedTuple):
-    """What a hook that is not ours keeps for a node, or a node keeps without any hook."""
+    """What a node keeps without our hooks."""
 
     node: Node
     packed: object
@@ -696,7 +726,7 @@ def _read_graph(roots: Iterable[Tensor], recorder: _Recorder) -> _Graph:
     graph = _Graph()
     for node in _nodes(roots, recorder.start):
         graph.by_sequence[node._sequence_nr()] = node
-        for packed in _saved_by(node):
+        for packed in (*_saved_by(node), *_attributes_of_context(node)):
             if isinstance(packed, _Kept) and recorder.records[packed.index].kept() is packed:
                 graph.nodes[packed.index] = node
             else:
@@ -735,6 +765,16 @@ def _saved_by(node: Node) -> Iterator[object]:
         for variable in saved if isinstance(saved, list | tuple) else (saved,):
             if variable is not None and variable.data is not None:
                 yield variable.data
+
+
+def _attributes_of_context(node: Any) -> list[object]:
+    """What a Python function keeps as attributes of `ctx`, which is the node: fused losses do.
+
+    Of re-entrant checkpoints these are states of generators and no activations.
+    """
+    if node.name() == _REENTRANT or not isinstance(node, BackwardCFunction):
+        return []
+    return list(vars(node).values())
 
 
 _SHOWS_SAVED = hasattr(torch._C._autograd.SavedTensor, "data")
