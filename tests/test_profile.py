@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from packlight import GroupQuant, predict, saving
 from packlight.errors import InputError, MissingDependencyError
 from packlight.profile import Holding, MemoryDifference, MemoryReport, profile
 from packlight.report import human_bytes
@@ -542,6 +543,107 @@ def test_what_other_hooks_keep(where):
     assert [(row.bytes, row.dtype) for row in gelu] == [(24, "float16")]
     # The hook copies the input and the weight too; the copies are activations.
     assert set(report.by_dtype()) == {"float16"}
+
+
+EIGHT = GroupQuant(8)
+
+
+def entered_inside(hooks, run):
+    def inside(x):
+        with hooks():
+            return run(x)
+
+    return inside
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        lambda: saving(EIGHT, overrides={"checkpoint": None}),
+        lambda: saving(EIGHT, overrides={"checkpoint": EIGHT}),
+        lambda: saved_tensors_hooks(halves, whole),
+        save_on_cpu,
+    ],
+    ids=["saving", "saving packed", "halves", "save_on_cpu"],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_hooks_inside_keep_what_they_keep_outside(hooks, nested):
+    net, last = nn.Linear(64, 64), nn.Linear(64, 64)
+    x = torch.randn(256, 64, requires_grad=True)
+
+    def run(x):
+        y = checkpoint(net, x * 1, use_reentrant=False).sin()
+        return last(checkpoint(net, y, use_reentrant=False).tanh()).square()
+
+    if nested:
+        run = entered_inside(hooks, run)
+    with hooks():
+        outside = profile(run, x)
+    inside = profile(entered_inside(hooks, run), x)
+    assert inside.activation_bytes == outside.activation_bytes > 0
+    assert inside.by_dtype() == outside.by_dtype()
+    assert inside.by_operation() == outside.by_operation()
+    assert {row.source for row in inside.rows} == {row.source for row in outside.rows}
+
+
+def test_hooks_that_the_model_enters_work_as_without_a_profile():
+    enter = saved_tensors_hooks.__enter__
+    net, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+
+    def forward(x):
+        with save_on_cpu():
+            y = net(x).sin()
+        return checkpoint(net, y, use_reentrant=False).sum()
+
+    found = []
+    profile(lambda: found.append(forward(x)))
+    (slope,) = torch.autograd.grad(found[0], x)
+    torch.testing.assert_close(slope, torch.autograd.grad(forward(x), x)[0])
+    with pytest.raises(ZeroDivisionError):
+        profile(lambda: 1 / 0)
+    assert saved_tensors_hooks.__enter__ is enter
+
+
+class Fused(torch.autograd.Function):
+    """A loss that keeps its finished gradient where hooks do not see it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, as_list):
+        ctx.gradients = [2 * x, None] if as_list else {"x": 2 * x}
+        ctx.weight, ctx.size = weight, x.shape
+        ctx.again = ctx.gradients  # one storage
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+@pytest.mark.parametrize("count", [profile, predict])
+def test_what_a_context_keeps_as_attributes(as_list, count):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return Fused.apply(self.fc(x), self.fc.weight, as_list)
+
+    report = count(Model(), ones())
+    assert report.by_operation() == {"FusedBackward": 48}
+    assert report.by_module() == {"": 48}
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="since torch 2.13")
+@pytest.mark.parametrize("count", [profile, predict])
+def test_finished_gradients_of_linear_cross_entropy(count):
+    loss = nn.LinearCrossEntropyLoss(64, 500, bias=False, options=nn.LinearCrossEntropyOptions())
+    model = nn.Sequential(nn.Linear(32, 64), nn.Identity())
+    target = torch.randint(500, (128,))
+    report = count(model, torch.randn(128, 32), loss=lambda y: loss(y, target))
+    # The gradients of its input and of its weight.
+    assert report.by_module() == {"(loss).loss": 4 * (128 * 64 + 500 * 64)}
 
 
 def test_save_on_cpu_and_autograd_inside_the_model():

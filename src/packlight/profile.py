@@ -15,6 +15,7 @@ import inspect
 import os
 import random
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -66,6 +68,8 @@ def profile(
       weight is memory that the forward pass adds.
     - What other saved-tensor hooks keep (`save_on_cpu`, `packlight.saving`), whether they are
       active around this call or inside the model, if it is a tensor or a structure of tensors.
+    - What a Python `autograd.Function` keeps as attributes of `ctx`, as fused losses keep finished
+      gradients, where its node can be reached from the output.
 
     The model runs in the mode it is in (`train` or `eval`), with gradients enabled, under the
     caller's autocast. On a CUDA device a backward pass follows, of the loss or else of the sum of
@@ -80,13 +84,11 @@ def profile(
     are a `torch.Generator` of the model's own, inputs that the model overwrites, and a model that
     itself calls `backward`, which adds to a `.grad` that is there.
 
-    Limits: what a Python `autograd.Function` keeps as attributes of `ctx`, what other hooks keep in
-    files or closures, and what selective checkpointing sets aside, is not seen; on a CUDA device
-    `allocated_bytes` has it. An operation whose graph node cannot be reached from
-    the output is named "unknown". A module compiled by `torch.compile` is one line. Profile the
-    module inside `DistributedDataParallel`, whose backward cannot run apart from `.grad`. What
-    hooks inside the model keep is counted only by a torch that shows what a graph node saved
-    (2.11 does).
+    Limits: what hooks keep in files or closures, and what selective checkpointing sets aside, is
+    not seen; on a CUDA device `allocated_bytes` has it. An operation whose graph node cannot be
+    reached from the output is named "unknown". A module compiled by `torch.compile` is one line.
+    Profile the module inside `DistributedDataParallel`, whose backward cannot run apart from
+    `.grad`.
 
     Raises `InputError` for a model or loss that cannot be called, a loss that is no scalar, and
     parameters that a lazy module has not initialised yet.
@@ -140,7 +142,7 @@ def _name(function: Callable[..., Any]) -> str:
 # ---- tensors inside other things -----------------------------------------------------------------
 
 
-def _tensors_in(value: object, objects: bool = True) -> Iterator[Tensor]:
+def tensors_in(value: object, objects: bool = True) -> Iterator[Tensor]:
     """All tensors in nested containers, dataclasses and, if `objects`, attributes of objects."""
     seen: dict[int, object] = {}  # with the objects, since a freed one's id is used again
     pending = [value]
@@ -202,7 +204,7 @@ class _Storage(NamedTuple):
     tensor: Tensor
 
 
-def _storages(tensor: Tensor) -> Iterator[_Storage]:
+def storages(tensor: Tensor) -> Iterator[_Storage]:
     """The storages behind a tensor: its own, or those of the tensors a wrapper is made of.
 
     Keys are addresses of storage objects, so they tell storages apart only while both are alive.
@@ -210,7 +212,7 @@ def _storages(tensor: Tensor) -> Iterator[_Storage]:
     inner = _inner_tensors(tensor)
     if inner:
         for part in inner:
-            yield from _storages(part)
+            yield from storages(part)
         return
     try:
         storage = tensor.untyped_storage()
@@ -231,7 +233,7 @@ def _inner_tensors(tensor: Any) -> list[Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     if type(tensor) not in (Tensor, nn.Parameter, FakeTensor) and _is_hollow(tensor):
-        return [part for part in _tensors_in(vars(tensor)) if part is not tensor]
+        return [part for part in tensors_in(vars(tensor)) if part is not tensor]
     return []
 
 
@@ -304,7 +306,7 @@ def _scene(
     kwargs: dict[str, Any],
 ) -> _Scene:
     places: dict[nn.Module, _Place] = {}
-    arguments = list(_tensors_in((inputs, kwargs)))
+    arguments = list(tensors_in((inputs, kwargs)))
     _discover(model, "", places, arguments)
     loss_kind = "" if loss is None else _name(loss)
     if loss is not None:
@@ -334,7 +336,7 @@ def _unique(values: Iterable[_T]) -> list[_T]:
 def _buffers_of(module: nn.Module) -> Iterator[Tensor]:
     """Registered buffers, and tensors that the module holds as plain attributes."""
     yield from module.buffers(recurse=False)
-    yield from _tensors_in(plain_attributes(module), objects=False)
+    yield from tensors_in(plain_attributes(module), objects=False)
 
 
 def _discover(
@@ -347,7 +349,7 @@ def _discover(
             for inner, module in value.named_modules(prefix=path):
                 places.setdefault(module, _Place(inner, type(module).__name__))
         else:
-            arguments.extend(_tensors_in(value, objects=False))
+            arguments.extend(tensors_in(value, objects=False))
 
 
 def _reachable(function: object) -> dict[str, object]:
@@ -491,18 +493,27 @@ def _version(tensor: Tensor) -> int:
 # ---- recording the forward pass ------------------------------------------------------------------
 
 
-class _Kept:
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+class Kept:
     """What autograd holds in place of a saved tensor. Alive exactly as long as it is kept."""
 
     __slots__ = ("__weakref__", "index", "packed", "unpack_with")
 
-    def __init__(self, packed: Any, index: int, unpack_with: Callable[[Any], Tensor] | None):
-        self.packed = packed
-        self.index = index
-        self.unpack_with = unpack_with
+    def __init__(self, tensor: Tensor, hooks: Hooks | None) -> None:
+        """Packed by other hooks, if there are any."""
+        packed = tensor if hooks is None else hooks[0](tensor)
+        if packed is tensor and tensor.grad_fn is not None:
+            # Detached, since an operation's own output would hold the graph that holds it. Others
+            # stay the objects that a graph would hold: notes of packs tell them by identity.
+            packed = tensor.detach()
+        self.packed: Any = packed
+        self.unpack_with = None if hooks is None else hooks[1]
+        self.index = -1
 
 
-def _unpack(kept: _Kept) -> Tensor:
+def unpack(kept: Kept) -> Tensor:
     # Not a method of the recorder: the graph, which the caller may hold for long, holds the hook.
     if kept.unpack_with is None:
         tensor: Tensor = kept.packed
@@ -510,11 +521,65 @@ def _unpack(kept: _Kept) -> Tensor:
     return kept.unpack_with(kept.packed)
 
 
+@contextmanager
+def around_hooks(
+    pack: Callable[[Tensor, Hooks | None], Kept], unpack: Callable[[Kept], Tensor]
+) -> Iterator[None]:
+    """Saved-tensor hooks of ours, around those of the caller and each pair that is entered within.
+
+    Hooks do not nest in torch: the innermost pair wins. So ours get the pair that they stand for,
+    and what is entered later has to be caught as it is entered, which nothing but this does: the
+    graph shows what hooks packed only where it can be reached, and checkpoints keep their inputs
+    out of its reach.
+    """
+    thread = threading.get_ident()
+    plain_enter, plain_exit = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+    within = 0
+    is_open = True
+
+    def around(hooks: Hooks | None) -> saved_tensors_hooks:
+        return saved_tensors_hooks(_untraced(lambda tensor: pack(tensor, hooks)), unpack)
+
+    def enter(hooks: saved_tensors_hooks) -> None:
+        nonlocal within
+        if threading.get_ident() == thread:
+            within += 1
+            hooks = around((hooks.pack_hook, hooks.unpack_hook))
+        plain_enter(hooks)
+
+    def leave(hooks: saved_tensors_hooks, *error: Any) -> None:
+        nonlocal within
+        if threading.get_ident() == thread:
+            if within == 0:
+                # Left by an exception: one of the caller's is closed while ours is still open.
+                close()
+            else:
+                within -= 1
+        plain_exit(hooks, *error)
+
+    def close() -> None:
+        nonlocal is_open
+        if is_open:
+            is_open = False
+            saved_tensors_hooks.__enter__ = plain_enter  # type: ignore[method-assign]
+            saved_tensors_hooks.__exit__ = plain_exit  # type: ignore[method-assign]
+            plain_exit(ours)
+
+    ours = around(torch._C._autograd._top_saved_tensors_default_hooks(True))
+    plain_enter(ours)
+    saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+    saved_tensors_hooks.__exit__ = leave  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        close()
+
+
 @dataclasses.dataclass(slots=True)
 class _Record:
     """One call of the pack hook."""
 
-    kept: "weakref.ref[_Kept]"
+    kept: "weakref.ref[Kept]"
     place: _Place
     source: str | None
     checkpointed: bool
@@ -533,14 +598,11 @@ class _Recorder:
         self.stack: list[tuple[nn.Module | None, _Place]] = [(None, scene.root)]
         # From which sequence number of graph nodes on the forward pass was where.
         self.moves: list[tuple[int, _Place]] = [(self.start, scene.root)]
-        # Hooks do not nest in torch: the innermost pair wins. So ours calls the pair around it.
-        self.outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
-        self.outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def run(
         self, forward: Callable[[], Any], loss: Callable[[Any], object] | None
     ) -> tuple[Any, Tensor | None]:
-        with self._watching_modules(), saved_tensors_hooks(_untraced(self.pack), _unpack):
+        with self._watching_modules(), around_hooks(self.pack, unpack):
             output = forward()
             if loss is None:
                 return output, None
@@ -554,14 +616,9 @@ class _Recorder:
             )
         return output, value
 
-    def pack(self, tensor: Tensor) -> _Kept:
-        index = len(self.records)
-        packed = tensor if self.outer is None else self.outer[0](tensor)
-        if packed is tensor and tensor.grad_fn is not None:
-            # Detached, since an operation's own output would hold the graph that holds it. Others
-            # stay the objects that a graph would hold: notes of packs tell them by identity.
-            packed = tensor.detach()
-        kept = _Kept(packed, index, None if self.outer is None else self.outer[1])
+    def pack(self, tensor: Tensor, hooks: Hooks | None) -> Kept:
+        kept = Kept(tensor, hooks)
+        kept.index = len(self.records)
         source, checkpointed = _caller()
         owners = (tensor, tensor._base)
         self.loose_parameters += [p for p in owners if isinstance(p, nn.Parameter)]
@@ -622,11 +679,11 @@ def _watchable(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if module not in inside]
 
 
-def _untraced(hook: Callable[[Tensor], _Kept]) -> Callable[[Tensor], _Kept]:
+def _untraced(hook: Callable[[Tensor], Kept]) -> Callable[[Tensor], Kept]:
     """The hook, out of reach of `torch.compile`, which would else compile it where it runs."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and the import takes a second
         return hook
-    untraced: Callable[[Tensor], _Kept] = torch.compiler.disable(hook)
+    untraced: Callable[[Tensor], Kept] = torch.compiler.disable(hook)
     return untraced
 
 
@@ -677,7 +734,7 @@ def short_path(filename: str) -> str:
 
 
 class _Foreign(NamedTuple):
-    """What a hook that is not ours keeps for a node, or a node keeps without any hook."""
+    """What a node keeps without our hooks."""
 
     node: Node
     packed: object
@@ -696,8 +753,8 @@ def _read_graph(roots: Iterable[Tensor], recorder: _Recorder) -> _Graph:
     graph = _Graph()
     for node in _nodes(roots, recorder.start):
         graph.by_sequence[node._sequence_nr()] = node
-        for packed in _saved_by(node):
-            if isinstance(packed, _Kept) and recorder.records[packed.index].kept() is packed:
+        for packed in (*_saved_by(node), *_attributes_of_context(node)):
+            if isinstance(packed, Kept) and recorder.records[packed.index].kept() is packed:
                 graph.nodes[packed.index] = node
             else:
                 graph.foreign.append(_Foreign(node, packed))
@@ -737,6 +794,16 @@ def _saved_by(node: Node) -> Iterator[object]:
                 yield variable.data
 
 
+def _attributes_of_context(node: Any) -> list[object]:
+    """What a Python function keeps as attributes of `ctx`, which is the node: fused losses do.
+
+    Of re-entrant checkpoints these are states of generators and no activations.
+    """
+    if node.name() == _REENTRANT or not isinstance(node, BackwardCFunction):
+        return []
+    return list(vars(node).values())
+
+
 _SHOWS_SAVED = hasattr(torch._C._autograd.SavedTensor, "data")
 
 
@@ -764,7 +831,7 @@ class _Held(NamedTuple):
 def _findings(scene: _Scene, recorder: _Recorder, outputs: object) -> _Findings:
     # Auxiliary losses are often left on a module, so attributes are roots beside the outputs.
     left = (tensor for module in scene.modules() for tensor in _buffers_of(module))
-    roots = [*_tensors_in(outputs), *left]
+    roots = [*tensors_in(outputs), *left]
     graph = _read_graph(roots, recorder)
     held = [*_held_by_us(recorder, graph), *_held_by_others(recorder, graph)]
 
@@ -778,15 +845,15 @@ def _findings(scene: _Scene, recorder: _Recorder, outputs: object) -> _Findings:
     }
     for owner, tensors in groups.items():
         for tensor in tensors:
-            for storage in _storages(tensor):
+            for storage in storages(tensor):
                 owned[storage.key] = owner
                 sizes[storage.key] = storage.bytes
 
     rows: dict[object, _Row] = {}
     kept_inputs: dict[object, int] = {}
     for hold in held:
-        for tensor in _tensors_in(hold.packed):
-            for storage in _storages(tensor):
+        for tensor in tensors_in(hold.packed):
+            for storage in storages(tensor):
                 owner = owned.get(storage.key, "")
                 if owner == "input":
                     kept_inputs[storage.key] = storage.bytes
@@ -890,7 +957,7 @@ def _backward_targets(value: object) -> list[Tensor]:
     """Where the backward pass starts: the loss, or each output that has a gradient."""
     return [
         tensor
-        for tensor in _tensors_in(value)
+        for tensor in tensors_in(value)
         if tensor.requires_grad and tensor.is_floating_point() and tensor.grad_fn is not None
     ]
 

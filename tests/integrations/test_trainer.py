@@ -1,13 +1,16 @@
 """`transformers.Trainer` with the callback."""
 
+import contextlib
 import copy
 import importlib
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import Trainer, TrainingArguments
 
 import packlight
@@ -21,6 +24,10 @@ pytestmark = pytest.mark.filterwarnings(
     # The loader of a Trainer asks for pinned memory, and there is no accelerator here.
     "ignore:'pin_memory' argument is set as true:UserWarning",
 )
+
+
+def packed():
+    return packlight.saving(GroupQuant(bits=8))
 
 
 class Rows(torch.utils.data.Dataset):
@@ -71,6 +78,49 @@ def test_it_converts_measures_and_logs(tmp_path):
     assert type(model.classifier) is packlight.groupquant.Linear
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+class LossOutside(Trainer):
+    """Computes its loss outside of the model, after a pass without gradients, as GRPO does."""
+
+    rollout = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self.rollout:
+            with torch.no_grad():
+                model(input_ids=inputs["input_ids"])
+        return F.cross_entropy(model(input_ids=inputs["input_ids"]).logits, inputs["labels"])
+
+
+@pytest.mark.parametrize("rollout", [False, True])
+@pytest.mark.parametrize("around", [contextlib.nullcontext, packed])
+def test_kept_bytes_are_those_of_the_first_pass_that_keeps(tmp_path, rollout, around):
+    model, callback = make("bert"), PacklightCallback(FewBit(bits=3))
+    settings = trainer_of(model, tmp_path, max_steps=2).args
+    trainer = LossOutside(model, settings, train_dataset=rows_of_numbers(), callbacks=[callback])
+    trainer.rollout = rollout
+    with around():
+        trainer.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        measured = packlight.profile(lambda: trainer.compute_loss(model, batch))
+    assert any("NllLoss" in row.operation for row in measured.rows)
+    assert callback.kept_bytes == measured.activation_bytes + measured.input_bytes
+    assert trainer.state.log_history[0]["packlight_kept_bytes"] == callback.kept_bytes
+
+
+def test_a_training_that_fails_leaves_no_hooks_behind(tmp_path):
+    class Fails(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            raise ZeroDivisionError
+
+    model, enter = make("bert"), saved_tensors_hooks.__enter__
+    settings = trainer_of(model, tmp_path).args
+    callback = PacklightCallback(FewBit(bits=3))
+    trainer = Fails(model, settings, train_dataset=rows_of_numbers(), callbacks=[callback])
+    with pytest.raises(ZeroDivisionError), packed():
+        trainer.train()
+    assert saved_tensors_hooks.__enter__ is enter
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def test_without_a_measurement_it_hangs_no_hooks(tmp_path):

@@ -29,7 +29,9 @@ class Converting:
 
         Attributes:
             conversion: what `packlight.convert` returned; None before.
-            kept_bytes: what autograd kept of the forward pass that was measured last; None before.
+            kept_bytes: what autograd kept of the pass that was measured last, from its beginning to
+                its backward pass, so with the loss wherever it is computed; None before. A pass
+                that keeps nothing, without gradients, is none to measure.
         """
         super().__init__()  # the trainer's own class
         self.methods = methods
@@ -47,11 +49,13 @@ class Converting:
         )
 
     def _start_measuring(self, model: nn.Module) -> None:
-        self._measuring = KeptBytes(model)
-        self._measuring.__enter__()
+        self._stop_measuring()
+        if self.measure and self.kept_bytes is None:
+            self._measuring = KeptBytes(model)
+            self._measuring.__enter__()
 
     def _stop_measuring(self) -> None:
         if self._measuring is not None:
-            self._measuring.__exit__()
-            self.kept_bytes = self._measuring.bytes
-            self._measuring = None
+            measured, self._measuring = self._measuring, None
+            measured.__exit__()
+            self.kept_bytes = measured.bytes or None

@@ -13,20 +13,21 @@ class ConvertingFit(Converting):
     devices. Parameters are the same objects as before and `state_dict` has the same keys, so
     checkpoints are plain ones.
 
-    The forward pass of the first batch of each fit is measured, up to its backward pass:
+    The first batch of each fit that keeps anything is measured, up to its first backward pass:
     `kept_bytes` is what autograd keeps of it, logged as "packlight_kept_bytes".
     """
+
+    _logged = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             self._convert(pl_module)
-            self.kept_bytes = None
+            self.kept_bytes, self._logged = None, False
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.measure and self.kept_bytes is None:
-            self._start_measuring(pl_module)
+        self._start_measuring(pl_module)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         self._stop_measuring()
@@ -35,7 +36,8 @@ class ConvertingFit(Converting):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._stop_measuring()
-        if batch_idx == 0 and self.kept_bytes is not None:
+        if self.kept_bytes is not None and not self._logged:
+            self._logged = True
             pl_module.log("packlight_kept_bytes", float(self.kept_bytes))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

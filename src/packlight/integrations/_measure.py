@@ -1,33 +1,53 @@
-"""How many bytes the forward passes of a training step keep, for the callbacks of trainers."""
+"""How many bytes a training step keeps for its first backward pass, for callbacks of trainers."""
 
+import weakref
 from collections.abc import Iterable
 from types import TracebackType
 
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+
+from packlight.profile import Hooks, Kept, around_hooks, storages, tensors_in, unpack
 
 
 class KeptBytes:
     """Counts what autograd keeps while it is entered: unique storages, parameters apart.
 
-    Keeps nothing alive, so it is for one forward pass: of two, the second may take the memory that
-    the first has freed. Of checkpointed regions their inputs count.
+    Passes without gradients keep nothing. The count ends where the first backward pass begins, so
+    it is of the first passes that keep, with the losses computed of them. Of checkpointed regions
+    their inputs count. Keeps nothing alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._apart = {_place(parameter) for parameter in _held_by(model)}
-        self._sizes: dict[tuple[int, int], int] = {}
-        self._hooks = saved_tensors_hooks(self._count, _unchanged)
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        place = _place(tensor)
-        if place not in self._apart:
-            self._sizes[place] = tensor.untyped_storage().nbytes()
-        return tensor
+        self._apart = {storage.key for tensor in _held_by(model) for storage in storages(tensor)}
+        self._kept: list[weakref.ref[Kept]] = []
+        self._final: int | None = None
+        self._hooks = around_hooks(self._pack, self._unpack)
 
     @property
     def bytes(self) -> int:
-        return sum(self._sizes.values())
+        return self._alive() if self._final is None else self._final
+
+    def _pack(self, tensor: Tensor, hooks: Hooks | None) -> Kept:
+        kept = Kept(tensor, hooks)
+        if self._final is None:
+            self._kept.append(weakref.ref(kept))
+        return kept
+
+    def _unpack(self, kept: Kept) -> Tensor:
+        if self._final is None:  # the first node that needs what it kept; all is still there
+            self._final = self._alive()
+            self._kept.clear()
+        return unpack(kept)
+
+    def _alive(self) -> int:
+        alive = [kept for kept in (reference() for reference in self._kept) if kept is not None]
+        sizes = {
+            storage.key: storage.bytes
+            for kept in alive
+            for tensor in tensors_in(kept.packed)
+            for storage in storages(tensor)
+        }
+        return sum(size for key, size in sizes.items() if key not in self._apart)
 
     def __enter__(self) -> "KeptBytes":
         self._hooks.__enter__()
@@ -39,18 +59,11 @@ class KeptBytes:
         error: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
-        self._hooks.__exit__(kind, error, traceback)
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
+        if self._final is None:
+            self._final = self._alive()
+        self._hooks.__exit__(None, None, None)
 
 
 def _held_by(model: nn.Module) -> Iterable[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-
-
-def _place(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()

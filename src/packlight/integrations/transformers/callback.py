@@ -16,24 +16,35 @@ class PacklightCallback(Converting, TrainerCallback):
     or else when training begins. Parameters are the same objects as before and `state_dict` has the
     same keys, so checkpoints are plain ones, and `from_pretrained` gives the plain model.
 
-    The first forward pass of each training is measured: `kept_bytes` is what autograd keeps of it,
-    and the first log has it as "packlight_kept_bytes". Under `torch.compile` the first step, which
+    The first step of each training that keeps anything is measured, up to its first backward pass:
+    `kept_bytes` is what autograd keeps of it, with a loss that the `Trainer` computes, and the next
+    log has it as "packlight_kept_bytes". Under `torch.compile` the first step, which
     has the hooks of the measurement, is compiled apart from the others.
     """
 
     _logged = False
     _converted: nn.Module | None = None
-    _handles: tuple[Any, ...] = ()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if kwargs.get("model") is not None:  # none where the Trainer has `model_init`
             self._convert(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model = kwargs["model"]
-        self._convert(model)
-        if self.measure:
-            self._measure_once(model)
+        self._stop_measuring()  # of a training that an exception ended
+        self._convert(kwargs["model"])
+        self.kept_bytes, self._logged = None, False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start_measuring(kwargs["model"])
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_measuring()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_measuring()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_measuring()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -45,7 +56,7 @@ class PacklightCallback(Converting, TrainerCallback):
         self._logged = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._remove_hooks()
+        self._stop_measuring()
         if self.revert_at_end:
             revert(kwargs["model"])
             self._converted = None
@@ -54,25 +65,3 @@ class PacklightCallback(Converting, TrainerCallback):
         if self._converted is not model:
             super()._convert(model)
             self._converted = model
-
-    def _measure_once(self, model: nn.Module) -> None:
-        """Has hooks of the model count what its next forward pass with gradients keeps."""
-        self.kept_bytes, self._logged = None, False
-        self._remove_hooks()
-
-        def enter(module: nn.Module, args: Any) -> None:
-            self._start_measuring(model)
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._stop_measuring()
-            self._remove_hooks()
-
-        self._handles = (
-            model.register_forward_pre_hook(enter),
-            model.register_forward_hook(leave, always_call=True),
-        )
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = ()
