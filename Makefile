@@ -1,7 +1,10 @@
 # make demo   train a small model on real text, with and without packlight
-# make test   what CI runs: lint, format, types, the CPU test suite
-# make test-torch TORCH=2.11.0   the test suite with another torch; 2.8.0 is the oldest
+# make test   lint, format, types, the CPU test suite
+# make test-torch TORCH=2.11.0   the test suite with another torch; 2.11.0 is the oldest
+# make test-newest   a wheel of this checkout and the torch that pip installs today: what must hold at once
+# make mutate   whether the tests notice single changes of the source; MODULES=_checks.py for some of it
 # make gpu-test   the tests that need a CUDA device; fails where there is none
+# make gpu-sanitize   the kernels' tests on the device under compute-sanitizer
 
 PYTHON ?= python3
 VENV   := .venv
@@ -9,7 +12,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PINS   := --constraint constraints.txt
 
-.PHONY: demo test test-torch pytest lint gpu-test clean
+.PHONY: demo test test-torch test-newest pytest lint mutate gpu-test gpu-sanitize clean
 
 # One stamp: nothing is installed again until the requirements change.
 $(STAMP): pyproject.toml constraints.txt
@@ -24,12 +27,14 @@ demo: $(STAMP)
 	$(BIN)/packlight demo
 
 # A worker a core, each with one thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
 pytest: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST)
 
 test: lint pytest
 
-TORCH ?= 2.8.0
+TORCH ?= 2.11.0
 test-torch:
 	$(MAKE) pytest VENV=$(VENV)-torch-$(TORCH) PINS=torch==$(TORCH)
 
@@ -38,9 +43,31 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What a user has who installs packlight today: an empty environment and no pins. Nothing of `src` is imported.
+test-newest: BIN = .venv-newest/bin
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .venv-newest/wheel .
+	$(BIN)/python -m pip install --quiet .venv-newest/wheel/packlight-*.whl
+	PYTHONPATH= $(BIN)/packlight env
+	$(BIN)/python -m pip install --quiet --group test
+	PYTHONPATH= $(PYTEST) tests/test_packaging.py tests/test_public_api.py tests/test_readme.py tests/test_saving.py tests/test_compiled_resnet.py
+	PYTHONPATH= $(PYTEST) tests/test_contract.py -k 'not compile'
+
+mutate: $(STAMP)
+	$(BIN)/python tools/mutate.py $(MODULES)
+
 # Runs on the Python that has the GPU build of torch, so it makes no environment of its own.
 gpu-test:
 	PYTHONPATH=src $(PYTHON) -m pytest --gpu -m gpu
 
+# Without torch's cache every tensor is an allocation of its own, so that an access beside one is seen.
+SANITIZER ?= compute-sanitizer
+gpu-sanitize:
+	PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 --target-processes all \
+	    $(PYTHON) -m pytest --gpu -m gpu -k kernels
+
 clean:
-	rm -rf $(VENV) $(VENV)-torch-* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-torch-* .venv-newest .mypy_cache .pytest_cache .ruff_cache

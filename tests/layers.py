@@ -2,9 +2,10 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -55,12 +56,30 @@ class Layer:
         """Whether it is torch's own function, which keeps what this method would."""
         return False
 
+    @property
+    def path(self) -> tuple[object, ...]:
+        """What its kernels are specialised by, apart from the function itself."""
+        return (self.method,)
+
     def use_kernels(self, monkeypatch) -> None:
         """Runs the kernels where the operators would run the reference."""
         ops = importlib.import_module(f"packlight.{self.method}.ops")
         kernels = importlib.import_module(f"packlight.{self.method}.kernels")
         for operator in self.operators:
             monkeypatch.setattr(ops, operator, getattr(kernels, operator))
+
+
+def on_both_backends(layers: Sequence[Layer]) -> pytest.MarkDecorator:
+    """Every layer on its reference, and one of each path through the kernels on these.
+
+    For what depends on shapes, strides and codes, which the function that a kernel computes has no
+    part in. Triton's interpreter takes a second for what a device does in a microsecond.
+    """
+    first = {layer.path: layer for layer in reversed(layers)}
+    rows = [(layer, "reference") for layer in layers]
+    rows += [(layer, "kernel") for layer in first.values()]
+    ids = [f"{layer.method}-{layer}-{backend}" for layer, backend in rows]
+    return pytest.mark.parametrize(("layer", "backend"), rows, ids=ids, indirect=["backend"])
 
 
 # The truth in float64, which itself loses the digits of 1 + erf and 1 + tanh far left of 0.

@@ -1,7 +1,8 @@
 """The contract of every layer (docs/architecture.md), over the tables of all methods.
 
-`backend` runs each test on the plain-PyTorch reference and on the Triton kernels, which the
-interpreter executes on the CPU. What only one method promises is tested in its own folder.
+`both_backends` runs a test on the plain-PyTorch reference of every layer, and on the Triton kernels
+once for each path through them; on the CPU the interpreter executes them. What only one method
+promises is tested in its own folder.
 """
 
 import copy
@@ -21,6 +22,7 @@ from packlight import use_reference
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.packing.layout import dense_stride
 from tests.helpers import DTYPES, SHAPES, dtype_name, gradient, kept_bytes, sample
+from tests.layers import on_both_backends
 
 LAYERS = [
     *tests.fewbit.layers.LAYERS,
@@ -35,6 +37,7 @@ def over(layers):
 
 every_layer = over(LAYERS)
 every_inplace_layer = over([layer for layer in LAYERS if layer.inplace])
+both_backends = on_both_backends(LAYERS)
 every_module = over([layer for layer in LAYERS if layer.module is not None])
 
 
@@ -98,7 +101,7 @@ def test_eval_runs_the_plain_operation(layer):
 # --- 4: what is kept.
 
 
-@every_layer
+@both_backends
 def test_keeps_what_it_says_and_nothing_else(layer, backend):
     for shape in [(1,), (64,), (3, 41), (5, 8, 8)]:
         x = sample(*shape).requires_grad_()
@@ -109,7 +112,7 @@ def test_keeps_what_it_says_and_nothing_else(layer, backend):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@every_layer
+@both_backends
 def test_any_shape_and_stride(layer, shape, backend, poison):
     x = shape()
     dy = torch.randn(x.shape)
@@ -141,7 +144,7 @@ def test_nothing_is_kept_without_gradient(layer, monkeypatch):
     assert kept_bytes(run) == 0
 
 
-@every_layer
+@both_backends
 def test_retain_graph_and_two_backwards(layer, backend):
     x = sample(4, 5).requires_grad_()
     y = layer.apply(x)
@@ -156,7 +159,7 @@ def test_second_derivative_raises(layer):
         torch.autograd.grad((layer.apply(x) + x**2).sum(), x, create_graph=True)
 
 
-@every_layer
+@both_backends
 def test_inputs_and_gradients_are_left_alone(layer, backend):
     x, dy = sample(4, 5), torch.randn(4, 5)
     before = x.clone(), dy.clone()
@@ -173,7 +176,7 @@ def test_output_that_is_not_kept_may_be_modified_in_place(layer):
     assert torch.equal(dx, expected)
 
 
-@over([layer for layer in LAYERS if layer.keeps_output])
+@on_both_backends([layer for layer in LAYERS if layer.keeps_output])
 def test_output_that_is_kept_must_not_be_modified_in_place(layer, backend):
     x = sample(4, 5).requires_grad_()
     y = layer.apply(x)
@@ -182,7 +185,7 @@ def test_output_that_is_kept_must_not_be_modified_in_place(layer, backend):
         y.sum().backward()
 
 
-@every_inplace_layer
+@on_both_backends([layer for layer in LAYERS if layer.inplace])
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sliced"])
 def test_inplace(layer, dense, backend):
     leaf = sample(6, 10)

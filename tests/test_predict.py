@@ -1,12 +1,17 @@
 """`predict`: what a run would keep, without the run."""
 
 import copy
+import dataclasses
+import math
+import sys
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import packlight
@@ -184,7 +189,158 @@ def test_masks_and_lengths_count_by_their_values(given):
     assert all(torch.equal(given[name], value) for name, value in before.items())
 
 
+class Middle(nn.Module):
+    """A function of an activation."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.fc, self.function = nn.Linear(16, 16), function
+
+    def forward(self, x):
+        return self.function(self.fc(x))
+
+
+def clamped(h):
+    if torch.isinf(h).any() or torch.isnan(h).any():
+        h = torch.clamp(h, -1.0, 1.0)
+    return h.sin()
+
+
+def refused(h):
+    loss = h.sin().mean()
+    if not torch.isfinite(h).all().item() or loss.isnan() or not torch.isfinite(loss):
+        raise ValueError
+    if (h != h).any() or h.isnan().sum() > 0 or h.isfinite().sum() != h.numel():
+        raise ValueError
+    if not (h.abs() < float("inf")).all() or h.isfinite().float().mean() < 1:
+        raise ValueError
+    return loss
+
+
+def engine(h):
+    loss = h.sin().mean()
+    value = loss.item()
+    if not math.isfinite(value) or math.isnan(value):
+        sys.exit(1)
+    return loss if f"{value + 1:.3f}" else None
+
+
+def variational(h):
+    q = torch.distributions.Normal(h, F.softplus(h) + 1e-3)
+    p = torch.distributions.Normal(torch.zeros_like(h), torch.ones_like(h))
+    return q.rsample().sin() + torch.distributions.kl_divergence(q, p)
+
+
+def gathered(h):
+    """Fake values are written into real tensors."""
+    out = torch.zeros(8, 16)
+    for row in range(8):
+        out[row] = h[row].sin()
+    return out.exp()
+
+
+@pytest.mark.parametrize("function", [clamped, refused, engine, variational, gathered])
+def test_activations_are_taken_for_finite_numbers(function):
+    model, x = Middle(function), torch.randn(8, 16)
+    run, predicted = profile(model, x), predict(model, x)
+    assert predicted.activation_bytes == run.activation_bytes > 0
+    assert predicted.input_bytes == run.input_bytes
+
+
+def looked_into(h):
+    out = torch.zeros(8, 16)
+    out[:] = h
+    return out.exp() if (out > 0).any() else out
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        looked_into,
+        lambda h: h.sin() if h.max() > 3 else h.cos(),
+        lambda h: h.sin() if h.mean().item() > 3 else h.cos(),
+        lambda h: h.sin() if (h < 0).any() else h.cos(),
+        lambda h: h[: int(h.sum().item())].sin(),
+        lambda h: h.sin() * float(h.detach().numpy().max()),
+        lambda h: h[h > 0].sin(),
+        lambda h: F.dropout(h, h.mean().item()),
+    ],
+)
+def test_other_values_are_not_guessed(function):
+    with pytest.raises(InputError, match=r"test_predict\.py:\d+ in .* needs the values"):
+        predict(Middle(function), torch.randn(8, 16))
+
+
+def test_small_data_keeps_its_values():
+    class Model(Middle):
+        def forward(self, x, mask):
+            h = self.fc(x) if x.sum() > 0 else x
+            return h.sin().masked_fill(mask, 0.0) if (mask == float("-inf")).any() else h
+
+    model, x, mask = Model(None), torch.ones(4, 16), torch.full((4, 16), -math.inf)
+    model_of_bool = Model(None)
+    assert predict(model, x, mask.isinf()) == profile(model, x, mask.isinf())
+    assert predict(model_of_bool, -x, mask.isinf()) == profile(model_of_bool, -x, mask.isinf())
+
+
+class Raises:
+    def __getattr__(self, name):
+        raise ValueError(f"{name} is ambiguous: it differs by layer")
+
+
+@dataclasses.dataclass
+class RaisesForOne:
+    width: int = 64
+
+    def __getattribute__(self, name):
+        if name == "width":
+            raise ValueError("ambiguous")
+        return object.__getattribute__(self, name)
+
+
+class Slots:
+    __slots__ = ("empty", "tensor")
+
+    def __init__(self):
+        self.tensor = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Raises(), RaisesForOne(), Slots(), threading.Lock(), {"inner": Raises()}, sys.stderr],
+    ids=lambda config: type(config).__name__,
+)
+def test_objects_that_refuse_to_be_looked_into_do_not_stop_it(config):
+    model, x = conv_net(), torch.randn(4, 3, 20, 20)
+    model.config = model[0].config = config
+    run, predicted = profile(model, x), predict(model, x)
+    assert predicted == run
+    assert model.config is config
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("place", ["input", "parameter", "buffer"])
+@pytest.mark.parametrize("make", [lambda x: x.as_subclass(Subclass), lambda x: TwoTensor(x, x + 1)])
+def test_tensor_subclasses(place, make):
+    model, x = Middle(torch.sin), torch.randn(8, 16)
+    if place == "parameter":
+        model.fc.weight = nn.Parameter(make(torch.randn(16, 16)))
+    elif place == "buffer":
+        model.register_buffer("buffer", make(torch.randn(16, 16)))
+    else:
+        x = make(x)
+    run, predicted = profile(model, x), predict(model, x)
+    for part in ("activation_bytes", "input_bytes", "parameter_bytes", "buffer_bytes"):
+        assert getattr(predicted, part) == getattr(run, part)
+
+
 def test_what_cannot_be_predicted():
+    rows = [torch.randn(3, 16), torch.randn(5, 16)]
+    with pytest.raises(InputError, match="nested tensor"):
+        predict(Middle(torch.sin), torch.nested.nested_tensor(rows, layout=torch.jagged))
     with pytest.raises(InputError, match="no copy without values"):
         predict(F.gelu, torch.randn(3))
     with pytest.raises(InputError, match="not initialised"):

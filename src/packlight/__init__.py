@@ -2,6 +2,7 @@
 
 from packlight import fewbit, groupquant, inverted, sketch
 from packlight._library import use_reference
+from packlight._seeds import manual_seed
 from packlight._version import __version__
 from packlight.conversion import Conversion
 from packlight.convert import DEFAULT_METHODS, convert, revert
@@ -47,6 +48,7 @@ __all__ = [
     "groupquant",
     "inverted",
     "load_methods",
+    "manual_seed",
     "predict",
     "profile",
     "revert",

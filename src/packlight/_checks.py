@@ -5,9 +5,32 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
+from packlight import _torch
 from packlight.errors import DoubleBackwardError, InputError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_supported(x: Tensor) -> bool:
+    """Whether it is a dense tensor of a floating dtype that the kernels know."""
+    return x.dtype in _DTYPES and x.layout is torch.strided and not x.is_nested
+
+
+def is_taken(x: Tensor) -> bool:
+    """Whether layers take the tensor; any other is left to torch's own layer.
+
+    Those that `check_tensor` refuses, and those of inference mode, which autograd cannot save.
+    """
+    if not is_supported(x) or is_transformed():
+        return False
+    return torch.compiler.is_compiling() or not (x.is_inference() and torch.is_grad_enabled())
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or torch.export looks on: each needs torch's functions."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return _torch.in_transform()
 
 
 def check_tensor(x: object, function: str) -> None:
@@ -22,6 +45,11 @@ def check_tensor(x: object, function: str) -> None:
         raise InputError(
             f"{function} takes float32, bfloat16, float16 or float64, got {x.dtype};"
             " convert it first, or use torch's own function"
+        )
+    if is_transformed() and torch.is_grad_enabled():
+        raise InputError(
+            f"{function} keeps packed bits, which torch.func and torch.export cannot differentiate;"
+            " use torch's own function there, as a converted model does by itself"
         )
 
 

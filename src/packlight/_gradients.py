@@ -13,7 +13,7 @@ _recast = define_op(
     "recast(Tensor x, Tensor like) -> Tensor",
     reference=lambda x, like: x.to(like.dtype),
     fake=lambda x, like: torch.empty_like(x, dtype=like.dtype),
-    any_layout=True,
+    tags=(torch.Tag.flexible_layout,),
 )
 
 

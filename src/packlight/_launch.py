@@ -7,15 +7,15 @@ addresses in place of tensors, of which the launcher would ask the address again
 whether it is one.
 
 `prepare` goes further: a launcher keeps what it makes of shapes and settings, under
-`functools.lru_cache`, and hands over nothing but tensors.
+`functools.lru_cache`, and hands over nothing but tensors and a seed.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from triton import knobs
-from triton.runtime.driver import driver
+
+from packlight import _torch
 
 # Launches that one launcher keeps: one for each shape and setting.
 LAUNCHES = 1024
@@ -37,7 +37,7 @@ class quick:
         return call
 
     def prepare(self, grid: tuple[int, ...], *numbers: Any, **constants: Any) -> "Launch":
-        """What is called with the tensors of a launch, which come before its numbers."""
+        """What is called with the tensors and seed of a launch, which come before its numbers."""
         return Launch(self, grid, numbers, constants)
 
     def launch(
@@ -61,7 +61,10 @@ class quick:
 
 
 class Launch:
-    """A kernel with its grid, numbers and constants. Called with the tensors."""
+    """A kernel with its grid, numbers and constants. Called with the tensors and a seed.
+
+    A seed may be a number, of which the kernel says `do_not_specialize`.
+    """
 
     def __init__(
         self,
@@ -76,40 +79,52 @@ class Launch:
         self.constants = constants
         self.found: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
-    def __call__(self, *tensors: Tensor) -> None:
-        addresses: list[Any] = [tensor.data_ptr() for tensor in tensors]
-        key = (
-            *[tensor.dtype for tensor in tensors],
-            *[tensor.get_device() for tensor in tensors],
-            *[address & 15 == 0 for address in addresses],
-        )
-        found = self.found.get(key)
+    def __call__(self, *arguments: Any) -> None:
+        plain: list[Any] = []
+        key: list[Any] = []
+        for argument in arguments:
+            if type(argument) is int:
+                plain.append(argument)
+                key.append(-(2**31) <= argument < 2**31)
+            else:
+                address = argument.data_ptr()
+                plain.append(address)
+                key += (argument.dtype, argument.get_device(), address & 15 == 0)
+        found = self.found.get(tuple(key))
         if found is not None:
             compiled, rest = found
-            _run(compiled, self.grid, tensors[0].get_device(), addresses + rest)
+            _run(compiled, self.grid, arguments[0].get_device(), plain + rest)
             return
-        launched = self.kernel.launch(self.grid, (*tensors, *self.numbers), self.constants)
+        launched = self.kernel.launch(self.grid, (*arguments, *self.numbers), self.constants)
         if launched is not None:
             compiled, names = launched
             rest = [*self.numbers, *(self.constants[name] for name in names)]
-            self.found[key] = compiled, rest
+            self.found[tuple(key)] = compiled, rest
 
 
 def _run(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]) -> None:
-    """What `compiled[grid](*arguments)` does in Triton 3.4 to 3.7, where no profiler listens.
+    """What `compiled[grid](*arguments)` does in the tested Tritons, where no profiler listens.
 
     `device` is that of the tensors, which is the current one: see `define_op`.
     """
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        compiled[grid](*arguments)  # an empty chain is called all the same
+    if not _torch.launches_directly() or _is_watched():
+        compiled[grid](*arguments)
         return
     function, metadata = compiled.function, compiled.packed_metadata
     compiled.run(*grid, _stream(device), function, metadata, None, None, None, *arguments)
 
 
+def _is_watched() -> bool:
+    """Whether a profiler has hooks on launches; an empty chain of them is called all the same."""
+    assert _torch.TRITON.values is not None
+    runtime = _torch.TRITON.values[0]
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 def _stream(device: int) -> Any:
-    return driver.active.get_current_stream(device)
+    assert _torch.TRITON.values is not None
+    return _torch.TRITON.values[1].active.get_current_stream(device)
 
 
 def _specialise(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:

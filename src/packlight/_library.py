@@ -10,11 +10,11 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+from packlight import _torch
 
 _LIBRARY = torch.library.Library("packlight", "DEF")
 
@@ -44,29 +44,23 @@ def kernels_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def constant_while_traced(function: _F) -> _F:
-    """`torch.compiler.assume_constant_result`, whose import of the tracer takes a second."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 def define_op(
     schema: str,
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     kernel: str | None = None,
-    any_layout: bool = False,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Callable[..., Any]:
     """Registers `packlight::<schema>` and returns the callable operator.
 
     `kernel` is `"module:function"`, or None where plain PyTorch serves CUDA too. All operators are
     opaque to autograd: a `torch.autograd.Function` calls them, on tensors that need no gradient.
-    With `any_layout` a compiler may lay its inputs out as it likes; else it copies those that it
-    has not written yet.
+    Of the tags, `flexible_layout` says that a compiler may lay its inputs out as it likes; else it
+    copies those that it has not written yet.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,) if any_layout else ())
+    _LIBRARY.define(schema, tags=tags)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"packlight::{name}", fake)
 
@@ -85,8 +79,7 @@ def define_op(
             return reference(*args)
         if launch is None:
             launch = getattr(importlib.import_module(module_name), function_name)
-        # `torch.cuda.current_device` without its check that CUDA is there; contexts cost more yet.
-        if tensors[0].get_device() == torch._C._cuda_getDevice():
+        if _torch.is_current_device(tensors[0]):  # contexts cost more
             return launch(*args)
         with torch.cuda.device(tensors[0].device):  # Triton launches on the current device
             return launch(*args)

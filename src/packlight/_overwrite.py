@@ -1,4 +1,4 @@
-"""Writing a result into the place of what it was made from."""
+"""Writing in place: a result over what it was made from, and what a caller does to a result."""
 
 import torch
 from torch import Tensor
@@ -13,3 +13,15 @@ def overwrite(input: Tensor, output: Tensor) -> Tensor:
         # channels-last, nor is a sum that starts with them: two copies a layer.
         input.detach_()
     return input.copy_(output)
+
+
+def writable(output: Tensor) -> Tensor:
+    """A result of torch, within the forward pass of a Function, as what may be modified in place.
+
+    Torch makes some as views of others (of a Linear in more than two dimensions), and autograd
+    lets nobody write to a view that a Function made.
+    """
+    if torch.compiler.is_compiling() or not output._is_view():
+        return output
+    alone: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return alone

@@ -52,17 +52,18 @@ def former(module: nn.Module) -> Former | None:
     return found
 
 
-def convert(module: nn.Module, swap: Swap, *methods: Method) -> None:
-    """Gives a module its other class, from what it was before any conversion."""
+def convert(module: nn.Module, swap: Swap, *methods: Method) -> bool:
+    """Gives a module its other class, from what it was; whether it changed."""
     was = former(module)
     if was is not None and (was.swap, was.methods) == (swap, methods):
-        return  # what the layer has learnt of its weights stays
+        return False  # what the layer has learnt of its weights stays
     restore(module)
     present = vars(module)
     values = {name: present[name] for name in swap.attributes if name in present}
     present.update(swap.attributes)
     present[_ATTRIBUTE] = Former(type(module), values, swap, methods)
     module.__class__ = swap.kind
+    return True
 
 
 def restore(module: nn.Module) -> bool:

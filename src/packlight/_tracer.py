@@ -1,17 +1,20 @@
-"""What the tracer of torch.compile knows of a tensor, as constants of the compiled code."""
+"""What the tracer of torch.compile knows of a tensor: questions that traced code asks.
+
+Each function below is called in code that is traced, and asks a question by its name; the answer is
+a constant or a variable of the compiled code. Where the tracer cannot be asked, the answer is the
+one that costs memory and never a gradient (`_torch.ask`).
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packlight._library import constant_while_traced
+from packlight import _torch
+from packlight._torch import question
 
 # Of the graph that is traced: by node, the tensor that it was computed of, and how.
 _SOURCES = "_packlight_sources"
-
-# What it told when it was asked last, while a region is traced.
-told: dict[str, Any] = {}
 
 
 def traceable(func: Any) -> Any:
@@ -20,40 +23,16 @@ def traceable(func: Any) -> Any:
     return torch.unflatten if func is Tensor.unflatten else func
 
 
-@constant_while_traced
-def fact(name: str) -> Any:
-    """What the tracer told, as a constant of the compiled code."""
-    return told[name]
-
-
-def version(tensor: Tensor) -> int:
-    """How often the traced tensor was modified in place."""
-    _ask(tensor)
-    found: int = fact("version")
-    return found
-
-
-def takes_notes(tensor: Tensor) -> bool:
-    """Whether the tracer follows the attributes of the traced tensor."""
-    _ask(tensor)
-    found: bool = fact("takes_notes")
-    return found
-
-
 def may_be_detached(tensor: Tensor) -> bool:
     """Whether the traced tensor, a result of this region and no view, can lose its history."""
-    _ask(tensor)
-    found: bool = fact("may_be_detached")
-    return found
+    answer: bool = _torch.ask("is_result_and_no_view", False, tensor)
+    return answer
 
 
 def are_one(a: Tensor, b: Tensor) -> bool:
-    """Whether two traced tensors are one variable of the compiled code."""
-    from torch._dynamo.comptime import comptime
-
-    comptime(_compare)
-    found: bool = fact("are_one")
-    return found
+    """Whether two traced tensors may be one variable of the compiled code."""
+    answer: bool = _torch.ask("is_one_node", True, a, b)
+    return answer
 
 
 def apart(tensor: Tensor, *others: Tensor) -> Tensor:
@@ -69,9 +48,7 @@ def apart(tensor: Tensor, *others: Tensor) -> Tensor:
 
 def note_source(tensor: Tensor, source: Tensor, how: str) -> None:
     """Has the tracer know that the traced tensor was computed of `source` alone, and how."""
-    from torch._dynamo.comptime import comptime
-
-    comptime(_keep_source)
+    _torch.ask("keep_source", None, tensor, source, how)
 
 
 def source_of(tensor: Tensor, how: str, other: Tensor) -> Tensor | None:
@@ -80,67 +57,56 @@ def source_of(tensor: Tensor, how: str, other: Tensor) -> Tensor | None:
     What is computed of the source in place of the tensor leaves the compiled code nothing that uses
     the tensor, which is not computed then. The source may not be `other`.
     """
-    from torch._dynamo.comptime import comptime
-
-    source = None
-    comptime(_find_source)
+    source: Tensor | None = _torch.ask("find_source", None, tensor, how, other)
     return source
 
 
-def _compare(context: Any) -> None:
-    a, b = (context.get_local(name).as_proxy().node for name in ("a", "b"))
-    told["are_one"] = a is b
+# ---- questions -----------------------------------------------------------------------------------
 
 
-def _sources(context: Any) -> dict[Any, Any]:
-    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-    found: dict[Any, Any] = vars(tracer.output).setdefault(_SOURCES, {})
+def node_of(variable: Any) -> Any:
+    """The node of the graph that computes a traced tensor."""
+    return variable.as_proxy().node
+
+
+def fake_of(variable: Any) -> Any:
+    """The tensor without values that the tracer has for a traced one."""
+    return node_of(variable).meta["example_value"]
+
+
+def graph_facts(tracer: Any, name: str) -> dict[Any, Any]:
+    """A dictionary of ours that lives as long as the graph that is traced."""
+    found: dict[Any, Any] = vars(tracer.output).setdefault(name, {})
     return found
 
 
-def _keep_source(context: Any) -> None:
-    tensor, source = context.get_local("tensor"), context.get_local("source")
-    tracker = source._i_will_not_complain_if_bc_breaks_VariableTracker()
-    how = context.get_local("how").as_python_constant()
-    versions = tensor.as_fake()._version, source.as_fake()._version
-    _sources(context)[tensor.as_proxy().node] = tracker, how, versions
+@question
+def is_result_and_no_view(tracer: Any, tensor: Any) -> bool:
+    return node_of(tensor).op != "placeholder" and not fake_of(tensor)._is_view()
 
 
-def _find_source(context: Any) -> None:
-    """Puts the source of the local `tensor` into the local `source`."""
-    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-    tensor, how = context.get_local("tensor"), context.get_local("how").as_python_constant()
-    node = tensor.as_proxy().node
-    tracker, noted, versions = _sources(context).get(node, (None, None, None))
+@question
+def is_one_node(tracer: Any, a: Any, b: Any) -> bool:
+    return node_of(a) is node_of(b)
+
+
+@question
+def keep_source(tracer: Any, tensor: Any, source: Any, how: Any) -> None:
+    versions = fake_of(tensor)._version, fake_of(source)._version
+    facts = source, how.as_python_constant(), versions
+    graph_facts(tracer, _SOURCES)[node_of(tensor)] = facts
+
+
+@question
+def find_source(tracer: Any, tensor: Any, how: Any, other: Any) -> Any:
+    node = node_of(tensor)
+    facts = graph_facts(tracer, _SOURCES).get(node)
     # In the body of a checkpoint, what is outside is an input.
-    if tracker is None or noted != how or node.graph is not tracer.output.current_tracer.graph:
-        return
-    source = tracker.as_proxy().node
-    now = tensor.as_fake()._version, source.meta["example_value"]._version
-    read = _readers(node) or _readers(source) - {node.args[0]}  # one of the results of a function
-    if versions == now and not read and context.get_local("other").as_proxy().node is not source:
-        tracer.symbolic_locals["source"] = tracker
-
-
-def _readers(node: Any) -> set[Any]:
-    """What uses the node, but for aliases that carry notes."""
-    return {user for user in node.users if user.target != "detach"}
-
-
-def _ask(tensor: Tensor) -> None:
-    from torch._dynamo.comptime import comptime  # an import of a second, so only here
-
-    comptime(_answer)
-
-
-def _answer(context: Any) -> None:
-    from torch._dynamo.variables.base import is_side_effect_safe
-
-    variable = context.get_local("tensor")
-    fake, is_input = variable.as_fake(), variable.as_proxy().node.op == "placeholder"
-    # The tracer follows attributes of some tensors only: not those of one of several outputs, nor,
-    # in the body of a checkpoint, those of a tensor from outside.
-    mutation = variable._i_will_not_complain_if_bc_breaks_VariableTracker().mutation_type
-    told["version"] = fake._version
-    told["takes_notes"] = not is_input and mutation is not None and is_side_effect_safe(mutation)
-    told["may_be_detached"] = not is_input and not fake._is_view()
+    if facts is None or node.graph is not tracer.output.current_tracer.graph:
+        return None
+    source, noted, versions = facts
+    of = node_of(source)
+    now = fake_of(tensor)._version, fake_of(source)._version
+    read = node.users or set(of.users) - {node.args[0]}  # one of the results of a function
+    alike = noted == how.as_python_constant() and versions == now
+    return source if alike and not read and node_of(other) is not of else None

@@ -6,6 +6,11 @@ every call of a torch function, also in a region that `torch.compile` traces. It
 a forward runs, exceptions or not, so nothing of it is global; and each module of the model's own
 code has it, so a checkpoint that runs a module again sees it again.
 
+Each module decides for its own code: one in eval(), and one that the user excludes, covers nothing,
+whatever the module around it does. In training, calls are covered without gradients too, so that a
+pass without and the pass with them run the same functions: both passes of a re-entrant checkpoint
+draw the same random numbers.
+
 What the layers of torch.nn call is left to the rules for layers. The layers that a conversion makes
 run with the mode off: they look at tensors a hundred times a block, and each look would go through
 it.
@@ -19,17 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.overrides import TorchFunctionMode
 
-from packlight import _tracer
-from packlight.method import Calls, Method, Swap
+from packlight import _torch, _tracer
+from packlight._checks import is_taken
+from packlight.method import Call, Calls, Method, Swap
 
 _ATTRIBUTE = "_packlight_calls"
 _COVERS = "_packlight_covers"
@@ -40,8 +39,6 @@ _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
 )
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Where a caller's own code has not begun yet, seen from the mode.
 _BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._jit_internal")
@@ -60,34 +57,37 @@ class _Covering(TorchFunctionMode):
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if "out" in kwargs and kwargs["out"] is None:
+            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         call = self.calls.table.get(func)
-        if call is None or _called_by_a_layer() or not _is_taken(args, kwargs):
+        if call is None or _called_by_a_layer() or not _is_covered(call, args, kwargs):
             return _tracer.traceable(func)(*args, **kwargs)
         return call.function(*args, **kwargs, **call.options)
 
 
-def _is_taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether our functions take what torch's was given: dense tensors of floats, and no `out`."""
-    if not args or "out" in kwargs:
+def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether our function takes this call: no argument that only torch's has, plain tensors."""
+    if len(args) > call.places or not all(name in call.names for name in kwargs):
         return False
-    x = args[0]
-    return (
-        type(x) in (Tensor, nn.Parameter, FakeTensor)
-        and x.dtype in _DTYPES
-        and x.layout is torch.strided
-        and not x.is_nested
-    )
+    x = args[0] if args else kwargs.get(call.names[0])
+    given = (*args, *kwargs.values())
+    return isinstance(x, Tensor) and is_taken(x) and all(_is_plain(value) for value in given)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is no tensor of a subclass, which has torch functions of its own."""
+    if not isinstance(value, Tensor) or type(value) in (Tensor, nn.Parameter):
+        return True
+    return _torch.is_fake(value)
 
 
 # ---- who calls -----------------------------------------------------------------------------------
 
 
 def _called_by_a_layer() -> bool:
-    if torch.compiler.is_compiling():
-        from torch._dynamo.comptime import comptime  # an import of a second, so only here
-
-        comptime(_ask_tracer)
-        by_a_layer: bool = _tracer.fact("by a layer")
+    """Whether a layer, or a covering that left the call alone, calls the torch function."""
+    if torch.compiler.is_dynamo_compiling():
+        by_a_layer: bool = _torch.ask("by_a_layer", True)
         return by_a_layer
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
@@ -98,49 +98,48 @@ def _called_by_a_layer() -> bool:
     return False
 
 
-def _ask_tracer(context: Any) -> None:
-    translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+@_torch.question
+def by_a_layer(tracer: Any) -> bool:
+    handler = _Covering.__torch_function__.__code__
+    while tracer.f_code is not handler:
+        tracer = tracer.parent
     names = []
-    while translator is not None:
-        names.append(translator.f_globals.get("__name__", ""))
-        translator = getattr(translator, "parent", None)
-    callers = [name for name in names if name not in (__name__, *_BETWEEN)]
-    _tracer.told["by a layer"] = bool(callers) and callers[0].startswith(_LAYERS)
+    while (tracer := getattr(tracer, "parent", None)) is not None:
+        names.append(tracer.f_globals.get("__name__", ""))
+    callers = [name for name in names if name not in _BETWEEN]
+    return bool(callers) and callers[0].startswith(_LAYERS)
 
 
 # ---- layers of ours ------------------------------------------------------------------------------
 
 
 def leave_alone(kind: type[nn.Module]) -> None:
-    """Has a class of layers of ours run its forward with the mode off; other classes stay."""
+    """Has a class of layers of ours run its forward with the mode off; other classes stay.
+
+    A tensor that our functions do not take runs through the plain layer, as torch has it.
+    """
     owner: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
     if owner.__module__.startswith("packlight.") and not hasattr(owner.forward, _ALONE):
-        owner.forward = _alone(owner.forward)
+        owner.forward = _alone(owner, owner.forward)
 
 
-def _alone(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
+    def either(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor) and not is_taken(x):
+            return super(owner, self).forward(*args, **kwargs)
+        return forward(self, *args, **kwargs)
+
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A module inside may be the user's, and is covered like any.
         if self._modules:
-            return forward(self, *args, **kwargs)
-        return _without_mode(forward, self, *args, **kwargs)
+            return either(self, *args, **kwargs)
+        return _torch.without_mode(_Covering, either, self, *args, **kwargs)
 
     _give_own_code(alone, f"alone_{forward.__qualname__}")
     setattr(alone, _ALONE, True)
     return alone
-
-
-def _without_mode(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls it with the mode off."""
-    # Traced, a look costs nothing; and no other mode may be taken off the stack.
-    if torch.compiler.is_compiling() or type(_get_current_function_mode()) is not _Covering:
-        return function(*args, **kwargs)
-    mode = _pop_mode()
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _push_mode(mode)
 
 
 def _give_own_code(function: Any, name: str) -> None:
@@ -160,13 +159,14 @@ def swap_for_calls(
 ) -> Swap | None:
     """How the calls in a module's own code are covered; None where it has none of its own.
 
-    `kind` is its class before any conversion.
+    `kind` is its class before any conversion. Without methods they are torch's, whatever covers
+    those of the module around it.
     """
     own = not f"{kind.__module__}.".startswith(_LAYERS) and kind.forward is not nn.Module.forward
     if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return None
     calls = Calls.of(methods)
-    return Swap(covered(kind), {_ATTRIBUTE: calls}) if calls.table else None
+    return Swap(covered(kind), {_ATTRIBUTE: calls}) if calls.table or not methods else None
 
 
 # ---- the classes ---------------------------------------------------------------------------------
@@ -185,10 +185,10 @@ def covered(kind: type[nn.Module]) -> type[nn.Module]:
 def _make(kind: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or not torch.is_grad_enabled() or _is_on():
+        calls = getattr(self, _ATTRIBUTE) if self.training else _NONE
+        if _covered_now() is calls:
             return kind.forward(self, *args, **kwargs)
-        with _Covering(getattr(self, _ATTRIBUTE)):
-            return kind.forward(self, *args, **kwargs)
+        return _torch.without_mode(_Covering, _cover, calls, kind.forward, self, *args, **kwargs)
 
     _give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
 
@@ -222,11 +222,10 @@ def _run_compiled(module: Any, compiled: Callable[..., Any], *args: Any, **kwarg
     Not where the mode around it covers what the module's own would not.
     """
     if not torch.compiler.is_compiling():
-        mode = _get_current_function_mode()
-        alike = type(mode) is _Covering and vars(module).get(_ATTRIBUTE) == mode.calls
+        alike = vars(module).get(_ATTRIBUTE) is _covered_now()
         hooks = module._forward_hooks, module._forward_pre_hooks, *_GLOBAL_HOOKS
         if alike and module.training and not any(hooks):
-            return _without_mode(compiled, *args, **kwargs)
+            return _torch.without_mode(_Covering, compiled, *args, **kwargs)
     return compiled(*args, **kwargs)
 
 
@@ -242,6 +241,20 @@ def _remake(make: Callable[..., nn.Module], kind: type[nn.Module], *arguments: A
     return module
 
 
-def _is_on() -> bool:
-    """Whether a module around this one covers its calls already."""
-    return any(isinstance(mode, _Covering) for mode in _get_current_function_mode_stack())
+_NONE = Calls.of(())
+
+
+def _covered_now() -> Calls:
+    """Which calls are covered where this is asked."""
+    for mode in reversed(_torch.function_modes()):
+        if isinstance(mode, _Covering):
+            return mode.calls
+    return _NONE
+
+
+def _cover(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a forward with these calls covered and no others."""
+    if _covered_now() is calls:
+        return forward(*args, **kwargs)
+    with _Covering(calls):
+        return forward(*args, **kwargs)

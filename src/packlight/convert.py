@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -23,6 +24,8 @@ import packlight.groupquant.rules
 import packlight.inverted.rules
 import packlight.sketch.rules  # noqa: F401
 from packlight import _swap, integrations
+from packlight._checks import is_supported
+from packlight._seeds import start_rounding
 from packlight.calls import swap_for_calls
 from packlight.conversion import Conversion, Replaced, Skipped, without_numbers
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
@@ -85,7 +88,9 @@ def convert(
             patterns and predicates that match nothing.
         functional: whether calls of torch functions in the model's own code (`F.gelu(x)`,
             `F.scaled_dot_product_attention`, `act(gate) * up`) keep less as well, see
-            docs/convert.md. By the first of all methods given that has a rule for the function.
+            docs/convert.md. The code of a module whose selector gives None stays torch's. By the
+            first of the methods that its selector gives, and where no selector picks the module of
+            all methods given, that has a rule for the function.
 
     Raises:
         NothingMatchedError: no layer would change, or a pattern or predicate matched no module; the
@@ -112,10 +117,12 @@ def convert(
     if strict:
         plan.check(layers)
     plan.check_not_empty(layers)
-    for layer, swap, method in plan.changes:
-        _swap.convert(layer.module, swap, method)
-    for layer, swap in plan.covered:
-        _swap.convert(layer.module, swap, *plan.all_methods)
+    changed = [_swap.convert(layer.module, swap, method) for layer, swap, method in plan.changes]
+    changed += [
+        _swap.convert(layer.module, swap, *methods) for layer, swap, methods in plan.covered
+    ]
+    if any(changed):
+        start_rounding()
     return plan.conversion(model)
 
 
@@ -144,14 +151,21 @@ def revert(model: nn.Module) -> int:
 def _check(model: object, methods: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
-    if isinstance(methods, Method) or _is_sequence_of_methods(methods):
-        return
     if not isinstance(methods, Mapping):
-        raise InputError(
-            f"methods={methods!r} is neither a method, such as FewBit(bits=3), a sequence of those,"
-            " nor a mapping from selectors to methods, such as {nn.GELU: FewBit(bits=3)}"
+        _check_choice(
+            "methods",
+            methods,
+            "a method, such as FewBit(bits=3), a sequence of those,"
+            " nor a mapping from selectors to methods, such as {nn.GELU: FewBit(bits=3)}",
         )
-    for selector, method in methods.items():
+        return
+    for selector, choice in methods.items():
+        if isinstance(selector, nn.Module):
+            kind = type(selector).__name__
+            raise InputError(
+                f"selector {selector!r} is a module; give its type, {kind}, or its name in the"
+                " model, a text"
+            )
         is_module_type = isinstance(selector, type) and issubclass(selector, nn.Module)
         is_predicate = callable(selector) and not isinstance(selector, type)
         if not (is_module_type or is_predicate or isinstance(selector, str)):
@@ -159,16 +173,25 @@ def _check(model: object, methods: object) -> None:
                 f"selector {selector!r} is neither a module type, a pattern of names, nor a"
                 " predicate (name, module) -> bool"
             )
-        if not (method is None or isinstance(method, Method) or _is_sequence_of_methods(method)):
-            hint = f"; did you mean {method.__name__}()?" if isinstance(method, type) else ""
-            raise InputError(
-                f"methods[{_text(selector)}]={method!r} is neither a method nor None, nor a"
-                f" sequence of methods{hint}"
-            )
+        if choice is not None:
+            what = f"methods[{_text(selector)}]"
+            _check_choice(what, choice, "a method nor None, nor a sequence of methods")
 
 
-def _is_sequence_of_methods(methods: object) -> bool:
-    return isinstance(methods, Sequence) and all(isinstance(item, Method) for item in methods)
+def _check_choice(what: str, choice: object, expected: str) -> None:
+    """Raises `InputError` unless this is a method, or several."""
+    is_sequence = isinstance(choice, Sequence) and not isinstance(choice, str)
+    items = choice if is_sequence else [choice]
+    assert isinstance(items, Sequence)
+    if not items:
+        raise InputError(
+            f"{what}={choice!r} has no method; give one, such as FewBit(bits=3), or in a mapping"
+            " None, which leaves a layer as it is"
+        )
+    wrong = [item for item in items if not isinstance(item, Method)]
+    if wrong:
+        hint = f"; did you mean {wrong[0].__name__}()?" if isinstance(wrong[0], type) else ""
+        raise InputError(f"{what}={choice!r} is neither {expected}{hint}")
 
 
 def _load_integrations() -> None:
@@ -260,10 +283,13 @@ class _Plan:
         elif not isinstance(methods, Mapping):
             self.methods = tuple(methods)
         self.changes: list[_Change] = []
-        self.covered: list[tuple[_Layer, Swap]] = []  # modules whose calls are covered
+        # Modules whose calls are covered, and where there are any those that are left out, without
+        # methods.
+        self.covered: list[tuple[_Layer, Swap, tuple[Method, ...]]] = []
         self.skipped: list[Skipped] = []
         self.refused: list[str] = []  # layers that have a rule and cannot be converted
         self.matched: set[Selector] = set()
+        self.selected: dict[nn.Module, Selector] = {}  # the selector that counts for a module
         self.obeyed: set[Selector] = set()  # selectors by which something is converted or left
         self.vain: dict[Selector, list[Skipped]] = {}  # what a selector picked without a rule
 
@@ -275,12 +301,18 @@ class _Plan:
         self.matched.update(matching)
         if not matching:
             self._skip(layer, "no selector picks it")
-        elif (choice := self.selectors[matching[0]]) is not None:
-            methods = (choice,) if isinstance(choice, Method) else tuple(choice)
+            return
+        self.selected[layer.module] = matching[0]
+        if methods := self._methods_of(matching[0]):
             self._decide(layer, methods, matching[0])
         else:
             self._skip(layer, "left alone, as asked")
             self.obeyed.add(matching[0])
+
+    def _methods_of(self, selector: Selector) -> tuple[Method, ...]:
+        """The methods that a selector gives, none for None."""
+        choice = (self.selectors or {})[selector]
+        return (choice,) if isinstance(choice, Method) else tuple(choice or ())
 
     def _decide(
         self, layer: _Layer, methods: tuple[Method, ...], selector: Selector | None
@@ -302,22 +334,30 @@ class _Plan:
     def all_methods(self) -> tuple[Method, ...]:
         """Each method once, in the order in which they were given."""
         found = list(self.methods)
-        for choice in (self.selectors or {}).values():
-            found += [choice] if isinstance(choice, Method) else choice or ()
+        for selector in self.selectors or ():
+            found += self._methods_of(selector)
         return tuple(dict.fromkeys(found))
 
     def cover_calls(self, layers: list[_Layer]) -> None:
         converted = {change.layer.module for change in self.changes}
+        covered = False
         for layer in layers:
             if layer.module in converted:
                 continue
-            swap = swap_for_calls(layer.module, layer.kind, self.all_methods)
+            selector = self.selected.get(layer.module)
+            methods = self.all_methods if selector is None else self._methods_of(selector)
+            swap = swap_for_calls(layer.module, layer.kind, methods)
             if swap is None:
                 continue
             if reason := _class_changed(layer.module):
                 self.refused.append(f"{layer}: {reason}")
-            else:
-                self.covered.append((layer, swap))
+                continue
+            self.covered.append((layer, swap, methods))
+            covered = covered or bool(methods)
+            if selector is not None:
+                self.obeyed.add(selector)
+        if not covered:
+            self.covered.clear()
 
     def _skip(self, layer: _Layer, reason: str, always: bool = False) -> Skipped:
         """Notes that the layer stays as it is; a container only `always`, where a rule says so."""
@@ -373,7 +413,7 @@ class _Plan:
         )
         unmatched = tuple(_text(selector) for selector in self.unmatched())
         kind = _kind(model).__name__
-        covered = tuple(layer.names[0] for layer, _ in self.covered)
+        covered = tuple(layer.names[0] for layer, _, methods in self.covered if methods)
         bits = _other_bits(self.all_methods) if covered else {}
         return Conversion(
             kind, replaced, tuple(self.skipped), unmatched, covered, bits, converted=model
@@ -403,6 +443,8 @@ def _change_for(layer: _Layer, methods: tuple[Method, ...]) -> _Change:
     if reason := _class_changed(layer.module):
         raise CannotConvertError(reason)
     plain = _swap.plain(layer.module)
+    if reason := _why_not_taken(plain):
+        raise LeaveAlone(reason)
     refusals: list[Exception] = []
     reasons: list[Exception] = []
     for rule, method in rules:
@@ -413,6 +455,15 @@ def _change_for(layer: _Layer, methods: tuple[Method, ...]) -> _Change:
         except LeaveAlone as leave:
             reasons.append(leave)
     raise refusals[0] if refusals else reasons[0]
+
+
+def _why_not_taken(module: nn.Module) -> str | None:
+    """Why the layer is left to torch for what its parameters are, None if it is not."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if not is_supported(parameter):
+            kind = parameter.dtype if parameter.layout is torch.strided else parameter.layout
+            return f"its {name} is {kind}; layers of packlight take dense floating tensors"
+    return None
 
 
 def _why_no_rule(layer: _Layer, methods: tuple[Method, ...]) -> str:
@@ -474,14 +525,17 @@ def _near_misses(selectors: Iterable[Selector], layers: list[_Layer]) -> str:
     names = [name for layer in layers for name in layer.names if name]
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
     kind_names = [kind.__name__ for kind in kinds]
-    candidates = list(
-        dict.fromkeys([*(without_numbers(name) for name in names), *kind_names, *names])
-    )
+    candidates = dict.fromkeys([*(without_numbers(name) for name in names), *kind_names, *names])
+    # Whatever the case: "gelu" is near "GELU".
+    alike: dict[str, list[str]] = {}
+    for candidate in candidates:
+        alike.setdefault(candidate.lower(), []).append(candidate)
     parts = []
     for selector in selectors:
         near: list[str] = []
         if isinstance(selector, str):
-            near = difflib.get_close_matches(selector, candidates, n=3)
+            close = difflib.get_close_matches(selector.lower(), alike, n=3)
+            near = [candidate for text in close for candidate in alike[text]][:3]
         elif isinstance(selector, type):
             near = [kind.__name__ for kind in kinds if issubclass(kind, selector)]
         hint = f" (near: {', '.join(near)})" if near else ""

@@ -6,6 +6,7 @@ A rule says what a method makes of modules of one type, or of calls of one torch
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -107,7 +108,9 @@ class Call(NamedTuple):
     """What a call of a torch function becomes: a function of the same arguments, with options."""
 
     function: Callable[..., Any]
-    options: dict[str, Any] = {}  # noqa: RUF012  never written to
+    options: dict[str, Any]
+    names: tuple[str, ...]  # of the arguments that it shares with torch's function
+    places: int  # how many of them may be given by place
 
 
 _calls: dict[tuple[type[Method], Callable[..., Any]], Callable[[Any], Call]] = {}
@@ -120,26 +123,39 @@ def call_rule(
 ) -> None:
     """Registers what calls of torch functions become; `options` makes keyword arguments of it.
 
-    As `torch.overrides` names the functions and passes their arguments: `Tensor.tanh` and
-    `torch.tanh` are two of them, and those of torch.nn.functional that are written in Python come
-    with all but the first arguments by keyword.
+    As `torch.overrides` names the functions: `Tensor.tanh` and `torch.tanh` are two of them.
+    Arguments that are not options have torch's names and order, so that a call by keyword is the
+    call that it is by place; a call with any other argument is torch's own.
     """
 
     def make(function: Callable[..., Any], method: Any) -> Call:
-        return Call(function, options(method))
+        given = options(method)
+        by_place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        kinds = {
+            name: parameter.kind
+            for name, parameter in inspect.signature(function).parameters.items()
+            if name not in given and parameter.kind is not parameter.VAR_KEYWORD
+        }
+        places = sum(kind is by_place for kind in kinds.values())
+        return Call(function, given, tuple(kinds), places)
 
+    Calls.of.cache_clear()
     for theirs, ours in functions.items():
         _calls[method, theirs] = functools.partial(make, ours)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Calls:
-    """What calls of torch functions become under several methods; the first with a rule counts."""
+    """What calls of torch functions become under several methods; the first with a rule counts.
+
+    Of the same methods there is one.
+    """
 
     methods: tuple[Method, ...]
-    table: dict[Callable[..., Any], Call] = dataclasses.field(compare=False, repr=False)
+    table: dict[Callable[..., Any], Call] = dataclasses.field(repr=False)
 
     @staticmethod
+    @functools.cache
     def of(methods: tuple[Method, ...]) -> "Calls":
         table: dict[Callable[..., Any], Call] = {}
         for method in methods:

@@ -7,28 +7,19 @@ values: lengths, labels, and masks, of which models keep none that is all ones.
 """
 
 import copy
-import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from packlight._fakes import NEEDS_VALUES, Calls, Fakes, is_small
 from packlight._swap import restore
 from packlight.errors import InputError
-from packlight.profile import _is_internal, _short_path, profile
+from packlight.profile import is_internal, plain_attributes, profile, short_path
 from packlight.report import MemoryDifference, MemoryReport
 
 __all__ = ["predict", "predict_change"]
@@ -101,39 +92,51 @@ def _predict(
             f"model is a {type(model).__name__}, of which no copy without values can be made; pass"
             " an nn.Module, or profile a run of it"
         )
-    # Tensors that a loss brings along are real.
-    mode = _Mode(allow_non_fake_inputs=True)
-    with _Copying(mode, None if device is None else torch.device(device)):
-        copied = copy.deepcopy((model, inputs, kwargs))
-    fake, fake_inputs, fake_kwargs = copied
+    mode = Fakes()
+    fake, fake_inputs, fake_kwargs = _copied(mode, device, model, inputs, kwargs)
     reports = []
     for change in changes:
         change(fake)
-        with _KnownValues(), mode:
+        with Calls(), mode:
             try:
                 reports.append(profile(fake, *fake_inputs, loss=loss, **fake_kwargs))
-            except _NEEDS_VALUES as error:
+            except NEEDS_VALUES as error:
                 raise InputError(_needs_values(error)) from error
     return reports
 
 
-class _Mode(FakeTensorMode):
-    """Knows of the grouped products of experts that they take any dtype, not bfloat16 alone."""
+def _copied(
+    mode: FakeTensorMode,
+    device: str | torch.device | None,
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Model and inputs with fake tensors."""
+    with _Copying(mode, None if device is None else torch.device(device)) as copying:
+        memo: dict[int, Any] = {}
+        try:
+            fake = copy.deepcopy(model, memo)
+        except InputError:
+            raise
+        except Exception:  # noqa: BLE001 - someone's objects: anything can happen
+            memo = {id(value): value for value in _not_copied(model)}
+            fake = copy.deepcopy(model, memo)
+        copying.keeps_floats = True
+        fake_inputs, fake_kwargs = copy.deepcopy((inputs, kwargs), memo)
+    return fake, fake_inputs, fake_kwargs
 
-    def dispatch(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] = {},
-    ) -> Any:
-        if func is not torch.ops.aten._grouped_mm.default:
-            return super().dispatch(func, types, args, kwargs)
-        with self:
-            halves = [factor.to(torch.bfloat16) for factor in args[:2]]
-        product: Any = super().dispatch(func, types, (*halves, *args[2:]), kwargs)
-        with self:
-            return product.to(args[0].dtype)
+
+def _not_copied(model: nn.Module) -> Iterator[Any]:
+    """What modules hold and refuses a copy: locks, files, configurations. It is shared instead."""
+    for module in model.modules():
+        for value in plain_attributes(module).values():
+            try:
+                copy.deepcopy(value, {id(inner): inner for inner in model.modules()})
+            except InputError:
+                raise
+            except Exception:  # noqa: BLE001 - as above
+                yield value
 
 
 class _Copying(TorchFunctionMode):
@@ -143,13 +146,15 @@ class _Copying(TorchFunctionMode):
         super().__init__()
         self.mode = mode
         self.device = device
+        # Of inputs, not of buffers: those are statistics, which the forward pass changes.
+        self.keeps_floats = False
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is Tensor.clone:  # what `Parameter.__deepcopy__` calls
             return self.fake(args[0])
-        if func is Tensor.__deepcopy__:
+        if func is Tensor.__deepcopy__ and not self.keeps_values(args[0]):
             tensor, memo = args
             if id(tensor) not in memo:
                 fake = self.fake(tensor)
@@ -160,19 +165,34 @@ class _Copying(TorchFunctionMode):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
+    def keeps_values(self, tensor: Tensor) -> bool:
+        """Whether it is small data: lengths, labels, masks. No weight, and nothing with a graph."""
+        if type(tensor) is not Tensor or tensor.requires_grad or tensor.is_nested:
+            return False
+        if tensor.is_floating_point() and not self.keeps_floats:
+            return False
+        is_dense = tensor.layout is torch.strided
+        return is_dense and tensor.device == self.device_of(tensor) and is_small(tensor)
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        """Where the tensor is imagined to be."""
+        if self.device is not None:
+            return self.device
+        return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+
     def fake(self, tensor: Tensor) -> Tensor:
-        device = self.device
-        if device is None:
-            device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+        if tensor.is_nested:
+            raise InputError(
+                "a nested tensor cannot be copied without its values; pass a padded one, or use"
+                " packlight.profile, which runs the model"
+            )
+        device = self.device_of(tensor)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(
                 f"device {device} is not there, and autograd does not work without it; predict for"
                 " the CPU: device='cpu'"
             )
         if tensor.device == device and not isinstance(tensor, FakeTensor):
-            if tensor.dtype in _WHOLE and tensor.numel() <= _MOST_KNOWN:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return _known(tensor.clone())
             return self.mode.from_tensor(tensor, static_shapes=True)
         with torch._C.DisableTorchFunctionSubclass(), self.mode:
             return torch.empty_strided(
@@ -184,69 +204,12 @@ class _Copying(TorchFunctionMode):
             )
 
 
-class _KnownValues(TorchFunctionMode):
-    """Computes for real what depends on whole numbers only, while it is small.
-
-    `layerdrop` tosses a coin; transformers counts positions and makes masks of ones, and looks
-    whether these and those that it is given say anything.
-    """
-
-    def __torch_function__(
-        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        tensors = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-        if tensors:
-            # No more elements come of several tensors than each with each would give.
-            is_known = (
-                all(map(_is_known, tensors))
-                and math.prod(tensor.numel() for tensor in tensors) <= _MOST_KNOWN
-            )
-        else:
-            is_known = (func is torch.rand and args in (([],), ((),))) or (
-                func in _MAKES_KNOWN and func(*args, **kwargs).numel() <= _MOST_KNOWN
-            )
-        if not is_known:
-            return func(*args, **kwargs)
-        with unset_fake_temporarily():
-            result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                _known(tensor)
-        return result
-
-
-# Not `zeros`, into which models gather activations.
-_MAKES_KNOWN = (torch.arange, torch.ones, torch.tensor)
-_MOST_KNOWN = 2**20
-_KNOWN = "_packlight_known"
-_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def _known(tensor: Tensor) -> Tensor:
-    setattr(tensor, _KNOWN, True)
-    return tensor
-
-
-def _is_known(tensor: Tensor) -> bool:
-    """Whether it is one of those; what is real besides is a loss's own."""
-    return not isinstance(tensor, FakeTensor) and (tensor.dim() == 0 or hasattr(tensor, _KNOWN))
-
-
-_NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
-
-
 def _needs_values(error: BaseException) -> str:
     operation = getattr(error, "func", error)
     lines = [
-        f"{_short_path(frame.filename)}:{frame.lineno}"
+        f"{short_path(frame.filename)}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
-        if not _is_internal(frame.filename)
+        if not is_internal(frame.filename)
     ]
     where = f" at {lines[-1]}" if lines else ""
     module = failing_module(error)

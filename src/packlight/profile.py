@@ -18,7 +18,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -108,7 +108,7 @@ def profile(
         del output, value
         peak = _peak(meter, targets, scene, findings.reentrant)
     return MemoryReport(
-        model=getattr(model, "__name__", type(model).__name__),
+        model=_name(model),
         rows=findings.rows,
         parameter_bytes=findings.parameter_bytes,
         buffer_bytes=findings.buffer_bytes,
@@ -130,6 +130,11 @@ def _check(model: object, loss: object) -> None:
             f"loss is a {type(loss).__name__}, which cannot be called; pass a function of the "
             "model's output that returns a scalar: loss=lambda output: output.mean()"
         )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    kind = type(function).__name__
+    return kind if isinstance(function, nn.Module) else getattr(function, "__name__", kind)
 
 
 # ---- tensors inside other things -----------------------------------------------------------------
@@ -162,23 +167,33 @@ def _parts(item: object, objects: bool) -> list[object]:
     if isinstance(item, list | tuple | set | frozenset):
         return list(item)
     if dataclasses.is_dataclass(item):
-        return [getattr(item, field.name, None) for field in dataclasses.fields(item)]
+        return _attributes(item)
     leaves = _pytree.tree_leaves(item)
     if len(leaves) != 1 or leaves[0] is not item:
         return list(leaves)
     if not objects or callable(item):
         return []
-    slots = [name for kind in type(item).__mro__ for name in _slots(kind)]
-    return [*vars(item).values()] if hasattr(item, "__dict__") else _attributes(item, slots)
+    return _attributes(item)
 
 
-def _slots(kind: type) -> tuple[str, ...]:
-    slots = vars(kind).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def _attributes(item: object) -> list[object]:
+    """What an object holds, past its own `__getattr__`, which may compute, or raise anything."""
+    found = list(_dictionary(item).values())
+    for kind in type(item).__mro__:
+        slots = vars(kind).values() if "__slots__" in vars(kind) else ()
+        for slot in slots:
+            if isinstance(slot, types.MemberDescriptorType):
+                with suppress(AttributeError):  # it has no value yet
+                    found.append(slot.__get__(item))
+    return found
 
 
-def _attributes(item: object, names: Iterable[str]) -> list[object]:
-    return [getattr(item, name, None) for name in names if not name.startswith("__")]
+def _dictionary(item: object) -> dict[str, Any]:
+    try:
+        attributes: dict[str, Any] = object.__getattribute__(item, "__dict__")
+    except AttributeError:  # it has slots only
+        return {}
+    return attributes
 
 
 class _Storage(NamedTuple):
@@ -278,7 +293,7 @@ class _Scene:
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
 
 
@@ -291,7 +306,7 @@ def _scene(
     places: dict[nn.Module, _Place] = {}
     arguments = list(_tensors_in((inputs, kwargs)))
     _discover(model, "", places, arguments)
-    loss_kind = "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
+    loss_kind = "" if loss is None else _name(loss)
     if loss is not None:
         _discover(loss, "(loss)", places, arguments)
     for module, place in places.items():
@@ -319,7 +334,7 @@ def _unique(values: Iterable[_T]) -> list[_T]:
 def _buffers_of(module: nn.Module) -> Iterator[Tensor]:
     """Registered buffers, and tensors that the module holds as plain attributes."""
     yield from module.buffers(recurse=False)
-    yield from _tensors_in(_plain_attributes(module), objects=False)
+    yield from _tensors_in(plain_attributes(module), objects=False)
 
 
 def _discover(
@@ -353,7 +368,7 @@ def _reachable(function: object) -> dict[str, object]:
         elif inspect.ismethod(item):
             pending.append(item.__self__)
         elif inspect.isfunction(item):
-            variables = {} if _is_internal(item.__code__.co_filename) else _variables(item)
+            variables = {} if is_internal(item.__code__.co_filename) else _variables(item)
             found.update(variables)
             # A function that it calls may be the one that names the model.
             pending.extend(value for value in variables.values() if inspect.isfunction(value))
@@ -380,8 +395,7 @@ def _attributes_of(value: object, prefix: str) -> dict[str, object]:
     """One level into an object, such as a trainer that holds the model."""
     if isinstance(value, nn.Module | Tensor | type | types.ModuleType) or inspect.isroutine(value):
         return {}
-    attributes: dict[str, object] = getattr(value, "__dict__", {})
-    return {f"{prefix}{name}": part for name, part in attributes.items()}
+    return {f"{prefix}{name}": part for name, part in _dictionary(value).items()}
 
 
 # ---- leaving everything as it was ----------------------------------------------------------------
@@ -431,7 +445,7 @@ class _ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.attributes = _plain_attributes(module)
+        self.attributes = plain_attributes(module)
         self.buffers = dict(module._buffers)
         self.contents = {
             name: (_version(buffer), buffer.detach().clone())
@@ -441,7 +455,7 @@ class _ModuleState:
 
     def restore(self) -> None:
         present = vars(self.module)
-        for name in _plain_attributes(self.module).keys() - self.attributes.keys():
+        for name in plain_attributes(self.module).keys() - self.attributes.keys():
             del present[name]
         for name, value in self.attributes.items():
             if name not in present or present[name] is not value:
@@ -458,8 +472,11 @@ class _ModuleState:
                     buffer.copy_(content)
 
 
-def _has_values(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+def _has_values(tensor: Any) -> bool:
+    if is_traceable_wrapper_subclass(tensor):
+        return all(map(_has_values, _inner_tensors(tensor)))
+    is_meta: bool = tensor.device.type == "meta"
+    return not is_meta and not isinstance(tensor, FakeTensor)
 
 
 def _same_entries(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
@@ -631,8 +648,8 @@ def _caller() -> tuple[str | None, bool]:
         code = frame.f_code
         if code is _CALL_MODULE or code is _RUN:
             break
-        if not _is_internal(code.co_filename):
-            return f"{_short_path(code.co_filename)}:{frame.f_lineno}", checkpointed
+        if not is_internal(code.co_filename):
+            return f"{short_path(code.co_filename)}:{frame.f_lineno}", checkpointed
         checkpointed = checkpointed or code.co_filename == torch.utils.checkpoint.__file__
         frame = frame.f_back
     return None, checkpointed
@@ -642,12 +659,12 @@ _CALL_MODULE = nn.Module._call_impl.__code__
 _RUN = _Recorder.run.__code__
 
 
-def _is_internal(filename: str) -> bool:
+def is_internal(filename: str) -> bool:
     return filename.startswith((_TORCH, _PACKLIGHT))
 
 
 @functools.cache
-def _short_path(filename: str) -> str:
+def short_path(filename: str) -> str:
     """A file's path below the working directory or below the import path that it comes from."""
     roots = [Path.cwd(), *(Path(entry) for entry in sys.path if entry)]
     inside = [root for root in roots if Path(filename).is_relative_to(root)]

@@ -1,45 +1,71 @@
-"""Who packed which tensor: a note on the tensor itself says what stands for it.
+"""Who packed which tensor: a note about the tensor says what stands for it.
 
-A layer that keeps something from which its input or its output can be had again writes a note on
-that tensor, and the next layer that needs the tensor finds it there and keeps nothing of its own.
-The note is an attribute of the tensor object: identity decides, nothing is looked up by address or
-by call order, and the note goes when the tensor goes.
+A layer that keeps something from which its input or its output can be had again writes a note about
+that tensor, and the next layer that needs the tensor finds the note and keeps nothing of its own.
+Notes are in a table beside the tensors, by the identity of the tensor object: a note is in no copy
+of the tensor and in no file, and it goes when the tensor goes.
 
-- **Version**: a note holds for the version of the tensor that it was written for. A tensor modified
-  in place since has no note.
+- **Version and storage**: a note holds for the version of the tensor that it was written for, and
+  for the storage that the tensor had. A tensor that was modified in place since has no note, nor
+  has one that was given other memory (`x.data = ...`). A write that no version counter sees
+  (through `x.data`, NumPy, or another library's kernel) is not seen here either.
 - **Views**: a view of a whole tensor with all its elements in the order of their memory, such as a
   reshape or the transposition that undoes one, is understood; any other view has no note.
-- **Lifetime**: the note on a tensor that a layer *read* refers to the pack weakly: an input of the
-  model outlives the graph, and must not keep the graph's packs. Where saved-tensor hooks take the
-  packs away (checkpointing, offloading), the note of an intermediate result holds them itself.
+- **Grade**: a reader takes the pack that is there where it is as fine and as unbiased as what the
+  reader asks for, and else keeps a pack of its own, which later readers find.
+- **Lifetime**: a note refers to the pack weakly, and the graph holds it. So what a user holds, an
+  input, an output or a feature map, holds no pack once the backward pass has freed the graph. Where
+  saved-tensor hooks take packs away (checkpointing, offloading), the note of an intermediate result
+  holds them itself, until the backward pass goes through the result.
 - **Saved-tensor hooks**: a note holds under the hooks under which it was written. The two passes of
   a checkpoint must keep alike, and where hooks around it took its inputs away, its second pass gets
   them as other tensors, without the notes that the first pass saw.
 - **Sketches** (`packlight.sketch`) are noted apart from packs. The tensor cannot be had again from
   one, so it serves the readers that ask for a sketch, and no other.
-- **torch.compile**: the tracer follows the attribute, so layers share within a compiled region.
-  Versions and views are those of the tracer's example tensors. A tensor whose attributes it does
-  not follow, an input of the region among them, is noted on an alias, which is nothing in the
-  compiled code. A note from outside the region is no part of its graph, and is not read.
+- **torch.compile**: the notes of a compiled region are a table that lives as long as its tracing,
+  with versions and views of the tracer's example tensors. A note from outside the region is no part
+  of its graph, and is not read.
 """
 
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from packlight import _tracer
+from packlight import _torch
+from packlight._torch import HOOKS, STORAGES, question
+from packlight._tracer import fake_of, graph_facts, node_of
 from packlight.packing.layout import is_dense
 
-_ATTRIBUTE = "_packlight_note"
 
-# Tried with 2.11 and 2.13; the tracer of 2.8 refuses attributes of tensors. Where it does, compiled
-# layers keep packs of their own.
-_TRACER_FOLLOWS = torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
+class Grade(NamedTuple):
+    """How near to a tensor its pack is: what a reader asks for and what a pack offers."""
+
+    bits: int
+    group_size: int
+    unbiased: bool
+
+    def serves(self, asked: "Grade") -> bool:
+        """Whether a pack of this grade is what a reader asks for, or better."""
+        finer = self.bits > asked.bits
+        fine = finer or (self.bits == asked.bits and self.group_size <= asked.group_size)
+        return fine and (self.unbiased or not asked.unbiased)
+
+    def and_of(self, other: "Grade") -> "Grade":
+        """The grade of what is computed of two packs."""
+        return Grade(
+            min(self.bits, other.bits),
+            max(self.group_size, other.group_size),
+            self.unbiased and other.unbiased,
+        )
+
+
+# The tensor itself to its rounding, or with an error that its method answers for.
+EXACT = Grade(64, 1, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +78,7 @@ class Pack:
     rebuild: Callable[..., Tensor]
     shape: tuple[int, ...]
     tensors: tuple[Tensor | None, ...]
+    grade: Grade = EXACT
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
@@ -71,108 +98,124 @@ class _WeakPack(NamedTuple):
 
     rebuild: Callable[..., Tensor]
     shape: tuple[int, ...]
-    references: tuple[TensorWeakRef, ...]
+    references: tuple[TensorWeakRef | None, ...]
+    grade: Grade
+
+    @staticmethod
+    def of(pack: Pack) -> "_WeakPack":
+        references = [None if kept is None else TensorWeakRef(kept) for kept in pack.tensors]
+        return _WeakPack(pack.rebuild, pack.shape, tuple(references), pack.grade)
 
     def pack(self) -> Pack | None:
-        tensors = tuple(tensor for ref in self.references if (tensor := ref()) is not None)
-        gone = len(tensors) < len(self.references)
-        return None if gone else Pack(self.rebuild, self.shape, tensors)
+        tensors = tuple(None if ref is None else ref() for ref in self.references)
+        for reference, tensor in zip(self.references, tensors, strict=True):
+            if tensor is None and reference is not None:
+                return None
+        return Pack(self.rebuild, self.shape, tensors, self.grade)
 
 
-# Version, cast, pack, sketch and pack hook, weakly, for a note must not keep alive what the hook
-# refers to. A plain tuple, which every version of torch.compile can hand out with a tensor
-# that leaves the region.
-_Note: TypeAlias = tuple[
-    int,
-    Tensor | None,
-    Pack | _WeakPack | None,
-    Pack | _WeakPack | None,
-    "weakref.ref[Any] | None",
-]
+class _Facts(NamedTuple):
+    """What is noted about a tensor."""
+
+    cast: Tensor | None = None
+    pack: Pack | _WeakPack | None = None
+    sketch: Pack | _WeakPack | None = None
+    exact: Any = None  # weakly, what an operation holds that keeps the tensor itself
+    filled: bool = False  # with an infinity or a number as huge, in places
+
+    def with_those_of(self, other: "_Facts", same_tensor: bool) -> "_Facts":
+        """These facts, and what else is known."""
+        cast = other.cast if self.cast is None and same_tensor else self.cast
+        pack = other.pack if self.pack is None else self.pack
+        sketch = other.sketch if self.sketch is None else self.sketch
+        return _Facts(cast, pack, sketch, self.exact or other.exact, self.filled or other.filled)
+
+
+# How the tensor that carries a note and the one asked about are related: one object; laid out
+# alike; a whole view with rows of the same width, in another number of them; any whole view.
+_Relation = Literal["itself", "alike", "rows", "view"]
+
+
+# ---- writing and reading -------------------------------------------------------------------------
 
 
 def note_cast(tensor: Tensor, cast: Tensor) -> None:
-    """Notes on `tensor` that `cast` is the same result in another dtype, with its own gradient."""
-    _write(tensor, cast=cast)
+    """Notes that `cast` is the same result as `tensor` in another dtype, with its own gradient."""
+    _write(tensor, _Facts(cast=cast), holds=True)
 
 
 def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The noted result of `tensor` in `dtype`, None where there is none that still holds."""
-    owner, note = _read(tensor)
-    cast = None if note is None else note[1]
-    if cast is None or cast.dtype != dtype:
-        return None
+    relation, facts = _read(tensor)
     # A cast has a gradient of its own: a view may have passed a Function, a hook or `detach`.
-    if not _is_itself(owner, tensor):
+    if relation != "itself" or facts.cast is None or facts.cast.dtype != dtype:
         return None
     # A hook on the tensor would not see a gradient that goes to the cast instead.
-    if not torch.compiler.is_compiling() and (owner._backward_hooks or tensor._backward_hooks):
+    if not torch.compiler.is_compiling() and tensor._backward_hooks:
         return None
-    return cast
+    return facts.cast
 
 
 def note_output(tensor: Tensor, pack: Pack) -> None:
-    """Notes on an output what its producer keeps, from which it can be had again."""
-    _write(tensor, pack=pack)
+    """Notes about an output what its producer keeps, from which it can be had again."""
+    _write(tensor, _Facts(pack=pack), holds=_takes_packs_away(tensor))
 
 
 def note_input(tensor: Tensor, pack: Pack) -> None:
-    """Notes on a tensor that a layer read what that layer keeps of it."""
-    _write(tensor, pack=pack if _holds_packs(tensor) else _weak(pack))
+    """Notes about a tensor that a layer read what that layer keeps of it."""
+    _write(tensor, _Facts(pack=pack), holds=_takes_packs_away(tensor))
+
+
+def note_held(tensor: Tensor, pack: Pack) -> None:
+    """Notes about a result what stands for it; nothing else keeps the pack until a reader does."""
+    _write(tensor, _Facts(pack=pack), holds=True)
 
 
 def note_kept(tensor: Tensor, pack: Pack) -> None:
-    """Notes on a tensor what the graph keeps of it, for as long as the graph does."""
-    _write(tensor, pack=_weak(pack))
+    """Notes about a tensor what the graph keeps of it, for as long as the graph does."""
+    _write(tensor, _Facts(pack=pack), holds=False)
 
 
 def note_sketch(tensor: Tensor, sketch: Pack) -> None:
-    """Notes on a tensor that a layer read the sketch that the layer keeps of it.
+    """Notes about a tensor that a layer read the sketch that the layer keeps of it.
 
     `sketch.rebuild` gives the weight gradient, not the tensor.
     """
-    _write(tensor, sketch=sketch if _holds_packs(tensor) else _weak(sketch))
+    _write(tensor, _Facts(sketch=sketch), holds=_takes_packs_away(tensor))
 
 
-def _holds_packs(tensor: Tensor) -> bool:
-    """Whether the note on this tensor, which a layer read, holds the pack itself."""
-    return torch.compiler.is_compiling() or (tensor.grad_fn is not None and _hooks_are_active())
+def note_exact(tensor: Tensor, holder: object) -> None:
+    """Notes about a tensor that an operation keeps it exactly, for as long as the holder lives."""
+    _write(tensor, _Facts(exact=weakref.ref(holder)), holds=False)
 
 
-def _weak(pack: Pack) -> _WeakPack:
-    references = tuple(TensorWeakRef(kept) for kept in pack.tensors if kept is not None)
-    return _WeakPack(pack.rebuild, pack.shape, references)
+def is_kept_exactly(tensor: Tensor) -> bool:
+    """Whether an operation keeps this version of the tensor exactly."""
+    exact = _read(tensor)[1].exact
+    return exact is not None and exact() is not None
 
 
-def _hooks_are_active() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def note_filled(tensor: Tensor) -> None:
+    """Notes about a tensor that places of it were filled with an infinity or a number as huge."""
+    _write(tensor, _Facts(filled=True), holds=False)
 
 
-def _hooks() -> Any:
-    """The pack hook that is active, None where there is none."""
-    top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if top is None else top[0]
+def is_filled(tensor: Tensor) -> bool:
+    """Whether places of the tensor were filled so."""
+    return _read(tensor)[1].filled
 
 
-def _holds(note: _Note, version: int, hooks: Any) -> bool:
-    """Whether a note is on this version of its tensor, and was written under these hooks."""
-    written_under = None if note[4] is None else note[4]()
-    same_hooks = written_under is hooks and (hooks is not None or note[4] is None)
-    return note[0] == version and same_hooks
-
-
-def _alive(pack: Pack | _WeakPack | None) -> Pack | None:
-    return pack.pack() if isinstance(pack, _WeakPack) else pack
-
-
-def pack_of(tensor: Tensor) -> Pack | None:
-    """What is kept of `tensor` already, None where nothing is that still holds."""
-    owner, note = _read(tensor)
-    pack = None if note is None else _alive(note[2])
-    if pack is None or _laid_out_alike(owner, tensor):
+def pack_of(tensor: Tensor, asked: Grade | None = None) -> Pack | None:
+    """What is kept of `tensor` already, None where nothing is that still holds and serves."""
+    relation, facts = _read(tensor)
+    pack = _alive(facts.pack)
+    if pack is None or (asked is not None and not pack.grade.serves(asked)):
+        return None
+    if relation in ("itself", "alike"):
         return pack
     shape = tuple(tensor.shape)
-    return Pack(_View(pack.rebuild, shape, tensor.stride()), shape, pack.tensors)
+    view = _View(pack.rebuild, shape, tensor.stride())
+    return Pack(view, shape, pack.tensors, pack.grade)
 
 
 def sketch_of(tensor: Tensor) -> Pack | None:
@@ -180,79 +223,87 @@ def sketch_of(tensor: Tensor) -> Pack | None:
 
     A view has the sketch of its base where both are contiguous and have rows of one width.
     """
-    owner, note = _read(tensor)
-    sketch = None if note is None else _alive(note[3])
-    if sketch is None or _laid_out_alike(owner, tensor):
-        return sketch
-    rows_are_the_same = (
-        tensor.is_contiguous()
-        and owner.is_contiguous()
-        and owner.dim() > 0
-        and owner.shape[-1] == tensor.shape[-1]
-    )
-    return sketch if rows_are_the_same else None
+    relation, facts = _read(tensor)
+    return None if relation == "view" else _alive(facts.sketch)
 
 
-def _write(
-    tensor: Tensor,
-    cast: Tensor | None = None,
-    pack: Pack | _WeakPack | None = None,
-    sketch: Pack | _WeakPack | None = None,
-) -> None:
-    """Adds a fact to what is noted on this version of the tensor."""
-    traced = torch.compiler.is_compiling()
-    if traced and not _TRACER_FOLLOWS:
-        return
-    owner, note = _read(tensor)
-    if note is not None and _laid_out_alike(owner, tensor):
-        cast = note[1] if cast is None and _is_itself(owner, tensor) else cast
-        pack = note[2] if pack is None else pack
-        sketch = note[3] if sketch is None else sketch
-    if traced and not _tracer.takes_notes(tensor):
-        tensor = tensor.detach()
-    version = _tracer.version(tensor) if traced else tensor._version
-    hooks = None if traced else _hooks()
-    reference = None if hooks is None else weakref.ref(hooks)
-    setattr(tensor, _ATTRIBUTE, (version, cast, pack, sketch, reference))
+def _alive(pack: Pack | _WeakPack | None) -> Pack | None:
+    return pack.pack() if isinstance(pack, _WeakPack) else pack
 
 
-def _read(tensor: Tensor) -> tuple[Tensor, _Note | None]:
-    """The note that holds for the tensor, and the tensor that carries it."""
-    traced = torch.compiler.is_compiling()
-    if traced and not _TRACER_FOLLOWS:
-        return tensor, None
-    owner = _traced_owner(tensor) if traced else _owner(tensor)
-    note: _Note | None = None if owner is None else getattr(owner, _ATTRIBUTE, None)
-    if owner is None or note is None:
-        return tensor, None
-    version = _tracer.version(owner) if traced else owner._version
-    return owner, note if _holds(note, version, None if traced else _hooks()) else None
+def _weakly(pack: Pack | _WeakPack | None) -> _WeakPack | None:
+    return _WeakPack.of(pack) if isinstance(pack, Pack) else pack
 
 
-def _owner(tensor: Tensor) -> Tensor | None:
-    """The tensor that a note on this one would be on: itself, or the base of a whole view."""
-    if not hasattr(tensor, _ATTRIBUTE) and _is_whole_view(tensor, tensor._base):
-        return tensor._base
-    return tensor
-
-
-def _is_itself(owner: Tensor, tensor: Tensor) -> bool:
-    """Whether the note that was just read is on this tensor, not on one with the same memory."""
+def _takes_packs_away(tensor: Tensor) -> bool:
+    """Whether hooks take what the graph keeps of this intermediate result."""
     if torch.compiler.is_compiling():
-        itself: bool = _tracer.fact("itself")
-        return itself
-    return owner is tensor
+        return True
+    return tensor.grad_fn is not None and _torch.saved_tensor_hooks() is not None
 
 
-def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.stride() == b.stride())
+def _write(tensor: Tensor, facts: _Facts, holds: bool) -> None:
+    """Adds facts to what is noted about this version of the tensor.
+
+    Where the note does not hold what it tells of, something else keeps it.
+    """
+    relation, known = _read(tensor)
+    if torch.compiler.is_compiling():
+        if relation in ("itself", "alike"):
+            facts = facts.with_those_of(known, relation == "itself")
+        _torch.ask("keep_note", None, tensor, facts)
+        return
+    if not holds:
+        facts = facts._replace(pack=_weakly(facts.pack), sketch=_weakly(facts.sketch))
+    if relation in ("itself", "alike"):
+        facts = facts.with_those_of(known, relation == "itself")
+    if _may_be_noted(tensor):
+        _notes[id(tensor)] = note = _Note(tensor, facts)
+        if holds and tensor.grad_fn is not None and _torch.saved_tensor_hooks() is not None:
+            note.drop_in_backward(tensor)
 
 
-def _is_whole_view(tensor: Tensor, base: Tensor | None) -> bool:
+def _read(tensor: Tensor) -> tuple[_Relation | None, _Facts]:
+    """What is noted about the tensor, or about one with the same elements, and how they relate."""
+    if torch.compiler.is_compiling():
+        traced: _Facts | None = _torch.ask("find_note", None, tensor)
+        if traced is None:
+            return None, _NOTHING
+        return _torch.ask("find_relation", None, tensor), traced
+    note = _notes.get(id(tensor))
+    if note is not None and note.holds(tensor):
+        return "itself", note.facts
+    base = tensor._base
+    note = None if base is None else _notes.get(id(base))
+    if base is None or note is None or not note.holds(base):
+        return None, _NOTHING
+    relation = _relation(base, tensor)
+    return relation, _NOTHING if relation is None else note.facts
+
+
+_NOTHING = _Facts()
+
+
+def _relation(base: Tensor, tensor: Tensor) -> _Relation | None:
+    """How a view of `base` relates to it."""
+    if not _is_whole_view(tensor, base):
+        return None
+    if base.shape == tensor.shape and base.stride() == tensor.stride():
+        return "alike"
+    same_rows = (
+        base.dim() > 0
+        and tensor.dim() > 0
+        and base.shape[-1] == tensor.shape[-1]
+        and base.is_contiguous()
+        and tensor.is_contiguous()
+    )
+    return "rows" if same_rows else "view"
+
+
+def _is_whole_view(tensor: Tensor, base: Tensor) -> bool:
     """Whether a view of `base` has all of its elements, in the order of their memory."""
     return (
-        base is not None
-        and base.dtype == tensor.dtype
+        base.dtype == tensor.dtype
         and base.numel() == tensor.numel()
         and base.storage_offset() == tensor.storage_offset()
         and is_dense(base)
@@ -260,45 +311,153 @@ def _is_whole_view(tensor: Tensor, base: Tensor | None) -> bool:
     )
 
 
-# --- What the tracer of torch.compile knows.
+# ---- the table of notes --------------------------------------------------------------------------
 
 
-def _find_owner(context: Any) -> None:
-    """Puts what carries the note of the local `tensor` into the local `owner`.
+_notes: "dict[int, _Note]" = {}
 
-    That is a tensor with the same memory and of the same version, laid out alike or a base of which
-    the local one is a whole view; of several the last. What is not known of symbolic sizes counts
-    as different, since a guess would be a guard on the sizes of the model's inputs.
+
+class _Reference(weakref.ref):  # type: ignore[type-arg]  # which has no arguments at run time
+    """A weak reference that takes the note away when the tensor goes."""
+
+    __slots__ = ("key",)
+
+    def __new__(cls, tensor: Tensor, key: int) -> "_Reference":
+        return super().__new__(cls, tensor, _forget)
+
+    def __init__(self, tensor: Tensor, key: int) -> None:
+        super().__init__(tensor, _forget)  # type: ignore[call-arg]
+        self.key = key
+
+
+def _forget(reference: Any, notes: "dict[int, _Note]" = _notes) -> None:
+    note = notes.get(reference.key)
+    if note is not None and note.reference is reference:
+        del notes[reference.key]
+
+
+class _Note:
+    """What is noted about a tensor, and when that holds."""
+
+    __slots__ = ("__weakref__", "facts", "hooks", "reference", "storage", "version")
+
+    def __init__(self, tensor: Tensor, facts: _Facts) -> None:
+        self.reference = _Reference(tensor, id(tensor))
+        self.version = tensor._version
+        self.storage = _torch.storage_reference(tensor)
+        self.hooks = _hooks_now()
+        self.facts = facts
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it is about this tensor, as it was, and was written under the present hooks."""
+        if (
+            self.reference() is not tensor
+            or tensor._version != self.version
+            or not _torch.has_storage(tensor, self.storage)
+        ):
+            return False
+        now = _torch.saved_tensor_hooks()
+        if now is None or self.hooks is None:
+            return now is None and self.hooks is None
+        hook = self.hooks() if isinstance(self.hooks, weakref.ref) else self.hooks
+        return hook is now[0]
+
+    def drop_in_backward(self, tensor: Tensor) -> None:
+        """Has the backward pass take away what the note holds, when it goes through the tensor."""
+        reference = weakref.ref(self)
+
+        def drop(*_: Any) -> None:
+            note = reference()
+            if note is not None:
+                note.facts = _NOTHING
+
+        assert tensor.grad_fn is not None
+        tensor.grad_fn.register_hook(drop)
+
+
+def _may_be_noted(tensor: Tensor) -> bool:
+    """Whether notes can be told to hold: an inference tensor has no version to tell it by."""
+    return bool(HOOKS and STORAGES) and not tensor.is_inference()
+
+
+def _hooks_now() -> Any:
+    """The pack hook that is active, weakly: a note must not keep alive what the hook refers to."""
+    hooks = _torch.saved_tensor_hooks()
+    if hooks is None:
+        return None
+    try:
+        return weakref.ref(hooks[0])
+    except TypeError:  # a built-in method, which refers to nothing
+        return hooks[0]
+
+
+# ---- notes of a region that is traced ------------------------------------------------------------
+
+_NOTES = "_packlight_notes"
+
+
+class _TracedNote(NamedTuple):
+    """Facts, as the tracer's variable, about the tensor of a node."""
+
+    node: Any
+    facts: Any
+    version: int
+    graph: Any  # the tracer of the graph, of the region or of a body in it, that was traced then
+
+
+@question
+def keep_note(tracer: Any, tensor: Any, facts: Any) -> None:
+    node = node_of(tensor)
+    graph = tracer.output.current_tracer
+    note = _TracedNote(node, facts, fake_of(tensor)._version, graph)
+    graph_facts(tracer, _NOTES)[node, graph] = note
+
+
+@question
+def find_note(tracer: Any, tensor: Any) -> Any:
+    found = _find_traced(tracer, tensor)
+    return None if found is None else found[1].facts
+
+
+@question
+def find_relation(tracer: Any, tensor: Any) -> str | None:
+    found = _find_traced(tracer, tensor)
+    return None if found is None else found[0]
+
+
+def _find_traced(tracer: Any, tensor: Any) -> tuple[_Relation, _TracedNote] | None:
+    """The note about the traced tensor, or else about one with the same elements; the last one.
+
+    What is not known of symbolic sizes counts as different, since a guess would be a guard on the
+    sizes of the model's inputs.
     """
-    variable = context.get_local("tensor")
-    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-    fake, node = variable.as_fake(), variable.as_proxy().node
-    _tracer.told["itself"] = False
-    believed = variable._i_will_not_complain_if_bc_breaks_VariableTracker().stride
+    fake, node = fake_of(tensor), node_of(tensor)
+    believed = tensor.stride
     if believed is not None and tuple(believed) != tuple(fake.stride()):
-        return  # transposed in place, which the tracer has not noticed
+        return None  # transposed in place, which the tracer has not noticed
     graphs: list[Any] = []
     graph = tracer.output.current_tracer
     while graph is not None:  # not those of the body of a checkpoint that ended
         graphs, graph = [*graphs, graph], graph.parent
-    alike = viewed = None
-    for tracker, attributes in tracer.output.side_effects.store_attr_mutations.items():
-        if _ATTRIBUTE not in attributes or tracker.as_proxy().tracer not in graphs:
+    best: tuple[_Relation, _TracedNote] | None = None
+    order: tuple[_Relation | None, ...] = ("itself", "alike", "rows", "view", None)
+    for note in graph_facts(tracer, _NOTES).values():
+        if note.graph not in graphs:
             continue
-        noted = tracker.as_proxy().node.meta["example_value"]
-        if not _same_elements(noted, fake):
+        noted = note.node.meta["example_value"]
+        if noted._version != note.version or not _same_elements(noted, fake):
             continue
-        if _known_equal((*noted.shape, *noted.stride()), (*fake.shape, *fake.stride())):
-            alike = tracker
-        elif _is_whole_view(fake, noted):
-            viewed = tracker
-    found = viewed if alike is None else alike
-    if found is not None:
-        tracer.symbolic_locals["owner"] = found
-        carrier = found.as_proxy().node
-        # An alias is `detach` of the tensor that it was made for.
-        is_alias = carrier.target == "detach" and carrier.args[0] is node
-        _tracer.told["itself"] = carrier is node or is_alias
+        relation = "itself" if note.node is node else _traced_relation(noted, fake)
+        known = None if best is None else best[0]
+        if relation is not None and order.index(relation) <= order.index(known):
+            best = relation, note
+    return best
+
+
+def _traced_relation(noted: Tensor, fake: Tensor) -> _Relation | None:
+    if _known_equal((*noted.shape, *noted.stride()), (*fake.shape, *fake.stride())):
+        return "alike"
+    return _relation(noted, fake)
 
 
 def _same_elements(a: Tensor, b: Tensor) -> bool:
@@ -323,12 +482,3 @@ def _known_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(
         statically_known_true(p == q) for p, q in zip(a, b, strict=True)
     )
-
-
-def _traced_owner(tensor: Tensor) -> Tensor | None:
-    """The tensor that carries a note on memory and elements of the traced one, if there is one."""
-    from torch._dynamo.comptime import comptime  # an import of a second, so only here
-
-    owner = None
-    comptime(_find_owner)
-    return owner

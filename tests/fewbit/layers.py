@@ -9,6 +9,9 @@ from torch import Tensor, nn
 import packlight.fewbit as few_bit
 import tests.layers
 from packlight.elementwise.functions import quick_gelu, relu_squared
+from packlight.fewbit.activations import CONTINUOUS as CONTINUOUS_CODES
+from packlight.fewbit.activations import EXACT as EXACT_CODES
+from packlight.fewbit.codebook import default_codebook
 from packlight.packing import layout
 
 
@@ -37,6 +40,13 @@ class Layer(tests.layers.Layer):
 
     def code_bits(self, bits: int = 3) -> int:
         return self.bits or bits
+
+    @property
+    def path(self) -> tuple[object, ...]:
+        if self.bits is not None:
+            return (self.method, self.bits, EXACT_CODES[self.name].mask)
+        book = default_codebook(self.name, 3, self.parameters)
+        return (self.method, book.parity, CONTINUOUS_CODES[self.name].poison)
 
     def packed_bytes(self, count: int, bits: int = 3) -> int:
         flag = self.bits is None

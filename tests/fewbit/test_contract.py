@@ -12,8 +12,11 @@ from packlight.fewbit import activations, ops
 from packlight.fewbit.codebook import default_codebook
 from tests.fewbit.layers import CONTINUOUS, EXACT, LAYERS
 from tests.helpers import EPSILON, crossing, every_dtype, gradient, kept_bytes, sample
+from tests.layers import on_both_backends
 
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
+every_layer_on_both = on_both_backends(LAYERS)
+every_continuous_layer_on_both = on_both_backends(CONTINUOUS)
 
 
 def derivative(layer, x, bits):
@@ -38,7 +41,7 @@ def test_exact_layers_have_torch_gradients(layer, dtype, backend):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("layer", CONTINUOUS, ids=str)
+@every_continuous_layer_on_both
 def test_continuous_layers_multiply_by_the_coded_derivative(layer, bits, backend):
     x, dy = sample(3, 71), torch.randn(3, 71)
     _, dx = gradient(lambda x: layer.apply(x, bits=bits), x, dy)
@@ -47,7 +50,7 @@ def test_continuous_layers_multiply_by_the_coded_derivative(layer, bits, backend
     )
 
 
-@pytest.mark.parametrize("layer", CONTINUOUS, ids=str)
+@every_continuous_layer_on_both
 @every_dtype
 def test_continuous_layers_in_every_dtype(layer, dtype, backend):
     if backend == "kernel" and dtype == torch.float64:
@@ -75,7 +78,7 @@ def test_gradient_error_is_bounded_by_the_distance_to_the_levels(layer):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@every_layer
+@every_layer_on_both
 def test_keeps_the_bits_and_nothing_else(layer, bits, backend):
     for shape in [(1,), (64,), (3, 41), (5, 8, 8)]:
         x = sample(*shape).requires_grad_()
@@ -168,7 +171,7 @@ def test_the_table_of_poisons_is_what_torch_does(layer):
     assert activations.nonfinite_derivative(scalar) == activations.CONTINUOUS[layer.name].poison
 
 
-@every_layer
+@every_layer_on_both
 def test_nonfinite_gradients_pass(layer, backend):
     x = sample(64)
     dy = torch.ones(64)

@@ -22,6 +22,7 @@ from packlight.packing.reference import unpack
 from tests.fewbit.layers import LAYERS
 from tests.helpers import (
     assert_as_near_as_torch,
+    dtype_name,
     every_device,
     every_kernel_dtype,
     many_values,
@@ -56,13 +57,19 @@ def test_forward_is_within_an_ulp_of_torch_or_as_near_the_truth(layer, dtype, de
     assert_as_near_as_torch(y, plain, truth)
 
 
+def codings():
+    """Every width in float32, in which codes are computed, and one in what else is loaded."""
+    for layer in LAYERS:
+        widths = (1, 2, 3, 4, 5, 8) if layer.bits is None else (layer.bits,)
+        rows = [(torch.float32, bits) for bits in widths]
+        rows += [(dtype, widths[len(widths) // 3]) for dtype in (torch.bfloat16, torch.float16)]
+        for dtype, bits in rows:
+            yield pytest.param(layer, dtype, bits, id=f"{layer}-{dtype_name(dtype)}-{bits}")
+
+
 @every_device
-@every_layer
-@every_kernel_dtype
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("layer", "dtype", "bits"), codings())
 def test_codes_and_gradients_equal_the_reference(layer, dtype, bits, device):
-    if layer.bits is not None and bits != 1:
-        pytest.skip("an exact layer has one width")
     for count in (1, 515) if device == "cpu" else (1, 8 * 1024 * 5, 2**20 + 77):
         x = (torch.randn(count, device=device) * 3).to(dtype)
         dy = torch.randn(count, device=device).to(dtype)

@@ -9,6 +9,7 @@ from torch import nn
 import packlight.inverted as inverted
 import tests.layers
 from packlight.elementwise.functions import quick_gelu
+from packlight.inverted.inverses import INVERSES
 from packlight.packing import layout
 
 
@@ -30,6 +31,12 @@ class Layer(tests.layers.Layer):
 
     def packed_bytes(self, count: int) -> int:
         return layout.packed_bytes(count, 1) if self.branch else 0
+
+    @property
+    def path(self) -> tuple[object, ...]:
+        if self.native:
+            return (self.method, "torch's own")
+        return (self.method, self.branch, INVERSES[self.name].select)
 
     @property
     def step(self) -> bool:

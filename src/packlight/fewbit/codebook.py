@@ -27,8 +27,8 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from packlight import _torch
 from packlight.errors import InputError, MissingDependencyError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.fewbit.method import check_bits
@@ -320,7 +320,7 @@ def default_codebook(name: str, bits: int, parameters: tuple[float, ...] = ()) -
         )
     if parameters == defaults:
         return _shipped_codebooks()[name, bits]
-    with unset_fake_temporarily():  # a model may be built and traced without data
+    with _torch.with_values():  # a model may be built and traced without data
         return _solved_codebook(name, bits, parameters)
 
 

@@ -1,4 +1,9 @@
-"""Dropout that keeps one bit an element."""
+"""Dropout that keeps one bit an element.
+
+The layer draws a seed, of which Philox makes the mask. A call of `F.dropout` in a model's own code
+draws the very mask of torch's own function: such a call may run with the calls covered in one pass
+and without in the other, as within a checkpoint of a function, and both must see one mask.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,24 +21,32 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._philox import pass_seed
+from packlight._seeds import Seed, mask_seed, operands
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.packing.layout import compute_dtype, dense_stride
+from packlight.packing.ops import pack_mask
 from packlight.sharing import Pack
 
 
 class _Dropout(torch.autograd.Function):
-    """y and its mask, which it keeps; y alone in place of x, which may be a view."""
+    """y and its mask, which it keeps; y alone in place of x, which may be a view.
+
+    The mask is that of the seed, or without one that of torch's own dropout.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float, inplace: bool) -> Any:
+    def forward(ctx: Any, x: Tensor, seed: Seed, p: float, inplace: bool) -> Any:
         ctx.stride = dense_stride(x)
-        if inplace:
-            y, codes = x, ops.dropout_(x, seed, p, True)
-            ctx.mark_dirty(x)
+        if seed is None:
+            y, mask = _torch_dropout(x, p, inplace)
+            codes = pack_mask(mask.view(torch.uint8), ctx.stride)
+        elif inplace:
+            y, codes = x, ops.dropout_(x, *operands(seed), p, True)
         else:
-            y, codes = ops.dropout(x, seed, p, True)
+            y, codes = ops.dropout(x, *operands(seed), p, True)
+        if inplace:
+            ctx.mark_dirty(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(codes)
         ctx.p = p
@@ -50,6 +63,14 @@ class _Dropout(torch.autograd.Function):
             (codes,) = ctx.saved_tensors
             dx = _dropped(grad_output, codes, ctx.p, ctx.stride)
         return dx, None, None, None
+
+
+def _torch_dropout(x: Tensor, p: float, inplace: bool) -> tuple[Tensor, Tensor]:
+    """What `F.dropout` gives, bit for bit and of the same draws, and which elements it keeps."""
+    if x.is_cuda and not inplace:
+        return torch.native_dropout(x, p, True)
+    noise = F.dropout(torch.ones_like(x), p, True, inplace)
+    return x.mul_(noise) if inplace else x * noise, noise != 0
 
 
 def _dropped(x: Tensor, codes: Tensor, p: float, stride: tuple[int, ...]) -> Tensor:
@@ -121,40 +142,67 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
     Raises `InputError` when p is outside 0 to 1.
     """
+    if _is_trivial(input, p, training):
+        return F.dropout(input, p, training, inplace)
+    seed = mask_seed(input)
+    if needs_gradient(input) and inplace:
+        check_inplace(input)
+        overwritten: Tensor = _drop(input, seed, p, True)
+        return overwritten
+    if torch.compiler.is_compiling() and not inplace and input.is_contiguous():
+        codes = ops.dropout_mask(seed, input.numel(), p)
+        if not needs_gradient(input):
+            return _traced_dropped(input, codes, p)
+        kept = sharing.pack_of(input)
+        return _noted(_drop_traced(input, codes, p), codes, p, kept)
+    if needs_gradient(input):
+        kept = sharing.pack_of(input)
+        y, codes = _drop(input, seed, p, False)
+        return _noted(y, codes, p, kept)
+    # Without a gradient too: a checkpoint runs its first pass so, and must see the same mask.
+    if inplace:
+        ops.dropout_(input, *operands(seed), p, False)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(input)  # as any in-place operation of torch
+        return input
+    dropped: Tensor = ops.dropout(input, *operands(seed), p, False)[0]
+    return dropped
+
+
+def dropout_as_torch(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """`dropout` with the output of `F.dropout`, bit for bit, and its draws; compiled as `dropout`.
+
+    So it is where no gradient is asked for, too, and where this call is not covered.
+    """
+    if torch.compiler.is_compiling():
+        return dropout(input, p, training, inplace)
+    if _is_trivial(input, p, training) or not needs_gradient(input) or not input.numel():
+        return F.dropout(input, p, training, inplace)
+    if inplace:
+        check_inplace(input)
+        overwritten: Tensor = _drop(input, None, p, True)
+        return overwritten
+    kept = sharing.pack_of(input)
+    y, codes = _drop(input, None, p, False)
+    return _noted(y, codes, p, kept)
+
+
+def _is_trivial(input: Tensor, p: float, training: bool) -> bool:
+    """Whether torch's own function keeps nothing of the input's size."""
     check_tensor(input, "dropout")
     check_numbers("dropout", p=p)
     if not 0.0 <= p <= 1.0:
         raise InputError(f"p={p!r} is not a probability from 0 to 1")
-    if not training or p in (0.0, 1.0):
-        return F.dropout(input, p, training, inplace)  # keeps nothing of the input's size
-    seed = pass_seed(input)
-    # Without a gradient too: a checkpoint runs its first pass so, and must see the same mask.
-    traced = torch.compiler.is_compiling() and not inplace and input.is_contiguous()
-    if traced:
-        codes = ops.dropout_mask(seed, input.numel(), p)
-        if not needs_gradient(input):
-            return _traced_dropped(input, codes, p)
-    if needs_gradient(input):
-        if inplace:
-            check_inplace(input)
-            overwritten: Tensor = _drop(input, seed, p, True)
-            return overwritten
-        kept = sharing.pack_of(input)
-        dropped: Tensor
-        if traced:
-            dropped = _drop_traced(input, codes, p)
-        else:
-            dropped, codes = _drop(input, seed, p, False)
-        if kept is not None:
-            shape = tuple(dropped.shape)
-            rebuild = _DroppedRebuild(kept.rebuild, shape, dense_stride(dropped), p)
-            # Weakly: the packs are those of layers before, of a whole stage for a residual sum.
-            sharing.note_input(dropped, Pack(rebuild, shape, (codes, *kept.tensors)))
-        return dropped
-    if inplace:
-        ops.dropout_(input, seed, p, False)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(input)  # as any in-place operation of torch
-        return input
-    y: Tensor = ops.dropout(input, seed, p, False)[0]
+    return not training or p in (0.0, 1.0)
+
+
+def _noted(y: Tensor, codes: Tensor, p: float, kept: Pack | None) -> Tensor:
+    """The output, with a note of how it comes back from what is kept of the input already."""
+    if kept is not None:
+        shape = tuple(y.shape)
+        rebuild = _DroppedRebuild(kept.rebuild, shape, dense_stride(y), p)
+        pack = Pack(rebuild, shape, (codes, *kept.tensors), kept.grade)
+        sharing.note_output(y, pack)
     return y

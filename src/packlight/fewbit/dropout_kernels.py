@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
+from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.fewbit.dropout_reference import drop_below
 from packlight.packing.kernels import empty_word, load_rows, store_row, store_word
 from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes, write_back
@@ -24,17 +25,18 @@ def _draws(seed, start, BLOCK: tl.constexpr):
 
 
 @quick
-@triton.jit(do_not_specialize=["drop_below"])
+@triton.jit(do_not_specialize=["drop_below", "seed"])
 def _dropout_kernel(
     x_ptr,  # [n]
     y_ptr,  # [n], may be x_ptr
     codes_ptr,  # [groups]
-    seed_ptr,  # [1]
+    seed,  # a number, or a pointer to one
     n,
     groups,
     drop_below,
     scale,
     KEEP_CODES: tl.constexpr,
+    SEED: tl.constexpr,
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -47,7 +49,7 @@ def _dropout_kernel(
     codes_ptr += start
 
     xs = load_rows(x_ptr, start, lane, n, groups, FULL)
-    draws = _draws(tl.load(seed_ptr), start, BLOCK)
+    draws = _draws(seed_value(seed, SEED), start, BLOCK)
 
     word = empty_word(BLOCK, 1)
     for j in tl.static_range(8):
@@ -79,7 +81,7 @@ def _mask_kernel(
 
 
 @functools.lru_cache(LAUNCHES)
-def _prepared(n: int, p: float, keep_codes: bool) -> Launch:
+def _prepared(n: int, p: float, keep_codes: bool, seed: int) -> Launch:
     groups = lanes(n)
     return _dropout_kernel.prepare(
         (triton.cdiv(groups, BLOCK),),
@@ -88,17 +90,21 @@ def _prepared(n: int, p: float, keep_codes: bool) -> Launch:
         drop_below(p),
         1 / (1 - p),
         KEEP_CODES=keep_codes,
+        SEED=seed,
         FULL=n == 8 * groups and groups % BLOCK == 0,
         BLOCK=BLOCK,
         num_warps=4,
     )
 
 
-def _launch(x: Tensor, y: Tensor, seed: Tensor, p: float, keep_codes: bool) -> Tensor:
+def _launch(
+    x: Tensor, y: Tensor, seed: Tensor | None, number: int, p: float, keep_codes: bool
+) -> Tensor:
     n = x.numel()
     codes = x.new_empty(packed_bytes(n, 1) if keep_codes else 0, dtype=torch.uint8)
     if n:
-        _prepared(n, p, keep_codes)(x, y, codes, seed)
+        launch = _prepared(n, p, keep_codes, seed_kind(seed, number))
+        launch(x, y, codes, seed_argument(seed, number))
     return codes
 
 
@@ -115,15 +121,17 @@ def dropout_mask(seed: Tensor, count: int, p: float) -> Tensor:
     return codes
 
 
-def dropout(x: Tensor, seed: Tensor, p: float, keep_codes: bool) -> tuple[Tensor, Tensor]:
+def dropout(
+    x: Tensor, seed: Tensor | None, number: int, p: float, keep_codes: bool
+) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
     flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
-    return y, _launch(flat_x, flat_y, seed, p, keep_codes)
+    return y, _launch(flat_x, flat_y, seed, number, p, keep_codes)
 
 
-def dropout_(x: Tensor, seed: Tensor, p: float, keep_codes: bool) -> Tensor:
+def dropout_(x: Tensor, seed: Tensor | None, number: int, p: float, keep_codes: bool) -> Tensor:
     stride = dense_stride(x)
     flat = memory_order(x, stride)
-    codes = _launch(flat, flat, seed, p, keep_codes)
+    codes = _launch(flat, flat, seed, number, p, keep_codes)
     write_back(x, flat, stride)
     return codes

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from packlight._philox import philox
+from packlight._seeds import as_tensor
 from packlight.packing import reference as packing
 from packlight.packing.layout import dense_stride, lanes, memory_order
 
@@ -29,11 +30,15 @@ def dropout_mask(seed: Tensor, count: int, p: float) -> Tensor:
     return packing.pack(_kept(seed, count, p).to(torch.uint8), 1)
 
 
-def dropout(x: Tensor, seed: Tensor, p: float, keep_codes: bool) -> tuple[Tensor, Tensor]:
+def dropout(
+    x: Tensor, seed: Tensor | None, number: int, p: float, keep_codes: bool
+) -> tuple[Tensor, Tensor]:
     """x / (1 - p) where a draw keeps it, else 0; and the packed mask, empty if not asked for."""
     stride = dense_stride(x)
     flat = memory_order(x, stride)
-    kept = _kept(seed, flat.numel(), p)
+    key = as_tensor(seed, number, x.device)
+    assert key is not None
+    kept = _kept(key, flat.numel(), p)
     y = x.new_empty_strided(x.shape, stride)
     # As torch on the CPU: the factor is rounded to the tensor's dtype, then multiplied.
     torch.mul(flat, kept.to(x.dtype).div_(1 - p), out=y.as_strided((flat.numel(),), (1,)))
@@ -42,8 +47,8 @@ def dropout(x: Tensor, seed: Tensor, p: float, keep_codes: bool) -> tuple[Tensor
     return y, packing.pack(kept.to(torch.uint8), 1)
 
 
-def dropout_(x: Tensor, seed: Tensor, p: float, keep_codes: bool) -> Tensor:
+def dropout_(x: Tensor, seed: Tensor | None, number: int, p: float, keep_codes: bool) -> Tensor:
     """As `dropout`, with the output written over `x`."""
-    y, codes = dropout(x, seed, p, keep_codes)
+    y, codes = dropout(x, seed, number, p, keep_codes)
     x.copy_(y)
     return codes

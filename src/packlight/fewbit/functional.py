@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 
+from packlight import _torch
 from packlight._checks import (
     autocast,
     check_inplace,
@@ -39,7 +39,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
-from packlight._library import constant_while_traced
+from packlight._torch import constant_while_traced
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.fewbit.activations import (
@@ -94,7 +94,7 @@ def _poison(name: str, parameters: tuple[float, ...]) -> int:
     row = CONTINUOUS[name]
     if parameters == tuple(row.parameters.values()):
         return row.poison
-    with unset_fake_temporarily():
+    with _torch.with_values():
         return NAN | nonfinite_derivative(lambda x: row.function(x, *parameters))
 
 

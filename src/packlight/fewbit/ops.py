@@ -61,9 +61,10 @@ decode_backward = define_op(
 )
 
 dropout = define_op(
-    "few_bit_dropout(Tensor x, Tensor seed, float p, bool keep_codes) -> (Tensor, Tensor)",
+    "few_bit_dropout(Tensor x, Tensor? seed, int number, float p, bool keep_codes)"
+    " -> (Tensor, Tensor)",
     reference=dropout_reference.dropout,
-    fake=lambda x, seed, p, keep_codes: (
+    fake=lambda x, seed, number, p, keep_codes: (
         torch.empty_like(x),
         _fake_codes(x, 1, 0) if keep_codes else x.new_empty(0, dtype=torch.uint8),
     ),
@@ -78,9 +79,9 @@ dropout_mask = define_op(
 )
 
 dropout_ = define_op(
-    "few_bit_dropout_(Tensor(a!) x, Tensor seed, float p, bool keep_codes) -> Tensor",
+    "few_bit_dropout_(Tensor(a!) x, Tensor? seed, int number, float p, bool keep_codes) -> Tensor",
     reference=dropout_reference.dropout_,
-    fake=lambda x, seed, p, keep_codes: (
+    fake=lambda x, seed, number, p, keep_codes: (
         _fake_codes(x, 1, 0) if keep_codes else x.new_empty(0, dtype=torch.uint8)
     ),
     kernel="packlight.fewbit.dropout_kernels:dropout_",

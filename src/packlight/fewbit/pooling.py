@@ -14,6 +14,7 @@ from packlight._checks import (
     needs_gradient,
     refuse_second_derivative,
 )
+from packlight._overwrite import writable
 from packlight.errors import InputError
 from packlight.fewbit import ops
 
@@ -27,6 +28,7 @@ class _MaxPool(torch.autograd.Function):
     ) -> Any:
         kernel, stride, padding, dilation = window
         y, codes = ops.max_pool(x, kernel, stride, padding, dilation, ceil_mode)
+        y = writable(y)
         ctx.save_for_backward(codes)
         ctx.window = window
         ctx.input_size, ctx.output_stride = x.shape, y.stride()

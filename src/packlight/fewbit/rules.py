@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from packlight.fewbit import functional, modules, pooling
-from packlight.fewbit.dropout import dropout
+from packlight.fewbit.dropout import dropout_as_torch
 from packlight.fewbit.method import FewBit
 from packlight.method import Swap, call_rule, rule
 
@@ -79,7 +79,7 @@ call_rule(
 call_rule(
     FewBit,
     {
-        F.dropout: dropout,
+        F.dropout: dropout_as_torch,
         F.hardshrink: functional.hardshrink,
         F.hardsigmoid: functional.hardsigmoid,
         F.hardtanh: functional.hardtanh,

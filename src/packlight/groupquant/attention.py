@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend
 
-from packlight import _tracer, sharing
+from packlight import _torch, _tracer, sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight._seeds import Seed
+from packlight._tracer import fake_of
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.packs import KEEPS, Rebuild, draw_many, new_pack
 from packlight.sharing import Pack
@@ -41,7 +42,7 @@ class _Attention(torch.autograd.Function):
         is_causal: bool,
         scale: float | None,
         method: GroupQuant,
-        *seeds: Tensor | None,
+        *seeds: Seed,
     ) -> tuple[Tensor, Tensor, Tensor]:
         qkv = (query, _repeated(key, repeats), _repeated(value, repeats))
         bias = _bias(mask, query, key, backend)
@@ -160,6 +161,9 @@ _NODES = {
 }
 
 
+_NO_KERNEL = (SDPBackend.MATH.value, 1)
+
+
 class _Kernel(NamedTuple):
     """One of torch's kernels, and how often heads of key and value are to be repeated for it."""
 
@@ -196,14 +200,15 @@ def _choice(
     is_causal: bool,
     enable_gqa: bool,
 ) -> int:
-    if not isinstance(query, FakeTensor):
-        return torch._fused_sdp_choice(
+    if not _torch.is_fake(query):
+        return _torch.attention_backend(
             query, key, value, mask, dropout_p, is_causal, enable_gqa=enable_gqa
         )
     # Of tensors without values that operator says "math", whatever torch takes for them.
     if mask is not None:  # torch makes numbers of booleans, and here some that do have values
         mask = query.new_empty(mask.shape)
-    with query.fake_mode, torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
+    fake_mode: Any = query.fake_mode  # type: ignore[attr-defined]
+    with fake_mode, torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, enable_gqa=enable_gqa
@@ -216,15 +221,15 @@ def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _ask_tracer(context: Any) -> None:
-    query, key, value = (context.get_local(name).as_fake() for name in ("query", "key", "value"))
-    mask = context.get_local("mask")
-    dropout_p, is_causal = (
-        context.get_local(name).as_python_constant() for name in ("dropout_p", "is_causal")
-    )
-    fake_mask = None if mask.python_type() is type(None) else mask.as_fake()
-    kernel = _choose(query, key, value, fake_mask, dropout_p, is_causal)
-    _tracer.told.update(kernel._asdict())
+@_torch.question
+def attention_kernel(
+    tracer: Any, query: Any, key: Any, value: Any, mask: Any, dropout_p: Any, is_causal: Any
+) -> tuple[int, int]:
+    qkv = (fake_of(query), fake_of(key), fake_of(value))
+    fake_mask = None if mask.python_type() is type(None) else fake_of(mask)
+    flags = (dropout_p.as_python_constant(), is_causal.as_python_constant())
+    kernel = _choose(*qkv, fake_mask, *flags)
+    return kernel.backend, kernel.repeats
 
 
 def _kernel(
@@ -237,12 +242,11 @@ def _kernel(
 ) -> _Kernel:
     """The kernel that torch would take."""
     if torch.compiler.is_compiling():
-        from torch._dynamo.comptime import comptime
-
         # A float that took two values is a symbol to the compiler; hashed, it is a number again.
         dropout_p = next(iter({dropout_p}))
-        comptime(_ask_tracer)
-        return _Kernel(_tracer.fact("backend"), _tracer.fact("repeats"))
+        arguments = (query, key, value, mask, dropout_p, is_causal)
+        backend, repeats = _torch.ask("attention_kernel", _NO_KERNEL, *arguments)
+        return _Kernel(backend, repeats)
     return _choose(query, key, value, mask, dropout_p, is_causal)
 
 
@@ -312,7 +316,6 @@ def attend(
         return None
     qkv = (query, key, value)
     kind = query.device.type
-    seeds = draw_many(query, 4, method)
     if not any(needs_gradient(x) for x in qkv):
         return None
     if torch.is_autocast_enabled(kind):
@@ -329,7 +332,10 @@ def attend(
     if torch.compiler.is_compiling():
         query, key, value = qkv
         qkv = (query, _tracer.apart(key, query), _tracer.apart(value, query, key))
+    seeds = draw_many(query, 4, method)
     out, codes, scales = _attend(*qkv, mask, *kernel, *flags, method, *seeds)
     layout = (tuple(out.shape), out.stride(), out.numel(), method.bits, method.group_size)
-    sharing.note_output(out, Pack(Rebuild(*layout), tuple(out.shape), (codes, scales)))
+    sharing.note_output(
+        out, Pack(Rebuild(*layout), tuple(out.shape), (codes, scales), method.grade)
+    )
     return out

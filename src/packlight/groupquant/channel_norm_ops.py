@@ -38,6 +38,7 @@ def batch_norm_reference(
     bits: int,
     group_size: int,
     seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, codes and scales of x_hat, and [3, channels]: gamma, beta, rstd."""
     y, mean, rstd = torch.native_batch_norm(
@@ -46,7 +47,7 @@ def batch_norm_reference(
     stride, dtype = dense_stride(x), compute_dtype(x)
     mean, rstd = mean.to(dtype), rstd.to(dtype)
     x_hat = (x - along_channels(mean, x)) * along_channels(rstd, x)
-    codes, scales = ops.quantize(x_hat, stride, bits, group_size, seed)
+    codes, scales = ops.quantize(x_hat, stride, bits, group_size, seed, number)
     gamma = torch.ones_like(rstd) if weight is None else weight.to(dtype)
     beta = torch.zeros_like(rstd) if bias is None else bias.to(dtype)
     return _dense(y, stride), codes, scales, torch.stack([gamma, beta, rstd])
@@ -90,6 +91,7 @@ def group_norm_reference(
     bits: int,
     group_size: int,
     seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, codes and scales of x_hat, [2, channels] gamma and beta, and rstd [n, groups]."""
     n, channels = x.shape[:2]
@@ -100,7 +102,7 @@ def group_norm_reference(
     )
     mean, rstd = mean.to(dtype), rstd.to(dtype)
     x_hat = (x - _along_groups(mean, x)) * _along_groups(rstd, x)
-    codes, scales = ops.quantize(x_hat, stride, bits, group_size, seed)
+    codes, scales = ops.quantize(x_hat, stride, bits, group_size, seed, number)
     gamma = torch.ones(channels, dtype=dtype, device=x.device) if weight is None else weight
     beta = torch.zeros_like(gamma) if bias is None else bias
     return _dense(y, stride), codes, scales, torch.stack([gamma.to(dtype), beta.to(dtype)]), rstd
@@ -157,7 +159,7 @@ def _fake_pack(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
 def _fake_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, momentum: float, eps: float, bits: int, group_size: int,
-    seed: Tensor | None,
+    seed: Tensor | None, number: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     table = x.new_empty(3, x.shape[1], dtype=compute_dtype(x))
     return torch.empty_like(x), *_fake_pack(x, bits, group_size), table
@@ -165,7 +167,7 @@ def _fake_batch_norm(
 
 def _fake_group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int,
-    group_size: int, seed: Tensor | None,
+    group_size: int, seed: Tensor | None, number: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     table = x.new_empty(2, x.shape[1], dtype=compute_dtype(x))
     rstd = table.new_empty(x.shape[0], groups)
@@ -181,8 +183,8 @@ def _fake_backward(
 
 batch_norm = define_op(
     "group_quant_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, float momentum, float eps, int bits, int group_size, Tensor? seed)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor(b!)? running_var, float momentum, float eps, int bits, int group_size, Tensor? seed,"
+    " int number) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=batch_norm_reference,
     fake=_fake_batch_norm,
 )
@@ -198,7 +200,8 @@ batch_norm_backward = define_op(
 
 group_norm = define_op(
     "group_quant_group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps,"
-    " int bits, int group_size, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int bits, int group_size, Tensor? seed, int number)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=group_norm_reference,
     fake=_fake_group_norm,
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
+from packlight._seeds import Seed, operands
 from packlight.groupquant import channel_norm_ops, ops
 from packlight.groupquant.channel_norm_ops import along_channels
 from packlight.groupquant.fixed_point.functional import norm_worth_packing
@@ -55,11 +56,12 @@ class _BatchNorm(torch.autograd.Function):
         eps: float,
         bits: int,
         group_size: int,
-        seed: Tensor | None,
+        seed: Seed,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, *kept = channel_norm_ops.batch_norm(
-            x, weight, bias, running_mean, running_var, momentum, eps, bits, group_size, seed
-        )
+            x, weight, bias, running_mean, running_var, momentum, eps, bits, group_size,
+            *operands(seed),
+        )  # fmt: skip
         _keep(ctx, kept, (weight, bias))
         ctx.layout = (y.stride(), bits, group_size)
         return y, *kept
@@ -88,9 +90,11 @@ class _GroupNorm(torch.autograd.Function):
         eps: float,
         bits: int,
         group_size: int,
-        seed: Tensor | None,
+        seed: Seed,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        y, *kept = channel_norm_ops.group_norm(x, groups, weight, bias, eps, bits, group_size, seed)
+        y, *kept = channel_norm_ops.group_norm(
+            x, groups, weight, bias, eps, bits, group_size, *operands(seed)
+        )
         _keep(ctx, kept, (weight, bias))
         ctx.layout = (y.stride(), bits, group_size)
         return y, *kept
@@ -129,7 +133,7 @@ _apply_group_norm: Callable[..., tuple[Tensor, ...]] = _GroupNorm.apply
 def _noted(y: Tensor, method: GroupQuant, tensors: tuple[Tensor, ...]) -> Tensor:
     shape = tuple(y.shape)
     rebuild = ChannelRebuild(shape, y.stride(), method.bits, method.group_size)
-    sharing.note_output(y, Pack(rebuild, shape, tensors))
+    sharing.note_output(y, Pack(rebuild, shape, tensors, method.grade))
     return y
 
 
@@ -160,12 +164,11 @@ def batch_norm(
     """
     check_tensor(input, "batch_norm")
     method = GroupQuant(bits, group_size, rounding)
-    seed = draw(input, method) if training else None
     if not training or not norm_worth_packing(input, weight, bias) or input.numel() < group_size:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, *kept = _apply_batch_norm(
         input, weight, bias, running_mean, running_var, momentum, eps, bits, group_size,
-        seed,
+        draw(input, method),
     )  # fmt: skip
     return _noted(y, method, tuple(kept))
 
@@ -191,11 +194,11 @@ def group_norm(
     def plain(x: Tensor) -> Tensor:
         return F.group_norm(x, num_groups, weight, bias, eps)
 
-    seed = draw(input, method)
     if not norm_worth_packing(input, weight, bias) or input.numel() < group_size:
         return plain(input)
     if input.shape[1] % num_groups or (weight is not None and weight.numel() != input.shape[1]):
         return plain(input)  # raises
     x = autocast(input, None, lambda empty: plain(empty.view(0, input.shape[1])))
+    seed = draw(x, method)
     y, *kept = _apply_group_norm(x, weight, bias, num_groups, eps, bits, group_size, seed)
     return _noted(y, method, tuple(kept[:3]))

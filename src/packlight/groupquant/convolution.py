@@ -20,9 +20,10 @@ from torch import Tensor
 from packlight import sharing
 from packlight._checks import check_tensor, is_frozen, needs_gradient, refuse_second_derivative
 from packlight._gradients import recast
+from packlight._overwrite import writable
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, draw, pack_input, worth_packing
+from packlight.groupquant.packs import KEEPS, pack_input, worth_packing
 from packlight.sharing import Pack
 
 Size = int | Sequence[int]
@@ -85,7 +86,8 @@ class _Convolution(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor,
     ) -> Tensor:
-        y = geometry.forward(x, weight, bias)  # autocast casts in here, and keeps no copy
+        # Autocast casts in here, and keeps no copy.
+        y = writable(geometry.forward(x, weight, bias))
         ctx.save_for_backward(weight, *tensors)
         ctx.geometry, ctx.rebuild, ctx.shape = geometry, rebuild, x.shape
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -189,10 +191,9 @@ def convolve(
         x = pad(x, weight, widths, "constant", method)
     if not _may_pack(x, weight, method):
         return geometry.forward(x, weight, bias)
-    seed = draw(x, method)
     if not needs_gradient(weight):
         return geometry.forward(x, weight, bias)
-    kept = pack_input(x, method, seed)
+    kept = pack_input(x, method)
     return _apply(x, weight, bias, geometry, kept.rebuild, *kept.tensors)
 
 
@@ -266,14 +267,13 @@ def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: Gro
     """
     if not _may_pack(x, weight, method):
         return F.pad(x, list(widths), mode)
-    seed = draw(x, method)
     if not needs_gradient(weight):
         return F.pad(x, list(widths), mode)
-    kept = pack_input(x, method, seed)
+    kept = pack_input(x, method)
     rebuild = PaddedRebuild(kept.rebuild, tuple(x.shape), tuple(widths), mode)
     padded = _apply_pad(x, tuple(widths), mode)
-    # Strongly: until the convolution reads the padded tensor, nothing else holds a new pack.
-    sharing.note_output(padded, Pack(rebuild, tuple(padded.shape), kept.tensors))
+    # Until the convolution reads the padded tensor, nothing else holds a new pack.
+    sharing.note_held(padded, Pack(rebuild, tuple(padded.shape), kept.tensors, kept.grade))
     return padded
 
 

@@ -33,6 +33,8 @@ from packlight._checks import (
     refuse_second_derivative,
 )
 from packlight._gradients import column_sums, product, recast
+from packlight._overwrite import writable
+from packlight._seeds import Seed, operands
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant import ops
@@ -65,7 +67,7 @@ class _Linear(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = writable(F.linear(x, weight, bias))
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
         ctx.rebuild = rebuild
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
@@ -115,10 +117,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, method: GroupQuant) 
     check_tensor(x, "linear")
     if is_frozen(weight) or not worth_packing(x, method):
         return F.linear(x, weight, bias)
-    seed = draw(x, method)
     if not needs_gradient(weight):
         return F.linear(x, weight, bias)
-    kept = pack_input(x, method, seed)
+    kept = pack_input(x, method)
     return _apply_linear(x, weight, bias, kept.rebuild, *kept.tensors)
 
 
@@ -136,9 +137,9 @@ class _Activation(torch.autograd.Function):
         parameters: tuple[float, ...],
         bits: int,
         group_size: int,
-        seed: Tensor | None,
+        seed: Seed,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, codes, scales = ops.activation(x, name, parameters, bits, group_size, seed)
+        y, codes, scales = ops.activation(x, name, parameters, bits, group_size, *operands(seed))
         ctx.mark_non_differentiable(codes, scales)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(codes, scales)
@@ -163,14 +164,14 @@ def _activation(
     check_tensor(x, name)
     check_numbers(name, **dict(zip(CONTINUOUS[name].parameters, parameters, strict=True)))
     function = CONTINUOUS[name].function
-    seed = draw(x, method)
     if not needs_gradient(x):
         return function(x, *parameters)
     x = autocast(x, name, lambda empty: function(empty, *parameters))
+    seed = draw(x, method)
     y, codes, scales = _activate(x, name, parameters, method.bits, method.group_size, seed)
     layout = (tuple(y.shape), y.stride(), y.numel(), method.bits, method.group_size)
     rebuild = Rebuild(*layout, name, parameters)
-    sharing.note_output(y, Pack(rebuild, tuple(y.shape), (codes, scales)))
+    sharing.note_output(y, Pack(rebuild, tuple(y.shape), (codes, scales), method.grade))
     if torch.compiler.is_compiling() and name in UNITS:
         _tracer.note_source(y, x, how(name, method))
     return y
@@ -375,9 +376,9 @@ class _Gated(torch.autograd.Function):
         name: str,
         bits: int,
         group_size: int,
-        seed: Tensor | None,
+        seed: Seed,
     ) -> tuple[Tensor, ...]:
-        y, *packs = ops.gated(gate, up, name, bits, group_size, seed)
+        y, *packs = ops.gated(gate, up, name, bits, group_size, *operands(seed))
         ctx.mark_non_differentiable(*packs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*packs)
@@ -407,15 +408,15 @@ def gated(
             f"gate is {tuple(gate.shape)} on {gate.device}, up is {tuple(up.shape)} on {up.device};"
             " a gated unit multiplies tensors of one shape on one device"
         )
-    seed = draw(gate, method)
     wanted = needs_gradient(gate) or needs_gradient(up)
     if not wanted or gate.dtype != up.dtype:
         return plain(gate, up)
     if torch.compiler.is_compiling():
         up = _tracer.apart(up, gate)
+    seed = draw(gate, method)
     y, *packs = _apply_gated(gate, up, name, method.bits, method.group_size, seed)
     product = GatedProduct(name, tuple(y.shape), y.stride(), method.bits, method.group_size)
-    sharing.note_output(y, Pack(product, tuple(y.shape), tuple(packs)))
+    sharing.note_output(y, Pack(product, tuple(y.shape), tuple(packs), method.grade))
     return y
 
 

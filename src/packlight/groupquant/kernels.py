@@ -21,6 +21,7 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._philox import PAIR_MULTIPLIER, PAIR_WEYL
+from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD, PTX
 from packlight.groupquant.method import Grouping
@@ -310,13 +311,13 @@ def load_codes(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _quantize_kernel(
     x_ptr,  # [rows, width]
     y_ptr,  # [rows, width]
     codes_ptr,  # [rows, row_groups, SIZE]
     scales_ptr,  # [rows, row_groups]
-    seed_ptr,  # [1]
+    seed,  # a number, or a pointer to one
     width,
     row_groups,
     tiles,  # a row
@@ -326,7 +327,7 @@ def _quantize_kernel(
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    SEED: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
@@ -342,10 +343,11 @@ def _quantize_kernel(
             y = FORWARD(tile[j], a, b, DIGITS)
             store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
     draws = ()
-    if STOCHASTIC:
-        draws = random_tile(tl.load(seed_ptr), row, bundle + tl.arange(0, NQ), SIZE, NQ)
+    if SEED:
+        key = seed_value(seed, SEED)
+        draws = random_tile(key, row, bundle + tl.arange(0, NQ), SIZE, NQ)
     store_codes(
-        tile, codes_ptr + group * SIZE, scales_ptr + group, draws, left, NQ, SIZE, BITS, STOCHASTIC,
+        tile, codes_ptr + group * SIZE, scales_ptr + group, draws, left, NQ, SIZE, BITS, SEED != 0,
         FULL,
     )  # fmt: skip
 
@@ -425,7 +427,7 @@ def _activation_backward_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _gated_kernel(
     gate_ptr,  # [n]
     up_ptr,  # [n]
@@ -434,13 +436,13 @@ def _gated_kernel(
     gate_scales_ptr,
     up_codes_ptr,
     up_scales_ptr,
-    seed_ptr,  # [1]
+    seed,  # a number, or a pointer to one
     width,  # n
     FORWARD: tl.constexpr,
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    SEED: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
@@ -450,10 +452,10 @@ def _gated_kernel(
     left = width - start
     group = bundle * BITS
     draws = ()
-    seed, row = 0, tl.zeros([], dtype=tl.int64)
-    if STOCHASTIC:
-        seed = tl.load(seed_ptr)
-        draws = random_tile(seed, row, bundle + tl.arange(0, NQ), SIZE, NQ)
+    key, row = 0, tl.zeros([], dtype=tl.int64)
+    if SEED:
+        key = seed_value(seed, SEED)
+        draws = random_tile(key, row, bundle + tl.arange(0, NQ), SIZE, NQ)
     gate = load_tile(gate_ptr + start, left, NQ, SIZE, FULL)
     # One after the other: registers for both would leave room for few programs at once.
     factors = ()
@@ -462,17 +464,17 @@ def _gated_kernel(
         factors = factors + (FORWARD(gate[j], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
     store_codes(
         gate, gate_codes_ptr + group * SIZE, gate_scales_ptr + group, draws, left, NQ, SIZE, BITS,
-        STOCHASTIC, FULL,
+        SEED != 0, FULL,
     )  # fmt: skip
-    if STOCHASTIC:
-        draws = random_tile(seed, row + 1, bundle + tl.arange(0, NQ), SIZE, NQ)
+    if SEED:
+        draws = random_tile(key, row + 1, bundle + tl.arange(0, NQ), SIZE, NQ)
     up = load_tile(up_ptr + start, left, NQ, SIZE, FULL)
     for j in tl.static_range(8):
         y = to_float32(factors[j]) * up[j]
         store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
     store_codes(
         up, up_codes_ptr + group * SIZE, up_scales_ptr + group, draws, left, NQ, SIZE, BITS,
-        STOCHASTIC, FULL,
+        SEED != 0, FULL,
     )  # fmt: skip
 
 
@@ -564,7 +566,7 @@ def _two(parameters: Sequence[float]) -> tuple[float, float]:
 
 @functools.lru_cache(LAUNCHES)
 def _quantize_launch(
-    grouping: Grouping, dtype: torch.dtype, name: str | None, a: float, b: float, stochastic: bool
+    grouping: Grouping, dtype: torch.dtype, name: str | None, a: float, b: float, seed: int
 ) -> Launch:
     block, warps = PACK if name is None else ACTIVATION
     nq, tiles, full = tile_of(grouping, block)
@@ -579,7 +581,7 @@ def _quantize_launch(
         DIGITS=DIGITS[dtype],
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,
-        STOCHASTIC=stochastic,
+        SEED=seed,
         FULL=full,
         NQ=nq,
         num_warps=warps,
@@ -588,23 +590,30 @@ def _quantize_launch(
 
 def _pack(
     x: Tensor, y: Tensor | None, name: str, parameters: Sequence[float], width: int, bits: int,
-    group_size: int, seed: Tensor | None,
+    group_size: int, seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(x.numel() // width if width else 0, width, bits, group_size)
     codes, scales = _empty_pack(x, grouping)
     if x.numel() == 0:
         return codes, scales
     function = None if y is None else name
-    launch = _quantize_launch(grouping, x.dtype, function, *_two(parameters), seed is not None)
-    launch(x, x if y is None else y, codes, scales, codes if seed is None else seed)
+    launch = _quantize_launch(
+        grouping, x.dtype, function, *_two(parameters), seed_kind(seed, number)
+    )
+    launch(x, x if y is None else y, codes, scales, seed_argument(seed, number))
     return codes, scales
 
 
 def quantize(
-    x: Tensor, stride: Sequence[int], bits: int, group_size: int, seed: Tensor | None
+    x: Tensor,
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor]:
     flat = memory_order(x, stride)
-    return _pack(flat, None, "", (), flat.numel(), bits, group_size, seed)
+    return _pack(flat, None, "", (), flat.numel(), bits, group_size, seed, number)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -668,12 +677,12 @@ def dequantize(
 
 def activation(
     x: Tensor, name: str, parameters: Sequence[float], bits: int, group_size: int,
-    seed: Tensor | None,
+    seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = torch.empty_like(x)
     flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
     n = x.numel()
-    return y, *_pack(flat_x, flat_y, name, parameters, n, bits, group_size, seed)
+    return y, *_pack(flat_x, flat_y, name, parameters, n, bits, group_size, seed, number)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -714,7 +723,7 @@ def activation_backward(
 
 
 @functools.lru_cache(LAUNCHES)
-def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, stochastic: bool) -> Launch:
+def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) -> Launch:
     nq, tiles, full = tile_of(grouping, GATED.block)
     return _gated_kernel.prepare(
         (tiles,),
@@ -723,7 +732,7 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, stochastic:
         DIGITS=DIGITS[dtype],
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,
-        STOCHASTIC=stochastic,
+        SEED=seed,
         FULL=full,
         NQ=nq,
         num_warps=GATED.warps,
@@ -731,20 +740,26 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, stochastic:
 
 
 def gated(
-    gate: Tensor, up: Tensor, name: str, bits: int, group_size: int, seed: Tensor | None
+    gate: Tensor,
+    up: Tensor,
+    name: str,
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(gate)
     n = y.numel()
     grouping = Grouping(1, n, bits, group_size)
     gate_pack, up_pack = _empty_pack(gate, grouping), _empty_pack(gate, grouping)
     if n:
-        _gated_launch(grouping, gate.dtype, name, seed is not None)(
+        _gated_launch(grouping, gate.dtype, name, seed_kind(seed, number))(
             memory_order(gate, y.stride()),
             memory_order(up, y.stride()),
             y,
             *gate_pack,
             *up_pack,
-            gate_pack[0] if seed is None else seed,
+            seed_argument(seed, number),
         )
     return y, *gate_pack, *up_pack
 

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 from packlight.errors import InputError
 from packlight.method import Method
+from packlight.sharing import Grade
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -43,15 +44,20 @@ class GroupQuant(Method):
     rounding: Rounding = "stochastic"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or isinstance(self.bits, bool):
+        if type(self.bits) is not int or self.bits not in BITS:
             raise InputError(f"bits={self.bits!r} is not 2, 4 or 8; 4 is a good start")
-        if self.group_size not in GROUP_SIZES:
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise InputError(
                 f"group_size={self.group_size!r} is not a power of two from 32 to 1024;"
                 " 128 is a good start"
             )
         if self.rounding not in ROUNDINGS:
             raise InputError(f'rounding={self.rounding!r} is neither "stochastic" nor "nearest"')
+
+    @property
+    def grade(self) -> Grade:
+        """How near to a tensor its packs are."""
+        return Grade(self.bits, self.group_size, self.rounding == "stochastic")
 
 
 def row_group_size(width: int, group_size: int) -> int | None:

@@ -15,6 +15,7 @@ from torch import Size, Tensor, nn
 from packlight import sharing
 from packlight._checks import check_inplace
 from packlight._overwrite import overwrite
+from packlight._seeds import start_rounding
 from packlight.elementwise.functions import quick_gelu, relu_squared
 from packlight.groupquant import functional as quantised
 from packlight.groupquant import norms
@@ -30,6 +31,7 @@ class _Quantised(nn.Module):
 
     def _keep(self, bits: int, group_size: int, rounding: Rounding) -> None:
         self.method = GroupQuant(bits, group_size, rounding)
+        start_rounding()
 
     @property
     def options(self) -> dict[str, Any]:

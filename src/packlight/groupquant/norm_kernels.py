@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
+from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.groupquant.kernels import (
     load_codes,
     load_tile,
@@ -33,7 +34,7 @@ def tile_sum(tile):
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _forward_kernel(
     x_ptr,  # [rows, width]
     y_ptr,  # [rows, width]
@@ -42,7 +43,9 @@ def _forward_kernel(
     codes_ptr,
     scales_ptr,
     rstd_ptr,  # [rows]
-    seed_ptr,  # [1]
+    seed,  # a number, or a pointer to one
+    weight_copy_ptr,  # [width]
+    bias_copy_ptr,  # [width]
     rows,
     width,
     row_groups,
@@ -53,14 +56,21 @@ def _forward_kernel(
     BIAS: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    SEED: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
+    first = tl.program_id(0) == 0
     if WEIGHT:
         weight = load_tile(weight_ptr, width, NQ, SIZE, FULL)
+        if first:
+            for j in tl.static_range(8):
+                store_tile(weight_copy_ptr, weight[j], width, NQ, SIZE, j, FULL)
     if BIAS:
         bias = load_tile(bias_ptr, width, NQ, SIZE, FULL)
+        if first:
+            for j in tl.static_range(8):
+                store_tile(bias_copy_ptr, bias[j], width, NQ, SIZE, j, FULL)
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
     while row < end:
@@ -91,13 +101,13 @@ def _forward_kernel(
                 y = y + bias[j]
             store_tile(y_ptr + row * width, y, width, NQ, SIZE, j, FULL)
         draws = ()
-        if STOCHASTIC:
+        if SEED:
             bundles = tl.arange(0, NQ)
-            draws = random_tile(tl.load(seed_ptr), row, bundles, SIZE, NQ)
+            draws = random_tile(seed_value(seed, SEED), row, bundles, SIZE, NQ)
         group = row * row_groups
         store_codes(
             normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, NQ, SIZE, BITS,
-            STOCHASTIC, FULL,
+            SEED != 0, FULL,
         )  # fmt: skip
         row += 1
 
@@ -192,7 +202,7 @@ def _launch_shape(grouping: Grouping) -> tuple[int, bool, int, int, int]:
 
 @functools.lru_cache(LAUNCHES)
 def _forward_launch(
-    grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, stochastic: bool
+    grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, seed: int
 ) -> Launch:
     nq, full, warps, programs, steps = _launch_shape(grouping)
     return _forward_kernel.prepare(
@@ -207,7 +217,7 @@ def _forward_launch(
         BIAS=bias,
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,
-        STOCHASTIC=stochastic,
+        SEED=seed,
         FULL=full,
         NQ=nq,
         num_warps=warps,
@@ -224,16 +234,21 @@ def norm(
     bits: int,
     group_size: int,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    number: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = x.shape[0]
     grouping = Grouping(rows, width, bits, group_size)
     y = torch.empty_like(x)
     codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
     scales = x.new_empty(grouping.groups, dtype=torch.int32)
     rstd = x.new_empty(rows, dtype=torch.float32)
+    copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
     if x.numel() == 0:
-        return y, codes, scales, rstd
-    given = (weight is not None, bias is not None, seed is not None)
+        for copy, parameter in zip(copies, (weight, bias), strict=True):
+            if parameter is not None:
+                copy.copy_(parameter)
+        return y, codes, scales, rstd, *copies
+    given = (weight is not None, bias is not None, seed_kind(seed, number))
     _forward_launch(grouping, eps, center, *given)(
         x,
         y,
@@ -242,9 +257,10 @@ def norm(
         codes,
         scales,
         rstd,
-        codes if seed is None else seed,
+        seed_argument(seed, number),
+        *copies,
     )
-    return y, codes, scales, rstd
+    return y, codes, scales, rstd, *copies
 
 
 @functools.lru_cache(LAUNCHES)

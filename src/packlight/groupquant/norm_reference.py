@@ -9,6 +9,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight._seeds import as_tensor
 from packlight.groupquant.reference import dequantize_rows, quantize_rows
 from packlight.packing.layout import compute_dtype
 
@@ -32,15 +33,22 @@ def norm(
     bits: int,
     group_size: int,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, bit-equal to torch's, codes and scales of x_hat, and rstd [rows]; `x` is [rows, width]."""
+    number: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, bit-equal to torch's, codes and scales of x_hat, rstd [rows], copies of the parameters.
+
+    `x` is [rows, width]. The copies are empty where there is no weight or bias.
+    """
     if center:
         y = F.layer_norm(x, (width,), weight, bias, eps)
     else:
         y = F.rms_norm(x, (width,), weight, eps)
     x_hat, rstd = normalise(x, eps, center)
-    codes, scales = quantize_rows(x_hat.float().reshape(-1), width, bits, group_size, seed)
-    return y, codes, scales, rstd.view(-1)
+    key = as_tensor(seed, number, x.device)
+    codes, scales = quantize_rows(x_hat.float().reshape(-1), width, bits, group_size, key)
+    copies = (x.new_empty(0) if p is None else p.clone() for p in (weight, bias))
+    weight_copy, bias_copy = copies
+    return y, codes, scales, rstd.view(-1), weight_copy, bias_copy
 
 
 def norm_backward(

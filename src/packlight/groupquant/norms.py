@@ -10,6 +10,7 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
+from packlight._seeds import Seed, operands
 from packlight.groupquant.method import GroupQuant, Rounding, row_group_size
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
 from packlight.groupquant.traced_norms import as_rows, operators
@@ -20,7 +21,11 @@ _DEFAULT = GroupQuant()
 
 
 class _Norm(torch.autograd.Function):
-    """y, codes and scales of x_hat; keeps the latter, rstd and the weight."""
+    """y, codes and scales of x_hat, and copies of the parameters; keeps all but y, and rstd.
+
+    The copies are for readers, which rebuild y in their own backward pass: by then an optimizer may
+    have changed the parameters, or FSDP freed them.
+    """
 
     @staticmethod
     def forward(
@@ -33,20 +38,20 @@ class _Norm(torch.autograd.Function):
         center: bool,
         bits: int,
         group_size: int,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        seed: Seed,
+    ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, width)
         normalise = operators(width, group_size)[0]
-        y, codes, scales, rstd = normalise(
-            rows.contiguous(), width, weight, bias, eps, center, bits, group_size, seed
+        y, codes, scales, rstd, *copies = normalise(
+            rows.contiguous(), width, weight, bias, eps, center, bits, group_size, *operands(seed)
         )
-        ctx.mark_non_differentiable(codes, scales)
+        ctx.mark_non_differentiable(codes, scales, *copies)
         ctx.set_materialize_grads(False)
-        # The bias, as torch does: readers rebuild y with it, and nothing else owns a flattened one.
-        ctx.save_for_backward(codes, scales, rstd, weight, bias)
+        own = own_parameters(copies, weight, bias)
+        ctx.save_for_backward(codes, scales, rstd, *own)
         ctx.settings = (width, center, bits, group_size)
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-        return _shaped(y, x.shape), codes, scales
+        return _shaped(y, x.shape), codes, scales, *copies
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -69,6 +74,16 @@ class _Norm(torch.autograd.Function):
         )
 
 
+def own_parameters(
+    copies: Sequence[Tensor], *parameters: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The copies of parameters that a norm makes, None for None; themselves where it makes none."""
+    if not copies:
+        return parameters
+    pairs = zip(copies, parameters, strict=True)
+    return tuple(None if parameter is None else copy for copy, parameter in pairs)
+
+
 def _flat(parameter: Tensor | None) -> Tensor | None:
     """The parameter itself where it is flat: a view is one more node of the graph."""
     if parameter is None or parameter.dim() == 1:
@@ -82,7 +97,7 @@ def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
     return shaped
 
 
-_apply_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Norm.apply
+_apply_norm: Callable[..., tuple[Tensor, ...]] = _Norm.apply
 
 
 def _norm(
@@ -106,7 +121,6 @@ def _norm(
     fits = x.shape[x.dim() - len(normalized_shape) :] == normalized_shape
     if group_size is None or not fits:
         return plain(x)  # raises for shapes that do not fit
-    seed = draw(x, method)
     if not wanted:
         return plain(x)
     asked = (name, None if weight is None else weight.dtype)
@@ -114,7 +128,7 @@ def _norm(
     if eps is None:  # as torch has it: that of the dtype in which it computes
         eps = torch.finfo(compute_dtype(x)).eps
     flat_weight, flat_bias = _flat(weight), _flat(bias)
-    y, codes, scales = _apply_norm(
+    y, codes, scales, *copies = _apply_norm(
         x,
         flat_weight,
         flat_bias,
@@ -123,11 +137,11 @@ def _norm(
         name == "layer_norm",
         method.bits,
         group_size,
-        seed,
+        draw(x, method),
     )
     rebuild = Rebuild(tuple(y.shape), y.stride(), width, method.bits, group_size)
-    kept = (codes, scales, flat_weight, flat_bias)
-    sharing.note_output(y, Pack(rebuild, tuple(y.shape), kept))
+    kept = (codes, scales, *own_parameters(copies, flat_weight, flat_bias))
+    sharing.note_output(y, Pack(rebuild, tuple(y.shape), kept, method.grade))
     return y
 
 

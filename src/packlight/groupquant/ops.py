@@ -1,6 +1,7 @@
 """The operators of group quantisation: schema, fake, reference, kernel.
 
-`seed` is [1] int64 for stochastic rounding, None for rounding to nearest. A pack is codes (uint8)
+Rounding is stochastic by `seed` [1] of int64, where there is one, or else by `number`, and to
+nearest where that is `NEAREST` (`_seeds.py`). A pack is codes (uint8)
 and scales (int32); `reference.py` says what is in them.
 """
 
@@ -24,13 +25,18 @@ def _fake_pack(x: Tensor, rows: int, width: int, bits: int, group_size: int) -> 
 
 
 def _fake_quantize(
-    x: Tensor, stride: Sequence[int], bits: int, group_size: int, seed: Tensor | None
+    x: Tensor,
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, ...]:
     return tuple(_fake_pack(x, 1, x.numel(), bits, group_size))
 
 
 quantize = define_op(
-    "group_quantize(Tensor x, SymInt[] stride, int bits, int group_size, Tensor? seed)"
+    "group_quantize(Tensor x, SymInt[] stride, int bits, int group_size, Tensor? seed, int number)"
     " -> (Tensor, Tensor)",
     reference=reference.quantize,
     fake=_fake_quantize,
@@ -50,9 +56,9 @@ dequantize = define_op(
 
 activation = define_op(
     "group_quant_activation(Tensor x, str name, float[] parameters, int bits, int group_size,"
-    " Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    " Tensor? seed, int number) -> (Tensor, Tensor, Tensor)",
     reference=reference.activation,
-    fake=lambda x, name, parameters, bits, group_size, seed: (
+    fake=lambda x, name, parameters, bits, group_size, seed, number: (
         torch.empty_like(x),
         *_fake_pack(x, 1, x.numel(), bits, group_size),
     ),
@@ -70,10 +76,10 @@ activation_backward = define_op(
 )
 
 gated = define_op(
-    "group_quant_gated(Tensor gate, Tensor up, str name, int bits, int group_size, Tensor? seed)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "group_quant_gated(Tensor gate, Tensor up, str name, int bits, int group_size, Tensor? seed,"
+    " int number) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.gated,
-    fake=lambda gate, up, name, bits, group_size, seed: (
+    fake=lambda gate, up, name, bits, group_size, seed, number: (
         torch.empty_like(gate),
         *_fake_pack(gate, 1, gate.numel(), bits, group_size),
         *_fake_pack(gate, 1, gate.numel(), bits, group_size),
@@ -129,15 +135,18 @@ def _fake_norm(
     bits: int,
     group_size: int,
     seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, ...]:
     rows = x.shape[0]
     rstd = x.new_empty(rows, dtype=compute_dtype(x))
-    return torch.empty_like(x), *_fake_pack(x, rows, width, bits, group_size), rstd
+    copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
+    return torch.empty_like(x), *_fake_pack(x, rows, width, bits, group_size), rstd, *copies
 
 
 norm = define_op(
     "group_quant_norm(Tensor x, SymInt width, Tensor? weight, Tensor? bias, float eps, bool center,"
-    " int bits, int group_size, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    " int bits, int group_size, Tensor? seed, int number)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=norm_reference.norm,
     fake=_fake_norm,
     kernel="packlight.groupquant.norm_kernels:norm",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from packlight import sharing
-from packlight._philox import pass_seed, pass_seeds
+from packlight._seeds import Seed, operands, rounding_seed, rounding_seeds
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
 from packlight.packing.layout import dense_stride
@@ -64,43 +64,31 @@ class GatedProduct:
         return df, dup
 
 
-def draw(x: Tensor, method: GroupQuant) -> Tensor | None:
-    """A seed for the rounding of `x`; None where it rounds to nearest.
-
-    A function draws whether or not it will pack anything: without gradients, and where a pack is
-    shared. Else the two passes of a checkpoint would draw differently, and a dropout behind would
-    see another mask in the second.
-    """
-    if method.rounding == "nearest":
-        return None
-    return pass_seed(x)
+def draw(x: Tensor, method: GroupQuant) -> Seed:
+    """A seed for the rounding of `x`; None where it rounds to nearest."""
+    return None if method.rounding == "nearest" else rounding_seed(x)
 
 
-def draw_many(x: Tensor, count: int, method: GroupQuant) -> tuple[Tensor | None, ...]:
-    """What as many calls of `draw` would give, in one draw."""
-    if method.rounding == "nearest":
-        return (None,) * count
-    seeds: tuple[Tensor, ...] = pass_seeds(x, count).split(1)
-    return seeds
+def draw_many(x: Tensor, count: int, method: GroupQuant) -> tuple[Seed, ...]:
+    """As many seeds as `draw` gives one."""
+    return (None,) * count if method.rounding == "nearest" else rounding_seeds(x, count)
 
 
-def pack_input(x: Tensor, method: GroupQuant, seed: Tensor | None) -> Pack:
-    """The pack of `x`: the one that is kept of it already, else a new one, noted for the next."""
-    kept = sharing.pack_of(x)
+def pack_input(x: Tensor, method: GroupQuant) -> Pack:
+    """The pack of `x`: one as good that is kept of it already, else a new one, which is noted."""
+    kept = sharing.pack_of(x, method.grade)
     if kept is not None:
         return kept
-    rebuild, tensors = new_pack(x.detach(), method, seed)
-    kept = Pack(rebuild, tuple(x.shape), tensors)
+    rebuild, tensors = new_pack(x.detach(), method, draw(x, method))
+    kept = Pack(rebuild, tuple(x.shape), tensors, method.grade)
     sharing.note_input(x, kept)
     return kept
 
 
-def new_pack(
-    x: Tensor, method: GroupQuant, seed: Tensor | None
-) -> tuple[Rebuild, tuple[Tensor, Tensor]]:
+def new_pack(x: Tensor, method: GroupQuant, seed: Seed) -> tuple[Rebuild, tuple[Tensor, Tensor]]:
     """Codes and scales of all values of `x`, and how `x` comes back from them."""
     stride = dense_stride(x)
-    tensors = ops.quantize(x, stride, method.bits, method.group_size, seed)
+    tensors = ops.quantize(x, stride, method.bits, method.group_size, *operands(seed))
     rebuild = Rebuild(tuple(x.shape), stride, x.numel(), method.bits, method.group_size)
     return rebuild, tensors
 

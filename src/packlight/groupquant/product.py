@@ -17,7 +17,6 @@ from packlight.groupquant.packs import (
     KEEPS,
     GatedProduct,
     Rebuild,
-    draw,
     pack_input,
     worth_packing,
 )
@@ -93,7 +92,6 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
     method = GroupQuant(bits, group_size, rounding)
     if not _may_be_gate(input, other, method):
         return torch.mul(input, other)
-    seeds = draw(input, method), draw(other, method)
     if not _is_gate(input, other):
         return torch.mul(input, other)
     if torch.compiler.is_compiling():
@@ -102,11 +100,12 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
         if y is not None:
             return y
     shape = tuple(input.shape)
-    one, two = pack_input(input, method, seeds[0]), pack_input(other, method, seeds[1])
+    one, two = pack_input(input, method), pack_input(other, method)
     if torch.compiler.is_compiling() and _tracer.are_one(input, other):
         other = other.view_as(other)  # as `_tracer.apart` says
         aliases = tuple(x if x is None else x.view_as(x) for x in two.tensors)
         two = Pack(two.rebuild, two.shape, aliases)
+    shared = any(tensor is kept for tensor in one.tensors for kept in two.tensors)
     product: _Product | GatedProduct | None = _gated_product(one, two, shape)
     if product is None:
         product = _gated_product(two, one, shape)
@@ -116,8 +115,11 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
         product = _Product((one.rebuild, two.rebuild), shape, len(one.tensors))
     tensors = (*one.tensors, *two.tensors)
     y = _multiply(input, other, product, *tensors)
-    # Weakly: a factor's packs may be those of layers before, of a whole stage for a residual sum.
-    sharing.note_input(y, Pack(product, tuple(y.shape), tensors))
+    # The mean of x~ x~ is not that of x~ squared: of factors that share their rounding the product
+    # is rounded by itself.
+    if not shared:
+        grade = one.grade.and_of(two.grade)
+        sharing.note_output(y, Pack(product, tuple(y.shape), tensors, grade))
     return y
 
 
@@ -139,9 +141,10 @@ def _unit(f: Tensor, up: Tensor, method: GroupQuant) -> Tensor | None:
     if product is not None:  # for whatever else reads the factors
         shape = tuple(y.shape)
         layout = (shape, y.stride(), y.numel(), method.bits, method.group_size)
-        sharing.note_input(gate, Pack(Rebuild(*layout), shape, product.tensors[:2]))
-        sharing.note_input(up, Pack(Rebuild(*layout), shape, product.tensors[2:]))
-        sharing.note_output(f, Pack(Rebuild(*layout, name), shape, product.tensors[:2]))
+        gate_pack, up_pack = product.tensors[:2], product.tensors[2:]
+        sharing.note_input(gate, Pack(Rebuild(*layout), shape, gate_pack, method.grade))
+        sharing.note_input(up, Pack(Rebuild(*layout), shape, up_pack, method.grade))
+        sharing.note_output(f, Pack(Rebuild(*layout, name), shape, gate_pack, method.grade))
     return y
 
 

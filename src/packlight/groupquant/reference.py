@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight._philox import philox2x32
+from packlight._seeds import as_tensor
 from packlight.elementwise.derivatives import BACKWARD
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant.method import Grouping
@@ -136,11 +137,17 @@ def dequantize_rows(
 
 
 def quantize(
-    x: Tensor, stride: Sequence[int], bits: int, group_size: int, seed: Tensor | None
+    x: Tensor,
+    stride: Sequence[int],
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of `x` in the memory order of `stride`, one row of all its elements."""
     flat = memory_order(x, stride)
-    return quantize_rows(flat, flat.numel(), bits, group_size, seed)
+    key = as_tensor(seed, number, x.device)
+    return quantize_rows(flat, flat.numel(), bits, group_size, key)
 
 
 def dequantize(
@@ -182,13 +189,14 @@ def activation(
     bits: int,
     group_size: int,
     seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = f(x), bit-equal to torch's, and the pack of x in its memory order."""
     stride = dense_stride(x)
     y = FUNCTIONS[name](x, *parameters)
     if y.stride() != stride:  # logsigmoid drops it
         y = y.new_empty_strided(y.shape, stride).copy_(y)
-    return y, *quantize(x, stride, bits, group_size, seed)
+    return y, *quantize(x, stride, bits, group_size, seed, number)
 
 
 def activation_backward(
@@ -211,7 +219,13 @@ def activation_backward(
 
 
 def gated(
-    gate: Tensor, up: Tensor, name: str, bits: int, group_size: int, seed: Tensor | None
+    gate: Tensor,
+    up: Tensor,
+    name: str,
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y = f(gate) up, bit-equal to torch's, and the packs of gate and up in gate's order."""
     stride = dense_stride(gate)
@@ -221,8 +235,9 @@ def gated(
         product = FUNCTIONS[name](gate) * up
     y = gate.new_empty_strided(gate.shape, stride).copy_(product)
     n = gate.numel()
-    gate_pack = quantize_rows(memory_order(gate, stride), n, bits, group_size, seed)
-    up_pack = quantize_rows(memory_order(up, stride), n, bits, group_size, seed, first_row=1)
+    key = as_tensor(seed, number, gate.device)
+    gate_pack = quantize_rows(memory_order(gate, stride), n, bits, group_size, key)
+    up_pack = quantize_rows(memory_order(up, stride), n, bits, group_size, key, first_row=1)
     return y, *gate_pack, *up_pack
 
 

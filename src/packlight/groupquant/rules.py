@@ -64,10 +64,17 @@ def _relu(method: GroupQuant, module: Any) -> Swap:
 
 
 def _with_inplace(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function with torch's argument `inplace`, which comes by keyword."""
+    """The function with torch's argument `inplace`."""
 
-    def call(input: Tensor, *args: Any, inplace: bool = False, **options: Any) -> Tensor:
-        return modules.in_place(inplace, input, function(input, *args, **options))
+    def call(input: Tensor, inplace: bool = False, **options: Any) -> Tensor:
+        return modules.in_place(inplace, input, function(input, **options))
+
+    return call
+
+
+def _with_alpha_and_inplace(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(input: Tensor, alpha: float = 1.0, inplace: bool = False, **options: Any) -> Tensor:
+        return modules.in_place(inplace, input, function(input, alpha, **options))
 
     return call
 
@@ -75,8 +82,8 @@ def _with_inplace(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 call_rule(
     GroupQuant,
     {
-        F.celu: _with_inplace(functional.celu),
-        F.elu: _with_inplace(functional.elu),
+        F.celu: _with_alpha_and_inplace(functional.celu),
+        F.elu: _with_alpha_and_inplace(functional.elu),
         F.gelu: functional.gelu,
         F.glu: functional.glu,
         F.hardswish: _with_inplace(functional.hardswish),

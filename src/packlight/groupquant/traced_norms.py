@@ -59,11 +59,15 @@ def norm(
     bits: int,
     group_size: int,
     seed: Tensor | None,
+    number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `ops.norm` gives, with y to rounding, for a width of whole groups."""
+    """What `ops.norm` gives, with y to rounding, for a width of whole groups.
+
+    There are no copies of the parameters: what a compiled region keeps is the region's own.
+    """
     x_hat, rstd = norm_reference.normalise(x, eps, center)
     packed = x_hat.to(_packed_dtype(x, bits))
-    codes, scales = ops.quantize(packed, (width, 1), bits, group_size, seed)
+    codes, scales = ops.quantize(packed, (width, 1), bits, group_size, seed, number)
     y = x_hat if weight is None else x_hat * weight
     y = y if bias is None else y + bias
     return y.to(x.dtype), codes, scales, rstd.view(-1)

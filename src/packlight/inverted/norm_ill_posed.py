@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from packlight import _torch
 
 OFFSET_LIMIT = {
     torch.bfloat16: 0.5,
@@ -86,7 +87,7 @@ def judge(
 ) -> Verdict:
     """The verdict on the current weights. Reads them on the host, so the device is waited for."""
     bad = ill_posed(weight, bias, dtype, offset_limit)
-    if bad is None or bad.is_meta or isinstance(bad, FakeTensor):
+    if bad is None or bad.is_meta or _torch.is_fake(bad):
         return WELL_POSED
     return verdict_on(bad.flatten().nonzero().flatten(), bad.numel())
 

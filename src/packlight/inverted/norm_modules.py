@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from packlight._library import constant_while_traced
+from packlight import _torch
+from packlight._torch import constant_while_traced
 from packlight.errors import InputError
 from packlight.inverted import norms
 from packlight.inverted.norm_ill_posed import WELL_POSED, Verdict, judge, worst_error
@@ -110,7 +110,7 @@ class _InvertedNorm(nn.Module):
     def _judge_while_traced(self, dtype: torch.dtype) -> None:
         """Runs as torch.compile traces, with the weights' values: looks unless it has before."""
         if self._judged is None or dtype not in self._judged.verdicts:
-            with unset_fake_temporarily():
+            with _torch.with_values():
                 self._judge(dtype)
 
     def _forget(self) -> None:

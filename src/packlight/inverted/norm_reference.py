@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import _torch
 from packlight.packing.layout import compute_dtype
 
 # --- Norms of rows: LayerNorm and RMSNorm.
@@ -155,7 +156,7 @@ def batch_norm(
     """(y in `dtype`, rstd [1, C], exact [N, k, ...] in `kept`); updates the running statistics."""
     if dtype != x.dtype:  # autocast
         x, weight, bias = x.to(dtype), _cast(weight, dtype), _cast(bias, dtype)
-    y, mean, rstd, *_ = torch._batch_norm_impl_index(
+    y, mean, rstd, *_ = _torch.batch_norm(
         x,
         weight,
         bias,
@@ -309,7 +310,7 @@ def channel_norm_backward(
         factors = (scale * rstd, -rstd * mean_product, -rstd * mean_g)
         a, b, c = (factor.view(shape) for factor in factors)
         dx = (dy * a + x_hat * b + c).to(dtype)
-        dx = dx.contiguous(memory_format=torch._prims_common.suggest_memory_format(y))
+        dx = dx.contiguous(memory_format=_torch.memory_format(y))
     dgamma, dbeta = y.new_empty(0), y.new_empty(0)
     if needs_affine and weight is not None:
         dgamma = products.sum(0).to(weight.dtype)
@@ -333,11 +334,11 @@ def _over_groups(values: Tensor, rstd: Tensor) -> Tensor:
 
 def batch_norm_format(x: Tensor) -> torch.memory_format:
     """The layout of torch's batch norm of `x`."""
-    return torch._prims_common.suggest_memory_format(x)
+    return _torch.memory_format(x)
 
 
 def group_norm_format(x: Tensor) -> torch.memory_format:
     """The layout of torch's group norm of `x`: channels-last is kept on the CPU only."""
     if x.device.type == "cpu":
-        return torch._prims_common.suggest_memory_format(x)
+        return _torch.memory_format(x)
     return torch.contiguous_format

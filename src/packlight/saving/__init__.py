@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from packlight._seeds import follow_generator
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant
 from packlight.saving import graph
@@ -96,6 +97,7 @@ def saving(
     _check(method, min_bytes, skip, overrides)
     rules = Rules(method, overrides or {})
     saver = Saver(rules, min_bytes, skip)
+    follow_generator()
     hooks = saved_tensors_hooks(graph.untraced(saver.pack), graph.untraced(unpack))
     with hooks, Calls(saver):
         try:

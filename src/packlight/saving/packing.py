@@ -1,31 +1,16 @@
 """Packs of saved tensors, and notes on tensors of what is kept of them."""
 
-import weakref
-
 from torch import Tensor
 
 from packlight import sharing
+from packlight._seeds import operands
 from packlight.groupquant import ops
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.packs import Rebuild, draw
 from packlight.packing.layout import dense_stride
-from packlight.saving.kept import Exact, Packed
+from packlight.saving.kept import Packed
 from packlight.saving.tensors import repeats
 from packlight.sharing import Pack
-
-_EXACT = "_packlight_exact"
-
-
-def note_exact(owner: Tensor, exact: Exact) -> None:
-    """Notes on a tensor that an operation keeps it exactly: others do so at no cost."""
-    setattr(owner, _EXACT, weakref.ref(exact))
-
-
-def is_kept_exactly(owner: Tensor) -> bool:
-    """Whether an operation keeps this version of the tensor exactly."""
-    note: weakref.ref[Exact] | None = getattr(owner, _EXACT, None)
-    exact = note() if note is not None else None
-    return exact is not None and exact.version == owner._version
 
 
 def pack(
@@ -44,16 +29,14 @@ def pack(
     if tensor.numel() < method.group_size:
         return None
     stride = dense_stride(tensor)
-    found = None if owner is None else sharing.pack_of(owner)
-    # A pack without bits of its own is a layer's, which knows what it needs.
-    if found is None or getattr(found.rebuild, "bits", method.bits) < method.bits:
-        codes, scales = ops.quantize(
-            tensor, stride, method.bits, method.group_size, draw(tensor, method)
-        )
+    found = None if owner is None else sharing.pack_of(owner, method.grade)
+    if found is None:
+        seed = operands(draw(tensor, method))
+        codes, scales = ops.quantize(tensor, stride, method.bits, method.group_size, *seed)
         stands_for = tensor if owner is None else owner
         layout = (tuple(stands_for.shape), dense_stride(stands_for), tensor.numel())
         rebuild = Rebuild(*layout, method.bits, method.group_size)
-        found = Pack(rebuild, layout[0], (codes, scales))
+        found = Pack(rebuild, layout[0], (codes, scales), method.grade)
         if owner is not None:
             # Not `note_input`: the holders keep the very tensors of the pack, hooks or no hooks.
             sharing.note_kept(owner, found)

@@ -28,7 +28,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
 
-from packlight import _tracer
+from packlight import _tracer, sharing
 from packlight.groupquant.method import GroupQuant
 from packlight.saving import graph, lossless, packing, tensors
 from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting
@@ -361,7 +361,7 @@ class Saver:
         """What stands for a tensor; None where it is better kept."""
         assert holder.waiting is not None
         owner = holder.waiting.owner()
-        if owner is not None and not holder.waiting.is_cast and packing.is_kept_exactly(owner):
+        if owner is not None and not holder.waiting.is_cast and sharing.is_kept_exactly(owner):
             return None
         if graph.active_hook() is not holder.waiting.hook:
             owner = None  # a note would hold under other hooks than those under which this is kept
@@ -390,5 +390,5 @@ def _keep_exactly(holder: Holder) -> None:
     if holder.waiting is not None and isinstance(holder.kept, Exact):
         owner = holder.waiting.owner()
         if owner is not None and not holder.waiting.is_cast:
-            packing.note_exact(owner, holder.kept)
+            sharing.note_exact(owner, holder.kept)
     holder.waiting = None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from packlight import sharing
 from packlight.packing.layout import is_dense
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,7 +115,6 @@ def _whole(tensor: Tensor) -> Tensor:
 
 # ---- values that a group cannot hold -------------------------------------------------------------
 
-_FILLED = "_packlight_filled"
 _FILLING = frozenset(["masked_fill", "masked_fill_", "where", "fill_", "index_fill", "full"])
 
 
@@ -123,7 +123,7 @@ def note_filling(name: str, arguments: tuple[Any, ...], result: object) -> None:
     if name in _FILLING and isinstance(result, Tensor):
         numbers = (value for value in arguments if isinstance(value, float))
         if any(not abs(value) < _HUGE.get(result.dtype, torch.inf) for value in numbers):
-            setattr(result, _FILLED, result._version)
+            sharing.note_filled(result)
 
 
 def is_extreme(tensor: Tensor, owner: Tensor | None) -> bool:
@@ -131,7 +131,7 @@ def is_extreme(tensor: Tensor, owner: Tensor | None) -> bool:
 
     On the CPU the values are looked at. A GPU would have to finish all its work first.
     """
-    if getattr(owner, _FILLED, None) == tensor._version:
+    if owner is not None and sharing.is_filled(owner):
         return True
     if tensor.device.type != "cpu":
         return False

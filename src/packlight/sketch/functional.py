@@ -29,7 +29,7 @@ from packlight._checks import (
     refuse_second_derivative,
 )
 from packlight._gradients import column_sums, recast
-from packlight._philox import draw_seed
+from packlight._overwrite import writable
 from packlight.errors import InputError
 from packlight.packing.layout import compute_dtype
 from packlight.sketch.method import Kind, Sketch
@@ -61,7 +61,8 @@ class _Layer(torch.autograd.Function):
         weight_gradient: WeightGradient,
         kept: Tensor,
     ) -> Tensor:
-        y = _PLAIN[axes](x, weight, bias)  # autocast casts in here, and keeps no copy
+        # Autocast casts in here, and keeps no copy.
+        y = writable(_PLAIN[axes](x, weight, bias))
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, kept)
         ctx.axes, ctx.weight_gradient = axes, weight_gradient
         ctx.x_dtype, ctx.weight_dtype, ctx.shape = x.dtype, weight.dtype, weight.shape
@@ -126,17 +127,13 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int, method: Sk
     if rows >= count:
         _say_exact(weight, count, rows)
         return plain(x, weight, bias)
-    # Drawn at every call, shared sketch or not, gradients or not: the first pass of a checkpoint,
-    # which has none, must leave the generator as its second pass does, or dropout behind this layer
-    # would drop others there.
-    seed = draw_seed(x)
     if not needs_gradient(weight):
         return plain(x, weight, bias)
     dtype = autocast_dtype(x, "linear", lambda empty: F.linear(empty, empty.new_empty(1, 0)))
     tokens = _tokens_of(x, axes)
     # Of the input's own shape where its rows are not in the order of its memory.
     layout = tuple(x.shape) if axes else tuple(tokens.shape)
-    sketch = sketch_input(x, tokens, layout, seed, method.kind, rows, dtype)
+    sketch = sketch_input(x, tokens, layout, method.kind, rows, dtype)
     return _apply(x, weight, bias, axes, sketch.rebuild, *sketch.tensors)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from packlight._seeds import start_rounding
 from packlight.sketch import functional as sketched
 from packlight.sketch.method import Kind, Sketch
 
@@ -55,6 +56,7 @@ class Linear(_Sketched, nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.method = Sketch(rows, kind, min_rows, max_rows)
+        start_rounding()
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -90,6 +92,7 @@ class Conv1d(_Sketched, nn.Conv1d):
         )  # fmt: skip
         sketched.check_pointwise(self.kernel_size, self.stride, self.padding, groups, "Conv1d")
         self.method = Sketch(rows, kind, min_rows, max_rows)
+        start_rounding()
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -125,6 +128,7 @@ class Conv2d(_Sketched, nn.Conv2d):
         )  # fmt: skip
         sketched.check_pointwise(self.kernel_size, self.stride, self.padding, groups, "Conv2d")
         self.method = Sketch(rows, kind, min_rows, max_rows)
+        start_rounding()
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import sharing
+from packlight._seeds import rounding_tensor
 from packlight.errors import InputError
 from packlight.packing.layout import compute_dtype
 from packlight.sharing import Pack
@@ -45,8 +46,7 @@ class WeightGradient:
 
 
 def sketch_input(
-    x: Tensor, tokens: Tensor, layout: tuple[int, ...], seed: Tensor, kind: Kind, rows: int,
-    dtype: torch.dtype,
+    x: Tensor, tokens: Tensor, layout: tuple[int, ...], kind: Kind, rows: int, dtype: torch.dtype
 ) -> Pack:  # fmt: skip
     """The sketch of `x`: the one that is kept of it already, else a new one, noted for the next.
 
@@ -56,7 +56,7 @@ def sketch_input(
     found = sharing.sketch_of(x)
     if found is not None and found.shape == layout:
         return found
-    kept = ops.keep(tokens.detach(), seed, kind, rows, dtype)
+    kept = ops.keep(tokens.detach(), rounding_tensor(x), kind, rows, dtype)
     sketch = Pack(WeightGradient(kind, rows, tokens.shape[1], dtype), layout, (kept,))
     sharing.note_sketch(x, sketch)
     return sketch

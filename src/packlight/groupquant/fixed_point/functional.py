@@ -16,7 +16,7 @@ from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.method import FixedPoint, check_bits
-from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild
+from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, grade
 from packlight.sharing import Pack
 
 _DEFAULT = FixedPoint()
@@ -100,7 +100,8 @@ def batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, codes, table = _apply(input, weight, bias, running_mean, running_var, momentum, eps, bits)
     shape = tuple(y.shape)
-    sharing.note_output(y, Pack(Rebuild(shape, y.stride(), bits), shape, (codes, table)))
+    rebuild = Rebuild(shape, y.stride(), bits)
+    sharing.note_output(y, Pack(rebuild, shape, (codes, table), grade(bits)))
     return y
 
 

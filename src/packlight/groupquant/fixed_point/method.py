@@ -65,6 +65,6 @@ class FixedPoint(Method):
 
 def check_bits(bits: int) -> int:
     """`bits`, or `InputError` unless it is 4 or 8."""
-    if bits not in BITS or isinstance(bits, bool):
+    if type(bits) is not int or bits not in BITS:
         raise InputError(f"bits={bits!r} is neither 4 nor 8; 4 trains like exact in most nets")
     return bits

@@ -8,6 +8,13 @@ from torch import Tensor
 
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.residual_ops import residual
+from packlight.sharing import Grade
+
+
+def grade(bits: int) -> Grade:
+    """What a code offers its readers: its error is its method's own, and no reader's choice."""
+    return Grade(bits, 1, unbiased=True)
+
 
 # What the error of a second derivative says is kept.
 KEEPS = "fixed-point codes"

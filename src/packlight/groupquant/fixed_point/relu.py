@@ -118,17 +118,14 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         codes, table = kept.tensors
         stride, bits = kept.rebuild.stride, kept.rebuild.bits
         y = _apply_coded(input, codes, table, stride, bits, written)
-        pack = Pack(Rebuild(shape, stride, bits, relu=True), shape, kept.tensors)
-        note = sharing.note_output
+        pack = Pack(Rebuild(shape, stride, bits, relu=True), shape, kept.tensors, kept.grade)
     else:
         stride = dense_stride(input)
         y, mask = _apply_masked(input, written)
         pack = _masked(kept, shape, stride, mask)
-        # Weakly: the packs are those of layers before, of a whole stage for a residual sum.
-        note = sharing.note_input
     if copied:
         y = overwrite(input, y)
-    note(y, pack)
+    sharing.note_output(y, pack)
     return y
 
 
@@ -140,5 +137,6 @@ def _masked(kept: Pack, shape: tuple[int, ...], stride: tuple[int, ...], mask: T
         and (rebuild.shape, rebuild.stride) == (shape, stride)
         and not rebuild.masked[-1]
     ):
-        return Pack(rebuild.with_mask(), shape, (*kept.tensors, mask))
-    return Pack(MaskedRebuild(rebuild, shape, stride), shape, (mask, *kept.tensors))
+        return Pack(rebuild.with_mask(), shape, (*kept.tensors, mask), kept.grade)
+    masked = MaskedRebuild(rebuild, shape, stride)
+    return Pack(masked, shape, (mask, *kept.tensors), kept.grade)

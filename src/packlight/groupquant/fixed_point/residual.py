@@ -21,33 +21,32 @@ MAX_LINKS = 8
 _MAX_TENSORS = 4
 
 
-def add(input: Tensor, *others: Any, **options: Any) -> Tensor:
+def add(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
     """torch.add. The sum of two tensors of which something is kept already needs no pack.
 
     One of them is the output of `fixed_point.batch_norm`. Shape, dtype and memory order are those
     of the other; else this is torch's function and nothing more.
     """
-    kept = _kept_of_sum(input, *others) if len(others) == 1 and not options else None
-    y = torch.add(input, *others, **options)
+    kept = _kept_of_sum(input, other, alpha)
+    y = torch.add(input, other, alpha=alpha)
     if kept is not None:
-        # Weakly: what is kept is kept by the layers behind the terms, as long as the graph is.
-        sharing.note_input(y, kept)
+        sharing.note_output(y, kept)
     return y
 
 
-def add_(input: Tensor, *others: Any, **options: Any) -> Tensor:
+def add_(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
     """`add` that overwrites its input, as `y += x` does."""
     # Before the addition, after which no note on the input holds.
-    kept = _kept_of_sum(input, *others) if len(others) == 1 and not options else None
-    y = input.add_(*others, **options)
+    kept = _kept_of_sum(input, other, alpha)
+    y = input.add_(other, alpha=alpha)
     if kept is not None:
-        sharing.note_input(y, kept)
+        sharing.note_output(y, kept)
     return y
 
 
-def _kept_of_sum(a: Tensor, b: object) -> Pack | None:
-    """What a + b can be rebuilt from, None where nothing is kept that it can be."""
-    if not isinstance(b, Tensor) or not torch.is_grad_enabled():
+def _kept_of_sum(a: Tensor, b: object, alpha: object) -> Pack | None:
+    """What a + alpha b can be rebuilt from, None where nothing is kept that it can be."""
+    if not isinstance(b, Tensor) or alpha != 1 or not torch.is_grad_enabled():
         return None
     # First, since most sums end here, and in a compiled region shapes may be unknown numbers.
     one = sharing.pack_of(a)
@@ -74,14 +73,16 @@ def _linked(one: Pack, two: Pack, stride: tuple[int, ...]) -> Pack | None:
     if not isinstance(norm, Rebuild) or norm.relu or norm.stride != stride:
         return None
     tensors = (*two.tensors, *one.tensors)
+    grade = one.grade.and_of(two.grade)
     layout = (norm.shape, stride, norm.bits)
     if isinstance(other, ResidualRebuild) and (other.shape, other.stride, other.bits) == layout:
         if len(other.masked) >= MAX_LINKS:
             return None
-        return Pack(other.with_link(), norm.shape, tensors)
+        return Pack(other.with_link(), norm.shape, tensors, grade)
     if isinstance(other, Rebuild) and not other.relu and other == norm:
-        return Pack(ResidualRebuild(*layout, (False, False)), norm.shape, tensors)
+        return Pack(ResidualRebuild(*layout, (False, False)), norm.shape, tensors, grade)
     count = len(two.tensors)
     if count > _MAX_TENSORS:
         return None
-    return Pack(ResidualRebuild(*layout, (False,), other, count), norm.shape, tensors)
+    rebuild = ResidualRebuild(*layout, (False,), other, count)
+    return Pack(rebuild, norm.shape, tensors, grade)

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight._seeds import Seed, operands
 from packlight.groupquant.method import GroupQuant, row_group_size
 from packlight.groupquant.modules import _Quantised
-from packlight.groupquant.norms import rms_norm
+from packlight.groupquant.norms import own_parameters, rms_norm
 from packlight.groupquant.packs import KEEPS, Rebuild, draw
 from packlight.groupquant.traced_norms import as_rows, operators
 from packlight.integrations._classes import is_copy, joined, once_a_class
@@ -77,7 +78,10 @@ def _gpt_oss(self: Any, hidden_states: Any) -> Any:
 
 
 class _RoundedNorm(torch.autograd.Function):
-    """y = weight * round(x_hat), codes and scales of x_hat; keeps the latter, rstd and weight."""
+    """y = weight * round(x_hat), codes and scales of x_hat, and a copy of the weight.
+
+    Keeps all but y, and rstd.
+    """
 
     @staticmethod
     def forward(
@@ -88,21 +92,22 @@ class _RoundedNorm(torch.autograd.Function):
         dtype: torch.dtype,
         bits: int,
         group_size: int,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        seed: Seed,
+    ) -> tuple[Tensor, ...]:
         width = weight.numel()
         rows = x.reshape(-1, width).contiguous()
         if dtype.itemsize > rows.dtype.itemsize:
             rows = rows.to(dtype)
         normalise = operators(width, group_size)[0]
-        x_hat, codes, scales, rstd = normalise(
-            rows, width, None, None, eps, False, bits, group_size, seed
+        x_hat, codes, scales, rstd, *_ = normalise(
+            rows, width, None, None, eps, False, bits, group_size, *operands(seed)
         )
-        ctx.mark_non_differentiable(codes, scales)
+        copies = [] if torch.compiler.is_compiling() else [weight.clone()]
+        ctx.mark_non_differentiable(codes, scales, *copies)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(codes, scales, rstd, weight)
+        ctx.save_for_backward(codes, scales, rstd, *own_parameters(copies, weight))
         ctx.settings = (x.dtype, bits, group_size)
-        return weight * x_hat.view(x.shape).to(dtype), codes, scales
+        return weight * x_hat.view(x.shape).to(dtype), codes, scales, *copies
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -125,7 +130,7 @@ class _RoundedNorm(torch.autograd.Function):
         )
 
 
-_norm_rounded: Callable[..., tuple[Tensor, Tensor, Tensor]] = _RoundedNorm.apply
+_norm_rounded: Callable[..., tuple[Tensor, ...]] = _RoundedNorm.apply
 
 
 def _fits(x: Tensor, weight: Tensor, method: GroupQuant) -> int | None:
@@ -155,18 +160,17 @@ class GroupQuantRMSNorm(_Quantised):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight, method = hidden_states, self.weight, self.method
         group_size = _fits(x, weight, method) if self.training else None
-        # Drawn without a need for gradients too: a checkpoint's first pass may have none.
-        seed = None if group_size is None else draw(x, method)
         if group_size is None or not (needs_gradient(x) or needs_gradient(weight)):
             plain: Tensor = super().forward(x)
             return plain
         dtype = self._rounded_to(x)
-        y, codes, scales = _norm_rounded(
+        seed = draw(x, method)
+        y, codes, scales, *copies = _norm_rounded(
             x, weight, self.variance_epsilon, dtype, method.bits, group_size, seed
         )
         rebuild = Rebuild(tuple(y.shape), y.stride(), weight.numel(), method.bits, group_size)
-        kept = (codes, scales, weight, None)
-        sharing.note_output(y, Pack(rebuild, tuple(y.shape), kept))
+        kept = (codes, scales, *own_parameters(copies, weight), None)
+        sharing.note_output(y, Pack(rebuild, tuple(y.shape), kept, method.grade))
         return y
 
 

@@ -1,0 +1,26 @@
+"""How Triton kernels take the seed of an operator."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packlight._seeds import NEAREST
+
+
+def seed_kind(seed: Tensor | None, number: int) -> int:
+    """0 to round to nearest, 1 for a seed that is a number, 2 for one in memory."""
+    return 2 if seed is not None else int(number != NEAREST)
+
+
+def seed_argument(seed: Tensor | None, number: int) -> Tensor | int:
+    """What a kernel is given; it must not be specialised for."""
+    return number if seed is None else seed
+
+
+@triton.jit
+def seed_value(seed, SEED: tl.constexpr):
+    """The seed that a kernel is given, by `seed_kind` as a number or a pointer."""
+    if SEED == 2:
+        return tl.load(seed)
+    else:
+        return seed

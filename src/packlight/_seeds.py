@@ -1,0 +1,215 @@
+"""Where random numbers come from.
+
+**Rounding** and sketches have a stream of their own. It counts from a base that is read off torch's
+generator and never drawn from it, so the model's own draws are those of the plain model, and two
+passes of a checkpoint may round differently, which harms nothing. The base is read where a model is
+converted or a layer is made, where `saving` is entered and the generator has moved since, and by
+`manual_seed`. So two steps round differently, and seeding, building, converting and training again
+repeats bit for bit.
+
+**Masks** (dropout) come from torch's generator of the tensor's device, a draw for each pass, as
+those of torch do: a checkpoint's second pass, which starts from the generator's old state, sees the
+masks of its first.
+
+A seed is a number in eager mode: it costs no kernel. In compiled code and in captured graphs, which
+run the same instructions each time, it is a tensor [1] of int64 on the device.
+"""
+
+import hashlib
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from packlight import _torch
+from packlight._library import define_op
+from packlight.errors import InputError
+
+# A number or a tensor [1] of int64; None where values are rounded to nearest.
+Seed: TypeAlias = Tensor | int | None
+
+NEAREST = -1  # the number of no seed, for operators
+_DRAW = 4  # places of a CUDA generator's counter that one draw takes
+_MASK = (1 << 64) - 1
+
+
+# ---- the stream of rounding ----------------------------------------------------------------------
+
+
+class _Stream:
+    """Seeds counted from a base."""
+
+    def __init__(self) -> None:
+        self.base: int | None = None
+        self.count = 0
+
+    def next(self) -> int:
+        if self.base is None:
+            self.start(_generator_state())
+        number = mixed(self.base or 0, self.count)
+        self.count += 1
+        return number
+
+    def start(self, base: int, count: int = 0) -> None:
+        self.base, self.count = base, count
+
+
+_rounding = _Stream()
+
+
+def mixed(base: int, count: int) -> int:
+    """A number of 63 bits, the highest of them set, which no other count of this base has likely.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    z = (base + (count + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    # As large as that, Triton takes each for an integer of 64 bits.
+    return ((z ^ (z >> 31)) >> 2) | 1 << 62
+
+
+def _generator_state() -> int:
+    """A number that stands for the state of torch's generator, which stays as it is."""
+    state = torch.default_generator.get_state().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")
+
+
+def start_rounding() -> None:
+    """Has the stream of rounding count from the present state of torch's generator."""
+    _rounding.start(_generator_state())
+
+
+def follow_generator() -> None:
+    """`start_rounding`, where the generator is in another state than it was then."""
+    state = _generator_state()
+    if state != _rounding.base:
+        _rounding.start(state)
+
+
+def manual_seed(seed: int) -> None:
+    """Seeds torch's generators of all devices and the stream of packlight's rounding.
+
+    From here on the same program draws the same numbers: `torch.manual_seed` alone does not start
+    the rounding of a model that was converted before anew.
+
+    >>> import packlight
+    >>> packlight.manual_seed(0)
+    """
+    if not _is_number(seed):
+        raise InputError(f"seed={seed!r} is not a whole number")
+    torch.manual_seed(seed)
+    start_rounding()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def rounding_state() -> dict[str, int | None]:
+    """Where the stream of rounding is, as plain data; `set_rounding_state` goes back to it."""
+    return {"base": _rounding.base, "next": _rounding.count}
+
+
+def set_rounding_state(state: dict[str, int | None]) -> None:
+    """Has the stream of rounding go on from where `rounding_state` found it."""
+    base, count = state.get("base"), state.get("next")
+    if base is not None and count is not None:
+        _rounding.start(base, count)
+
+
+# ---- seeds ---------------------------------------------------------------------------------------
+
+
+def rounding_seed(x: Tensor) -> Seed:
+    """The next seed of the stream of rounding, for the device of `x`."""
+    if torch.compiler.is_compiling():
+        return rounding_tensor(x)
+    return rounding_tensor(x) if _is_captured(x) else _rounding.next()
+
+
+def rounding_seeds(x: Tensor, count: int) -> tuple[Seed, ...]:
+    """Several such seeds."""
+    return tuple([rounding_seed(x) for _ in range(count)])
+
+
+def rounding_tensor(x: Tensor) -> Tensor:
+    """`rounding_seed` as a tensor [1] of int64 on the device of `x`."""
+    traced = torch.compiler.is_compiling()
+    place = _torch.ask("fresh_number", 0) if traced else 0
+    seed: Tensor = _next_rounding_seed(x.device, place)
+    return seed
+
+
+def mask_seed(x: Tensor) -> Tensor | int:
+    """A seed drawn from torch's generator of the device of `x`."""
+    if torch.compiler.is_compiling() or _is_captured(x):
+        return torch.randint(2**63 - 1, (1,), device=x.device)
+    if _torch.is_fake(x) or x.is_meta:
+        return 0  # nothing is computed of it
+    if x.is_cuda:
+        # What a draw does to the generator, without a kernel.
+        generator: Any = torch.cuda.default_generators[x.get_device()]
+        offset = generator.get_offset()
+        generator.set_offset(offset + _DRAW)
+        return mixed(generator.initial_seed(), offset)
+    seed = torch.randint(2**63 - 1, (1,), device=x.device)
+    return int(seed.item()) if x.device.type == "cpu" else seed
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+# ---- seeds on a device ---------------------------------------------------------------------------
+
+# For each CUDA device a counter, which graphs advance as they are replayed.
+_counters: dict[torch.device, Tensor] = {}
+
+
+def _reference(device: torch.device, place: int) -> Tensor:
+    number = _rounding.next()
+    if device.type != "cuda":
+        return torch.tensor([number], device=device)
+    captured = torch.cuda.is_current_stream_capturing()
+    if not captured and device not in _counters:
+        _counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
+    if not captured:
+        return torch.full((1,), number, dtype=torch.int64, device=device)
+    if device not in _counters:  # no pass has run before the capture
+        return torch.randint(2**63 - 1, (1,), device=device)
+    return _counters[device].add_(1) + number
+
+
+# `place` tells two calls in one graph apart, of which a compiler would make one.
+_next_rounding_seed = define_op(
+    "next_rounding_seed(Device device, int place) -> Tensor",
+    reference=_reference,
+    fake=lambda device, place: torch.empty(1, dtype=torch.int64, device=device),
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+
+
+@_torch.question
+def fresh_number(tracer: Any) -> int:
+    """A number that no other question of this graph got."""
+    output = vars(tracer.output)
+    output["_packlight_numbers"] = number = output.get("_packlight_numbers", 0) + 1
+    return int(number)
+
+
+# ---- seeds of operators --------------------------------------------------------------------------
+
+
+def operands(seed: Seed) -> tuple[Tensor | None, int]:
+    """A seed as operators take it: a tensor or None, and a number."""
+    if seed is None:
+        return None, NEAREST
+    return (None, seed) if isinstance(seed, int) else (seed, 0)
+
+
+def as_tensor(seed: Tensor | None, number: int, device: torch.device) -> Tensor | None:
+    """What an operator was given as a tensor [1] of int64, None to round to nearest."""
+    if seed is not None or number == NEAREST:
+        return seed
+    return torch.tensor([number], device=device)

@@ -1,0 +1,143 @@
+"""The dispatcher of operators: which of reference and kernel a CUDA tensor takes, on a CPU too."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from packlight import _library, use_reference
+
+SCHEMA = "dispatched(Tensor x, Tensor? seed, float scale) -> Tensor"
+
+
+class Recorder:
+    """The library, with what is registered for CUDA kept aside."""
+
+    def __init__(self):
+        self.library = torch.library.Library("packlight", "FRAGMENT")
+        self.on_cuda = None
+        self.tags = None
+
+    def define(self, schema, tags=()):
+        self.tags = tags
+        self.library.define(schema, tags=tags)
+
+    def impl(self, name, function, key):
+        if key == "CUDA":
+            assert self.on_cuda is None
+            self.on_cuda = function
+        else:
+            self.library.impl(name, function, key)
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """The operator and its function for CUDA, whose kernel and reference say their own names."""
+    recorder = Recorder()
+    monkeypatch.setattr(_library, "_LIBRARY", recorder)
+    monkeypatch.setattr(_library, "kernels_available", lambda: True)
+    kernels = types.ModuleType("kernels_of_the_test")
+    kernels.calls = []
+
+    def launch(x, seed, scale):
+        kernels.calls.append((x.device.type, seed, scale, kernels.entered[-1:]))
+        return x + 1
+
+    kernels.launch, kernels.entered = launch, []
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            kernels.entered.append(self.device)
+
+        def __exit__(self, *_):
+            kernels.entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    operator = _library.define_op(
+        SCHEMA,
+        reference=lambda x, seed, scale: x - 1,
+        fake=lambda x, seed, scale: torch.empty_like(x),
+        kernel="kernels_of_the_test:launch",
+    )
+    yield operator, recorder.on_cuda, kernels
+    recorder.library._destroy()
+
+
+@pytest.fixture(autouse=True)
+def current(monkeypatch):
+    """Whether tensors are on the current device."""
+    answer = {"current": True}
+    monkeypatch.setattr("packlight._torch.is_current_device", lambda _: answer["current"])
+    return answer
+
+
+def test_the_reference_serves_the_cpu_and_the_fake_the_compiler(dispatched):
+    operator, _, kernels = dispatched
+    x = torch.zeros(2)
+    assert torch.equal(operator(x, None, 1.0), x - 1)
+    torch.library.opcheck(operator, (x, None, 1.0), test_utils="test_faketensor")
+    assert not kernels.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_serves_tensors_of_the_current_device(dispatched, dtype):
+    _, on_cuda, kernels = dispatched
+    x = torch.zeros(2, dtype=dtype)
+    for _ in range(2):
+        assert torch.equal(on_cuda(x, None, 2.0), x + 1)
+    assert kernels.calls == [("cpu", None, 2.0, [])] * 2
+    assert not kernels.entered
+
+
+def test_another_device_is_made_the_current_one_around_the_launch(dispatched, current):
+    _, on_cuda, kernels = dispatched
+    current["current"] = False
+    x = torch.zeros(2)
+    assert torch.equal(on_cuda(x, None, 2.0), x + 1)
+    assert kernels.calls == [("cpu", None, 2.0, [x.device])]
+    assert kernels.entered == [x.device, None]
+
+
+def test_what_takes_the_reference(dispatched, monkeypatch):
+    _, on_cuda, kernels = dispatched
+    x = torch.zeros(2)
+    assert torch.equal(on_cuda(x.double(), None, 1.0), x.double() - 1)
+    assert torch.equal(on_cuda(x, x.double(), 1.0), x - 1)  # any tensor in float64
+    with use_reference():
+        assert torch.equal(on_cuda(x, None, 1.0), x - 1)
+    monkeypatch.setattr(_library, "kernels_available", lambda: False)
+    assert torch.equal(on_cuda(x, None, 1.0), x - 1)
+    assert not kernels.calls
+
+
+def test_a_kernel_is_looked_up_when_the_first_tensor_comes(dispatched, monkeypatch):
+    _, on_cuda, kernels = dispatched
+    monkeypatch.delitem(sys.modules, kernels.__name__)
+    with pytest.raises(ModuleNotFoundError, match="kernels_of_the_test"):
+        on_cuda(torch.zeros(2), None, 1.0)
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    on_cuda(torch.zeros(2), None, 1.0)
+    monkeypatch.delattr(kernels, "launch")
+    on_cuda(torch.zeros(2), None, 1.0)  # and only once
+    assert len(kernels.calls) == 2
+
+
+def test_use_reference_ends_with_an_exception(dispatched):
+    _, on_cuda, _ = dispatched
+    x = torch.zeros(2)
+    with pytest.raises(KeyError), use_reference():
+        raise KeyError
+    assert torch.equal(on_cuda(x, None, 1.0), x + 1)
+
+
+def test_kernels_are_available_where_triton_is(monkeypatch):
+    available = _library.kernels_available.__wrapped__
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not available()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton" or None)
+    assert available()

@@ -1,0 +1,360 @@
+"""Whether the tests notice when the source is wrong: single mutations, each run against its tests.
+
+    python tools/mutate.py                          a sample of all of src/packlight
+    python tools/mutate.py _checks.py inverted      of one module and one folder
+    python tools/mutate.py _checks.py --count 0     every mutant there is
+
+A mutant differs from the source in one place: another comparison, `and` for `or`, a number off by
+one, a deleted statement, `None` returned, two arguments exchanged. It is killed if a test fails.
+The tests of a module are those of its name in the folder of its name, and those that import it;
+where these say too little or take too long, TESTS names others. What survives is printed as a diff:
+it asks for a test, or for a line in equivalent_mutants.toml that says why no test can tell.
+
+Sampled by `--seed`. Every mutant runs in a copy of the tree, so that the tree stays as it is.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import dataclasses
+import difflib
+import functools
+import os
+import queue
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "packlight"
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
+COPIED = ("src", "tests", "benchmarks", "docs", "tools", "pyproject.toml", "README.md", "Makefile")
+WANTED = 0.9  # of those that are not equivalent
+
+# Tests of a module, where its name does not lead to them; more than one file runs in this order.
+TESTS: dict[str, list[str]] = {}
+
+
+# --- What is changed.
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    module: str  # relative to SOURCE
+    start: int  # offsets into the source, in bytes, as ast counts columns
+    end: int
+    text: str
+
+    def apply(self, source: bytes) -> bytes:
+        return source[: self.start] + self.text.encode() + source[self.end :]
+
+    def lines(self, source: bytes) -> tuple[str, str]:
+        """The lines that change, before and after."""
+        first = source.rfind(b"\n", 0, self.start) + 1
+        last = source.find(b"\n", self.end)
+        before = source[first:last]
+        after = source[first : self.start] + self.text.encode() + source[self.end : last]
+        return before.decode().strip(), after.decode().strip()
+
+
+COMPARISONS = {
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+    ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
+}  # fmt: skip
+OPERATORS = {
+    ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*",
+    ast.LShift: ">>", ast.RShift: "<<", ast.BitAnd: "|", ast.BitOr: "&", ast.BitXor: "|",
+}  # fmt: skip
+
+
+class _Mutations(ast.NodeVisitor):
+    """All mutants of one module. Annotations, docstrings and messages of errors are left alone."""
+
+    def __init__(self, module: str, source: bytes) -> None:
+        self.module, self.source, self.found = module, source, list[Mutant]()
+        self.starts = [0]
+        for line in source.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+
+    def _span(self, node: ast.AST) -> tuple[int, int]:
+        begin = self.starts[node.lineno - 1] + node.col_offset
+        return begin, self.starts[node.end_lineno - 1] + node.end_col_offset
+
+    def _text(self, node: ast.AST) -> str:
+        begin, end = self._span(node)
+        return self.source[begin:end].decode()
+
+    def _put(self, node: ast.AST, text: str) -> None:
+        self.found.append(Mutant(self.module, *self._span(node), text))
+
+    def _between(self, left: ast.AST, right: ast.AST, text: str) -> None:
+        """Puts another operator between two operands, outside their parentheses."""
+        begin, end = self._span(left)[1], self._span(right)[0]
+        gap = self.source[begin:end]
+        closing = len(gap) - len(gap.lstrip(b") \n"))
+        operator = re.match(rb"[^\s(#\\]+(?: not\b| in\b)?", gap[closing:])
+        if operator is not None:
+            begin += closing
+            self.found.append(Mutant(self.module, begin, begin + operator.end(), text))
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        operands = [node.left, *node.comparators]
+        for left, operator, right in zip(operands, node.ops, operands[1:], strict=False):
+            self._between(left, right, COMPARISONS[type(operator)])
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        other = "or" if isinstance(node.op, ast.And) else "and"
+        for left, right in zip(node.values, node.values[1:], strict=False):
+            self._between(left, right, other)
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        strings = (ast.JoinedStr, ast.Constant)
+        text = isinstance(node.left, strings) and isinstance(getattr(node.left, "value", ""), str)
+        if type(node.op) in OPERATORS and not text:
+            self._between(node.left, node.right, OPERATORS[type(node.op)])
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        if isinstance(node.op, ast.Not | ast.USub):
+            self._put(node, f"({self._text(node.operand)})")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, bool):
+            self._put(node, str(not node.value))
+        elif isinstance(node.value, int):
+            self._put(node, str(node.value + 1))
+            self._put(node, str(node.value - 1))
+        elif isinstance(node.value, float):
+            self._put(node, f"({self._text(node)} * 1.25 + 0.125)")
+
+    def visit_If(self, node: ast.If) -> None:
+        self._put(node.test, f"(not ({self._text(node.test)}))")
+        self.generic_visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self._put(node.test, f"(not ({self._text(node.test)}))")
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
+            first, second = node.args[:2]
+            begin, end = self._span(first)[0], self._span(second)[1]
+            between = self.source[self._span(first)[1] : self._span(second)[0]].decode()
+            exchanged = self._text(second) + between + self._text(first)
+            self.found.append(Mutant(self.module, begin, end, exchanged))
+        self.generic_visit(node)
+
+    def visit_Return(self, node: ast.Return) -> None:
+        if node.value is not None and self._text(node.value) != "None":
+            self._put(node.value, "None")
+        self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        self._put(node, "pass")  # what its message says is not looked into
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if not isinstance(node.value, ast.Constant):
+            self._put(node, "pass")
+            self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self._put(node, "pass")
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if isinstance(node.targets[0], ast.Attribute | ast.Subscript):
+            self._put(node, "pass")
+        if getattr(node.targets[0], "id", "") != "__all__":
+            self.visit(node.value)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """Without annotations and decorators."""
+        for part in (*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body):
+            self.visit(part)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        pass
+
+
+def mutants(module: str) -> list[Mutant]:
+    source = (SOURCE / module).read_bytes()
+    visitor = _Mutations(module, source)
+    visitor.visit(ast.parse(source))
+    return visitor.found
+
+
+# --- What must notice.
+
+
+@functools.cache
+def imported(path: Path) -> set[str]:
+    """Names of the modules that a test imports, with those that it may import from packages."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@functools.cache
+def tests_of(module: str) -> list[str]:
+    if module in TESTS:
+        return TESTS[module]
+    path = Path(module)
+    name = ".".join(("packlight", *path.with_suffix("").parts)).removesuffix(".__init__")
+    stem = path.stem.strip("_")
+    mirrored, importing = [], []
+    for test in sorted((ROOT / "tests").rglob("test_*.py")):
+        relative = str(test.relative_to(ROOT))
+        same_folder = test.parent == ROOT / "tests" / path.parent
+        if same_folder and re.fullmatch(rf"test_{stem}(_\w+)?", test.stem):
+            mirrored.append(relative)
+        elif name in imported(test):
+            importing.append(relative)
+    return mirrored + importing
+
+
+# --- Running.
+
+
+def copy_tree(folder: Path) -> None:
+    for name in COPIED:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, folder / name)
+
+
+def passes(folder: Path, tests: list[str], limit: float | None) -> bool:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder / "src"),
+        # A mutant may have the size and the second of the one before, and Python asks no more.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    run = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        return run.wait(limit) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, 9)
+            run.wait()
+
+
+def known(listed: list[dict[str, str]], mutant: Mutant, source: bytes) -> bool:
+    before, after = mutant.lines(source)
+    return any(
+        (entry["module"], entry["line"], entry["mutant"]) == (mutant.module, before, after)
+        for entry in listed
+    )
+
+
+def difference(mutant: Mutant, source: bytes) -> str:
+    lines = (text.decode().splitlines() for text in (source, mutant.apply(source)))
+    return "\n".join(difflib.unified_diff(*lines, mutant.module, mutant.module, n=2, lineterm=""))
+
+
+def chosen(modules: list[str]) -> Iterator[str]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        module = str(path.relative_to(SOURCE))
+        if not modules or any(module == m or module.startswith(f"{m}/") for m in modules):
+            yield module
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "modules", nargs="*", help="files and folders of src/packlight; all if none"
+    )
+    parser.add_argument("--count", type=int, default=60, help="mutants; 0 for all there are")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+
+    sources = {module: (SOURCE / module).read_bytes() for module in chosen(options.modules)}
+    if not sources:
+        parser.error(f"no module of src/packlight is {' or '.join(options.modules)}")
+    listed = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8"))["equivalent"]
+    everything = [mutant for module in sources for mutant in mutants(module)]
+    drawn = random.Random(options.seed).sample(everything, len(everything))
+    drawn = sorted(drawn[: options.count or None], key=lambda m: (m.module, m.start, m.text))
+
+    counts: Counter[tuple[str, str]] = Counter()
+    free: queue.Queue[Path] = queue.Queue()
+    with tempfile.TemporaryDirectory() as temporary:
+        for job in range(options.jobs):
+            copy_tree(Path(temporary, str(job)))
+            free.put(Path(temporary, str(job)))
+        limits: dict[str, float] = {}
+        for module in sorted({mutant.module for mutant in drawn}):
+            folder, start = free.get(), time.perf_counter()
+            tests = tests_of(module)
+            if not tests:
+                sys.exit(f"no test imports {module}; name some in TESTS")
+            if not passes(folder, tests, None):
+                sys.exit(f"{' '.join(tests)} fail without any mutation")
+            limits[module] = 30 + 3 * (time.perf_counter() - start)
+            free.put(folder)
+            print(f"{module}: {' '.join(tests)}, {time.perf_counter() - start:.0f} s", flush=True)
+
+        def fate(mutant: Mutant) -> str:
+            source = sources[mutant.module]
+            if known(listed, mutant, source):
+                return "equivalent"
+            folder = free.get()
+            target = folder / "src" / "packlight" / mutant.module
+            try:
+                target.write_bytes(mutant.apply(source))
+                alive = passes(folder, tests_of(mutant.module), limits[mutant.module])
+            finally:
+                target.write_bytes(source)
+                free.put(folder)
+            if alive:
+                print(f"\nsurvived:\n{difference(mutant, source)}", flush=True)
+            return "survived" if alive else "killed"
+
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            for mutant, found in zip(drawn, pool.map(fate, drawn), strict=True):
+                counts[mutant.module, found] += 1
+
+    print(f"\n{'module':40}{'mutants':>9}{'killed':>9}{'survived':>9}{'equivalent':>12}{'rate':>8}")
+    modules = sorted({module for module, _ in counts})
+    for name, members in [*((module, [module]) for module in modules), ("all", modules)]:
+        killed, survived, equivalent = (
+            sum(counts[module, found] for module in members)
+            for found in ("killed", "survived", "equivalent")
+        )
+        rate = killed / max(1, killed + survived)
+        row = f"{name:40}{killed + survived + equivalent:9}{killed:9}{survived:9}{equivalent:12}"
+        print(f"{row}{rate:8.0%}")
+    if rate < WANTED:
+        sys.exit(f"fewer than {WANTED:.0%} of the mutants were killed")
+
+
+if __name__ == "__main__":
+    main()
