@@ -95,6 +95,16 @@ def saved_dims(node: Node) -> list[int]:
     return [dim - 2**64 if dim >= 2**63 else dim for dim in dims if dim is not None]
 
 
+def gradient(node: Any, of_output: Tensor) -> Tensor | None:
+    """The first gradient that a node makes of that of its output; None where torch runs no node."""
+    try:
+        found = node(of_output)
+    except (NotImplementedError, TypeError):
+        return None
+    first: Tensor | None = found[0] if isinstance(found, tuple) else found
+    return first
+
+
 def function_of(node: Node) -> type | None:
     """The `autograd.Function` of a node; None where torch does not say."""
     function: type | None = getattr(type(node), "_forward_cls", None)

@@ -18,8 +18,6 @@ from torch.autograd.graph import Node
 from packlight.saving import graph
 from packlight.saving.kept import Exact, Holder, Kept, Mask, OneSided, Side, Sign, Zeros
 
-_aten = torch.ops.aten
-
 
 def operation_of(node: str) -> str:
     """The operation that a node is named after: "ReluBackward0" is "Relu"."""
@@ -36,83 +34,68 @@ def node_of(function: str) -> str:
 def is_known_by_name(node: str) -> bool:
     """Whether what an operation needs can be told without its node, which has its limits."""
     operation = operation_of(node)
-    if operation in ("Prelu", "Elu") or compares(operation):
-        return False
-    return operation not in _SIDES or operation in ("Relu", "LeakyRelu")
+    return operation not in (*_AT_LIMITS, *_LARGER, *_EXTREME, "Prelu", "Elu")
 
 
-# ---- one side of a threshold: x, node -> mask, number where it is set, number elsewhere ----------
+# ---- one side of a threshold ---------------------------------------------------------------------
+
+# Each gives a mask, and the numbers for where it is set and where it is not.
+_Sides = tuple[Tensor, float, float]
 
 
-def _flows(derivative: Tensor) -> Tensor:
-    """Where a gradient of 1 comes through; torch's own backward says, in its own arithmetic."""
-    return derivative != 0
-
-
-def _relu(x: Tensor, node: Node | None) -> tuple[Tensor, float, float]:
+def _relu(x: Tensor) -> _Sides:
     return x <= 0, 0.0, 1.0  # a NaN is not
 
 
-def _above_zero(x: Tensor, node: Node | None) -> tuple[Tensor, float, float]:
+def _leaky(x: Tensor) -> _Sides:
     return x > 0, 1.0, -1.0
 
 
-def _threshold(x: Tensor, node: Node | None) -> tuple[Tensor, float, float]:
-    limit = graph.saved_number(node, "threshold")
-    flows = _flows(_aten.threshold_backward(x.new_ones(()).expand_as(x), x, limit))
-    return flows, math.inf, -math.inf
-
-
-def _hardtanh(x: Tensor, node: Node | None) -> tuple[Tensor, float, float]:
-    low, high = graph.saved_number(node, "min_val"), graph.saved_number(node, "max_val")
-    flows = _flows(_aten.hardtanh_backward(x.new_ones(()).expand_as(x), x, low, high))
-    return flows, (low + high) / 2, math.inf
-
-
-def _hardsigmoid(x: Tensor, node: Node | None) -> tuple[Tensor, float, float]:
-    return _flows(_aten.hardsigmoid_backward(x.new_ones(()).expand_as(x), x)), 0.0, math.inf
-
-
-def _hardshrink(x: Tensor, node: Node | None) -> tuple[Tensor, float, float]:
-    width = graph.saved_number(node, "lambd")
-    flows = _flows(_aten.hardshrink_backward(x.new_ones(()).expand_as(x), x, width))
-    return flows, math.inf, 0.0
-
-
-def _softshrink(x: Tensor, node: Node | None) -> tuple[Tensor, float, float]:
-    width = graph.saved_number(node, "lambd")
-    flows = _flows(_aten.softshrink_backward(x.new_ones(()).expand_as(x), x, width))
-    return flows, math.inf, 0.0
-
-
-def _clamp(x: Tensor, node: Node | None) -> tuple[Tensor, float, float]:
-    low, high = graph.saved_number(node, "min"), graph.saved_number(node, "max")
-    if low is None:
-        return x <= high, -math.inf, math.inf
-    if high is None:
-        return x >= low, math.inf, -math.inf
-    return (x >= low) & (x <= high), (low + high) / 2, math.inf
-
-
-def _finite(x: Tensor, node: Node | None) -> tuple[Tensor, float, float]:
-    return x.isfinite(), 0.0, math.inf
-
-
-_SIDES: dict[str, Callable[[Tensor, Node | None], tuple[Tensor, float, float]]] = {
+_AT_ZERO = {
     "Relu": _relu,
-    "LeakyRelu": _above_zero,
-    "RreluWithNoise": _above_zero,
-    "RreluWithNoiseFunctional": _above_zero,
-    "Threshold": _threshold,
+    "LeakyRelu": _leaky,
+    "RreluWithNoise": _leaky,
+    "RreluWithNoiseFunctional": _leaky,
+}
+
+
+def _clamp(node: Node) -> tuple[float, float]:
+    low, high = graph.saved_number(node, "min"), graph.saved_number(node, "max")
+    if low is None or high is None:
+        return (math.inf, -math.inf) if high is None else (-math.inf, math.inf)
+    return (low + high) / 2, math.inf
+
+
+def _hardtanh(node: Node) -> tuple[float, float]:
+    low, high = graph.saved_number(node, "min_val"), graph.saved_number(node, "max_val")
+    return (low + high) / 2, math.inf
+
+
+# A number for which the gradient comes through, and one for which it does not.
+_AT_LIMITS: dict[str, Callable[[Node], tuple[float, float]]] = {
+    "Threshold": lambda node: (math.inf, -math.inf),
     "Hardtanh": _hardtanh,  # and ReLU6
-    "Hardsigmoid": _hardsigmoid,
-    "Hardshrink": _hardshrink,
-    "Softshrink": _softshrink,
+    "Hardsigmoid": lambda node: (0.0, math.inf),
+    "Hardshrink": lambda node: (math.inf, 0.0),
+    "Softshrink": lambda node: (math.inf, 0.0),
     "Clamp": _clamp,
     "ClampMin": _clamp,
     "ClampMax": _clamp,
-    "NanToNum": _finite,
+    "NanToNum": lambda node: (0.0, math.inf),
 }
+
+
+def _sides(operation: str, x: Tensor, node: Node | None) -> _Sides | None:
+    if operation in _AT_ZERO:
+        return _AT_ZERO[operation](x)
+    # The node itself says where a gradient comes through: limits are rounded in its own way, which
+    # differs by operation, dtype and release.
+    gradient = None if node is None else graph.gradient(node, x.new_ones(()).expand_as(x))
+    if node is None or gradient is None:
+        return None
+    return gradient != 0, *_AT_LIMITS[operation](node)
+
+
 _SIDED_SLOTS = ("self", "result")  # the random slopes of an RReLU are a further one
 
 # Their backward pass looks at the shape of its input alone: indices say the rest.
@@ -127,16 +110,25 @@ _SHAPE_ONLY = frozenset(
 )
 
 
-def without_values(operation: str, slot: str, x: Tensor, node: Node | None) -> Kept | None:
-    """What stands for a saved tensor of which no value is needed; None where values are."""
-    if operation in _SHAPE_ONLY and slot == "self":
+def needs_no_values(operation: str, slot: str, node: Node | None) -> bool:
+    """Whether the backward pass needs no value of a tensor that a node keeps under this name."""
+    if operation in _SHAPE_ONLY or operation == "Abs":
+        return slot == "self"
+    limits_are_numbers = not any(graph.saves_tensor(node, limit) for limit in ("min", "max"))
+    sided = operation in _AT_ZERO or (operation in _AT_LIMITS and limits_are_numbers)
+    return sided and slot in _SIDED_SLOTS
+
+
+def without_values(operation: str, x: Tensor, node: Node | None) -> Kept | None:
+    """What stands for a tensor of which no value is needed; None where torch does not say."""
+    if operation in _SHAPE_ONLY:
         return Zeros.like(x)
     if operation == "Abs":
         return Sign(Mask.of(x > 0), Mask.of(x < 0), x.dtype)
-    side = _SIDES.get(operation)
-    if side is None or slot not in _SIDED_SLOTS:
+    sides = _sides(operation, x, node)
+    if sides is None:
         return None
-    mask, where, elsewhere = side(x, node)
+    mask, where, elsewhere = sides
     return Side(Mask.of(mask), where, elsewhere, x.dtype)
 
 

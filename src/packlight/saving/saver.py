@@ -370,14 +370,13 @@ class Saver:
             return packing.pack(tensor, method, owner, same_strides=name == COMPILED)
 
         operation = lossless.operation_of(name)
-        if not any(tensors.repeats(tensor)):
-            found = lossless.without_values(operation, slot, tensor, node)
-            if found is not None:
-                return found
+        is_spread = any(tensors.repeats(tensor))  # less is in memory than there are elements
+        if lossless.needs_no_values(operation, slot, node):
+            return None if is_spread else lossless.without_values(operation, tensor, node)
         if tensors.is_extreme(tensor, owner):
             return None
-        if not any(tensors.repeats(tensor)) and lossless.needs_one_side(operation, slot, node):
-            return lossless.one_side(tensor, pack)
+        if lossless.needs_one_side(operation, slot, node):
+            return None if is_spread else lossless.one_side(tensor, pack)
         return pack(tensor, owner)
 
 
