@@ -627,25 +627,31 @@ INPLACE = (F.relu, F.silu, F.elu, F.hardswish, F.leaky_relu, F.mish, F.selu, F.c
 
 
 class Function(nn.Module):
-    def __init__(self, function, **keywords):
+    """A call, with the arguments behind so many places by these names."""
+
+    def __init__(self, function, places=None, names=(), **keywords):
         super().__init__()
-        self.function = function
+        self.function, self.places, self.names = function, places, names
         self.keywords = keywords
 
     def forward(self, x):
         arguments = ARGUMENTS.get(self.function, lambda x: (x,))(x * 1.0)
-        return self.function(
-            *(part.requires_grad_() for part in arguments[:1]), *arguments[1:], **self.keywords
-        )
+        arguments[0].requires_grad_()
+        by_place, rest = arguments[: self.places], arguments[len(arguments[: self.places]) :]
+        named = dict(zip(self.names[len(by_place) :], rest, strict=False))
+        return self.function(*by_place, **named, **self.keywords)
 
 
-@pytest.mark.parametrize(
+every_function = pytest.mark.parametrize(
     ("method", "function"),
     _calls,
     ids=[
         f"{method.__name__}-{function.__name__}-{i}" for i, (method, function) in enumerate(_calls)
     ],
 )
+
+
+@every_function
 def test_every_function_gives_torch_s_results(method, function):
     for keywords in ({}, {"inplace": True}) if function in INPLACE else ({},):
         plain = Function(function, **keywords)
@@ -672,3 +678,189 @@ def test_attention_is_packed_at_8_bits_whatever_the_method():
     kept = profile(model, X.clone().requires_grad_())
     packed = sum(row.bytes for row in kept.rows if row.dtype == "uint8")
     assert packed == 4 * X.numel()
+
+
+@every_function
+def test_a_call_by_keyword_is_the_call_by_place(method, function):
+    call = calls.Calls.of((METHODS[method],)).table[function]
+    is_method = function in vars(Tensor).values() or function in vars(torch._C.TensorBase).values()
+    results = []
+    for places in (None, 1, *(() if is_method else (0,))):
+        model = Function(function, places, call.names)
+        convert(model, METHODS[method], functional=True)
+        x = X.clone().requires_grad_()
+        y = model(x)
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        kept = profile(model, X.clone().requires_grad_())
+        results.append((y.detach(), grad, kept.activation_bytes, kept.by_operation()))
+    for y, grad, *kept in results[1:]:
+        assert torch.equal(y, results[0][0])
+        assert torch.equal(grad, results[0][1])
+        assert kept == list(results[0][2:])
+
+
+def test_a_call_that_only_torch_takes_is_torch_s():
+    class Calls(nn.Module):
+        def forward(self, x):
+            nothing, out = F.gelu(x, out=None), torch.empty(3)
+            assert torch.mul(torch.ones(3), 2.0, out=out) is out
+            return nothing + torch.mul(x1=x, x2=F.gelu(x))  # the names that NumPy has
+
+    model, x = Calls(), X.clone().requires_grad_()
+    plain = Calls()(x)
+    convert(model, GroupQuant(), functional=True)
+    assert torch.equal(model(x), plain)
+    assert "GeluBackward0" not in operations(model, x)
+
+
+# --- Each module decides for its own code.
+
+
+class Block(nn.Module):
+    def __init__(self, inner=None):
+        super().__init__()
+        self.fc, self.inner, self.node = nn.Linear(64, 64), inner, None
+
+    def forward(self, x):
+        y = F.gelu(self.fc(x))
+        if not torch.compiler.is_compiling():
+            self.node = y.grad_fn.name()
+        return y if self.inner is None else self.inner(y) + F.silu(y)
+
+
+OURS, THEIRS, OTHERS = "_ActivationBackward", "GeluBackward0", "_InvertedActivationBackward"
+
+# What is done to three blocks within each other, the methods, and the node of each one's GELU.
+PARTS = {
+    "all": (NEAREST, lambda one, two, three: None, [OURS, OURS, OURS]),
+    "inner in eval": (NEAREST, lambda one, two, three: three.eval(), [OURS, OURS, THEIRS]),
+    "middle in eval": (
+        NEAREST,
+        lambda one, two, three: (two.eval(), three.train()),
+        [OURS, THEIRS, OURS],
+    ),
+    "outer in eval": (
+        NEAREST,
+        lambda one, two, three: (one.eval(), two.train()),
+        [THEIRS, OURS, OURS],
+    ),
+    "inner excluded": ({"inner.inner": None, "*": NEAREST}, None, [OURS, OURS, THEIRS]),
+    "middle excluded": ({"inner": None, "*": NEAREST}, None, [OURS, THEIRS, OURS]),
+    "outer excluded": ({"": None, "*": NEAREST}, None, [THEIRS, OURS, OURS]),
+    "all but the outer": ({"inner*": None, "*": NEAREST}, None, [OURS, THEIRS, THEIRS]),
+    "of another method": ({"inner": Inverted(), "*": NEAREST}, None, [OURS, OTHERS, OURS]),
+    "a predicate": (
+        {lambda name, module: name == "inner": None, "*": NEAREST},
+        None,
+        [OURS, THEIRS, OURS],
+    ),
+    "no selector": ({"*.fc": NEAREST}, None, [OURS, OURS, OURS]),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_module_decides_for_its_own_code(part, fresh_compiler):
+    methods, change, nodes = PARTS[part]
+    model, x = Block(Block(Block())), torch.randn(64, 64)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    conversion = convert(model, methods, functional=True)
+    if change is not None:
+        change(*blocks)
+    model(x)
+    assert [block.node for block in blocks] == nodes
+    if change is None:
+        names = zip(("", "inner", "inner.inner"), nodes, strict=True)
+        assert conversion.functional == tuple(name for name, node in names if node != THEIRS)
+
+    expected, kept = gradients(model, x), profile(model, x).activation_bytes
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(gradients(compiled, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert profile(compiled, x).activation_bytes <= kept + 64
+    revert(model)
+    assert type(model) is Block
+
+
+def test_what_covers_nothing_is_no_conversion():
+    with pytest.raises(NothingMatchedError):
+        convert(Block(), {"*": None}, functional=True)
+    model = Block()
+    conversion = convert(model, {"": None, "fc": NEAREST}, functional=True)
+    assert conversion.functional == ()
+    assert type(model) is Block  # nothing around it covers its code
+
+
+def test_a_selector_of_a_module_s_own_code_alone_is_no_mistake():
+    model = Block()
+    assert convert(model, {Block: FewBit()}, functional=True).functional == ("",)
+    with pytest.raises(CannotConvertError, match="picks nothing"):
+        convert(Block(), {Block: FewBit(), "fc": NEAREST})
+
+
+# --- Passes without gradients.
+
+
+class Holder(nn.Module):
+    """Checkpoints of a module, a method and a function, one within the other."""
+
+    def __init__(self, depth=0):
+        super().__init__()
+        self.fc, self.inner = nn.Linear(64, 64), Holder(depth - 1) if depth else None
+
+    def body(self, x):
+        return F.dropout(F.gelu(self.fc(x)), 0.5, self.training)
+
+    def forward(self, x):
+        x = checkpoint(self.body, x, use_reentrant=True)
+        x = checkpoint(lambda x: F.dropout(x * 1.0, 0.3, inplace=True), x, use_reentrant=True)
+        if self.inner is not None:
+            x = checkpoint(self.inner, x, use_reentrant=True)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("methods", [FewBit(bits=8), FINE, NEAREST], ids=["FewBit", "both", "none"])
+def test_reentrant_checkpoints_of_whatever_draw_alike_in_both_passes(methods):
+    """The second pass of a method or a function runs outside of the module's forward."""
+    plain, x = Holder(depth=2), torch.randn(32, 64, requires_grad=True)
+    model = copy.deepcopy(plain)
+    convert(model, methods, functional=True)
+    torch.manual_seed(1)
+    expected = plain(x)
+    torch.manual_seed(1)
+    actual = model(x)
+    assert torch.equal(actual, expected)  # torch's own masks
+    dy = torch.randn_like(x)
+    expected_dx, actual_dx = (_input_gradient(y, x, dy) for y in (expected, actual))
+    assert (actual_dx - expected_dx).norm() < 0.05 * expected_dx.norm()
+
+
+def _input_gradient(y, x, dy):
+    x.grad = None
+    y.backward(dy)
+    return x.grad
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("methods", [FewBit(bits=8), FINE], ids=["FewBit", "both"])
+def test_a_pass_without_gradients_draws_what_the_one_with_them_draws(methods, without):
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.drop = nn.Linear(64, 64), nn.Dropout(0.3)
+
+        def forward(self, x):
+            q = self.drop(F.gelu(self.fc(x))).unflatten(-1, (4, 16)).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, q, q, dropout_p=0.2)
+            return F.dropout(y * torch.sigmoid(y), 0.5)
+
+    model, x = Calls(), torch.randn(2, 32, 64)
+    convert(model, methods, functional=True)
+    results = []
+    for context in (without, contextlib.nullcontext):
+        torch.manual_seed(3)
+        with context():
+            results.append(model(x).clone())
+        results.append(torch.get_rng_state())
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])

@@ -27,6 +27,7 @@ NAMES = {
     "MemoryReport",
     "Method",
     "MissingDependencyError",
+    "ModifiedWeightError",
     "NothingMatchedError",
     "PacklightError",
     "Sketch",

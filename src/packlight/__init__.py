@@ -11,6 +11,7 @@ from packlight.errors import (
     DoubleBackwardError,
     InputError,
     MissingDependencyError,
+    ModifiedWeightError,
     NothingMatchedError,
     PacklightError,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "MemoryReport",
     "Method",
     "MissingDependencyError",
+    "ModifiedWeightError",
     "NothingMatchedError",
     "PacklightError",
     "Sketch",

@@ -1,12 +1,13 @@
 """Checks that every function of a layer makes before any work."""
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from packlight import _torch
-from packlight.errors import DoubleBackwardError, InputError
+from packlight.errors import DoubleBackwardError, InputError, ModifiedWeightError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -129,3 +130,22 @@ def refuse_second_derivative(keeps: str = "codes of its derivative") -> None:
             f"this layer keeps {keeps} and cannot be differentiated twice; use the torch layer"
             " here (model.eval() does so too), or drop create_graph=True"
         )
+
+
+def saved_with_weight(ctx: Any) -> tuple[Any, ...]:
+    """The tensors that a layer saved, its weight among them.
+
+    Under autocast torch's own layer saves a cast copy, which an optimizer's step leaves alone.
+    """
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise ModifiedWeightError(
+            "the weight of a converted layer was modified, as by an optimizer's step, between the"
+            " layer's forward and its backward pass, which needs it as it was; step after the"
+            " backward pass, or run the forward pass again after the step, or leave the layer to"
+            " torch (None as its method), which under autocast keeps a cast copy"
+        ) from error
+    return saved

@@ -103,9 +103,10 @@ MODE_STACK = Capability(
     "torch.overrides:_get_current_function_mode_stack",
 )
 TRANSFORMS = Capability(
-    "sees torch.func",
-    "converted models raise torch's error in torch.func's transforms",
+    "sees torch.func and forward-mode derivatives",
+    "converted models raise torch's error within them",
     "torch._C:_are_functorch_transforms_active",
+    "torch.autograd.forward_ad:_current_level",
 )
 BACKWARD = Capability(
     "knows that a backward pass runs",
@@ -239,8 +240,11 @@ def function_modes() -> list[TorchFunctionMode]:
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func is on; False where torch does not say."""
-    return TRANSFORMS.values is not None and bool(TRANSFORMS.values[0]())
+    """Whether a transform of torch.func or forward-mode derivatives are on, if torch says so."""
+    if TRANSFORMS.values is None:
+        return False
+    level: int = torch.autograd.forward_ad._current_level
+    return level >= 0 or bool(TRANSFORMS.values[0]())
 
 
 # ---- tensors without values ----------------------------------------------------------------------

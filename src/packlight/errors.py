@@ -13,6 +13,10 @@ class DoubleBackwardError(PacklightError, RuntimeError):
     """A second derivative was asked of a layer that keeps too little to form one."""
 
 
+class ModifiedWeightError(PacklightError, RuntimeError):
+    """A layer's weight was modified between its forward and its backward pass."""
+
+
 class MissingDependencyError(PacklightError, ImportError):
     """An optional package is needed for this call and is not installed."""
 

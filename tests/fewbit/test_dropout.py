@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import packlight.fewbit as few_bit
 from packlight.errors import DoubleBackwardError, InputError
+from packlight.fewbit.dropout import dropout_as_torch
 from packlight.packing.layout import packed_bytes
 from tests.helpers import kept_bytes
 
@@ -65,6 +66,74 @@ def test_checkpoint_sees_the_same_mask(reentrant):
     y = checkpoint(few_bit.dropout, x, 0.5, use_reentrant=reentrant)
     y.sum().backward()
     assert torch.equal(x.grad != 0, y != 0)
+
+
+LAYOUTS = {
+    "odd": lambda: torch.randn(3, 41),
+    "transposed": lambda: torch.randn(8, 6, 5).transpose(0, 2),
+    "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "sliced": lambda: torch.randn(6, 10)[:, ::3],
+    "expanded": lambda: torch.randn(5, 1).expand(5, 7),
+    "scalar": lambda: torch.randn(()),
+    "empty": lambda: torch.randn(0, 3),
+    "infinite": lambda: torch.tensor([math.inf, -math.inf, math.nan, 1.0]).repeat(20),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_call_is_torch_s_own_bit_for_bit(layout, dtype, inplace):
+    """Its output, its draws and its gradient, with and without gradients."""
+    x = LAYOUTS[layout]().to(dtype)
+    if inplace and layout == "expanded":
+        return  # torch writes to no such tensor
+    results = []
+    for function in (F.dropout, dropout_as_torch):
+        for wanted in (True, False):
+            torch.manual_seed(5)
+            leaf = torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x) if inplace else x
+            leaf = leaf.detach().requires_grad_(wanted)
+            y = function(leaf * 1.0 if inplace else leaf, 0.3, True, inplace)
+            state = torch.get_rng_state()
+            dx = torch.autograd.grad(y.sum(), leaf)[0] if wanted else None
+            results.append((y.detach(), state, dx))
+    (y, state, dx), *others = results
+    for other, other_state, other_dx in others:
+        torch.testing.assert_close(other, y, rtol=0, atol=0, equal_nan=True)
+        assert other.stride() == y.stride()
+        assert torch.equal(other_state, state)
+        if other_dx is not None:
+            torch.testing.assert_close(other_dx, dx)
+
+
+def test_a_call_keeps_one_bit_an_element(monkeypatch):
+    x = torch.randn(64, 65, requires_grad=True)
+    assert kept_bytes(lambda: dropout_as_torch(x, 0.3)) == packed_bytes(x.numel(), 1)
+
+    # On a CUDA device torch's dropout is this operator, which gives the mask as well.
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    torch.manual_seed(5)
+    y = dropout_as_torch(x, 0.3)
+    torch.manual_seed(5)
+    assert torch.equal(y, torch.native_dropout(x, 0.3, True)[0])
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx != 0, y != 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_call_is_torch_s_own_on_the_device(dtype, inplace):
+    x = torch.randn(33, 65, device="cuda", dtype=dtype, requires_grad=True)
+    results = []
+    for function in (F.dropout, dropout_as_torch):
+        torch.manual_seed(5)
+        y = function(x * 1.0, 0.3, True, inplace)
+        results.append((y.detach(), torch.cuda.get_rng_state()))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(dx != 0, y != 0)
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend
 
 from packlight import _torch, _tracer, sharing
-from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed
 from packlight._tracer import fake_of
 from packlight.groupquant.method import GroupQuant, Rounding
@@ -44,28 +44,8 @@ class _Attention(torch.autograd.Function):
         method: GroupQuant,
         *seeds: Seed,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = (query, _repeated(key, repeats), _repeated(value, repeats))
-        bias = _bias(mask, query, key, backend)
-        # Sizes that the backward pass asks for, and tensors: the statistic first.
-        sizes: tuple[int, ...] = ()
-        if query.device.type == "cpu":
-            out, *tensors = _aten._scaled_dot_product_flash_attention_for_cpu(
-                *qkv, dropout_p, is_causal, attn_mask=bias, scale=scale
-            )
-        elif backend == SDPBackend.FLASH_ATTENTION.value:
-            out, *tensors = _aten._scaled_dot_product_flash_attention(
-                *qkv, dropout_p, is_causal, False, scale=scale
-            )
-            tensors, sizes = [*tensors[:3], *tensors[5:7]], tuple(tensors[3:5])
-        elif backend == SDPBackend.CUDNN_ATTENTION.value:
-            out, *tensors = _aten._scaled_dot_product_cudnn_attention(
-                *qkv, bias, True, dropout_p, is_causal, False, scale=scale
-            )
-            tensors, sizes = [*tensors[:3], *tensors[5:7]], tuple(tensors[3:5])
-        else:
-            out, *tensors = _aten._scaled_dot_product_efficient_attention(
-                *qkv, bias, True, dropout_p, is_causal, scale=scale
-            )
+        flags = (backend, repeats, dropout_p, is_causal, scale)
+        out, tensors, sizes = _run(query, key, value, mask, *flags)
         own = (query, key, value, out)
         packed = [new_pack(x, method, seed) for x, seed in zip(own, seeds, strict=True)]
         codes, scales = packed[3][1]
@@ -74,7 +54,7 @@ class _Attention(torch.autograd.Function):
         ctx.rebuilds = [rebuild for rebuild, _ in packed]
         # The mask as it was given: a bias made of it would be four times as large, for each layer.
         ctx.save_for_backward(*(part for _, pack in packed for part in pack), mask, *tensors)
-        ctx.settings = (query.dtype, backend, repeats, dropout_p, is_causal, scale, sizes)
+        ctx.settings = (query.dtype, *flags, sizes)
         return out, codes, scales
 
     @staticmethod
@@ -114,7 +94,42 @@ class _Attention(torch.autograd.Function):
         return dq, _summed(dk, repeats), _summed(dv, repeats), *[None] * 11
 
 
-# --- What torch does before it calls its kernels.
+# --- What torch calls, and what it does before.
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    backend: int,
+    repeats: int,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, list[Tensor], tuple[int, ...]]:
+    """The output, and what the backward pass asks for: tensors, the statistic first, and sizes."""
+    qkv = (query, _repeated(key, repeats), _repeated(value, repeats))
+    bias = _bias(mask, query, key, backend)
+    if query.device.type == "cpu":
+        out, *tensors = _aten._scaled_dot_product_flash_attention_for_cpu(
+            *qkv, dropout_p, is_causal, attn_mask=bias, scale=scale
+        )
+        return out, tensors, ()
+    if backend == SDPBackend.EFFICIENT_ATTENTION.value:
+        out, *tensors = _aten._scaled_dot_product_efficient_attention(
+            *qkv, bias, True, dropout_p, is_causal, scale=scale
+        )
+        return out, tensors, ()
+    if backend == SDPBackend.FLASH_ATTENTION.value:
+        out, *tensors = _aten._scaled_dot_product_flash_attention(
+            *qkv, dropout_p, is_causal, False, scale=scale
+        )
+    else:
+        out, *tensors = _aten._scaled_dot_product_cudnn_attention(
+            *qkv, bias, True, dropout_p, is_causal, False, scale=scale
+        )
+    return out, [*tensors[:3], *tensors[5:7]], tuple(tensors[3:5])
 
 
 def _bias(mask: Tensor | None, query: Tensor, key: Tensor, backend: int) -> Tensor | None:
@@ -201,6 +216,10 @@ def _choice(
     enable_gqa: bool,
 ) -> int:
     if not _torch.is_fake(query):
+        if not any(needs_gradient(x) for x in (query, key, value)):
+            with torch.enable_grad():  # the kernel of the pass with gradients
+                query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
+                return _choice(query, key, value, mask, dropout_p, is_causal, enable_gqa)
         return _torch.attention_backend(
             query, key, value, mask, dropout_p, is_causal, enable_gqa=enable_gqa
         )
@@ -281,6 +300,8 @@ def scaled_dot_product_attention(
     Where torch would not take a fused kernel, where the mask needs a gradient, and where the head
     dimension is no multiple of 8, torch's own function runs and keeps what it keeps.
     """
+    for tensor in (query, key, value):
+        check_tensor(tensor, "scaled_dot_product_attention")
     arguments = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out = attend(query, key, value, *arguments, GroupQuant(bits, group_size, rounding))
     if out is not None:
@@ -301,9 +322,13 @@ def attend(
     enable_gqa: bool,
     method: GroupQuant,
 ) -> Tensor | None:
-    """`scaled_dot_product_attention`; None where torch's own function is to run."""
-    for tensor in (query, key, value):
-        check_tensor(tensor, "scaled_dot_product_attention")
+    """`scaled_dot_product_attention`; None where torch's own function is to run.
+
+    With dropout the kernel of the pass with gradients runs in the pass without them too: each
+    kernel draws in its own way.
+    """
+    if not all(is_taken(x) for x in (query, key, value)):
+        return None
     if query.dim() != 4 or (mask is not None and mask.requires_grad):
         return None
     if query.shape[-1] % 8 or key.shape[-1] != query.shape[-1]:
@@ -316,7 +341,8 @@ def attend(
         return None
     qkv = (query, key, value)
     kind = query.device.type
-    if not any(needs_gradient(x) for x in qkv):
+    wanted = any(needs_gradient(x) for x in qkv)
+    if not wanted and not dropout_p:
         return None
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -329,8 +355,10 @@ def attend(
     if kernel.backend not in _FUSED:
         return None
     flags = (dropout_p, is_causal, scale)
+    query, key, value = qkv
+    if not wanted:
+        return _run(query, key, value, mask, *kernel, dropout_p, is_causal, scale)[0]
     if torch.compiler.is_compiling():
-        query, key, value = qkv
         qkv = (query, _tracer.apart(key, query), _tracer.apart(value, query, key))
     seeds = draw_many(query, 4, method)
     out, codes, scales = _attend(*qkv, mask, *kernel, *flags, method, *seeds)

@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import sharing
-from packlight._checks import check_tensor, is_frozen, needs_gradient, refuse_second_derivative
+from packlight._checks import (
+    check_tensor,
+    is_frozen,
+    needs_gradient,
+    refuse_second_derivative,
+    saved_with_weight,
+)
 from packlight._gradients import recast
 from packlight._overwrite import writable
 from packlight.errors import InputError
@@ -96,7 +102,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        weight, *tensors = ctx.saved_tensors
+        weight, *tensors = saved_with_weight(ctx)
         dtype = grad_output.dtype
         x = ctx.rebuild(dtype, *tensors).reshape(ctx.shape)
         mask = list(ctx.needs_input_grad[:3])

@@ -31,6 +31,7 @@ from packlight._checks import (
     is_frozen,
     needs_gradient,
     refuse_second_derivative,
+    saved_with_weight,
 )
 from packlight._gradients import column_sums, product, recast
 from packlight._overwrite import writable
@@ -77,7 +78,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        weight, *tensors = ctx.saved_tensors
+        weight, *tensors = saved_with_weight(ctx)
         if ctx.needs_input_grad[0]:
             weight = recast(weight, grad_output)
         rows = grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1])

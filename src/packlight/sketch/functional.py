@@ -27,6 +27,7 @@ from packlight._checks import (
     is_frozen,
     needs_gradient,
     refuse_second_derivative,
+    saved_with_weight,
 )
 from packlight._gradients import column_sums, recast
 from packlight._overwrite import writable
@@ -72,7 +73,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative("a sketch of its input")
-        weight, kept = ctx.saved_tensors
+        weight, kept = saved_with_weight(ctx)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             weight = recast(weight, grad_output)
