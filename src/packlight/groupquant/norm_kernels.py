@@ -96,8 +96,8 @@ def _forward_kernel(
             draws = random_tile(tl.load(seed_ptr), row, bundles, SIZE, NQ)
         group = row * row_groups
         store_codes(
-            normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, NQ, SIZE, BITS,
-            STOCHASTIC, FULL,
+            normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, (), NQ, SIZE, BITS,
+            STOCHASTIC, False, None, FULL,
         )  # fmt: skip
         row += 1
 

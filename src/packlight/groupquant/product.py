@@ -139,7 +139,7 @@ def _unit(f: Tensor, up: Tensor, method: GroupQuant) -> Tensor | None:
     if product is not None:  # for whatever else reads the factors
         shape = tuple(y.shape)
         layout = (shape, y.stride(), y.numel(), method.bits, method.group_size)
-        sharing.note_input(gate, Pack(Rebuild(*layout), shape, product.tensors[:2]))
+        # That of the gate holds it within what its function tells apart, so it is no pack of it.
         sharing.note_input(up, Pack(Rebuild(*layout), shape, product.tensors[2:]))
         sharing.note_output(f, Pack(Rebuild(*layout, name), shape, product.tensors[:2]))
     return y
