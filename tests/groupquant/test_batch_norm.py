@@ -178,12 +178,12 @@ def test_opcheck():
         forward = (x, *affine, *running, 0.1, 1e-5, 4, 64, seed)
         torch.library.opcheck(operators.group_quant_batch_norm.default, forward)
         y, *kept = operators.group_quant_batch_norm(*forward)
-        backward = (y, *kept, list(y.stride()), 4, 64)
+        backward = (y, *kept, 1e-5, list(y.stride()), 4, 64)
         torch.library.opcheck(operators.group_quant_batch_norm_backward.default, backward)
         forward = (x, 2, *affine, 1e-5, 4, 64, None)
         torch.library.opcheck(operators.group_quant_group_norm.default, forward)
         y, *kept = operators.group_quant_group_norm(*forward)
-        backward = (y, *kept, list(y.stride()), 4, 64)
+        backward = (y, *kept, 1e-5, list(y.stride()), 4, 64)
         torch.library.opcheck(operators.group_quant_group_norm_backward.default, backward)
 
 
