@@ -11,7 +11,7 @@ import packlight.groupquant
 import packlight.groupquant.fixed_point
 import packlight.inverted
 import packlight.sketch
-from packlight._library import constant_while_traced
+from packlight._torch import constant_while_traced
 
 NAMES = {
     "DEFAULT_METHODS",

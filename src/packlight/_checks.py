@@ -29,9 +29,11 @@ def is_taken(x: Tensor) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func or torch.export looks on: each needs torch's functions."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return _torch.in_transform()
+    if torch.compiler.is_dynamo_compiling():
+        # To the tracer of 2.11 `is_exporting` is always true.
+        exported: bool = _torch.ask("is_exported", False)
+        return exported
+    return torch.compiler.is_exporting() or _torch.in_transform()
 
 
 def check_tensor(x: object, function: str) -> None:

@@ -367,6 +367,11 @@ def ask(question: str, default: Any, *values: Any) -> Any:
     return answer
 
 
+@question
+def is_exported(tracer: Any) -> bool:
+    return bool(tracer.output.export)
+
+
 @constant_while_traced
 def can_ask() -> bool:
     """Whether questions to the tracer are answered."""
