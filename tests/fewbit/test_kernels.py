@@ -68,7 +68,7 @@ def codings():
 
 
 @every_device
-@pytest.mark.parametrize(("layer", "dtype", "bits"), codings())
+@pytest.mark.parametrize(("layer", "dtype", "bits"), list(codings()))
 def test_codes_and_gradients_equal_the_reference(layer, dtype, bits, device):
     for count in (1, 515) if device == "cpu" else (1, 8 * 1024 * 5, 2**20 + 77):
         x = (torch.randn(count, device=device) * 3).to(dtype)
