@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import packlight.groupquant as group_quant
+from packlight._seeds import operands
 from packlight.groupquant import kernels, reference
 from packlight.groupquant.limits import limits
 from tests.groupquant.layers import LAYERS
@@ -46,7 +47,7 @@ def test_far_inputs_of_activations_have_the_gradient_of_torch(layer, dtype):
     x = groups(dtype)
     y, expected = torch_gradient(layer.torch, x)
     f = (layer.name, layer.parameters)
-    _, codes, scales = reference.activation(x.view(-1), *f, 8, SIZE, None)
+    _, codes, scales = reference.activation(x.view(-1), *f, 8, SIZE, *operands(None))
     back = (codes, scales, *f, (1,), 8, SIZE)
     dx = reference.activation_backward(torch.ones_like(x).view(-1), *back).view_as(x)
     rebuild = (codes, scales, (x.numel(),), (1,), x.numel(), 8, SIZE, dtype)
@@ -70,8 +71,8 @@ def test_far_inputs_of_activations_have_the_gradient_of_torch(layer, dtype):
 def test_kernels_keep_far_inputs_as_the_reference_does(layer, dtype):
     x = groups(dtype).view(-1)
     f = (layer.name, layer.parameters)
-    ours = kernels.activation(x, *f, 8, SIZE, None)[1:]
-    theirs = reference.activation(x, *f, 8, SIZE, None)[1:]
+    ours = kernels.activation(x, *f, 8, SIZE, *operands(None))[1:]
+    theirs = reference.activation(x, *f, 8, SIZE, *operands(None))[1:]
     known, expected = [(pack[1] << 16).view(torch.float32).isfinite() for pack in (ours, theirs)]
     assert torch.equal(known, expected)
     assert torch.equal(ours[1][known], theirs[1][known])
@@ -103,7 +104,7 @@ def test_far_gates_of_gated_units_have_the_gradient_of_torch(name, dtype, backen
     inputs = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
     y = UNITS[name](*inputs)
     y.backward(torch.ones_like(y))
-    arguments = (name, 8, SIZE, None)
+    arguments = (name, 8, SIZE, *operands(None))
     _, *packs = backend.gated(gate.view(-1), up.view(-1), *arguments)
     back = (name, (1,), 8, SIZE, True)
     ours = backend.gated_backward(torch.ones_like(gate).view(-1), *packs, *back)
@@ -157,12 +158,12 @@ def test_finite_values_come_back_finite(backend, dtype, bits):
     # A step, and the rounding of the scales: 8 bits.
     allowed = spread / (2**bits - 1) + (spread + largest) * 2.0**-7
     for seed in (None, torch.tensor([7])):
-        pack = backend.quantize(x.view(-1), (1,), bits, SIZE, seed)
+        pack = backend.quantize(x.view(-1), (1,), bits, SIZE, *operands(seed))
         for back_dtype in {dtype, torch.bfloat16}:
             y = backend.dequantize(*pack, (n,), (1,), n, bits, SIZE, back_dtype, *PLAIN)
             assert y.isfinite().all()
             assert ((y.view_as(x).double() - values).abs() <= allowed).all()
-        theirs = reference.quantize(x.view(-1), (1,), bits, SIZE, seed)
+        theirs = reference.quantize(x.view(-1), (1,), bits, SIZE, *operands(seed))
         assert all(torch.equal(a, b) for a, b in zip(pack, theirs, strict=True))
 
 
@@ -180,14 +181,14 @@ def test_wide_tensors_come_back_finite_in_float16(backend, bits):
 def test_what_is_not_finite_comes_back_as_nan(dtype, value):
     x = torch.randn(SIZE).to(dtype)
     x[3] = value
-    pack = reference.quantize(x, (1,), 4, SIZE, None)
+    pack = reference.quantize(x, (1,), 4, SIZE, *operands(None))
     y = reference.dequantize(*pack, (SIZE,), (1,), SIZE, 4, SIZE, dtype, *PLAIN)
     assert y.isnan().all()
 
 
 def test_float64_past_float32_comes_back_as_the_greatest():
     x = torch.tensor([1e300, -1e300, *[1.0] * 30], dtype=torch.float64)
-    pack = reference.quantize(x, (1,), 8, 32, None)
+    pack = reference.quantize(x, (1,), 8, 32, *operands(None))
     y = reference.dequantize(*pack, (32,), (1,), 32, 8, 32, torch.float64, *PLAIN)
     assert y.isfinite().all()
     assert y[0] > 3e38 > -3e38 > y[1]
