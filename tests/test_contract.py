@@ -20,7 +20,7 @@ import tests.inverted.layers
 from benchmarks.graphs import captured
 from packlight import use_reference
 from packlight.errors import DoubleBackwardError, InputError
-from packlight.packing.layout import dense_stride
+from packlight.packing.layout import dense_stride, memory_order
 from tests.helpers import DTYPES, SHAPES, dtype_name, gradient, kept_bytes, sample
 from tests.layers import on_both_backends
 
@@ -120,8 +120,11 @@ def test_any_shape_and_stride(layer, shape, backend, poison):
     expected = layer.torch(x)
     assert y.stride() in (dense_stride(x), expected.stride())  # torch's logsigmoid drops its own
     torch.testing.assert_close(y, expected, rtol=2e-6, atol=1e-6)
-    _, contiguous = gradient(layer.apply, x.contiguous(), dy)
-    assert_same_gradient(layer, dx, contiguous)
+    # The same elements in the same order, in one dimension: the same groups, so the same codes.
+    x, dy, dx = (memory_order(tensor, y.stride()) for tensor in (x, dy, dx))
+    _, flat = gradient(layer.apply, x, dy)
+    near = min(layer.tolerance, 1e-3)  # outputs that are kept may differ in their last digit
+    torch.testing.assert_close(dx, flat, rtol=near, atol=near)
 
 
 # --- 6: how autograd may use it.

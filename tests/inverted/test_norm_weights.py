@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,6 +248,25 @@ def test_capture_without_a_look_raises(monkeypatch):
     for _ in range(2 * norm_modules.RECHECK_AFTER):
         step(norm, x)
     assert norm._judged.verdicts[torch.float32].channels is None
+
+
+def test_refresh_before_the_first_pass_finds_what_must_be_kept():
+    layer = inverted.LayerNorm(8)
+    with torch.no_grad():
+        layer.weight[3] = 0.0
+    for _ in range(2):
+        layer.refresh()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert layer._verdict(dtype).channels.tolist() == [3]
+
+
+def test_only_a_parameter_on_a_device_can_be_captured(monkeypatch):
+    on_device = SimpleNamespace(is_cuda=True)
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda is_=capturing: is_)
+        assert norm_modules._is_capturing(on_device) is capturing
+        assert not norm_modules._is_capturing(torch.ones(1))
+        assert not norm_modules._is_capturing(None)
 
 
 def test_offset_limit_of_a_layer():
