@@ -1,6 +1,9 @@
 """Methods as text: what is read, what is refused and how, and files that come back as written."""
 
+import errno
+import os
 import string
+import time
 import tomllib
 from pathlib import Path
 
@@ -143,6 +146,106 @@ def test_a_file_that_cannot_be_read(tmp_path):
         packlight.load_methods(path)
     with pytest.raises(InputError, match="cannot be written"):
         packlight.save_methods(FewBit(), tmp_path)
+
+
+def many(count=400):
+    return {f"blocks.{number}.fc": FewBit(1 + number % 8) for number in range(count)}
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path):
+    path = tmp_path / "methods.toml"
+    packlight.save_methods(many(40), path)
+    text = path.read_text()
+    assert packlight.load_methods(path) == many(40)
+    for length in range(len(text) - 1):
+        path.write_text(text[:length])
+        with pytest.raises(InputError, match=r"^[^\n]*$"):
+            packlight.load_methods(path)
+    path.write_text(text.replace("\n", "\r\n"))
+    assert packlight.load_methods(path) == many(40)
+    # A line more or less is for its owner to decide.
+    path.write_text(text.replace('"blocks.3.fc" = "FewBit(bits=4)"\n', 'Linear = "None"\n'))
+    assert packlight.load_methods(path).keys() == many(40).keys() - {"blocks.3.fc"} | {"Linear"}
+
+
+def test_the_line_is_found_in_time_that_grows_with_the_file(tmp_path):
+    path = tmp_path / "methods.toml"
+    packlight.save_methods(many(20_000), path)
+    text = path.read_text().replace("# The end.", '"last" = "FewBi(3)"\n# The end.')
+    path.write_text(text)
+    start = time.perf_counter()
+    with pytest.raises(InputError, match=r":20003: unknown method"):
+        packlight.load_methods(path)
+    assert time.perf_counter() - start < 20
+
+
+def full_disk(*arguments, **keywords):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("stage", ["fsync", "replace"])
+def test_an_error_leaves_the_file_that_was_there(tmp_path, monkeypatch, stage):
+    path = tmp_path / "methods.toml"
+    packlight.save_methods(FewBit(2), path)
+    path.chmod(0o640)
+    monkeypatch.setattr(*((os, stage) if stage == "fsync" else (Path, stage)), full_disk)
+    with pytest.raises(InputError, match=r"methods.toml cannot be written: No space left"):
+        packlight.save_methods(many(), path)
+    monkeypatch.undo()
+    assert packlight.load_methods(path) == {"*": FewBit(2)}
+    assert [file.name for file in tmp_path.iterdir()] == ["methods.toml"]
+    link = tmp_path / "link.toml"
+    link.symlink_to(path)
+    packlight.save_methods(FewBit(1), link)
+    assert link.is_symlink()
+    assert packlight.load_methods(path) == {"*": FewBit(1)}
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_is_no_file(tmp_path):
+    pipe, large = tmp_path / "pipe", tmp_path / "large"
+    os.mkfifo(pipe)
+    with large.open("wb") as file:
+        file.truncate(2**40)
+    for path in ("/dev/zero", pipe, tmp_path, large, tmp_path / "none" / "x", "a\0b", "x" * 5000):
+        with pytest.raises(InputError, match="cannot be read") as caught:
+            packlight.load_methods(path)
+        assert "\n" not in str(caught.value)
+    for path in ("/dev/full", pipe, tmp_path, tmp_path / "none" / "x", "a\0b", "x" * 5000):
+        with pytest.raises(InputError, match="cannot be written") as caught:
+            packlight.save_methods(FewBit(2), path)
+        assert "\n" not in str(caught.value)
+    assert pipe.is_fifo()
+
+
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"FewBit({HUGE})", f"FewBit(0x{HUGE})", f"FewBit(-0x{HUGE})", f"FewBit({'9' * 25})",
+        HUGE, f"{HUGE}()", "FewBit(" + "1+" * 4000 + "1)", "FewBit(" + "-" * 9000 + "1)",
+        "FewBit(" + "[" * 5000 + ")", f"{'a.' * 4000}b()", "FewBit(bits=" + "9" * 20_000 + ")",
+    ],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+def test_huge_numbers_and_texts_are_one_short_line(tmp_path, text):
+    with pytest.raises(InputError) as caught:
+        parse_methods(text)
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        packlight.load_methods(written(tmp_path, f"[methods]\nGELU = '{text}'\n"))
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize("value", [HUGE, f"0x{HUGE}", "[" * 5000, f"[{'1,' * 5000}]", "9" * 25])
+def test_values_that_are_no_texts(tmp_path, value):
+    with pytest.raises(InputError) as caught:
+        packlight.load_methods(written(tmp_path, f"[methods]\nGELU = {value}\n"))
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
 
 
 class Local(nn.Linear):

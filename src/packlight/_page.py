@@ -4,10 +4,9 @@ import html
 import json
 import os
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from packlight.errors import InputError
+from packlight._files import write_text
 
 _TEMPLATE = "report.html"
 
@@ -16,10 +15,7 @@ def write_page(path: str | os.PathLike[str], title: str, data: dict[str, Any]) -
     """Write one file that needs no other and no network."""
     template = resources.files("packlight").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     page = template.replace("{{title}}", html.escape(title)).replace("{{data}}", _embedded(data))
-    try:
-        Path(path).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    write_text(path, page)
 
 
 def _embedded(data: dict[str, Any]) -> str:

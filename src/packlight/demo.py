@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from packlight import __version__, fewbit, groupquant, inverted
+from packlight._files import replaced, write_text
 from packlight.errors import InputError, MissingDependencyError
 from packlight.fewbit.method import check_bits
 from packlight.profile import profile
@@ -188,6 +189,10 @@ DEFAULTS = {
 }
 
 
+# Of any of the choices; what does not fit into memory is found out later.
+_MOST = 10**6
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the two runs have in common. Raises `InputError` for values that cannot work."""
@@ -207,6 +212,8 @@ class Settings:
             value = getattr(self, name)
             if value < 1:
                 raise InputError(f"{name}={value} is not a positive whole number")
+            if value > _MOST:
+                raise InputError(f"{name}={value} is too large; expected at most {_MOST}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed} is not a whole number from 0 to 2^63 - 1")
         if self.width % self.heads:
@@ -486,7 +493,7 @@ def save_json(results: dict[str, Result], settings: Settings, path: Path) -> Non
         "gelu_elements": gelu_elements(settings),
         "results": {name: dataclasses.asdict(result) for name, result in results.items()},
     }
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers. Other kinds of modules are
@@ -579,7 +586,8 @@ def save_picture(results: dict[str, Result], settings: Settings, path: Path) -> 
     for axes in (losses, memory):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=150)
+    with replaced(path) as beside:
+        figure.savefig(beside, dpi=150)
 
 
 def smoothed(values: list[float], window: int) -> list[float]:

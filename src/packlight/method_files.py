@@ -18,11 +18,11 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from packlight._files import read_text, write_text
 from packlight.convert import DEFAULT_METHODS, Choice, Methods, Selector
 from packlight.errors import InputError
 from packlight.method import Method
@@ -40,12 +40,40 @@ def parse_methods(text: str) -> Choice:
 
     Raises `InputError` for anything else, naming the methods there are.
     """
+    if len(text) > _LONGEST:
+        raise InputError(f"{text[:40]!r}... is no method: it has {len(text)} characters")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        # ValueError: a null character; the last two: thousands of brackets.
+        if any(_is_too_large(node) for node in ast.walk(tree)):
+            raise InputError(f"{shortened(text)} is no method: it has a number beyond 64 bits")
+        return _choice(tree, text)
+    except (SyntaxError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise InputError(f"{text!r} is no method ({reason}); {_expected()}") from error
+        raise InputError(f"{shortened(text)} is no method ({reason}); {_expected()}") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        # A null character.
+        raise InputError(f"{shortened(text)} is no method ({error}); {_expected()}") from error
+
+
+# Characters of a text. Methods take a few dozen.
+_LONGEST = 10_000
+
+
+def _is_too_large(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and is_beyond_64_bits(node.value)
+
+
+def is_beyond_64_bits(value: object) -> bool:
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
+def shortened(text: str) -> str:
+    return repr(text if len(text) <= 100 else text[:97] + "...")
+
+
+def _choice(tree: ast.expr, text: str) -> Choice:
     if isinstance(tree, ast.Constant) and tree.value is None:
         return None
     if isinstance(tree, ast.Name) and tree.id == "default":
@@ -136,11 +164,14 @@ def load_methods(path: str | os.PathLike[str]) -> dict[Selector, Choice]:
     >>> packlight.load_methods(path)
     {'GELU': FewBit(bits=2), 'lm_head': None}
     """
-    text = _read(Path(path))
+    text = read_text(path)
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Beside tomllib's own: an integer of thousands of digits, thousands of brackets.
         raise InputError(_located(path, text, str(error))) from error
+    if text.startswith(_HEADER) and _END not in text.splitlines():
+        raise InputError(f"{path} is cut off: its last line, {_END!r}, is missing; save it again")
     table = data.pop("methods", None)
     for key in data:
         line = _line(text, (key,))
@@ -168,22 +199,14 @@ def save_methods(methods: Methods, path: str | os.PathLike[str]) -> None:
         f"{_toml_text(_selector_text(selector))} = {_toml_text(format_methods(choice))}"
         for selector, choice in entries.items()
     ]
-    header = "# packlight.convert(model, packlight.load_methods(...)); the first match counts.\n"
-    text = "\n".join([f"{header}[methods]", *lines, ""])
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    write_text(path, "\n".join([_HEADER + _HINT, "[methods]", *lines, _END, ""]))
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: not UTF-8, which TOML is written in") from error
+# A file that begins so is one of ours, and is whole only with its end. One written by hand needs
+# neither: of a file that is cut off at a line, nothing else tells.
+_HEADER = "# Methods for packlight.convert, from here to the line of the end."
+_HINT = " The first match counts."
+_END = "# The end."
 
 
 def _located(path: str | os.PathLike[str], text: str, message: str) -> str:
@@ -196,17 +219,25 @@ def _located(path: str | os.PathLike[str], text: str, message: str) -> str:
 
 
 def _line(text: str, keys: Sequence[str]) -> int:
-    """The line on which a key's value is complete, so that the lines up to it are TOML with it."""
-    lines = text.split("\n")
-    for number in range(1, len(lines)):
+    """The line on which a key's value is complete, in a text that is TOML."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    header, statement = "", ""
+    for number, line in enumerate(lines, start=1):
+        statement += f"{line}\n"
+        # In the middle of a value of several lines, only what may close it is worth a try.
+        if statement.count("\n") > 1 and not re.search(r"\'\'\'|\"\"\"|[]}]", line):
+            continue
         try:
-            data: Any = tomllib.loads("\n".join(lines[:number]))
+            data: Any = tomllib.loads(header + statement)
         except tomllib.TOMLDecodeError:
-            continue  # in the middle of a value of several lines
+            continue
         for key in keys:
             data = data.get(key) if isinstance(data, dict) else None
         if data is not None:
             return number
+        if line.lstrip().startswith("["):
+            header = statement
+        statement = ""
     return len(lines)
 
 
@@ -218,7 +249,8 @@ def _entry(selector: str, value: object) -> Choice:
             path = f"{path}.{inner}"
         raise InputError(f'{path} has dots, so it needs quotes: "{path}" = ...')
     if not isinstance(value, str):
-        raise InputError(f'{selector} is {value!r}; expected a text, such as "FewBit(3)"')
+        shown = "a huge number" if is_beyond_64_bits(value) else repr(value)[:100]
+        raise InputError(f'{selector} is {shown}; expected a text, such as "FewBit(3)"')
     return parse_methods(value)
 
 

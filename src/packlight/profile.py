@@ -29,7 +29,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import Node
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -532,43 +532,44 @@ def around_hooks(
     graph shows what hooks packed only where it can be reached, and checkpoints keep their inputs
     out of its reach.
     """
+    torch_hooks = torch._C._autograd
+    push = torch_hooks._push_saved_tensors_default_hooks
+    pop = torch_hooks._pop_saved_tensors_default_hooks
     thread = threading.get_ident()
-    plain_enter, plain_exit = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
     within = 0
     is_open = True
 
-    def around(hooks: Hooks | None) -> saved_tensors_hooks:
-        return saved_tensors_hooks(_untraced(lambda tensor: pack(tensor, hooks)), unpack)
+    def push_ours(hooks: Hooks | None) -> None:
+        push(_untraced(lambda tensor: pack(tensor, hooks)), unpack)
 
-    def enter(hooks: saved_tensors_hooks) -> None:
+    def enter(pack_hook: Callable[[Tensor], Any], unpack_hook: Callable[[Any], Tensor]) -> None:
         nonlocal within
-        if threading.get_ident() == thread:
-            within += 1
-            hooks = around((hooks.pack_hook, hooks.unpack_hook))
-        plain_enter(hooks)
+        if threading.get_ident() != thread:
+            push(pack_hook, unpack_hook)
+            return
+        within += 1
+        push_ours((pack_hook, unpack_hook))
 
-    def leave(hooks: saved_tensors_hooks, *error: Any) -> None:
+    def leave() -> None:
         nonlocal within
         if threading.get_ident() == thread:
             if within == 0:
-                # Left by an exception: one of the caller's is closed while ours is still open.
-                close()
+                close()  # after an exception: the caller's are left while ours are still there
             else:
                 within -= 1
-        plain_exit(hooks, *error)
+        pop()
 
     def close() -> None:
         nonlocal is_open
         if is_open:
             is_open = False
-            saved_tensors_hooks.__enter__ = plain_enter  # type: ignore[method-assign]
-            saved_tensors_hooks.__exit__ = plain_exit  # type: ignore[method-assign]
-            plain_exit(ours)
+            torch_hooks._push_saved_tensors_default_hooks = push
+            torch_hooks._pop_saved_tensors_default_hooks = pop
+            pop()
 
-    ours = around(torch._C._autograd._top_saved_tensors_default_hooks(True))
-    plain_enter(ours)
-    saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
-    saved_tensors_hooks.__exit__ = leave  # type: ignore[method-assign]
+    push_ours(torch_hooks._top_saved_tensors_default_hooks(True))
+    torch_hooks._push_saved_tensors_default_hooks = enter
+    torch_hooks._pop_saved_tensors_default_hooks = leave
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, Rend
 from rich.table import Table
 from rich.text import Text
 
+from packlight._files import replaced
 from packlight._page import write_page
 from packlight.errors import InputError, MissingDependencyError
 
@@ -631,7 +632,8 @@ def _draw(report: MemoryReport, path: Path, depth: int | None, by: str, limit: i
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    with replaced(path) as beside:
+        figure.savefig(beside, dpi=150)
 
 
 def _fitting_depth(report: MemoryReport, limit: int) -> int:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import Trainer, TrainingArguments
 
 import packlight
@@ -113,13 +112,14 @@ def test_a_training_that_fails_leaves_no_hooks_behind(tmp_path):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             raise ZeroDivisionError
 
-    model, enter = make("bert"), saved_tensors_hooks.__enter__
+    model = make("bert")
+    push = torch._C._autograd._push_saved_tensors_default_hooks
     settings = trainer_of(model, tmp_path).args
     callback = PacklightCallback(FewBit(bits=3))
     trainer = Fails(model, settings, train_dataset=rows_of_numbers(), callbacks=[callback])
     with pytest.raises(ZeroDivisionError), packed():
         trainer.train()
-    assert saved_tensors_hooks.__enter__ is enter
+    assert torch._C._autograd._push_saved_tensors_default_hooks is push
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 

@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 
 from packlight import _torch
+from packlight._files import replaced
 from packlight.errors import InputError, MissingDependencyError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.fewbit.method import check_bits
@@ -211,7 +212,8 @@ class Codebook:
         axes.set_xlabel("x")
         axes.legend()
         if path is not None:
-            figure.savefig(path)
+            with replaced(path) as beside:
+                figure.savefig(beside)
             plt.close(figure)
         return figure
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from packlight._files import replaced
 from packlight.errors import InputError, MissingDependencyError
 from packlight.sketch import modules
 from packlight.sketch.method import Sketch
@@ -104,7 +105,7 @@ class VarianceMonitor:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the samples, a line each, under the names of `VarianceSample` and `ratio`."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with replaced(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*VarianceSample._fields, "ratio"])
             writer.writerows([*sample, sample.ratio] for sample in self.samples)
@@ -199,4 +200,5 @@ def _draw(
     axes.set_title(f"What the sketch adds to the noise of the batch{shown}", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    with replaced(path) as beside:
+        figure.savefig(beside, dpi=150)
