@@ -110,7 +110,8 @@ def saving(
     Functions compiled by `torch.compile` may be called within the context: the tensors that cross
     to their backward are packed as they leave the forward, at 8 bits unless
     `overrides={"CompiledFunctionBackward": ...}` says otherwise, since softmax and attention cannot
-    be told apart there. Buffers and data are packed too. Masks with infinities stay exact: on a GPU
+    be told apart there, nor what needs a sign: a ReLU there has the sign of a value of 8 bits.
+    Buffers and data are packed too. Masks with infinities stay exact: on a GPU
     they are told by their shape, (T, T) or (B, 1, T, S). The context cannot be entered inside a
     compiled function: that raises `InputError`.
 
