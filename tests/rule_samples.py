@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+import packlight
 from packlight import FewBit, FixedPoint, GroupQuant, Inverted
 from packlight.method import Method, _rules
 from packlight.sketch import Sketch
@@ -81,7 +82,7 @@ RULES = [key for key in _rules if key[1].__module__.startswith("torch.nn")]
 def sample(method: type[Method], kind: type[nn.Module]) -> tuple[nn.Module, torch.Tensor]:
     """A layer in training and an input of it. Weights of norms are near 1, as when they train."""
     make, shape = _SPECIAL.get((method, kind)) or _SAMPLES[kind]
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     layer = make()
     if "Norm" in kind.__name__:
         with torch.no_grad():

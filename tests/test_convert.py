@@ -78,7 +78,7 @@ def state(model):
 
 def gradients(model, x):
     model.zero_grad()
-    torch.manual_seed(1)
+    packlight.manual_seed(1)
     y = model(x)
     (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
@@ -334,7 +334,7 @@ def test_inplace_activations_write_to_their_input():
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_training_goes_on_through_a_conversion(optimizer):
     """Inverted gradients are torch's, so a conversion in the middle changes nothing."""
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     plain = Net().double()
     converted = copy.deepcopy(plain)
     data = [torch.randn(8, 32).double() for _ in range(6)]
@@ -455,7 +455,7 @@ def test_layers_that_run_no_forward_of_their_own():
 
 @pytest.mark.parametrize("activation", [F.gelu, nn.GELU()], ids=["function", "module"])
 def test_transformer_encoder_layers_train_converted_and_infer_by_their_fast_path(activation):
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     plain = nn.TransformerEncoderLayer(32, 2, 64, 0.0, activation, batch_first=True)
     model = copy.deepcopy(plain)
     conversion = convert(model, [NEAREST, FewBit()])
@@ -641,7 +641,7 @@ _SELECTORS = st.sampled_from(
     st.lists(st.dictionaries(_SELECTORS, _METHODS, max_size=4), min_size=1, max_size=3),
 )
 def test_whatever_is_converted_reverts_to_the_very_model(first, second, conversions):
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     model = nn.Sequential(*(make() for make in first))
     model.append(nn.Sequential(model[0], *(make() for make in second)))  # a shared module
     before, x = state(model), torch.randn(4, 8)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import packlight
 from packlight import demo, fewbit, groupquant, inverted
 from packlight.errors import InputError, MissingDependencyError
 
@@ -109,7 +110,7 @@ def test_batches_follow_the_seed(text: demo.Text) -> None:
 
 
 def test_the_model_does_not_see_the_future() -> None:
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     model = demo.GPT(layers=2, width=32, heads=2, context=8)
     text = torch.randint(256, (3, 8))
     other = text.clone()

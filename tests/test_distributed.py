@@ -25,7 +25,7 @@ if backend == "nccl":
 dist.init_process_group(backend, init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 
 def make():
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     # Groups of a row each, to nearest: the halves of a batch then have the groups of the whole.
     keep = {"group_size": 32, "rounding": "nearest"}
     return nn.Sequential(nn.Linear(6, 32), few_bit.GELU(bits=3), nn.Linear(32, 32), few_bit.ReLU(),
@@ -34,7 +34,7 @@ def make():
                          groupquant.GELU(**keep), groupquant.Linear(32, 1, **keep))
 
 def convert():
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 32), nn.ReLU(),
                           nn.LayerNorm(32), nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32),
                           nn.GELU(), nn.Linear(32, 1))
@@ -43,7 +43,7 @@ def convert():
                               "[5-9]": keep})
     return model
 
-torch.manual_seed(1)
+packlight.manual_seed(1)
 x = torch.randn(8, 6).to(device)
 one = make().to(device)
 one(x).mean().backward()

@@ -292,7 +292,7 @@ PRODUCERS = {
 )
 def test_a_finer_reader_behind_a_coarse_producer_keeps_a_pack_of_its_own(name):
     x = torch.randn(64, 64)
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     fine = gq.Linear(64, 64, bits=8)
     coarse = gq.Linear(64, 8, bits=2)
     h = PRODUCERS[name](2)(x)
@@ -324,7 +324,7 @@ def test_a_fixed_point_code_serves_readers_of_as_many_bits():
 def test_the_product_of_factors_that_share_their_rounding_is_rounded_by_itself():
     from packlight.groupquant.product import mul
 
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     x = torch.randn(64, 64)
     reader = gq.Linear(64, 64, bits=2)
     mean, truth = 0.0, None
@@ -344,7 +344,7 @@ def test_the_product_of_factors_that_share_their_rounding_is_rounded_by_itself()
 @pytest.mark.parametrize("make", [lambda: gq.LayerNorm(64), lambda: gq.RMSNorm(64)])
 def test_a_pack_reads_no_parameter_that_another_module_owns(make):
     """As ZeRO-3 and FSDP do it: a norm's parameters are gone when its reader's backward runs."""
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     norm, linear = make(), gq.Linear(64, 64, **NEAREST)
     nn.init.normal_(norm.weight)
     x = torch.randn(32, 64)
@@ -372,7 +372,7 @@ def test_a_pack_reads_no_parameter_that_another_module_owns(make):
 
 
 def test_a_norm_s_weights_may_change_before_its_reader_goes_back():
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     norm, linear = gq.LayerNorm(64, **NEAREST), gq.Linear(64, 64, **NEAREST)
     x = torch.randn(32, 64)
     expected = weight_gradient(linear, norm(x))

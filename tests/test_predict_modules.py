@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import packlight
 from packlight import predict, profile
 
 # Classes that run nothing of their own.
@@ -266,7 +267,7 @@ def test_every_module_is_here():
 @pytest.mark.parametrize("name", CASES)
 def test_the_prediction_is_what_a_run_keeps(name):
     for module, inputs in CASES[name]:
-        torch.manual_seed(0)
+        packlight.manual_seed(0)
         layer, x = eval(module), [eval(text) for text in inputs]
         if name.startswith("Lazy"):
             layer(*x)

@@ -36,6 +36,10 @@ from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
+# Numbers of kernels that are no integers.
+FLOATS = ("a", "b", "scale", "offset", "low", "eps", "momentum")
+FLOATS += ("lowest", "highest", "below", "above", "edge")
+FLOATS += ("up_lowest", "up_highest", "up_below", "up_above", "up_edge")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
 
@@ -78,7 +82,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
     encode = {**forward("silu", "fp16", **encode), "FORWARD": None}
     yield "encode fp16", kernels._forward_kernel, encode, "fp16"
     for full in (False, True):
-        constants = {"KEEP_CODES": full, "FULL": full, "BLOCK": kernels.BLOCK}
+        constants = {"KEEP_CODES": full, "SEED": 1, "FULL": full, "BLOCK": kernels.BLOCK}
         yield f"dropout bf16, full {full}", dropout_kernels._dropout_kernel, constants, "bf16"
     yield "dropout's mask", dropout_kernels._mask_kernel, {"BLOCK": 512}, "bf16"
     yield from inverted_variants()
@@ -266,8 +270,8 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
         rows = Grouping(1024, 1024, bits, 128)
         label = f"group {dtype} {bits} bits"
         launches = {
-            "pack": kernels._quantize_launch(flat, kind, None, 0.0, 0.0, True),
-            "pack to nearest": kernels._quantize_launch(flat, kind, None, 0.0, 0.0, False),
+            "pack": kernels._quantize_launch(flat, kind, "", (), 1),
+            "pack to nearest": kernels._quantize_launch(flat, kind, "", (), 0),
             "unpack": kernels._dequantize_launch(flat, kind, "", 0.0, 0.0, False, False),
             "unpack affine": kernels._dequantize_launch(rows, kind, "", 0.0, 0.0, True, True),
             "unpack affine, ragged": kernels._dequantize_launch(
@@ -276,12 +280,12 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
         }
         for name in ("gelu", "silu"):
             launches |= {
-                name: kernels._quantize_launch(flat, kind, name, 0.0, 0.0, True),
+                name: kernels._quantize_launch(flat, kind, name, (), 1),
                 f"{name} rebuilt": kernels._dequantize_launch(
                     flat, kind, name, 0.0, 0.0, False, False
                 ),
                 f"{name} backward": kernels._activation_backward_launch(flat, name, 0.0, 0.0),
-                f"gated {name}": kernels._gated_launch(flat, kind, name, True),
+                f"gated {name}": kernels._gated_launch(flat, kind, name, 1),
                 f"gated {name} rebuilt": kernels._gated_backward_launch(
                     flat, kind, name, True, True
                 ),
@@ -293,7 +297,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             }
         for width in (768, 1024, 4096, 8192):
             grouping = Grouping(4096, width, bits, 128)
-            forward = norms._forward_launch(grouping, 1e-5, True, True, True, True)
+            forward = norms._forward_launch(grouping, 1e-5, True, True, True, 1)
             launches[f"norm {width}"] = forward
             backward, _ = norms._backward_launch(grouping, True, True, True, True)
             launches[f"norm {width} backward"] = backward
@@ -364,6 +368,7 @@ def compile_kernel(
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             special = {"codes_ptr": "*u8", "seed_ptr": "*i64", "levels_ptr": "*fp32"}
+            special |= {"weight_copy_ptr": "*fp32", "bias_copy_ptr": "*fp32"}
             special["bits_ptr"] = "*u8"
             special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
@@ -381,10 +386,10 @@ def compile_kernel(
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in ("a", "b", "scale", "offset", "low", "eps", "momentum"):
+        elif name in FLOATS:
             signature[name] = "fp32"
         else:
-            signature[name] = "i64" if name in ("n", "drop_below") else "i32"
+            signature[name] = "i64" if name in ("n", "drop_below", "seed") else "i32"
             if name in (
                 "n",
                 "groups",

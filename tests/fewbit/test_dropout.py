@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import packlight
 import packlight.fewbit as few_bit
+from packlight._seeds import operands
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.fewbit.dropout import dropout_as_torch
 from packlight.packing.layout import packed_bytes
@@ -46,10 +48,10 @@ def test_keeps_one_bit_an_element():
 
 def test_masks_are_new_each_time_and_repeat_with_the_seed():
     x = torch.ones(1000)
-    torch.manual_seed(3)
+    packlight.manual_seed(3)
     first, second = few_bit.dropout(x), few_bit.dropout(x)
     assert not torch.equal(first, second)
-    torch.manual_seed(3)
+    packlight.manual_seed(3)
     assert torch.equal(few_bit.dropout(x), first)
 
 
@@ -91,7 +93,7 @@ def test_a_call_is_torch_s_own_bit_for_bit(layout, dtype, inplace):
     results = []
     for function in (F.dropout, dropout_as_torch):
         for wanted in (True, False):
-            torch.manual_seed(5)
+            packlight.manual_seed(5)
             leaf = torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x) if inplace else x
             leaf = leaf.detach().requires_grad_(wanted)
             y = function(leaf * 1.0 if inplace else leaf, 0.3, True, inplace)
@@ -113,9 +115,9 @@ def test_a_call_keeps_one_bit_an_element(monkeypatch):
 
     # On a CUDA device torch's dropout is this operator, which gives the mask as well.
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    torch.manual_seed(5)
+    packlight.manual_seed(5)
     y = dropout_as_torch(x, 0.3)
-    torch.manual_seed(5)
+    packlight.manual_seed(5)
     assert torch.equal(y, torch.native_dropout(x, 0.3, True)[0])
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(dx != 0, y != 0)
@@ -128,7 +130,7 @@ def test_a_call_is_torch_s_own_on_the_device(dtype, inplace):
     x = torch.randn(33, 65, device="cuda", dtype=dtype, requires_grad=True)
     results = []
     for function in (F.dropout, dropout_as_torch):
-        torch.manual_seed(5)
+        packlight.manual_seed(5)
         y = function(x * 1.0, 0.3, True, inplace)
         results.append((y.detach(), torch.cuda.get_rng_state()))
         (dx,) = torch.autograd.grad(y.sum(), x)
@@ -148,9 +150,9 @@ def test_certain_probabilities_keep_nothing(p):
 
 def test_inplace():
     leaf = torch.randn(6, 10, requires_grad=True)
-    torch.manual_seed(1)
+    packlight.manual_seed(1)
     expected = few_bit.dropout(leaf[:, ::3], 0.5)
-    torch.manual_seed(1)
+    packlight.manual_seed(1)
     x = leaf * 1.0
     y = few_bit.dropout(x[:, ::3], 0.5, inplace=True)
     assert torch.equal(y, expected)
@@ -188,7 +190,7 @@ def test_compiled_dropout_has_the_mask_of_its_seed(shape, dtype, monkeypatch, fr
     """Operations there, which a compiler fuses; the operator, which says what is true, here."""
     seed = torch.tensor([2**62 + 12345])
     module = sys.modules["packlight.fewbit.dropout"]  # its package has the function by that name
-    monkeypatch.setattr(module, "pass_seed", lambda x: seed)
+    monkeypatch.setattr(module, "mask_seed", lambda x: seed)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
 
     def run(x):
@@ -219,7 +221,7 @@ def test_opcheck():
     seed = torch.randint(2**63 - 1, (1,))
     for x in (torch.randn(3, 7), torch.randn(4, 6).t()):
         for keep in (True, False):
-            arguments = (x, seed, 0.5, keep)
+            arguments = (x, *operands(seed), 0.5, keep)
             torch.library.opcheck(torch.ops.packlight.few_bit_dropout.default, arguments)
             torch.library.opcheck(torch.ops.packlight.few_bit_dropout_.default, arguments)
     torch.library.opcheck(torch.ops.packlight.few_bit_dropout_mask.default, (seed, 77, 0.5))

@@ -15,7 +15,7 @@ ROWS, WIDTH, HIDDEN = 32, 64, 128
 
 def block(inplace=False, p=0.25):
     """Of a transformer: the second layer reads what a dropout leaves of an activation."""
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     model = nn.Sequential(
         nn.LayerNorm(WIDTH),
         nn.Linear(WIDTH, HIDDEN),
@@ -28,7 +28,7 @@ def block(inplace=False, p=0.25):
 
 
 def gradients(model, x, run=None):
-    torch.manual_seed(1)
+    packlight.manual_seed(1)
     x = x.clone().requires_grad_()
     y = (run or model)(x)
     return y.detach(), torch.autograd.grad(y.square().sum(), [x, *model.parameters()])

@@ -84,7 +84,7 @@ def test_parameters_may_change_after_construction():
 
 def test_a_small_network_trains_as_with_torch():
     def train(activation):
-        torch.manual_seed(0)
+        packlight.manual_seed(0)
         model = nn.Sequential(
             nn.Linear(8, 64), activation, nn.Linear(64, 64), activation, nn.Linear(64, 1)
         )

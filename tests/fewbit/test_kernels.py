@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from packlight._seeds import operands
 from packlight.fewbit import (
     dropout_kernels,
     dropout_reference,
@@ -156,14 +157,14 @@ def test_dropout_equals_the_reference(p, dtype, device):
     for count in (1, 700, 8 * 1024):
         x = torch.randn(count, device=device).to(dtype)
         seed = torch.randint(2**63 - 1, (1,), device=device)
-        y, codes = dropout_kernels.dropout(x, seed, p, True)
-        expected, expected_codes = dropout_reference.dropout(x, seed, p, True)
+        y, codes = dropout_kernels.dropout(x, *operands(seed), p, True)
+        expected, expected_codes = dropout_reference.dropout(x, *operands(seed), p, True)
         mask = dropout_kernels.dropout_mask(seed, x.numel(), p)
         assert torch.equal(unpack(mask, 1, x.numel()), unpack(expected_codes, 1, x.numel()))
         assert torch.equal(unpack(codes, 1, count), unpack(expected_codes, 1, count))
         assert ulps(y, expected).max() <= (2 if device == "cpu" else 1)
         written = x.clone()
-        assert torch.equal(dropout_kernels.dropout_(written, seed, p, True), codes)
+        assert torch.equal(dropout_kernels.dropout_(written, *operands(seed), p, True), codes)
         assert torch.equal(written, y)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from packlight import groupquant
+from packlight._seeds import operands
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant.method import Grouping
 from packlight.packing.layout import dense_stride
@@ -175,15 +176,15 @@ def test_opcheck():
     for x in (images, images.contiguous(memory_format=torch.channels_last)):
         affine = (torch.ones(4), torch.zeros(4))
         running = (torch.zeros(4), torch.ones(4))
-        forward = (x, *affine, *running, 0.1, 1e-5, 4, 64, seed)
+        forward = (x, *affine, *running, 0.1, 1e-5, 4, 64, *operands(seed))
         torch.library.opcheck(operators.group_quant_batch_norm.default, forward)
         y, *kept = operators.group_quant_batch_norm(*forward)
-        backward = (y, *kept, list(y.stride()), 4, 64)
+        backward = (y, *kept, 1e-5, list(y.stride()), 4, 64)
         torch.library.opcheck(operators.group_quant_batch_norm_backward.default, backward)
-        forward = (x, 2, *affine, 1e-5, 4, 64, None)
+        forward = (x, 2, *affine, 1e-5, 4, 64, *operands(None))
         torch.library.opcheck(operators.group_quant_group_norm.default, forward)
         y, *kept = operators.group_quant_group_norm(*forward)
-        backward = (y, *kept, list(y.stride()), 4, 64)
+        backward = (y, *kept, 1e-5, list(y.stride()), 4, 64)
         torch.library.opcheck(operators.group_quant_group_norm_backward.default, backward)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packlight._philox import philox2x32
+from packlight._seeds import operands
 from packlight.errors import InputError
 from packlight.groupquant import GroupQuant, kernels, reference
 from packlight.groupquant.method import GROUP_SIZES, Grouping, row_group_size
@@ -25,7 +26,7 @@ def seed_of(number, device="cpu"):
 def round_trip(backend, x, bits, group_size, seed):
     flat = x.reshape(-1)
     n = flat.numel()
-    codes, scales = backend.quantize(flat, (1,), bits, group_size, seed)
+    codes, scales = backend.quantize(flat, (1,), bits, group_size, *operands(seed))
     return backend.dequantize(codes, scales, (n,), (1,), n, bits, group_size, x.dtype, *PLAIN).view(
         x.shape
     )
@@ -235,7 +236,7 @@ def test_kernels_equal_the_reference(dtype, bits, stochastic, device):
     for count in counts:
         for group_size in (32, 128):
             x = (torch.randn(count, device=device) * 2 + 1).to(dtype)
-            arguments = ((1,), bits, group_size, seed)
+            arguments = ((1,), bits, group_size, *operands(seed))
             ours, theirs = kernels.quantize(x, *arguments), reference.quantize(x, *arguments)
             assert torch.equal(ours[1], theirs[1])
             layout = ((count,), (1,), count, bits, group_size)
@@ -257,7 +258,7 @@ def test_kernels_equal_the_reference(dtype, bits, stochastic, device):
 def test_kernels_equal_the_reference_in_rows(bits, rows, width, device):
     x = torch.randn(rows * width, device=device)
     for seed in (seed_of(5 + (7 << 40), device), None):
-        ours = kernels._pack(x, None, "", (), width, bits, 64, seed)
+        ours = kernels._pack(x, None, "", (), width, bits, 64, *operands(seed))
         theirs = reference.quantize_rows(x, width, bits, 64, seed)
         assert torch.equal(ours[1], theirs[1])
         values = [
@@ -278,7 +279,7 @@ def test_rows_start_groups_of_their_own():
 def test_the_same_seed_gives_the_same_codes_and_another_another():
     x = torch.randn(1000)
     first, again, other = (
-        reference.quantize(x, (1,), 4, 128, seed_of(number))[0] for number in (1, 1, 2)
+        reference.quantize(x, (1,), 4, 128, *operands(seed_of(number)))[0] for number in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

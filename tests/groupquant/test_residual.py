@@ -458,7 +458,7 @@ def test_a_small_resnet_trains_like_exact(bits):
     labels = (x[:, 0, :8].mean((1, 2)) > x[:, 1, 8:].mean((1, 2))).long()
 
     def losses(methods):
-        torch.manual_seed(1)
+        packlight.manual_seed(1)
         model = resnet18(EXACT, width=8)
         if methods:
             packlight.convert(model, methods, functional=True)

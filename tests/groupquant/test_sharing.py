@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import packlight
 import packlight.groupquant as group_quant
 from packlight import profile, sharing
 from packlight.errors import DoubleBackwardError
@@ -158,7 +159,7 @@ def test_compiled_gradients_are_those_of_eager_mode(make, rounding, fresh_compil
         return model(x * 1.0)  # an input of the region takes no note
 
     def gradients(function):
-        torch.manual_seed(1)
+        packlight.manual_seed(1)
         return torch.autograd.grad(function(x).square().sum(), [x, *model.parameters()])
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -331,7 +332,7 @@ def relative(a, b):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("make", [QKV, MLP, SwiGLU, NormLinear, RMSNormLinear, Block])
 def test_gradients_are_near_the_exact_ones(make, bits):
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     model, x = make(bits=bits), input_of()
     y = model(x)
     actual = torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
@@ -366,7 +367,7 @@ def test_input_and_bias_gradients_of_linear_are_exact():
 
 
 def test_weight_gradient_of_linear_is_unbiased():
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     x, weight = torch.randn(64, 32), torch.randn(8, 32, requires_grad=True)
     dy = torch.randn(64, 8)
     draws = torch.stack(
@@ -406,7 +407,7 @@ def test_checkpoint_gives_the_same_gradients(make, rounding, reentrant):
     def gradients(function):
         model.zero_grad()
         x.grad = None
-        torch.manual_seed(2)
+        packlight.manual_seed(2)
         function(x).square().sum().backward()
         return [x.grad, *(p.grad for p in model.parameters())]
 
@@ -490,7 +491,7 @@ class Crash(Exception):
 @given(st.lists(st.sampled_from("abnwgcxd"), min_size=1, max_size=12), st.integers(0, 99))
 def test_any_order_of_events_gives_gradients_of_the_values_read(events, seed):
     """In-place changes, two layers, two models, no_grad, exceptions, detours, at random."""
-    torch.manual_seed(seed)
+    packlight.manual_seed(seed)
     weights = {name: torch.randn(8, 32, requires_grad=True) for name in ("model a", "model b")}
     leaf = torch.randn(32, 32, requires_grad=True)
     x = leaf * 1.0

@@ -33,7 +33,7 @@ def trained(model, inputs, steps=4):
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
     losses = []
     for i in range(steps):
-        torch.manual_seed(i)
+        packlight.manual_seed(i)
         optimizer.zero_grad()
         with torch.autocast("cuda", torch.float16):
             loss = model(**inputs).loss

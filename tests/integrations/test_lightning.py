@@ -38,7 +38,7 @@ def make_module(framework, automatic=True):
     class Module(framework.LightningModule):
         def __init__(self):
             super().__init__()
-            torch.manual_seed(0)
+            packlight.manual_seed(0)
             self.net = nn.Sequential(
                 nn.Linear(64, 256),
                 nn.GELU(),

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def lora(model, name):
     """LoRA with random weights: by default B is zero, and A has no gradient."""
-    torch.manual_seed(7)
+    packlight.manual_seed(7)
     config = peft.LoraConfig(
         r=4, target_modules=TARGETS[name], lora_dropout=0.0, init_lora_weights=False
     )

@@ -163,7 +163,7 @@ def check_model(model, x, attention=False, times_less=TIMES_LESS):
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "convnext", "efficientnet"])
 def test_models_of_timm(timm, name):
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     models = timm.models
     makers = {
         "vit": lambda: models.VisionTransformer(
@@ -185,7 +185,7 @@ def test_models_of_timm(timm, name):
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "efficientnet_b0", "vit_b_16"])
 def test_models_of_torchvision(torchvision, name):
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     models = torchvision.models
     makers = {
         "resnet18": lambda: models.resnet18(num_classes=8),

@@ -267,7 +267,7 @@ def test_minilm_learns_sst2_as_well_as_it_does_without(sst2, tmp_path):
         logits, labels = prediction
         return {"accuracy": float((logits.argmax(-1) == labels).mean())}
 
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         path,
         attention_probs_dropout_prob=0.0,  # with which torch has no fused attention on the CPU

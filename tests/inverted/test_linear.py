@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import packlight
 import packlight.inverted as inverted
 from packlight import profile, sharing
 from packlight.inverted import norms
@@ -103,7 +104,7 @@ def test_three_readers_keep_one_cast():
 @pytest.mark.parametrize("name", CONSUMERS)
 def test_under_autocast_results_are_torch_s_bit_for_bit(name):
     ours, theirs, arguments, shape = CONSUMERS[name]
-    torch.manual_seed(1)
+    packlight.manual_seed(1)
     consumer, plain = ours(*arguments), theirs(*arguments)
     consumer.load_state_dict(plain.state_dict())
     assert repr(consumer) == repr(plain)
@@ -125,7 +126,7 @@ def test_under_autocast_results_are_torch_s_bit_for_bit(name):
 def test_gradients_through_the_output_and_its_cast_add_up(dtype, monkeypatch):
     """A residual sum reads float32, three projections the cast; torch sums them the same way."""
     monkeypatch.setattr(norms, "autocast_dtype", lambda *_: torch.float32)  # as on CUDA
-    torch.manual_seed(2)
+    packlight.manual_seed(2)
     model, x = Attention(inverted.Linear), torch.randn(2, 8, 16).to(dtype)
     with autocast():
         y, actual = gradients(model, x)
@@ -146,7 +147,7 @@ def test_only_the_cast_or_only_the_output_is_used():
 
 @pytest.mark.parametrize("amp", [False, True], ids=["", "autocast"])
 def test_compiles_to_the_same_gradients(amp, fresh_compiler):
-    torch.manual_seed(3)
+    packlight.manual_seed(3)
     model, x = Attention(inverted.Linear), torch.randn(2, 8, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with autocast(amp):

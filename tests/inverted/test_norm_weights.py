@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import packlight
 import packlight.inverted as inverted
 from packlight.errors import InputError
 from packlight.inverted import norm_modules
@@ -121,7 +122,7 @@ def test_mostly_ill_posed_weights_run_torch_s_own(layer):
 
 def test_zero_initialised_gamma_trains():
     """As the last norm of a residual branch: gamma leaves 0, and the norm is inverted from then."""
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     ours = nn.Sequential(nn.Linear(8, 8), inverted.LayerNorm(8), nn.Linear(8, 4))
     nn.init.zeros_(ours[1].weight)
     plain = copy.deepcopy(ours)

@@ -8,19 +8,20 @@ import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+import packlight
 from packlight import sketch
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 
 def make():
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     return nn.Sequential(sketch.Linear(6, 32, rows=16, kind="srht"), nn.Tanh(),
                          sketch.Linear(32, 32, rows=16, kind="top_rows"), nn.Tanh(),
                          nn.Linear(32, 1))
 
 def train(model):
-    torch.manual_seed(rank)  # another draw on every rank
+    packlight.manual_seed(rank)  # another draw on every rank
     model(torch.randn(40, 6)).mean().backward()
     return [p.grad for p in model.parameters()]
 

@@ -8,18 +8,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+import packlight
 from packlight import Sketch, sketch
 from packlight.errors import InputError, MissingDependencyError
 from packlight.sketch import VarianceMonitor
 
 
 def model_of():
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     return nn.Sequential(sketch.Linear(6, 8, rows=16, kind="srht"), nn.Tanh(), nn.Linear(8, 3))
 
 
 def train(model, steps, x=None):
-    torch.manual_seed(1)
+    packlight.manual_seed(1)
     for _ in range(steps):
         model(torch.randn(40, 6) if x is None else x).square().sum().backward()
 

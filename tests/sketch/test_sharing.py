@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import packlight
 import packlight.groupquant as group_quant
 from packlight import profile, sharing, sketch
 from packlight.sketch.method import KINDS, ROW_KINDS
@@ -88,7 +89,7 @@ def test_a_convolution_and_a_linear_layer_do_not_share():
     linear = sketch.Linear(WIDTH, WIDTH, kind="srht")
     conv = sketch.Conv2d(WIDTH, WIDTH, 1, kind="srht")
     y = linear(x).sum(), conv(x).sum()
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     exact = torch.ones(WIDTH, x.numel() // WIDTH) @ x.detach().movedim(1, -1).reshape(-1, WIDTH)
     (dweight,) = torch.autograd.grad(y[1], conv.weight)
     # Rows of ones are a constant, which a sketch with its own rows sees up to its noise.
@@ -145,7 +146,7 @@ def test_hooks_that_take_sketches_away_do_no_harm():
     model, leaf = QKV(rows=ROWS, kind="srht"), input_of()
 
     def weights_of(x):
-        torch.manual_seed(1)
+        packlight.manual_seed(1)
         loss = sum(y.square().sum() for y in model(x))
         return torch.autograd.grad(loss, list(model.parameters()))
 
@@ -161,7 +162,7 @@ def test_shared_sketches_in_a_checkpoint(reentrant):
 
     def gradients(function):
         model.zero_grad()
-        torch.manual_seed(1)
+        packlight.manual_seed(1)
         sum(y.square().sum() for y in function(x * 1.0)).backward()
         return [p.grad for p in model.parameters()]
 
@@ -180,9 +181,9 @@ def test_compiled_layers_share(kind, fresh_compiler):
     x = input_of()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     weights = [model.q.weight, model.k.weight, model.v.weight]
-    torch.manual_seed(1)
+    packlight.manual_seed(1)
     expected = torch.autograd.grad(run(x), weights)
-    torch.manual_seed(1)
+    packlight.manual_seed(1)
     torch.testing.assert_close(torch.autograd.grad(compiled(x), weights), expected)
     plain = QKV(nn.Linear)
     exact = torch.compile(

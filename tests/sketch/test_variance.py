@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import packlight
 from packlight import sketch
 from packlight.errors import InputError
 from packlight.sketch import ops, reference
@@ -27,7 +28,7 @@ def simulated(x, g, kind, rows, draws=DRAWS):
 
 def example(tokens, features=14, outputs=10):
     """Rows of different weight that have something in common with their gradients."""
-    torch.manual_seed(7)
+    packlight.manual_seed(7)
     weight = torch.rand(tokens, 1, dtype=torch.float64) + 0.1
     x = (torch.randn(tokens, features, dtype=torch.float64) + 0.5) * weight
     g = torch.randn(tokens, outputs, dtype=torch.float64) + 0.3 * x[:, :outputs]
@@ -71,7 +72,7 @@ def test_closed_forms_are_those_of_the_papers():
 
 def test_blocks_cost_nothing():
     """In blocks the variance is that of one transform over all rows, ordered tokens or not."""
-    torch.manual_seed(0)
+    packlight.manual_seed(0)
     for order in (lambda x: x, lambda x: x[torch.randperm(4096)]):
         scale = order(torch.linspace(0.1, 3, 4096)[:, None])  # the heavy rows lie together
         x, g = torch.randn(4096, 8) * scale, torch.randn(4096, 8) * scale

@@ -91,7 +91,7 @@ def _mish(x, _a, _b):
 @triton.jit
 def _quick_gelu(x, _a, _b):
     s = sigmoid(1.702 * x)
-    return tl.fma(1.702 * x * s, 1.0 - s, s)
+    return tl.fma(x, 1.702 * s * (1.0 - s), s)  # 1.702 x may overflow, which times 0 is NaN
 
 
 @triton.jit

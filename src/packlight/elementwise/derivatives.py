@@ -11,7 +11,7 @@ _SELU = (1.6732632423543772, 1.0507009873554805)
 
 def _quick_gelu(dy: Tensor, x: Tensor) -> Tensor:
     s = torch.sigmoid(1.702 * x)
-    return dy * (s + 1.702 * x * s * (1 - s))
+    return dy * (s + x * (1.702 * s * (1 - s)))  # 1.702 x may overflow, which times 0 is NaN
 
 
 def _softplus(dy: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:

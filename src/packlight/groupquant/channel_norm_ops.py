@@ -1,8 +1,9 @@
 """Operators of batch norm and group norm that pack the normalised value.
 
 Plain PyTorch around the kernels of `ops.quantize` and `ops.dequantize`, and torch's own kernels of
-the norms: the backward pass of a norm that is given x~ for its input, mean 0 and deviation 1 is
-that of the packed one, but for the factor rstd.
+the norms: the backward pass of a norm that is given x~ for its input, mean 0 and rstd 1 is that of
+the packed one, but for the factor rstd. A group of values spans channels, so what is packed is
+x_hat / d, d the `deviation` of x_hat, and torch's kernels are given d for rstd.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from packlight._library import define_op
 from packlight.groupquant import ops
+from packlight.groupquant.fixed_point.reference import deviation
 from packlight.groupquant.method import Grouping
 from packlight.packing.layout import compute_dtype, dense_stride
 
@@ -40,17 +42,18 @@ def batch_norm_reference(
     seed: Tensor | None,
     number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, codes and scales of x_hat, and [3, channels]: gamma, beta, rstd."""
+    """y, codes and scales of x_hat / d, and [3, channels]: gamma d, beta, rstd."""
     y, mean, rstd = torch.native_batch_norm(
         x, weight, bias, running_mean, running_var, True, momentum, eps
     )
     stride, dtype = dense_stride(x), compute_dtype(x)
     mean, rstd = mean.to(dtype), rstd.to(dtype)
-    x_hat = (x - along_channels(mean, x)) * along_channels(rstd, x)
-    codes, scales = ops.quantize(x_hat, stride, bits, group_size, seed, number)
+    d = deviation(rstd, eps)
+    values = (x - along_channels(mean, x)) * along_channels(rstd / d, x)
+    codes, scales = ops.quantize(values, stride, bits, group_size, seed, number)
     gamma = torch.ones_like(rstd) if weight is None else weight.to(dtype)
     beta = torch.zeros_like(rstd) if bias is None else bias.to(dtype)
-    return _dense(y, stride), codes, scales, torch.stack([gamma, beta, rstd])
+    return _dense(y, stride), codes, scales, torch.stack([gamma * d, beta, rstd])
 
 
 def batch_norm_backward_reference(
@@ -58,17 +61,18 @@ def batch_norm_backward_reference(
     codes: Tensor,
     scales: Tensor,
     table: Tensor,
+    eps: float,
     stride: Sequence[int],
     bits: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in the memory order of `stride`, dgamma and dbeta [channels]."""
     x = _normalised(grad_output, codes, scales, stride, bits, group_size)
-    gamma, _, rstd = table
-    mean, deviation = torch.zeros_like(rstd), torch.ones_like(rstd)
+    gamma, _, rstd = table  # gamma d
+    d = deviation(rstd, eps)
     dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-        _dense(grad_output, stride), x, gamma * rstd, None, None, mean, deviation, True, 0.0,
-        [True, True, True],
+        _dense(grad_output, stride), x, gamma * rstd / d.square(), None, None, torch.zeros_like(d),
+        d, True, 0.0, [True, True, True],
     )  # fmt: skip
     return _dense(dx, stride), dgamma, dbeta
 
@@ -76,7 +80,7 @@ def batch_norm_backward_reference(
 def _normalised(
     like: Tensor, codes: Tensor, scales: Tensor, stride: Sequence[int], bits: int, group_size: int
 ) -> Tensor:
-    """x~ in the shape and dtype of `like`."""
+    """The packed values in the shape and dtype of `like`."""
     layout = (like.shape, stride, like.numel(), bits, group_size)
     x: Tensor = ops.dequantize(codes, scales, *layout, like.dtype, "", (), None, None)
     return x
@@ -93,7 +97,7 @@ def group_norm_reference(
     seed: Tensor | None,
     number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, codes and scales of x_hat, [2, channels] gamma and beta, and rstd [n, groups]."""
+    """y, codes and scales of x_hat / d, [2, channels] gamma and beta, and rstd [n, groups]."""
     n, channels = x.shape[:2]
     stride, dtype = dense_stride(x), compute_dtype(x)
     size = x.numel() // (n * channels)
@@ -101,8 +105,8 @@ def group_norm_reference(
         _regular(x), weight, bias, n, channels, size, groups, eps
     )
     mean, rstd = mean.to(dtype), rstd.to(dtype)
-    x_hat = (x - _along_groups(mean, x)) * _along_groups(rstd, x)
-    codes, scales = ops.quantize(x_hat, stride, bits, group_size, seed, number)
+    values = (x - along_groups(mean, x)) * along_groups(rstd / deviation(rstd, eps), x)
+    codes, scales = ops.quantize(values, stride, bits, group_size, seed, number)
     gamma = torch.ones(channels, dtype=dtype, device=x.device) if weight is None else weight
     beta = torch.zeros_like(gamma) if bias is None else bias
     return _dense(y, stride), codes, scales, torch.stack([gamma.to(dtype), beta.to(dtype)]), rstd
@@ -118,7 +122,7 @@ def _regular(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _along_groups(values: Tensor, x: Tensor) -> Tensor:
+def along_groups(values: Tensor, x: Tensor) -> Tensor:
     """[n, groups] as it multiplies `x` [n, channels, ...]."""
     repeats = x.shape[1] // values.shape[1]
     return values.repeat_interleave(repeats, 1).view(*x.shape[:2], *[1] * (x.dim() - 2))
@@ -130,6 +134,7 @@ def group_norm_backward_reference(
     scales: Tensor,
     table: Tensor,
     rstd: Tensor,
+    eps: float,
     stride: Sequence[int],
     bits: int,
     group_size: int,
@@ -138,12 +143,12 @@ def group_norm_backward_reference(
     x = _normalised(grad_output, codes, scales, stride, bits, group_size)
     n, channels = x.shape[:2]
     size = x.numel() // (n * channels)
-    mean, deviation = torch.zeros_like(rstd), torch.ones_like(rstd)
+    d = deviation(rstd, eps)
     dx, dgamma, dbeta = torch.ops.aten.native_group_norm_backward(
-        _regular(_dense(grad_output, stride)), _regular(x), mean, deviation, table[0], n, channels,
-        size, rstd.shape[1], [True, True, True],
+        _regular(_dense(grad_output, stride)), _regular(x), torch.zeros_like(d), d, table[0], n,
+        channels, size, rstd.shape[1], [True, True, True],
     )  # fmt: skip
-    dx = (dx * _along_groups(rstd, dx)).to(grad_output.dtype)
+    dx = (dx * along_groups(rstd / d, dx)).to(grad_output.dtype)
     return _dense(dx, stride), dgamma, dbeta
 
 
@@ -191,9 +196,9 @@ batch_norm = define_op(
 
 batch_norm_backward = define_op(
     "group_quant_batch_norm_backward(Tensor grad_output, Tensor codes, Tensor scales, Tensor table,"
-    " SymInt[] stride, int bits, int group_size) -> (Tensor, Tensor, Tensor)",
+    " float eps, SymInt[] stride, int bits, int group_size) -> (Tensor, Tensor, Tensor)",
     reference=batch_norm_backward_reference,
-    fake=lambda grad_output, codes, scales, table, stride, bits, group_size: _fake_backward(
+    fake=lambda grad_output, codes, scales, table, eps, stride, bits, group_size: _fake_backward(
         grad_output, codes, scales, table, stride
     ),
 )
@@ -208,9 +213,10 @@ group_norm = define_op(
 
 group_norm_backward = define_op(
     "group_quant_group_norm_backward(Tensor grad_output, Tensor codes, Tensor scales, Tensor table,"
-    " Tensor rstd, SymInt[] stride, int bits, int group_size) -> (Tensor, Tensor, Tensor)",
+    " Tensor rstd, float eps, SymInt[] stride, int bits, int group_size)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=group_norm_backward_reference,
-    fake=lambda grad_output, codes, scales, table, rstd, stride, bits, group_size: _fake_backward(
-        grad_output, codes, scales, table, stride
+    fake=lambda grad_output, codes, scales, table, rstd, eps, stride, bits, group_size: (
+        _fake_backward(grad_output, codes, scales, table, stride)
     ),
 )

@@ -15,8 +15,9 @@ from packlight import sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
 from packlight._seeds import Seed, operands
 from packlight.groupquant import channel_norm_ops, ops
-from packlight.groupquant.channel_norm_ops import along_channels
+from packlight.groupquant.channel_norm_ops import along_channels, along_groups
 from packlight.groupquant.fixed_point.functional import norm_worth_packing
+from packlight.groupquant.fixed_point.reference import deviation
 from packlight.groupquant.method import GroupQuant, Rounding
 from packlight.groupquant.packs import KEEPS, draw
 from packlight.sharing import Pack
@@ -26,18 +27,32 @@ _DEFAULT = GroupQuant()
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class ChannelRebuild:
-    """gamma x~ + beta along dimension 1, from the pack of x_hat and a table of gamma and beta."""
+    """gamma x~ + beta along dimension 1, from what the operators keep.
+
+    x~ is d times what is packed. The table of a batch norm has gamma d, that of a group norm gamma.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     bits: int
     group_size: int
+    eps: float = 0.0
 
-    def __call__(self, dtype: torch.dtype, codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
+    def __call__(
+        self,
+        dtype: torch.dtype,
+        codes: Tensor,
+        scales: Tensor,
+        table: Tensor,
+        rstd: Tensor | None = None,
+    ) -> Tensor:
         width = codes.new_empty_strided(self.shape, self.stride, device="meta").numel()
         layout = (self.shape, self.stride, width, self.bits, self.group_size)
         x = ops.dequantize(codes, scales, *layout, dtype, "", (), None, None)
-        y: Tensor = x * along_channels(table[0], x) + along_channels(table[1], x)
+        factor = along_channels(table[0], x)
+        if rstd is not None:
+            factor = factor * along_groups(deviation(rstd, self.eps), x)
+        y: Tensor = x * factor + along_channels(table[1], x)
         return y.to(dtype)
 
 
@@ -63,7 +78,7 @@ class _BatchNorm(torch.autograd.Function):
             *operands(seed),
         )  # fmt: skip
         _keep(ctx, kept, (weight, bias))
-        ctx.layout = (y.stride(), bits, group_size)
+        ctx.layout = (eps, y.stride(), bits, group_size)
         return y, *kept
 
     @staticmethod
@@ -96,7 +111,7 @@ class _GroupNorm(torch.autograd.Function):
             x, groups, weight, bias, eps, bits, group_size, *operands(seed)
         )
         _keep(ctx, kept, (weight, bias))
-        ctx.layout = (y.stride(), bits, group_size)
+        ctx.layout = (eps, y.stride(), bits, group_size)
         return y, *kept
 
     @staticmethod
@@ -130,9 +145,9 @@ _apply_batch_norm: Callable[..., tuple[Tensor, ...]] = _BatchNorm.apply
 _apply_group_norm: Callable[..., tuple[Tensor, ...]] = _GroupNorm.apply
 
 
-def _noted(y: Tensor, method: GroupQuant, tensors: tuple[Tensor, ...]) -> Tensor:
+def _noted(y: Tensor, method: GroupQuant, eps: float, tensors: tuple[Tensor, ...]) -> Tensor:
     shape = tuple(y.shape)
-    rebuild = ChannelRebuild(shape, y.stride(), method.bits, method.group_size)
+    rebuild = ChannelRebuild(shape, y.stride(), method.bits, method.group_size, eps)
     sharing.note_output(y, Pack(rebuild, shape, tensors, method.grade))
     return y
 
@@ -153,8 +168,8 @@ def batch_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) gamma + beta over [N, C, ...], statistics over all but C.
 
-    In training keeps a pack of x_hat = (x - mean) rstd, `bits + 32 / group_size` bits an element,
-    and 12 bytes a channel. With the packed x~,
+    In training keeps a pack of x_hat = (x - mean) rstd, in units of its deviation where that is
+    below 1/2, `bits + 32 / group_size` bits an element, and 12 bytes a channel. With the packed x~,
 
         dgamma = sum(g x~),  dbeta = sum(g),  dx = gamma rstd (g - mean g - x~ mean(g x~)):
 
@@ -170,7 +185,7 @@ def batch_norm(
         input, weight, bias, running_mean, running_var, momentum, eps, bits, group_size,
         draw(input, method),
     )  # fmt: skip
-    return _noted(y, method, tuple(kept))
+    return _noted(y, method, eps, tuple(kept))
 
 
 def group_norm(
@@ -201,4 +216,4 @@ def group_norm(
     x = autocast(input, None, lambda empty: plain(empty.view(0, input.shape[1])))
     seed = draw(x, method)
     y, *kept = _apply_group_norm(x, weight, bias, num_groups, eps, bits, group_size, seed)
-    return _noted(y, method, tuple(kept[:3]))
+    return _noted(y, method, eps, tuple(kept))

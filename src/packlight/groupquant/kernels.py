@@ -8,6 +8,8 @@ start. The eight random numbers of a byte position are one call of Philox.
 float32 numbers from 2^(23 - f) to 2^(24 - f) lie 2^-f apart. So (x - low) / step + 2^(23 - f) + u
 has the fraction in its low f bits and the code, floor((x - low) / step + u), right above them. The
 quotient is rounded to a multiple of 2^-f thereby, and so is u: the expected code is that multiple.
+
+Differences are taken of halves, at the price of whole ones, which may overflow.
 """
 
 import functools
@@ -23,9 +25,10 @@ from packlight._launch import LAUNCHES, Launch, quick
 from packlight._philox import PAIR_MULTIPLIER, PAIR_WEYL
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.derivative_kernels import DERIVATIVE
-from packlight.elementwise.kernels import DIGITS, FORWARD, PTX
+from packlight.elementwise.kernels import DIGITS, FORWARD, PTX, clamp
+from packlight.groupquant.limits import limits
 from packlight.groupquant.method import Grouping
-from packlight.groupquant.reference import ROUNDS, TINY
+from packlight.groupquant.reference import ROUNDS, SIGN, TINY
 from packlight.packing.layout import memory_order
 
 INFINITY = tl.constexpr(float("inf"))
@@ -34,6 +37,14 @@ LEAST_STEP = tl.constexpr(TINY)
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 MULTIPLIER = tl.constexpr(PAIR_MULTIPLIER)
 WEYL = tl.constexpr(PAIR_WEYL)
+SIGN_BIT = tl.constexpr(SIGN)
+HALF_MAX = tl.constexpr(65504.0)
+
+# What `load_codes` makes of groups with numbers in place of infinities: what a derivative reads,
+# NaN for what reads the function, and nothing where there are none.
+KEPT = tl.constexpr(0)
+LOST = tl.constexpr(1)
+PLAIN = tl.constexpr(2)
 
 
 @triton.jit
@@ -136,11 +147,16 @@ def random_tile(seed, row, bundle, SIZE: tl.constexpr, NQ: tl.constexpr):
 
 @triton.jit
 def group_scales(
-    tile, s: tl.constexpr, left, NQ: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
-    FULL: tl.constexpr,
+    tile, s: tl.constexpr, left, within, NQ: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    LIMITED: tl.constexpr, GREATEST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Minimum and step, [NQ] int32 bits of bfloat16 numbers, of set s of the groups of a tile."""
+    """What set s of the groups of a tile is packed by, [NQ] each.
+
+    Minimum and maximum within the limits, the half of the minimum as it is kept, the inverse of
+    half a step, and the word of both scales.
+    """
     PARTS: tl.constexpr = 8 // BITS
+    TOP: tl.constexpr = (1 << BITS) - 1
     for p in tl.static_range(PARTS):
         below, above = tile[s * PARTS + p], tile[s * PARTS + p]
         if not FULL:
@@ -152,12 +168,28 @@ def group_scales(
         else:
             low, high = _lower(low, below), _higher(high, above)
     low, high = tl.reduce(low, 1, _lower), tl.reduce(high, 1, _higher)
+    if LIMITED:
+        lowest, highest, instead_below, instead_above, edge = within
+        far_below, far_above = low <= -edge, high >= edge
+        replaced = far_below & (instead_below > lowest) | far_above & (instead_above < highest)
+        low = tl.where(far_below, instead_below, clamp(low, lowest, highest))
+        high = tl.where(far_above, instead_above, clamp(high, lowest, highest))
+        high = _higher(high, low)
     bits = low.to(tl.int32, bitcast=True)
     low_bits = (bits + tl.where(bits < 0, 0xFFFF, 0)) & -65536
-    spread = high - low_bits.to(tl.float32, bitcast=True)
-    step = spread * (1.0 / ((1 << BITS) - 1))
-    step_bits = tl.maximum((step.to(tl.int32, bitcast=True) + 0xFFFF) & -65536, LEAST_STEP)
-    return low_bits, tl.where(spread < INFINITY, step_bits, 0x7FC00000)
+    half_low = low_bits.to(tl.float32, bitcast=True) * 0.5
+    half_spread = tl.fma(high, 0.5, -half_low)
+    exact_bits = (half_spread * (2.0 / TOP)).to(tl.int32, bitcast=True)
+    step_bits = tl.maximum((exact_bits + 0xFFFF) & -65536, LEAST_STEP)
+    step_bits = tl.where(half_spread < INFINITY, step_bits, 0x7FC00000)
+    step = step_bits.to(tl.float32, bitcast=True)
+    if GREATEST is not None:
+        # Kept rounded down where the last code would stand for more than is finite.
+        past = tl.fma(step, TOP / 2, half_low) > GREATEST / 2
+        step_bits = tl.where(past, exact_bits & -65536, step_bits)
+    if LIMITED:
+        step_bits = tl.where(replaced, step_bits | SIGN_BIT, step_bits)
+    return low, high, half_low, reciprocal(step) * 2.0, low_bits | ((step_bits >> 16) & 0xFFFF)
 
 
 @triton.jit
@@ -174,9 +206,12 @@ def reciprocal(step):
 
 @triton.jit
 def code_and_fraction(
-    x, low, inverse, draws, j: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr
+    x, half_low, inverse, draws, j: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr
 ):
-    """int32 bits of the float32 number that holds the code of element j, as said above."""
+    """int32 bits of the float32 number that holds the code of element j, as said above.
+
+    `inverse` is that of half a step.
+    """
     FRACTION: tl.constexpr = 15 if BITS == 8 else 16
     BASE: tl.constexpr = (150 - FRACTION) << 23  # bits of 2^(23 - FRACTION)
     TURN: tl.constexpr = j % 4 if STOCHASTIC else 0  # bytes
@@ -190,12 +225,13 @@ def code_and_fraction(
         # prmt sets two bytes of the word below two of the base. program_id(2) is 0, but unknown to
         # the compiler, which therefore keeps the base in a register and does not load it each time.
         # Were the difference Triton's, LLVM would fuse it with a product that gave x: the minimum
-        # of a group, exact, could then lie below `low`, the minimum after rounding.
+        # of a group, exact, could then lie below the minimum after rounding.
         return tl.inline_asm_elementwise(
             "{.reg .b32 u; .reg .f32 v;"
-            "prmt.b32 u, $4, $5, $6; sub.rn.f32 v, $1, $2; fma.rn.f32 $0, v, $3, u;}",
+            "prmt.b32 u, $4, $5, $6; fma.rn.f32 v, $1, 0f3F000000, $2; fma.rn.f32 $0, v, $3, u;}",
             "=r,f,f,f,r,r,r",
-            [x, low, inverse, word, BASE + tl.program_id(2), 0x7600 + (TURN + 1) % 4 * 16 + TURN],
+            [x, -half_low, inverse, word, BASE + tl.program_id(2),
+             0x7600 + (TURN + 1) % 4 * 16 + TURN],
             dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
@@ -203,7 +239,7 @@ def code_and_fraction(
             word = (word >> (8 * TURN)) | (word << (32 - 8 * TURN))
         u = ((word & 0xFFFF) | BASE).to(tl.float32, bitcast=True)
         # The quotient is at most TOP (1 + 2^-24). A product that is rounded first may be more.
-        value = tl.minimum((x - low) * inverse, 1.0 * ((1 << BITS) - 1)) + u
+        value = tl.minimum((x * 0.5 - half_low) * inverse, 1.0 * ((1 << BITS) - 1)) + u
         return value.to(tl.int32, bitcast=True)
 
 
@@ -251,26 +287,34 @@ def _insert(byte, code, SHIFT: tl.constexpr):
 
 @triton.jit
 def store_codes(
-    tile, codes_ptr, scales_ptr, draws, left, NQ: tl.constexpr, SIZE: tl.constexpr,
-    BITS: tl.constexpr, STOCHASTIC: tl.constexpr, FULL: tl.constexpr,
+    tile, codes_ptr, scales_ptr, draws, left, within, NQ: tl.constexpr, SIZE: tl.constexpr,
+    BITS: tl.constexpr, STOCHASTIC: tl.constexpr, LIMITED: tl.constexpr, GREATEST: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
-    """Quantises a tile; `codes_ptr` and `scales_ptr` point at those of its first group."""
+    """Quantises a tile; `codes_ptr` and `scales_ptr` point at those of its first group.
+
+    `within` is a tuple of `Limits` if LIMITED. GREATEST is the greatest number that a code may
+    stand for, None where values are too small to come near.
+    """
     PARTS: tl.constexpr = 8 // BITS
     SETS: tl.constexpr = 8 // PARTS
     for s in tl.static_range(SETS):
-        low_bits, step_bits = group_scales(tile, s, left, NQ, SIZE, BITS, FULL)
-        low, step = low_bits.to(tl.float32, bitcast=True), step_bits.to(tl.float32, bitcast=True)
-        inverse = tl.broadcast_to(reciprocal(step)[:, None], [NQ, SIZE])
+        low, high, half_low, inverse, word = group_scales(
+            tile, s, left, within, NQ, SIZE, BITS, LIMITED, GREATEST, FULL
+        )
+        half_low = half_low[:, None]
+        inverse = tl.broadcast_to(inverse[:, None], [NQ, SIZE])
         parts = ()
         for p in tl.static_range(PARTS):
             x = tile[s * PARTS + p]
+            if LIMITED:
+                x = tl.minimum(tl.maximum(x, low[:, None]), high[:, None])
             parts = parts + (
-                code_and_fraction(x, low[:, None], inverse, draws, s * PARTS + p, BITS, STOCHASTIC),
+                code_and_fraction(x, half_low, inverse, draws, s * PARTS + p, BITS, STOCHASTIC),
             )
         byte = join_codes(parts, BITS)
         group = tl.arange(0, NQ) * SETS + s
         target = codes_ptr + group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-        word = low_bits | ((step_bits >> 16) & 0xFFFF)
         if FULL:
             tl.store(target, byte)
             tl.store(scales_ptr + group, word)
@@ -283,9 +327,12 @@ def store_codes(
 @triton.jit
 def load_codes(
     codes_ptr, scales_ptr, left, NQ: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
-    FULL: tl.constexpr,
+    FULL: tl.constexpr, REPLACED: tl.constexpr = PLAIN,
 ):  # fmt: skip
-    """The eight float32 tensors that codes and scales of a tile stand for."""
+    """The eight float32 tensors that codes and scales of a tile stand for.
+
+    REPLACED says what becomes of groups with numbers in place of infinities, if there may be any.
+    """
     PARTS: tl.constexpr = 8 // BITS
     SETS: tl.constexpr = 8 // PARTS
     TOP: tl.constexpr = (1 << BITS) - 1
@@ -301,12 +348,21 @@ def load_codes(
             byte = tl.load(source, there[:, None], other=0).to(tl.int32)
             word = tl.load(scales_ptr + group, there, other=0)
         low = (word & -65536).to(tl.float32, bitcast=True)
-        step = (word << 16).to(tl.float32, bitcast=True)
+        step_bits = word << 16
+        if REPLACED == KEPT:
+            step_bits &= 0x7FFFFFFF
+        elif REPLACED == LOST:
+            step_bits = tl.where(step_bits < 0, 0x7FC00000, step_bits)
+        step = tl.broadcast_to(step_bits.to(tl.float32, bitcast=True)[:, None], [NQ, SIZE])
         for p in tl.static_range(PARTS):
             # An integer below 2^23 in the low bits of 2^23 is that much more than 2^23.
             code = ((byte >> (p * BITS)) & TOP) | 0x4B000000
             value = code.to(tl.float32, bitcast=True) - WHOLE
-            tile = tile + (tl.fma(value, tl.broadcast_to(step[:, None], [NQ, SIZE]), low[:, None]),)
+            if PTX:
+                value = tl.fma(value, step, low[:, None])
+            else:  # the interpreter rounds the product, which may overflow
+                value = (value * (step * 0.5) + low[:, None] * 0.5) * 2.0
+            tile = tile + (value,)
     return tile
 
 
@@ -323,11 +379,18 @@ def _quantize_kernel(
     tiles,  # a row
     a,
     b,
+    lowest,  # and the rest of `Limits`
+    highest,
+    below,
+    above,
+    edge,
     FORWARD: tl.constexpr,  # None: nothing but the pack
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     SEED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    GREATEST: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
@@ -346,9 +409,10 @@ def _quantize_kernel(
     if SEED:
         key = seed_value(seed, SEED)
         draws = random_tile(key, row, bundle + tl.arange(0, NQ), SIZE, NQ)
+    within = (lowest, highest, below, above, edge)
     store_codes(
-        tile, codes_ptr + group * SIZE, scales_ptr + group, draws, left, NQ, SIZE, BITS, SEED != 0,
-        FULL,
+        tile, codes_ptr + group * SIZE, scales_ptr + group, draws, left, within, NQ, SIZE, BITS,
+        SEED != 0, LIMITED, GREATEST, FULL,
     )  # fmt: skip
 
 
@@ -382,7 +446,10 @@ def _dequantize_kernel(
     column = bundle * (8 * SIZE)
     group = row * row_groups + bundle * BITS
     left = width - column
-    tile = load_codes(codes_ptr + group * SIZE, scales_ptr + group, left, NQ, SIZE, BITS, FULL)
+    tile = load_codes(
+        codes_ptr + group * SIZE, scales_ptr + group, left, NQ, SIZE, BITS, FULL,
+        PLAIN if FORWARD is None else LOST,
+    )  # fmt: skip
     if WEIGHT:
         weight = load_columns(weight_ptr, first, left, PERIOD, NQ, SIZE, BITS, FULL)
     if BIAS:
@@ -395,6 +462,8 @@ def _dequantize_kernel(
             y = y * weight[j]
         if BIAS:
             y = y + bias[j]
+        if FORWARD is None and y_ptr.dtype.element_ty == tl.float16:
+            y = clamp(y, -HALF_MAX, HALF_MAX)  # the other dtypes hold whatever a pack does
         store_tile(y_ptr + row * width + column, y, left, NQ, SIZE, j, FULL)
 
 
@@ -420,7 +489,9 @@ def _activation_backward_kernel(
     left = width - start
     group = bundle * BITS
     dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
-    tile = load_codes(codes_ptr + group * SIZE, scales_ptr + group, left, NQ, SIZE, BITS, FULL)
+    tile = load_codes(
+        codes_ptr + group * SIZE, scales_ptr + group, left, NQ, SIZE, BITS, FULL, KEPT
+    )
     for j in tl.static_range(8):
         dx = dy[j] * DERIVATIVE(tile[j], a, b)
         store_tile(dx_ptr + start, dx, left, NQ, SIZE, j, FULL)
@@ -438,11 +509,23 @@ def _gated_kernel(
     up_scales_ptr,
     seed,  # a number, or a pointer to one
     width,  # n
+    lowest,  # and the rest of `Limits`, for gate
+    highest,
+    below,
+    above,
+    edge,
+    up_lowest,  # for up
+    up_highest,
+    up_below,
+    up_above,
+    up_edge,
     FORWARD: tl.constexpr,
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     SEED: tl.constexpr,
+    UP_LIMITED: tl.constexpr,
+    GREATEST: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
@@ -462,9 +545,10 @@ def _gated_kernel(
     for j in tl.static_range(8):
         # torch rounds f(gate) to the tensors' dtype before it multiplies.
         factors = factors + (FORWARD(gate[j], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
+    within = (lowest, highest, below, above, edge)
     store_codes(
-        gate, gate_codes_ptr + group * SIZE, gate_scales_ptr + group, draws, left, NQ, SIZE, BITS,
-        SEED != 0, FULL,
+        gate, gate_codes_ptr + group * SIZE, gate_scales_ptr + group, draws, left, within, NQ, SIZE,
+        BITS, SEED != 0, True, GREATEST, FULL,
     )  # fmt: skip
     if SEED:
         draws = random_tile(key, row + 1, bundle + tl.arange(0, NQ), SIZE, NQ)
@@ -472,9 +556,10 @@ def _gated_kernel(
     for j in tl.static_range(8):
         y = to_float32(factors[j]) * up[j]
         store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
+    within = (up_lowest, up_highest, up_below, up_above, up_edge)
     store_codes(
-        up, up_codes_ptr + group * SIZE, up_scales_ptr + group, draws, left, NQ, SIZE, BITS,
-        SEED != 0, FULL,
+        up, up_codes_ptr + group * SIZE, up_scales_ptr + group, draws, left, within, NQ, SIZE, BITS,
+        SEED != 0, UP_LIMITED, GREATEST, FULL,
     )  # fmt: skip
 
 
@@ -492,6 +577,7 @@ def _gated_backward_kernel(
     FORWARD: tl.constexpr,
     DERIVATIVE: tl.constexpr,  # None: rebuild f(gate~) up~
     THROUGH: tl.constexpr,
+    REPLACES: tl.constexpr,  # the gate's pack may hold numbers in place of infinities
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
@@ -508,12 +594,17 @@ def _gated_backward_kernel(
     group = bundle * BITS
     if DERIVATIVE is not None:
         dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
-    gate = load_codes(
-        gate_codes_ptr + group * SIZE, gate_scales_ptr + group, left, NQ, SIZE, BITS, FULL
+    factor = load_codes(
+        gate_codes_ptr + group * SIZE, gate_scales_ptr + group, left, NQ, SIZE, BITS, FULL, LOST
     )
+    gate = factor
+    if REPLACES and DERIVATIVE is not None:
+        gate = load_codes(
+            gate_codes_ptr + group * SIZE, gate_scales_ptr + group, left, NQ, SIZE, BITS, FULL, KEPT
+        )
     up = load_codes(up_codes_ptr + group * SIZE, up_scales_ptr + group, left, NQ, SIZE, BITS, FULL)
     for j in tl.static_range(8):
-        f = FORWARD(gate[j], 0.0, 0.0, DIGITS)
+        f = FORWARD(factor[j], 0.0, 0.0, DIGITS)
         if DERIVATIVE is None:
             store_tile(dup_ptr + start, f * up[j], left, NQ, SIZE, j, FULL)
         else:
@@ -559,6 +650,16 @@ def _empty_pack(x: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(grouping.groups, dtype=torch.int32)
 
 
+def _greatest(dtype: torch.dtype) -> float:
+    """The greatest number that a code of such a tensor may stand for."""
+    return limits(dtype).highest
+
+
+def _limited(dtype: torch.dtype) -> bool:
+    """Whether finite numbers of a dtype may lie beyond its limits."""
+    return dtype != torch.bfloat16
+
+
 def _two(parameters: Sequence[float]) -> tuple[float, float]:
     a, b = (*parameters, 0.0, 0.0)[:2]
     return float(a), float(b)
@@ -566,22 +667,25 @@ def _two(parameters: Sequence[float]) -> tuple[float, float]:
 
 @functools.lru_cache(LAUNCHES)
 def _quantize_launch(
-    grouping: Grouping, dtype: torch.dtype, name: str | None, a: float, b: float, seed: int
-) -> Launch:
-    block, warps = PACK if name is None else ACTIVATION
+    grouping: Grouping, dtype: torch.dtype, name: str, parameters: tuple[float, ...],
+    seed: int,
+) -> Launch:  # fmt: skip
+    block, warps = ACTIVATION if name else PACK
     nq, tiles, full = tile_of(grouping, block)
     return _quantize_kernel.prepare(
         (grouping.rows * tiles,),
         grouping.width,
         grouping.row_groups,
         tiles,
-        a,
-        b,
-        FORWARD=None if name is None else FORWARD[name],
+        *_two(parameters),
+        *limits(dtype, name, parameters),
+        FORWARD=FORWARD[name] if name else None,
         DIGITS=DIGITS[dtype],
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,
         SEED=seed,
+        LIMITED=bool(name) or _limited(dtype),
+        GREATEST=_greatest(dtype),
         FULL=full,
         NQ=nq,
         num_warps=warps,
@@ -596,10 +700,7 @@ def _pack(
     codes, scales = _empty_pack(x, grouping)
     if x.numel() == 0:
         return codes, scales
-    function = None if y is None else name
-    launch = _quantize_launch(
-        grouping, x.dtype, function, *_two(parameters), seed_kind(seed, number)
-    )
+    launch = _quantize_launch(grouping, x.dtype, name, tuple(parameters), seed_kind(seed, number))
     launch(x, x if y is None else y, codes, scales, seed_argument(seed, number))
     return codes, scales
 
@@ -728,11 +829,15 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) 
     return _gated_kernel.prepare(
         (tiles,),
         grouping.width,
+        *limits(dtype, name),
+        *limits(dtype),
         FORWARD=FORWARD[name],
         DIGITS=DIGITS[dtype],
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,
         SEED=seed,
+        UP_LIMITED=_limited(dtype),
+        GREATEST=_greatest(dtype),
         FULL=full,
         NQ=nq,
         num_warps=GATED.warps,
@@ -776,6 +881,7 @@ def _gated_backward_launch(
         FORWARD=FORWARD[name],
         DERIVATIVE=None if product else DERIVATIVE[name],
         THROUGH=through,
+        REPLACES=name == "relu",
         DIGITS=DIGITS[dtype],
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,

@@ -27,7 +27,11 @@ class GroupQuant(Method):
     where u is uniform on [0, 1) (`rounding="stochastic"`: E[x~] = x, so the weight gradient of a
     linear layer is unbiased) or 1/2 (`"nearest"`: half the error, biased). |x~ - x| < s, and <= s/2
     to nearest. Keeps `bits + 32 / group_size` bits an element. A group with a NaN or an infinity
-    comes back as NaN. Sources: ActNN, ICML 2021, arXiv 2104.14129; GACT, ICML 2022, 2206.11357.
+    comes back as NaN; finite values come back finite, past 3.39e38 as that. Sources: ActNN, ICML
+    2021, arXiv 2104.14129; GACT, ICML 2022, 2206.11357.
+
+    Of the input of an activation a pack holds what the derivative tells apart (`limits.py`). So a
+    mask of -3e38 leaves its group a step, and where torch has a derivative at infinity it is that.
 
     Stochastic rounding draws a seed at every call, packed or not, so that both passes of a
     checkpoint draw alike. A compiled region leaves out what nothing reads: around one, and with

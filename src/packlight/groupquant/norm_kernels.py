@@ -106,8 +106,8 @@ def _forward_kernel(
             draws = random_tile(seed_value(seed, SEED), row, bundles, SIZE, NQ)
         group = row * row_groups
         store_codes(
-            normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, NQ, SIZE, BITS,
-            SEED != 0, FULL,
+            normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, (), NQ, SIZE, BITS,
+            SEED != 0, False, None, FULL,
         )  # fmt: skip
         row += 1
 

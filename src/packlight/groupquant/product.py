@@ -142,7 +142,7 @@ def _unit(f: Tensor, up: Tensor, method: GroupQuant) -> Tensor | None:
         shape = tuple(y.shape)
         layout = (shape, y.stride(), y.numel(), method.bits, method.group_size)
         gate_pack, up_pack = product.tensors[:2], product.tensors[2:]
-        sharing.note_input(gate, Pack(Rebuild(*layout), shape, gate_pack, method.grade))
+        # That of the gate holds it within what its function tells apart, so it is no pack of it.
         sharing.note_input(up, Pack(Rebuild(*layout), shape, up_pack, method.grade))
         sharing.note_output(f, Pack(Rebuild(*layout, name), shape, gate_pack, method.grade))
     return y

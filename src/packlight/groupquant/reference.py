@@ -2,6 +2,10 @@
 
 Codes lie as `Grouping` says. Minimum and step of a group are bfloat16 numbers in one int32 word,
 the minimum in the high half. Arithmetic is in float32 whatever the dtype of the tensor.
+
+What a pack holds is finite: `limits.py` says in place of what. Differences are taken of halves,
+since those of whole numbers may overflow. A negative step says that in place of an infinity there
+is a number at which the derivative is the same and the function is not.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +18,7 @@ from packlight._philox import philox2x32
 from packlight._seeds import as_tensor
 from packlight.elementwise.derivatives import BACKWARD
 from packlight.fewbit.activations import CONTINUOUS
+from packlight.groupquant.limits import Limits, limits
 from packlight.groupquant.method import Grouping
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
 
@@ -68,6 +73,8 @@ def draws(seed: Tensor, grouping: Grouping, first_row: int = 0) -> Tensor:
 
 # Bits of 2^-126, the least step: its inverse is finite.
 TINY = 0x00800000
+# The sign of a float32 number.
+SIGN = -(2**31)
 
 
 def _bf16_down(x: Tensor) -> Tensor:
@@ -82,37 +89,58 @@ def _bf16_up(x: Tensor) -> Tensor:
 
 
 def quantize_rows(
-    x: Tensor, width: int, bits: int, group_size: int, seed: Tensor | None, first_row: int = 0
+    x: Tensor,
+    width: int,
+    bits: int,
+    group_size: int,
+    seed: Tensor | None,
+    first_row: int = 0,
+    within: Limits | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes [code_bytes] uint8 and scales [groups] int32 of flat `x`, rows of `width` elements.
 
-    `seed` [1] int64 makes the rounding stochastic; without it the rounding is to nearest.
+    `seed` [1] int64 makes the rounding stochastic; without it the rounding is to nearest. The
+    limits are those of the dtype unless others are given.
     """
     rows = x.numel() // width if width else 0
     grouping = Grouping(rows, width, bits, group_size)
     padded = grouping.row_groups * group_size
-    values = x.float().view(rows, width)
+    values = x.view(rows, width)
     if padded != width:  # copies of the last value change no minimum and no maximum
         tail = values[:, -1:].expand(rows, padded - width)
         values = torch.cat([values, tail], 1)
     values = values.reshape(rows, grouping.row_groups, group_size)
 
-    top = float(2**bits - 1)
+    lowest, highest, below, above, edge = limits(x.dtype) if within is None else within
     low, high = torch.aminmax(values, dim=-1) if values.numel() else (values[..., 0],) * 2
-    low_bits = _bf16_down(low.contiguous())
-    low = low_bits.view(torch.float32)
-    spread = (high - low).contiguous()
-    finite = spread < float("inf")  # false for NaN too
-    step_bits = _bf16_up(spread * (1 / top)).clamp(min=TINY)
+    far = low <= -edge, high >= edge
+    replaced = (far[0] & (below > lowest)) | (far[1] & (above < highest))
+    low = torch.where(far[0], below, low.clamp(lowest, highest))
+    high = torch.where(far[1], above, high.clamp(lowest, highest)).maximum(low)
+    values = values.clamp(low.unsqueeze(-1), high.unsqueeze(-1)).float()
+
+    top = float(2**bits - 1)
+    low_bits = _bf16_down(low.float().contiguous())
+    half_low = low_bits.view(torch.float32) * 0.5
+    half_spread = (high.float() * 0.5 - half_low).contiguous()
+    finite = half_spread < float("inf")  # false for NaN too
+    exact = half_spread * (2 / top)
+    step_bits = _bf16_up(exact).clamp(min=TINY)
     step_bits = torch.where(finite, step_bits, 0x7FC00000).int()
-    inverse = torch.where(finite, 1.0 / step_bits.view(torch.float32), 0.0)
-    codes = (values - low.unsqueeze(-1)).nan_to_num(0.0, 0.0, 0.0) * inverse.unsqueeze(-1)
+    inverse = torch.where(finite, 1.0 / step_bits.view(torch.float32) * 2.0, 0.0)
+    codes = (values * 0.5 - half_low.unsqueeze(-1)).nan_to_num(0.0, 0.0, 0.0)
+    codes = codes * inverse.unsqueeze(-1)
     # The sum has `fraction_bits` behind the point, as in `kernels.py`.
     base = float(1 << (23 - fraction_bits(bits)))
     dither = 0.5 if seed is None else draws(seed, grouping, first_row)
     codes = codes.clamp(max=top) + (base + dither) - base
     codes = codes.floor().to(torch.uint8)
 
+    # The step that is kept is rounded down where the last code would stand for more than is finite.
+    last = step_bits.view(torch.float32) * (top / 2) + half_low
+    past = last > limits(x.dtype).highest / 2
+    step_bits = torch.where(past, exact.view(torch.int32) & -65536, step_bits)
+    step_bits = torch.where(replaced, step_bits | SIGN, step_bits)
     bytes_ = codes.view(rows, grouping.row_groups, grouping.parts, grouping.group_bytes)
     packed = bytes_[:, :, 0].clone()
     for part in range(1, grouping.parts):
@@ -122,18 +150,37 @@ def quantize_rows(
 
 
 def dequantize_rows(
-    codes: Tensor, scales: Tensor, rows: int, width: int, bits: int, group_size: int
+    codes: Tensor,
+    scales: Tensor,
+    rows: int,
+    width: int,
+    bits: int,
+    group_size: int,
+    replaced: bool = True,
 ) -> Tensor:
-    """The float32 values [rows, width] that codes and scales stand for."""
+    """The float32 values [rows, width] that codes and scales stand for.
+
+    Unless those in place of infinities will do, as they do for derivatives, groups with any come
+    back as NaN.
+    """
     grouping = Grouping(rows, width, bits, group_size)
     packed = codes.view(rows, grouping.row_groups, 1, grouping.group_bytes)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(-1, 1)
     numbers = ((packed >> shifts) & (2**bits - 1)).float()
     low = (scales & -65536).view(torch.float32).view(rows, grouping.row_groups, 1, 1)
     step = (scales << 16).view(torch.float32).view(rows, grouping.row_groups, 1, 1)
-    values = low + step * numbers
+    step = step.abs() if replaced else torch.where(step < 0, torch.nan, step)
+    values = (low * 0.5 + step * 0.5 * numbers) * 2.0  # the product of whole ones may overflow
     rows_of_values: Tensor = values.view(rows, grouping.row_groups * group_size)
     return rows_of_values[:, :width]
+
+
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as float16 can hold them; other dtypes hold whatever a pack does."""
+    if dtype != torch.float16:
+        return values
+    greatest = torch.finfo(dtype).max
+    return values.clamp(-greatest, greatest)
 
 
 def quantize(
@@ -171,13 +218,16 @@ def dequantize(
     y = codes.new_empty_strided(tuple(shape), tuple(stride), dtype=dtype)
     if y.numel() == 0:
         return y
-    values = dequantize_rows(codes, scales, y.numel() // width, width, bits, group_size)
+    rows = y.numel() // width
+    values = dequantize_rows(codes, scales, rows, width, bits, group_size, replaced=not name)
     if name:
         values = FUNCTIONS[name](values, *parameters)
     if weight is not None:
         values = values * weight
     if bias is not None:
         values = values + bias
+    if not name:
+        values = saturated(values, dtype)
     y.as_strided((y.numel(),), (1,)).copy_(values.reshape(-1))
     return y
 
@@ -196,7 +246,9 @@ def activation(
     y = FUNCTIONS[name](x, *parameters)
     if y.stride() != stride:  # logsigmoid drops it
         y = y.new_empty_strided(y.shape, stride).copy_(y)
-    return y, *quantize(x, stride, bits, group_size, seed, number)
+    within = limits(x.dtype, name, parameters)
+    flat, key = memory_order(x, stride), as_tensor(seed, number, x.device)
+    return y, *quantize_rows(flat, flat.numel(), bits, group_size, key, within=within)
 
 
 def activation_backward(
@@ -236,7 +288,8 @@ def gated(
     y = gate.new_empty_strided(gate.shape, stride).copy_(product)
     n = gate.numel()
     key = as_tensor(seed, number, gate.device)
-    gate_pack = quantize_rows(memory_order(gate, stride), n, bits, group_size, key)
+    within = limits(gate.dtype, name)
+    gate_pack = quantize_rows(memory_order(gate, stride), n, bits, group_size, key, within=within)
     up_pack = quantize_rows(memory_order(up, stride), n, bits, group_size, key, first_row=1)
     return y, *gate_pack, *up_pack
 
@@ -256,13 +309,15 @@ def gated_backward(
     """dgate = dy up~ f'(gate~), dup = dy f(gate~). Unless `through`, dy up~ in place of dgate."""
     flat = memory_order(grad_output, stride)
     n, dtype = flat.numel(), compute_dtype(flat)
-    gate = dequantize_rows(gate_codes, gate_scales, 1, n, bits, group_size).view(-1).to(dtype)
-    up = dequantize_rows(up_codes, up_scales, 1, n, bits, group_size).view(-1).to(dtype)
+    gate_pack, layout = (gate_codes, gate_scales), (1, n, bits, group_size)
+    gate = dequantize_rows(*gate_pack, *layout).view(-1).to(dtype)
+    factor = dequantize_rows(*gate_pack, *layout, replaced=False).view(-1).to(dtype)
+    up = dequantize_rows(up_codes, up_scales, *layout).view(-1).to(dtype)
     dy = flat.to(dtype)
     dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
     dup = torch.empty_like(dgate)
     dgate.as_strided((n,), (1,)).copy_(BACKWARD[name](dy * up, gate) if through else dy * up)
-    dup.as_strided((n,), (1,)).copy_(dy * FUNCTIONS[name](gate))
+    dup.as_strided((n,), (1,)).copy_(dy * FUNCTIONS[name](factor))
     return dgate, dup
 
 
@@ -281,7 +336,7 @@ def gated_product(
     """f(gate~) up~ in `dtype`, of this shape and dense stride."""
     y = gate_codes.new_empty_strided(tuple(shape), tuple(stride), dtype=dtype)
     n = y.numel()
-    gate = dequantize_rows(gate_codes, gate_scales, 1, n, bits, group_size)
+    gate = dequantize_rows(gate_codes, gate_scales, 1, n, bits, group_size, replaced=False)
     up = dequantize_rows(up_codes, up_scales, 1, n, bits, group_size)
     y.as_strided((n,), (1,)).copy_((FUNCTIONS[name](gate) * up).view(-1))
     return y

@@ -41,6 +41,7 @@ UNIT = tl.constexpr(reference.UNIT)
 CENTRE = tl.constexpr(reference.CENTRE)
 SCALE = tl.constexpr(reference.SCALE)
 FAR = tl.constexpr(reference.FAR)
+LEAST = tl.constexpr(reference.LEAST)
 EDGE_ = tl.constexpr(EDGE)
 BIN_OF_4, BIN_OF_8 = tl.constexpr(BIN[4]), tl.constexpr(BIN[8])
 
@@ -178,14 +179,16 @@ def _table_kernel(
         gamma = tl.load(weight_ptr + channel, there, other=1.0).to(tl.float32)
     if BIAS:
         beta = tl.load(bias_ptr + channel, there, other=0.0).to(tl.float32)
-    position = tl.div_rn(beta, tl.abs(gamma)) * (1 / WIDTH)
+    own = tl.sqrt_rn(tl.maximum(1 - eps * rstd * rstd, LEAST))
+    width = WIDTH * tl.where(own < 0.5, own, 1.0)  # as `reference.deviation` says
+    position = tl.div_rn(tl.div_rn(beta, tl.abs(gamma)), width)
     position = tl.where(position == position, position, -FAR)  # 0 / 0, and NaN
     position = tl.minimum(tl.maximum(position, -FAR), FAR)
     whole = tl.floor(position)
     phase = tl.where(tl.abs(position) < FAR, position - whole, 0.0)
     centre = phase + (COUNT - 1) / 2 + 0.0 * (mean + rstd)
-    step = tl.abs(gamma) * WIDTH
-    unit = tl.where(gamma < 0, -WIDTH, WIDTH)
+    step = tl.abs(gamma) * width
+    unit = tl.where(gamma < 0, -width, width)
     shift = tl.minimum(tl.maximum(COUNT // 2 - whole, 1.0), COUNT - 1.0)
     tl.store(table_ptr + STEP * channels + channel, step, there)
     tl.store(table_ptr + LOW * channels + channel, beta - step * centre, there)

@@ -25,13 +25,28 @@ ROWS = 6
 FAR = 2.0**16
 
 
+# The square of the least deviation of normalised values that codes are cut for.
+LEAST = 2.0**-20
+
+
+def deviation(rstd: Tensor, eps: float) -> Tensor:
+    """The deviation of normalised values, sqrt(1 - eps rstd^2), below 1/2; else 1.
+
+    Codes are of values in units of it. The backward pass multiplies their error by rstd: for values
+    without variance, which are 0 normalised, by 1 / sqrt(eps).
+    """
+    own = (1 - eps * rstd.square()).clamp(min=LEAST).sqrt()
+    return torch.where(own < 0.5, own, 1.0)
+
+
 def channel_table(
-    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, bits: int
+    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int
 ) -> Tensor:
     """The table of a batch norm with these statistics and parameters, [channels] each."""
-    count, width = 2**bits, BIN[bits]
+    count = 2**bits
     gamma = torch.ones_like(rstd) if weight is None else weight.to(rstd.dtype)
     beta = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype)
+    width = BIN[bits] * deviation(rstd, eps)
     # Left of everything where gamma and beta are both 0: y is 0, and not positive.
     position = (beta / gamma.abs() / width).nan_to_num(-FAR, FAR, -FAR)
     whole = position.floor()
@@ -94,7 +109,7 @@ def batch_norm(
     if y.stride() != stride:
         y = y.new_empty_strided(y.shape, stride).copy_(y)
     mean, rstd = mean.to(compute_dtype(x)), rstd.to(compute_dtype(x))
-    table = channel_table(mean, rstd, weight, bias, bits)
+    table = channel_table(mean, rstd, weight, bias, eps, bits)
     return y, encode(x, y, mean, rstd, table, bits), table
 
 

@@ -1,0 +1,110 @@
+"""Which values a pack holds in place of those far off, so that these spoil no neighbour in a group.
+
+The step of a group is as wide as its values lie apart: one mask of -3e38 would leave nothing of the
+others. An activation does not tell what lies beyond a limit from the limit, so its pack holds that.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+# The greatest bfloat16 number. Scales are of that dtype, and values may come back in it.
+GREATEST = 255 * 2.0**120
+
+# Where an exponential is below 1e-5: no gradient of a packed value is as good as that.
+_FAR = 12.0
+
+
+class Limits(NamedTuple):
+    """The range of a pack, and what it holds for values at infinity.
+
+    `below` stands for what is at most -edge, `above` for what is at least edge: NaN, which spoils
+    the group, where torch's derivative is not finite either. Where they lie within the range, the
+    derivative is that at infinity and the function is not, which the pack says of the group.
+    """
+
+    lowest: float
+    highest: float
+    below: float = math.nan
+    above: float = math.nan
+    edge: float = math.inf
+
+
+class _Side(NamedTuple):
+    """One side of an activation: the limit of finite values, and what stands for infinity."""
+
+    limit: float = math.inf
+    infinite: float = math.nan
+
+
+def _flat(limit: float) -> _Side:
+    """Function and derivative are constant beyond."""
+    return _Side(limit, limit)
+
+
+def _straight(infinite: float) -> _Side:
+    """The derivative is constant beyond, the function is not: a finite value may be asked for."""
+    return _Side(math.inf, infinite)
+
+
+# torch's derivative at infinity is NaN.
+_NAN = _Side()
+
+
+def _elu(alpha: float) -> tuple[_Side, _Side]:
+    return _flat(_FAR + math.log(max(alpha, 1.0))), _straight(8.0)
+
+
+def _celu(alpha: float) -> tuple[_Side, _Side]:
+    return (_flat(_FAR * alpha), _straight(8.0)) if alpha > 0 else (_NAN, _NAN)
+
+
+def _softplus(beta: float, threshold: float) -> tuple[_Side, _Side]:
+    if beta <= 0:
+        return _NAN, _NAN
+    return _flat(max(_FAR, -threshold) / beta), _straight(_FAR / beta)
+
+
+# The side of negative values, by their magnitudes, and that of positive ones.
+_SIDES: dict[str, Callable[..., tuple[_Side, _Side]]] = {
+    "celu": _celu,
+    "elu": _elu,
+    "gelu": lambda: (_Side(5.0), _NAN),
+    "gelu_tanh": lambda: (_Side(5.0), _NAN),
+    "hardswish": lambda: (_Side(3.25, 3.125), _straight(8.0)),  # itself NaN at -inf
+    "logsigmoid": lambda: (_straight(_FAR), _flat(_FAR)),
+    "mish": lambda: (_Side(14.5), _NAN),
+    "quick_gelu": lambda: (_Side(8.5), _NAN),
+    "relu": lambda: (_flat(0.0), _straight(1.0)),
+    "relu_squared": lambda: (_flat(0.0), _NAN),
+    "selu": lambda: (_flat(13.0), _straight(8.0)),
+    "sigmoid": lambda: (_flat(_FAR), _flat(_FAR)),
+    "silu": lambda: (_Side(14.5), _NAN),
+    "softplus": _softplus,
+    "softsign": lambda: (_Side(256.0), _Side(256.0)),  # 1 / 257 from 1
+    "tanh": lambda: (_flat(6.5), _flat(6.5)),
+    "tanhshrink": lambda: (_straight(6.5), _straight(6.5)),
+}
+
+
+def limits(dtype: torch.dtype, name: str = "", parameters: Sequence[float] = ()) -> Limits:
+    """Those of tensors of this dtype, or of what an activation reads by its name.
+
+    What lies between the greatest bfloat16 number and the greatest float32 or float64 number comes
+    back as the former. In float16 the scales hold -65280 for the least number, -65504.
+    """
+    lowest, highest = -GREATEST, GREATEST
+    if dtype == torch.float16:
+        lowest, highest = -65280.0, 65504.0
+    if not name:
+        return Limits(lowest, highest)
+    negative, positive = _SIDES[name](*parameters)
+    edge = math.inf
+    if name == "gelu_tanh" and dtype != torch.float16:
+        # Where x^2 overflows torch's derivative is NaN.
+        edge = math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max)
+    # Subtracted, which makes no -0 of 0.
+    lowest, below = max(lowest, 0.0 - negative.limit), 0.0 - negative.infinite
+    return Limits(lowest, min(highest, positive.limit), below, positive.infinite, edge)
