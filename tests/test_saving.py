@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import TensorWeakRef
 
 import packlight
 import packlight.fewbit
 import packlight.groupquant as gq
 import packlight.inverted
+from packlight import sharing
+from packlight._seeds import operands
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import GroupQuant
 from packlight.profile import MemoryReport, profile
@@ -792,9 +795,9 @@ def test_packs_die_with_the_graph():
         h = data * layer.weight[:64]
         originals.append(weakref.ref(h))
         y = layer(h) + h.sin()
-        note = vars(h)["_packlight_note"]
-        packs += note[2].references
-        del h, note
+        pack = sharing.pack_of(h)
+        packs += map(TensorWeakRef, pack.tensors)
+        del h, pack
     gc.collect()
     # The graph alone holds the pack, and not the tensor.
     assert [original() for original in originals] == [None]
@@ -807,7 +810,7 @@ def test_a_tensor_that_outlives_the_graph_holds_no_pack():
     h = activation(64, 128)
     with saving(FOUR):
         y = h.sin()
-    (reference, _) = vars(h)["_packlight_note"][2].references
+        reference = TensorWeakRef(sharing.pack_of(h).tensors[0])
     assert reference() is not None
     del y
     assert reference() is None
@@ -922,7 +925,7 @@ def plain_hooks():
             return x.detach().clone()
         with torch.no_grad():
             dense = torch.empty_like(x).stride()
-            codes = gq.ops.quantize(x.detach(), dense, 8, 32, None)
+            codes = gq.ops.quantize(x.detach(), dense, 8, 32, *operands(None))
             layout = (tuple(x.shape), dense, x.numel(), 8, 32)
             return gq.ops.dequantize(*codes, *layout, x.dtype, "", (), None, None)
 
@@ -1008,3 +1011,410 @@ def test_what_a_layer_of_ours_keeps_stays_exact():
             y = layer(x * 1.0)
         (actual,) = torch.autograd.grad(y, x, dy)
         torch.testing.assert_close(actual, expected)
+
+
+# --- What needs no values.
+
+SIDES = {
+    "relu": F.relu,
+    "relu in place": lambda x: F.relu(x * 1, inplace=True),
+    "relu of a view in place": lambda x: F.relu((x * 1)[:, ::2], inplace=True),
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "leaky_relu in place": lambda x: F.leaky_relu(x * 1, 0.2, inplace=True),
+    "relu6": lambda x: F.relu6(4 * x),
+    "hardtanh": lambda x: F.hardtanh(x, -0.3, 0.7),
+    "hardtanh in place": lambda x: F.hardtanh(x * 1, -0.3, 0.7, inplace=True),
+    "threshold": lambda x: F.threshold(x, 0.1, 0.5),
+    "threshold in place": lambda x: F.threshold(x * 1, 0.1, 0.5, inplace=True),
+    "hardsigmoid": lambda x: F.hardsigmoid(3 * x),
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+    "clamp": lambda x: x.clamp(-0.3, 0.6),
+    "clamp in place": lambda x: (x * 1).clamp_(-0.3, 0.6),
+    "clamp from below": lambda x: x.clamp(min=0.1),
+    "clamp from above": lambda x: torch.clamp_max(x, 0.1),
+    "nan_to_num": lambda x: x.nan_to_num(),
+    "rrelu": F.rrelu,
+    "abs": torch.abs,
+    "maximum": lambda x: torch.maximum(x, x.roll(1, 0)),
+    "minimum of a column": lambda x: torch.minimum(x, x.sum(1, keepdim=True)),
+    "amax": lambda x: x.amax(-1),
+    "amin": lambda x: x.view(8, 8, 128).amin((0, -1), keepdim=True),
+    "max": lambda x: x.max(),
+    "median": lambda x: x.median(),
+    "max_pool2d": lambda x: F.max_pool2d(x.view(1, 1, 64, 128), 2),
+    "avg_pool2d": lambda x: F.avg_pool2d(x.view(1, 1, 64, 128), 2),
+    "channels-last max_pool2d": lambda x: F.max_pool2d(
+        x.view(1, 8, 32, 32).contiguous(memory_format=torch.channels_last), 2
+    ),
+    "reflected padding": lambda x: F.pad(x.view(1, 64, 128), (1, 1), mode="reflect"),
+    "gather": lambda x: x.gather(1, torch.zeros(64, 5, dtype=torch.long)),
+}
+
+
+def weighted_gradient(function, x: Tensor, method=None, **options) -> Tensor:
+    """The gradient of a weighted sum of what the function gives."""
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(1)
+    if method is None:
+        y = function(x * 1)
+    else:
+        with saving(method, **options):
+            y = function(x * 1)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    return torch.autograd.grad((y.float() * weights).sum(), x)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", SIDES.values(), ids=SIDES.keys())
+def test_sides_signs_and_shapes_are_exact(function, dtype):
+    x = torch.randn(64, 128).to(dtype)
+    exact = weighted_gradient(function, x)
+    assert torch.equal(weighted_gradient(function, x, GroupQuant(bits=2), min_bytes=0), exact)
+
+
+@pytest.mark.parametrize("function", SIDES.values(), ids=SIDES.keys())
+def test_sides_signs_and_shapes_take_two_bits_at_most(function):
+    if function is F.rrelu:
+        pytest.skip("keeps its slopes, random where a value is negative, exactly")
+    x = activation(64, 128)
+    report = kept(function, x)
+    kept_of_floats = [row.bytes for row in report.rows if row.dtype != "int64" and row.bytes > 512]
+    assert sum(kept_of_floats) <= 2 * x.numel() // 8
+
+
+def test_a_limit_is_not_a_sign_where_elements_repeat_or_limits_are_tensors():
+    x = torch.randn(64, 128)
+    for function in (
+        lambda x: x[:, :1].expand(64, 128).abs(),
+        lambda x: x.clamp(min=x.roll(1, 0)),
+        lambda x: torch.fmax(x, x.roll(1, 0)),
+        lambda x: torch.minimum(x[:, :1] * 1, x[:1] * 1),
+        lambda x: torch.aminmax(x, dim=1).max,
+    ):
+        exact = weighted_gradient(function, x)
+        assert torch.equal(weighted_gradient(function, x, FOUR, min_bytes=0), exact)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("relu_first", [True, False])
+def test_a_relu_and_a_convolution_share_no_sign(inplace, relu_first):
+    conv = nn.Conv2d(8, 8, 1)
+    x = activation(2, 8, 32, 32)
+    n = x.numel()
+
+    def model(x):
+        if relu_first:
+            y = F.relu(x * 1, inplace)
+            return conv(y)
+        y = conv(x)
+        return y + F.relu(x * 1 if inplace else x, inplace)
+
+    assert pack_bytes(kept(model, x)) == packed(n) + n // 8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("negative", [-0.2, 0.25])
+def test_a_prelu_has_exact_sides_and_an_unbiased_weight_gradient(bits, negative):
+    layer = nn.PReLU(init=negative)
+    x = activation(64, 128)
+    assert pack_bytes(kept(layer, x, method=GroupQuant(bits))) == packed(x.numel(), bits) + 1024
+    (exact,) = torch.autograd.grad(layer(x).sum(), x, retain_graph=True)
+    (weight,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+    found = []
+    for _ in range(50):
+        with saving(GroupQuant(bits)):
+            y = layer(x)
+        dx, dw = torch.autograd.grad(y.sum(), [x, layer.weight], retain_graph=True)
+        assert torch.equal(dx, exact)
+        found.append(dw)
+    draws = torch.cat(found)
+    # The minimum is rounded down and the step up, so no value is clipped: some parts in 1000.
+    assert (draws.mean() - weight).abs() < 4 * draws.std() / 50**0.5 + 0.002 * weight.abs()
+
+
+def test_a_selu_flips_no_side():
+    x = torch.randn(64, 128)
+    plain = weighted_gradient(torch.selu, x, FOUR)
+    exact = weighted_gradient(torch.selu, x)
+    positive = x > 0
+    assert torch.equal(plain[positive], exact[positive])
+    assert (plain - exact).norm() < 0.1 * exact.norm()
+
+
+# --- What has no bound.
+
+
+UNBOUNDED = {
+    "log": lambda x: x.abs().add(1e-4).log(),
+    "log1p": lambda x: x.abs().sub(0.9999).log1p(),
+    "sqrt": lambda x: x.abs().add(1e-4).sqrt(),
+    "rsqrt": lambda x: x.abs().add(1e-4).rsqrt(),
+    "reciprocal": torch.reciprocal,
+    "power of -1": lambda x: x.pow(-1),
+    "power of 1.5": lambda x: x.abs().pow(1.5),
+    "power of a tensor": lambda x: x.abs().pow(x.roll(1, 0)),
+    "denominator": lambda x: torch.ones_like(x) / x,
+    "addcdiv": lambda x: torch.addcdiv(torch.ones_like(x), torch.ones_like(x), x),
+    "atan2": lambda x: torch.atan2(x, x.roll(1, 0)),
+    "acosh": lambda x: x.abs().add(1.0001).acosh(),
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=1),
+    "std": lambda x: x.std(1),
+    "prod": lambda x: x[:, :8].prod(1),
+    "grid": lambda x: F.grid_sample(
+        torch.ones(1, 1, 8, 8).cumsum(-1), x.view(1, 64, 64, 2), align_corners=False
+    ),
+}
+
+
+@pytest.mark.parametrize("function", UNBOUNDED.values(), ids=UNBOUNDED.keys())
+def test_unbounded_derivatives_are_exact(function):
+    x = torch.randn(64, 128)
+    exact = weighted_gradient(function, x)
+    assert torch.equal(weighted_gradient(function, x, GroupQuant(bits=2)), exact)
+
+
+def test_an_override_packs_what_is_exact_by_default():
+    x = activation(64, 128)
+    report = kept(lambda x: x.log(), x, overrides={"Log*": EIGHT})
+    assert pack_bytes(report) == packed(x.numel(), 8)
+    assert pack_bytes(kept(lambda x: x.square(), x)) == packed(x.numel())
+
+
+# --- Infinities.
+
+
+@pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min, -1e9])
+def test_masked_scores_spoil_nothing(value):
+    mask = torch.rand(64, 128) < 0.2
+
+    def softmax(x):
+        scores = x.masked_fill(mask, value)
+        e = (scores - scores.amax(-1, keepdim=True)).exp()
+        return e / e.sum(-1, keepdim=True)
+
+    def gate(x):
+        return F.logsigmoid(x.masked_fill(mask, value))
+
+    x = torch.randn(64, 128)
+    for function, bound in ((softmax, 0.05), (gate, 0)):
+        exact = weighted_gradient(function, x)
+        found = weighted_gradient(function, x, EIGHT)
+        assert (found - exact).norm() <= bound * exact.norm()
+
+
+def test_a_bias_of_attention_that_is_learned_stays_exact():
+    q = torch.randn(2, 4, 64, 32)
+    hidden = torch.ones(64, 64, dtype=torch.bool).triu(1)
+
+    def attend(bias):
+        bias = bias.masked_fill(hidden, float("-inf"))
+        return F.scaled_dot_product_attention(q, q, q, bias)
+
+    bias = torch.randn(64, 64)
+    torch.testing.assert_close(
+        weighted_gradient(attend, bias, FOUR), weighted_gradient(attend, bias)
+    )
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min])
+def test_a_mask_that_a_compiled_region_makes_stays_exact(value):
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.ones(64, 64, dtype=torch.bool).triu(1)
+            mask = torch.zeros(2, 1, 64, 64).masked_fill(hidden, value)
+            q = super().forward(x)
+            return F.scaled_dot_product_attention(q, q, q, mask)
+
+    compiled = torch.compile(Masked(32, 32), backend="aot_eager")
+    assert error(compiled, torch.randn(2, 4, 64, 32), EIGHT) < 0.05
+
+
+# --- Python Functions.
+
+
+class Finished(torch.autograd.Function):
+    """A loss that keeps its gradients: in another shape and dtype, of an inner graph or by hand."""
+
+    @staticmethod
+    def forward(ctx, x, weight, inner):
+        if inner:
+            with torch.enable_grad():
+                leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+                loss = ((leaves[0] @ leaves[1].T).tanh() * 30).logsumexp(-1).sum()
+                dx, dw = torch.autograd.grad(loss, leaves)
+        else:
+            loss = (x @ weight.T).sum()
+            dx, dw = (
+                weight.sum(0).expand_as(x).contiguous(),
+                x.sum(0).expand_as(weight).contiguous(),
+            )
+        ctx.save_for_backward(dx.flatten(), dw.T.contiguous())
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return grad * dx.view(64, 64), grad * dw.T, None
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_finished_gradients_are_exact(inner, read):
+    x, weight = torch.randn(64, 64, requires_grad=True), nn.Parameter(torch.randn(500, 64) * 0.05)
+
+    def run():
+        loss = Finished.apply(x, weight, inner)
+        return loss * 2 if read else loss
+
+    exact = torch.autograd.grad(run(), [x, weight])
+    with saving(GroupQuant(bits=2)):
+        loss = run()
+    assert all(map(torch.equal, torch.autograd.grad(loss, [x, weight]), exact))
+
+
+def test_the_second_pass_of_a_loss_without_reduction_is_exact():
+    class PerToken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x.softmax(-1))
+            return x.logsumexp(-1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad[:, None] * ctx.saved_tensors[0]
+
+    x = torch.randn(64, 128)
+    exact = weighted_gradient(PerToken.apply, x)
+    assert torch.equal(weighted_gradient(lambda x: PerToken.apply(x) * 1, x, FOUR), exact)
+
+
+def test_functions_in_a_row_are_found_by_what_reads_the_last():
+    x = activation(64, 128)
+
+    def model(x):
+        return Custom.apply(Custom.apply(Custom.apply(x))).sum()
+
+    report = kept(model, x)
+    assert pack_bytes(report) == packed(3 * x.numel())
+    assert {row.operation for row in report.rows if row.dtype == "uint8"} == {"CustomBackward"}
+
+
+def test_what_no_call_reads_stays_exact():
+    x = torch.randn(64, 128)
+    found = weighted_gradient(Custom.apply, x, GroupQuant(bits=2))
+    assert torch.equal(found, weighted_gradient(Custom.apply, x))
+
+
+def test_a_function_within_a_call_is_found():
+    @torch.library.custom_op("packlight_tests::sine", mutates_args=())
+    def sine(x: Tensor) -> Tensor:
+        return x.sin()
+
+    sine.register_fake(torch.empty_like)
+    sine.register_autograd(
+        lambda ctx, grad: grad * ctx.saved_tensors[0].cos(),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    x = activation(64, 128)
+    assert pack_bytes(kept(lambda x: sine(x), x)) == packed(x.numel())
+
+
+def test_a_result_that_is_lost_leaves_nothing_behind():
+    x = activation(64, 128)
+    with saving(FOUR):
+        lost = Custom.apply(x * 1)
+        saved = weakref.ref(lost.grad_fn._raw_saved_tensors[0].data.kept)
+        del lost
+        gc.collect()
+        assert saved() is None
+        y = Custom.apply(x).sum()
+    assert not torch.equal(torch.autograd.grad(y, x)[0], x.detach().cos())
+
+
+# --- Overrides.
+
+
+def test_an_override_that_names_nothing_raises():
+    x = activation(64, 128)
+    for pattern, near in (("*Softmx*", "Softmax"), ("geluu", "gelu"), ("Zzz", "")):
+        match = f"(?i){pattern.strip('*')}.*{near}"
+        with pytest.raises(InputError, match=match), saving(FOUR, overrides={pattern: None}):
+            x.sin()
+
+
+def test_an_override_may_name_what_did_not_run():
+    class Elsewhere(Custom):
+        pass
+
+    names = ("*Softmax*", "gelu", "ElsewhereBackward", "checkpoint", "Compiled*", "FlashAttn*", "*")
+    x = activation(64, 128)
+    with saving(FOUR, overrides=dict.fromkeys(names)):
+        x.sin()
+    with torch.no_grad(), saving(FOUR, overrides={"MyKernelBackward": None}):
+        x.sin()  # a pass that saves nothing says nothing of names
+    with pytest.raises(RuntimeError, match="shapes"), saving(FOUR, overrides={"*Softmx*": None}):
+        torch.matmul(x.sin(), x)
+
+
+# --- Torches without names that it reads.
+
+
+def test_a_torch_that_shows_no_nodes_is_refused(monkeypatch):
+    monkeypatch.delattr(torch._C._autograd, "_get_sequence_nr")
+    with pytest.raises(InputError, match="which operation"), saving(FOUR):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (torch._C, "DisableTorchFunction"),
+        (torch._C, "_functions"),
+    ],
+)
+def test_without_a_name_gradients_are_as_good(monkeypatch, place, name):
+    monkeypatch.delattr(place, name)
+    model, x = mlp(), torch.randn(64, 64)
+    assert error(model, x, EIGHT) < 0.02
+    assert pack_bytes(kept(lambda x: Custom.apply(x).sum(), activation(64, 128))) == packed(8192)
+
+
+def test_threads_have_calls_of_their_own():
+    x = torch.randn(64, 128)
+    exact = weighted_gradient(lambda x: F.relu(x).softmax(-1), x)
+    results = []
+
+    def work():
+        results.append(weighted_gradient(lambda x: F.relu(x).softmax(-1), x, FOUR))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    assert all(torch.equal(result, exact) for result in results)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_pass_inside_moves_no_random_numbers(reentrant):
+    """And a ReLU that a checkpoint runs again in it keeps its sides."""
+    layers = [nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 64), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Dropout(0.5))
+    masks = []
+    model[5].register_forward_hook(lambda module, args, out: masks.append(out.detach() != 0))
+    x = torch.randn(64, 64, requires_grad=True)
+    grads = []
+    for method in (None, EIGHT):
+        torch.manual_seed(0)
+        if method is None:
+            checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        else:
+            with saving(method):
+                checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        grads.append(x.grad)
+        x.grad = None
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+    assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()

@@ -19,6 +19,7 @@ packed by itself.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -49,7 +50,16 @@ def saving(
     those of torch. Gradients are approximate: each tensor x that an operation kept is x~ in its
     backward, with |x~ - x| below one step of its group, and E[x~] = x with stochastic rounding. So
     an operation whose gradient is linear in what it kept (a matmul, a convolution) passes on an
-    unbiased one, and one whose gradient is not (an activation, a norm) a biased one.
+    unbiased one, and one whose gradient is not (an activation, a norm) a biased one. The user's
+    random numbers are not touched.
+
+    Exact, in fewer bits:
+
+    - one bit where the backward pass needs the side of a limit (ReLU, leaky ReLU, ReLU6, hardtanh,
+      hardsigmoid, hardshrink, softshrink, threshold, RReLU, clamp, amax, amin, max and min), in
+      place too; two where it needs a sign (abs, maximum, minimum); none where it needs a shape
+      (pooling, reflected and replicated padding, gather);
+    - a bit beside the pack where it needs the side of 0, and values on one side only (PReLU, SELU).
 
     Kept exactly:
 
@@ -57,25 +67,38 @@ def saving(
       such. A weight that is computed (weight norm, a merged adapter) is an activation here;
     - what has no gradient history where a torch operation keeps it: data, buffers, masks with
       infinities, frozen weights under autocast, statistics of norms and attention (and the floating
-      mask that dropout makes on the CPU). Somebody holds most of these anyway. A Python
-      `autograd.Function` makes what it keeps without history, so there only tensors of at most
-      1/16 of the elements of its largest, bytes included (codes of packlight layers), are taken
-      for statistics, and kept exactly;
+      mask that dropout makes on the CPU). Somebody holds most of these anyway;
+    - what operations keep whose derivative has no bound: log, sqrt, rsqrt, reciprocal, powers but
+      those of 1, 2, 3 and so on, denominators, norms, acos, atan2, linear algebra, the grid of
+      grid_sample;
+    - tensors with infinities, NaNs or huge values (1e9; 65504 in float16), as far as can be told
+      without making a GPU wait: all on the CPU, on a GPU what `masked_fill` or `where` filled with
+      a number, and biases of attention. An infinity elsewhere on a GPU makes its group NaN;
     - float64, complex, integer, sparse and nested tensors, tensor subclasses;
     - all that a packlight layer keeps: packed already, or exact for a reason;
-    - softmax, logsumexp and losses, inputs of checkpoints, and tensors below `min_bytes`.
+    - softmax, logsumexp and losses, inputs of checkpoints, and tensors below `min_bytes`;
+    - what was saved by an operation that was not found, as the last `autograd.Function` in the
+      context is not if nothing reads its result there.
+
+    A Python `autograd.Function` makes what it keeps without history. There, what has at most 1/16
+    of the elements of the largest tensor it keeps, bytes included (codes), is taken for statistics,
+    and what has at least 16 times the elements of its largest output for the finished gradients of
+    a loss: both are kept exactly, and so is all that a Function keeps in a graph of its own.
 
     The queries, keys, values and output of attention are packed at 8 bits.
 
     Args:
         method: how tensors are packed.
         min_bytes: smaller tensors are kept as they are.
-        skip: called with a tensor that would be packed; True keeps it exactly.
+        skip: called with a tensor that may be packed; True keeps it exactly.
         overrides: methods, or None for exact, by patterns (as in `fnmatch`) of operations. An
             operation is named as `packlight.profile` reports it, "GeluBackward0", or by the torch
-            function called, "gelu"; "checkpoint" is the inputs of checkpoints, always rounded to
-            nearest. The first pattern that matches counts, before the defaults above:
-            `{"*Softmax*": GroupQuant(bits=8)}`.
+            function called, "gelu"; "checkpoint" is the inputs of checkpoints. The first pattern
+            that matches counts, before the defaults above: `{"*Softmax*": GroupQuant(bits=8)}`.
+            What takes fewer bits without loss does so under any method.
+
+    Raises `InputError` where an override names no operation, at the end of the context, since a
+    name may be that of a Function that is defined there.
 
     A tensor that is modified in place after it was saved: where torch would raise, a pack still
     gives the gradient of the value at save time. What is kept exactly raises as torch does.
@@ -85,11 +108,12 @@ def saving(
     is the checkpoint, which keeps nothing there. `torch.func` transforms refuse any hooks.
 
     Functions compiled by `torch.compile` may be called within the context: the tensors that cross
-    to their backward are packed as they leave the forward, as those of a Function, at 8 bits unless
+    to their backward are packed as they leave the forward, at 8 bits unless
     `overrides={"CompiledFunctionBackward": ...}` says otherwise, since softmax and attention cannot
-    be told apart there. Buffers and data are packed too, and a floating mask with infinities that
-    crosses makes gradients NaN: pass a bool mask. The context cannot be entered inside a compiled
-    function: that raises `InputError`.
+    be told apart there, nor what needs a sign: a ReLU there has the sign of a value of 8 bits.
+    Buffers and data are packed too. Masks with infinities stay exact: on a GPU
+    they are told by their shape, (T, T) or (B, 1, T, S). The context cannot be entered inside a
+    compiled function: that raises `InputError`.
 
     Masks: bool everywhere; uint8 that holds only 0 and 1 on the CPU, since the look at the values
     would make a GPU wait.
@@ -113,6 +137,11 @@ def _check(method: object, min_bytes: object, skip: object, overrides: object) -
         raise InputError(
             "saving(...) was entered inside a function that torch.compile compiles; enter it"
             " outside, around the call of the compiled function"
+        )
+    if not graph.is_readable():
+        raise InputError(
+            f"saving(...) cannot tell which operation saves a tensor in torch {torch.__version__};"
+            " convert the model instead, with packlight.convert"
         )
     if not isinstance(method, GroupQuant):
         raise InputError(f"method={method!r} is not a GroupQuant; try GroupQuant(bits=4)")

@@ -162,7 +162,8 @@ def _matches(pattern: str, names: frozenset[str] | set[str]) -> bool:
 def _names() -> frozenset[str]:
     """Names of all operations that there are now: a Function may be defined at any time."""
     functions = {f"{function.__name__}Backward" for function in graph.functions()}
-    return graph.node_names() | _function_names() | functions | {*_OF_PACKAGES, CHECKPOINT}
+    named_here = {*_OF_PACKAGES, CHECKPOINT, COMPILED}
+    return graph.node_names() | _function_names() | functions | named_here
 
 
 def _function_names() -> frozenset[str]:
