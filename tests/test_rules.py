@@ -5,6 +5,7 @@ samples are in `rule_samples.py`.
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -159,3 +160,176 @@ def test_it_reverts_to_what_it_was(method, kind):
     assert vars(converted).keys() == vars(plain).keys()
     assert {name: vars(converted)[name] for name in before} == before
     assert repr(converted) == repr(plain)
+
+
+# --- What is done to outputs.
+
+IN_PLACE = {
+    "add_": lambda y: y.add_(1.0),
+    "relu_": lambda y: y.relu_(),
+    "mul_": lambda y: y.mul_(2.0),
+}
+
+
+def inputs(x):
+    """An input of so many dimensions, one of the batch, and of rows ones of more."""
+    more = [(4, 8, 64), (2, 4, 4, 64)] if x.dim() == 2 else []
+    return [x, x[0], *(x.expand(*shape[:-2], *x.shape)[..., : shape[-2], :] for shape in more)]
+
+
+@pytest.mark.filterwarnings("ignore:a sketch of")
+@every_rule
+def test_an_output_may_be_modified_in_place_where_torch_s_may(method, kind):
+    plain, converted, x = pair(method, kind)
+    if method is Inverted and kind not in LINEAR:
+        return  # this method keeps the output, which must stay
+    for given, write in itertools.product(inputs(x), IN_PLACE.values()):
+        try:
+            y, grads = step(plain, given, lambda layer, x, write=write: write(layer(x * 1.0)))
+        except (RuntimeError, ValueError):
+            continue  # torch keeps that output, or takes no such input
+        ours, our_grads = step(
+            converted, given, lambda layer, x, write=write: write(layer(x * 1.0))
+        )
+        if kind is nn.Dropout:
+            continue  # its own mask
+        torch.testing.assert_close(ours, y)
+        for name, grad in grads.items():
+            if method is not Sketch or name != "weight":
+                error = (our_grads[name] - grad).norm()
+                assert error <= BOUND.get(method, 1e-4) * grad.norm() + 1e-4, name
+
+
+# --- Tensors that packlight has no kernels for, and what needs torch's own functions.
+
+
+def other_tensors(x):
+    with torch.inference_mode():
+        inference = x.clone()
+    found = {
+        "integers": x.long(),
+        "complex": x.to(torch.complex64),
+        "of inference mode": inference,
+        "sparse": x.to_sparse(),
+        "float8": x.to(torch.float8_e5m2),
+    }
+    if x.dim() == 2:
+        found["jagged"] = torch.nested.nested_tensor([x[:5], x[5:9]], layout=torch.jagged)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@every_rule
+def test_other_tensors_are_left_to_torch(method, kind):
+    plain, converted, x = pair(method, kind)
+    if kind.__name__.startswith("InstanceNorm"):  # torch's forward, of which we replace a part
+        with pytest.raises(packlight.InputError, match="takes float32"):
+            converted(x.long())
+        return
+    for name, given in other_tensors(x).items():
+        results = []
+        for layer in (plain, converted):
+            torch.manual_seed(1)
+            try:
+                results.append(layer(given))
+            except (RuntimeError, TypeError, ValueError) as error:
+                results.append((type(error), str(error)))
+        expected, actual = results
+        if isinstance(expected, tuple):
+            assert actual == expected, name
+        else:
+            assert type(actual) is type(expected), name
+            assert (actual.dtype, actual.shape[0]) == (expected.dtype, expected.shape[0])
+
+
+@pytest.mark.filterwarnings("ignore:a sketch of")
+@every_rule
+def test_transforms_of_torch_func_take_torch_s_own_functions(method, kind):
+    plain, converted, x = pair(method, kind)
+    if kind.__name__.startswith("InstanceNorm"):
+        with pytest.raises(packlight.InputError, match="torch's own function"):
+            torch.func.grad(lambda x: converted(x).sum())(x)
+        return
+
+    def gradients(layer):
+        parameters = {name: value.detach() for name, value in layer.named_parameters()}
+
+        def loss(parameters, x):
+            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+        torch.manual_seed(1)
+        return torch.func.grad(loss, argnums=(0, 1))(parameters, x)
+
+    if plain._buffers:  # running statistics, which no transform lets a layer write
+        for layer in (plain, converted):
+            with pytest.raises(RuntimeError, match="would mutate a captured Tensor"):
+                gradients(layer)
+        return
+    torch.testing.assert_close(gradients(converted), gradients(plain))
+    rows = torch.func.vmap(converted, randomness="different")(x[:4, None])
+    assert rows.shape == plain(x[:4]).unsqueeze(1).shape
+
+
+def test_what_is_exported_in_training_is_the_plain_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+    x = torch.randn(16, 64)
+    expected = model(x)
+    packlight.convert(model, functional=True)
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), expected)
+    assert not any("packlight" in str(node.target) for node in exported.graph.nodes)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_functions_say_that_they_cannot_be_transformed():
+    x = torch.randn(4, 64)
+    for function in (packlight.groupquant.gelu, packlight.fewbit.silu, packlight.inverted.mish):
+        with pytest.raises(packlight.InputError, match=r"torch\.func .* cannot differentiate"):
+            torch.func.grad(lambda x, function=function: function(x).sum())(x)
+        with torch.no_grad():
+            torch.func.vmap(function)(x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(packlight.InputError):
+        packlight.groupquant.gelu(torch.autograd.forward_ad.make_dual(x, x))
+
+
+# Of each Function one layer.
+FUNCTIONS = (
+    nn.BatchNorm1d, nn.Conv2d, nn.Dropout, nn.GELU, nn.GLU, nn.GroupNorm, nn.LayerNorm, nn.Linear,
+    nn.MaxPool2d, nn.ReLU,
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("method", "kind"), [row for row in RULES if row[1] in FUNCTIONS])
+def test_compiled_autograd_gives_the_gradients(method, kind, fresh_compiler):
+    """Behind a norm, whose pack a reader shares."""
+    _, converted, x = pair(method, kind)
+    norm = nn.LayerNorm(x.shape[-1])
+    packlight.convert(norm, METHODS[GroupQuant])
+    model = nn.Sequential(norm, converted)
+    compiler = torch.compile(backend="eager")
+    packlight.manual_seed(1)
+    _, expected = step(model, x)
+    packlight.manual_seed(1)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        _, actual = step(model, x)
+    torch.testing.assert_close(actual, expected)
+
+
+# --- A weight that changes before the backward pass has read it.
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [row for row in RULES if row[1] in LINEAR and row[0] is not Inverted]
+)
+def test_a_weight_modified_before_the_backward_pass_is_named(method, kind):
+    """As by a discriminator's step between the passes of the generator, under autocast."""
+    _, converted, x = pair(method, kind)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = converted(x)
+    with torch.no_grad():
+        converted.weight.add_(1.0)
+    with pytest.raises(packlight.ModifiedWeightError, match="step after the backward pass"):
+        y.float().sum().backward()

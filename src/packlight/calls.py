@@ -52,6 +52,15 @@ class _Covering(TorchFunctionMode):
     def __init__(self, calls: Calls) -> None:
         super().__init__()
         self.calls = calls
+        self.hooks = None if torch.compiler.is_compiling() else _torch.saved_tensor_hooks()
+
+    def holds(self) -> bool:
+        """Whether no saved-tensor hooks were put on since.
+
+        Those of a checkpoint of a function run it again with the mode off. One that is compiled is
+        part of the graph in both passes.
+        """
+        return torch.compiler.is_compiling() or self.hooks == _torch.saved_tensor_hooks()
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -60,7 +69,12 @@ class _Covering(TorchFunctionMode):
         if "out" in kwargs and kwargs["out"] is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         call = self.calls.table.get(func)
-        if call is None or _called_by_a_layer() or not _is_covered(call, args, kwargs):
+        if (
+            call is None
+            or not self.holds()
+            or _called_by_a_layer()
+            or not _is_covered(call, args, kwargs)
+        ):
             return _tracer.traceable(func)(*args, **kwargs)
         return call.function(*args, **kwargs, **call.options)
 
@@ -248,7 +262,7 @@ def _covered_now() -> Calls:
     """Which calls are covered where this is asked."""
     for mode in reversed(_torch.function_modes()):
         if isinstance(mode, _Covering):
-            return mode.calls
+            return mode.calls if mode.holds() else _NONE
     return _NONE
 
 

@@ -33,9 +33,8 @@ class GroupQuant(Method):
     Of the input of an activation a pack holds what the derivative tells apart (`limits.py`). So a
     mask of -3e38 leaves its group a step, and where torch has a derivative at infinity it is that.
 
-    Stochastic rounding draws a seed at every call, packed or not, so that both passes of a
-    checkpoint draw alike. A compiled region leaves out what nothing reads: around one, and with
-    dropout in it, use checkpoints with `use_reentrant=False`, whose passes run the same graph.
+    Stochastic rounding has a stream of random numbers of its own, which torch's generator does not
+    feel; `packlight.manual_seed` starts it.
 
     Args:
         bits: code length: 2, 4 or 8.
