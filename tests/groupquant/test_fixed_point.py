@@ -68,7 +68,8 @@ def test_codes_follow_the_source(bits):
     gamma = torch.tensor([1.0, 0.5, 2.0, 1.5, 0.1, 3.0], dtype=torch.float64)
     beta = gamma * torch.tensor([0.0, 0.3, -0.7, 1.9, -2.5, 2.4], dtype=torch.float64)
     _, codes, table = codes_of(x, gamma, beta, bits)
-    x_hat = F.batch_norm(x, None, None, None, None, True)
+    x_hat = F.batch_norm(x, None, None, None, None, True, eps=1e-30)  # in units of its deviation
+    gamma = gamma * F.batch_norm(x, None, None, None, None, True).std((0, 2, 3), correction=0)
     a = x_hat + channels(beta / gamma)
     shift = (count / 2 - (beta / gamma / width).floor()).clamp(min=1)
     expected = ((a - 1e-6) / width).floor() + channels(shift)
@@ -78,7 +79,8 @@ def test_codes_follow_the_source(bits):
     assert ((codes == expected.clamp(0, count - 1)) | edge).all()
     a_rebuilt = (codes.double() - channels(shift) + 0.5) * width
     x_rebuilt = channels(table[reference.UNIT]) * (codes - channels(table[reference.CENTRE]))
-    torch.testing.assert_close(x_rebuilt, a_rebuilt - channels(beta / gamma))
+    unit = table[reference.UNIT] / width
+    torch.testing.assert_close(x_rebuilt / channels(unit), a_rebuilt - channels(beta / gamma))
     y_rebuilt = channels(table[reference.STEP]) * codes + channels(table[reference.LOW])
     torch.testing.assert_close(y_rebuilt, channels(gamma) * a_rebuilt)
 

@@ -168,8 +168,8 @@ def batch_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) gamma + beta over [N, C, ...], statistics over all but C.
 
-    In training keeps a pack of x_hat = (x - mean) rstd, in units of its deviation where that is
-    below 1/2, `bits + 32 / group_size` bits an element, and 12 bytes a channel. With the packed x~,
+    In training keeps a pack of x_hat = (x - mean) rstd, in units of its deviation,
+    `bits + 32 / group_size` bits an element, and 12 bytes a channel. With the packed x~,
 
         dgamma = sum(g x~),  dbeta = sum(g),  dx = gamma rstd (g - mean g - x~ mean(g x~)):
 

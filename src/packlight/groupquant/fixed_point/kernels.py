@@ -179,8 +179,10 @@ def _table_kernel(
         gamma = tl.load(weight_ptr + channel, there, other=1.0).to(tl.float32)
     if BIAS:
         beta = tl.load(bias_ptr + channel, there, other=0.0).to(tl.float32)
-    own = tl.sqrt_rn(tl.maximum(1 - eps * rstd * rstd, LEAST))
-    width = WIDTH * tl.where(own < 0.5, own, 1.0)  # as `reference.deviation` says
+    # As `reference.deviation`.
+    width = WIDTH * tl.sqrt_rn(
+        tl.maximum(1 - eps * rstd * rstd, LEAST, propagate_nan=tl.PropagateNan.ALL)
+    )
     position = tl.div_rn(tl.div_rn(beta, tl.abs(gamma)), width)
     position = tl.where(position == position, position, -FAR)  # 0 / 0, and NaN
     position = tl.minimum(tl.maximum(position, -FAR), FAR)

@@ -41,9 +41,9 @@ class FixedPoint(Method):
     - |beta / gamma| beyond the window, where no bin, or all of them, would lie left of 0: the
       source holds the window at 0, so that all values fall in its last bin. Here it goes on
       following the bias; one code is set aside for the side of 0 that is rare.
-    - Channels of little variance, whose x_hat has a deviation below 1/2 since eps is most of what
-      is under the root: h is in units of that deviation. The backward pass multiplies the error of x~
-      by 1 / sqrt(var + eps), which is 316 for a channel without variance.
+    - h is in units of the deviation of x_hat, sqrt(var / (var + eps)). That is 1 but for channels
+      of little variance, as most are at the start of a network whose weights are small; there the
+      backward pass multiplies the error of x~ by up to 1 / sqrt(eps) = 316.
     - gamma = 0, or so small that beta / gamma has no fraction of a bin: the window is that of
       x_hat, `shift` 1 if beta > 0 and K - 1 if not. dgamma is as good there as elsewhere.
 

@@ -25,18 +25,17 @@ ROWS = 6
 FAR = 2.0**16
 
 
-# The square of the least deviation of normalised values that codes are cut for.
+# The square of the least deviation that codes are cut for.
 LEAST = 2.0**-20
 
 
 def deviation(rstd: Tensor, eps: float) -> Tensor:
-    """The deviation of normalised values, sqrt(1 - eps rstd^2), below 1/2; else 1.
+    """The deviation of normalised values, sqrt(var / (var + eps)) = sqrt(1 - eps rstd^2).
 
     Codes are of values in units of it. The backward pass multiplies their error by rstd: for values
     without variance, which are 0 normalised, by 1 / sqrt(eps).
     """
-    own = (1 - eps * rstd.square()).clamp(min=LEAST).sqrt()
-    return torch.where(own < 0.5, own, 1.0)
+    return (1 - eps * rstd.square()).clamp(min=LEAST).sqrt()
 
 
 def channel_table(

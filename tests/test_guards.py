@@ -1,0 +1,189 @@
+"""No kernel writes outside of its outputs: every one, with whole last blocks and ragged ones."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import packlight
+from packlight._launch import quick
+from packlight.fewbit import dropout_kernels, pooling_kernels
+from packlight.fewbit import kernels as few_bit
+from packlight.groupquant import kernels as group
+from packlight.groupquant import norm_kernels as group_norm
+from packlight.groupquant.fixed_point import kernels as fixed
+from packlight.groupquant.fixed_point import residual_kernels
+from packlight.inverted import kernels as inverted
+from packlight.inverted import norm_kernels as inverted_norm
+from packlight.packing import kernels as packing
+from packlight.sketch import kernels as sketch
+from tests.guards import BYTES, Guards
+
+FP32 = torch.float32
+
+
+def seed():
+    return torch.tensor([7])
+
+
+def values(guards, *shape, dtype=FP32):
+    return guards.of(torch.randn(*shape).to(dtype))
+
+
+# Each runs the kernels of a module on tensors between guards. Its sizes begin with whole blocks and
+# ragged ones.
+
+
+def masks(guards, n):
+    mask = guards.of(torch.rand(n) < 0.5)
+    packing.unpack_mask(packing.pack_mask(mask.view(torch.uint8), (1,)), (n,), (1,))
+
+
+def few_bits(guards, n):
+    x, borders = values(guards, n), (-1.0, 0.0, 1.0)
+    few_bit.encode(x, 2, borders, "none", 1, (1,))
+    few_bit.activation_(guards.of(x), "silu", (), 2, borders, "none", 1)
+    _, codes = few_bit.activation(x, "silu", (), 2, borders, "none", 1)
+    few_bit.decode_backward(x, codes, 2, (0.0, 0.1, 0.5, 1.0), False, (1,))
+
+
+def dropouts(guards, n):
+    x = values(guards, n)
+    dropout_kernels.dropout(x, seed(), 0.3, True)
+    dropout_kernels.dropout_(x, seed(), 0.3, True)
+    dropout_kernels.dropout_mask(seed(), n, 0.3)
+
+
+def pooling(guards, length):
+    x = values(guards, 2, 3, length, 8)
+    window = ((2, 2), (2, 2), (0, 0), (1, 1))
+    y, codes = pooling_kernels.max_pool(x, *window, False)
+    pooling_kernels.max_pool_backward(y, codes, *window, x.shape[2:], x.stride())
+
+
+def inverses(guards, n):
+    x = values(guards, n)
+    y, bits = inverted.activation(x, "silu")
+    inverted.activation_(guards.of(x), "silu")
+    inverted.backward(x, y, bits, "silu", ())
+
+
+def inverted_norms(guards, rows, width):
+    x, weight, bias = (values(guards, *shape) for shape in ((rows, width), (width,), (width,)))
+    for channels in (None, torch.tensor([1, 5])):
+        forward = (x, (width,), weight, bias, channels, 1e-5, True, FP32, None)
+        y, _, rstd, exact = inverted_norm.row_norm(*forward)
+        exact = None if channels is None else exact
+        kept = (weight, bias, channels, rstd, exact)
+        inverted_norm.row_norm_backward(x, y, (width,), *kept, True, FP32, True, True)
+
+
+def wide_inverted_norms(guards, rows, width):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FORWARD_WIDTH", "BACKWARD_WIDTH", "WIDE_BLOCK"):
+            patch.setattr(inverted_norm, name, 16)
+        inverted_norms(guards, rows, width)
+
+
+def packs(guards, n, bits):
+    x = values(guards, n)
+    pack = group.quantize(x, (1,), bits, 64, seed())
+    _, *inputs = group.activation(x, "silu", (), bits, 64, None)
+    layout = ((n,), (1,), n, bits, 64, FP32)
+    group.dequantize(*pack, *layout, "", (), None, None)
+    group.dequantize(*inputs, *layout, "silu", (), None, None)
+    group.activation_backward(x, *inputs, "silu", (), (1,), bits, 64)
+    _, *both = group.gated(x, x, "silu", bits, 64, seed())
+    group.gated_backward(x, *both, "silu", (1,), bits, 64, True)
+    group.gated_product(*both, "silu", (n,), (1,), bits, 64, FP32)
+
+
+def packed_rows(guards, rows, width, bits):
+    x, weight, bias = (values(guards, *shape) for shape in ((rows, width), (width,), (width,)))
+    _, *kept = group_norm.norm(x, width, weight, bias, 1e-5, True, bits, 32, seed())
+    group_norm.norm_backward(x, *kept, weight, True, True, True, bits, 32)
+    layout = ((rows, width), (width, 1), width, bits, 32, FP32)
+    group.dequantize(*kept[:2], *layout, "", (), weight, bias)
+
+
+def batch_norms(guards, shape, bits, stride):
+    x = values(guards, *shape)
+    x = guards.of(x.contiguous(memory_format=torch.channels_last)) if stride else x
+    weight, bias, mean, var = (values(guards, shape[1]) for _ in range(4))
+    y, codes, table = fixed.batch_norm(x, weight, bias, mean, var.abs_(), 0.1, 1e-5, bits)
+    layout = (tuple(shape), y.stride(), bits, FP32)
+    fixed.batch_norm_backward(x, codes, table, y.stride(), bits)
+    fixed.relu_backward(x, codes, table, y.stride(), bits)
+    fixed.rebuild(codes, table, *layout, True)
+    mask = packing.pack_mask((y > 0).view(torch.uint8), y.stride())
+    kept = [mask, codes, table]
+    residual_kernels.residual(None, codes, table, kept, (True, False), *layout)
+    residual_kernels.residual(x, codes, table, kept, (True, False), *layout)
+
+
+def sketches(guards, tokens, features, rows):
+    x = values(guards, tokens, features)
+    for kind in ("gaussian", "rademacher", "srht"):
+        sketch.apply(x, seed(), kind, values(guards, rows, features))
+    sketch.row_statistics(x, seed())
+    index = torch.arange(rows, dtype=torch.int32)
+    sketch.gather(x, index, None, values(guards, rows, features))
+
+
+RUNS = {
+    "masks": (masks, [(4096,), (4173,), (1,)]),
+    "few bits": (few_bits, [(4096,), (4173,)]),
+    "dropout": (dropouts, [(4096,), (4173,)]),
+    "max pooling": (pooling, [(128,), (22,)]),
+    "inverses": (inverses, [(4096,), (4173,)]),
+    "inverted norms": (inverted_norms, [(4, 64), (3, 50)]),
+    "wide inverted norms": (wide_inverted_norms, [(4, 64), (3, 50)]),
+    "packs": (packs, [(4096, 4), (4173, 4), (1050, 8), (1050, 2)]),
+    "rows of packs": (packed_rows, [(4, 128, 4), (3, 72, 4), (3, 72, 8)]),
+    "batch norms": (
+        batch_norms,
+        [((4, 8, 8, 16), 4, False), ((3, 5, 7, 3), 4, False), ((3, 5, 7, 3), 8, True)],
+    ),
+    "sketches": (sketches, [(128, 32, 32), (100, 33, 30)]),
+}
+CASES = [
+    pytest.param(run, size, id=f"{name} {size}")
+    for name, (run, sizes) in RUNS.items()
+    for size in sizes
+]
+
+
+@pytest.mark.parametrize(("run", "size"), CASES)
+def test_kernels_write_nothing_outside_of_their_outputs(run, size):
+    with Guards() as guards:
+        run(guards, *size)
+    assert guards.intact()
+
+
+def test_what_is_written_outside_is_seen():
+    for place in (-1, 10):
+        with Guards() as guards:
+            x = torch.empty(10, dtype=torch.uint8)
+        assert guards.intact()
+        x.as_strided((1,), (1,), BYTES + place).fill_(0)
+        assert not guards.intact()
+
+
+def test_every_kernel_is_among_the_runs(monkeypatch):
+    """Found in the package's modules, launched by the runs of the ragged sizes."""
+    known, launched = {}, set()
+    for module in pkgutil.walk_packages(packlight.__path__, "packlight."):
+        if module.name.endswith("kernels"):
+            for name, value in vars(importlib.import_module(module.name)).items():
+                if isinstance(value, quick):
+                    known[id(value)] = f"{module.name}.{name}"
+
+    def launch(self, *_):
+        launched.add(id(self))
+
+    monkeypatch.setattr(quick, "launch", launch)
+    for run, sizes in RUNS.values():
+        with Guards() as guards:
+            run(guards, *sizes[1])
+    assert not {name for key, name in known.items() if key not in launched}
