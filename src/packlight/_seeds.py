@@ -16,6 +16,7 @@ run the same instructions each time, it is a tensor [1] of int64 on the device.
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -111,7 +112,7 @@ def rounding_state() -> dict[str, int | None]:
     return {"base": _rounding.base, "next": _rounding.count}
 
 
-def set_rounding_state(state: dict[str, int | None]) -> None:
+def set_rounding_state(state: Mapping[str, int | None]) -> None:
     """Has the stream of rounding go on from where `rounding_state` found it."""
     base, count = state.get("base"), state.get("next")
     if base is not None and count is not None:

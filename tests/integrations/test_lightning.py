@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import packlight
-from packlight import FewBit, GroupQuant
+from packlight import FewBit, GroupQuant, _seeds
 
 EIGHT = (GroupQuant(bits=8, group_size=32, rounding="nearest"), FewBit(bits=8))
 
@@ -139,10 +139,15 @@ def test_checkpoints_are_plain_ones(framework, callback_class, tmp_path):
     plain.load_state_dict(state)
     for name, parameter in module.named_parameters():
         assert torch.equal(plain.get_parameter(name), parameter)
+    rounding = _seeds.rounding_state()
+    _seeds.set_rounding_state({"base": 1, "next": 0})
     resumed = make_module(framework)
     again = trainer_of(framework, tmp_path, callback_class(EIGHT), max_epochs=2)
     again.fit(resumed, loader(), ckpt_path=str(tmp_path / "saved.ckpt"), weights_only=False)
     assert again.global_step == 8
+    now = _seeds.rounding_state()
+    assert now["base"] == rounding["base"]
+    assert now["next"] == 2 * rounding["next"]
 
 
 def test_validation_alone_converts_nothing(framework, callback_class, tmp_path):

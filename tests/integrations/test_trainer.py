@@ -200,6 +200,23 @@ def test_checkpoints_are_plain_ones_and_training_resumes(tmp_path):
         torch.testing.assert_close(resumed.get_parameter(name), parameter, rtol=0, atol=1e-4)
 
 
+def test_a_resumed_training_rounds_as_an_uninterrupted_one(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    callback = PacklightCallback((GroupQuant(bits=2), FewBit(bits=2)))
+
+    def trained(checkpoint=None):
+        packlight.manual_seed(11)
+        model = make("bert")
+        trainer_of(model, tmp_path, [callback], **saving).train(resume_from_checkpoint=checkpoint)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole = trained()
+    assert torch.equal(trained(str(tmp_path / "checkpoint-2")), whole)
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state.write_text(state.read_text().replace("PacklightRounding", "Another"))
+    assert not torch.equal(trained(str(tmp_path / "checkpoint-2")), whole)
+
+
 def test_a_model_that_the_trainer_makes_is_converted_when_training_begins(tmp_path):
     callback = PacklightCallback(GroupQuant(bits=4))
     arguments = TrainingArguments(

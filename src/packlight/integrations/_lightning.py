@@ -1,7 +1,9 @@
 """What the callbacks for `lightning` and `pytorch_lightning` share; each has a class of its own."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from packlight._seeds import rounding_state, set_rounding_state
 from packlight.convert import revert
 from packlight.integrations._converting import Converting
 
@@ -15,9 +17,13 @@ class ConvertingFit(Converting):
 
     The first batch of each fit that keeps anything is measured, up to its first backward pass:
     `kept_bytes` is what autograd keeps of it, logged as "packlight_kept_bytes".
+
+    Checkpoints hold where the stream of rounding is, so a resumed fit rounds as an uninterrupted
+    one does.
     """
 
     _logged = False
+    _rounding: Mapping[str, int | None] = {}  # of the checkpoint from which a fit goes on
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
@@ -39,6 +45,16 @@ class ConvertingFit(Converting):
         if self.kept_bytes is not None and not self._logged:
             self._logged = True
             pl_module.log("packlight_kept_bytes", float(self.kept_bytes))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rounding": rounding_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rounding = state_dict.get("rounding", {})
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        rounding, self._rounding = self._rounding, {}
+        set_rounding_state(rounding)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._stop_measuring()

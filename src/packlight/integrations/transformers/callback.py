@@ -5,8 +5,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from packlight._seeds import rounding_state, set_rounding_state
 from packlight.convert import revert
 from packlight.integrations._converting import Converting
+
+_ROUNDING = "PacklightRounding"
 
 
 class PacklightCallback(Converting, TrainerCallback):
@@ -20,6 +23,9 @@ class PacklightCallback(Converting, TrainerCallback):
     `kept_bytes` is what autograd keeps of it, with a loss that the `Trainer` computes, and the next
     log has it as "packlight_kept_bytes". Under `torch.compile` the first step, which
     has the hooks of the measurement, is compiled apart from the others.
+
+    Checkpoints hold where the stream of rounding is, in `trainer_state.json`, so a resumed training
+    rounds as an uninterrupted one does.
     """
 
     _logged = False
@@ -33,6 +39,8 @@ class PacklightCallback(Converting, TrainerCallback):
         self._stop_measuring()  # of a training that an exception ended
         self._convert(kwargs["model"])
         self.kept_bytes, self._logged = None, False
+        if state.global_step:  # resumed
+            set_rounding_state(state.stateful_callbacks.get(_ROUNDING, {}).get("attributes", {}))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start_measuring(kwargs["model"])
@@ -45,6 +53,9 @@ class PacklightCallback(Converting, TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop_measuring()
+        # As the state of a callback of its own: the `Trainer` would make this one anew of its
+        # state, and methods have no place in one.
+        state.stateful_callbacks[_ROUNDING] = {"args": {}, "attributes": rounding_state()}
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
