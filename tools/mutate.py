@@ -25,6 +25,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,8 +63,8 @@ TESTS = {
     " tests/groupquant/test_convolution.py",
     "groupquant/fixed_point": "tests/groupquant/test_fixed_point.py"
     " tests/groupquant/test_residual.py",
-    "groupquant/modules.py": "tests/groupquant/test_modules.py tests/test_contract.py"
-    " -k 'test_modules or groupquant'",
+    "groupquant/modules.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py"
+    " tests/test_contract.py -k 'groupquant and not kernel'",
     "groupquant/rules.py": "tests/test_rules.py tests/test_convert.py",
     "integrations": "tests/integrations",
     "integrations/_activations.py": "tests/integrations/test_timm.py"
@@ -337,6 +338,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run of pytest is left behind
 
     sources = {module: (SOURCE / module).read_bytes() for module in chosen(options.modules)}
     if not sources:

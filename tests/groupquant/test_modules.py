@@ -108,3 +108,12 @@ def test_fixed_point_norms_in_eval_are_torchs_own(kind, plain_kind, shape):
     x = torch.randn(shape, requires_grad=True)
     assert torch.equal(module(x), plain(x))
     assert kept_bytes(lambda: module(x)) == kept_bytes(lambda: plain(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_linear_reads_the_pack_of_an_activation_in_place_too(inplace):
+    model = nn.Sequential(groupquant.SiLU(inplace, **QUIET), groupquant.Linear(64, 8, **QUIET))
+    x = torch.randn(32, 64, requires_grad=True)
+    pack = 32 * 64 * 4 // 8 + 32 * 64 // 64 * 4
+    kept = kept_bytes(lambda: model(x * 1))
+    assert kept == pack + model[1].weight.nbytes
