@@ -1,7 +1,7 @@
 """`predict`: what a model would keep for its backward pass, without running it.
 
-Model and inputs are copied onto fake tensors (`packlight._fakes`), which have a shape, a dtype and a
-device and no values, and the copy is profiled. So nothing is computed and no memory used, and a
+Model and inputs are copied onto fake tensors (`packlight._fakes`), which have a shape, a dtype and
+a device and no values, and the copy is profiled. So nothing is computed and no memory used, and a
 model that does not fit can be looked at. Small inputs keep their values: lengths, labels, and
 masks, of which models keep none that is all ones.
 """
