@@ -1,6 +1,7 @@
 """Models by a text: what is made, with which inputs, and what is refused and how."""
 
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -356,3 +357,97 @@ def test_dtypes_are_those_of_the_command_line():
 
     assert tuple(DTYPES) == cli._DTYPES
     assert tuple(models.TASKS) == cli._TASKS
+
+
+# ---- what strangers and slips of the finger may ask for ------------------------------------------
+
+
+STRANGE = [
+    {"_attn_implementation": "someone/kernel"},
+    {"attn_implementation": "flash_attention_2"},
+    {"_attn_implementation_internal": "paged|someone/kernel"},
+    {"text_config": {"model_type": "llama", "_attn_implementation": "someone/kernel"}},
+    {"attn_implementation": {"text_config": "someone/kernel", "": "sdpa"}},
+    {"layers": [{"inner": {"experts_implementation": "someone/kernel"}}]},
+    {"use_kernels": True},
+    {"use_timm_backbone": True},
+    {"backbone": "resnet50"},
+    {"backbone": "someone/backbone", "use_timm_backbone": False},
+    {"backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:someone/net"}},
+    {"backbone_config": {"model_type": "timm_backbone", "use_pretrained_backbone": True}},
+    {"vision_config": {"model_type": "timm_wrapper", "architecture": "hf_hub:someone/net"}},
+    {"num_hidden_layers": 10**7},
+    {"num_hidden_layers": 10**30},
+    {"text_config": {"vocab_size": -(10**30)}},
+]
+
+
+@pytest.mark.parametrize("entries", STRANGE, ids=str)
+def test_a_configuration_of_a_stranger_fetches_nothing(tmp_path, entries):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **entries}))
+    with pytest.raises(InputError) as caught:
+        load_model(str(tmp_path), Inputs({"sequence": 8}))
+    assert "\n" not in str(caught.value)
+    assert re.search(r"to fetch|too large|beyond 64 bits", str(caught.value))
+
+
+def test_a_configuration_of_a_stranger_runs_no_code(tmp_path):
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    code = {
+        "auto_map": {
+            "AutoConfig": "evil.C",
+            "AutoModel": "evil.M",
+            "AutoModelForCausalLM": "evil.M",
+        }
+    }
+    small = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = {"model_type": "llama", **small, "intermediate_size": 8, "vocab_size": 8, **code}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_model(str(tmp_path), Inputs({"sequence": 8}))
+    assert type(loaded.model).__module__.startswith("transformers.")
+    assert not hasattr(loaded.model.config, "auto_map")
+    config = {"model_type": "unknown", **code}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="refused"):
+        load_model(str(tmp_path), Inputs({"sequence": 8}))
+
+
+@pytest.mark.parametrize("text", ["[1]", "9" * 5000, "[" * 5000, "{", '"a"'])
+def test_a_configuration_that_is_none(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_model(str(tmp_path))
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "batch=" + "9" * 31,
+        "batch=" + "9" * 5000,
+        "9" * 31 + "x4",
+        "sequence=" + "0" * 5000,
+        "4x" * 50,
+    ],
+    ids=lambda text: text[:9],
+)
+def test_sizes_have_bounds(text):
+    with pytest.raises(InputError) as caught:
+        parse_inputs([text])
+    assert len(str(caught.value)) < 300
+
+
+def test_inputs_have_bounds():
+    inputs = Inputs({"batch": 10**9 - 1, "sequence": 10**9 - 1})
+    with pytest.raises(InputError, match="more elements than any memory"):
+        load_model("hf:llama", inputs, config={"num_hidden_layers": 1})
+    with pytest.raises(InputError, match="num_hidden_layers: 10000000, too large"):
+        load_model("hf:llama", config={"num_hidden_layers": 10**7})
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "0x" + "f" * 5000, "9" * 25, "[" * 5000])
+def test_values_have_bounds(text):
+    with pytest.raises(InputError) as caught:
+        parse_value(text)
+    assert len(str(caught.value)) < 300

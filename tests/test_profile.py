@@ -1,5 +1,6 @@
 import builtins
 import dataclasses
+import errno
 import functools
 import gc
 import importlib
@@ -7,7 +8,9 @@ import inspect
 import itertools
 import json
 import math
+import os
 import random
+import sys
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -777,6 +780,43 @@ def test_functional_calls_are_named_by_their_line():
     assert {row.module_type for row in report.rows} == {"Gated", "Linear"}
 
 
+CELL = """
+def forward(x, weight):
+    y = x @ weight
+    return y.sin()
+"""
+
+
+@pytest.mark.parametrize(
+    ("filename", "shell", "place"),
+    [
+        ("/tmp/ipykernel_815/1234567.py", True, "In[5]"),
+        ("<ipython-input-5-0123456789ab>", True, "In[5]"),
+        ("/tmp/ipykernel_815/7654321.py", False, "/tmp/ipykernel_815/7654321.py"),
+        ("<ipython-input-6-0123456789ab>", False, "<ipython-input-6-0123456789ab>"),
+        ("<stdin>", False, "<stdin>"),
+        ("<string>", True, "<string>"),
+    ],
+)
+def test_cells_of_notebooks_are_named_as_there(monkeypatch, filename, shell, place):
+    """A shell knows its cells by the files that it made up for them."""
+
+    def format_code_name(name):
+        return ("Cell", "In[5]") if "ipy" in name else None
+
+    running = SimpleNamespace(compile=SimpleNamespace(format_code_name=format_code_name))
+    ipython = SimpleNamespace(get_ipython=lambda: running if shell else None)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    measuring.short_path.cache_clear()
+    names = {}
+    exec(compile(CELL, filename, "exec"), names)
+    weight = torch.randn(4, 4, requires_grad=True)
+    report = profile(names["forward"], torch.randn(3, 4, requires_grad=True) * 1, weight)
+    assert [row.source for row in report.rows] == [f"{place}:4"]
+    assert f"{place.split('/')[-1]}:4" in str(report)
+    measuring.short_path.cache_clear()
+
+
 def test_plain_functions():
     weight = torch.randn(4, 4, requires_grad=True)
     report = profile(lambda x: F.gelu(x @ weight), ones())
@@ -1017,6 +1057,33 @@ def test_json_round_trip(report):
 def test_json_that_is_no_report(text):
     with pytest.raises(InputError, match="not the text of a MemoryReport"):
         MemoryReport.from_json(text)
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 400, "1e999", "-1", "[" * 5000])
+def test_json_with_numbers_that_are_no_bytes(report, number):
+    text = report.to_json().replace('"buffer_bytes": 0', f'"buffer_bytes": {number}')
+    assert text != report.to_json()
+    with pytest.raises(InputError, match="not the text of a MemoryReport") as caught:
+        MemoryReport.from_json(text)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_drawn_leaves_the_one_that_was_there(report, tmp_path, monkeypatch):
+    path = tmp_path / "kept.html"
+    report.to_html(path)
+    before = path.read_text()
+
+    def full_disk(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(InputError, match="cannot be written: No space left"):
+        report.to_html(path)
+    with pytest.raises(InputError, match="cannot be written: No space left"):
+        report.plot(tmp_path / "kept.png")
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.html"]
 
 
 def test_json_of_another_format(report):

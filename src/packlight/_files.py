@@ -30,6 +30,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8, which is expected") from error
+    except InputError:
+        raise
     except ValueError as error:  # a null character
         raise InputError(f"{str(path)!r} cannot be read: {error}") from error
 
@@ -62,7 +64,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     except UnicodeEncodeError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
     except ValueError as error:
-        if isinstance(error, InputError) or "null" not in str(error):
+        if isinstance(error, InputError) or "null" not in str(error):  # of whoever writes
             raise
         raise InputError(f"{str(path)!r} cannot be written: {error}") from error
     finally:

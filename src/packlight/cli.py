@@ -15,11 +15,15 @@ from typing import Any, NoReturn
 from packlight._version import __version__
 from packlight.errors import PacklightError
 
+# Characters of an error. It repeats what was given, which may be anything.
+_LONGEST = 500
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
+        message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 

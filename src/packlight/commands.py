@@ -16,7 +16,13 @@ import torch
 from packlight.conversion import Conversion
 from packlight.convert import Choice, Selector, convert
 from packlight.errors import InputError, PacklightError
-from packlight.method_files import EVERYTHING, load_methods, parse_methods, save_methods
+from packlight.method_files import (
+    EVERYTHING,
+    load_methods,
+    parse_methods,
+    save_methods,
+    shortened,
+)
 from packlight.models import (
     DTYPES,
     LoadedModel,
@@ -26,7 +32,7 @@ from packlight.models import (
     parse_value,
 )
 from packlight.predict import failing_module, predict
-from packlight.report import MemoryReport, human_bytes
+from packlight.report import MemoryReport, check_depth, human_bytes
 
 # As `convert` takes them, in the order in which they count.
 Chosen = dict[Selector, Choice]
@@ -76,6 +82,7 @@ class Answer:
 
 def profile(arguments: argparse.Namespace) -> None:
     """`packlight profile`: what is kept for the backward pass, and what with methods."""
+    check_depth(arguments.depth)
     chosen = chosen_methods(arguments.method, arguments.methods)
     answer = _loaded(arguments)
     answer.before = _predicted(answer, arguments)
@@ -144,8 +151,9 @@ def chosen_methods(texts: Iterable[str], path: Path | None) -> Chosen:
         selector, choice = _chosen(text)
         if selector in chosen:
             raise InputError(
-                f"--method {text!r}: {selector!r} is given twice; a layer takes the first of"
-                " several methods that can convert it: 'Linear=FixedPoint(4), GroupQuant(4)'"
+                f"--method {shortened(text)}: {selector!r} is given twice; a layer takes the"
+                " first of several methods that can convert it:"
+                " 'Linear=FixedPoint(4), GroupQuant(4)'"
             )
         chosen[selector] = choice
     filed = {} if path is None else load_methods(path)
@@ -160,11 +168,11 @@ def _chosen(text: str) -> tuple[str, Choice]:
         selector, method = EVERYTHING, text
     selector = selector.strip()
     if not selector:
-        raise InputError(f"--method {text!r} has no selector; write 'GELU=FewBit(3)'")
+        raise InputError(f"--method {shortened(text)} has no selector; write 'GELU=FewBit(3)'")
     try:
         return selector, parse_methods(method)
     except InputError as error:
-        raise InputError(f"--method {text!r}: {error}") from error
+        raise InputError(f"--method {shortened(text)}: {error}") from error
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -176,7 +184,9 @@ def _loaded(arguments: argparse.Namespace) -> Answer:
     for text in arguments.config:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise InputError(f"--config {text!r} is not NAME=VALUE, such as num_hidden_layers=4")
+            raise InputError(
+                f"--config {shortened(text)} is not NAME=VALUE, such as num_hidden_layers=4"
+            )
         config[name] = parse_value(value)
     loaded = load_model(
         arguments.model,

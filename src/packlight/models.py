@@ -10,6 +10,8 @@ import ast
 import difflib
 import importlib
 import inspect
+import json
+import math
 import os
 import re
 import sys
@@ -23,7 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from packlight._files import read_text
 from packlight.errors import InputError, MissingDependencyError
+from packlight.method_files import is_beyond_64_bits, shortened
 
 __all__ = ["DTYPES", "TASKS", "Inputs", "LoadedModel", "load_model", "parse_inputs", "parse_value"]
 
@@ -89,8 +93,8 @@ def load_model(
     module, colon, name = text.partition(":")
     if not (colon and re.fullmatch(r"[\w.]+", module) and re.fullmatch(r"[\w.]+", name)):
         raise InputError(
-            f"unknown model {text!r}; expected hf:TYPE (such as hf:roberta), a directory with a"
-            " config.json, or MODULE:NAME in Python"
+            f"unknown model {shortened(text)}; expected hf:TYPE (such as hf:roberta), a"
+            " directory with a config.json, or MODULE:NAME in Python"
         )
     if task is not None:
         raise InputError(f"a task is for models of transformers, and {text} makes its own model")
@@ -138,33 +142,62 @@ def parse_inputs(texts: Iterable[str]) -> Inputs:
 
 def _check_size(name: str, value: str, sizes: Mapping[str, int]) -> None:
     if name not in SIZES:
-        raise InputError(f"unknown size {name!r}; expected {', '.join(SIZES)}, or a shape, 8x128")
+        raise InputError(
+            f"unknown size {shortened(name)}; expected {', '.join(SIZES)}, or a shape, 8x128"
+        )
     if name in sizes:
         raise InputError(f"{name} is given twice")
     if not re.fullmatch(r"0*[1-9]\d*", value):
-        raise InputError(f"{name}={value} is not a positive whole number")
+        raise InputError(f"{name}={value[:_DIGITS]} is not a positive whole number")
+    _size(value)
 
 
 def _shape(text: str) -> Shape:
     found = _SHAPE.fullmatch(text)
     if found is None:
         raise InputError(
-            f"input {text!r} is neither a size, batch=8, nor a shape, 8x3x224x224 or 8x128:int64"
+            f"input {shortened(text)} is neither a size, batch=8, nor a shape, 8x3x224x224"
+            " or 8x128:int64"
         )
-    sizes = tuple(int(size) for size in found[1].split("x"))
+    sizes = tuple(map(_size, found[1].split("x")))
     if found[2] is None:
         return Shape(sizes, None)
     dtype = DTYPES.get(found[2], getattr(torch, found[2], None))
     if not isinstance(dtype, torch.dtype):
-        raise InputError(f"input {text!r}: {found[2]} is no dtype; such as int64, float32, bf16")
+        raise InputError(
+            f"input {shortened(text)}: {found[2]} is no dtype; such as int64, float32, bf16"
+        )
     return Shape(sizes, dtype)
+
+
+# Digits of a size: no tensor has more elements in one dimension than fit into nine.
+_DIGITS = 9
+
+
+def _size(digits: str) -> int:
+    if len(digits.lstrip("0")) > _DIGITS:
+        raise InputError(f"a size of {len(digits)} digits is too large; at most {_DIGITS} fit")
+    return int(digits)
+
+
+def _input(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if math.prod(shape) > 2**56:
+        raise InputError(f"an input of {_shape_text(shape)} has more elements than any memory")
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
 def parse_value(text: str) -> Any:
     """The value of a configuration's entry: a Python literal, or else the text itself."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        if is_beyond_64_bits(value):
+            raise InputError(f"{shortened(text)} is a number beyond 64 bits")
+        return value
+    except InputError:
+        raise
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        if len(text) > 1000:
+            raise InputError(f"{shortened(text)} has {len(text)} characters") from None
         return {"true": True, "false": False, "null": None}.get(text, text)
 
 
@@ -279,7 +312,7 @@ def _made_inputs(
     if inputs.shapes:
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         shapes = [(shape.sizes, shape.dtype or own) for shape in inputs.shapes]
-        return tuple(torch.empty(s, dtype=dtype, device="meta") for s, dtype in shapes), {}
+        return tuple(_input(sizes, dtype) for sizes, dtype in shapes), {}
     if _is_pretrained(model):
         return (), _sized_inputs(model, None, inputs.sizes)
     raise InputError(
@@ -379,7 +412,9 @@ def _configuration(
                 near = difflib.get_close_matches(name, names, n=3)
                 hint = f" (near: {', '.join(near)})" if near else f"; it has {', '.join(names)}"
                 raise InputError(f"the configuration of {text} has no {name!r}{hint}")
-        return _plain_configuration(transformers, text, changes), options
+        settings = _plain_configuration(transformers, text, changes)
+        _check_numbers(text, settings.to_dict())
+        return settings, options
     except InputError:
         raise
     except Exception as error:  # configurations check themselves, each in its own way
@@ -391,15 +426,101 @@ def _plain_configuration(transformers: Any, text: str, changes: Mapping[str, Any
     if Path(text).is_dir():
         if not (Path(text) / "config.json").is_file():
             raise InputError(f"directory {text} has no config.json")
-        return transformers.AutoConfig.from_pretrained(text, **_NO_CODE, **changes)
+        entries = _json(Path(text) / "config.json")
+        return _stranger(transformers, text, entries, changes)
     if "/" in name:
-        return transformers.AutoConfig.from_pretrained(name, **_NO_CODE, **changes)
+        entries, _ = transformers.PreTrainedConfig.get_config_dict(name)
+        return _stranger(transformers, name, entries, changes)
     types = list(transformers.CONFIG_MAPPING)
     if name not in types:
         near = difflib.get_close_matches(name, types, n=5)
         hint = f"near: {', '.join(near)}" if near else f"there are {', '.join(types)}"
         raise InputError(f"transformers {transformers.__version__} has no model {name!r}; {hint}")
     return transformers.AutoConfig.for_model(name, **changes)
+
+
+def _json(path: Path) -> Any:
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is refused: {brief(error)}") from error
+
+
+def _stranger(transformers: Any, name: str, entries: Any, changes: Mapping[str, Any]) -> Any:
+    """A configuration that someone else may have written: it fetches nothing and runs no code."""
+    if not isinstance(entries, dict):
+        raise InputError(f"the configuration of {name} is no JSON object")
+    _check_numbers(name, entries)
+    for key, value, beside in _nested(entries):
+        if what := _fetched(key, value, beside):
+            raise InputError(
+                f"the configuration of {name} names {what} to fetch, {key}={shortened(str(value))};"
+                " remove the entry, or make the model by a function: MODULE:NAME"
+            )
+    settings = transformers.AutoConfig.from_pretrained(name, **_NO_CODE, **changes)
+    # Models make parts of themselves by configurations inside, for which nobody refuses code.
+    pending = [settings]
+    while pending:
+        attributes = vars(pending.pop())
+        attributes.pop("auto_map", None)
+        pending += [v for v in attributes.values() if isinstance(v, transformers.PreTrainedConfig)]
+    return settings
+
+
+def _nested(entries: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """All entries of a configuration and those in it: name, value, and the mapping around it.
+
+    What stands in a mapping of kernels by part is named as the mapping.
+    """
+    pending: list[tuple[str, Any]] = [("", entries)]
+    while pending:
+        outer, value = pending.pop()
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                name = outer if _is_kernel(outer) else key
+                yield name, inner, value
+                pending.append((name, inner))
+        elif isinstance(value, list):
+            pending += [(outer, inner) for inner in value]
+
+
+def _is_kernel(key: str) -> bool:
+    return key.strip("_").removesuffix("_internal") in _OPTIONS
+
+
+# Of attention and of experts. Others are fetched from a hub, at once or where they are missing.
+_PLAIN_KERNELS = ("eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm", None)
+
+
+def _fetched(key: str, value: Any, beside: Mapping[str, Any]) -> str:
+    """What an entry would fetch; empty for none."""
+    if _is_kernel(key) and not isinstance(value, Mapping) and value not in _PLAIN_KERNELS:
+        return "a kernel"
+    if key in ("use_kernels", "kernel_config") and value:
+        return "kernels"
+    if key in ("use_timm_backbone", "use_pretrained_backbone", "pretrained", "backbone_checkpoint"):
+        return "a backbone" if value else ""
+    # timm knows architectures by plain names, and fetches what is named by a scheme or an owner.
+    if key in ("backbone", "architecture") and isinstance(value, str) and value:
+        is_plain = re.fullmatch(r"[\w.-]+", value) is not None
+        by_timm = key == "architecture" or beside.get("model_type") == "timm_backbone"
+        return "" if is_plain and by_timm else "a backbone"
+    return ""
+
+
+# Models of more layers or experts are not made, since each takes memory, on "meta" too.
+_MOST_LAYERS = 10_000
+
+
+def _check_numbers(text: str, entries: Any) -> None:
+    for key, value, _ in _nested(entries):
+        if not isinstance(value, int):
+            continue
+        is_count = re.search(r"(layers?|blocks|experts|depth)$", key) is not None
+        if is_beyond_64_bits(value) or (is_count and value > _MOST_LAYERS):
+            shown = "a number beyond 64 bits" if is_beyond_64_bits(value) else f"{value}, too large"
+            raise InputError(f"the configuration of {text} has {key}: {shown}")
 
 
 def _task(transformers: Any, text: str, settings: Any, task: str | None) -> str:
@@ -430,11 +551,11 @@ def _sized_inputs(model: Any, task: str | None, sizes: Mapping[str, int]) -> dic
     if name == "input_ids":
         _check_sizes(model, sizes, ("batch", "sequence"))
         shape: tuple[int, ...] = (batch, _sequence(model, sizes.get("sequence")))
-        tensors = {name: torch.empty(shape, dtype=torch.int64, device="meta")}
+        tensors = {name: _input(shape, torch.int64)}
     elif name == "pixel_values":
         _check_sizes(model, sizes, ("batch", "image"))
-        shape = (batch, getattr(model.config, "num_channels", 3), *_image(model, sizes))
-        tensors = {name: torch.empty(shape, dtype=model.dtype, device="meta")}
+        shape = (batch, _entry(model.config, "num_channels") or 3, *_image(model, sizes))
+        tensors = {name: _input(shape, model.dtype)}
     else:
         raise InputError(
             f"{type(model).__name__} takes {name}, which cannot be made from sizes; write a"
@@ -442,12 +563,12 @@ def _sized_inputs(model: Any, task: str | None, sizes: Mapping[str, int]) -> dic
         )
     if task == "seq2seq-lm":
         # Else made from the labels, for which a plain configuration lacks the first token.
-        tensors["decoder_input_ids"] = torch.empty(shape, dtype=torch.int64, device="meta")
+        tensors["decoder_input_ids"] = _input(shape, torch.int64)
     if task is not None:
         label = TASKS[task]
         label_shape = shape if label.per_token else shape[:1]
         for key in label.labels:
-            tensors[key] = torch.empty(label_shape, dtype=torch.int64, device="meta")
+            tensors[key] = _input(label_shape, torch.int64)
     return tensors
 
 
@@ -491,9 +612,14 @@ def _reserved(table: nn.Embedding) -> int:
 
 
 def _image(model: Any, sizes: Mapping[str, int]) -> tuple[int, int]:
-    usual = getattr(model.config, "image_size", None) or 224
+    usual = _entry(model.config, "image_size") or 224
     size = sizes.get("image", usual)
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _entry(config: Any, name: str) -> Any:
+    """None where there is none, and where it differs by layer, which Gemma 4's raises for."""
+    return vars(config).get(name)
 
 
 # ---- failures ------------------------------------------------------------------------------------

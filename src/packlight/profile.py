@@ -721,9 +721,21 @@ def is_internal(filename: str) -> bool:
     return filename.startswith((_TORCH, _PACKLIGHT))
 
 
+def _cell(filename: str) -> str | None:
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    named = None if shell is None else shell.compile.format_code_name(filename)
+    return None if named is None else str(named[1])
+
+
 @functools.cache
 def short_path(filename: str) -> str:
-    """A file's path below the working directory or below the import path that it comes from."""
+    """A file's path below the working directory or below the import path that it comes from.
+
+    A cell of a notebook has a file of a made-up name, and is called "In[5]", as it is there.
+    """
+    if cell := _cell(filename):
+        return cell
     roots = [Path.cwd(), *(Path(entry) for entry in sys.path if entry)]
     inside = [root for root in roots if Path(filename).is_relative_to(root)]
     if not inside:

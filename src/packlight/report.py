@@ -141,6 +141,7 @@ class MemoryReport:
         """The inverse of `to_json`. Raises `InputError` for anything else."""
         try:
             data = json.loads(text)
+            _check_numbers(data)
             if data.pop("format") != _FORMAT:
                 raise InputError(
                     f"this report is not of format {_FORMAT}, the one that this version of "
@@ -148,9 +149,13 @@ class MemoryReport:
                 )
             rows = tuple(_row_from(row) for row in data.pop("rows"))
             return cls(rows=rows, **data)
-        except (TypeError, AttributeError, KeyError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (TypeError, AttributeError, KeyError, ValueError, RecursionError) as error:
+            # ValueError: no JSON, or an integer of thousands of digits.
             raise InputError(
-                f"not the text of a MemoryReport ({error}); pass what its to_json() returned"
+                f"not the text of a MemoryReport ({str(error)[:200]}); pass what its to_json()"
+                " returned"
             ) from error
 
     def plot(
@@ -250,11 +255,11 @@ def cut_path(path: str, depth: int | None) -> str:
     """The first `depth` components of a module path, or all of them."""
     if depth is None:
         return path
-    _check_depth(depth)
+    check_depth(depth)
     return ".".join(path.split(".")[:depth])
 
 
-def _check_depth(depth: int | None) -> None:
+def check_depth(depth: int | None) -> None:
     if depth is not None and depth < 1:
         raise InputError(f"depth is {depth}; expected at least 1, or None for whole paths")
 
@@ -264,6 +269,17 @@ def _totals(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     for name, size in pairs:
         totals[name] += size
     return dict(totals.most_common())
+
+
+def _check_numbers(data: Any) -> None:
+    """Raise `ValueError` for a number that no count of bytes is, wherever it stands."""
+    pending = [data]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict | list):
+            pending.extend(item.values() if isinstance(item, dict) else item)
+        elif isinstance(item, float) or (isinstance(item, int) and not 0 <= item < 2**63):
+            raise ValueError("a number in it is no count of bytes")
 
 
 def _row_from(data: dict[str, Any]) -> KeptTensor:
@@ -453,7 +469,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _report_parts(report: MemoryReport, depth: int | None) -> Iterator[ConsoleRenderable]:
-    _check_depth(depth)
+    check_depth(depth)
     if not report.rows:
         yield Text(f"{report.model}: nothing is kept for the backward pass.")
     else:
@@ -481,7 +497,7 @@ def _report_parts(report: MemoryReport, depth: int | None) -> Iterator[ConsoleRe
 def _difference_parts(
     difference: MemoryDifference, depth: int | None
 ) -> Iterator[ConsoleRenderable]:
-    _check_depth(depth)
+    check_depth(depth)
     before, after = difference.before, difference.after
     sizes = before.activation_bytes, after.activation_bytes
     times = f", {sizes[0] / sizes[1]:.2f} times less" if sizes[0] > sizes[1] > 0 else ""
