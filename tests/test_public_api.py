@@ -38,6 +38,7 @@ NAMES = {
     "groupquant",
     "inverted",
     "load_methods",
+    "manual_seed",
     "predict",
     "profile",
     "revert",
