@@ -1,5 +1,6 @@
 """`convert` and `revert` on whole models: what stays, what is left alone, what is refused."""
 
+import collections
 import copy
 import doctest
 import io
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import packlight
 from packlight import FewBit, FixedPoint, GroupQuant, Inverted, convert, fewbit, groupquant, revert
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
-from packlight.method import Swap, rule
+from packlight.method import Method, Swap, rule
 from packlight.sketch import Sketch
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
@@ -836,3 +837,72 @@ def test_examples_in_docstrings_run(name):
     results = doctest.testmod(sys.modules[f"packlight.{name}"])
     assert results.attempted > 0
     assert results.failed == 0
+
+
+# --- What is said at once.
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ([], "has no method; give one"),
+        ((), "has no method; give one"),
+        ({nn.GELU: []}, r"methods\[GELU\]=\[\] has no method"),
+        (GroupQuant, r"did you mean GroupQuant\(\)\?"),
+        ([FewBit(), GroupQuant], r"did you mean GroupQuant\(\)\?"),
+        ({nn.GELU(): FewBit()}, "is a module; give its type, GELU, or its name"),
+        ("FewBit", "neither a method"),
+    ],
+)
+def test_a_mistake_is_named(methods, message):
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+    with pytest.raises(InputError, match=message):
+        convert(model, methods)
+
+
+@pytest.mark.parametrize(
+    ("selector", "near"), [("gelu", "GELU"), ("Gelu", "GELU"), ("linear", "Linear"), ("ACT", "act")]
+)
+def test_a_name_in_another_case_is_near(selector, near):
+    model = nn.Sequential(collections.OrderedDict(fc=nn.Linear(8, 8), act=nn.GELU()))
+    with pytest.raises(NothingMatchedError, match=rf"matches no module \(near: {near}"):
+        convert(model, {selector: FewBit()})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GroupQuant(4.0),
+        lambda: GroupQuant(bits=True),
+        lambda: GroupQuant("4"),
+        lambda: GroupQuant([4]),
+        lambda: GroupQuant(group_size=128.0),
+        lambda: GroupQuant(rounding=None),
+        lambda: FixedPoint(4.0),
+        lambda: FewBit(3.0),
+        lambda: Sketch(rows="0.1"),
+        lambda: Sketch(rows=float("nan")),
+        lambda: Sketch(kind=["rows"]),
+        lambda: Sketch(min_rows=16.0),
+        lambda: Method.from_dict({"method": "GroupQuant", "bits": 4.0}),
+    ],
+)
+def test_a_method_of_the_wrong_kind_is_refused(make):
+    with pytest.raises(InputError):
+        make()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2])
+def test_a_layer_with_weights_of_another_dtype_is_left_to_torch(dtype):
+    weight = torch.zeros(8, 8, dtype=dtype)
+    other = nn.Linear(8, 8, bias=False)
+    other.weight = nn.Parameter(weight, requires_grad=dtype.is_complex)
+    model = nn.Sequential(other, nn.Linear(8, 8))
+    for methods in (GroupQuant(), Sketch(), [FixedPoint(), GroupQuant()]):
+        conversion = convert(model, methods)
+        assert [row.names for row in conversion.replaced] == [("1",)]
+        assert [(row.names, row.reason) for row in conversion.skipped] == [
+            (("0",), f"its weight is {dtype}; layers of packlight take dense floating tensors")
+        ]
+    with pytest.raises(CannotConvertError, match="its weight is"):
+        convert(nn.Sequential(other, nn.GELU()), {"0": GroupQuant()})

@@ -81,18 +81,21 @@ class _Covering(TorchFunctionMode):
 
 def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether our function takes this call: no argument that only torch's has, plain tensors."""
-    if len(args) > call.places or not all(name in call.names for name in kwargs):
+    if len(args) > call.places:
         return False
+    for name in kwargs:  # no generators: this runs at every covered call
+        if name not in call.names:
+            return False
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and not _is_plain(value):
+            return False
     x = args[0] if args else kwargs.get(call.names[0])
-    given = (*args, *kwargs.values())
-    return isinstance(x, Tensor) and is_taken(x) and all(_is_plain(value) for value in given)
+    return isinstance(x, Tensor) and is_taken(x)
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     """Whether it is no tensor of a subclass, which has torch functions of its own."""
-    if not isinstance(value, Tensor) or type(value) in (Tensor, nn.Parameter):
-        return True
-    return _torch.is_fake(value)
+    return type(tensor) in (Tensor, nn.Parameter) or _torch.is_fake(tensor)
 
 
 # ---- who calls -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Attention with a mask, and with grouped heads: the forward is torch's, four packs are kept."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import packlight
-from packlight import groupquant, profile
-from packlight.groupquant import attention
+from packlight import _torch, groupquant, profile
+from packlight.groupquant import attention, scaled_dot_product_attention
 from tests.helpers import every_device
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 4, 40, 37, 32  # 37: rows of a bias that are not aligned
@@ -230,3 +231,39 @@ def test_one_draw_rounds_query_key_value_and_output_each_in_its_own_way(monkeypa
         assert difference.max() == 1
         # Independent roundings of a value a share p of the way to the next differ in 2 p (1 - p).
         assert 0.30 < difference.float().mean() < 0.36
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_dropout_takes_one_kernel_with_and_without_gradients(without, monkeypatch):
+    asked = []
+
+    def backend(query, *_, **__):
+        asked.append(torch.is_grad_enabled() and query.requires_grad)
+        return SDPBackend.MATH.value
+
+    monkeypatch.setattr(_torch, "attention_backend", backend)
+    q = torch.randn(2, 4, 16, 32)
+    results = []
+    for context, wanted in ((without, False), (contextlib.nullcontext, True)):
+        torch.manual_seed(1)
+        with context():
+            given = q.clone().requires_grad_() if wanted else q
+            results.append(scaled_dot_product_attention(given, q, q, dropout_p=0.3))
+    assert asked == [True, True]
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_of_attention_draws_alike_with_and_without_gradients(dtype, masked):
+    q = torch.randn(2, 4, 64, 32, device="cuda", dtype=dtype)
+    mask = torch.ones(64, 64, dtype=torch.bool, device="cuda").tril() if masked else None
+    results = []
+    for context in (torch.no_grad(), contextlib.nullcontext()):
+        torch.manual_seed(1)
+        with context:
+            y = scaled_dot_product_attention(q.clone().requires_grad_(), q, q, mask, 0.3)
+        results.append((y.detach(), torch.cuda.get_rng_state()))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

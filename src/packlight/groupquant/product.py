@@ -101,11 +101,11 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
             return y
     shape = tuple(input.shape)
     one, two = pack_input(input, method), pack_input(other, method)
+    shared = any(tensor is kept for tensor in one.tensors for kept in two.tensors)
     if torch.compiler.is_compiling() and _tracer.are_one(input, other):
         other = other.view_as(other)  # as `_tracer.apart` says
         aliases = tuple(x if x is None else x.view_as(x) for x in two.tensors)
         two = Pack(two.rebuild, two.shape, aliases)
-    shared = any(tensor is kept for tensor in one.tensors for kept in two.tensors)
     product: _Product | GatedProduct | None = _gated_product(one, two, shape)
     if product is None:
         product = _gated_product(two, one, shape)
