@@ -36,6 +36,9 @@ from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
+LIMITS = ("lowest", "highest", "below", "above", "edge")
+FLOATS = ("a", "b", "scale", "offset", "low", "eps", "momentum", *LIMITS)
+FLOATS += tuple(f"up_{name}" for name in LIMITS)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
 
@@ -261,13 +264,13 @@ def residual_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, in
 def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
     """As `norm_variants`: packs of 2^20 elements, and norms that keep one, as they are launched."""
     kernels, norms = group_kernels, group_norm_kernels
-    for bits, dtype in itertools.product((2, 4, 8), ("bf16", "fp32")):
+    for bits, dtype in itertools.product((2, 4, 8), ("bf16", "fp16", "fp32")):
         flat, kind = Grouping(1, 1 << 20, bits, 128), DTYPES[dtype]
         rows = Grouping(1024, 1024, bits, 128)
         label = f"group {dtype} {bits} bits"
         launches = {
-            "pack": kernels._quantize_launch(flat, kind, None, 0.0, 0.0, True),
-            "pack to nearest": kernels._quantize_launch(flat, kind, None, 0.0, 0.0, False),
+            "pack": kernels._quantize_launch(flat, kind, "", (), True),
+            "pack to nearest": kernels._quantize_launch(flat, kind, "", (), False),
             "unpack": kernels._dequantize_launch(flat, kind, "", 0.0, 0.0, False, False),
             "unpack affine": kernels._dequantize_launch(rows, kind, "", 0.0, 0.0, True, True),
             "unpack affine, ragged": kernels._dequantize_launch(
@@ -276,7 +279,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
         }
         for name in ("gelu", "silu"):
             launches |= {
-                name: kernels._quantize_launch(flat, kind, name, 0.0, 0.0, True),
+                name: kernels._quantize_launch(flat, kind, name, (), True),
                 f"{name} rebuilt": kernels._dequantize_launch(
                     flat, kind, name, 0.0, 0.0, False, False
                 ),
@@ -381,7 +384,7 @@ def compile_kernel(
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in ("a", "b", "scale", "offset", "low", "eps", "momentum"):
+        elif name in FLOATS:
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if name in ("n", "drop_below") else "i32"

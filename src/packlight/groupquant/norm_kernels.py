@@ -97,7 +97,7 @@ def _forward_kernel(
         group = row * row_groups
         store_codes(
             normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, (), NQ, SIZE, BITS,
-            STOCHASTIC, False, None, FULL,
+            STOCHASTIC, 0, None, FULL,
         )  # fmt: skip
         row += 1
 
