@@ -71,10 +71,10 @@ def inverses(guards, n):
 
 def inverted_norms(guards, rows, width):
     x, weight, bias = (values(guards, *shape) for shape in ((rows, width), (width,), (width,)))
-    for channels in (None, torch.tensor([1, 5])):
-        forward = (x, (width,), weight, bias, channels, 1e-5, True, FP32, None)
-        y, _, rstd, exact = inverted_norm.row_norm(*forward)
-        exact = None if channels is None else exact
+    for channels, cast in ((None, None), (torch.tensor([1, 5]), torch.bfloat16)):
+        forward = (x, (width,), weight, bias, channels, 1e-5, True, FP32, cast)
+        y, narrow, rstd, exact = inverted_norm.row_norm(*forward)
+        y, exact = (y, None) if cast is None else (narrow, exact)
         kept = (weight, bias, channels, rstd, exact)
         inverted_norm.row_norm_backward(x, y, (width,), *kept, True, FP32, True, True)
 

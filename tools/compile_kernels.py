@@ -36,10 +36,9 @@ from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
-# Numbers of kernels that are no integers.
-FLOATS = ("a", "b", "scale", "offset", "low", "eps", "momentum")
-FLOATS += ("lowest", "highest", "below", "above", "edge")
-FLOATS += ("up_lowest", "up_highest", "up_below", "up_above", "up_edge")
+LIMITS = ("lowest", "highest", "below", "above", "edge")
+FLOATS = ("a", "b", "scale", "offset", "low", "eps", "momentum", *LIMITS)
+FLOATS += tuple(f"up_{name}" for name in LIMITS)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
 
@@ -265,7 +264,7 @@ def residual_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, in
 def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
     """As `norm_variants`: packs of 2^20 elements, and norms that keep one, as they are launched."""
     kernels, norms = group_kernels, group_norm_kernels
-    for bits, dtype in itertools.product((2, 4, 8), ("bf16", "fp32")):
+    for bits, dtype in itertools.product((2, 4, 8), ("bf16", "fp16", "fp32")):
         flat, kind = Grouping(1, 1 << 20, bits, 128), DTYPES[dtype]
         rows = Grouping(1024, 1024, bits, 128)
         label = f"group {dtype} {bits} bits"

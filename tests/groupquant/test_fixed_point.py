@@ -586,3 +586,20 @@ def test_opcheck():
         torch.library.opcheck(operators.fixed_point_relu_backward.default, kept)
         stored = (codes, table, list(y.shape), list(y.stride()), 4, torch.float32, True)
         torch.library.opcheck(operators.fixed_point_rebuild.default, stored)
+
+
+@every_device
+def test_parts_of_a_few_channels_side_by_side_stay_apart(device):
+    """A tile is wider than the channels are, and several parts lie after each other."""
+    x = torch.randn(11, 5, 10, 10, device=device).contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(5, device=device) for _ in range(2))
+    arguments = (x, weight, bias, None, None, 0.1, 1e-5, 4)
+    _, codes, table = kernels.batch_norm(*arguments)
+    torch.testing.assert_close(table, reference.batch_norm(*arguments)[2], rtol=1e-4, atol=1e-4)
+    backward = (torch.randn_like(x), codes, table, x.stride(), 4)
+    for ours, theirs in zip(
+        kernels.batch_norm_backward(*backward),
+        reference.batch_norm_backward(*backward),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)

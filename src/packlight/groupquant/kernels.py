@@ -13,6 +13,7 @@ Differences are taken of halves, at the price of whole ones, which may overflow.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,11 @@ MULTIPLIER = tl.constexpr(PAIR_MULTIPLIER)
 WEYL = tl.constexpr(PAIR_WEYL)
 SIGN_BIT = tl.constexpr(SIGN)
 HALF_MAX = tl.constexpr(65504.0)
+
+# What there is to be done of limits, or-ed: values beyond them, and infinities to replace.
+LOWER = tl.constexpr(1)
+UPPER = tl.constexpr(2)
+REPLACES = tl.constexpr(4)
 
 # What `load_codes` makes of groups with numbers in place of infinities: what a derivative reads,
 # NaN for what reads the function, and nothing where there are none.
@@ -168,12 +174,16 @@ def group_scales(
         else:
             low, high = _lower(low, below), _higher(high, above)
     low, high = tl.reduce(low, 1, _lower), tl.reduce(high, 1, _higher)
-    if LIMITED:
+    if LIMITED != 0:
         lowest, highest, instead_below, instead_above, edge = within
         far_below, far_above = low <= -edge, high >= edge
-        replaced = far_below & (instead_below > lowest) | far_above & (instead_above < highest)
-        low = tl.where(far_below, instead_below, clamp(low, lowest, highest))
-        high = tl.where(far_above, instead_above, clamp(high, lowest, highest))
+        if REPLACES & LIMITED:
+            replaced = far_below & (instead_below > lowest)
+            replaced |= far_above & (instead_above < highest)
+        if LOWER & LIMITED:
+            low = tl.where(far_below, instead_below, clamp(low, lowest, highest))
+        if UPPER & LIMITED:
+            high = tl.where(far_above, instead_above, clamp(high, lowest, highest))
         high = _higher(high, low)
     bits = low.to(tl.int32, bitcast=True)
     low_bits = (bits + tl.where(bits < 0, 0xFFFF, 0)) & -65536
@@ -187,7 +197,7 @@ def group_scales(
         # Kept rounded down where the last code would stand for more than is finite.
         past = tl.fma(step, TOP / 2, half_low) > GREATEST / 2
         step_bits = tl.where(past, exact_bits & -65536, step_bits)
-    if LIMITED:
+    if REPLACES & LIMITED:
         step_bits = tl.where(replaced, step_bits | SIGN_BIT, step_bits)
     return low, high, half_low, reciprocal(step) * 2.0, low_bits | ((step_bits >> 16) & 0xFFFF)
 
@@ -293,8 +303,8 @@ def store_codes(
 ):  # fmt: skip
     """Quantises a tile; `codes_ptr` and `scales_ptr` point at those of its first group.
 
-    `within` is a tuple of `Limits` if LIMITED. GREATEST is the greatest number that a code may
-    stand for, None where values are too small to come near.
+    `within` is a tuple of `Limits`, LIMITED what of them there is to be done. GREATEST is the
+    greatest number that a code may stand for, None where values are too small to come near.
     """
     PARTS: tl.constexpr = 8 // BITS
     SETS: tl.constexpr = 8 // PARTS
@@ -307,8 +317,10 @@ def store_codes(
         parts = ()
         for p in tl.static_range(PARTS):
             x = tile[s * PARTS + p]
-            if LIMITED:
-                x = tl.minimum(tl.maximum(x, low[:, None]), high[:, None])
+            if LOWER & LIMITED:
+                x = tl.maximum(x, low[:, None])
+            if UPPER & LIMITED:
+                x = tl.minimum(x, high[:, None])
             parts = parts + (
                 code_and_fraction(x, half_low, inverse, draws, s * PARTS + p, BITS, STOCHASTIC),
             )
@@ -524,6 +536,7 @@ def _gated_kernel(
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     SEED: tl.constexpr,
+    LIMITED: tl.constexpr,
     UP_LIMITED: tl.constexpr,
     GREATEST: tl.constexpr,
     FULL: tl.constexpr,
@@ -548,7 +561,7 @@ def _gated_kernel(
     within = (lowest, highest, below, above, edge)
     store_codes(
         gate, gate_codes_ptr + group * SIZE, gate_scales_ptr + group, draws, left, within, NQ, SIZE,
-        BITS, SEED != 0, True, GREATEST, FULL,
+        BITS, SEED != 0, LIMITED, GREATEST, FULL,
     )  # fmt: skip
     if SEED:
         draws = random_tile(key, row + 1, bundle + tl.arange(0, NQ), SIZE, NQ)
@@ -577,7 +590,7 @@ def _gated_backward_kernel(
     FORWARD: tl.constexpr,
     DERIVATIVE: tl.constexpr,  # None: rebuild f(gate~) up~
     THROUGH: tl.constexpr,
-    REPLACES: tl.constexpr,  # the gate's pack may hold numbers in place of infinities
+    REPLACED: tl.constexpr,  # the gate's pack may hold numbers in place of infinities
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
@@ -598,7 +611,7 @@ def _gated_backward_kernel(
         gate_codes_ptr + group * SIZE, gate_scales_ptr + group, left, NQ, SIZE, BITS, FULL, LOST
     )
     gate = factor
-    if REPLACES and DERIVATIVE is not None:
+    if REPLACED and DERIVATIVE is not None:
         gate = load_codes(
             gate_codes_ptr + group * SIZE, gate_scales_ptr + group, left, NQ, SIZE, BITS, FULL, KEPT
         )
@@ -655,9 +668,14 @@ def _greatest(dtype: torch.dtype) -> float:
     return limits(dtype).highest
 
 
-def _limited(dtype: torch.dtype) -> bool:
-    """Whether finite numbers of a dtype may lie beyond its limits."""
-    return dtype != torch.bfloat16
+def _limited(dtype: torch.dtype, name: str = "", parameters: Sequence[float] = ()) -> int:
+    """What the limits of a pack of such a tensor ask for: LOWER, UPPER and REPLACES."""
+    within, greatest = limits(dtype, name, parameters), torch.finfo(dtype).max
+    lower = within.lowest > -greatest or within.below == within.below
+    upper = within.highest < greatest or within.above == within.above
+    replaces = within.below > within.lowest or within.above < within.highest
+    lower, upper = (side or within.edge < math.inf for side in (lower, upper))
+    return LOWER.value * lower + UPPER.value * upper + REPLACES.value * replaces
 
 
 def _two(parameters: Sequence[float]) -> tuple[float, float]:
@@ -684,7 +702,7 @@ def _quantize_launch(
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,
         SEED=seed,
-        LIMITED=bool(name) or _limited(dtype),
+        LIMITED=_limited(dtype, name, parameters),
         GREATEST=_greatest(dtype),
         FULL=full,
         NQ=nq,
@@ -836,6 +854,7 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) 
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,
         SEED=seed,
+        LIMITED=_limited(dtype, name),
         UP_LIMITED=_limited(dtype),
         GREATEST=_greatest(dtype),
         FULL=full,
@@ -881,7 +900,7 @@ def _gated_backward_launch(
         FORWARD=FORWARD[name],
         DERIVATIVE=None if product else DERIVATIVE[name],
         THROUGH=through,
-        REPLACES=name == "relu",
+        REPLACED=bool(_limited(dtype, name) & REPLACES.value),
         DIGITS=DIGITS[dtype],
         SIZE=grouping.group_bytes,
         BITS=grouping.bits,

@@ -107,7 +107,7 @@ def _forward_kernel(
         group = row * row_groups
         store_codes(
             normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, (), NQ, SIZE, BITS,
-            SEED != 0, False, None, FULL,
+            SEED != 0, 0, None, FULL,
         )  # fmt: skip
         row += 1
 
