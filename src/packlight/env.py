@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from packlight import _torch
 from packlight._library import kernels_available
 from packlight._version import __version__
 
@@ -46,6 +47,9 @@ def collect() -> dict[str, Any]:
         "GPUs": [_gpu(index) for index in range(torch.cuda.device_count())] or "none",
         "kernels": _kernels(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "capabilities": {
+            each.name: "yes" if each else f"no: {each.without}" for each in _torch.CAPABILITIES
+        },
         "environment": {name: os.environ.get(name, "not set") for name in VARIABLES},
     }
 

@@ -1,22 +1,22 @@
 """`predict`: what a model would keep for its backward pass, without running it.
 
-Model and inputs are copied onto fake tensors (`packlight._fakes`), which have a shape, a dtype and
-a device and no values, and the copy is profiled. So nothing is computed and no memory used, and a
+Model and inputs are copied onto fake tensors (`_torch/fakes.py`), which have a shape, a dtype and a
+device and no values, and the copy is profiled. So nothing is computed and no memory used, and a
 model that does not fit can be looked at. Small inputs keep their values: lengths, labels, and
 masks, of which models keep none that is all ones.
 """
 
 import copy
+import importlib
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from packlight._fakes import NEEDS_VALUES, Calls, Fakes, is_small
+from packlight import _torch
 from packlight._swap import restore
 from packlight.errors import InputError
 from packlight.profile import is_internal, plain_attributes, profile, short_path
@@ -96,21 +96,33 @@ def _predict(
             f"model is a {type(model).__name__}, of which no copy without values can be made; pass"
             " an nn.Module, or profile a run of it"
         )
-    mode = Fakes()
+    fakes = _fakes()
+    mode = fakes.Fakes()
     fake, fake_inputs, fake_kwargs = _copied(mode, device, model, inputs, kwargs)
     reports = []
     for change in changes:
         change(fake)
-        with Calls(), mode:
+        with fakes.Calls(), mode:
             try:
                 reports.append(profile(fake, *fake_inputs, loss=loss, **fake_kwargs))
-            except NEEDS_VALUES as error:
+            except fakes.NEEDS_VALUES as error:
                 raise InputError(_needs_values(error)) from error
     return reports
 
 
+def _fakes() -> Any:
+    """What makes tensors without values; its import reads much of torch's inside."""
+    try:
+        return importlib.import_module("packlight._torch.fakes")
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"torch {torch.__version__} has no tensors without values as packlight knows them"
+            f" ({error}); use packlight.profile, which runs the model"
+        ) from error
+
+
 def _copied(
-    mode: FakeTensorMode,
+    mode: Any,
     device: str | torch.device | None,
     model: nn.Module,
     inputs: tuple[Any, ...],
@@ -146,7 +158,7 @@ def _not_copied(model: nn.Module) -> Iterator[Any]:
 class _Copying(TorchFunctionMode):
     """Has `copy.deepcopy` give fake tensors in place of copies."""
 
-    def __init__(self, mode: FakeTensorMode, device: torch.device | None) -> None:
+    def __init__(self, mode: Any, device: torch.device | None) -> None:
         super().__init__()
         self.mode = mode
         self.device = device
@@ -166,7 +178,7 @@ class _Copying(TorchFunctionMode):
                     fake = nn.Parameter(fake, tensor.requires_grad)
                 memo[id(tensor)] = fake
             return memo[id(tensor)]
-        with torch._C.DisableTorchFunctionSubclass():
+        with _torch.without_subclasses():
             return func(*args, **(kwargs or {}))
 
     def keeps_values(self, tensor: Tensor) -> bool:
@@ -176,7 +188,7 @@ class _Copying(TorchFunctionMode):
         if tensor.is_floating_point() and not self.keeps_floats:
             return False
         is_dense = tensor.layout is torch.strided
-        return is_dense and tensor.device == self.device_of(tensor) and is_small(tensor)
+        return is_dense and tensor.device == self.device_of(tensor) and _fakes().is_small(tensor)
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where the tensor is imagined to be."""
@@ -196,9 +208,10 @@ class _Copying(TorchFunctionMode):
                 f"device {device} is not there, and autograd does not work without it; predict for"
                 " the CPU: device='cpu'"
             )
-        if tensor.device == device and not isinstance(tensor, FakeTensor):
-            return self.mode.from_tensor(tensor, static_shapes=True)
-        with torch._C.DisableTorchFunctionSubclass(), self.mode:
+        if tensor.device == device and not _torch.is_fake(tensor):
+            fake: Tensor = self.mode.from_tensor(tensor, static_shapes=True)
+            return fake
+        with _torch.without_subclasses(), self.mode:
             return torch.empty_strided(
                 tensor.shape,
                 tensor.stride(),

@@ -15,7 +15,6 @@ import inspect
 import os
 import random
 import sys
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,12 +26,14 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from packlight import _torch
+from packlight._torch.autograd import Hooks
+from packlight._torch.hooks import around_hooks
 from packlight.errors import InputError
 from packlight.report import Holding, KeptTensor, MemoryDifference, MemoryReport
 
@@ -232,7 +233,9 @@ def _inner_tensors(tensor: Any) -> list[Tensor]:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    if type(tensor) not in (Tensor, nn.Parameter, FakeTensor) and _is_hollow(tensor):
+    if type(tensor) in (Tensor, nn.Parameter) or _torch.is_fake(tensor):
+        return []
+    if _is_hollow(tensor):
         return [part for part in tensors_in(vars(tensor)) if part is not tensor]
     return []
 
@@ -478,7 +481,7 @@ def _has_values(tensor: Any) -> bool:
     if is_traceable_wrapper_subclass(tensor):
         return all(map(_has_values, _inner_tensors(tensor)))
     is_meta: bool = tensor.device.type == "meta"
-    return not is_meta and not isinstance(tensor, FakeTensor)
+    return not is_meta and not _torch.is_fake(tensor)
 
 
 def _same_entries(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
@@ -491,9 +494,6 @@ def _version(tensor: Tensor) -> int:
 
 
 # ---- recording the forward pass ------------------------------------------------------------------
-
-
-Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
 class Kept:
@@ -519,61 +519,6 @@ def unpack(kept: Kept) -> Tensor:
         tensor: Tensor = kept.packed
         return tensor
     return kept.unpack_with(kept.packed)
-
-
-@contextmanager
-def around_hooks(
-    pack: Callable[[Tensor, Hooks | None], Kept], unpack: Callable[[Kept], Tensor]
-) -> Iterator[None]:
-    """Saved-tensor hooks of ours, around those of the caller and each pair that is entered within.
-
-    Hooks do not nest in torch: the innermost pair wins. So ours get the pair that they stand for,
-    and what is entered later has to be caught as it is entered, which nothing but this does: the
-    graph shows what hooks packed only where it can be reached, and checkpoints keep their inputs
-    out of its reach.
-    """
-    torch_hooks = torch._C._autograd
-    push = torch_hooks._push_saved_tensors_default_hooks
-    pop = torch_hooks._pop_saved_tensors_default_hooks
-    thread = threading.get_ident()
-    within = 0
-    is_open = True
-
-    def push_ours(hooks: Hooks | None) -> None:
-        push(_untraced(lambda tensor: pack(tensor, hooks)), unpack)
-
-    def enter(pack_hook: Callable[[Tensor], Any], unpack_hook: Callable[[Any], Tensor]) -> None:
-        nonlocal within
-        if threading.get_ident() != thread:
-            push(pack_hook, unpack_hook)
-            return
-        within += 1
-        push_ours((pack_hook, unpack_hook))
-
-    def leave() -> None:
-        nonlocal within
-        if threading.get_ident() == thread:
-            if within == 0:
-                close()  # after an exception: the caller's are left while ours are still there
-            else:
-                within -= 1
-        pop()
-
-    def close() -> None:
-        nonlocal is_open
-        if is_open:
-            is_open = False
-            torch_hooks._push_saved_tensors_default_hooks = push
-            torch_hooks._pop_saved_tensors_default_hooks = pop
-            pop()
-
-    push_ours(torch_hooks._top_saved_tensors_default_hooks(True))
-    torch_hooks._push_saved_tensors_default_hooks = enter
-    torch_hooks._pop_saved_tensors_default_hooks = leave
-    try:
-        yield
-    finally:
-        close()
 
 
 @dataclasses.dataclass(slots=True)
@@ -680,18 +625,14 @@ def _watchable(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if module not in inside]
 
 
-def _untraced(hook: Callable[[Tensor], Kept]) -> Callable[[Tensor], Kept]:
-    """The hook, out of reach of `torch.compile`, which would else compile it where it runs."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and the import takes a second
-        return hook
-    untraced: Callable[[Tensor], Kept] = torch.compiler.disable(hook)
-    return untraced
-
-
 def _sequence() -> int:
     """The number that the next graph node of this thread gets."""
-    number: int = torch._C._autograd._get_sequence_nr()
-    return number
+    if not _torch.NODES:
+        raise InputError(
+            f"torch {torch.__version__} does not number graph nodes as packlight knows it, so what"
+            " an operation keeps cannot be told; use an older torch for this"
+        )
+    return _torch.next_node_number()
 
 
 def _caller() -> tuple[str | None, bool]:
@@ -817,7 +758,7 @@ def _attributes_of_context(node: Any) -> list[object]:
     return list(vars(node).values())
 
 
-_SHOWS_SAVED = hasattr(torch._C._autograd.SavedTensor, "data")
+_SHOWS_SAVED = bool(_torch.SAVED)
 
 
 # ---- counting ------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ from types import TracebackType
 
 from torch import Tensor, nn
 
-from packlight.profile import Hooks, Kept, around_hooks, storages, tensors_in, unpack
+from packlight._torch.autograd import Hooks
+from packlight._torch.hooks import around_hooks
+from packlight.profile import Kept, storages, tensors_in, unpack
 
 
 class KeptBytes:

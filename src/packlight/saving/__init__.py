@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from packlight import _torch
 from packlight._seeds import follow_generator
+from packlight._torch import graph
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant
-from packlight.saving import graph
 from packlight.saving.kept import unpack
 from packlight.saving.rules import Rules
 from packlight.saving.saver import Calls, Saver
@@ -122,7 +123,7 @@ def saving(
     rules = Rules(method, overrides or {})
     saver = Saver(rules, min_bytes, skip)
     follow_generator()
-    hooks = saved_tensors_hooks(graph.untraced(saver.pack), graph.untraced(unpack))
+    hooks = saved_tensors_hooks(_torch.untraced(saver.pack), _torch.untraced(unpack))
     with hooks, Calls(saver):
         try:
             yield
@@ -133,7 +134,7 @@ def saving(
 
 
 def _check(method: object, min_bytes: object, skip: object, overrides: object) -> None:
-    if graph.is_traced_or_between():
+    if _torch.is_traced_or_between():
         raise InputError(
             "saving(...) was entered inside a function that torch.compile compiles; enter it"
             " outside, around the call of the compiled function"

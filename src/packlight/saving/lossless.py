@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from packlight.saving import graph
+from packlight._torch import graph
 from packlight.saving.kept import Exact, Holder, Kept, Mask, OneSided, Side, Sign, Zeros
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from packlight._torch import graph
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant
-from packlight.saving import graph
 from packlight.saving.lossless import operation_of
 
 CHECKPOINT = "checkpoint"  # what the inputs of checkpoints are called, in place of a node

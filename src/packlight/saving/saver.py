@@ -28,9 +28,10 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
 
-from packlight import _tracer, sharing
+from packlight import _torch, _tracer, sharing
+from packlight._torch import graph
 from packlight.groupquant.method import GroupQuant
-from packlight.saving import graph, lossless, packing, tensors
+from packlight.saving import lossless, packing, tensors
 from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting
 from packlight.saving.rules import CHECKPOINT, COMPILED, Rules
 
@@ -52,8 +53,8 @@ class Calls(TorchFunctionMode):
     def __init__(self, saver: "Saver") -> None:
         super().__init__()
         self.saver = saver
-        graph.run_as_written(Calls.__torch_function__.__code__)
-        graph.run_as_written(Saver.call.__code__)
+        _torch.run_as_written(Calls.__torch_function__.__code__)
+        _torch.run_as_written(Saver.call.__code__)
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -84,7 +85,7 @@ class _Thread(threading.local):
         self.compiled: list[Holder] = []  # of the compiled region that saves
         self.arguments: tuple[Any, ...] = ()  # its arguments
         # Numbers of the next node: at the event before the last, and at the last.
-        self.before = self.last = graph.next_number()
+        self.before = self.last = _torch.next_node_number()
 
 
 class Saver:
@@ -97,8 +98,8 @@ class Saver:
         self.has_saved = False
         self.thread = _Thread()
         # `torch.compile` would compile these where they run between two graphs.
-        self.find = graph.untraced(self._find)
-        self.settle = graph.untraced(self._settle)
+        self.find = _torch.untraced(self._find)
+        self.settle = _torch.untraced(self._settle)
 
     # ---- events ----------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ class Saver:
         if func in _BACKWARD:
             return func(*args, **kwargs)
         around = thread.running
-        call = thread.running = _Call(name, arguments, graph.next_number(), [])
+        call = thread.running = _Call(name, arguments, _torch.next_node_number(), [])
         result = None
         try:
             result = func(*args, **kwargs)
@@ -124,14 +125,16 @@ class Saver:
                 self.find((result,), arguments)
             thread.running = around
             if torch.is_grad_enabled():
-                thread.before, thread.last = call.start, graph.next_number()
+                thread.before, thread.last = call.start, _torch.next_node_number()
         tensors.note_filling(name, arguments, result)
         return result
 
     def pack(self, tensor: Tensor) -> Holder:
         """The pack hook."""
         thread = self.thread
-        number = graph.next_number()  # before anything below makes torch renew the node of a view
+        number = (
+            _torch.next_node_number()
+        )  # before anything below makes torch renew the node of a view
         around, thread.is_ours = thread.is_ours, True
         try:
             # Our own operations are not calls of the user's, and are not differentiated.
@@ -218,7 +221,7 @@ class Saver:
     def _walk(self, roots: Iterable[object]) -> None:
         thread = self.thread
         alive = [holder for reference in thread.waiting if (holder := reference()) is not None]
-        oldest = graph.next_number() - _PATIENCE
+        oldest = _torch.next_node_number() - _PATIENCE
         starts = [one.waiting.start for one in alive if one.waiting and one.waiting.start > oldest]
         if not starts:
             thread.waiting = []

@@ -1,15 +1,14 @@
 """What torch tells of the autograd graph and of the code that runs.
 
-All private names of torch that `saving` reads are here. Where one is missing the answer is a safe
-"no": `saving` refuses in one sentence (`is_readable`), or keeps a tensor exactly.
+For `saving`. Where something is missing the answer is a safe "no": `saving` refuses in one sentence
+(`is_readable`), or keeps a tensor exactly.
 """
 
 import contextlib
 import functools
-import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -17,11 +16,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+from packlight._torch.autograd import saved_tensor_hooks
+from packlight._torch.capabilities import NODES, SAVED
 
 _LEAF = "torch::autograd::AccumulateGrad"
-_autograd: Any = torch._C._autograd
 
 
 # ---- nodes ---------------------------------------------------------------------------------------
@@ -29,15 +27,7 @@ _autograd: Any = torch._C._autograd
 
 def is_readable() -> bool:
     """Whether torch numbers graph nodes and shows what they hold; else `saving` refuses."""
-    return hasattr(_autograd, "_get_sequence_nr") and hasattr(
-        getattr(_autograd, "SavedTensor", None), "data"
-    )
-
-
-def next_number() -> int:
-    """The number that the next graph node of this thread gets."""
-    number: int = _autograd._get_sequence_nr()
-    return number
+    return bool(NODES and SAVED)
 
 
 def behind(roots: Iterable[Tensor], start: int, visited: set[int]) -> list[Node]:
@@ -144,8 +134,7 @@ def node_names() -> frozenset[str]:
 
 def active_hook() -> Any:
     """The pack hook that is active; None where there is none, or torch does not say."""
-    get = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = None if get is None else get(True)
+    hooks = saved_tensor_hooks()
     return None if hooks is None else hooks[0]
 
 
@@ -159,41 +148,6 @@ def unseen() -> contextlib.AbstractContextManager[Any]:
     return context
 
 
-# ---- torch.compile -------------------------------------------------------------------------------
-
-
-def is_traced_or_between() -> bool:
-    """Whether a region is traced, or runs between two graphs where tracing gave up."""
-    if torch.compiler.is_compiling():
-        return True
-    if "torch._dynamo" not in sys.modules:
-        return False
-    frames = getattr(torch._C._dynamo, "eval_frame", None)
-    get = getattr(frames, "get_eval_frame_callback", None)
-    callback = None if get is None else get()
-    return callback is not None and callback is not False
-
-
-def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """The function, out of reach of `torch.compile`, which would else compile it where it runs."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and the import takes a second
-        return function
-    disabled: Callable[_P, _T] = torch.compiler.disable(function)
-    return disabled
-
-
-def run_as_written(code: types.CodeType) -> None:
-    """Has `torch.compile` leave the frames of the function alone, but not what it calls.
-
-    Where tracing gives up, frames that run in between are compiled one by one; without `skip_code`
-    that takes time, and changes nothing else.
-    """
-    if "torch._dynamo" in sys.modules:
-        skip_code = getattr(sys.modules.get("torch._dynamo.decorators"), "skip_code", None)
-        if skip_code is not None:
-            skip_code(code)
-
-
 # ---- who saves -----------------------------------------------------------------------------------
 
 _CHECKPOINTS = torch.utils.checkpoint.__name__
@@ -202,6 +156,7 @@ _CHECKPOINTS = torch.utils.checkpoint.__name__
 # around its own, and up to torch 2.13 `Function.apply` is written in Python.
 _BETWEEN = (
     "packlight.profile",
+    "packlight._torch",
     "packlight.saving",
     "torch._dynamo.eval_frame",
     BackwardCFunction.__module__,

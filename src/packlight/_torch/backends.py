@@ -1,0 +1,105 @@
+"""Tensors without values, layouts, and the backends: CUDA, attention, Triton."""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight._torch.capabilities import (
+    CURRENT_DEVICE,
+    FAKES,
+    FUSED_ATTENTION,
+    TESTED_TRITON,
+    TRITON,
+    look_up,
+    warn_if_untested,
+)
+
+# ---- tensors without values ----------------------------------------------------------------------
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether the tensor has a shape and no values."""
+    return type(tensor) not in (Tensor, nn.Parameter) and (
+        FAKES.values is not None and isinstance(tensor, FAKES.values[0])
+    )
+
+
+def with_values() -> contextlib.AbstractContextManager[Any]:
+    """A context in which tensors have values, also while a model without values is run."""
+    if FAKES.values is None:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = FAKES.values[2]()
+    return context
+
+
+# ---- layouts and norms ---------------------------------------------------------------------------
+
+_suggested_format = look_up("torch._prims_common:suggest_memory_format")
+_batch_norm = look_up("torch:_batch_norm_impl_index")
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format that torch reads off the strides; contiguous where it does not say."""
+    if _suggested_format is None:
+        return torch.contiguous_format
+    found: torch.memory_format = _suggested_format(x)
+    return found
+
+
+def batch_norm(*arguments: Any) -> tuple[Tensor, ...]:
+    """Output, mean and rstd, first of its results, by the kernel that `F.batch_norm` takes.
+
+    The last argument is whether cuDNN may be taken, which torch's public function does not do.
+    """
+    found: tuple[Tensor, ...]
+    if _batch_norm is None:
+        found = torch.native_batch_norm(*arguments[:-1])
+    else:
+        found = _batch_norm(*arguments)
+    return found
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+def is_current_device(tensor: Tensor) -> bool:
+    """Whether a CUDA tensor is on the current device; False where torch does not say.
+
+    `torch.cuda.current_device` without its check that CUDA is there.
+    """
+    if CURRENT_DEVICE.values is None:
+        return False
+    return bool(tensor.get_device() == CURRENT_DEVICE.values[0]())
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def attention_backend(*arguments: Any, **options: Any) -> int:
+    """Which of torch's attention kernels torch would take; its composition where it cannot say."""
+    if FUSED_ATTENTION.values is None:
+        return int(torch.nn.attention.SDPBackend.MATH.value)
+    return int(FUSED_ATTENTION.values[0](*arguments, **options))
+
+
+# ---- Triton --------------------------------------------------------------------------------------
+
+
+def triton_version() -> str | None:
+    """The release of Triton, None where it is not installed."""
+    version: str | None = look_up("triton:__version__")
+    return version
+
+
+@functools.cache
+def launches_directly() -> bool:
+    """Whether the launchers of this release of Triton take what `_launch.py` hands them."""
+    version = triton_version()
+    if version is None or not TRITON:
+        return False
+    warn_if_untested("Triton", version, TESTED_TRITON)
+    release = torch.torch_version.TorchVersion(".".join(version.split(".")[:2]))
+    return bool(TESTED_TRITON[0] <= release <= TESTED_TRITON[1])

@@ -1,0 +1,166 @@
+"""All that packlight reads of torch's and Triton's inside, each with what happens without it.
+
+A private name may go away in any release. Each is looked up here once, under the name of what it
+makes possible, a `Capability`. Where it is missing the answer is "no": more memory, a feature less
+or a clear refusal, and never a wrong gradient or a failed import. `packlight.env` prints the
+answers. Nothing here imports the tracer of torch.compile, which takes a second, before it is used.
+"""
+
+import functools
+import importlib
+import warnings
+from typing import Any
+
+import torch
+
+# The releases that the whole test suite has run with: first and last.
+TESTED_TORCH = ("2.11", "2.14")
+TESTED_TRITON = ("3.6", "3.8")
+
+
+def warn_if_untested(package: str, version: str, tested: tuple[str, str]) -> None:
+    """Warns where a release is outside of those that the tests have run with."""
+    release = torch.torch_version.TorchVersion(".".join(version.split(".")[:2]))
+    if not tested[0] <= release <= tested[1]:
+        warnings.warn(
+            f"packlight is tested with {package} {tested[0]} to {tested[1]}, and this is {version}:"
+            " what it cannot find costs memory, see `packlight env`",
+            stacklevel=2,
+        )
+
+
+warn_if_untested("torch", torch.__version__, TESTED_TORCH)
+
+
+# ---- capabilities --------------------------------------------------------------------------------
+
+
+class Capability:
+    """What some private names make possible."""
+
+    def __init__(self, name: str, without: str, *paths: str) -> None:
+        self.name = name
+        self.without = without  # what happens where one of the names is missing
+        self.paths = paths
+
+    @functools.cached_property
+    def values(self) -> tuple[Any, ...] | None:
+        """What the names stand for; None where one is missing."""
+        found = tuple(look_up(path) for path in self.paths)
+        return None if None in found else found
+
+    def __bool__(self) -> bool:
+        return self.values is not None
+
+
+def look_up(path: str) -> Any:
+    """The value of a dotted name, None where there is none."""
+    module, _, name = path.partition(":")
+    try:
+        value: Any = importlib.import_module(module)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError):
+        return None
+    return value
+
+
+HOOKS = Capability(
+    "sees saved-tensor hooks",
+    "layers share no packs, and a profile inside of hooks does not see them",
+    "torch._C._autograd:_top_saved_tensors_default_hooks",
+)
+STORAGES = Capability(
+    "tells storages apart",
+    "layers share no packs",
+    "torch.multiprocessing.reductions:StorageWeakRef",
+)
+TRACER = Capability(
+    "asks the tracer of torch.compile",
+    "compiled layers share no packs, compiled attention and compiled calls are torch's own",
+    "torch._dynamo.comptime:comptime",
+    "torch._dynamo.comptime:ComptimeContext"
+    "._i_will_not_complain_if_bc_breaks_InstructionTranslator",
+    "torch._dynamo.variables.base:VariableTracker",
+)
+MODES = Capability(
+    "takes a function mode off",
+    "layers run their own code with the mode on, which is slower",
+    "torch.overrides:_get_current_function_mode",
+    "torch.overrides:_pop_mode",
+    "torch.overrides:_push_mode",
+)
+MODE_STACK = Capability(
+    "lists function modes",
+    "a part in eval() or excluded keeps as the part of the model around it does",
+    "torch.overrides:_get_current_function_mode_stack",
+)
+TRANSFORMS = Capability(
+    "sees torch.func and forward-mode derivatives",
+    "converted models raise torch's error within them",
+    "torch._C:_are_functorch_transforms_active",
+    "torch.autograd.forward_ad:_current_level",
+)
+BACKWARD = Capability(
+    "knows that a backward pass runs",
+    "what a user holds of a checkpoint's second pass holds packs",
+    "torch._C:_current_graph_task_id",
+    "torch.autograd:Variable._execution_engine",
+)
+HOOK_STACK = Capability(
+    "sees saved-tensor hooks that are entered later",
+    "`profile` does not see what hooks inside the function keep",
+    "torch._C._autograd:_push_saved_tensors_default_hooks",
+    "torch._C._autograd:_pop_saved_tensors_default_hooks",
+)
+SAVED = Capability(
+    "sees what a graph node saved",
+    "`saving` refuses, and `profile` does not see what foreign graphs hold",
+    "torch._C._autograd:SavedTensor.data",
+)
+NODES = Capability(
+    "numbers graph nodes",
+    "`saving` and `profile` refuse",
+    "torch._C._autograd:_get_sequence_nr",
+)
+CURRENT_DEVICE = Capability(
+    "reads the current CUDA device",
+    "each kernel switches devices, which is slower",
+    "torch._C:_cuda_getDevice",
+)
+FUSED_ATTENTION = Capability(
+    "asks which attention kernel torch takes",
+    "attention is torch's own",
+    "torch:_fused_sdp_choice",
+)
+FAKES = Capability(
+    "knows tensors without values",
+    "`predict` refuses",
+    "torch._subclasses.fake_tensor:FakeTensor",
+    "torch._subclasses.fake_tensor:FakeTensorMode",
+    "torch._subclasses.fake_tensor:unset_fake_temporarily",
+)
+
+TRITON = Capability(
+    "launches compiled Triton kernels directly",
+    "Triton launches them itself, which takes the CPU longer",
+    "triton:knobs.runtime",
+    "triton.runtime.driver:driver",
+)
+
+CAPABILITIES = (
+    HOOKS,
+    HOOK_STACK,
+    SAVED,
+    BACKWARD,
+    STORAGES,
+    TRACER,
+    MODES,
+    MODE_STACK,
+    TRANSFORMS,
+    NODES,
+    CURRENT_DEVICE,
+    FUSED_ATTENTION,
+    FAKES,
+    TRITON,
+)

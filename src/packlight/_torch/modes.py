@@ -1,0 +1,60 @@
+"""Function modes, and the transforms of torch.func."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from packlight._torch.capabilities import MODE_STACK, MODES, TRANSFORMS
+
+
+def without_mode(
+    kind: type[TorchFunctionMode], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Calls the function with the innermost function mode off, if it is of this very kind."""
+    # Traced, a look costs nothing; and no other mode may be taken off the stack.
+    if torch.compiler.is_compiling() or MODES.values is None:
+        return function(*args, **kwargs)
+    current, pop, push = MODES.values
+    if type(current()) is not kind:
+        return function(*args, **kwargs)
+    mode = pop()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        push(mode)
+
+
+def current_mode() -> TorchFunctionMode | None:
+    """The innermost function mode, None where there is none or where torch does not say."""
+    if MODES.values is None:
+        return None
+    mode: TorchFunctionMode | None = MODES.values[0]()
+    return mode
+
+
+# Looked up here, since the tracer of torch.compile follows it under its own name only.
+_mode_stack: Callable[[], list[TorchFunctionMode]] = (
+    list if MODE_STACK.values is None else MODE_STACK.values[0]
+)
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The function modes that are on, the innermost last; none where torch does not say."""
+    return _mode_stack()
+
+
+def without_subclasses() -> contextlib.AbstractContextManager[Any]:
+    """A context in which calls go past the `__torch_function__` of subclasses, not of modes."""
+    context: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func or forward-mode derivatives are on, if torch says so."""
+    if TRANSFORMS.values is None:
+        return False
+    level: int = getattr(torch.autograd.forward_ad, "_current_level", -1)
+    return level >= 0 or bool(TRANSFORMS.values[0]())

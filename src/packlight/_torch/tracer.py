@@ -1,0 +1,113 @@
+"""Questions to the tracer of torch.compile, and what it runs.
+
+Nothing here imports the tracer, which takes a second, before it is used.
+"""
+
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from packlight._torch.capabilities import TRACER
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+# What the tracer can be asked: by name, a function of the tracer and its variables, which returns a
+# variable or a constant.
+_questions: dict[str, Callable[..., Any]] = {}
+
+
+def constant_while_traced(function: _F) -> _F:
+    """`torch.compiler.assume_constant_result`, whose import of the tracer takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def question(function: _F) -> _F:
+    """Registers the decorated function as a question to the tracer, under its name."""
+    _questions[function.__name__] = function
+    return function
+
+
+def ask(question: str, default: Any, *values: Any) -> Any:
+    """What a question to the tracer gives for traced values, `default` where it cannot be asked.
+
+    Only in code that is traced. Constants become constants of the compiled code.
+    """
+    answer = default
+    if can_ask():
+        from torch._dynamo.comptime import comptime  # an import of a second, so only here
+
+        comptime(_answer)
+    return answer
+
+
+@question
+def is_exported(tracer: Any) -> bool:
+    return bool(tracer.output.export)
+
+
+@constant_while_traced
+def can_ask() -> bool:
+    """Whether questions to the tracer are answered."""
+    return bool(TRACER)
+
+
+def _answer(context: Any) -> None:
+    """Puts the answer into the local `answer` of `ask`."""
+    assert TRACER.values is not None
+    variable = TRACER.values[-1]
+    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    local = tracer.symbolic_locals
+    name = local["question"].as_python_constant()
+    try:
+        found = _questions[name](tracer, *(value.realize() for value in local["values"].items))
+    except (AttributeError, ImportError) as error:
+        # A name of the tracer's inside has gone: the default stands.
+        warnings.warn(
+            f"torch {torch.__version__}: the tracer of torch.compile does not say {name!r}"
+            f" ({error}); compiled layers may keep more",
+            stacklevel=2,
+        )
+        return
+    local["answer"] = found if isinstance(found, variable) else variable.build(tracer, found)
+
+
+# ---- what torch.compile runs ----
+
+
+def is_traced_or_between() -> bool:
+    """Whether a region is traced, or runs between two graphs where tracing gave up."""
+    if torch.compiler.is_compiling():
+        return True
+    if "torch._dynamo" not in sys.modules:
+        return False
+    frames = getattr(torch._C._dynamo, "eval_frame", None)
+    get = getattr(frames, "get_eval_frame_callback", None)
+    callback = None if get is None else get()
+    return callback is not None and callback is not False
+
+
+def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function, out of reach of `torch.compile`, which would else compile it where it runs."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and the import takes a second
+        return function
+    disabled: Callable[_P, _T] = torch.compiler.disable(function)
+    return disabled
+
+
+def run_as_written(code: types.CodeType) -> None:
+    """Has `torch.compile` leave the frames of the function alone, but not what it calls.
+
+    Where tracing gives up, frames that run in between are compiled one by one; without `skip_code`
+    that takes time, and changes nothing else.
+    """
+    if "torch._dynamo" in sys.modules:
+        skip_code = getattr(sys.modules.get("torch._dynamo.decorators"), "skip_code", None)
+        if skip_code is not None:
+            skip_code(code)

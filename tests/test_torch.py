@@ -1,0 +1,146 @@
+"""Private names of torch: each may go, which costs memory or a feature, and no gradient."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import packlight
+from packlight import GroupQuant, InputError, _torch, env
+from packlight._torch.capabilities import Capability, warn_if_untested
+
+CPU_HAS = [cap for cap in _torch.CAPABILITIES if cap is not _torch.CURRENT_DEVICE]
+
+
+def model_and_twin():
+    def make():
+        return nn.Sequential(
+            nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Dropout(0.0), nn.Linear(256, 64)
+        )
+
+    model, twin = make(), make()
+    twin.load_state_dict(model.state_dict())
+    packlight.convert(model, packlight.DEFAULT_METHODS, functional=True)
+    packlight.convert(model, GroupQuant(bits=8), functional=True)
+    return model, twin
+
+
+@pytest.mark.parametrize("capability", _torch.CAPABILITIES, ids=lambda cap: cap.name)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_model_trains_without_it(capability, compiled, monkeypatch, fresh_compiler):
+    monkeypatch.setattr(capability, "values", None, raising=False)
+    assert not capability
+    model, twin = model_and_twin()
+    x = torch.randn(32, 64)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    run(x).square().mean().backward()
+    twin(x).square().mean().backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert float((a.grad - b.grad).norm() / b.grad.norm()) < 0.1
+
+
+@pytest.mark.parametrize("capability", _torch.CAPABILITIES, ids=lambda cap: cap.name)
+def test_saving_and_profile_are_right_without_it_or_refuse(capability, monkeypatch):
+    monkeypatch.setattr(capability, "values", None, raising=False)
+    model, twin = model_and_twin()
+    packlight.revert(model)
+    x = torch.randn(32, 64, requires_grad=True) * 1.0
+    if capability in (_torch.NODES, _torch.SAVED):
+        with pytest.raises(InputError, match="torch"), packlight.saving(GroupQuant(bits=8)):
+            pass
+    else:
+        with packlight.saving(GroupQuant(bits=8), min_bytes=0):
+            loss = model(x).square().mean()
+        loss.backward()
+        twin(x.detach()).square().mean().backward()
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            assert float((a.grad - b.grad).norm() / b.grad.norm()) < 0.1
+    if capability is _torch.NODES:
+        with pytest.raises(InputError, match="torch"):
+            packlight.profile(model, x.detach())
+    else:
+        assert packlight.profile(model, x.detach()).activation_bytes > 0
+
+
+ALL_GONE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import importlib, torch, torch.nn as nn
+import torch.multiprocessing.reductions, torch.overrides, torch._subclasses.fake_tensor as fakes
+for path in {paths!r}:
+    module, _, name = path.partition(":")
+    *owners, last = name.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part, None)
+    try:
+        delattr(owner, last)
+    except (AttributeError, TypeError):
+        pass  # of a class that is written in C
+import packlight
+model, twin = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64)), nn.Sequential(
+    nn.LayerNorm(64), nn.Linear(64, 64))
+twin.load_state_dict(model.state_dict())
+packlight.convert(model, packlight.GroupQuant(8), functional=True)
+x = torch.randn(32, 64)
+model(x).square().mean().backward(), twin(x).square().mean().backward()
+for a, b in zip(model.parameters(), twin.parameters()):
+    assert (a.grad - b.grad).norm() / b.grad.norm() < 0.1
+try:
+    packlight.predict(model, x)
+except packlight.InputError as error:
+    print(error)
+"""
+
+
+def test_without_any_of_them_the_package_is_imported_and_trains():
+    # Those that torch itself needs for a plain step stay.
+    needed = ("_push_mode", "_pop_mode", "_cuda_getDevice", "_get_current_function_mode")
+    needed += ("_execution_engine", "StorageWeakRef", "VariableTracker", "FakeTensorMode")
+    paths = [p for cap in _torch.CAPABILITIES for p in cap.paths if not p.endswith(needed)]
+    assert len(paths) > 12
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_GONE.format(paths=paths)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_missing_name_is_a_no():
+    assert Capability("a", "b", "torch:nn.Linear")
+    assert not Capability("a", "b", "torch:nn.Linear", "torch:nn.NoSuchLayer")
+    assert not Capability("a", "b", "no_such_module:name")
+
+
+@pytest.mark.parametrize("capability", CPU_HAS, ids=lambda cap: cap.name)
+def test_this_torch_has_it(capability):
+    assert capability
+
+
+def test_the_environment_lists_capabilities():
+    listed = env.collect()["capabilities"]
+    assert listed.keys() == {capability.name for capability in _torch.CAPABILITIES}
+    assert listed[_torch.HOOKS.name] == "yes"
+    assert _torch.HOOKS.name in env.as_text()
+
+
+def test_what_is_missing_is_listed_with_its_cost(monkeypatch):
+    monkeypatch.setattr(_torch.HOOKS, "values", None, raising=False)
+    assert env.collect()["capabilities"][_torch.HOOKS.name] == f"no: {_torch.HOOKS.without}"
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.15.0", "3.0.0.dev2026+cpu"])
+def test_an_untested_release_is_named(version):
+    with pytest.warns(
+        UserWarning, match=f"tested with torch 2.11 to 2.14, and this is {version[:4]}"
+    ):
+        warn_if_untested("torch", version, ("2.11", "2.14"))
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130", "2.14.0a0+git123"])
+def test_a_tested_release_is_not(version):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_untested("torch", version, ("2.11", "2.14"))
