@@ -145,7 +145,7 @@ RUNS = {
         batch_norms,
         [((4, 8, 8, 16), 4, False), ((3, 5, 7, 3), 4, False), ((3, 5, 7, 3), 8, True)],
     ),
-    "sketches": (sketches, [(128, 32, 32), (100, 33, 30)]),
+    "sketches": (sketches, [(128, 32, 32), (101, 33, 30), (20, 5, 4)]),
 }
 CASES = [
     pytest.param(run, size, id=f"{name} {size}")

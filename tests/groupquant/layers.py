@@ -21,8 +21,14 @@ class Layer(tests.layers.Layer):
     method = "groupquant"
     operators = ("activation", "activation_backward")
     keeps_output = False
-    # Another memory order makes other groups, each with another rounding; samples go to +-30.
-    tolerance = 0.3
+
+    @property
+    def tolerance(self) -> float:
+        """Another memory order makes other groups, each with another rounding.
+
+        Samples go to +-30, and lie at -3 and 0, where derivatives of two jump by 1/2 and 0.7.
+        """
+        return 0.8 if self.name in ("hardswish", "selu") else 0.3
 
     def __str__(self) -> str:
         return self.name
