@@ -8,6 +8,7 @@ import torch
 
 import packlight
 from packlight._launch import quick
+from packlight._seeds import operands
 from packlight.fewbit import dropout_kernels, pooling_kernels
 from packlight.fewbit import kernels as few_bit
 from packlight.groupquant import kernels as group
@@ -25,6 +26,10 @@ FP32 = torch.float32
 
 def seed():
     return torch.tensor([7])
+
+
+def draw():
+    return operands(seed())
 
 
 def values(guards, *shape, dtype=FP32):
@@ -50,8 +55,8 @@ def few_bits(guards, n):
 
 def dropouts(guards, n):
     x = values(guards, n)
-    dropout_kernels.dropout(x, seed(), 0.3, True)
-    dropout_kernels.dropout_(x, seed(), 0.3, True)
+    dropout_kernels.dropout(x, *draw(), 0.3, True)
+    dropout_kernels.dropout_(x, *draw(), 0.3, True)
     dropout_kernels.dropout_mask(seed(), n, 0.3)
 
 
@@ -88,21 +93,21 @@ def wide_inverted_norms(guards, rows, width):
 
 def packs(guards, n, bits):
     x = values(guards, n)
-    pack = group.quantize(x, (1,), bits, 64, seed())
-    _, *inputs = group.activation(x, "silu", (), bits, 64, None)
+    pack = group.quantize(x, (1,), bits, 64, *draw())
+    _, *inputs = group.activation(x, "silu", (), bits, 64, *operands(None))
     layout = ((n,), (1,), n, bits, 64, FP32)
     group.dequantize(*pack, *layout, "", (), None, None)
     group.dequantize(*inputs, *layout, "silu", (), None, None)
     group.activation_backward(x, *inputs, "silu", (), (1,), bits, 64)
-    _, *both = group.gated(x, x, "silu", bits, 64, seed())
+    _, *both = group.gated(x, x, "silu", bits, 64, *draw())
     group.gated_backward(x, *both, "silu", (1,), bits, 64, True)
     group.gated_product(*both, "silu", (n,), (1,), bits, 64, FP32)
 
 
 def packed_rows(guards, rows, width, bits):
     x, weight, bias = (values(guards, *shape) for shape in ((rows, width), (width,), (width,)))
-    _, *kept = group_norm.norm(x, width, weight, bias, 1e-5, True, bits, 32, seed())
-    group_norm.norm_backward(x, *kept, weight, True, True, True, bits, 32)
+    _, *kept = group_norm.norm(x, width, weight, bias, 1e-5, True, bits, 32, *draw())
+    group_norm.norm_backward(x, *kept[:3], weight, True, True, True, bits, 32)
     layout = ((rows, width), (width, 1), width, bits, 32, FP32)
     group.dequantize(*kept[:2], *layout, "", (), weight, bias)
 

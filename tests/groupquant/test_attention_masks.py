@@ -204,7 +204,7 @@ def test_causal_attention_with_dropout_compiles(fresh_compiler):
     assert x.grad.any()
 
 
-def test_one_draw_rounds_query_key_value_and_output_each_in_its_own_way(monkeypatch):
+def test_query_key_value_and_output_are_rounded_each_in_its_own_way(monkeypatch):
     draws, kept = [], []
     randint = torch.randint
 
@@ -222,7 +222,7 @@ def test_one_draw_rounds_query_key_value_and_output_each_in_its_own_way(monkeypa
         packlight.manual_seed(5)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             groupquant.scaled_dot_product_attention(x, x, x, bits=8, group_size=32)
-    assert len(draws) == 2
+    assert not draws  # rounding has a stream of its own
     codes = [tensor for tensor in kept if tensor.dtype == torch.uint8]
     first, again = codes[:4], codes[4:]
     assert all(map(torch.equal, first, again))

@@ -174,7 +174,7 @@ def test_finite_values_come_back_finite(backend, dtype, bits):
 @every_bits
 def test_wide_tensors_come_back_finite_in_float16(backend, bits):
     x = torch.linspace(-65500, 65500, SIZE)
-    pack = backend.quantize(x, (1,), bits, SIZE, None)
+    pack = backend.quantize(x, (1,), bits, SIZE, *operands(None))
     y = backend.dequantize(*pack, (SIZE,), (1,), SIZE, bits, SIZE, torch.float16, *PLAIN)
     assert y.isfinite().all()
 

@@ -221,7 +221,7 @@ def test_a_group_with_a_non_finite_value_comes_back_as_nan(backend, bits, value)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_bytes_are_what_the_method_says(backend, bits, group_size):
     x = torch.randn(4096)
-    codes, scales = backend.quantize(x, (1,), bits, group_size, None)
+    codes, scales = backend.quantize(x, (1,), bits, group_size, *operands(None))
     kept = codes.numel() + 4 * scales.numel()
     assert kept == 4096 * (bits + 32 / group_size) / 8
 
