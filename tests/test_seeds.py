@@ -193,6 +193,16 @@ def test_masks_come_from_torch_s_generator():
     assert not torch.equal(packlight.fewbit.dropout(x, 0.5), first)
 
 
+def test_a_captured_graph_advances_a_counter_that_was_there_before(monkeypatch):
+    device = torch.device("cuda", 0)
+    counter = torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setattr(_seeds, "_counters", {device: counter})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    first, second = (_seeds._reference(device, 0) for _ in range(2))
+    assert counter.item() == 2
+    assert first.item() != second.item()
+
+
 @pytest.mark.gpu
 def test_replays_of_a_graph_round_differently_and_draw_nothing_from_torch():
     torch.manual_seed(0)

@@ -124,9 +124,11 @@ def set_rounding_state(state: Mapping[str, int | None]) -> None:
 
 def rounding_seed(x: Tensor) -> Seed:
     """The next seed of the stream of rounding, for the device of `x`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_captured(x):
         return rounding_tensor(x)
-    return rounding_tensor(x) if _is_captured(x) else _rounding.next()
+    if x.is_cuda and not _torch.is_fake(x):
+        _counter(x.device)  # a graph that is captured later advances it
+    return _rounding.next()
 
 
 def rounding_seeds(x: Tensor, count: int) -> tuple[Seed, ...]:
@@ -168,14 +170,20 @@ def _is_captured(x: Tensor) -> bool:
 _counters: dict[torch.device, Tensor] = {}
 
 
+def _counter(device: torch.device) -> Tensor:
+    found = _counters.get(device)
+    if found is None:
+        with torch.inference_mode(False):  # it outlives whatever this call happens to be made in
+            found = _counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
+    return found
+
+
 def _reference(device: torch.device, place: int) -> Tensor:
     number = _rounding.next()
     if device.type != "cuda":
         return torch.tensor([number], device=device)
-    captured = torch.cuda.is_current_stream_capturing()
-    if not captured and device not in _counters:
-        _counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
-    if not captured:
+    if not torch.cuda.is_current_stream_capturing():
+        _counter(device)
         return torch.full((1,), number, dtype=torch.int64, device=device)
     if device not in _counters:  # no pass has run before the capture
         return torch.randint(2**63 - 1, (1,), device=device)
