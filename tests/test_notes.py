@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import packlight
 from packlight import GroupQuant, Inverted, sharing
 from packlight import groupquant as gq
-from packlight.sharing import Grade, Pack, note_output, pack_of
+from packlight.sharing import Grade, Pack, note_pack, pack_of
 from tests.helpers import kept_bytes
 
 NEAREST = {"bits": 8, "rounding": "nearest"}
@@ -396,7 +396,7 @@ def test_without_a_capability_layers_share_nothing_and_gradients_are_right(name,
     monkeypatch.setattr(getattr(_torch, name), "values", None, raising=False)
     x = torch.randn(64, 64)
     h = torch.randn(64, 64, requires_grad=True) * 1.0
-    note_output(h, Pack(lambda *_: h, (64, 64), ()))
+    note_pack(h, Pack(lambda *_: h, (64, 64), ()))
     assert pack_of(h) is None
     model(x).square().sum().backward()
     plain(x).square().sum().backward()
@@ -407,5 +407,5 @@ def test_without_a_capability_layers_share_nothing_and_gradients_are_right(name,
 def test_inference_tensors_carry_no_notes():
     with torch.inference_mode():
         x = torch.randn(64, 64)
-    note_output(x, Pack(lambda *_: x, (64, 64), ()))
+    note_pack(x, Pack(lambda *_: x, (64, 64), ()))
     assert pack_of(x) is None

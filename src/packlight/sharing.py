@@ -156,13 +156,8 @@ def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     return facts.cast
 
 
-def note_output(tensor: Tensor, pack: Pack) -> None:
-    """Notes about an output what its producer keeps, from which it can be had again."""
-    _write(tensor, _Facts(pack=pack), holds=_takes_packs_away(tensor))
-
-
-def note_input(tensor: Tensor, pack: Pack) -> None:
-    """Notes about a tensor that a layer read what that layer keeps of it."""
+def note_pack(tensor: Tensor, pack: Pack) -> None:
+    """Notes about a tensor what a layer keeps of it, the one that made it or one that reads it."""
     _write(tensor, _Facts(pack=pack), holds=_takes_packs_away(tensor))
 
 

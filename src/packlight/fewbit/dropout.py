@@ -204,5 +204,5 @@ def _noted(y: Tensor, codes: Tensor, p: float, kept: Pack | None) -> Tensor:
         shape = tuple(y.shape)
         rebuild = _DroppedRebuild(kept.rebuild, shape, dense_stride(y), p)
         pack = Pack(rebuild, shape, (codes, *kept.tensors), kept.grade)
-        sharing.note_output(y, pack)
+        sharing.note_pack(y, pack)
     return y

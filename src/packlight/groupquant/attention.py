@@ -363,7 +363,5 @@ def attend(
     seeds = draw_many(query, 4, method)
     out, codes, scales = _attend(*qkv, mask, *kernel, *flags, method, *seeds)
     layout = (tuple(out.shape), out.stride(), out.numel(), method.bits, method.group_size)
-    sharing.note_output(
-        out, Pack(Rebuild(*layout), tuple(out.shape), (codes, scales), method.grade)
-    )
+    sharing.note_pack(out, Pack(Rebuild(*layout), tuple(out.shape), (codes, scales), method.grade))
     return out

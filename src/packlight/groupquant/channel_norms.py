@@ -148,7 +148,7 @@ _apply_group_norm: Callable[..., tuple[Tensor, ...]] = _GroupNorm.apply
 def _noted(y: Tensor, method: GroupQuant, eps: float, tensors: tuple[Tensor, ...]) -> Tensor:
     shape = tuple(y.shape)
     rebuild = ChannelRebuild(shape, y.stride(), method.bits, method.group_size, eps)
-    sharing.note_output(y, Pack(rebuild, shape, tensors, method.grade))
+    sharing.note_pack(y, Pack(rebuild, shape, tensors, method.grade))
     return y
 
 

@@ -172,7 +172,7 @@ def _activation(
     y, codes, scales = _activate(x, name, parameters, method.bits, method.group_size, seed)
     layout = (tuple(y.shape), y.stride(), y.numel(), method.bits, method.group_size)
     rebuild = Rebuild(*layout, name, parameters)
-    sharing.note_output(y, Pack(rebuild, tuple(y.shape), (codes, scales), method.grade))
+    sharing.note_pack(y, Pack(rebuild, tuple(y.shape), (codes, scales), method.grade))
     if torch.compiler.is_compiling() and name in UNITS:
         _tracer.note_source(y, x, how(name, method))
     return y
@@ -417,7 +417,7 @@ def gated(
     seed = draw(gate, method)
     y, *packs = _apply_gated(gate, up, name, method.bits, method.group_size, seed)
     product = GatedProduct(name, tuple(y.shape), y.stride(), method.bits, method.group_size)
-    sharing.note_output(y, Pack(product, tuple(y.shape), tuple(packs), method.grade))
+    sharing.note_pack(y, Pack(product, tuple(y.shape), tuple(packs), method.grade))
     return y
 
 

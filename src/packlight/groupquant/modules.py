@@ -57,7 +57,7 @@ def in_place(inplace: bool, input: Tensor, output: Tensor) -> Tensor:
     pack = sharing.pack_of(output)
     written = overwrite(input, output)
     if pack is not None:
-        sharing.note_output(written, pack)
+        sharing.note_pack(written, pack)
     return written
 
 

@@ -141,7 +141,7 @@ def _norm(
     )
     rebuild = Rebuild(tuple(y.shape), y.stride(), width, method.bits, group_size)
     kept = (codes, scales, *own_parameters(copies, flat_weight, flat_bias))
-    sharing.note_output(y, Pack(rebuild, tuple(y.shape), kept, method.grade))
+    sharing.note_pack(y, Pack(rebuild, tuple(y.shape), kept, method.grade))
     return y
 
 

@@ -81,7 +81,7 @@ def pack_input(x: Tensor, method: GroupQuant) -> Pack:
         return kept
     rebuild, tensors = new_pack(x.detach(), method, draw(x, method))
     kept = Pack(rebuild, tuple(x.shape), tensors, method.grade)
-    sharing.note_input(x, kept)
+    sharing.note_pack(x, kept)
     return kept
 
 

@@ -119,7 +119,7 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
     # is rounded by itself.
     if not shared:
         grade = one.grade.and_of(two.grade)
-        sharing.note_output(y, Pack(product, tuple(y.shape), tensors, grade))
+        sharing.note_pack(y, Pack(product, tuple(y.shape), tensors, grade))
     return y
 
 
@@ -143,8 +143,8 @@ def _unit(f: Tensor, up: Tensor, method: GroupQuant) -> Tensor | None:
         layout = (shape, y.stride(), y.numel(), method.bits, method.group_size)
         gate_pack, up_pack = product.tensors[:2], product.tensors[2:]
         # That of the gate holds it within what its function tells apart, so it is no pack of it.
-        sharing.note_input(up, Pack(Rebuild(*layout), shape, up_pack, method.grade))
-        sharing.note_output(f, Pack(Rebuild(*layout, name), shape, gate_pack, method.grade))
+        sharing.note_pack(up, Pack(Rebuild(*layout), shape, up_pack, method.grade))
+        sharing.note_pack(f, Pack(Rebuild(*layout, name), shape, gate_pack, method.grade))
     return y
 
 

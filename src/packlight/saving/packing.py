@@ -38,7 +38,7 @@ def pack(
         rebuild = Rebuild(*layout, method.bits, method.group_size)
         found = Pack(rebuild, layout[0], (codes, scales), method.grade)
         if owner is not None:
-            # Not `note_input`: the holders keep the very tensors of the pack, hooks or no hooks.
+            # Not `note_pack`: the holders keep the very tensors of the pack, hooks or no hooks.
             sharing.note_kept(owner, found)
     versions = tuple(-1 if kept is None else kept._version for kept in found.tensors)
     spread = tensor.stride() if same_strides and tensor.stride() != stride else None

@@ -101,7 +101,7 @@ def batch_norm(
     y, codes, table = _apply(input, weight, bias, running_mean, running_var, momentum, eps, bits)
     shape = tuple(y.shape)
     rebuild = Rebuild(shape, y.stride(), bits)
-    sharing.note_output(y, Pack(rebuild, shape, (codes, table), grade(bits)))
+    sharing.note_pack(y, Pack(rebuild, shape, (codes, table), grade(bits)))
     return y
 
 

@@ -125,7 +125,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         pack = _masked(kept, shape, stride, mask)
     if copied:
         y = overwrite(input, y)
-    sharing.note_output(y, pack)
+    sharing.note_pack(y, pack)
     return y
 
 

@@ -30,7 +30,7 @@ def add(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
     kept = _kept_of_sum(input, other, alpha)
     y = torch.add(input, other, alpha=alpha)
     if kept is not None:
-        sharing.note_output(y, kept)
+        sharing.note_pack(y, kept)
     return y
 
 
@@ -40,7 +40,7 @@ def add_(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
     kept = _kept_of_sum(input, other, alpha)
     y = input.add_(other, alpha=alpha)
     if kept is not None:
-        sharing.note_output(y, kept)
+        sharing.note_pack(y, kept)
     return y
 
 

@@ -170,7 +170,7 @@ class GroupQuantRMSNorm(_Quantised):
         )
         rebuild = Rebuild(tuple(y.shape), y.stride(), weight.numel(), method.bits, group_size)
         kept = (codes, scales, *own_parameters(copies, weight), None)
-        sharing.note_output(y, Pack(rebuild, tuple(y.shape), kept, method.grade))
+        sharing.note_pack(y, Pack(rebuild, tuple(y.shape), kept, method.grade))
         return y
 
 
@@ -203,7 +203,7 @@ class GroupQuantWideRMSNorm(_Quantised):
         pack = sharing.pack_of(wide)
         y = wide.to(x.dtype)
         if pack is not None:
-            sharing.note_output(y, pack)
+            sharing.note_pack(y, pack)
         return y
 
 
