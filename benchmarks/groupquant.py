@@ -29,7 +29,7 @@ from benchmarks.kernels import (
 from packlight import groupquant, use_reference
 from packlight._seeds import NEAREST
 from packlight.groupquant import ops
-from packlight.groupquant.method import Grouping
+from packlight.groupquant.grouping import Grouping
 
 GROUP_SIZE = 128
 PLAIN = ("", (), None, None)

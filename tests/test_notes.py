@@ -322,7 +322,7 @@ def test_a_fixed_point_code_serves_readers_of_as_many_bits():
 
 
 def test_the_product_of_factors_that_share_their_rounding_is_rounded_by_itself():
-    from packlight.groupquant.product import mul
+    from packlight.layers.product import mul
 
     packlight.manual_seed(0)
     x = torch.randn(64, 64)
@@ -331,7 +331,7 @@ def test_the_product_of_factors_that_share_their_rounding_is_rounded_by_itself()
     for _ in range(300):
         h = x.clone().requires_grad_() * 1.0
         _ = reader(h)  # packs h
-        y = mul(h, h, bits=2, group_size=128, rounding="stochastic")
+        y = mul(h, h, method=packlight.GroupQuant(bits=2))
         gradient = weight_gradient(reader, y)
         truth = exact_gradient(reader, y) if truth is None else truth
         mean = mean + gradient / 300

@@ -28,7 +28,7 @@ from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
 from packlight.groupquant.fixed_point import residual_kernels
-from packlight.groupquant.method import Grouping
+from packlight.groupquant.grouping import Grouping
 from packlight.inverted import kernels as inverted_kernels
 from packlight.inverted import norm_kernels
 from packlight.sketch import kernels as sketch_kernels

@@ -217,6 +217,11 @@ def operands(seed: Seed) -> tuple[Tensor | None, int]:
     return (None, seed) if isinstance(seed, int) else (seed, 0)
 
 
+def from_operands(seed: Tensor | None, number: int) -> Seed:
+    """The inverse of `operands`."""
+    return seed if seed is not None else None if number == NEAREST else number
+
+
 def as_tensor(seed: Tensor | None, number: int, device: torch.device) -> Tensor | None:
     """What an operator was given as a tensor [1] of int64, None to round to nearest."""
     if seed is not None or number == NEAREST:

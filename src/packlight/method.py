@@ -97,10 +97,14 @@ def rule_finder(function: Finder) -> Finder:
 
 
 def find_rule(method: Method, kind: type[nn.Module]) -> Rule | None:
-    """The rule by which `method` converts modules of this very type; subclasses have none."""
-    found = _rules.get((type(method), kind))
-    if found is not None:
-        return found
+    """The rule by which `method` converts modules of this very type; subclasses have none.
+
+    A method has the rules of the methods that it is a kind of.
+    """
+    for base in type(method).__mro__:
+        found = _rules.get((base, kind))
+        if found is not None:
+            return found
     return next((rule for find in _finders if (rule := find(type(method), kind))), None)
 
 
@@ -159,9 +163,10 @@ class Calls:
     def of(methods: tuple[Method, ...]) -> "Calls":
         table: dict[Callable[..., Any], Call] = {}
         for method in methods:
-            for (kind, function), make in _calls.items():
-                if kind is type(method) and function not in table:
-                    table[function] = make(method)
+            for base in type(method).__mro__:
+                for (kind, function), make in _calls.items():
+                    if kind is base and function not in table:
+                        table[function] = make(method)
         return Calls(methods, table)
 
     def __reduce__(self) -> Any:  # functions of torch cannot be pickled

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import packlight.groupquant as group_quant
 import tests.layers
 from packlight.elementwise.functions import quick_gelu, relu_squared
-from packlight.groupquant.method import Grouping
+from packlight.groupquant.grouping import Grouping
 
 BITS, GROUP_SIZE = 8, 32
 

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import packlight
 from packlight import _torch, groupquant, profile
-from packlight.groupquant import attention, scaled_dot_product_attention
+from packlight.groupquant import scaled_dot_product_attention
+from packlight.layers import attention
 from tests.helpers import every_device
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 4, 40, 37, 32  # 37: rows of a bias that are not aligned

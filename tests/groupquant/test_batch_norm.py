@@ -11,7 +11,7 @@ from torch import nn
 from packlight import groupquant
 from packlight._seeds import operands
 from packlight.errors import DoubleBackwardError, InputError
-from packlight.groupquant.method import Grouping
+from packlight.groupquant.grouping import Grouping
 from packlight.packing.layout import dense_stride
 from tests.helpers import DTYPES, dtype_name, kept_bytes
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from packlight import GroupQuant, convert, fewbit, groupquant, saving
-from packlight.groupquant.product import mul
+from packlight.layers.product import mul
 from tests.helpers import crossing
 
 WEIGHT = nn.Parameter(torch.randn(64, 64) / 8)
@@ -35,7 +35,7 @@ FUNCTIONS = {
     "rms_norm": lambda x: groupquant.rms_norm(x, (64,)),
     "attention": attention,
     "swiglu": lambda x: groupquant.swiglu(x, x * 2),
-    "product": lambda x: mul(groupquant.silu(x), x * 2, **OPTIONS),
+    "product": lambda x: mul(groupquant.silu(x), x * 2, method=groupquant.GroupQuant(**OPTIONS)),
     "conv2d": lambda x: groupquant.conv2d(image(x), KERNEL, padding=1),
     "same": lambda x: groupquant.conv2d(image(x), KERNEL[..., :2], padding="same"),
     "batch_norm": lambda x: groupquant.batch_norm(image(x), *STATISTICS, training=True),

@@ -13,7 +13,7 @@ import packlight
 from benchmarks.cifar import METHODS, resnet18, resnet50
 from packlight import fewbit, groupquant
 from packlight.groupquant import fixed_point
-from packlight.groupquant.method import Grouping
+from packlight.groupquant.grouping import Grouping
 from packlight.packing.layout import packed_bytes
 from tests.helpers import crossing, every_device, kept_bytes
 

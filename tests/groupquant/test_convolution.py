@@ -12,7 +12,7 @@ from torch import nn
 
 from packlight import groupquant
 from packlight.errors import DoubleBackwardError, InputError
-from packlight.groupquant.method import Grouping
+from packlight.groupquant.grouping import Grouping
 from tests.helpers import DTYPES, dtype_name, kept_bytes
 
 # Said by torch's own convolution, once.

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import packlight.groupquant as group_quant
 from packlight._seeds import operands
+from packlight.elementwise.limits import limits
 from packlight.groupquant import kernels, reference
-from packlight.groupquant.limits import limits
 from tests.groupquant.layers import LAYERS
 from tests.helpers import every_dtype, every_kernel_dtype
 

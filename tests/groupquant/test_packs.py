@@ -11,7 +11,7 @@ from packlight._philox import philox2x32
 from packlight._seeds import operands
 from packlight.errors import InputError
 from packlight.groupquant import GroupQuant, kernels, reference
-from packlight.groupquant.method import GROUP_SIZES, Grouping, row_group_size
+from packlight.groupquant.grouping import GROUP_SIZES, Grouping, row_group_size
 from packlight.method import Method
 from tests.helpers import every_device, every_kernel_dtype
 

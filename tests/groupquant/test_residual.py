@@ -1,7 +1,6 @@
 """Residual sums rebuilt from the packs of their terms: bytes, values, gradients, stale notes."""
 
 import copy
-import dataclasses
 import gc
 import weakref
 
@@ -14,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 import packlight
 from benchmarks.cifar import METHODS, Block, Bottleneck, resnet18, resnet50
 from packlight import DEFAULT_METHODS, FixedPoint, GroupQuant, sharing
-from packlight.groupquant import fixed_point, product
+from packlight.groupquant import fixed_point
 from packlight.groupquant.fixed_point import reference, residual, residual_kernels, residual_ops
 from packlight.groupquant.fixed_point.packs import ResidualRebuild
+from packlight.layers import product
 from packlight.packing.layout import packed_bytes
 from packlight.packing.reference import pack
 from tests.groupquant.test_conv_sharing import pack_bytes
@@ -359,9 +359,7 @@ def test_a_sum_keeps_no_pack_longer_than_the_graph():
 READERS = {
     "dropout": lambda y: packlight.fewbit.dropout(y, 0.5),
     "relu behind dropout": lambda y: fixed_point.relu(packlight.fewbit.dropout(y, 0.5)),
-    "product": lambda y: product.mul(
-        y, y.detach().clone().requires_grad_(), **dataclasses.asdict(NEAREST[1])
-    ),
+    "product": lambda y: product.mul(y, y.detach().clone().requires_grad_(), method=NEAREST[1]),
 }
 
 

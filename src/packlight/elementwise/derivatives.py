@@ -1,9 +1,12 @@
-"""Derivatives of activations: dx from dy and x, as torch's own backward has it."""
+"""Activations that a pack of their input can serve, and their derivatives, as torch has them."""
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from packlight.fewbit.activations import CONTINUOUS
 
 _aten = torch.ops.aten
 _SELU = (1.6732632423543772, 1.0507009873554805)
@@ -18,6 +21,12 @@ def _softplus(dy: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     dx: Tensor = _aten.softplus_backward(dy, x, beta, threshold)
     return dx
 
+
+# y = FUNCTIONS[name](x, *parameters)
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: row.function for name, row in CONTINUOUS.items()},
+    "relu": F.relu,
+}
 
 # dx = BACKWARD[name](dy, x, *parameters), names and parameters as in fewbit/activations.py.
 BACKWARD: dict[str, Callable[..., Tensor]] = {

@@ -1,8 +1,16 @@
 """Group quantisation: keep a few bits of each value, and a minimum and a step a group."""
 
-from packlight.groupquant import fixed_point
-from packlight.groupquant.attention import scaled_dot_product_attention
-from packlight.groupquant.channel_norms import batch_norm, group_norm
+from packlight.groupquant import fixed_point, fused  # noqa: F401  gives the method its operators
+from packlight.groupquant.conv_functional import (
+    batch_norm,
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+    group_norm,
+)
 from packlight.groupquant.conv_modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -15,14 +23,6 @@ from packlight.groupquant.conv_modules import (
     ConvTranspose3d,
     GroupNorm,
 )
-from packlight.groupquant.convolution import (
-    conv1d,
-    conv2d,
-    conv3d,
-    conv_transpose1d,
-    conv_transpose2d,
-    conv_transpose3d,
-)
 from packlight.groupquant.fixed_point import FixedPoint, ReLU, relu
 from packlight.groupquant.functional import (
     celu,
@@ -31,12 +31,15 @@ from packlight.groupquant.functional import (
     gelu,
     glu,
     hardswish,
+    layer_norm,
     linear,
     logsigmoid,
     mish,
     quick_gelu,
     reglu,
     relu_squared,
+    rms_norm,
+    scaled_dot_product_attention,
     selu,
     sigmoid,
     silu,
@@ -71,7 +74,6 @@ from packlight.groupquant.modules import (
     Tanh,
     Tanhshrink,
 )
-from packlight.groupquant.norms import layer_norm, rms_norm
 
 __all__ = [
     "CELU",

@@ -2,19 +2,20 @@
 
 Constructor, attributes, `state_dict` and printing are torch.nn's; `bits`, `group_size` and
 `rounding` come after them, as `GroupQuant` has them. In `eval()` the plain torch operation runs.
-What is kept, and how exact the gradient is, stands with each function in `convolution.py` and
-`channel_norms.py`.
+What is kept, and how exact the gradient is, stands with each function in
+`conv_functional.py`.
 """
 
 from typing import Any
 
 from torch import Tensor, nn
 
-from packlight.groupquant.channel_norms import batch_norm, group_norm
-from packlight.groupquant.convolution import convolve, pad
 from packlight.groupquant.fixed_point.modules import start_batch
-from packlight.groupquant.method import GroupQuant, Rounding
+from packlight.groupquant.grouping import Rounding
+from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import _Quantised
+from packlight.layers.channel_norms import batch_norm, group_norm
+from packlight.layers.convolution import convolve, pad
 
 _DEFAULT = GroupQuant()
 
@@ -146,7 +147,7 @@ class _BatchNorm(_Quantised, nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        return batch_norm(input, **start_batch(self), **self.options)
+        return batch_norm(input, **start_batch(self), method=self.method)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -183,4 +184,6 @@ class GroupNorm(_Quantised, nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self.options)
+        return group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps, method=self.method
+        )

@@ -15,86 +15,21 @@ through an activation. Where no gradient is asked for nothing is packed and the 
 runs. A second derivative raises `DoubleBackwardError`.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _tracer, sharing
-from packlight._checks import (
-    autocast,
-    check_numbers,
-    check_tensor,
-    is_frozen,
-    needs_gradient,
-    refuse_second_derivative,
-    saved_with_weight,
-)
-from packlight._gradients import column_sums, product, recast
-from packlight._overwrite import writable
-from packlight._seeds import Seed, operands
-from packlight.errors import InputError
-from packlight.fewbit.activations import CONTINUOUS
-from packlight.groupquant import ops
-from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import (
-    KEEPS,
-    GatedProduct,
-    Rebuild,
-    draw,
-    pack_input,
-    worth_packing,
-)
-from packlight.sharing import Pack
+from packlight.groupquant.grouping import Rounding
+from packlight.groupquant.method import GroupQuant
+from packlight.layers import attention
+from packlight.layers import functional as layers
+from packlight.layers import linear as layers_linear
+from packlight.layers import norms as layers_norms
 
 _DEFAULT = GroupQuant()
+_SCORES = _DEFAULT.for_scores()
 
-
-# --- Linear.
-
-
-class _Linear(torch.autograd.Function):
-    """y = x W^T + b; keeps W and the pack of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rebuild: Callable[..., Tensor],
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        y = writable(F.linear(x, weight, bias))
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
-        ctx.rebuild = rebuild
-        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        refuse_second_derivative(KEEPS)
-        weight, *tensors = saved_with_weight(ctx)
-        if ctx.needs_input_grad[0]:
-            weight = recast(weight, grad_output)
-        rows = grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1])
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = rows.mm(weight).view(*grad_output.shape[:-1], -1).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            x = ctx.rebuild(grad_output.dtype, *tensors)
-            dweight = product(rows.t(), x.reshape(rows.shape[0], -1), ctx.weight_dtype)
-        if ctx.needs_input_grad[2]:
-            wide = torch.promote_types(rows.dtype, ctx.bias_dtype)
-            dbias = column_sums(rows, wide).to(ctx.bias_dtype)
-        return dx, dweight, dbias, None, *[None] * len(tensors)
-
-
-_apply_linear: Callable[..., Tensor] = _Linear.apply
+# ---- matrix products and norms -------------------------------------------------------------------
 
 
 def linear(
@@ -111,77 +46,83 @@ def linear(
     Keeps `bits + 32 / group_size` bits an element of x, or nothing where x is packed already, and W
     itself. Input and bias gradients exact, weight gradient unbiased with stochastic rounding.
     """
-    return _linear(input, weight, bias, GroupQuant(bits, group_size, rounding))
+    return layers_linear.linear(input, weight, bias, method=GroupQuant(bits, group_size, rounding))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, method: GroupQuant) -> Tensor:
-    check_tensor(x, "linear")
-    if is_frozen(weight) or not worth_packing(x, method):
-        return F.linear(x, weight, bias)
-    if not needs_gradient(weight):
-        return F.linear(x, weight, bias)
-    kept = pack_input(x, method)
-    return _apply_linear(x, weight, bias, kept.rebuild, *kept.tensors)
-
-
-# --- Activations.
-
-
-class _Activation(torch.autograd.Function):
-    """y = f(x), codes and scales of x; keeps the latter."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        name: str,
-        parameters: tuple[float, ...],
-        bits: int,
-        group_size: int,
-        seed: Seed,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, codes, scales = ops.activation(x, name, parameters, bits, group_size, *operands(seed))
-        ctx.mark_non_differentiable(codes, scales)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(codes, scales)
-        ctx.f = (name, parameters, y.stride(), bits, group_size)
-        return y, codes, scales
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
-        refuse_second_derivative(KEEPS)
-        dx = None
-        if grad_output is not None:
-            dx = ops.activation_backward(grad_output, *ctx.saved_tensors, *ctx.f)
-        return dx, None, None, None, None, None
-
-
-_activate: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Activation.apply
-
-
-def _activation(
-    x: Tensor, name: str, method: GroupQuant, parameters: tuple[float, ...] = ()
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
-    check_tensor(x, name)
-    check_numbers(name, **dict(zip(CONTINUOUS[name].parameters, parameters, strict=True)))
-    function = CONTINUOUS[name].function
-    if not needs_gradient(x):
-        return function(x, *parameters)
-    x = autocast(x, name, lambda empty: function(empty, *parameters))
-    seed = draw(x, method)
-    y, codes, scales = _activate(x, name, parameters, method.bits, method.group_size, seed)
-    layout = (tuple(y.shape), y.stride(), y.numel(), method.bits, method.group_size)
-    rebuild = Rebuild(*layout, name, parameters)
-    sharing.note_pack(y, Pack(rebuild, tuple(y.shape), (codes, scales), method.grade))
-    if torch.compiler.is_compiling() and name in UNITS:
-        _tracer.note_source(y, x, how(name, method))
-    return y
+    """(x - mean) rstd weight + bias over the last dimensions, `normalized_shape`.
+
+    Keeps a pack of x_hat = (x - mean) rstd, from which the next `linear` rebuilds its input, and
+    rstd: `bits + 32 / group_size` bits an element and 32 a row. With x~ the packed value,
+    dx = rstd (g - mean g - x~ mean(g x~)) for g = dy weight, and dweight = sum dy x~, which is
+    unbiased with stochastic rounding; dbias is exact.
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    return layers_norms.layer_norm(input, normalized_shape, weight, bias, eps, method=method)
 
 
-def _gelu_name(approximate: str) -> str:
-    if approximate not in ("none", "tanh"):
-        raise InputError(f'approximate={approximate!r} is neither "none" nor "tanh"')
-    return "gelu" if approximate == "none" else "gelu_tanh"
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x rstd weight over the last dimensions, rstd = 1 / sqrt(mean x^2 + eps).
+
+    Keeps what `layer_norm` keeps; dx = rstd (g - x~ mean(g x~)).
+    """
+    method = GroupQuant(bits, group_size, rounding)
+    return layers_norms.rms_norm(input, normalized_shape, weight, eps, method=method)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    bits: int = _SCORES.bits,
+    group_size: int = _SCORES.group_size,
+    rounding: Rounding = _SCORES.rounding,
+) -> Tensor:
+    """softmax(Q K^T scale) V by torch's fused kernels, q [..., heads, length, head_dim].
+
+    Keeps packs of query, key, value and output, `bits + 32 / group_size` bits an element, and the
+    kernel's statistic, 32 bits a row. Biased: the backward pass recomputes the softmax from packed
+    query and key, with the exact statistic. 8 bits are the default; with 4 the recomputed
+    probabilities are off by a tenth.
+
+    A mask is kept as it is given, once for all layers that read it; torch keeps a bias made of it
+    for each. With `enable_gqa` the heads of key and value are packed once, also where the kernel
+    needs them repeated.
+
+    Where torch would not take a fused kernel, where the mask needs a gradient, and where the head
+    dimension is no multiple of 8, torch's own function runs and keeps what it keeps.
+    """
+    given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    method = GroupQuant(bits, group_size, rounding)
+    return attention.scaled_dot_product_attention(query, key, value, *given, method=method)
+
+
+# ---- activations ---------------------------------------------------------------------------------
 
 
 def celu(
@@ -193,7 +134,7 @@ def celu(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """max(0, x) + min(0, alpha (e^(x / alpha) - 1)). Keeps a pack of x; biased."""
-    return _activation(input, "celu", GroupQuant(bits, group_size, rounding), (alpha,))
+    return layers.celu(input, alpha, method=GroupQuant(bits, group_size, rounding))
 
 
 def elu(
@@ -205,7 +146,7 @@ def elu(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """x for x > 0, else alpha (e^x - 1). Keeps a pack of x; biased."""
-    return _activation(input, "elu", GroupQuant(bits, group_size, rounding), (alpha,))
+    return layers.elu(input, alpha, method=GroupQuant(bits, group_size, rounding))
 
 
 def gelu(
@@ -217,8 +158,7 @@ def gelu(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """x Phi(x), or its tanh approximation. Keeps a pack of x; biased."""
-    name = _gelu_name(approximate)
-    return _activation(input, name, GroupQuant(bits, group_size, rounding))
+    return layers.gelu(input, approximate, method=GroupQuant(bits, group_size, rounding))
 
 
 def hardswish(
@@ -229,7 +169,7 @@ def hardswish(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """x min(max(x + 3, 0), 6) / 6. Keeps a pack of x; biased."""
-    return _activation(input, "hardswish", GroupQuant(bits, group_size, rounding))
+    return layers.hardswish(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def logsigmoid(
@@ -240,7 +180,7 @@ def logsigmoid(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """log(1 / (1 + e^-x)). Keeps a pack of x; biased."""
-    return _activation(input, "logsigmoid", GroupQuant(bits, group_size, rounding))
+    return layers.logsigmoid(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def mish(
@@ -251,7 +191,7 @@ def mish(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """x tanh(log(1 + e^x)). Keeps a pack of x; biased."""
-    return _activation(input, "mish", GroupQuant(bits, group_size, rounding))
+    return layers.mish(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def quick_gelu(
@@ -262,7 +202,7 @@ def quick_gelu(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """x sigmoid(1.702 x), as in CLIP. Keeps a pack of x; biased."""
-    return _activation(input, "quick_gelu", GroupQuant(bits, group_size, rounding))
+    return layers.quick_gelu(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def relu_squared(
@@ -273,7 +213,7 @@ def relu_squared(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """max(x, 0)^2, from Primer. Keeps a pack of x; biased."""
-    return _activation(input, "relu_squared", GroupQuant(bits, group_size, rounding))
+    return layers.relu_squared(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def selu(
@@ -284,7 +224,7 @@ def selu(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """Self-normalising ELU. Keeps a pack of x; biased."""
-    return _activation(input, "selu", GroupQuant(bits, group_size, rounding))
+    return layers.selu(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def sigmoid(
@@ -295,7 +235,7 @@ def sigmoid(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """1 / (1 + e^-x). Keeps a pack of x; biased."""
-    return _activation(input, "sigmoid", GroupQuant(bits, group_size, rounding))
+    return layers.sigmoid(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def silu(
@@ -306,7 +246,7 @@ def silu(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """x sigmoid(x), also called swish. Keeps a pack of x; biased."""
-    return _activation(input, "silu", GroupQuant(bits, group_size, rounding))
+    return layers.silu(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def softplus(
@@ -319,7 +259,7 @@ def softplus(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """log(1 + e^(beta x)) / beta, and x where beta x > threshold. Keeps a pack of x; biased."""
-    return _activation(input, "softplus", GroupQuant(bits, group_size, rounding), (beta, threshold))
+    return layers.softplus(input, beta, threshold, method=GroupQuant(bits, group_size, rounding))
 
 
 def softsign(
@@ -330,7 +270,7 @@ def softsign(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """x / (1 + |x|). Keeps a pack of x; biased."""
-    return _activation(input, "softsign", GroupQuant(bits, group_size, rounding))
+    return layers.softsign(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def tanh(
@@ -341,7 +281,7 @@ def tanh(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """Hyperbolic tangent. Keeps a pack of x; biased."""
-    return _activation(input, "tanh", GroupQuant(bits, group_size, rounding))
+    return layers.tanh(input, method=GroupQuant(bits, group_size, rounding))
 
 
 def tanhshrink(
@@ -352,73 +292,10 @@ def tanhshrink(
     rounding: Rounding = _DEFAULT.rounding,
 ) -> Tensor:
     """x - tanh(x). Keeps a pack of x; biased."""
-    return _activation(input, "tanhshrink", GroupQuant(bits, group_size, rounding))
+    return layers.tanhshrink(input, method=GroupQuant(bits, group_size, rounding))
 
 
-# --- Gated units.
-
-# Activations of gates that nothing but the product reads. That of a sigmoid is often read twice.
-UNITS = ("silu", "gelu", "gelu_tanh")
-
-
-def how(name: str, method: GroupQuant) -> str:
-    """By what a traced activation was computed."""
-    return f"{name} {method.bits} {method.group_size} {method.rounding}"
-
-
-class _Gated(torch.autograd.Function):
-    """y = f(gate) up, and the packs of gate and up, which it keeps."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        name: str,
-        bits: int,
-        group_size: int,
-        seed: Seed,
-    ) -> tuple[Tensor, ...]:
-        y, *packs = ops.gated(gate, up, name, bits, group_size, *operands(seed))
-        ctx.mark_non_differentiable(*packs)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*packs)
-        ctx.f = (name, y.stride(), bits, group_size)
-        return y, *packs
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
-        refuse_second_derivative(KEEPS)
-        dgate = dup = None
-        if grad_output is not None:
-            dgate, dup = ops.gated_backward(grad_output, *ctx.saved_tensors, *ctx.f, True)
-        return dgate, dup, None, None, None, None
-
-
-_apply_gated: Callable[..., tuple[Tensor, ...]] = _Gated.apply
-
-
-def gated(
-    gate: Tensor, up: Tensor, name: str, method: GroupQuant, plain: Callable[..., Tensor]
-) -> Tensor:
-    """f(gate) up, by its name and by torch's functions."""
-    check_tensor(gate, name)
-    check_tensor(up, name)
-    if gate.shape != up.shape or gate.device != up.device:
-        raise InputError(
-            f"gate is {tuple(gate.shape)} on {gate.device}, up is {tuple(up.shape)} on {up.device};"
-            " a gated unit multiplies tensors of one shape on one device"
-        )
-    wanted = needs_gradient(gate) or needs_gradient(up)
-    if not wanted or gate.dtype != up.dtype:
-        return plain(gate, up)
-    if torch.compiler.is_compiling():
-        up = _tracer.apart(up, gate)
-    seed = draw(gate, method)
-    y, *packs = _apply_gated(gate, up, name, method.bits, method.group_size, seed)
-    product = GatedProduct(name, tuple(y.shape), y.stride(), method.bits, method.group_size)
-    sharing.note_pack(y, Pack(product, tuple(y.shape), tuple(packs), method.grade))
-    return y
+# ---- gated units ---------------------------------------------------------------------------------
 
 
 def swiglu(
@@ -433,8 +310,7 @@ def swiglu(
 
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
-    method = GroupQuant(bits, group_size, rounding)
-    return gated(gate, up, "silu", method, lambda gate, up: F.silu(gate) * up)
+    return layers.swiglu(gate, up, method=GroupQuant(bits, group_size, rounding))
 
 
 def geglu(
@@ -450,14 +326,7 @@ def geglu(
 
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
-    method = GroupQuant(bits, group_size, rounding)
-    return gated(
-        gate,
-        up,
-        _gelu_name(approximate),
-        method,
-        lambda gate, up: F.gelu(gate, approximate=approximate) * up,
-    )
+    return layers.geglu(gate, up, approximate, method=GroupQuant(bits, group_size, rounding))
 
 
 def reglu(
@@ -472,8 +341,7 @@ def reglu(
 
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
-    method = GroupQuant(bits, group_size, rounding)
-    return gated(gate, up, "relu", method, lambda gate, up: F.relu(gate) * up)
+    return layers.reglu(gate, up, method=GroupQuant(bits, group_size, rounding))
 
 
 def glu(
@@ -488,11 +356,4 @@ def glu(
 
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
-    check_tensor(input, "glu")
-    if input.dim() == 0 or input.shape[dim] % 2:
-        raise InputError(
-            f"glu halves dimension {dim} of shape {tuple(input.shape)}; it is not even"
-        )
-    up, gate = input.chunk(2, dim)
-    method = GroupQuant(bits, group_size, rounding)
-    return gated(gate, up, "sigmoid", method, lambda gate, up: F.glu(input, dim))
+    return layers.glu(input, dim, method=GroupQuant(bits, group_size, rounding))

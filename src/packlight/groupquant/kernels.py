@@ -27,8 +27,8 @@ from packlight._philox import PAIR_MULTIPLIER, PAIR_WEYL
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD, PTX, clamp
-from packlight.groupquant.limits import limits
-from packlight.groupquant.method import Grouping
+from packlight.elementwise.limits import limits
+from packlight.groupquant.grouping import Grouping
 from packlight.groupquant.reference import ROUNDS, SIGN, TINY
 from packlight.packing.layout import memory_order
 

@@ -1,22 +1,22 @@
-"""The method object of group quantisation, and how a tensor is cut into groups."""
+"""The method object of group quantisation."""
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+import math
 
+import torch
+from torch import Tensor
+
+from packlight._seeds import Seed, operands
 from packlight.errors import InputError
-from packlight.method import Method
+from packlight.groupquant import ops
+from packlight.groupquant.grouping import BITS, GROUP_SIZES, ROUNDINGS, Rounding, row_group_size
+from packlight.packing.layout import dense_stride
+from packlight.quantiser import Quantiser
 from packlight.sharing import Grade
-
-Rounding = Literal["stochastic", "nearest"]
-
-ROUNDINGS = get_args(Rounding)
-
-BITS = (2, 4, 8)
-GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupQuant(Method):
+class GroupQuant(Quantiser):
     """Keep a b-bit code of each value, and a minimum and a step for each group of values.
 
     A group is `group_size` values that are neighbours in memory. With m its minimum rounded down
@@ -62,48 +62,29 @@ class GroupQuant(Method):
         """How near to a tensor its packs are."""
         return Grade(self.bits, self.group_size, self.rounding == "stochastic")
 
-
-def row_group_size(width: int, group_size: int) -> int | None:
-    """The group size for rows of `width` that start groups of their own; None for short rows.
-
-    A row narrower than a group takes the smallest group that holds it; one of fewer values than the
-    smallest group is not worth packing.
-    """
-    if width < GROUP_SIZES[0]:
-        return None
-    return min([group_size, *[size for size in GROUP_SIZES if size >= width]])
-
-
-class Grouping(NamedTuple):
-    """Where the codes of a tensor lie: rows of `width` elements, each cut into groups of its own.
-
-    A byte holds the codes of 8 / bits = `parts` elements, which lie group_size / parts apart, and a
-    group is group_size / parts bytes that follow each other. So groups stand by themselves, a
-    thread that packs a byte shifts by constants, and neighbours in a warp read and write
-    neighbouring addresses. The last group of a row may be ragged; its codes take whole bytes.
-    """
-
-    rows: int
-    width: int
-    bits: int
-    group_size: int
-
     @property
-    def parts(self) -> int:
-        return 8 // self.bits
+    def smallest(self) -> int:
+        """A group."""
+        return self.group_size
 
-    @property
-    def group_bytes(self) -> int:
-        return self.group_size // self.parts
+    def keep(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
+        """Codes and scales of `x` in its memory order."""
+        layout = (dense_stride(x), self.bits, self.group_size)
+        kept: tuple[Tensor, ...] = ops.quantize(x, *layout, *operands(seed))
+        return kept
 
-    @property
-    def row_groups(self) -> int:
-        return (self.width + self.group_size - 1) // self.group_size
+    def restore(
+        self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
+    ) -> Tensor:
+        """m + s code."""
+        layout = (shape, stride, math.prod(shape), self.bits, self.group_size)
+        x: Tensor = ops.dequantize(*kept, *layout, dtype, "", (), None, None)
+        return x
 
-    @property
-    def groups(self) -> int:
-        return self.rows * self.row_groups
+    def for_scores(self) -> "GroupQuant":
+        """8 bits: with 4 the recomputed probabilities are off by a tenth."""
+        return self if self.bits == 8 else dataclasses.replace(self, bits=8)
 
-    @property
-    def code_bytes(self) -> int:
-        return self.groups * self.group_bytes
+    def keeps_rows(self, width: int) -> bool:
+        """Whether the smallest group fits: rows narrower than a group have smaller ones."""
+        return row_group_size(width, self.group_size) is not None

@@ -3,10 +3,11 @@
 Constructor, attributes, `state_dict` and printing are torch.nn's; `bits`, `group_size` and
 `rounding` come after them, as `GroupQuant` has them. In `eval()` the plain torch operation runs,
 exact and twice differentiable. What is kept, and how exact the gradient is, stands with each
-function in `functional.py` and `norms.py`. `inplace=True` overwrites the input, as torch's does,
+function in `functional.py`. `inplace=True` overwrites the input, as torch's does,
 and saves nothing by it: the output is made first.
 """
 
+import dataclasses
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,9 +18,11 @@ from packlight._checks import check_inplace
 from packlight._overwrite import overwrite
 from packlight._seeds import start_rounding
 from packlight.elementwise.functions import quick_gelu, relu_squared
-from packlight.groupquant import functional as quantised
-from packlight.groupquant import norms
-from packlight.groupquant.method import GroupQuant, Rounding
+from packlight.groupquant.grouping import Rounding
+from packlight.groupquant.method import GroupQuant
+from packlight.layers import functional, norms
+from packlight.layers.linear import linear
+from packlight.quantiser import Quantiser
 
 _DEFAULT = GroupQuant()
 
@@ -27,24 +30,14 @@ _DEFAULT = GroupQuant()
 class _Quantised(nn.Module):
     """What these layers share: the method by which they keep."""
 
-    method: GroupQuant
+    method: Quantiser
 
     def _keep(self, bits: int, group_size: int, rounding: Rounding) -> None:
         self.method = GroupQuant(bits, group_size, rounding)
         start_rounding()
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The method as keyword arguments of a function."""
-        method = self.method
-        return {
-            "bits": method.bits,
-            "group_size": method.group_size,
-            "rounding": method.rounding,
-        }
-
     def extra_repr(self) -> str:
-        own = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        own = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.method).items())
         inherited = super().extra_repr()
         return f"{inherited}, {own}" if inherited else own
 
@@ -82,7 +75,7 @@ class Linear(_Quantised, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised._linear(input, self.weight, self.bias, self.method)
+        return linear(input, self.weight, self.bias, method=self.method)
 
 
 class LayerNorm(_Quantised, nn.LayerNorm):
@@ -108,7 +101,7 @@ class LayerNorm(_Quantised, nn.LayerNorm):
         if not self.training:
             return super().forward(input)
         return norms.layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, **self.options
+            input, self.normalized_shape, self.weight, self.bias, self.eps, method=self.method
         )
 
 
@@ -133,7 +126,7 @@ class RMSNorm(_Quantised, nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        return norms.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self.options)
+        return norms.rms_norm(x, self.normalized_shape, self.weight, self.eps, method=self.method)
 
 
 class CELU(_Quantised, nn.CELU):
@@ -154,7 +147,7 @@ class CELU(_Quantised, nn.CELU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return in_place(self.inplace, input, quantised.celu(input, self.alpha, **self.options))
+        return in_place(self.inplace, input, functional.celu(input, self.alpha, method=self.method))
 
 
 class ELU(_Quantised, nn.ELU):
@@ -175,7 +168,7 @@ class ELU(_Quantised, nn.ELU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return in_place(self.inplace, input, quantised.elu(input, self.alpha, **self.options))
+        return in_place(self.inplace, input, functional.elu(input, self.alpha, method=self.method))
 
 
 class GELU(_Quantised, nn.GELU):
@@ -195,7 +188,7 @@ class GELU(_Quantised, nn.GELU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.gelu(input, self.approximate, **self.options)
+        return functional.gelu(input, self.approximate, method=self.method)
 
 
 class Hardswish(_Quantised, nn.Hardswish):
@@ -215,7 +208,7 @@ class Hardswish(_Quantised, nn.Hardswish):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return in_place(self.inplace, input, quantised.hardswish(input, **self.options))
+        return in_place(self.inplace, input, functional.hardswish(input, method=self.method))
 
 
 class LogSigmoid(_Quantised, nn.LogSigmoid):
@@ -234,7 +227,7 @@ class LogSigmoid(_Quantised, nn.LogSigmoid):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.logsigmoid(input, **self.options)
+        return functional.logsigmoid(input, method=self.method)
 
 
 class Mish(_Quantised, nn.Mish):
@@ -254,7 +247,7 @@ class Mish(_Quantised, nn.Mish):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return in_place(self.inplace, input, quantised.mish(input, **self.options))
+        return in_place(self.inplace, input, functional.mish(input, method=self.method))
 
 
 class QuickGELU(_Quantised):
@@ -273,7 +266,7 @@ class QuickGELU(_Quantised):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return quick_gelu(input)
-        return quantised.quick_gelu(input, **self.options)
+        return functional.quick_gelu(input, method=self.method)
 
 
 class ReLUSquared(_Quantised):
@@ -292,7 +285,7 @@ class ReLUSquared(_Quantised):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return relu_squared(input)
-        return quantised.relu_squared(input, **self.options)
+        return functional.relu_squared(input, method=self.method)
 
 
 class SELU(_Quantised, nn.SELU):
@@ -312,7 +305,7 @@ class SELU(_Quantised, nn.SELU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return in_place(self.inplace, input, quantised.selu(input, **self.options))
+        return in_place(self.inplace, input, functional.selu(input, method=self.method))
 
 
 class Sigmoid(_Quantised, nn.Sigmoid):
@@ -331,7 +324,7 @@ class Sigmoid(_Quantised, nn.Sigmoid):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.sigmoid(input, **self.options)
+        return functional.sigmoid(input, method=self.method)
 
 
 class SiLU(_Quantised, nn.SiLU):
@@ -351,7 +344,7 @@ class SiLU(_Quantised, nn.SiLU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return in_place(self.inplace, input, quantised.silu(input, **self.options))
+        return in_place(self.inplace, input, functional.silu(input, method=self.method))
 
 
 class Softplus(_Quantised, nn.Softplus):
@@ -372,7 +365,7 @@ class Softplus(_Quantised, nn.Softplus):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.softplus(input, self.beta, self.threshold, **self.options)
+        return functional.softplus(input, self.beta, self.threshold, method=self.method)
 
 
 class Softsign(_Quantised, nn.Softsign):
@@ -391,7 +384,7 @@ class Softsign(_Quantised, nn.Softsign):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.softsign(input, **self.options)
+        return functional.softsign(input, method=self.method)
 
 
 class Tanh(_Quantised, nn.Tanh):
@@ -410,7 +403,7 @@ class Tanh(_Quantised, nn.Tanh):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.tanh(input, **self.options)
+        return functional.tanh(input, method=self.method)
 
 
 class Tanhshrink(_Quantised, nn.Tanhshrink):
@@ -429,7 +422,7 @@ class Tanhshrink(_Quantised, nn.Tanhshrink):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.tanhshrink(input, **self.options)
+        return functional.tanhshrink(input, method=self.method)
 
 
 class SwiGLU(_Quantised):
@@ -448,7 +441,7 @@ class SwiGLU(_Quantised):
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         if not self.training:
             return F.silu(gate) * up
-        return quantised.swiglu(gate, up, **self.options)
+        return functional.swiglu(gate, up, method=self.method)
 
 
 class GEGLU(_Quantised):
@@ -469,7 +462,7 @@ class GEGLU(_Quantised):
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         if not self.training:
             return F.gelu(gate, approximate=self.approximate) * up
-        return quantised.geglu(gate, up, self.approximate, **self.options)
+        return functional.geglu(gate, up, self.approximate, method=self.method)
 
 
 class ReGLU(_Quantised):
@@ -488,7 +481,7 @@ class ReGLU(_Quantised):
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         if not self.training:
             return F.relu(gate) * up
-        return quantised.reglu(gate, up, **self.options)
+        return functional.reglu(gate, up, method=self.method)
 
 
 class GLU(_Quantised, nn.GLU):
@@ -508,4 +501,4 @@ class GLU(_Quantised, nn.GLU):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return quantised.glu(input, self.dim, **self.options)
+        return functional.glu(input, self.dim, method=self.method)

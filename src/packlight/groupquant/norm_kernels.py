@@ -13,6 +13,7 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
+from packlight.groupquant.grouping import Grouping
 from packlight.groupquant.kernels import (
     load_codes,
     load_tile,
@@ -21,7 +22,6 @@ from packlight.groupquant.kernels import (
     store_tile,
     tile_offsets,
 )
-from packlight.groupquant.method import Grouping
 
 
 @triton.jit

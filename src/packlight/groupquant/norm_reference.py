@@ -11,16 +11,7 @@ from torch import Tensor
 
 from packlight._seeds import as_tensor
 from packlight.groupquant.reference import dequantize_rows, quantize_rows
-from packlight.packing.layout import compute_dtype
-
-
-def normalise(x: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
-    """x_hat [rows, width] and rstd [rows, 1] in the dtype that torch computes in."""
-    values = x.to(compute_dtype(x))
-    if center:
-        values = values - values.mean(-1, keepdim=True)
-    rstd = (values.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return values * rstd, rstd
+from packlight.layers.norms import differentiate, normalise
 
 
 def norm(
@@ -63,22 +54,7 @@ def norm_backward(
     bits: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = rstd (g - mean g - x~ mean(g x~)), g = dy weight; dweight = sum dy x~, dbias = sum dy.
-
-    `grad_output` is [..., width], of two dimensions or more. Sums that are not needed are empty.
-    """
+    """See `packlight.layers.norms.differentiate`."""
     *others, width = grad_output.shape
     x_hat = dequantize_rows(codes, scales, math.prod(others), width, bits, group_size)
-    dtype = compute_dtype(grad_output)
-    x_hat = x_hat.to(dtype).view(grad_output.shape)
-    dy = grad_output.to(dtype)
-    g = dy if weight is None else dy * weight.to(dtype)
-    dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
-    if center:
-        dx = dx - g.mean(-1, keepdim=True)
-    dx = (dx * rstd.to(dtype).view(*others, 1)).to(grad_output.dtype)
-    nothing = dy.new_empty(0)
-    rows = tuple(range(len(others)))
-    dweight = (dy * x_hat).sum(rows) if need_weight else nothing
-    dbias = dy.sum(rows) if need_bias else nothing
-    return dx, dweight, dbias
+    return differentiate(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)

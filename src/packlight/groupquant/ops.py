@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packlight._library import define_op
 from packlight.groupquant import norm_reference, reference
-from packlight.groupquant.method import Grouping
+from packlight.groupquant.grouping import Grouping
 from packlight.packing.layout import compute_dtype
 
 _KERNELS = "packlight.groupquant.kernels"

@@ -8,7 +8,7 @@ since those of whole numbers may overflow. A negative step says that in place of
 is a number at which the derivative is the same and the function is not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,10 @@ from torch import Tensor
 
 from packlight._philox import philox2x32
 from packlight._seeds import as_tensor
-from packlight.elementwise.derivatives import BACKWARD
-from packlight.fewbit.activations import CONTINUOUS
-from packlight.groupquant.limits import Limits, limits
-from packlight.groupquant.method import Grouping
+from packlight.elementwise.derivatives import BACKWARD, FUNCTIONS
+from packlight.elementwise.limits import Limits, limits
+from packlight.groupquant.grouping import Grouping
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
-
-# The activations that a pack of their input can serve.
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    **{name: row.function for name, row in CONTINUOUS.items()},
-    "relu": F.relu,
-}
 
 # Rounds of Philox2x32: 7 are the fewest that pass BigCrush (Random123 by Salmon et al.).
 ROUNDS = 7

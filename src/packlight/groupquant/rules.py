@@ -1,6 +1,5 @@
-"""What `GroupQuant` makes of the layers of torch.nn, and of calls of torch's functions."""
+"""What a quantiser makes of the layers of torch.nn, and of calls of torch's functions."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,19 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packlight.groupquant import (
-    channel_norms,
-    conv_modules,
-    convolution,
-    fixed_point,
-    functional,
-    modules,
-    norms,
-)
-from packlight.groupquant.attention import scaled_dot_product_attention
-from packlight.groupquant.method import GroupQuant
-from packlight.groupquant.product import mul
+from packlight.groupquant import conv_modules, fixed_point, modules
+from packlight.layers import channel_norms, functional, norms
+from packlight.layers.attention import scaled_dot_product_attention
+from packlight.layers.convolution import CONVOLUTIONS, TRANSPOSED
+from packlight.layers.linear import linear
+from packlight.layers.product import mul
 from packlight.method import Swap, call_rule, rule
+from packlight.quantiser import Quantiser
 
 _QUANTISED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: conv_modules.BatchNorm1d,
@@ -53,13 +47,13 @@ _QUANTISED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-@rule(GroupQuant, *_QUANTISED)
-def _quantised(method: GroupQuant, module: Any) -> Swap:
+@rule(Quantiser, *_QUANTISED)
+def _quantised(method: Quantiser, module: Any) -> Swap:
     return Swap(_QUANTISED[type(module)], {"method": method})
 
 
-@rule(GroupQuant, nn.ReLU)
-def _relu(method: GroupQuant, module: Any) -> Swap:
+@rule(Quantiser, nn.ReLU)
+def _relu(method: Quantiser, module: Any) -> Swap:
     return Swap(fixed_point.ReLU)  # exact; one bit, or what its producer keeps
 
 
@@ -80,7 +74,7 @@ def _with_alpha_and_inplace(function: Callable[..., Tensor]) -> Callable[..., Te
 
 
 call_rule(
-    GroupQuant,
+    Quantiser,
     {
         F.celu: _with_alpha_and_inplace(functional.celu),
         F.elu: _with_alpha_and_inplace(functional.elu),
@@ -99,30 +93,30 @@ call_rule(
         torch.sigmoid: functional.sigmoid,
         torch.tanh: functional.tanh,
         F.batch_norm: channel_norms.batch_norm,
-        F.conv1d: convolution.conv1d,
-        F.conv2d: convolution.conv2d,
-        F.conv3d: convolution.conv3d,
-        F.conv_transpose1d: convolution.conv_transpose1d,
-        F.conv_transpose2d: convolution.conv_transpose2d,
-        F.conv_transpose3d: convolution.conv_transpose3d,
+        F.conv1d: CONVOLUTIONS[1],
+        F.conv2d: CONVOLUTIONS[2],
+        F.conv3d: CONVOLUTIONS[3],
+        F.conv_transpose1d: TRANSPOSED[1],
+        F.conv_transpose2d: TRANSPOSED[2],
+        F.conv_transpose3d: TRANSPOSED[3],
         F.group_norm: channel_norms.group_norm,
         F.layer_norm: norms.layer_norm,
-        F.linear: functional.linear,
+        F.linear: linear,
         F.rms_norm: norms.rms_norm,
         Tensor.mul: mul,
         torch.mul: mul,
     },
-    dataclasses.asdict,
+    lambda method: {"method": method},
 )
 
 # Scores are exponentials of products of two packs.
 call_rule(
-    GroupQuant,
+    Quantiser,
     {F.scaled_dot_product_attention: scaled_dot_product_attention},
-    lambda method: {**dataclasses.asdict(method), "bits": 8},
+    lambda method: {"method": method.for_scores()},
 )
 
 call_rule(
-    GroupQuant,
+    Quantiser,
     {F.relu: fixed_point.relu, Tensor.relu: fixed_point.relu, torch.relu: fixed_point.relu},
 )

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from packlight.fewbit import functional as few_bit
 from packlight.fewbit.method import FewBit
 from packlight.fewbit.modules import _Coded
-from packlight.groupquant import functional as quantised
-from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import _Quantised
 from packlight.integrations._classes import joined
 from packlight.inverted import functional as inverted
 from packlight.inverted.inverses import INVERSES
 from packlight.inverted.method import Inverted
+from packlight.layers.activations import activation
 from packlight.method import LeaveAlone, Swap, rule
+from packlight.quantiser import Quantiser
 
 
 class GroupQuantActivation(_Quantised):
@@ -27,7 +27,7 @@ class GroupQuantActivation(_Quantised):
         if not self.training:
             plain: Tensor = super().forward(input)
             return plain
-        return quantised._activation(input, self.packed_function, self.method)
+        return activation(input, self.packed_function, self.method)
 
 
 class FewBitActivation(_Coded):
@@ -57,8 +57,8 @@ class InvertedActivation(nn.Module):
 def register(functions: Mapping[type[nn.Module], str]) -> None:
     """Registers rules for activation modules, with the names of what they compute."""
 
-    @rule(GroupQuant, *functions)
-    def quantised_activation(method: GroupQuant, module: Any) -> Swap:
+    @rule(Quantiser, *functions)
+    def quantised_activation(method: Quantiser, module: Any) -> Swap:
         kind = type(module)
         attributes = {"method": method, "packed_function": functions[kind]}
         return Swap(joined(GroupQuantActivation, kind), attributes)

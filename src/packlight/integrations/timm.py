@@ -19,18 +19,18 @@ from typing import Any
 from timm import layers
 from torch import Tensor, nn
 
-from packlight.groupquant import channel_norms, norms
 from packlight.groupquant.fixed_point import functional as fixed_point
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.fixed_point.modules import start_batch
-from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import _Quantised
 from packlight.integrations._activations import register
 from packlight.integrations._classes import joined
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import _InvertedNorm
+from packlight.layers import channel_norms, norms
 from packlight.method import LeaveAlone, Swap, rule
+from packlight.quantiser import Quantiser
 
 register({layers.GELU: "gelu", layers.GELUTanh: "gelu_tanh", layers.QuickGELU: "quick_gelu"})
 
@@ -64,7 +64,7 @@ class GroupQuantBatchNormAct2d(_Quantised):
         if not self.training:
             plain: Tensor = super().forward(x)
             return plain
-        y = channel_norms.batch_norm(x, **start_batch(self), **self.options)
+        y = channel_norms.batch_norm(x, **start_batch(self), method=self.method)
         activated: Tensor = self.act(self.drop(y))
         return activated
 
@@ -85,7 +85,7 @@ class GroupQuantLayerNorm(_Quantised):
             plain: Tensor = super().forward(x)
             return plain
         return norms.layer_norm(
-            x, self.normalized_shape, self.weight, self.bias, self.eps, **self.options
+            x, self.normalized_shape, self.weight, self.bias, self.eps, method=self.method
         )
 
 
@@ -107,7 +107,7 @@ class GroupQuantLayerNorm2d(_Quantised):
             self.weight,
             self.bias,
             self.eps,
-            **self.options,
+            method=self.method,
         )
         return y.permute(0, 3, 1, 2)
 
@@ -123,7 +123,7 @@ class GroupQuantRmsNorm(_Quantised):
         if not self.training:
             plain: Tensor = super().forward(x)
             return plain
-        return norms.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self.options)
+        return norms.rms_norm(x, self.normalized_shape, self.weight, self.eps, method=self.method)
 
 
 class InvertedLayerNorm(_InvertedNorm):
@@ -176,8 +176,8 @@ def _check(module: Any) -> None:
         raise LeaveAlone("timm's fast norm is on, which computes in another dtype")
 
 
-@rule(GroupQuant, *_GROUP_QUANT)
-def _quantised(method: GroupQuant, module: Any) -> Swap:
+@rule(Quantiser, *_GROUP_QUANT)
+def _quantised(method: Quantiser, module: Any) -> Swap:
     _check(module)
     kind = type(module)
     return Swap(joined(_GROUP_QUANT[kind], kind), {"method": method})

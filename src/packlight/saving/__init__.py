@@ -27,7 +27,7 @@ from packlight import _torch
 from packlight._seeds import follow_generator
 from packlight._torch import graph
 from packlight.errors import InputError
-from packlight.groupquant.method import GroupQuant
+from packlight.quantiser import Quantiser
 from packlight.saving.kept import unpack
 from packlight.saving.rules import Rules
 from packlight.saving.saver import Calls, Saver
@@ -37,11 +37,11 @@ __all__ = ["saving"]
 
 @contextlib.contextmanager
 def saving(
-    method: GroupQuant,
+    method: Quantiser,
     *,
     min_bytes: int = 4096,
     skip: Callable[[Tensor], bool] | None = None,
-    overrides: Mapping[str, GroupQuant | None] | None = None,
+    overrides: Mapping[str, Quantiser | None] | None = None,
 ) -> Iterator[None]:
     """Within this context, forward passes keep packs for their backward passes, of any operation.
 
@@ -144,8 +144,8 @@ def _check(method: object, min_bytes: object, skip: object, overrides: object) -
             f"saving(...) cannot tell which operation saves a tensor in torch {torch.__version__};"
             " convert the model instead, with packlight.convert"
         )
-    if not isinstance(method, GroupQuant):
-        raise InputError(f"method={method!r} is not a GroupQuant; try GroupQuant(bits=4)")
+    if not isinstance(method, Quantiser):
+        raise InputError(f"method={method!r} is no quantiser; try GroupQuant(bits=4)")
     if not isinstance(min_bytes, int) or isinstance(min_bytes, bool) or min_bytes < 0:
         raise InputError(f"min_bytes={min_bytes!r} is not a number of bytes, 0 or more")
     if skip is not None and not callable(skip):
@@ -157,7 +157,7 @@ def _check(method: object, min_bytes: object, skip: object, overrides: object) -
     for pattern, value in overrides.items():
         if not isinstance(pattern, str):
             raise InputError(f"overrides: {pattern!r} is not a string; name an autograd node")
-        if value is not None and not isinstance(value, GroupQuant):
+        if value is not None and not isinstance(value, Quantiser):
             raise InputError(
-                f"overrides[{pattern!r}]={value!r} is neither a GroupQuant nor None (exact)"
+                f"overrides[{pattern!r}]={value!r} is neither a quantiser nor None (exact)"
             )

@@ -3,18 +3,15 @@
 from torch import Tensor
 
 from packlight import sharing
-from packlight._seeds import operands
-from packlight.groupquant import ops
-from packlight.groupquant.method import GroupQuant
-from packlight.groupquant.packs import Rebuild, draw
 from packlight.packing.layout import dense_stride
+from packlight.quantiser import Quantiser, Restore
 from packlight.saving.kept import Packed
 from packlight.saving.tensors import repeats
 from packlight.sharing import Pack
 
 
 def pack(
-    tensor: Tensor, method: GroupQuant, owner: Tensor | None, same_strides: bool = False
+    tensor: Tensor, method: Quantiser, owner: Tensor | None, same_strides: bool = False
 ) -> Packed | None:
     """A pack of a tensor, shared with its owner where there is one; None for less than a group.
 
@@ -26,17 +23,15 @@ def pack(
     if any(repeated):
         narrow = [1 if once else size for once, size in zip(repeated, shape, strict=True)]
         tensor, owner = tensor.as_strided(narrow, tensor.stride()), None
-    if tensor.numel() < method.group_size:
+    if tensor.numel() < method.smallest:
         return None
     stride = dense_stride(tensor)
     found = None if owner is None else sharing.pack_of(owner, method.grade)
     if found is None:
-        seed = operands(draw(tensor, method))
-        codes, scales = ops.quantize(tensor, stride, method.bits, method.group_size, *seed)
+        tensors = method.keep(tensor, method.seed(tensor))
         stands_for = tensor if owner is None else owner
-        layout = (tuple(stands_for.shape), dense_stride(stands_for), tensor.numel())
-        rebuild = Rebuild(*layout, method.bits, method.group_size)
-        found = Pack(rebuild, layout[0], (codes, scales), method.grade)
+        layout = (tuple(stands_for.shape), dense_stride(stands_for))
+        found = Pack(Restore(method, *layout), layout[0], tensors, method.grade)
         if owner is not None:
             # Not `note_pack`: the holders keep the very tensors of the pack, hooks or no hooks.
             sharing.note_kept(owner, found)

@@ -1,6 +1,5 @@
 """Which operation is packed by which method."""
 
-import dataclasses
 import difflib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -11,7 +10,7 @@ from torch.autograd.graph import Node
 
 from packlight._torch import graph
 from packlight.errors import InputError
-from packlight.groupquant.method import GroupQuant
+from packlight.quantiser import Quantiser
 from packlight.saving.lossless import operation_of
 
 CHECKPOINT = "checkpoint"  # what the inputs of checkpoints are called, in place of a node
@@ -84,20 +83,20 @@ _OF_PACKAGES = ("FlashAttnFuncBackward", "FlashAttnVarlenFuncBackward", "FlexAtt
 class Rules:
     """The methods of operations: those that the user gives, and the defaults after them."""
 
-    def __init__(self, method: GroupQuant, overrides: Mapping[str, GroupQuant | None]) -> None:
-        fine = dataclasses.replace(method, bits=8)
+    def __init__(self, method: Quantiser, overrides: Mapping[str, Quantiser | None]) -> None:
+        fine = method.for_scores()
         self.overrides = dict(overrides)
-        self.defaults: dict[str, GroupQuant | None] = {
+        self.defaults: dict[str, Quantiser | None] = {
             **dict.fromkeys(_EXACT),
             **dict.fromkeys(_ATTENTION, fine),
             COMPILED: fine,
             "*": method,
         }
-        self.known: dict[tuple[str, str], tuple[GroupQuant | None, bool]] = {}
+        self.known: dict[tuple[str, str], tuple[Quantiser | None, bool]] = {}
 
     def method(
         self, name: str, function: str, slot: str = "", node: Node | None = None
-    ) -> GroupQuant | None:
+    ) -> Quantiser | None:
         """How a tensor is packed that a node keeps under the name `slot`; None is exact.
 
         `name` is the node's, and `function` that of the torch function that was called.
@@ -117,13 +116,13 @@ class Rules:
         """Whether tensors of an operation are kept each in its own way."""
         return operation_of(name) in (*_EXACT_SLOTS, "Pow", "Clamp", "ClampMin", "ClampMax")
 
-    def _of_operation(self, node: str, function: str) -> tuple[GroupQuant | None, bool]:
+    def _of_operation(self, node: str, function: str) -> tuple[Quantiser | None, bool]:
         """The method, and whether the user has named it."""
         if (node, function) not in self.known:
             self.known[node, function] = self._look_up(node, function)
         return self.known[node, function]
 
-    def _look_up(self, node: str, function: str) -> tuple[GroupQuant | None, bool]:
+    def _look_up(self, node: str, function: str) -> tuple[Quantiser | None, bool]:
         for pattern, method in self.overrides.items():
             if fnmatchcase(node, pattern) or fnmatchcase(function, pattern):
                 return method, True

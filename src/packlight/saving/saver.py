@@ -30,7 +30,7 @@ from torch.utils.weak import TensorWeakRef
 
 from packlight import _torch, _tracer, sharing
 from packlight._torch import graph
-from packlight.groupquant.method import GroupQuant
+from packlight.quantiser import Quantiser
 from packlight.saving import lossless, packing, tensors
 from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting
 from packlight.saving.rules import CHECKPOINT, COMPILED, Rules
@@ -335,7 +335,7 @@ class Saver:
     def _keep(
         self,
         holder: Holder,
-        method: GroupQuant | None,
+        method: Quantiser | None,
         name: str,
         slot: str = "",
         node: Node | None = None,
@@ -356,7 +356,7 @@ class Saver:
         self,
         holder: Holder,
         tensor: Tensor,
-        method: GroupQuant,
+        method: Quantiser,
         name: str,
         slot: str,
         node: Node | None,

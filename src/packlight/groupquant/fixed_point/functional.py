@@ -13,16 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import sharing
-from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight._checks import check_tensor, refuse_second_derivative
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.method import FixedPoint, check_bits
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, grade
+from packlight.layers import channel_norms
 from packlight.sharing import Pack
 
 _DEFAULT = FixedPoint()
-
-# Below so many values a channel, its row of the table outweighs what the codes save.
-MIN_VALUES = 16
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -96,18 +94,10 @@ def batch_norm(
     """
     check_tensor(input, "batch_norm")
     check_bits(bits)
-    if not training or not norm_worth_packing(input, weight, bias):
+    if not training or not channel_norms.worth_packing(input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, codes, table = _apply(input, weight, bias, running_mean, running_var, momentum, eps, bits)
     shape = tuple(y.shape)
     rebuild = Rebuild(shape, y.stride(), bits)
     sharing.note_pack(y, Pack(rebuild, shape, (codes, table), grade(bits)))
     return y
-
-
-def norm_worth_packing(input: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether a backward pass may come, and a pack of the input of a norm is smaller than it."""
-    given = (tensor for tensor in parameters if tensor is not None)
-    if not (needs_gradient(input) or any(map(needs_gradient, given))):
-        return False
-    return input.dim() > 1 and input.numel() >= MIN_VALUES * input.shape[1] > 0

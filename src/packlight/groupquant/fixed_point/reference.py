@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from packlight.groupquant.fixed_point.method import BIN, EDGE
+from packlight.layers.channel_norms import deviation
 from packlight.packing import reference as packing
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
 
@@ -23,19 +24,6 @@ ROWS = 6
 
 # From here on beta / |gamma|, in bins, has less than 8 bits of fraction left in float32.
 FAR = 2.0**16
-
-
-# The square of the least deviation that codes are cut for.
-LEAST = 2.0**-20
-
-
-def deviation(rstd: Tensor, eps: float) -> Tensor:
-    """The deviation of normalised values, sqrt(var / (var + eps)) = sqrt(1 - eps rstd^2).
-
-    Codes are of values in units of it. The backward pass multiplies their error by rstd: for values
-    without variance, which are 0 normalised, by 1 / sqrt(eps).
-    """
-    return (1 - eps * rstd.square()).clamp(min=LEAST).sqrt()
 
 
 def channel_table(

@@ -11,7 +11,6 @@ as it is, and so do the masks that are made by it. Registered for all of transfo
 So `model.set_attn_implementation("packlight")` works as well, at 8 bits for all layers.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -21,17 +20,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from packlight.groupquant.attention import attend
 from packlight.groupquant.method import GroupQuant
 from packlight.integrations._classes import joined, once_a_class
+from packlight.layers.attention import attend
 from packlight.method import LeaveAlone, Method, Rule, Swap, rule_finder
+from packlight.quantiser import Quantiser
 
 NAME = "packlight"
 _REPLACES = "sdpa"
 
-# Scores are exponentials of products of two packs.
-_BITS = 8
-_DEFAULT = GroupQuant(bits=_BITS)
+_DEFAULT = GroupQuant().for_scores()
 
 
 def attention_forward(
@@ -88,11 +86,11 @@ class _Config:
 class GroupQuantAttention(nn.Module):
     """An attention module; keeps packs of query, key, value and output in training.
 
-    8 bits at least, whatever the method, see `packlight.groupquant.scaled_dot_product_attention`.
+    By `Quantiser.for_scores`, see `packlight.groupquant.scaled_dot_product_attention`.
     Where the model's attention implementation is not "sdpa" it does as ever.
     """
 
-    attention_method: GroupQuant
+    attention_method: Quantiser
     model_config: (
         Any  # a second name: the tracer of torch 2.11 reads no attribute behind a property
     )
@@ -142,10 +140,10 @@ def _mentions(constants: Iterable[object]) -> bool:
 
 @rule_finder
 def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
-    return _attention if method is GroupQuant and _asks_its_config(kind) else None
+    return _attention if issubclass(method, Quantiser) and _asks_its_config(kind) else None
 
 
-def _attention(method: GroupQuant, module: nn.Module) -> Swap:
+def _attention(method: Quantiser, module: nn.Module) -> Swap:
     implementation = module.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in (_REPLACES, NAME):
         raise LeaveAlone(
@@ -158,6 +156,5 @@ def _attention(method: GroupQuant, module: nn.Module) -> Swap:
             " around the forward pass, packlight.saving(GroupQuant(bits=4), overrides={'*Softmax*':"
             " GroupQuant(bits=8)}) packs them"
         )
-    packs = dataclasses.replace(method, bits=max(method.bits, _BITS))
-    attributes = {"attention_method": packs, "model_config": module.config}
+    attributes = {"attention_method": method.for_scores(), "model_config": module.config}
     return Swap(joined(GroupQuantAttention, type(module)), attributes)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packlight.groupquant import functional as quantised
-from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import _Quantised
 from packlight.integrations._classes import is_copy, joined, once_a_class
 from packlight.integrations.transformers.activations import function_of
+from packlight.layers import functional
 from packlight.method import LeaveAlone, Method, Rule, Swap, rule_finder
+from packlight.quantiser import Quantiser
 
 _GATES = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -66,11 +66,11 @@ class _Gated(_Quantised):
         """act(gate) up; keeps packs of gate and up, which `linear` rebuilds it from; biased."""
         function = self.packed_function
         if function == "silu":
-            return quantised.swiglu(gate, up, **self.options)
+            return functional.swiglu(gate, up, method=self.method)
         if function == "relu":
-            return quantised.reglu(gate, up, **self.options)
+            return functional.reglu(gate, up, method=self.method)
         approximate = "none" if function == "gelu" else "tanh"
-        return quantised.geglu(gate, up, approximate, **self.options)
+        return functional.geglu(gate, up, approximate, method=self.method)
 
 
 class GroupQuantGatedMLP(_Gated):
@@ -142,10 +142,10 @@ def _form(kind: type[nn.Module]) -> tuple[type[nn.Module], str] | None:
 
 @rule_finder
 def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
-    return _gated if method is GroupQuant and _form(kind) is not None else None
+    return _gated if issubclass(method, Quantiser) and _form(kind) is not None else None
 
 
-def _gated(method: GroupQuant, module: nn.Module) -> Swap:
+def _gated(method: Quantiser, module: nn.Module) -> Swap:
     kind = type(module)
     form = _form(kind)
     assert form is not None

@@ -4,13 +4,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from packlight._checks import is_frozen
-from packlight.groupquant import functional as quantised
-from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import _Quantised
 from packlight.integrations._classes import joined
 from packlight.inverted.linear import _cast_if_noted
 from packlight.inverted.method import Inverted
+from packlight.layers.linear import linear
 from packlight.method import Swap, rule
+from packlight.quantiser import Quantiser
 from packlight.sketch import functional as sketched
 from packlight.sketch.method import Sketch
 from packlight.sketch.modules import _Sketched
@@ -26,7 +26,7 @@ class GroupQuantConv1D(_Quantised):
         if not self.training or is_frozen(self.weight):
             plain: Tensor = super().forward(x)
             return plain
-        return quantised.linear(x, self.weight.t(), self.bias, **self.options)
+        return linear(x, self.weight.t(), self.bias, method=self.method)
 
 
 class SketchConv1D(_Sketched):
@@ -50,8 +50,8 @@ class InvertedConv1D(nn.Module):
         return y
 
 
-@rule(GroupQuant, Conv1D)
-def _quantised_conv1d(method: GroupQuant, module: Conv1D) -> Swap:
+@rule(Quantiser, Conv1D)
+def _quantised_conv1d(method: Quantiser, module: Conv1D) -> Swap:
     return Swap(joined(GroupQuantConv1D, Conv1D), {"method": method})
 
 

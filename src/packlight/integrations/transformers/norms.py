@@ -21,17 +21,15 @@ from torch import Tensor, nn
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
-from packlight._seeds import Seed, operands
-from packlight.groupquant.method import GroupQuant, row_group_size
+from packlight._seeds import Seed
 from packlight.groupquant.modules import _Quantised
-from packlight.groupquant.norms import own_parameters, rms_norm
-from packlight.groupquant.packs import KEEPS, Rebuild, draw
-from packlight.groupquant.traced_norms import as_rows, operators
 from packlight.integrations._classes import is_copy, joined, once_a_class
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import _InvertedNorm
+from packlight.layers.norms import as_rows, own_parameters, rms_norm, row_norm_of
 from packlight.method import Method, Rule, Swap, rule_finder
+from packlight.quantiser import KEEPS, Quantiser
 from packlight.sharing import Pack
 
 _SHORT = (torch.bfloat16, torch.float16)
@@ -90,55 +88,50 @@ class _RoundedNorm(torch.autograd.Function):
         weight: Tensor,
         eps: float,
         dtype: torch.dtype,
-        bits: int,
-        group_size: int,
+        method: Quantiser,
         seed: Seed,
     ) -> tuple[Tensor, ...]:
-        width = weight.numel()
-        rows = x.reshape(-1, width).contiguous()
+        rows = x.reshape(-1, weight.numel()).contiguous()
         if dtype.itemsize > rows.dtype.itemsize:
             rows = rows.to(dtype)
-        normalise = operators(width, group_size)[0]
-        x_hat, codes, scales, rstd, *_ = normalise(
-            rows, width, None, None, eps, False, bits, group_size, *operands(seed)
-        )
+        keeping = row_norm_of(method)
+        x_hat, rstd, _, kept = keeping.forward(rows, None, None, eps, False, method, seed)
         copies = [] if torch.compiler.is_compiling() else [weight.clone()]
-        ctx.mark_non_differentiable(codes, scales, *copies)
+        ctx.mark_non_differentiable(*copies, *kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(codes, scales, rstd, *own_parameters(copies, weight))
-        ctx.settings = (x.dtype, bits, group_size)
-        return weight * x_hat.view(x.shape).to(dtype), codes, scales, *copies
+        ctx.save_for_backward(rstd, *own_parameters(copies, weight), *kept)
+        ctx.settings = (x.dtype, method)
+        ctx.differentiate = keeping.backward
+        return weight * x_hat.view(x.shape).to(dtype), *copies, *kept
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
         if grad_output is None:
-            return (None,) * 7
-        codes, scales, rstd, weight = ctx.saved_tensors
-        dtype, bits, group_size = ctx.settings
+            return (None,) * 6
+        rstd, weight, *kept = ctx.saved_tensors
+        dtype, method = ctx.settings
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        width = weight.numel()
-        dy = as_rows(grad_output, width)
-        differentiate = operators(width, group_size)[1]
-        dx, dweight, _ = differentiate(
-            dy, codes, scales, rstd, weight, False, needs_weight, False, bits, group_size
+        dy = as_rows(grad_output, weight.numel())
+        dx, dweight, _ = ctx.differentiate(
+            dy, kept, rstd, weight, False, needs_weight, False, method
         )
         return (
             dx.view(grad_output.shape).to(dtype) if needs_x else None,
             dweight.to(weight.dtype) if needs_weight else None,
-            *[None] * 5,
+            *[None] * 4,
         )
 
 
 _norm_rounded: Callable[..., tuple[Tensor, ...]] = _RoundedNorm.apply
 
 
-def _fits(x: Tensor, weight: Tensor, method: GroupQuant) -> int | None:
-    """The group size for rows of x; None where the plain layer is to run."""
+def _fits(x: Tensor, weight: Tensor, method: Quantiser) -> bool:
+    """Whether rows of x are packed; else the plain layer runs."""
     check_tensor(x, "an RMS norm")
     if x.dtype == torch.float64 or x.shape[-1:] != weight.shape or x.device != weight.device:
-        return None  # which computes in float32, or raises
-    return row_group_size(weight.numel(), method.group_size)
+        return False  # which computes in float32, or raises
+    return method.keeps_rows(weight.numel())
 
 
 class GroupQuantRMSNorm(_Quantised):
@@ -159,18 +152,18 @@ class GroupQuantRMSNorm(_Quantised):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight, method = hidden_states, self.weight, self.method
-        group_size = _fits(x, weight, method) if self.training else None
-        if group_size is None or not (needs_gradient(x) or needs_gradient(weight)):
+        fits = self.training and _fits(x, weight, method)
+        if not fits or not (needs_gradient(x) or needs_gradient(weight)):
             plain: Tensor = super().forward(x)
             return plain
         dtype = self._rounded_to(x)
-        seed = draw(x, method)
-        y, codes, scales, *copies = _norm_rounded(
-            x, weight, self.variance_epsilon, dtype, method.bits, group_size, seed
-        )
-        rebuild = Rebuild(tuple(y.shape), y.stride(), weight.numel(), method.bits, group_size)
-        kept = (codes, scales, *own_parameters(copies, weight), None)
-        sharing.note_pack(y, Pack(rebuild, tuple(y.shape), kept, method.grade))
+        seed = method.seed(x)
+        y, *kept = _norm_rounded(x, weight, self.variance_epsilon, dtype, method, seed)
+        if not torch.compiler.is_compiling():
+            weight, *kept = kept
+        rebuild = row_norm_of(method).rebuild(y, weight.numel(), method)
+        pack = Pack(rebuild, tuple(y.shape), (*kept, weight, None), method.grade)
+        sharing.note_pack(y, pack)
         return y
 
 
@@ -189,7 +182,7 @@ class GroupQuantWideRMSNorm(_Quantised):
     name_of_eps: str
 
     def forward(self, x: Tensor) -> Tensor:
-        fits = self.training and _fits(x, self.weight, self.method) is not None
+        fits = self.training and _fits(x, self.weight, self.method)
         if not fits:
             plain: Tensor = super().forward(x)
             return plain
@@ -197,7 +190,7 @@ class GroupQuantWideRMSNorm(_Quantised):
         if self.offset:
             scale = self.offset + scale
         eps = getattr(self, self.name_of_eps)
-        wide = rms_norm(x.float(), (self.weight.numel(),), scale, eps, **self.options)
+        wide = rms_norm(x.float(), (self.weight.numel(),), scale, eps, method=self.method)
         if x.dtype == torch.float32:
             return wide
         pack = sharing.pack_of(wide)
@@ -249,18 +242,18 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
     form = _form(kind)
     if method is Inverted:
         return _inverted if form in ("llama", "t5") else None
-    if method is not GroupQuant or form is None:
+    if not issubclass(method, Quantiser) or form is None:
         return None
     return _rounded if form in ("llama", "t5") else _wide
 
 
-def _rounded(method: GroupQuant, module: nn.Module) -> Swap:
+def _rounded(method: Quantiser, module: nn.Module) -> Swap:
     kind = type(module)
     attributes = {"method": method, "rounds_to_weight": _form(kind) == "t5"}
     return Swap(joined(GroupQuantRMSNorm, kind), attributes)
 
 
-def _wide(method: GroupQuant, module: nn.Module) -> Swap:
+def _wide(method: Quantiser, module: nn.Module) -> Swap:
     kind = type(module)
     is_gemma = _form(kind) == "gemma"
     attributes = {

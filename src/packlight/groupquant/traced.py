@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from packlight.groupquant import norm_reference, ops
+from packlight.layers.norms import normalise
 from packlight.packing.layout import compute_dtype
 
 
@@ -39,16 +40,6 @@ def operators(width: int, group_size: int) -> tuple[Callable[..., Any], Callable
     return ops.norm, ops.norm_backward
 
 
-def as_rows(grad_output: Tensor, width: int) -> Tensor:
-    """A contiguous gradient [..., width] of two dimensions or more.
-
-    In its own shape where it can be: to that a compiler adds the gradients that pass a norm by, and
-    it fuses with the sums along rows what has their shape.
-    """
-    dy = grad_output.contiguous()
-    return dy if dy.dim() > 1 and dy.shape[-1] == width else dy.view(-1, width)
-
-
 def norm(
     x: Tensor,
     width: int,
@@ -65,7 +56,7 @@ def norm(
 
     There are no copies of the parameters: what a compiled region keeps is the region's own.
     """
-    x_hat, rstd = norm_reference.normalise(x, eps, center)
+    x_hat, rstd = normalise(x, eps, center)
     packed = x_hat.to(_packed_dtype(x, bits))
     codes, scales = ops.quantize(packed, (width, 1), bits, group_size, seed, number)
     y = x_hat if weight is None else x_hat * weight

@@ -1,7 +1,6 @@
 """Convolutions that keep a pack of their input, or nothing where something stands for it already.
 
-torch.nn.functional's names and arguments, plus `bits`, `group_size` and `rounding` as `GroupQuant`
-has them. The forward is torch's. Gradients with respect to input and bias are exact; the weight's
+The forward is torch's. Gradients with respect to input and bias are exact; the weight's
 is that of the rebuilt input: unbiased with stochastic rounding where the pack is of the input
 itself. A convolution behind a batch norm of `fixed_point` or of this package, with or without the
 `relu` between them, and convolutions that read one tensor keep one pack in all. Where the weight
@@ -28,13 +27,11 @@ from packlight._checks import (
 from packlight._gradients import recast
 from packlight._overwrite import writable
 from packlight.errors import InputError
-from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, pack_input, worth_packing
+from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
 from packlight.sharing import Pack
 
 Size = int | Sequence[int]
 
-_DEFAULT = GroupQuant()
 _PLAIN: dict[tuple[int, bool], Callable[..., Tensor]] = {
     (1, False): F.conv1d,
     (2, False): F.conv2d,
@@ -149,7 +146,7 @@ def _check_shapes(name: str, axes: int, x: Tensor, weight: Tensor, geometry: _Ge
         )
 
 
-def _may_pack(x: Tensor, weight: Tensor, method: GroupQuant) -> bool:
+def _may_pack(x: Tensor, weight: Tensor, method: Quantiser) -> bool:
     return not is_frozen(weight) and worth_packing(x, method)
 
 
@@ -167,7 +164,7 @@ def convolve(
     dilation: Size,
     groups: int,
     axes: int,
-    method: GroupQuant,
+    method: Quantiser,
     output_padding: Size | None = None,
 ) -> Tensor:
     """What the functions and the layers share. With `output_padding` it is a transposed one."""
@@ -266,7 +263,7 @@ class PaddedRebuild:
         return F.pad(x, self.widths, self.mode).to(dtype)  # float32 where autocast is still on
 
 
-def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: GroupQuant) -> Tensor:
+def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: Quantiser) -> Tensor:
     """`torch.nn.functional.pad` for a convolution with this weight, which packs x.
 
     The pack is of x, not of the padded tensor, so that others who read x share it.
@@ -283,132 +280,45 @@ def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: Gro
     return padded
 
 
-# --- The functions.
+# --- The functions of torch, by their dimensions.
 
 
-def conv1d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size | str = 0,
-    dilation: Size = 1,
-    groups: int = 1,
-    *,
-    bits: int = _DEFAULT.bits,
-    group_size: int = _DEFAULT.group_size,
-    rounding: Rounding = _DEFAULT.rounding,
-) -> Tensor:
-    """torch.nn.functional.conv1d over [N, C, L] or [C, L]; see `conv2d`."""
-    method = GroupQuant(bits, group_size, rounding)
-    return convolve(input, weight, bias, stride, padding, dilation, groups, 1, method)
+def _convolution(axes: int) -> Callable[..., Tensor]:
+    def convolution(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        *,
+        method: Quantiser,
+    ) -> Tensor:
+        sizes = (stride, padding, dilation, groups, axes)
+        return convolve(input, weight, bias, *sizes, method)
+
+    return convolution
 
 
-def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size | str = 0,
-    dilation: Size = 1,
-    groups: int = 1,
-    *,
-    bits: int = _DEFAULT.bits,
-    group_size: int = _DEFAULT.group_size,
-    rounding: Rounding = _DEFAULT.rounding,
-) -> Tensor:
-    """torch.nn.functional.conv2d over [N, C, H, W] or [C, H, W].
+def _transposed(axes: int) -> Callable[..., Tensor]:
+    def transposed(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        dilation: Size = 1,
+        *,
+        method: Quantiser,
+    ) -> Tensor:
+        sizes = (stride, padding, dilation, groups, axes)
+        return convolve(input, weight, bias, *sizes, method, output_padding)
 
-    Keeps `bits + 32 / group_size` bits an element of x, or nothing where x is packed already, and
-    the weight itself. Input and bias gradients exact, weight gradient unbiased with stochastic
-    rounding. Channels-last stays channels-last.
-    """
-    method = GroupQuant(bits, group_size, rounding)
-    return convolve(input, weight, bias, stride, padding, dilation, groups, 2, method)
+    return transposed
 
 
-def conv3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size | str = 0,
-    dilation: Size = 1,
-    groups: int = 1,
-    *,
-    bits: int = _DEFAULT.bits,
-    group_size: int = _DEFAULT.group_size,
-    rounding: Rounding = _DEFAULT.rounding,
-) -> Tensor:
-    """torch.nn.functional.conv3d over [N, C, D, H, W] or [C, D, H, W]; see `conv2d`."""
-    method = GroupQuant(bits, group_size, rounding)
-    return convolve(input, weight, bias, stride, padding, dilation, groups, 3, method)
-
-
-def conv_transpose1d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-    *,
-    bits: int = _DEFAULT.bits,
-    group_size: int = _DEFAULT.group_size,
-    rounding: Rounding = _DEFAULT.rounding,
-) -> Tensor:
-    """torch.nn.functional.conv_transpose1d over [N, C, L] or [C, L];
-    see `conv2d`.
-    """
-    method = GroupQuant(bits, group_size, rounding)
-    return convolve(
-        input, weight, bias, stride, padding, dilation, groups, 1, method, output_padding
-    )
-
-
-def conv_transpose2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-    *,
-    bits: int = _DEFAULT.bits,
-    group_size: int = _DEFAULT.group_size,
-    rounding: Rounding = _DEFAULT.rounding,
-) -> Tensor:
-    """torch.nn.functional.conv_transpose2d over [N, C, H, W] or [C, H, W];
-    see `conv2d`.
-    """
-    method = GroupQuant(bits, group_size, rounding)
-    return convolve(
-        input, weight, bias, stride, padding, dilation, groups, 2, method, output_padding
-    )
-
-
-def conv_transpose3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-    *,
-    bits: int = _DEFAULT.bits,
-    group_size: int = _DEFAULT.group_size,
-    rounding: Rounding = _DEFAULT.rounding,
-) -> Tensor:
-    """torch.nn.functional.conv_transpose3d over [N, C, D, H, W] or [C, D, H, W];
-    see `conv2d`.
-    """
-    method = GroupQuant(bits, group_size, rounding)
-    return convolve(
-        input, weight, bias, stride, padding, dilation, groups, 3, method, output_padding
-    )
+CONVOLUTIONS = {axes: _convolution(axes) for axes in (1, 2, 3)}
+TRANSPOSED = {axes: _transposed(axes) for axes in (1, 2, 3)}

@@ -18,12 +18,11 @@ from packlight import _torch, _tracer, sharing
 from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed
 from packlight._tracer import fake_of
-from packlight.groupquant.method import GroupQuant, Rounding
-from packlight.groupquant.packs import KEEPS, Rebuild, draw_many, new_pack
+from packlight.packing.layout import dense_stride
+from packlight.quantiser import KEEPS, Quantiser, Restore
 from packlight.sharing import Pack
 
 _aten = torch.ops.aten
-_DEFAULT = GroupQuant(bits=8)
 
 
 class _Attention(torch.autograd.Function):
@@ -41,33 +40,33 @@ class _Attention(torch.autograd.Function):
         dropout_p: float,
         is_causal: bool,
         scale: float | None,
-        method: GroupQuant,
+        method: Quantiser,
         *seeds: Seed,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         flags = (backend, repeats, dropout_p, is_causal, scale)
         out, tensors, sizes = _run(query, key, value, mask, *flags)
         own = (query, key, value, out)
-        packed = [new_pack(x, method, seed) for x, seed in zip(own, seeds, strict=True)]
-        codes, scales = packed[3][1]
-        ctx.mark_non_differentiable(codes, scales)
+        packs = [method.keep(x, seed) for x, seed in zip(own, seeds, strict=True)]
+        ctx.mark_non_differentiable(*packs[3])
         ctx.set_materialize_grads(False)
-        ctx.rebuilds = [rebuild for rebuild, _ in packed]
+        ctx.rebuilds = [Restore(method, tuple(x.shape), dense_stride(x)) for x in own]
         # The mask as it was given: a bias made of it would be four times as large, for each layer.
-        ctx.save_for_backward(*(part for _, pack in packed for part in pack), mask, *tensors)
-        ctx.settings = (query.dtype, *flags, sizes)
-        return out, codes, scales
+        ctx.save_for_backward(*(part for pack in packs for part in pack), mask, *tensors)
+        ctx.settings = (query.dtype, *flags, sizes, len(packs[3]))
+        return out, *packs[3]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
         if grad_output is None:
             return (None,) * 14
-        dtype, backend, repeats, dropout_p, is_causal, scale, sizes = ctx.settings
+        dtype, backend, repeats, dropout_p, is_causal, scale, sizes, parts = ctx.settings
         saved = ctx.saved_tensors
         kept = [
-            rebuild(dtype, saved[2 * i], saved[2 * i + 1]) for i, rebuild in enumerate(ctx.rebuilds)
+            rebuild(dtype, *saved[parts * i : parts * (i + 1)])
+            for i, rebuild in enumerate(ctx.rebuilds)
         ]
-        mask, statistic, *tensors = saved[8:]
+        mask, statistic, *tensors = saved[4 * parts :]
         query, key, value, out = kept
         bias = _bias(mask, query, key, backend)
         qkv = (query, _repeated(key, repeats), _repeated(value, repeats))
@@ -269,7 +268,7 @@ def _kernel(
     return _choose(query, key, value, mask, dropout_p, is_causal)
 
 
-_attend: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Attention.apply
+_attend: Callable[..., tuple[Tensor, ...]] = _Attention.apply
 
 
 def scaled_dot_product_attention(
@@ -282,16 +281,13 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    bits: int = _DEFAULT.bits,
-    group_size: int = _DEFAULT.group_size,
-    rounding: Rounding = _DEFAULT.rounding,
+    method: Quantiser,
 ) -> Tensor:
     """softmax(Q K^T scale) V by torch's fused kernels, q [..., heads, length, head_dim].
 
-    Keeps packs of query, key, value and output, `bits + 32 / group_size` bits an element, and the
-    kernel's statistic, 32 bits a row. Biased: the backward pass recomputes the softmax from packed
-    query and key, with the exact statistic. 8 bits are the default; with 4 the recomputed
-    probabilities are off by a tenth.
+    Keeps packs of query, key, value and output, and the kernel's statistic, 32 bits a row. Biased:
+    the backward pass recomputes the softmax from packed query and key, with the exact statistic.
+    The method is taken as it is given; `Quantiser.for_scores` is that for scores.
 
     A mask is kept as it is given, once for all layers that read it; torch keeps a bias made of it
     for each. With `enable_gqa` the heads of key and value are packed once, also where the kernel
@@ -303,7 +299,7 @@ def scaled_dot_product_attention(
     for tensor in (query, key, value):
         check_tensor(tensor, "scaled_dot_product_attention")
     arguments = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    out = attend(query, key, value, *arguments, GroupQuant(bits, group_size, rounding))
+    out = attend(query, key, value, *arguments, method)
     if out is not None:
         return out
     return F.scaled_dot_product_attention(
@@ -320,7 +316,7 @@ def attend(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    method: GroupQuant,
+    method: Quantiser,
 ) -> Tensor | None:
     """`scaled_dot_product_attention`; None where torch's own function is to run.
 
@@ -360,8 +356,9 @@ def attend(
         return _run(query, key, value, mask, *kernel, dropout_p, is_causal, scale)[0]
     if torch.compiler.is_compiling():
         qkv = (query, _tracer.apart(key, query), _tracer.apart(value, query, key))
-    seeds = draw_many(query, 4, method)
-    out, codes, scales = _attend(*qkv, mask, *kernel, *flags, method, *seeds)
-    layout = (tuple(out.shape), out.stride(), out.numel(), method.bits, method.group_size)
-    sharing.note_pack(out, Pack(Rebuild(*layout), tuple(out.shape), (codes, scales), method.grade))
+    seeds = [method.seed(query) for _ in range(4)]
+    out, *kept = _attend(*qkv, mask, *kernel, *flags, method, *seeds)
+    shape = tuple(out.shape)
+    rebuild = Restore(method, shape, out.stride())
+    sharing.note_pack(out, Pack(rebuild, shape, tuple(kept), method.grade))
     return out

@@ -1,7 +1,6 @@
 """The product of two tensors of which one is packed already, as of an activation and a gate."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +10,8 @@ from torch import Tensor
 from packlight import _tracer, sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.groupquant.functional import UNITS, gated, how
-from packlight.groupquant.method import GroupQuant
-from packlight.groupquant.packs import (
-    KEEPS,
-    GatedProduct,
-    Rebuild,
-    pack_input,
-    worth_packing,
-)
+from packlight.layers.activations import UNITS, Applied, GatedProduct, gated, how, unit_of
+from packlight.quantiser import KEEPS, Quantiser, Restore, pack_input, worth_packing
 from packlight.sharing import Pack
 
 
@@ -48,17 +40,13 @@ class _Product:
 def _gated_product(f: Pack, up: Pack, shape: tuple[int, ...]) -> GatedProduct | None:
     """The product as f(gate) up, where the kernels of gated units can read the packs."""
     a, b = f.rebuild, up.rebuild
-    if not (isinstance(a, Rebuild) and isinstance(b, Rebuild)):
+    if not (isinstance(a, Applied) and isinstance(b, Restore)):
         return None
-    alike = _layout(a) == _layout(b) and a.shape == shape and a.width == math.prod(shape)
-    only_codes = len(f.tensors) == len(up.tensors) == 2  # no weight and bias of a norm
-    if not (alike and only_codes and a.name and not a.parameters and not b.name):
+    alike = (a.method, a.shape, a.stride) == (b.method, b.shape, b.stride) and a.shape == shape
+    if not alike or a.parameters:
         return None
-    return GatedProduct(a.name, a.shape, a.stride, a.bits, a.group_size)
-
-
-def _layout(pack: Rebuild) -> tuple[Any, ...]:
-    return pack.shape, pack.stride, pack.width, pack.bits, pack.group_size
+    product: Any = unit_of(a.method).rebuild(shape, a.stride, a.name, a.method)
+    return product  # type: ignore[no-any-return]
 
 
 class _Multiplication(torch.autograd.Function):
@@ -82,14 +70,13 @@ class _Multiplication(torch.autograd.Function):
 _multiply: Callable[..., Tensor] = _Multiplication.apply
 
 
-def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any) -> Tensor:
+def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     """a b, biased: da = dy b~, db = dy a~.
 
     Keeps the pack of each factor: the one that is kept of it already, as for the output of an
     activation, else a new one. Where neither is packed, and where shapes or dtypes differ or a
     factor needs no gradient, this is torch's product, which keeps both factors.
     """
-    method = GroupQuant(bits, group_size, rounding)
     if not _may_be_gate(input, other, method):
         return torch.mul(input, other)
     if not _is_gate(input, other):
@@ -123,13 +110,13 @@ def mul(input: Tensor, other: Any, *, bits: int, group_size: int, rounding: Any)
     return y
 
 
-def _unit(f: Tensor, up: Tensor, method: GroupQuant) -> Tensor | None:
+def _unit(f: Tensor, up: Tensor, method: Quantiser) -> Tensor | None:
     """f(gate) up of a traced activation as one operator each way: its own result is not computed.
 
     Not where that would keep another pack of what is packed already.
     """
     pack = sharing.pack_of(f)
-    if pack is None or not isinstance(pack.rebuild, Rebuild) or pack.rebuild.name not in UNITS:
+    if pack is None or not isinstance(pack.rebuild, Applied) or pack.rebuild.name not in UNITS:
         return None
     name = pack.rebuild.name
     gate = _tracer.source_of(f, how(name, method), up)
@@ -140,15 +127,18 @@ def _unit(f: Tensor, up: Tensor, method: GroupQuant) -> Tensor | None:
     product = sharing.pack_of(y)
     if product is not None:  # for whatever else reads the factors
         shape = tuple(y.shape)
-        layout = (shape, y.stride(), y.numel(), method.bits, method.group_size)
-        gate_pack, up_pack = product.tensors[:2], product.tensors[2:]
+        half = len(product.tensors) // 2
+        gate_pack, up_pack = product.tensors[:half], product.tensors[half:]
         # That of the gate holds it within what its function tells apart, so it is no pack of it.
-        sharing.note_pack(up, Pack(Rebuild(*layout), shape, up_pack, method.grade))
-        sharing.note_pack(f, Pack(Rebuild(*layout, name), shape, gate_pack, method.grade))
+        sharing.note_pack(
+            up, Pack(Restore(method, shape, y.stride()), shape, up_pack, method.grade)
+        )
+        applied = dataclasses.replace(pack.rebuild, stride=y.stride())
+        sharing.note_pack(f, Pack(applied, shape, gate_pack, method.grade))
     return y
 
 
-def _may_be_gate(a: Tensor, b: object, method: GroupQuant) -> bool:
+def _may_be_gate(a: Tensor, b: object, method: Quantiser) -> bool:
     alike = isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
     return alike and worth_packing(a, method)
 

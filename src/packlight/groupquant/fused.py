@@ -1,0 +1,180 @@
+"""What layers do by operators of group quantisation, in place of plain operations and `keep`."""
+
+from torch import Tensor
+
+from packlight._seeds import Seed, operands
+from packlight.groupquant import channel_norm_ops, ops
+from packlight.groupquant.grouping import row_group_size
+from packlight.groupquant.method import GroupQuant
+from packlight.groupquant.packs import AppliedCodes, GatedCodes, ScaledRows
+from packlight.groupquant.traced import operators
+from packlight.layers.channel_norms import rebuild_batch, rebuild_group
+from packlight.quantiser import Fused
+
+Kept = tuple[Tensor, ...] | list[Tensor]
+
+# ---- activations and gated units -----------------------------------------------------------------
+
+
+def _activation(
+    x: Tensor, name: str, parameters: tuple[float, ...], method: GroupQuant, seed: Seed
+) -> tuple[Tensor, ...]:
+    layout = (method.bits, method.group_size)
+    found: tuple[Tensor, ...] = ops.activation(x, name, parameters, *layout, *operands(seed))
+    return found
+
+
+def _activation_backward(
+    grad_output: Tensor,
+    kept: Kept,
+    name: str,
+    parameters: tuple[float, ...],
+    stride: tuple[int, ...],
+    method: GroupQuant,
+) -> Tensor:
+    layout = (stride, method.bits, method.group_size)
+    dx: Tensor = ops.activation_backward(grad_output, *kept, name, parameters, *layout)
+    return dx
+
+
+def _activation_rebuild(
+    y: Tensor, name: str, parameters: tuple[float, ...], method: GroupQuant
+) -> AppliedCodes:
+    return AppliedCodes(method, tuple(y.shape), y.stride(), name, parameters)
+
+
+def _gated(
+    gate: Tensor, up: Tensor, name: str, method: GroupQuant, seed: Seed, _: Seed
+) -> tuple[Tensor, ...]:
+    layout = (method.bits, method.group_size)
+    found: tuple[Tensor, ...] = ops.gated(gate, up, name, *layout, *operands(seed))
+    return found
+
+
+def _gated_backward(
+    grad_output: Tensor, kept: Kept, name: str, stride: tuple[int, ...], method: GroupQuant
+) -> tuple[Tensor, Tensor]:
+    layout = (stride, method.bits, method.group_size)
+    dgate, dup = ops.gated_backward(grad_output, *kept, name, *layout, True)
+    return dgate, dup
+
+
+def _gated_rebuild(
+    shape: tuple[int, ...], stride: tuple[int, ...], name: str, method: GroupQuant
+) -> GatedCodes:
+    return GatedCodes(method, shape, stride, name)
+
+
+# ---- norms of rows: rows narrower than a group have smaller groups -------------------------------
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    method: GroupQuant,
+    seed: Seed,
+) -> tuple[Tensor, Tensor, list[Tensor], Kept]:
+    width = x.shape[-1]
+    group_size = _group_size(width, method)
+    run = operators(width, group_size)[0]
+    layout = (method.bits, group_size)
+    y, codes, scales, rstd, *copies = run(
+        x, width, weight, bias, eps, center, *layout, *operands(seed)
+    )
+    return y, rstd, copies, (codes, scales)
+
+
+def _norm_backward(
+    grad_output: Tensor,
+    kept: Kept,
+    rstd: Tensor,
+    weight: Tensor | None,
+    center: bool,
+    need_weight: bool,
+    need_bias: bool,
+    method: GroupQuant,
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = grad_output.shape[-1]
+    group_size = _group_size(width, method)
+    run = operators(width, group_size)[1]
+    flags = (center, need_weight, need_bias, method.bits, group_size)
+    dx, dweight, dbias = run(grad_output, *kept, rstd, weight, *flags)
+    return dx, dweight, dbias
+
+
+def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> ScaledRows:
+    group_size = _group_size(width, method)
+    return ScaledRows(tuple(y.shape), y.stride(), width, method.bits, group_size)
+
+
+def _group_size(width: int, method: GroupQuant) -> int:
+    found = row_group_size(width, method.group_size)
+    assert found is not None  # `keeps_rows` said so
+    return found
+
+
+# ---- norms of channels ---------------------------------------------------------------------------
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    method: GroupQuant,
+    seed: Seed,
+) -> tuple[Tensor, ...]:
+    given = (running_mean, running_var, momentum, eps, method.bits, method.group_size)
+    y, codes, scales, table = channel_norm_ops.batch_norm(x, weight, bias, *given, *operands(seed))
+    return y, table, codes, scales
+
+
+def _batch_norm_backward(
+    grad_output: Tensor, kept: Kept, eps: float, stride: tuple[int, ...], method: GroupQuant
+) -> tuple[Tensor, Tensor, Tensor]:
+    table, codes, scales = kept
+    layout = (eps, stride, method.bits, method.group_size)
+    dx, dgamma, dbeta = channel_norm_ops.batch_norm_backward(
+        grad_output, codes, scales, table, *layout
+    )
+    return dx, dgamma, dbeta
+
+
+def _group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    method: GroupQuant,
+    seed: Seed,
+) -> tuple[Tensor, ...]:
+    given = (groups, weight, bias, eps, method.bits, method.group_size)
+    y, codes, scales, table, rstd = channel_norm_ops.group_norm(x, *given, *operands(seed))
+    return y, table, rstd, codes, scales
+
+
+def _group_norm_backward(
+    grad_output: Tensor, kept: Kept, eps: float, stride: tuple[int, ...], method: GroupQuant
+) -> tuple[Tensor, Tensor, Tensor]:
+    table, rstd, codes, scales = kept
+    layout = (eps, stride, method.bits, method.group_size)
+    dx, dgamma, dbeta = channel_norm_ops.group_norm_backward(
+        grad_output, codes, scales, table, rstd, *layout
+    )
+    return dx, dgamma, dbeta
+
+
+GroupQuant.fused = {
+    "activation": Fused(_activation, _activation_backward, _activation_rebuild),
+    "batch_norm": Fused(_batch_norm, _batch_norm_backward, rebuild_batch),
+    "gated": Fused(_gated, _gated_backward, _gated_rebuild),
+    "group_norm": Fused(_group_norm, _group_norm_backward, rebuild_group),
+    "norm": Fused(_norm, _norm_backward, _norm_rebuild),
+}

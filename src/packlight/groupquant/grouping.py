@@ -1,0 +1,56 @@
+"""How group quantisation cuts a tensor into groups, and where their codes lie."""
+
+from typing import Literal, NamedTuple, get_args
+
+Rounding = Literal["stochastic", "nearest"]
+
+ROUNDINGS = get_args(Rounding)
+
+BITS = (2, 4, 8)
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+
+
+def row_group_size(width: int, group_size: int) -> int | None:
+    """The group size for rows of `width` that start groups of their own; None for short rows.
+
+    A row narrower than a group takes the smallest group that holds it; one of fewer values than the
+    smallest group is not worth packing.
+    """
+    if width < GROUP_SIZES[0]:
+        return None
+    return min([group_size, *[size for size in GROUP_SIZES if size >= width]])
+
+
+class Grouping(NamedTuple):
+    """Where the codes of a tensor lie: rows of `width` elements, each cut into groups of its own.
+
+    A byte holds the codes of 8 / bits = `parts` elements, which lie group_size / parts apart, and a
+    group is group_size / parts bytes that follow each other. So groups stand by themselves, a
+    thread that packs a byte shifts by constants, and neighbours in a warp read and write
+    neighbouring addresses. The last group of a row may be ragged; its codes take whole bytes.
+    """
+
+    rows: int
+    width: int
+    bits: int
+    group_size: int
+
+    @property
+    def parts(self) -> int:
+        return 8 // self.bits
+
+    @property
+    def group_bytes(self) -> int:
+        return self.group_size // self.parts
+
+    @property
+    def row_groups(self) -> int:
+        return (self.width + self.group_size - 1) // self.group_size
+
+    @property
+    def groups(self) -> int:
+        return self.rows * self.row_groups
+
+    @property
+    def code_bytes(self) -> int:
+        return self.groups * self.group_bytes

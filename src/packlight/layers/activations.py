@@ -1,0 +1,279 @@
+"""Activations and gated units that keep packs of what they read."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight import _tracer, sharing
+from packlight._checks import (
+    autocast,
+    check_numbers,
+    check_tensor,
+    needs_gradient,
+    refuse_second_derivative,
+)
+from packlight._seeds import Seed
+from packlight.elementwise.derivatives import BACKWARD, FUNCTIONS
+from packlight.elementwise.limits import limits
+from packlight.errors import InputError
+from packlight.fewbit.activations import CONTINUOUS
+from packlight.packing.layout import compute_dtype, dense_stride, laid_out
+from packlight.quantiser import KEEPS, Fused, Quantiser
+from packlight.sharing import Pack
+
+# ---- what a method without operators of its own does ---------------------------------------------
+
+
+def within_limits(x: Tensor, name: str, parameters: tuple[float, ...] = ()) -> Tensor:
+    """`x` as far as f tells it from its limits; what is not finite stays, unless f is flat there.
+
+    So a far value leaves its neighbours in a pack their step.
+    """
+    lowest, highest, below, above, edge = limits(x.dtype, name, parameters)
+    y = x.clamp(lowest, highest)
+    if below != lowest:
+        y = torch.where(x <= -edge, math.nan, y)
+    if above != highest:
+        y = torch.where(x >= edge, math.nan, y)
+    return y
+
+
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
+class Applied:
+    """What the pack of the input of an activation stands for, to a reader of the output: f(x)."""
+
+    method: Quantiser
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    name: str
+    parameters: tuple[float, ...]
+
+    def __call__(self, dtype: torch.dtype, *kept: Tensor) -> Tensor:
+        x = self.method.restore(torch.float32, self.shape, self.stride, *kept)
+        return FUNCTIONS[self.name](x, *self.parameters).to(dtype)
+
+
+def _forward(
+    x: Tensor, name: str, parameters: tuple[float, ...], method: Quantiser, seed: Seed
+) -> tuple[Tensor, ...]:
+    y = laid_out(FUNCTIONS[name](x, *parameters), dense_stride(x))
+    return y, *method.keep(within_limits(x, name, parameters), seed)
+
+
+def _backward(
+    grad_output: Tensor,
+    kept: tuple[Tensor, ...],
+    name: str,
+    parameters: tuple[float, ...],
+    stride: tuple[int, ...],
+    method: Quantiser,
+) -> Tensor:
+    dtype = compute_dtype(grad_output)
+    x = method.restore(dtype, tuple(grad_output.shape), stride, *kept)
+    return BACKWARD[name](grad_output.to(dtype), x, *parameters).to(grad_output.dtype)
+
+
+def _rebuild(y: Tensor, name: str, parameters: tuple[float, ...], method: Quantiser) -> Applied:
+    return Applied(method, tuple(y.shape), y.stride(), name, parameters)
+
+
+_PLAIN = Fused(_forward, _backward, _rebuild)
+
+# ---- activations ---------------------------------------------------------------------------------
+
+
+class _Activation(torch.autograd.Function):
+    """y = f(x) and the tensors that stand for x; keeps the latter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        name: str,
+        parameters: tuple[float, ...],
+        method: Quantiser,
+        seed: Seed,
+    ) -> tuple[Tensor, ...]:
+        fused = method.fused.get("activation", _PLAIN)
+        y, *kept = fused.forward(x, name, parameters, method, seed)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept)
+        ctx.f = (name, parameters, y.stride(), method)
+        ctx.differentiate = fused.backward
+        return y, *kept
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        dx = None
+        if grad_output is not None:
+            dx = ctx.differentiate(grad_output, ctx.saved_tensors, *ctx.f)
+        return dx, None, None, None, None
+
+
+_activate: Callable[..., tuple[Tensor, ...]] = _Activation.apply
+
+
+def activation(
+    x: Tensor, name: str, method: Quantiser, parameters: tuple[float, ...] = ()
+) -> Tensor:
+    """f(x) by its name in `fewbit/activations.py`. Keeps a pack of x; biased."""
+    check_tensor(x, name)
+    check_numbers(name, **dict(zip(CONTINUOUS[name].parameters, parameters, strict=True)))
+    function = CONTINUOUS[name].function
+    if not needs_gradient(x):
+        return function(x, *parameters)
+    x = autocast(x, name, lambda empty: function(empty, *parameters))
+    y, *kept = _activate(x, name, parameters, method, method.seed(x))
+    rebuild = method.fused.get("activation", _PLAIN).rebuild(y, name, parameters, method)
+    sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))
+    if torch.compiler.is_compiling() and name in UNITS:
+        _tracer.note_source(y, x, how(name, method))
+    return y
+
+
+def gelu_name(approximate: str) -> str:
+    """Which of the two forms of GELU torch's argument asks for."""
+    if approximate not in ("none", "tanh"):
+        raise InputError(f'approximate={approximate!r} is neither "none" nor "tanh"')
+    return "gelu" if approximate == "none" else "gelu_tanh"
+
+
+# ---- gated units without operators of their own --------------------------------------------------
+
+
+@dataclasses.dataclass  # not frozen, as above
+class GatedProduct:
+    """What the packs of gate and up stand for: f(gate) up, in a memory order."""
+
+    method: Quantiser
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    name: str
+
+    def __call__(self, dtype: torch.dtype, *kept: Tensor) -> Tensor:
+        f, up = self._factors(torch.float32, *kept)
+        return (f * up).to(dtype)
+
+    def factor_gradients(self, dy: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor]:
+        """With respect to f(gate) and to up."""
+        f, up = self._factors(compute_dtype(dy), *kept)
+        return (dy * up).to(dy.dtype), (dy * f).to(dy.dtype)
+
+    def _factors(self, dtype: torch.dtype, *kept: Tensor) -> tuple[Tensor, Tensor]:
+        half = len(kept) // 2
+        gate = self.method.restore(dtype, self.shape, self.stride, *kept[:half])
+        up = self.method.restore(dtype, self.shape, self.stride, *kept[half:])
+        return FUNCTIONS[self.name](gate), up
+
+
+def _forward_gated(
+    gate: Tensor, up: Tensor, name: str, method: Quantiser, seed: Seed, seed_of_up: Seed
+) -> tuple[Tensor, ...]:
+    stride = dense_stride(gate)
+    if name == "sigmoid":  # F.glu, which does not round the sigmoid to the tensors' dtype
+        product = F.glu(torch.stack([up, gate]), 0)[0]
+    else:
+        product = FUNCTIONS[name](gate) * up
+    gate_pack = method.keep(within_limits(gate, name), seed)
+    return laid_out(product, stride), *gate_pack, *method.keep(laid_out(up, stride), seed_of_up)
+
+
+def _backward_gated(
+    grad_output: Tensor,
+    kept: tuple[Tensor, ...],
+    name: str,
+    stride: tuple[int, ...],
+    method: Quantiser,
+) -> tuple[Tensor, Tensor]:
+    dtype, shape, half = compute_dtype(grad_output), tuple(grad_output.shape), len(kept) // 2
+    gate = method.restore(dtype, shape, stride, *kept[:half])
+    up = method.restore(dtype, shape, stride, *kept[half:])
+    dy = grad_output.to(dtype)
+    dgate, dup = BACKWARD[name](dy * up, gate), dy * FUNCTIONS[name](gate)
+    return dgate.to(grad_output.dtype), dup.to(grad_output.dtype)
+
+
+def _rebuild_gated(
+    shape: tuple[int, ...], stride: tuple[int, ...], name: str, method: Quantiser
+) -> GatedProduct:
+    return GatedProduct(method, shape, stride, name)
+
+
+_PLAIN_GATED = Fused(_forward_gated, _backward_gated, _rebuild_gated)
+
+
+def unit_of(method: Quantiser) -> Fused:
+    """How the method keeps the factors of a gated unit."""
+    return method.fused.get("gated", _PLAIN_GATED)
+
+
+# ---- gated units ---------------------------------------------------------------------------------
+
+# Activations of gates that nothing but the product reads. That of a sigmoid is often read twice.
+UNITS = ("silu", "gelu", "gelu_tanh")
+
+
+def how(name: str, method: Quantiser) -> str:
+    """By what a traced activation was computed."""
+    bits, group_size, unbiased = method.grade
+    return f"{name} {type(method).__name__} {bits} {group_size} {unbiased}"
+
+
+class _Gated(torch.autograd.Function):
+    """y = f(gate) up, and the packs of gate and up, which it keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, name: str, method: Quantiser, *seeds: Seed
+    ) -> tuple[Tensor, ...]:
+        fused = unit_of(method)
+        y, *packs = fused.forward(gate, up, name, method, *seeds)
+        ctx.mark_non_differentiable(*packs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*packs)
+        ctx.f = (name, y.stride(), method)
+        ctx.differentiate = fused.backward
+        return y, *packs
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        dgate = dup = None
+        if grad_output is not None:
+            dgate, dup = ctx.differentiate(grad_output, ctx.saved_tensors, *ctx.f)
+        return dgate, dup, None, None, None, None
+
+
+_apply_gated: Callable[..., tuple[Tensor, ...]] = _Gated.apply
+
+
+def gated(
+    gate: Tensor, up: Tensor, name: str, method: Quantiser, plain: Callable[..., Tensor]
+) -> Tensor:
+    """f(gate) up, by its name and by torch's functions. Keeps packs of gate and up; biased."""
+    check_tensor(gate, name)
+    check_tensor(up, name)
+    if gate.shape != up.shape or gate.device != up.device:
+        raise InputError(
+            f"gate is {tuple(gate.shape)} on {gate.device}, up is {tuple(up.shape)} on {up.device};"
+            " a gated unit multiplies tensors of one shape on one device"
+        )
+    wanted = needs_gradient(gate) or needs_gradient(up)
+    if not wanted or gate.dtype != up.dtype:
+        return plain(gate, up)
+    if torch.compiler.is_compiling():
+        up = _tracer.apart(up, gate)
+    fused = "gated" in method.fused  # one seed serves both
+    seeds = (method.seed(gate), None if fused else method.seed(gate))
+    y, *packs = _apply_gated(gate, up, name, method, *seeds)
+    shape = tuple(y.shape)
+    rebuild = unit_of(method).rebuild(shape, y.stride(), name, method)
+    sharing.note_pack(y, Pack(rebuild, shape, tuple(packs), method.grade))
+    return y

@@ -1,0 +1,121 @@
+"""A quantiser: a method that keeps any tensor as fewer bits.
+
+It says how a tensor becomes tensors that stand for it (`keep`) and how it comes back (`restore`).
+Every layer of `packlight.layers` works by those two alone. Where a method has operators that do the
+work of a layer in one pass over memory, `fused` names them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from packlight import sharing
+from packlight._seeds import Seed, rounding_seed
+from packlight.method import Method
+from packlight.packing.layout import dense_stride
+from packlight.sharing import Grade, Pack
+
+
+class Fused(NamedTuple):
+    """What a layer does by a method: its forward, its backward, and what its pack stands for.
+
+    Arguments and results are those of the plain operations, which stand in the file of the layer.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    rebuild: Callable[..., Callable[..., Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantiser(Method):
+    """Base of the methods that keep a tensor as fewer bits, `GroupQuant` among them.
+
+    A subclass is a frozen dataclass that has `grade`, `keep` and `restore`. It then serves every
+    layer, norm, activation, gated unit, convolution, attention and `saving`.
+    """
+
+    # Of a layer by its name: "activation", "gated", "norm", "batch_norm", "group_norm".
+    fused: ClassVar[Mapping[str, Fused]] = {}
+
+    @property
+    def grade(self) -> Grade:
+        """How near to a tensor its packs are: a reader shares a pack of its own grade or better."""
+        raise NotImplementedError(f"{type(self).__name__} has no grade")
+
+    @property
+    def smallest(self) -> int:
+        """The fewest elements that are worth a pack."""
+        return 1
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `keep` wants a seed."""
+        return self.grade.unbiased
+
+    def keep(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
+        """Tensors that stand for `x`, always as many. `seed` is None unless `stochastic`.
+
+        `x` has any dtype of floating point, any number of dimensions and any strides. A NaN or an
+        infinity must not come back finite.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps nothing")
+
+    def restore(
+        self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
+    ) -> Tensor:
+        """`x` again, in `dtype`, of this shape and dense strides, those of `dense_stride(x)`."""
+        raise NotImplementedError(f"{type(self).__name__} restores nothing")
+
+    def for_scores(self) -> "Quantiser":
+        """The method for query and key, whose product is the exponent of a softmax."""
+        return self
+
+    def keeps_rows(self, width: int) -> bool:
+        """Whether rows of this width are worth packing."""
+        return width >= self.smallest
+
+    def seed(self, x: Tensor) -> Seed:
+        """A seed for the rounding of `x`; None where nothing is drawn."""
+        return rounding_seed(x) if self.stochastic else None
+
+
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
+class Restore:
+    """What a pack stands for: the tensor that a method kept, of this shape and dense strides."""
+
+    method: Quantiser
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __call__(self, dtype: torch.dtype, *kept: Tensor) -> Tensor:
+        return self.method.restore(dtype, self.shape, self.stride, *kept)
+
+
+# What the error of a second derivative says is kept.
+KEEPS = "a quantised tensor"
+
+
+def pack_input(x: Tensor, method: Quantiser) -> Pack:
+    """The pack of `x`: one as good that is kept of it already, else a new one, which is noted."""
+    kept = sharing.pack_of(x, method.grade)
+    if kept is not None:
+        return kept
+    kept = new_pack(x.detach(), method)
+    sharing.note_pack(x, kept)
+    return kept
+
+
+def new_pack(x: Tensor, method: Quantiser) -> Pack:
+    """A pack of all values of `x`."""
+    tensors = method.keep(x, method.seed(x))
+    shape = tuple(x.shape)
+    return Pack(Restore(method, shape, dense_stride(x)), shape, tensors, method.grade)
+
+
+def worth_packing(x: Tensor, method: Quantiser) -> bool:
+    """Whether a pack is smaller than the tensor."""
+    return x.numel() >= method.smallest
