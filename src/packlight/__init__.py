@@ -22,7 +22,9 @@ from packlight.method import Method
 from packlight.method_files import load_methods, save_methods
 from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
+from packlight.quantiser import Quantiser
 from packlight.saving import saving
+from packlight.sharing import Grade
 from packlight.sketch import Sketch
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "DoubleBackwardError",
     "FewBit",
     "FixedPoint",
+    "Grade",
     "GroupQuant",
     "InputError",
     "Inverted",
@@ -42,6 +45,7 @@ __all__ = [
     "ModifiedWeightError",
     "NothingMatchedError",
     "PacklightError",
+    "Quantiser",
     "Sketch",
     "__version__",
     "convert",

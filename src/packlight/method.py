@@ -24,9 +24,10 @@ class Method:
 
     _kinds: ClassVar[dict[str, type["Method"]]] = {}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
         super().__init_subclass__()
-        Method._kinds[cls.__name__] = cls
+        if not abstract:
+            Method._kinds[cls.__name__] = cls
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the method's name under `"method"`, and its fields."""

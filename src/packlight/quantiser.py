@@ -6,6 +6,7 @@ work of a layer in one pass over memory, `fused` names them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from packlight import sharing
 from packlight._seeds import Seed, rounding_seed
 from packlight.method import Method
-from packlight.packing.layout import dense_stride
+from packlight.packing.layout import dense_stride, memory_order
 from packlight.sharing import Grade, Pack
 
 
@@ -31,7 +32,7 @@ class Fused(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantiser(Method):
+class Quantiser(Method, abstract=True):
     """Base of the methods that keep a tensor as fewer bits, `GroupQuant` among them.
 
     A subclass is a frozen dataclass that has `grade`, `keep` and `restore`. It then serves every
@@ -56,19 +57,27 @@ class Quantiser(Method):
         """Whether `keep` wants a seed."""
         return self.grade.unbiased
 
-    def keep(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
-        """Tensors that stand for `x`, always as many. `seed` is None unless `stochastic`.
+    def keep(self, flat: Tensor, seed: Seed) -> tuple[Tensor, ...]:
+        """Tensors that stand for the values of `flat` [n], always as many tensors.
 
-        `x` has any dtype of floating point, any number of dimensions and any strides. A NaN or an
-        infinity must not come back finite.
+        `flat` is contiguous, of any dtype of floating point; neighbours in it are neighbours in
+        memory. `seed` is None unless `stochastic`. A NaN or an infinity must not come back finite.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps nothing")
 
-    def restore(
+    def restore(self, dtype: torch.dtype, count: int, *kept: Tensor) -> Tensor:
+        """The values again, [count], contiguous, in `dtype`."""
+        raise NotImplementedError(f"{type(self).__name__} restores nothing")
+
+    def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
+        """`keep` of all values of `x`, in the order of its memory."""
+        return self.keep(memory_order(x, dense_stride(x)), seed)
+
+    def unpack(
         self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
     ) -> Tensor:
-        """`x` again, in `dtype`, of this shape and dense strides, those of `dense_stride(x)`."""
-        raise NotImplementedError(f"{type(self).__name__} restores nothing")
+        """`restore` as a tensor of this shape and dense strides, those of `dense_stride(x)`."""
+        return self.restore(dtype, math.prod(shape), *kept).as_strided(shape, stride)
 
     def for_scores(self) -> "Quantiser":
         """The method for query and key, whose product is the exponent of a softmax."""
@@ -92,7 +101,7 @@ class Restore:
     stride: tuple[int, ...]
 
     def __call__(self, dtype: torch.dtype, *kept: Tensor) -> Tensor:
-        return self.method.restore(dtype, self.shape, self.stride, *kept)
+        return self.method.unpack(dtype, self.shape, self.stride, *kept)
 
 
 # What the error of a second derivative says is kept.
@@ -111,7 +120,7 @@ def pack_input(x: Tensor, method: Quantiser) -> Pack:
 
 def new_pack(x: Tensor, method: Quantiser) -> Pack:
     """A pack of all values of `x`."""
-    tensors = method.keep(x, method.seed(x))
+    tensors = method.pack(x, method.seed(x))
     shape = tuple(x.shape)
     return Pack(Restore(method, shape, dense_stride(x)), shape, tensors, method.grade)
 

@@ -67,13 +67,21 @@ class GroupQuant(Quantiser):
         """A group."""
         return self.group_size
 
-    def keep(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
+    def keep(self, flat: Tensor, seed: Seed) -> tuple[Tensor, ...]:
+        """Codes and scales."""
+        return self.pack(flat, seed)
+
+    def restore(self, dtype: torch.dtype, count: int, *kept: Tensor) -> Tensor:
+        """m + s code."""
+        return self.unpack(dtype, (count,), (1,), *kept)
+
+    def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
         """Codes and scales of `x` in its memory order."""
         layout = (dense_stride(x), self.bits, self.group_size)
         kept: tuple[Tensor, ...] = ops.quantize(x, *layout, *operands(seed))
         return kept
 
-    def restore(
+    def unpack(
         self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
     ) -> Tensor:
         """m + s code."""

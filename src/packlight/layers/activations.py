@@ -54,7 +54,7 @@ class Applied:
     parameters: tuple[float, ...]
 
     def __call__(self, dtype: torch.dtype, *kept: Tensor) -> Tensor:
-        x = self.method.restore(torch.float32, self.shape, self.stride, *kept)
+        x = self.method.unpack(torch.float32, self.shape, self.stride, *kept)
         return FUNCTIONS[self.name](x, *self.parameters).to(dtype)
 
 
@@ -62,7 +62,7 @@ def _forward(
     x: Tensor, name: str, parameters: tuple[float, ...], method: Quantiser, seed: Seed
 ) -> tuple[Tensor, ...]:
     y = laid_out(FUNCTIONS[name](x, *parameters), dense_stride(x))
-    return y, *method.keep(within_limits(x, name, parameters), seed)
+    return y, *method.pack(within_limits(x, name, parameters), seed)
 
 
 def _backward(
@@ -74,7 +74,7 @@ def _backward(
     method: Quantiser,
 ) -> Tensor:
     dtype = compute_dtype(grad_output)
-    x = method.restore(dtype, tuple(grad_output.shape), stride, *kept)
+    x = method.unpack(dtype, tuple(grad_output.shape), stride, *kept)
     return BACKWARD[name](grad_output.to(dtype), x, *parameters).to(grad_output.dtype)
 
 
@@ -168,8 +168,8 @@ class GatedProduct:
 
     def _factors(self, dtype: torch.dtype, *kept: Tensor) -> tuple[Tensor, Tensor]:
         half = len(kept) // 2
-        gate = self.method.restore(dtype, self.shape, self.stride, *kept[:half])
-        up = self.method.restore(dtype, self.shape, self.stride, *kept[half:])
+        gate = self.method.unpack(dtype, self.shape, self.stride, *kept[:half])
+        up = self.method.unpack(dtype, self.shape, self.stride, *kept[half:])
         return FUNCTIONS[self.name](gate), up
 
 
@@ -181,8 +181,8 @@ def _forward_gated(
         product = F.glu(torch.stack([up, gate]), 0)[0]
     else:
         product = FUNCTIONS[name](gate) * up
-    gate_pack = method.keep(within_limits(gate, name), seed)
-    return laid_out(product, stride), *gate_pack, *method.keep(laid_out(up, stride), seed_of_up)
+    gate_pack = method.pack(within_limits(gate, name), seed)
+    return laid_out(product, stride), *gate_pack, *method.pack(laid_out(up, stride), seed_of_up)
 
 
 def _backward_gated(
@@ -193,8 +193,8 @@ def _backward_gated(
     method: Quantiser,
 ) -> tuple[Tensor, Tensor]:
     dtype, shape, half = compute_dtype(grad_output), tuple(grad_output.shape), len(kept) // 2
-    gate = method.restore(dtype, shape, stride, *kept[:half])
-    up = method.restore(dtype, shape, stride, *kept[half:])
+    gate = method.unpack(dtype, shape, stride, *kept[:half])
+    up = method.unpack(dtype, shape, stride, *kept[half:])
     dy = grad_output.to(dtype)
     dgate, dup = BACKWARD[name](dy * up, gate), dy * FUNCTIONS[name](gate)
     return dgate.to(grad_output.dtype), dup.to(grad_output.dtype)

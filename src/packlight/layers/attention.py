@@ -46,7 +46,7 @@ class _Attention(torch.autograd.Function):
         flags = (backend, repeats, dropout_p, is_causal, scale)
         out, tensors, sizes = _run(query, key, value, mask, *flags)
         own = (query, key, value, out)
-        packs = [method.keep(x, seed) for x, seed in zip(own, seeds, strict=True)]
+        packs = [method.pack(x, seed) for x, seed in zip(own, seeds, strict=True)]
         ctx.mark_non_differentiable(*packs[3])
         ctx.set_materialize_grads(False)
         ctx.rebuilds = [Restore(method, tuple(x.shape), dense_stride(x)) for x in own]

@@ -72,7 +72,7 @@ class Scaled:
 
     def __call__(self, dtype: torch.dtype, table: Tensor, *tensors: Tensor) -> Tensor:
         kept = tensors[1:] if self.grouped else tensors
-        x = self.method.restore(dtype, self.shape, self.stride, *kept)
+        x = self.method.unpack(dtype, self.shape, self.stride, *kept)
         factor = along_channels(table[0], x)
         if self.grouped:
             factor = factor * along_groups(deviation(tensors[0], self.eps), x)
@@ -102,7 +102,7 @@ def forward_batch(
     gamma = torch.ones_like(rstd) if weight is None else weight.to(dtype)
     beta = torch.zeros_like(rstd) if bias is None else bias.to(dtype)
     stride = dense_stride(x)
-    kept = method.keep(laid_out(values, stride), seed)
+    kept = method.pack(laid_out(values, stride), seed)
     return laid_out(y, stride), torch.stack([gamma * d, beta, rstd]), *kept
 
 
@@ -111,7 +111,7 @@ def backward_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in the memory order of `stride`, dgamma and dbeta [channels]."""
     table, *tensors = kept
-    x = method.restore(grad_output.dtype, tuple(grad_output.shape), stride, *tensors)
+    x = method.unpack(grad_output.dtype, tuple(grad_output.shape), stride, *tensors)
     gamma, _, rstd = table  # gamma d
     d = deviation(rstd, eps)
     dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
@@ -147,7 +147,7 @@ def forward_group(
     gamma = torch.ones(channels, dtype=dtype, device=x.device) if weight is None else weight
     beta = torch.zeros_like(gamma) if bias is None else bias
     table = torch.stack([gamma.to(dtype), beta.to(dtype)])
-    return laid_out(y, stride), table, rstd, *method.keep(laid_out(values, stride), seed)
+    return laid_out(y, stride), table, rstd, *method.pack(laid_out(values, stride), seed)
 
 
 def backward_group(
@@ -155,7 +155,7 @@ def backward_group(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in the memory order of `stride`, dgamma and dbeta [channels]."""
     table, rstd, *tensors = kept
-    x = method.restore(grad_output.dtype, tuple(grad_output.shape), stride, *tensors)
+    x = method.unpack(grad_output.dtype, tuple(grad_output.shape), stride, *tensors)
     n, channels = x.shape[:2]
     size = x.numel() // (n * channels)
     d = deviation(rstd, eps)

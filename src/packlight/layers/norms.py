@@ -69,7 +69,7 @@ class Scaled:
 
     def __call__(self, dtype: torch.dtype, *tensors: Any) -> Tensor:
         *kept, weight, bias = tensors
-        y = self.method.restore(torch.float32, (self.rows, self.width), (self.width, 1), *kept)
+        y = self.method.unpack(torch.float32, (self.rows, self.width), (self.width, 1), *kept)
         y = y if weight is None else y * weight
         y = y if bias is None else y + bias
         return y.to(dtype).as_strided(self.shape, self.stride)
@@ -92,7 +92,7 @@ def _forward(
     y = F.layer_norm(x, width, weight, bias, eps) if center else F.rms_norm(x, width, weight, eps)
     x_hat, rstd = normalise(x, eps, center)
     copies = [x.new_empty(0) if p is None else p.clone() for p in (weight, bias)]
-    return y, rstd.view(-1), copies, method.keep(x_hat, seed)
+    return y, rstd.view(-1), copies, method.pack(x_hat, seed)
 
 
 def _backward(
@@ -107,7 +107,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = grad_output.shape[-1]
     shape = (grad_output.numel() // width, width)
-    x_hat = method.restore(compute_dtype(grad_output), shape, (width, 1), *kept)
+    x_hat = method.unpack(compute_dtype(grad_output), shape, (width, 1), *kept)
     return differentiate(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)
 
 

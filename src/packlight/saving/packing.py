@@ -28,7 +28,7 @@ def pack(
     stride = dense_stride(tensor)
     found = None if owner is None else sharing.pack_of(owner, method.grade)
     if found is None:
-        tensors = method.keep(tensor, method.seed(tensor))
+        tensors = method.pack(tensor, method.seed(tensor))
         stands_for = tensor if owner is None else owner
         layout = (tuple(stands_for.shape), dense_stride(stands_for))
         found = Pack(Restore(method, *layout), layout[0], tensors, method.grade)

@@ -23,6 +23,7 @@ from torch import Tensor
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight.groupquant.fixed_point import reference
 from packlight.groupquant.fixed_point.method import BIN, EDGE
+from packlight.layers import channel_norms
 from packlight.packing.kernels import (
     code_at,
     code_of,
@@ -41,7 +42,7 @@ UNIT = tl.constexpr(reference.UNIT)
 CENTRE = tl.constexpr(reference.CENTRE)
 SCALE = tl.constexpr(reference.SCALE)
 FAR = tl.constexpr(reference.FAR)
-LEAST = tl.constexpr(reference.LEAST)
+LEAST = tl.constexpr(channel_norms.LEAST)
 EDGE_ = tl.constexpr(EDGE)
 BIN_OF_4, BIN_OF_8 = tl.constexpr(BIN[4]), tl.constexpr(BIN[8])
 
