@@ -1,9 +1,16 @@
 """A quantiser in a package of one's own, and the contract for such: `packlight.testing`."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 import packlight
 from packlight.testing import checks
+from tests import block_float
 from tests.block_float import BlockFloat
 
 METHODS = {"BlockFloat": BlockFloat(), "GroupQuant": packlight.GroupQuant(8, 64)}
@@ -13,3 +20,51 @@ CHECKS = {f"{name}, {check}": check for name, method in METHODS.items() for chec
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_a_quantiser_keeps_the_contract(check):
     check()
+
+
+def test_a_method_of_another_package_is_found_by_its_name(tmp_path):
+    """A package names its methods in the entry points `packlight.methods`."""
+    package = tmp_path / "other_quantiser"
+    package.mkdir()
+    source = Path(block_float.__file__).read_text().replace("BlockFloat", "OtherFloat")
+    (package / "__init__.py").write_text(source)
+    metadata = tmp_path / "other_quantiser-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: other-quantiser\nVersion: 1.0\n"
+    )
+    (metadata / "entry_points.txt").write_text(
+        "[packlight.methods]\nOtherFloat = other_quantiser:OtherFloat\nBroken = no_such_module:B\n"
+    )
+    methods = tmp_path / "methods.toml"
+    methods.write_text('[methods]\n"fc*" = "OtherFloat(block=64)"\n')
+    program = (
+        "import packlight, warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    print(packlight.load_methods({str(methods)!r}))\n"
+        "print(*[warning.message for warning in caught])\n"
+        "print(packlight.Method.from_dict({'method': 'OtherFloat', 'block': 8}))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found, warned, read = run.stdout.splitlines()
+    assert found == "{'fc*': OtherFloat(block=64)}"
+    assert "Broken" in warned
+    assert read == "OtherFloat(block=8)"
+
+
+def test_the_base_of_quantisers_is_no_method_of_its_own():
+    with pytest.raises(packlight.InputError, match="unknown method 'Quantiser'"):
+        packlight.Method.from_dict({"method": "Quantiser"})
+    with pytest.raises(NotImplementedError):
+        packlight.Quantiser().keep(torch.zeros(3), None)
+
+
+def test_own_methods_are_shown_as_what_they_are():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    conversion = packlight.convert(model, BlockFloat(64))
+    assert repr(model[0]) == "Linear(in_features=64, out_features=64, bias=True, block=64)"
+    assert "BlockFloat(block=64)" in str(conversion)

@@ -6,7 +6,9 @@ A rule says what a method makes of modules of one type, or of calls of one torch
 
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -38,15 +40,38 @@ class Method:
         """The inverse of `to_dict`. Raises `InputError` for an unknown method or field."""
         fields = dict(data)
         name = fields.pop("method", None)
-        kind = Method._kinds.get(name) if isinstance(name, str) else None
+        kind = method_kinds(name).get(name) if isinstance(name, str) else None
         if kind is None:
-            known = ", ".join(sorted(Method._kinds))
+            known = ", ".join(sorted(method_kinds()))
             raise InputError(f"unknown method {name!r}; known methods: {known}")
         expected = {field.name for field in dataclasses.fields(kind)}
         if unknown := sorted(set(fields) - expected):
             fields_are = ", ".join(sorted(expected))
             raise InputError(f"{name} has no field {', '.join(unknown)}; its fields: {fields_are}")
         return kind(**fields)
+
+
+# Packages name their methods in this group of entry points, so that a text or a file can.
+ENTRY_POINTS = "packlight.methods"
+
+
+def method_kinds(name: str = "") -> dict[str, type[Method]]:
+    """The methods by their names; those of other packages too, unless `name` is known without."""
+    if name not in Method._kinds:
+        _load_entry_points()
+    return Method._kinds
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:  # noqa: BLE001  another package's fault is its own
+            warnings.warn(
+                f"the method {entry.name} of {entry.value} cannot be loaded: {error!r}",
+                stacklevel=2,
+            )
 
 
 class Swap(NamedTuple):

@@ -25,7 +25,7 @@ from torch import nn
 from packlight._files import read_text, write_text
 from packlight.convert import DEFAULT_METHODS, Choice, Methods, Selector
 from packlight.errors import InputError
-from packlight.method import Method
+from packlight.method import Method, method_kinds
 
 __all__ = ["load_methods", "parse_methods", "save_methods"]
 
@@ -98,7 +98,7 @@ def format_methods(choice: Choice) -> str:
 
 
 def _expected() -> str:
-    known = ", ".join(sorted(Method._kinds))
+    known = ", ".join(sorted(method_kinds()))
     return f"expected None, default, or a method with its arguments, FewBit(3); methods: {known}"
 
 
@@ -121,9 +121,9 @@ def _method(tree: ast.expr) -> Method:
 
 
 def _kind(name: str) -> type[Method]:
-    kind = Method._kinds.get(name)
+    kind = method_kinds(name).get(name)
     if kind is None:
-        near = difflib.get_close_matches(name, Method._kinds, n=1)
+        near = difflib.get_close_matches(name, method_kinds(), n=1)
         hint = f" (near: {near[0]})" if near else ""
         raise InputError(f"unknown method {name!r}{hint}; {_expected()}")
     return kind
