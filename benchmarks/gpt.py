@@ -20,8 +20,8 @@ from packlight import (
     Inverted,
     Sketch,
     convert,
-    demo,
 )
+from packlight.cli import demo
 from packlight.convert import Methods
 
 METHODS: dict[str, Methods | None] = {

@@ -50,6 +50,9 @@ TESTS = {
     "_swap.py": "tests/test_convert.py",
     "_torch": "tests/test_torch.py tests/test_notes.py tests/test_saving.py",
     "_tracer.py": "tests/test_compiled_resnet.py tests/groupquant/test_sharing.py",
+    "cli": "tests/test_cli.py",
+    "cli/demo": "tests/test_demo.py",
+    "cli/models": "tests/test_models.py",
     "conversion.py": "tests/test_convert.py tests/test_predict.py",
     "convert.py": "tests/test_convert.py",
     "elementwise": "tests/fewbit/test_kernels.py tests/inverted/test_activation_kernels.py"

@@ -13,6 +13,14 @@ from typing import Any
 
 import torch
 
+from packlight.cli.models import (
+    DTYPES,
+    LoadedModel,
+    brief,
+    load_model,
+    parse_inputs,
+    parse_value,
+)
 from packlight.conversion import Conversion
 from packlight.convert import Choice, Selector, convert
 from packlight.errors import InputError, PacklightError
@@ -22,14 +30,6 @@ from packlight.method_files import (
     parse_methods,
     save_methods,
     shortened,
-)
-from packlight.models import (
-    DTYPES,
-    LoadedModel,
-    brief,
-    load_model,
-    parse_inputs,
-    parse_value,
 )
 from packlight.predict import failing_module, predict
 from packlight.report import MemoryReport, check_depth, human_bytes
