@@ -58,6 +58,7 @@ TESTS = {
     "elementwise": "tests/fewbit/test_kernels.py tests/inverted/test_activation_kernels.py"
     " tests/groupquant/test_kernels.py",
     "elementwise/functions.py": "tests/test_contract.py -k bit_equal",
+    "fewbit/codebook": "tests/fewbit/test_codebook.py",
     "fewbit/method.py": "tests/fewbit/test_functional.py tests/test_convert.py",
     "fewbit/modules.py": "tests/test_contract.py tests/fewbit/test_functional.py -k fewbit",
     "fewbit/rules.py": "tests/test_rules.py tests/test_convert.py",
