@@ -83,7 +83,7 @@ TESTS = {
     "inverted/rules.py": "tests/test_rules.py tests/test_convert.py",
     "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
     "packing/reference.py": "tests/packing",
-    "profile.py": "tests/test_profile.py",
+    "profile": "tests/test_profile.py",
     "saving": "tests/test_saving.py tests/test_guards.py",
     "sketch": "tests/sketch",
 }

@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from packlight import _torch
 from packlight._swap import restore
 from packlight.errors import InputError
-from packlight.profile import is_internal, plain_attributes, profile, short_path
+from packlight.profile import profile
+from packlight.profile.lines import is_internal, short_path
+from packlight.profile.scene import plain_attributes
 from packlight.report import MemoryDifference, MemoryReport
 
 __all__ = ["predict", "predict_change"]

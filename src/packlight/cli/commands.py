@@ -13,24 +13,11 @@ from typing import Any
 
 import torch
 
-from packlight.cli.models import (
-    DTYPES,
-    LoadedModel,
-    brief,
-    load_model,
-    parse_inputs,
-    parse_value,
-)
+from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs, parse_value
 from packlight.conversion import Conversion
 from packlight.convert import Choice, Selector, convert
 from packlight.errors import InputError, PacklightError
-from packlight.method_files import (
-    EVERYTHING,
-    load_methods,
-    parse_methods,
-    save_methods,
-    shortened,
-)
+from packlight.method_files import EVERYTHING, load_methods, parse_methods, save_methods, shortened
 from packlight.predict import failing_module, predict
 from packlight.report import MemoryReport, check_depth, human_bytes
 

@@ -6,10 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from packlight.errors import InputError
-from packlight.fewbit.codebook.curves import (
-    Array,
-    Curve,
-)
+from packlight.fewbit.codebook.curves import Array, Curve
 from packlight.fewbit.codebook.symmetry import SCAN
 
 # Gauss-Legendre rule of a cell: exact to the last digits, as cells are short and f' smooth inside.

@@ -13,10 +13,7 @@ import torch
 
 from packlight._files import replaced
 from packlight.errors import InputError, MissingDependencyError
-from packlight.fewbit.codebook.curves import (
-    Array,
-    by_autograd,
-)
+from packlight.fewbit.codebook.curves import Array, by_autograd
 from packlight.fewbit.method import check_bits
 
 Parity = Literal["none", "even", "complement"]
