@@ -46,7 +46,6 @@ TESTS = {
     "__main__.py": "tests/test_cli.py",
     "_library.py": "tests/test_library.py",
     "_overwrite.py": "tests/fewbit/test_pooling.py tests/inverted/test_norms.py",
-    "_page.py": "tests/test_html.py",
     "_swap.py": "tests/test_convert.py",
     "_torch": "tests/test_torch.py tests/test_notes.py tests/test_saving.py",
     "_tracer.py": "tests/test_compiled_resnet.py tests/groupquant/test_sharing.py",
@@ -84,6 +83,8 @@ TESTS = {
     "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
     "packing/reference.py": "tests/packing",
     "profile": "tests/test_profile.py",
+    "report": "tests/test_profile.py tests/test_html.py",
+    "report/page.py": "tests/test_html.py",
     "saving": "tests/test_saving.py tests/test_guards.py",
     "sketch": "tests/sketch",
 }
