@@ -86,6 +86,7 @@ TESTS = {
     "report": "tests/test_profile.py tests/test_html.py",
     "report/page.py": "tests/test_html.py",
     "saving": "tests/test_saving.py tests/test_guards.py",
+    "selectors.py": "tests/test_convert.py",
     "sketch": "tests/sketch",
 }
 
