@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from packlight import _torch
+from packlight._torch.attributes import node_number
 from packlight.profile.graph import REENTRANT, Graph, read_graph
 from packlight.profile.recording import Recorder
 from packlight.profile.scene import Place, Scene, buffers_of
@@ -96,7 +97,7 @@ def _held_by_us(recorder: Recorder, graph: Graph) -> Iterator[_Held]:
 
 def _held_by_others(recorder: Recorder, graph: Graph) -> Iterator[_Held]:
     for node, packed in graph.foreign:
-        place = recorder.place_of(node._sequence_nr())
+        place = recorder.place_of(node_number(node))
         yield _Held(packed, place, node.name(), None, node)
 
 

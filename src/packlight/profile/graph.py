@@ -1,15 +1,15 @@
 """Reading the graph: what each node keeps, as hooks packed it."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from packlight import _torch
+from packlight._torch.attributes import node_number
+from packlight._torch.graph import is_python, slots
 from packlight.profile.recording import Kept, Recorder
 
 REENTRANT = "CheckpointFunctionBackward"
@@ -34,13 +34,13 @@ class Graph:
 def read_graph(roots: Iterable[Tensor], recorder: Recorder) -> Graph:
     graph = Graph()
     for node in _nodes(roots, recorder.start):
-        graph.by_sequence[node._sequence_nr()] = node
+        graph.by_sequence[node_number(node)] = node
         for packed in (*_saved_by(node), *_attributes_of_context(node)):
             if isinstance(packed, Kept) and recorder.records[packed.index].kept() is packed:
                 graph.nodes[packed.index] = node
             else:
                 graph.foreign.append(_Foreign(node, packed))
-    graph.foreign.sort(key=lambda entry: entry.node._sequence_nr())
+    graph.foreign.sort(key=lambda entry: node_number(entry.node))
     return graph
 
 
@@ -50,30 +50,18 @@ def _nodes(roots: Iterable[Tensor], start: int) -> Iterator[Node]:
     seen: set[Node] = set()
     while pending:
         node = pending.pop()
-        if node in seen or node._sequence_nr() < start:
+        if node in seen or node_number(node) < start:
             continue
         seen.add(node)
         yield node
         pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
 
 
-@functools.cache
-def _saved_names(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
-
-
 def _saved_by(node: Node) -> Iterator[object]:
     """What the node holds, as hooks packed it. Nothing is unpacked: a checkpoint would rerun."""
-    if not _torch.SAVED:
-        return
-    for name in _saved_names(type(node)):
-        try:
-            saved = getattr(node, name)
-        except RuntimeError:  # a backward pass inside the model has freed it
-            continue
-        for variable in saved if isinstance(saved, list | tuple) else (saved,):
-            if variable is not None and variable.data is not None:
-                yield variable.data
+    if _torch.SAVED:
+        for _, packed in slots(node):
+            yield packed
 
 
 def _attributes_of_context(node: Any) -> list[object]:
@@ -81,6 +69,6 @@ def _attributes_of_context(node: Any) -> list[object]:
 
     Of re-entrant checkpoints these are states of generators and no activations.
     """
-    if node.name() == REENTRANT or not isinstance(node, BackwardCFunction):
+    if node.name() == REENTRANT or not is_python(node):
         return []
     return list(vars(node).values())

@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from packlight import _torch
+from packlight._torch.attributes import CALL_MODULE, base, inside_compiled
 from packlight._torch.autograd import Hooks
 from packlight._torch.hooks import around_hooks
 from packlight.errors import InputError
@@ -91,7 +92,7 @@ class Recorder:
         kept = Kept(tensor, hooks)
         kept.index = len(self.records)
         source, checkpointed = _caller()
-        owners = (tensor, tensor._base)
+        owners = (tensor, base(tensor))
         self.loose_parameters += [p for p in owners if isinstance(p, nn.Parameter)]
         record = _Record(
             kept=weakref.ref(kept),
@@ -143,10 +144,8 @@ def _watchable(modules: Iterable[nn.Module]) -> list[nn.Module]:
     for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             inside.add(module)
-        elif "_orig_mod" in module._modules:
-            inside.update(inner for inner in module.modules() if inner is not module)
-        elif getattr(module, "_compiled_call_impl", None) is not None:
-            inside.update(module.modules())
+        else:
+            inside.update(inside_compiled(module))
     return [module for module in modules if module not in inside]
 
 
@@ -170,7 +169,7 @@ def _caller() -> tuple[str | None, bool]:
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        if code is _CALL_MODULE or code is _RUN:
+        if code is CALL_MODULE or code is _RUN:
             break
         if not is_internal(code.co_filename):
             return f"{short_path(code.co_filename)}:{frame.f_lineno}", checkpointed
@@ -179,5 +178,4 @@ def _caller() -> tuple[str | None, bool]:
     return None, checkpointed
 
 
-_CALL_MODULE = nn.Module._call_impl.__code__
 _RUN = Recorder.run.__code__

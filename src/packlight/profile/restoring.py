@@ -6,9 +6,10 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from packlight.profile.scene import Scene, plain_attributes
+from packlight._torch.attributes import buffers, plain_attributes, version
+from packlight.profile.scene import Scene
 from packlight.profile.tensors import has_values
 
 
@@ -57,9 +58,9 @@ class _ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = plain_attributes(module)
-        self.buffers = dict(module._buffers)
+        self.buffers = dict(buffers(module))
         self.contents = {
-            name: (_version(buffer), buffer.detach().clone())
+            name: (version(buffer), buffer.detach().clone())
             for name, buffer in self.buffers.items()
             if buffer is not None and has_values(buffer)
         }
@@ -71,14 +72,15 @@ class _ModuleState:
         for name, value in self.attributes.items():
             if name not in present or present[name] is not value:
                 present[name] = value
-        if not _same_entries(self.module._buffers, self.buffers):
-            self.module._buffers.clear()
-            self.module._buffers.update(self.buffers)
-        for name, (version, content) in self.contents.items():
+        registry = buffers(self.module)
+        if not _same_entries(registry, self.buffers):
+            registry.clear()
+            registry.update(self.buffers)
+        for name, (written, content) in self.contents.items():
             buffer = self.buffers[name]
             assert buffer is not None
             # Untouched buffers are not written: a graph of the caller's may have saved them.
-            if _version(buffer) != version or not torch.equal(buffer, content):
+            if version(buffer) != written or not torch.equal(buffer, content):
                 with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
                     buffer.copy_(content)
 
@@ -86,7 +88,3 @@ class _ModuleState:
 def _same_entries(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
     """The same names with the very same objects, in the same order."""
     return [(k, id(v)) for k, v in one.items()] == [(k, id(v)) for k, v in other.items()]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

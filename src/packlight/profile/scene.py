@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from packlight._torch.attributes import plain_attributes
 from packlight.errors import InputError
 from packlight.profile.lines import is_internal
 from packlight.profile.tensors import dictionary, has_values, tensors_in
@@ -59,14 +60,6 @@ class Scene:
                 if path and path in kinds:
                     found[path] = kinds[path]
         return found
-
-
-# What nn.Module keeps in registries of its own; all else in its `__dict__` is a plain attribute.
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
 
 
 def scene_of(

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from packlight import _torch
+from packlight._torch.attributes import is_wrapper, sparse_parts, storage_key, tree_leaves
 
 
 def tensors_in(value: object, objects: bool = True) -> Iterator[Tensor]:
@@ -42,7 +41,7 @@ def _parts(item: object, objects: bool) -> list[object]:
         return list(item)
     if dataclasses.is_dataclass(item):
         return _attributes(item)
-    leaves = _pytree.tree_leaves(item)
+    leaves = tree_leaves(item)
     if len(leaves) != 1 or leaves[0] is not item:
         return list(leaves)
     if not objects or callable(item):
@@ -87,19 +86,18 @@ def storages(tensor: Tensor) -> Iterator[Storage]:
             yield from storages(part)
         return
     try:
-        storage = tensor.untyped_storage()
-        yield Storage(storage._cdata, storage.nbytes(), tensor)
+        yield Storage(storage_key(tensor), tensor.untyped_storage().nbytes(), tensor)
     except (NotImplementedError, RuntimeError):
         # No storage to ask (oneDNN's own layouts): the elements are what can be counted.
         yield Storage(("tensor", id(tensor)), tensor.numel() * tensor.element_size(), tensor)
 
 
 def inner_tensors(tensor: Any) -> list[Tensor]:
-    if is_traceable_wrapper_subclass(tensor):
+    if is_wrapper(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [getattr(tensor, name) for name in names]
     if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
+        return sparse_parts(tensor)
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
@@ -120,7 +118,7 @@ def _is_hollow(tensor: Tensor) -> bool:
 
 
 def has_values(tensor: Any) -> bool:
-    if is_traceable_wrapper_subclass(tensor):
+    if is_wrapper(tensor):
         return all(map(has_values, inner_tensors(tensor)))
     is_meta: bool = tensor.device.type == "meta"
     return not is_meta and not _torch.is_fake(tensor)
