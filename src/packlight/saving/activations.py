@@ -20,7 +20,7 @@ Parameters = tuple[float, ...]
 def _elu(node: Node) -> tuple[str, Parameters]:
     names = ("alpha", "scale", "input_scale")
     alpha, scale, within = (graph.saved_number(node, name) for name in names)
-    # The table knows an exponential of x itself. Another scale is of nobody's ELU.
+    # The table has exponentials of x itself; no function of torch's scales it.
     return ("elu", (alpha * scale,)) if within == 1 else ("", ())
 
 
@@ -56,6 +56,10 @@ def within_limits(
 
     None for other tensors.
     """
+    if node is not None and slot == "result" and operation in ("Elu", "Celu"):
+        # In place. Of results above 0 the derivative is constant, and it has no jump there.
+        alpha = graph.saved_number(node, "alpha")
+        return None if not alpha or alpha < 0 else lambda x: x.clamp(max=alpha)
     if node is None or slot != "self" or operation not in _ACTIVATIONS:
         return None
     name, parameters = _ACTIVATIONS[operation](node)

@@ -26,8 +26,8 @@ def _along_rows(values: Tensor, x: Tensor) -> Tensor:
     return values
 
 
-# How statistics multiply the input.
-_ALONG: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+# Operations, and how the statistics that they keep multiply their input.
+NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     **dict.fromkeys(
         [
             *("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"),
@@ -83,8 +83,8 @@ class Normalised:
         """That of x; None if `pack` packs it not."""
         along, mean = statistics.along, statistics.mean
         values = x.float() if mean is None else x - along(mean, x).float()
-        values = pack(values * along(1 / statistics.unit(), x))
-        return None if values is None else cls(values, statistics, x.dtype)
+        kept = pack(values * along(1 / statistics.unit(), x))
+        return None if kept is None else cls(kept, statistics, x.dtype)
 
     def unpack(self) -> Tensor:
         along, mean = self.statistics.along, self.statistics.mean
@@ -97,7 +97,7 @@ class Normalised:
 
 def normalises(operation: str, slot: str) -> bool:
     """Whether an operation is a norm that keeps its input under this name."""
-    return operation in _ALONG and slot == "input"
+    return operation in NORMS and slot == "input"
 
 
 def mixes_rows(function: str, operation: str, x: Tensor, node: Node | None, size: int) -> bool:
@@ -125,22 +125,27 @@ def statistics(
 
     `eps` is for nodes that do not say theirs.
     """
-    along = _ALONG[operation]
+    along = NORMS[operation]
     saved = [graph.saved_number(node, name) for name in ("eps", "epsilon")]
     eps = next((number for number in saved if number is not None), eps)
     mean, rstd = _exact(slots, "result1"), _exact(slots, "result2")
     if operation == "FusedRmsNorm":
         mean, rstd = None, mean
-    if rstd is not None:
+    if rstd is None:  # statistics of other tensors, which what keeps them may write to
+        mean, variance = _exact(slots, "running_mean"), _exact(slots, "running_var")
+        if mean is None or variance is None:
+            return None
+        mean, rstd = mean.clone(), (variance.float() + eps).rsqrt()
+    elif mean is None or operation != "NativeGroupNorm" or x.device.type != "cpu":
         return Statistics(along, mean, rstd, eps)
-    mean, variance = _exact(slots, "running_mean"), _exact(slots, "running_var")
-    if mean is None or variance is None:
-        return None
-    # Not the statistics of x, whose deviation is measured. What keeps them may write to them.
-    others = [0, *range(2, x.dim())]
-    measured = (x - along(mean, x).float()).square().mean(others)
-    least = LEAST * (variance.float() + eps)
-    return Statistics(along, mean.clone(), measured.maximum(least).rsqrt(), 0.0)
+    # There torch takes the variance of channels-last groups as a difference of squares.
+    squares = (x - along(mean, x).float()).square()
+    if operation == "NativeGroupNorm":
+        variance = squares.reshape(*rstd.shape, -1).mean(-1)
+    else:
+        variance = squares.mean([0, *range(2, x.dim())])
+    least = LEAST / rstd.float().square()
+    return Statistics(along, mean, variance.maximum(least).rsqrt(), 0.0)
 
 
 def _exact(slots: Mapping[str, list[Holder]], slot: str) -> Tensor | None:
