@@ -72,12 +72,14 @@ def with_sides(codes: Tensor, scales: Tensor, flat: Tensor, method: GroupQuant) 
     at_zero = (low / -step).floor().nan_to_num(0.0).view(-1, 1, 1)
     highest = at_zero.clamp(0, last).to(torch.uint8)
     least = (at_zero + 1).clamp(0, last).to(torch.uint8)
-    positive = F.pad(flat > 0, (0, scales.numel() * method.group_size - flat.numel())).view(shape)
+    positive, padding = flat > 0, scales.numel() * method.group_size - flat.numel()
+    positive = (F.pad(positive, (0, padding)) if padding else positive).view(shape)
 
-    shifts = torch.arange(0, 8, method.bits, dtype=torch.uint8, device=codes.device).view(-1, 1)
-    numbers = (codes.view(shape[0], 1, shape[2]) >> shifts) & last
-    numbers = torch.where(positive, numbers.maximum(least), numbers.minimum(highest)) << shifts
+    numbers, shifts = codes.view(shape[0], 1, shape[2]), range(0, 8, method.bits)
+    if parts > 1:
+        numbers = torch.cat([(numbers >> shift) & last for shift in shifts], 1)
+    numbers = torch.where(positive, numbers.maximum(least), numbers.minimum(highest))
     packed = numbers[:, 0]
     for part in range(1, parts):
-        packed = packed | numbers[:, part]
+        packed = packed | (numbers[:, part] << shifts[part])
     return packed.reshape(-1)
