@@ -38,8 +38,8 @@ from packlight import (
     profile,
 )
 from packlight.cli import Parser
-from packlight.convert import Methods
 from packlight.groupquant import fixed_point
+from packlight.selectors import Methods
 
 # --- The network.
 

@@ -3,7 +3,7 @@
     python -m benchmarks.codebook_choice --out benchmarks/results/codebook_choice.jsonl
     python -m benchmarks.codebook_choice --summary benchmarks/results/codebook_choice.jsonl
 
-The GPT of `packlight.demo` is trained on the standard library's source with exact activations and
+The GPT of `packlight demo` is trained on the standard library's source with exact activations and
 with codebooks of 1 to 3 bits, fitted under each of `WEIGHTS` with free and with pinned tails. Runs
 of one seed share initial weights and batches, so losses are compared within a seed. "exact,
 perturbed" is exact training from weights changed by a thousandth: a rule that differs from exact,
@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import rows
-from packlight import demo, fewbit
+from packlight import fewbit
+from packlight.cli import demo
 
 SIZES = {
     "cpu": {"layers": 2, "width": 64, "heads": 2, "context": 64, "batch": 8},

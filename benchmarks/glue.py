@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks import rows
 from packlight import DEFAULT_METHODS, FewBit, Inverted, Sketch, convert, profile
 from packlight.cli import Parser
-from packlight.convert import Methods
+from packlight.selectors import Methods
 from packlight.sketch import VarianceMonitor
 from packlight.sketch.method import KINDS
 

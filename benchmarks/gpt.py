@@ -13,16 +13,9 @@ import statistics
 from typing import Any
 
 from benchmarks import rows
-from packlight import (
-    DEFAULT_METHODS,
-    FewBit,
-    GroupQuant,
-    Inverted,
-    Sketch,
-    convert,
-    demo,
-)
-from packlight.convert import Methods
+from packlight import DEFAULT_METHODS, FewBit, GroupQuant, Inverted, Sketch, convert
+from packlight.cli import demo
+from packlight.selectors import Methods
 
 METHODS: dict[str, Methods | None] = {
     "exact": None,

@@ -50,7 +50,7 @@ from packlight import (
     profile,
     saving,
 )
-from packlight.convert import Methods
+from packlight.selectors import Methods
 
 # ---- models ---------------------------------------------------------------------------------
 

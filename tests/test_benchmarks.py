@@ -205,7 +205,7 @@ def test_a_gpt_trains_by_a_method(tmp_path, monkeypatch):
     sizes = {"steps": 3, "layers": 1, "width": 16, "heads": 1, "context": 8, "batch": 2}
     monkeypatch.setitem(train_suite.gpt.SIZES, "cpu", sizes)
     text = torch.randint(256, (400,), dtype=torch.uint8)
-    monkeypatch.setattr(train_suite.gpt, "text", lambda: packlight.demo.Text(text, text))
+    monkeypatch.setattr(train_suite.gpt, "text", lambda: packlight.cli.demo.Text(text, text))
     (row,) = measure(tmp_path, "--filter", "gpt/default/0", suite="train")
     assert len(row["loss"]) == len(row["loss_steps"]) == 4
 

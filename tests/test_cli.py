@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import packlight
-from packlight import MemoryReport, __version__, demo
-from packlight.cli import main
-from packlight.commands import chosen_methods
-from packlight.models import DTYPES, load_model, parse_inputs
+from packlight import MemoryReport, __version__
+from packlight.cli import demo, main
+from packlight.cli.commands import chosen_methods
+from packlight.cli.models import DTYPES, load_model, parse_inputs
 
 ARGUMENTS = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --device cpu"
 TINY = ARGUMENTS.split()

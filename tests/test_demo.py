@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import packlight
-from packlight import demo, fewbit, groupquant, inverted
+from packlight import fewbit, groupquant, inverted
+from packlight.cli import demo
+from packlight.cli.demo import comparison
 from packlight.errors import InputError, MissingDependencyError
 
 TINY = {"steps": 30, "layers": 1, "width": 32, "heads": 2, "context": 24, "batch": 4}
@@ -248,7 +251,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_the_report_names_what_was_saved_and_the_difference(
     results: dict[str, demo.Result], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo.print_report(results, tiny(), demo.Console(width=160))
+    demo.print_report(results, tiny(), Console(width=160))
     printed = capsys.readouterr().out
     for words in ("kept for the backward pass", "by GELU", "by Linear", "a step, median"):
         assert words in printed
@@ -268,7 +271,7 @@ def test_the_report_shows_peaks_where_there_are_any(
         name: dataclasses.replace(result, peak_bytes=(2 - place) * 2**30)
         for place, (name, result) in enumerate(results.items())
     }
-    demo.print_report(peaked, tiny(), demo.Console(width=160))
+    demo.print_report(peaked, tiny(), Console(width=160))
     printed = capsys.readouterr().out
     assert "peak memory on the GPU" in printed
     assert "1.00 GiB (-50.0%)" in printed
@@ -324,7 +327,7 @@ def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*arguments: object) -> None:
         pytest.fail("training began")
 
-    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(comparison, "train", train)
 
 
 def test_a_missing_matplotlib_is_said_before_training(
@@ -359,7 +362,7 @@ def test_too_little_memory_is_said_in_one_line(
     def train(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(comparison, "train", train)
     with pytest.raises(InputError, match="choose a smaller --batch"):
         demo.run(tiny(), tmp_path, plot=False, text=text)
 

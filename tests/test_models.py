@@ -11,7 +11,7 @@ import torch
 
 import packlight
 from packlight import InputError, MissingDependencyError
-from packlight.models import DTYPES, Inputs, Shape, load_model, parse_inputs, parse_value
+from packlight.cli.models import DTYPES, Inputs, Shape, load_model, parse_inputs, parse_value
 
 # ---- what is asked for ---------------------------------------------------------------------------
 
@@ -353,10 +353,10 @@ def test_a_model_of_transformers_from_a_function(module):
 
 
 def test_dtypes_are_those_of_the_command_line():
-    from packlight import cli, models
+    from packlight.cli import command_line, models
 
-    assert tuple(DTYPES) == cli._DTYPES
-    assert tuple(models.TASKS) == cli._TASKS
+    assert tuple(DTYPES) == command_line._DTYPES
+    assert tuple(models.TASKS) == command_line._TASKS
 
 
 # ---- what strangers and slips of the finger may ask for ------------------------------------------

@@ -48,7 +48,11 @@ def test_a_method_of_another_package_is_found_by_its_name(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     found, warned, read = run.stdout.splitlines()
     assert found == "{'fc*': OtherFloat(block=64)}"

@@ -3,7 +3,6 @@ import dataclasses
 import errno
 import functools
 import gc
-import importlib
 import inspect
 import itertools
 import json
@@ -26,13 +25,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from packlight import GroupQuant, predict, saving
+from packlight import GroupQuant, _torch, predict, saving
 from packlight.errors import InputError, MissingDependencyError
 from packlight.profile import Holding, MemoryDifference, MemoryReport, profile
+from packlight.profile.lines import short_path
 from packlight.report import human_bytes
-
-# The module; `packlight.profile` may be the function.
-measuring = importlib.import_module("packlight.profile")
 
 
 def here(offset: int = 0) -> str:
@@ -758,7 +755,7 @@ def test_operations_without_the_view_into_saved_tensors(monkeypatch):
     model, tokens = Transformer(), torch.randint(0, 50, (2, 6))
     check = functools.partial(profile, model, tokens, loss=lambda out: out.square().mean())
     report = check()
-    monkeypatch.setattr(measuring, "_SHOWS_SAVED", False)
+    monkeypatch.setattr(_torch.SAVED, "values", None, raising=False)
     assert check() == report
 
 
@@ -807,14 +804,14 @@ def test_cells_of_notebooks_are_named_as_there(monkeypatch, filename, shell, pla
     running = SimpleNamespace(compile=SimpleNamespace(format_code_name=format_code_name))
     ipython = SimpleNamespace(get_ipython=lambda: running if shell else None)
     monkeypatch.setitem(sys.modules, "IPython", ipython)
-    measuring.short_path.cache_clear()
+    short_path.cache_clear()
     names = {}
     exec(compile(CELL, filename, "exec"), names)
     weight = torch.randn(4, 4, requires_grad=True)
     report = profile(names["forward"], torch.randn(3, 4, requires_grad=True) * 1, weight)
     assert [row.source for row in report.rows] == [f"{place}:4"]
     assert f"{place.split('/')[-1]}:4" in str(report)
-    measuring.short_path.cache_clear()
+    short_path.cache_clear()
 
 
 def test_plain_functions():

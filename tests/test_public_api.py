@@ -73,6 +73,7 @@ import packlight, torch
 assert not torch.cuda.is_initialized()
 assert "matplotlib" not in sys.modules
 assert "transformers" not in sys.modules
+assert "packlight.cli" not in sys.modules
 assert "torch._dynamo" not in sys.modules  # a second
 x = torch.randn(8, requires_grad=True)
 packlight.fewbit.gelu(x).sum().backward()

@@ -936,11 +936,11 @@ SIZE = 16
 SINGLE = {
     "sin": torch.sin,
     "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
+    "cos": torch.cos,
     "transpose": lambda x: x.t(),
     "reshape": lambda x: x.reshape(-1, 8).cos().view(SIZE, SIZE),
     "slice": lambda x: F.pad(x[4:, :12].sin(), (0, 4, 4, 0)),
-    "norm": lambda x: F.layer_norm(x, (SIZE,)),
+    "tanh": torch.tanh,
     "square": lambda x: x * x * 0.1,
 }
 index = st.integers(0, 100)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 
 import packlight
 from packlight import GroupQuant, InputError, _torch, env
+from packlight._torch import attributes
 from packlight._torch.capabilities import Capability, warn_if_untested
+from packlight.profile import recording
 
 CPU_HAS = [cap for cap in _torch.CAPABILITIES if cap is not _torch.CURRENT_DEVICE]
 
@@ -63,6 +66,28 @@ def test_saving_and_profile_are_right_without_it_or_refuse(capability, monkeypat
             packlight.profile(model, x.detach())
     else:
         assert packlight.profile(model, x.detach()).activation_bytes > 0
+
+
+def test_private_attributes_have_an_answer_without_them(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU())
+    x = torch.randn(4, 8)
+    rows = packlight.profile(model, x).rows
+    strange = SimpleNamespace(
+        is_inference=lambda: False,
+        untyped_storage=lambda: SimpleNamespace(data_ptr=lambda: 0),
+    )
+    assert attributes.version(strange) == -1
+    assert attributes.base(strange) is None
+    assert attributes.storage_key(strange) == ("tensor", id(strange))
+    assert attributes.sparse_parts(strange) == []
+    assert attributes.buffers(strange) == {}
+    assert list(attributes.inside_compiled(strange)) == []
+    monkeypatch.setattr(attributes, "_is_wrapper", None)
+    monkeypatch.setattr(attributes, "_tree_leaves", None)
+    monkeypatch.setattr(recording, "CALL_MODULE", None)
+    assert attributes.tree_leaves(strange) == [strange]
+    found = packlight.profile(model, x).rows
+    assert [(row.bytes, row.module) for row in found] == [(row.bytes, row.module) for row in rows]
 
 
 ALL_GONE = """

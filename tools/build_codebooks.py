@@ -1,9 +1,10 @@
 """Rebuilds the shipped codebooks: every function of `activations.CONTINUOUS`, 1 to 8 bits.
 
-    python tools/build_codebooks.py            writes src/packlight/fewbit/codebooks.json
+    python tools/build_codebooks.py            writes src/packlight/fewbit/codebook/codebooks.json
     python tools/build_codebooks.py --check    exits 1, naming what differs, if the file is stale
 
-Run it after a change to `codebook.DEFAULT_RULE`, to the table of activations, or to the solver.
+Run it after a change to `codebook.defaults.DEFAULT_RULE`, to the table of activations, or to the
+solver.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.fewbit.codebook import solve_default
 
-FILE = Path(__file__).resolve().parents[1] / "src" / "packlight" / "fewbit" / "codebooks.json"
+FILE = Path(__file__).parents[1] / "src/packlight/fewbit/codebook/codebooks.json"
 BITS = range(1, 9)
 
 

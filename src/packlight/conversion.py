@@ -11,7 +11,9 @@ from torch import nn
 
 from packlight.method import Method
 from packlight.predict import predict_change
-from packlight.report import MemoryDifference, _cell, _ranges, _render, _table
+from packlight.report import MemoryDifference
+from packlight.report.printing import cell, new_table, render
+from packlight.report.tree import ranges
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,13 +101,13 @@ class Conversion:
         )
 
     def __str__(self) -> str:
-        return _render(self)
+        return render(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         total = len(self.replaced) + len(self.skipped)
         yield Text(f"{self.model}: {len(self.replaced)} of {total} layers converted")
         if self.replaced:
-            table = _table()
+            table = new_table()
             for column in ("converted", "to", "by", "names"):
                 table.add_column(column)
             for (kind, becomes, method), names in _grouped(
@@ -115,7 +117,7 @@ class Conversion:
                 table.add_row(f"{len(names)} x {kind}", to, _brief(method), _names(names))
             yield table
         if self.skipped:
-            table = _table()
+            table = new_table()
             for column in ("left as it is", "why", "names"):
                 table.add_column(column)
             for (kind, reason), names in _grouped(
@@ -144,7 +146,7 @@ def _grouped(pairs: Iterable[tuple[_K, str]]) -> Iterable[tuple[_K, list[str]]]:
 
 
 def _names(names: list[str]) -> Text:
-    return _cell(", ".join(condensed(names)))
+    return cell(", ".join(condensed(names)))
 
 
 def _brief(method: Method) -> Text:
@@ -175,6 +177,6 @@ def _filled(pattern: str, numbers: list[list[str]]) -> str:
     """Puts the numbers back: one where all agree, a range where nothing else varies."""
     columns = [sorted({int(number) for number in column}) for column in zip(*numbers, strict=True)]
     varying = sum(len(column) > 1 for column in columns)
-    texts = [_ranges(column) if varying == 1 or len(column) == 1 else "*" for column in columns]
+    texts = [ranges(column) if varying == 1 or len(column) == 1 else "*" for column in columns]
     remaining = iter(texts)
     return re.sub(r"\*", lambda _: next(remaining), pattern)

@@ -4,14 +4,11 @@ A converted module stays the same object and takes another class (`_swap.py`), s
 buffers, hooks, flags, names, optimizer state and every reference to it stay as they are.
 """
 
-import difflib
 import importlib
 import pkgutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,12 +24,22 @@ from packlight import _swap, integrations
 from packlight._checks import is_supported
 from packlight._seeds import start_rounding
 from packlight.calls import swap_for_calls
-from packlight.conversion import Conversion, Replaced, Skipped, without_numbers
+from packlight.conversion import Conversion, Replaced, Skipped
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
 from packlight.method import Calls, LeaveAlone, Method, Swap, find_rule
+from packlight.selectors import (
+    Layer,
+    Methods,
+    Selector,
+    inventory,
+    kind_of,
+    layers_of,
+    near_misses,
+    text_of,
+)
 
 __all__ = ["DEFAULT_METHODS", "convert", "revert"]
 
@@ -40,11 +47,6 @@ __all__ = ["DEFAULT_METHODS", "convert", "revert"]
 # for a batch norm, its ReLU and the convolutions behind; 4-bit packs that neighbours share; and
 # exact bits for what is left, which is dropout, max pooling and activations made of straight lines.
 DEFAULT_METHODS: tuple[Method, ...] = (FixedPoint(bits=4), GroupQuant(bits=4), FewBit(bits=3))
-
-Predicate: TypeAlias = Callable[[str, nn.Module], bool]
-Selector: TypeAlias = type[nn.Module] | str | Predicate
-Choice: TypeAlias = Method | Sequence[Method] | None
-Methods: TypeAlias = Method | Sequence[Method] | Mapping[Selector, Choice]
 
 
 def convert(
@@ -108,7 +110,7 @@ def convert(
     """
     _check(model, methods)
     _load_integrations()
-    layers = _layers(model)
+    layers = layers_of(model)
     plan = _Plan(methods)
     for layer in layers:
         plan.add(layer)
@@ -141,7 +143,7 @@ def revert(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
-    converted = [layer for layer in _layers(model) if _swap.former(layer.module) is not None]
+    converted = [layer for layer in layers_of(model) if _swap.former(layer.module) is not None]
     for layer in converted:
         if reason := _class_changed(layer.module):
             raise CannotConvertError(f"{layer} cannot be reverted: {reason}")
@@ -174,7 +176,7 @@ def _check(model: object, methods: object) -> None:
                 " predicate (name, module) -> bool"
             )
         if choice is not None:
-            what = f"methods[{_text(selector)}]"
+            what = f"methods[{text_of(selector)}]"
             _check_choice(what, choice, "a method nor None, nor a sequence of methods")
 
 
@@ -201,62 +203,11 @@ def _load_integrations() -> None:
             importlib.import_module(f"{integrations.__name__}.{package.name}")
 
 
-# ---- what there is -------------------------------------------------------------------------------
-
-
-class _Layer(NamedTuple):
-    """A module with all its names, and its type before any conversion."""
-
-    module: nn.Module
-    names: tuple[str, ...]
-    kind: type[nn.Module]
-
-    def __str__(self) -> str:
-        name = self.names[0]
-        return f"layer {name!r} ({self.kind.__name__})" if name else f"the {self.kind.__name__}"
-
-    def matches(self, selector: Selector) -> bool:
-        if isinstance(selector, str):
-            is_named = any(fnmatchcase(name, selector) for name in self.names)
-            return is_named or _is_called(self.kind, selector)
-        if isinstance(selector, type):
-            return self.kind is selector
-        return any(selector(name, self.module) for name in self.names)
-
-    @property
-    def is_container(self) -> bool:
-        """Whether it has nothing but other modules, as far as can be seen."""
-        parameters = any(True for _ in self.module.parameters(recurse=False))
-        return not parameters and any(True for _ in self.module.children())
-
-
-def _layers(model: nn.Module) -> list[_Layer]:
-    """All modules once, in the order of the model, with the names of all places."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return [_Layer(module, tuple(found), _kind(module)) for module, found in names.items()]
-
-
-def _is_called(kind: type[nn.Module], text: str) -> bool:
-    """Whether a type has this name: bare, or with its module or one that hands it out."""
-    place, _, name = text.rpartition(".")
-    return (
-        text in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
-        or getattr(sys.modules.get(place), name, None) is kind
-    )
-
-
-def _kind(module: nn.Module) -> type[nn.Module]:
-    was = _swap.former(module)
-    return type(module) if was is None else was.kind
-
-
 # ---- what is to be done --------------------------------------------------------------------------
 
 
 class _Change(NamedTuple):
-    layer: _Layer
+    layer: Layer
     swap: Swap
     method: Method
 
@@ -285,7 +236,7 @@ class _Plan:
         self.changes: list[_Change] = []
         # Modules whose calls are covered, and where there are any those that are left out, without
         # methods.
-        self.covered: list[tuple[_Layer, Swap, tuple[Method, ...]]] = []
+        self.covered: list[tuple[Layer, Swap, tuple[Method, ...]]] = []
         self.skipped: list[Skipped] = []
         self.refused: list[str] = []  # layers that have a rule and cannot be converted
         self.matched: set[Selector] = set()
@@ -293,7 +244,7 @@ class _Plan:
         self.obeyed: set[Selector] = set()  # selectors by which something is converted or left
         self.vain: dict[Selector, list[Skipped]] = {}  # what a selector picked without a rule
 
-    def add(self, layer: _Layer) -> None:
+    def add(self, layer: Layer) -> None:
         if self.selectors is None:
             self._decide(layer, self.methods, None)
             return
@@ -314,9 +265,7 @@ class _Plan:
         choice = (self.selectors or {})[selector]
         return (choice,) if isinstance(choice, Method) else tuple(choice or ())
 
-    def _decide(
-        self, layer: _Layer, methods: tuple[Method, ...], selector: Selector | None
-    ) -> None:
+    def _decide(self, layer: Layer, methods: tuple[Method, ...], selector: Selector | None) -> None:
         try:
             self.changes.append(_change_for(layer, methods))
         except CannotConvertError as error:
@@ -338,7 +287,7 @@ class _Plan:
             found += self._methods_of(selector)
         return tuple(dict.fromkeys(found))
 
-    def cover_calls(self, layers: list[_Layer]) -> None:
+    def cover_calls(self, layers: list[Layer]) -> None:
         converted = {change.layer.module for change in self.changes}
         covered = False
         for layer in layers:
@@ -359,7 +308,7 @@ class _Plan:
         if not covered:
             self.covered.clear()
 
-    def _skip(self, layer: _Layer, reason: str, always: bool = False) -> Skipped:
+    def _skip(self, layer: Layer, reason: str, always: bool = False) -> Skipped:
         """Notes that the layer stays as it is; a container only `always`, where a rule says so."""
         skipped = Skipped(layer.names, layer.kind.__name__, reason)
         if always or not layer.is_container:
@@ -370,7 +319,7 @@ class _Plan:
         """Selectors that match no module."""
         return [key for key in self.selectors or () if key not in self.matched]
 
-    def check(self, layers: list[_Layer]) -> None:
+    def check(self, layers: list[Layer]) -> None:
         """Raises for what is likely not meant."""
         if self.refused:
             raise CannotConvertError(
@@ -380,23 +329,23 @@ class _Plan:
         mistaken = [selector for selector in self.unmatched() if not isinstance(selector, type)]
         if mistaken:
             raise NothingMatchedError(
-                f"{_near_misses(mistaken, layers)}. {_inventory(layers)}; strict=False accepts"
+                f"{near_misses(mistaken, layers)}. {inventory(layers)}; strict=False accepts"
                 " selectors that match nothing"
             )
         for selector, rows in self.vain.items():
             if selector not in self.obeyed:
                 reasons = dict.fromkeys(f"{row.names[0]!r}: {row.reason}" for row in rows)
                 raise CannotConvertError(
-                    f"{_text(selector)} picks nothing that its method has a rule for"
+                    f"{text_of(selector)} picks nothing that its method has a rule for"
                     f" ({_first(list(reasons))}); strict=False leaves all of it as it is"
                 )
 
-    def check_not_empty(self, layers: list[_Layer]) -> None:
+    def check_not_empty(self, layers: list[Layer]) -> None:
         if self.changes or self.covered:
             return
-        parts = [f"no layer would be converted. {_inventory(layers)}"]
+        parts = [f"no layer would be converted. {inventory(layers)}"]
         if unmatched := self.unmatched():
-            parts.append(_near_misses(unmatched, layers))
+            parts.append(near_misses(unmatched, layers))
         reasons = dict.fromkeys(f"{row.kind}: {row.reason}" for row in self.skipped)
         parts.append(f"Reasons: {_first(list(reasons))}" if reasons else "It has no layers")
         raise NothingMatchedError(". ".join(parts))
@@ -411,8 +360,8 @@ class _Plan:
             )
             for change in self.changes
         )
-        unmatched = tuple(_text(selector) for selector in self.unmatched())
-        kind = _kind(model).__name__
+        unmatched = tuple(text_of(selector) for selector in self.unmatched())
+        kind = kind_of(model).__name__
         covered = tuple(layer.names[0] for layer, _, methods in self.covered if methods)
         bits = _other_bits(self.all_methods) if covered else {}
         return Conversion(
@@ -430,7 +379,7 @@ def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:
     return {name: bits for name, bits in found.items() if bits is not None and bits not in given}
 
 
-def _change_for(layer: _Layer, methods: tuple[Method, ...]) -> _Change:
+def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
     """What the first method that can makes of the layer. Raises where none can, with the reason."""
     rules = [(rule, method) for method in methods if (rule := find_rule(method, layer.kind))]
     if not rules:
@@ -466,7 +415,7 @@ def _why_not_taken(module: nn.Module) -> str | None:
     return None
 
 
-def _why_no_rule(layer: _Layer, methods: tuple[Method, ...]) -> str:
+def _why_no_rule(layer: Layer, methods: tuple[Method, ...]) -> str:
     kind = layer.kind
     if kind.__module__.startswith("packlight."):
         return "a layer of packlight already"
@@ -502,42 +451,8 @@ def _first(texts: list[str]) -> str:
     return "; ".join(texts[:_SHOWN]) + rest
 
 
-def _text(selector: Selector) -> str:
-    if isinstance(selector, str):
-        return repr(selector)
-    return getattr(selector, "__name__", repr(selector))
-
-
 def _public_name(kind: type[nn.Module]) -> str:
     """Where users find the class: the folder of its method, if that hands it out."""
     folder = kind.__module__.rpartition(".")[0]
     public = getattr(sys.modules.get(folder), kind.__name__, None) is kind
     return f"{folder if public else kind.__module__}.{kind.__qualname__}"
-
-
-def _inventory(layers: Iterable[_Layer]) -> str:
-    counts = Counter(layer.kind.__name__ for layer in layers if not layer.is_container)
-    kinds = [f"{count} {kind}" for kind, count in counts.most_common()]
-    return f"The model has {', '.join(kinds) or 'no layers'}"
-
-
-def _near_misses(selectors: Iterable[Selector], layers: list[_Layer]) -> str:
-    names = [name for layer in layers for name in layer.names if name]
-    kinds = list(dict.fromkeys(layer.kind for layer in layers))
-    kind_names = [kind.__name__ for kind in kinds]
-    candidates = dict.fromkeys([*(without_numbers(name) for name in names), *kind_names, *names])
-    # Whatever the case: "gelu" is near "GELU".
-    alike: dict[str, list[str]] = {}
-    for candidate in candidates:
-        alike.setdefault(candidate.lower(), []).append(candidate)
-    parts = []
-    for selector in selectors:
-        near: list[str] = []
-        if isinstance(selector, str):
-            close = difflib.get_close_matches(selector.lower(), alike, n=3)
-            near = [candidate for text in close for candidate in alike[text]][:3]
-        elif isinstance(selector, type):
-            near = [kind.__name__ for kind in kinds if issubclass(kind, selector)]
-        hint = f" (near: {', '.join(near)})" if near else ""
-        parts.append(f"{_text(selector)} matches no module{hint}")
-    return "; ".join(parts)

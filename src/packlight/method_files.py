@@ -23,9 +23,10 @@ from typing import Any
 from torch import nn
 
 from packlight._files import read_text, write_text
-from packlight.convert import DEFAULT_METHODS, Choice, Methods, Selector
+from packlight.convert import DEFAULT_METHODS
 from packlight.errors import InputError
 from packlight.method import Method, method_kinds
+from packlight.selectors import Choice, Methods, Selector
 
 __all__ = ["load_methods", "parse_methods", "save_methods"]
 

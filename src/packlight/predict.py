@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from packlight import _torch
 from packlight._swap import restore
+from packlight._torch.attributes import CALL_MODULE, plain_attributes
 from packlight.errors import InputError
-from packlight.profile import is_internal, plain_attributes, profile, short_path
+from packlight.profile import profile
+from packlight.profile.lines import is_internal, short_path
 from packlight.report import MemoryDifference, MemoryReport
 
 __all__ = ["predict", "predict_change"]
@@ -243,7 +245,7 @@ def failing_module(error: BaseException) -> str:
     frame = error.__traceback__
     while frame is not None:
         caller = frame.tb_frame.f_locals.get("self")
-        if frame.tb_frame.f_code.co_name == "_call_impl" and isinstance(caller, nn.Module):
+        if frame.tb_frame.f_code is CALL_MODULE and isinstance(caller, nn.Module):
             running.append(caller)
         frame = frame.tb_next
     if not running:

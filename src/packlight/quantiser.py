@@ -79,6 +79,13 @@ class Quantiser(Method, abstract=True):
         """`restore` as a tensor of this shape and dense strides, those of `dense_stride(x)`."""
         return self.restore(dtype, math.prod(shape), *kept).as_strided(shape, stride)
 
+    def with_sides(self, flat: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        """What is kept of `flat`, so that values come back on their side of 0 and zeros as 0.
+
+        A compiled region may take the mask of a ReLU from it. As it is where a format cannot.
+        """
+        return kept
+
     def for_scores(self) -> "Quantiser":
         """The method for query and key, whose product is the exponent of a softmax."""
         return self

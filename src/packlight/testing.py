@@ -239,7 +239,7 @@ def _9_checkpoint(method: Quantiser, name: str, error: float) -> None:
         found = _gradients(
             ours,
             x,
-            lambda x, r=reentrant: checkpoint(ours, x, use_reentrant=r),  # type: ignore[misc]
+            lambda x, r=reentrant: checkpoint(ours, x, use_reentrant=r),
         )
         _check_near(found[1:], _gradients(model, x)[1:], error)
 
@@ -267,5 +267,5 @@ def _sharing(method: Quantiser) -> None:
     convert(heads, method)
     x = torch.randn(32, 64, requires_grad=True).sin()
     ys = [head(x) for head in heads]
-    packs = [y.grad_fn.saved_tensors[1:] for y in ys if y.grad_fn is not None]  # type: ignore[attr-defined]
+    packs = [y.grad_fn.saved_tensors[1:] for y in ys if y.grad_fn is not None]
     assert all(a is b for pack in packs for a, b in zip(pack, packs[0], strict=True))

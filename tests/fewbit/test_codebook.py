@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from packlight.errors import InputError, MissingDependencyError
-from packlight.fewbit import codebook as module
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.fewbit.codebook import Codebook, default_codebook, fit_codebook
+from packlight.fewbit.codebook import Codebook, default_codebook, fit_codebook, solve_default
+from packlight.fewbit.codebook.defaults import DEFAULT_RULE
+from packlight.fewbit.codebook.search import optimal_intervals
 
 matplotlib.use("Agg")
 
@@ -221,7 +222,7 @@ def test_dynamic_programme_equals_enumeration(cells, pieces, low, high):
     if min(pieces, len(cells)) == 1 and low is not None:
         high = None  # One interval cannot have two levels.
     weight, first, second = (np.append(0.0, np.cumsum(mass * value**power)) for power in range(3))
-    cuts, cost = module._optimal_intervals(weight, first, second, pieces, low, high)
+    cuts, cost = optimal_intervals(weight, first, second, pieces, low, high)
     assert cost == pytest.approx(
         brute_force(weight, first, second, pieces, low, high), abs=1e-12, rel=1e-12
     )
@@ -635,7 +636,7 @@ def test_parameters():
     assert default_codebook("softplus", 3, (1, 20)) is default_codebook("softplus", 3)
     small = default_codebook("elu", 3, (0.3,))
     assert small is default_codebook("elu", 3, (0.3,))
-    assert small == fit_codebook(lambda x: F.elu(x, 0.3), 3, weight=module.DEFAULT_RULE["weight"])
+    assert small == fit_codebook(lambda x: F.elu(x, 0.3), 3, weight=DEFAULT_RULE["weight"])
     assert default_codebook("softplus", 3, (2.0, 20.0)).parity == "complement"
 
 
@@ -646,9 +647,9 @@ def test_solved_under_inference_mode_and_a_default_device():
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_pinned_rule_has_a_book_for_every_function(bits, monkeypatch):
-    monkeypatch.setitem(module.DEFAULT_RULE, "pin_tails", True)
+    monkeypatch.setitem(DEFAULT_RULE, "pin_tails", True)
     for name, entry in CONTINUOUS.items():
-        book = module.solve_default(name, bits, tuple(entry.parameters.values()))
+        book = solve_default(name, bits, tuple(entry.parameters.values()))
         free = default_codebook(name, bits)
         assert book.error >= free.error * (1 - 1e-5)
 

@@ -122,6 +122,7 @@ NODES = Capability(
     "numbers graph nodes",
     "`saving` and `profile` refuse",
     "torch._C._autograd:_get_sequence_nr",
+    "torch.autograd.graph:Node._sequence_nr",
 )
 CURRENT_DEVICE = Capability(
     "reads the current CUDA device",

@@ -33,20 +33,29 @@ class Limits(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """One side of an activation: the limit of finite values, and what stands for infinity."""
+    """One side of an activation: the limit of finite values, and what stands for infinity.
+
+    From `constant` on the derivative is constant, also where the function is not.
+    """
 
     limit: float = math.inf
     infinite: float = math.nan
+    constant: float = math.inf
 
 
 def _flat(limit: float) -> _Side:
     """Function and derivative are constant beyond."""
-    return _Side(limit, limit)
+    return _Side(limit, limit, limit)
 
 
 def _straight(infinite: float) -> _Side:
     """The derivative is constant beyond, the function is not: a finite value may be asked for."""
-    return _Side(math.inf, infinite)
+    return _Side(math.inf, infinite, infinite)
+
+
+def _gate(limit: float) -> tuple[_Side, _Side]:
+    """0 on one side and the identity on the other; torch's derivative at infinity is NaN."""
+    return _Side(limit, constant=limit), _Side(constant=limit)
 
 
 # torch's derivative at infinity is NaN.
@@ -71,17 +80,18 @@ def _softplus(beta: float, threshold: float) -> tuple[_Side, _Side]:
 _SIDES: dict[str, Callable[..., tuple[_Side, _Side]]] = {
     "celu": _celu,
     "elu": _elu,
-    "gelu": lambda: (_Side(5.0), _NAN),
-    "gelu_tanh": lambda: (_Side(5.0), _NAN),
-    "hardswish": lambda: (_Side(3.25, 3.125), _straight(8.0)),  # itself NaN at -inf
+    "erf": lambda: (_flat(4.5), _flat(4.5)),
+    "gelu": lambda: _gate(5.0),
+    "gelu_tanh": lambda: _gate(5.0),
+    "hardswish": lambda: (_Side(3.25, 3.125, 3.25), _straight(8.0)),  # itself NaN at -inf
     "logsigmoid": lambda: (_straight(_FAR), _flat(_FAR)),
-    "mish": lambda: (_Side(14.5), _NAN),
-    "quick_gelu": lambda: (_Side(8.5), _NAN),
+    "mish": lambda: _gate(14.5),
+    "quick_gelu": lambda: _gate(8.5),
     "relu": lambda: (_flat(0.0), _straight(1.0)),
     "relu_squared": lambda: (_flat(0.0), _NAN),
     "selu": lambda: (_flat(13.0), _straight(8.0)),
     "sigmoid": lambda: (_flat(_FAR), _flat(_FAR)),
-    "silu": lambda: (_Side(14.5), _NAN),
+    "silu": lambda: _gate(14.5),
     "softplus": _softplus,
     "softsign": lambda: (_Side(256.0), _Side(256.0)),  # 1 / 257 from 1
     "tanh": lambda: (_flat(6.5), _flat(6.5)),
@@ -108,3 +118,19 @@ def limits(dtype: torch.dtype, name: str = "", parameters: Sequence[float] = ())
     # Subtracted, which makes no -0 of 0.
     lowest, below = max(lowest, 0.0 - negative.limit), 0.0 - negative.infinite
     return Limits(lowest, min(highest, positive.limit), below, positive.infinite, edge)
+
+
+def derivative_limits(dtype: torch.dtype, name: str, parameters: Sequence[float] = ()) -> Limits:
+    """Those of tensors of which an activation's derivative is all that is read.
+
+    A finite value is never taken for infinite: where x^2 overflows torch's derivative of the tanh
+    GELU is NaN, and that of the limit is right.
+    """
+    lowest, highest, *_ = limits(dtype)
+    negative, positive = _SIDES[name](*parameters)
+    return Limits(
+        max(lowest, 0.0 - negative.constant),
+        min(highest, positive.constant),
+        0.0 - negative.infinite,
+        positive.infinite,
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from packlight._seeds import Seed, operands
 from packlight.errors import InputError
-from packlight.groupquant import ops
+from packlight.groupquant import ops, sides
 from packlight.groupquant.grouping import BITS, GROUP_SIZES, ROUNDINGS, Rounding, row_group_size
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import Quantiser
@@ -88,6 +88,11 @@ class GroupQuant(Quantiser):
         layout = (shape, stride, math.prod(shape), self.bits, self.group_size)
         x: Tensor = ops.dequantize(*kept, *layout, dtype, "", (), None, None)
         return x
+
+    def with_sides(self, flat: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        """Codes next to 0 change, by less than a step."""
+        codes, scales = kept
+        return sides.with_sides(codes, scales, flat, self.bits, self.group_size), scales
 
     def for_scores(self) -> "GroupQuant":
         """8 bits: with 4 the recomputed probabilities are off by a tenth."""

@@ -3,8 +3,9 @@
 from torch import nn
 
 from packlight.conversion import Conversion
-from packlight.convert import DEFAULT_METHODS, Methods, convert
+from packlight.convert import DEFAULT_METHODS, convert
 from packlight.integrations._measure import KeptBytes
+from packlight.selectors import Methods
 
 
 class Converting:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from packlight._torch.autograd import Hooks
 from packlight._torch.hooks import around_hooks
-from packlight.profile import Kept, storages, tensors_in, unpack
+from packlight.profile.recording import Kept, unpack
+from packlight.profile.tensors import storages, tensors_in
 
 
 class KeptBytes:

@@ -44,9 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import sharing
-from packlight._checks import autocast_dtype, check_tensor, refuse_second_derivative
+from packlight._checks import autocast_dtype, check_tensor
 from packlight.errors import InputError
-from packlight.inverted import norm_ops as ops
+from packlight.inverted.norm_functions import norm_channels, norm_rows
 from packlight.inverted.norm_ill_posed import WELL_POSED, Verdict, judge, verdict_on
 from packlight.packing.layout import compute_dtype
 
@@ -54,162 +54,6 @@ from packlight.packing.layout import compute_dtype
 Judge = Callable[[torch.dtype], Verdict | None]
 
 _SHORT = (torch.bfloat16, torch.float16)
-
-
-class _InvertedRowNorm(torch.autograd.Function):
-    """LayerNorm or RMSNorm; keeps its output, or the cast of it where it returns one too."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        channels: Tensor | None,
-        normalized_shape: tuple[int, ...],
-        eps: float,
-        centred: bool,
-        dtype: torch.dtype,
-        cast: torch.dtype | None,
-    ) -> Any:
-        y, narrow, rstd, exact = ops.row_norm(
-            x, normalized_shape, weight, bias, channels, eps, centred, dtype, cast
-        )
-        ctx.set_materialize_grads(False)
-        ctx.arguments = (normalized_shape, centred, x.dtype)
-        kept = y if cast is None else narrow
-        ctx.save_for_backward(kept, weight, bias, channels, rstd, _unless(channels is None, exact))
-        return y if cast is None else (y, narrow)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_narrow: Tensor | None = None) -> Any:
-        refuse_second_derivative("its output")
-        dy = _sum(grad_output, grad_narrow)
-        if dy is None:
-            return (None,) * 9
-        kept, weight, bias, channels, rstd, exact = _kept(ctx)
-        normalized_shape, centred, dtype = ctx.arguments
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dx, dgamma, dbeta = ops.row_norm_backward(
-            dy,
-            kept,
-            normalized_shape,
-            weight,
-            bias,
-            channels,
-            rstd,
-            exact,
-            centred,
-            dtype,
-            needs_x,
-            needs_weight or needs_bias,
-        )
-        return (
-            _unless(not needs_x, dx),
-            _unless(not needs_weight, dgamma),
-            _unless(not needs_bias, dbeta),
-            *[None] * 6,
-        )
-
-
-class _InvertedChannelNorm(torch.autograd.Function):
-    """BatchNorm, GroupNorm or InstanceNorm; keeps as `_InvertedRowNorm` does."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        channels: Tensor | None,
-        kind: str,
-        arguments: tuple[Any, ...],
-        dtype: torch.dtype,
-        cast: torch.dtype | None,
-    ) -> Any:
-        kept_dtype = cast or dtype
-        if kind == "group":
-            y, rstd, exact = ops.group_norm(
-                x, weight, bias, channels, *arguments, dtype, kept_dtype
-            )
-        else:
-            running_mean, running_var, momentum, eps = arguments
-            op = ops.batch_norm if kind == "batch" else ops.instance_norm
-            y, rstd, exact = op(
-                x,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                channels,
-                momentum,
-                eps,
-                dtype,
-                kept_dtype,
-            )
-        ctx.set_materialize_grads(False)
-        ctx.input_dtype = x.dtype
-        kept = y if cast is None else y.to(cast)
-        ctx.save_for_backward(kept, weight, bias, channels, rstd, _unless(channels is None, exact))
-        return y if cast is None else (y, kept)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_narrow: Tensor | None = None) -> Any:
-        refuse_second_derivative("its output")
-        dy = _sum(grad_output, grad_narrow)
-        if dy is None:
-            return (None,) * 8
-        kept, weight, bias, channels, rstd, exact = _kept(ctx)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dx, dgamma, dbeta = ops.channel_norm_backward(
-            dy,
-            kept,
-            weight,
-            bias,
-            channels,
-            rstd,
-            exact,
-            ctx.input_dtype,
-            needs_x,
-            needs_weight or needs_bias,
-        )
-        return (
-            _unless(not needs_x, dx),
-            _unless(not needs_weight, dgamma),
-            _unless(not needs_bias, dbeta),
-            *[None] * 5,
-        )
-
-
-# Typed names: torch leaves `apply` without annotations.
-_norm_rows: Callable[..., Any] = _InvertedRowNorm.apply
-_norm_channels: Callable[..., Any] = _InvertedChannelNorm.apply
-
-
-def _kept(ctx: Any) -> tuple[Any, ...]:
-    try:
-        tensors: tuple[Any, ...] = ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace operation" in str(error):
-            error.add_note(
-                "An inverted norm keeps its output. Where the model overwrites that, as with"
-                " nn.ReLU(inplace=True) or `+=`, this saves nothing over keeping the input: leave"
-                ' such norms out, as in convert(model, {nn.BatchNorm2d: None, "*": Inverted()})'
-            )
-        raise
-    return tensors
-
-
-def _unless(absent: bool, tensor: Tensor) -> Tensor | None:
-    """The tensor, None where its operator left it empty."""
-    return None if absent else tensor
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of the gradients of the two outputs, either of which may have none."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
 
 
 # --- What all norms decide before any work.
@@ -320,7 +164,7 @@ def row_norm(
     if verdict is None or verdict.plain:
         return plain()
     arguments = (verdict.channels, normalized_shape, eps, centred, dtype, cast)
-    return _noted(_norm_rows(input, weight, bias, *arguments), cast)
+    return _noted(norm_rows(input, weight, bias, *arguments), cast)
 
 
 def layer_norm(
@@ -379,7 +223,7 @@ def _channel_norm(
     verdict = judge(cast or dtype)
     if verdict is None or verdict.plain:
         return plain()
-    result = _norm_channels(input, weight, bias, verdict.channels, kind, arguments, dtype, cast)
+    result = norm_channels(input, weight, bias, verdict.channels, kind, arguments, dtype, cast)
     return _noted(result, cast)
 
 

@@ -6,6 +6,7 @@ gets back what the holder stands for. Nothing of the model changes, and no forwa
 - `saver.py`: when a tensor is packed, which is as soon as the operation that saved it is known.
 - `rules.py`: which operation is packed by which method, and what stays exact.
 - `lossless.py`: operations that need a side, a sign or a shape, and no values.
+- `norms.py`, `activations.py`: inputs that are packed by what their operation makes of them.
 - `tensors.py`: which tensors are packed. `packing.py`: packs, and notes on tensors.
 - `kept.py`: what is kept in place of a tensor. `graph.py`: what torch tells of its graph.
 
@@ -86,7 +87,12 @@ def saving(
     and what has at least 16 times the elements of its largest output for the finished gradients of
     a loss: both are kept exactly, and so is all that a Function keeps in a graph of its own.
 
-    The queries, keys, values and output of attention are packed at 8 bits.
+    The queries, keys, values and output of attention are packed at 8 bits. The input of a norm is
+    packed normalised, in units of its deviation, since rstd multiplies its error, and that of an
+    activation (ELU, CELU, SELU, erf, GELU, GLU, hardswish, logsigmoid, Mish, SiLU, softplus) within
+    the limits beyond which the derivative is constant, so that a mask leaves its neighbours a step.
+    Both are packs of their own, which no other operation reads. Kept exactly is the input of an RMS
+    norm that torch composes of elementary operations (on the CPU) if its rows are no whole groups.
 
     Args:
         method: how tensors are packed.
@@ -111,7 +117,8 @@ def saving(
     Functions compiled by `torch.compile` may be called within the context: the tensors that cross
     to their backward are packed as they leave the forward, at 8 bits unless
     `overrides={"CompiledFunctionBackward": ...}` says otherwise, since softmax and attention cannot
-    be told apart there, nor what needs a sign: a ReLU there has the sign of a value of 8 bits.
+    be told apart there. Values keep their side of 0, which a ReLU's backward takes from them: those
+    less than a step from it are rounded to their own side. Norms there have no packs of their own.
     Buffers and data are packed too. Masks with infinities stay exact: on a GPU
     they are told by their shape, (T, T) or (B, 1, T, S). The context cannot be entered inside a
     compiled function: that raises `InputError`.

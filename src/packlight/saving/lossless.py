@@ -149,7 +149,8 @@ def needs_one_side(operation: str, slot: str, node: Node | None) -> bool:
 def one_side(x: Tensor, pack: Callable[[Tensor], Kept | None]) -> Kept | None:
     """What stands for a tensor of which one side is needed; None if `pack` packs it not."""
     values = pack(x.clamp(max=0))
-    return None if values is None else OneSided(values, Mask.of(x <= 0), 0.0, 1.0)
+    not_positive = (x > 0).logical_not_()  # a NaN is not, and comes back as that
+    return None if values is None else OneSided(values, Mask.of(not_positive), 0.0, 1.0)
 
 
 # ---- comparisons of two saved tensors ------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Packs of saved tensors, and notes on tensors of what is kept of them."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from packlight import sharing
-from packlight.packing.layout import dense_stride
+from packlight.packing.layout import dense_stride, memory_order
 from packlight.quantiser import Quantiser, Restore
 from packlight.saving.kept import Packed
 from packlight.saving.tensors import repeats
@@ -11,11 +13,16 @@ from packlight.sharing import Pack
 
 
 def pack(
-    tensor: Tensor, method: Quantiser, owner: Tensor | None, same_strides: bool = False
+    tensor: Tensor,
+    method: Quantiser,
+    owner: Tensor | None = None,
+    within: Callable[[Tensor], Tensor] | None = None,
+    is_compiled: bool = False,
 ) -> Packed | None:
     """A pack of a tensor, shared with its owner where there is one; None for less than a group.
 
-    Compiled code relies on the strides of what comes back.
+    Compiled code relies on the strides of what comes back, and may take a ReLU's side from it.
+    `within` makes the tensor that is packed of the one that is shared by nobody.
     """
     shape = tuple(tensor.shape)
     # Repeated elements are packed once.
@@ -25,16 +32,20 @@ def pack(
         tensor, owner = tensor.as_strided(narrow, tensor.stride()), None
     if tensor.numel() < method.smallest:
         return None
+    if within is not None:
+        tensor, owner = within(tensor), None
     stride = dense_stride(tensor)
     found = None if owner is None else sharing.pack_of(owner, method.grade)
     if found is None:
         tensors = method.pack(tensor, method.seed(tensor))
         stands_for = tensor if owner is None else owner
+        if is_compiled:
+            tensors = method.with_sides(memory_order(tensor, stride), *tensors)
         layout = (tuple(stands_for.shape), dense_stride(stands_for))
         found = Pack(Restore(method, *layout), layout[0], tensors, method.grade)
         if owner is not None:
             # Not `note_pack`: the holders keep the very tensors of the pack, hooks or no hooks.
             sharing.note_kept(owner, found)
     versions = tuple(-1 if kept is None else kept._version for kept in found.tensors)
-    spread = tensor.stride() if same_strides and tensor.stride() != stride else None
+    spread = tensor.stride() if is_compiled and tensor.stride() != stride else None
     return Packed(found, versions, shape, tuple(tensor.shape), stride, spread, tensor.dtype)

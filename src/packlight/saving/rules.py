@@ -12,6 +12,7 @@ from packlight._torch import graph
 from packlight.errors import InputError
 from packlight.quantiser import Quantiser
 from packlight.saving.lossless import operation_of
+from packlight.saving.norms import NORMS
 
 CHECKPOINT = "checkpoint"  # what the inputs of checkpoints are called, in place of a node
 
@@ -51,8 +52,9 @@ _COMPARING = (
 )  # fmt: skip
 
 # Single tensors that stay exact: denominators, limits, positions to sample at, biases of scores,
-# which are masks with infinities.
+# which are masks with infinities, and statistics that torch differentiates as it does a result.
 _EXACT_SLOTS = {
+    **dict.fromkeys(NORMS, ("result1", "result2")),
     "Div": ("other",),
     "Addcdiv": ("tensor2",),
     "GridSampler2D": ("grid",),

@@ -15,6 +15,7 @@ meanwhile is what one call keeps anyway.
 A tensor whose operation is never found stays exact, as the hook left it.
 """
 
+import functools
 import sys
 import threading
 import types
@@ -31,7 +32,7 @@ from torch.utils.weak import TensorWeakRef
 from packlight import _torch, _tracer, sharing
 from packlight._torch import graph
 from packlight.quantiser import Quantiser
-from packlight.saving import lossless, packing, tensors
+from packlight.saving import activations, lossless, norms, packing, tensors
 from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting
 from packlight.saving.rules import CHECKPOINT, COMPILED, Rules
 
@@ -237,11 +238,7 @@ class Saver:
     # ---- deciding --------------------------------------------------------------------------------
 
     def _decide_node(self, node: Node) -> None:
-        slots: dict[str, list[Holder]] = {}
-        for slot, data in graph.slots(node):
-            holder = getattr(data, "packed", data)  # a profile holds what our hook gave
-            if isinstance(holder, Holder):
-                slots.setdefault(slot, []).append(holder)
+        slots = _held(node)
         holders = [holder for held in slots.values() for holder in held]
         functions = [holder.waiting.function for holder in holders if holder.waiting is not None]
         if not functions:
@@ -368,19 +365,38 @@ class Saver:
             return None
         if graph.active_hook() is not holder.waiting.hook:
             owner = None  # a note would hold under other hooks than those under which this is kept
-
-        def pack(tensor: Tensor, owner: Tensor | None = None) -> Kept | None:
-            return packing.pack(tensor, method, owner, same_strides=name == COMPILED)
-
         operation = lossless.operation_of(name)
         is_spread = any(tensors.repeats(tensor))  # less is in memory than there are elements
         if lossless.needs_no_values(operation, slot, node):
             return None if is_spread else lossless.without_values(operation, tensor, node)
         if tensors.is_extreme(tensor, owner):
             return None
+        within = activations.within_limits(operation, slot, node)
+        pack = functools.partial(
+            packing.pack, method=method, within=within, is_compiled=name == COMPILED
+        )
         if lossless.needs_one_side(operation, slot, node):
             return None if is_spread else lossless.one_side(tensor, pack)
-        return pack(tensor, owner)
+        function = holder.waiting.function
+        if norms.mixes_rows(function, operation, tensor, node, method.grade.group_size):
+            return None
+        if norms.normalises(operation, slot):
+            call = self.thread.running
+            eps = norms.eps_of_call(call.name, call.arguments) if call is not None else 0.0
+            found = norms.statistics(operation, tensor, node, _held(node), eps)
+            if found is not None:
+                return None if is_spread else norms.Normalised.of(tensor, found, pack)
+        return pack(tensor, owner=owner)
+
+
+def _held(node: Node | None) -> dict[str, list[Holder]]:
+    """What a node holds of ours, by the names that torch has for it."""
+    slots: dict[str, list[Holder]] = {}
+    for slot, data in () if node is None else graph.slots(node):
+        holder = getattr(data, "packed", data)  # a profile holds what our hook gave
+        if isinstance(holder, Holder):
+            slots.setdefault(slot, []).append(holder)
+    return slots
 
 
 def _is_mask(tensor: Tensor) -> bool:

@@ -71,7 +71,7 @@ def _add_profile(subcommands: Any) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> None:
-    from packlight import commands
+    from packlight.cli import commands
 
     commands.profile(arguments)
 
@@ -94,7 +94,7 @@ def _add_convert(subcommands: Any) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from packlight import commands
+    from packlight.cli import commands
 
     commands.convert_model(arguments)
 
@@ -165,7 +165,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# As in packlight.models, which is not imported for --help; a test compares them.
+# As in packlight.cli.models, which is not imported for --help; a test compares them.
 _DTYPES = ("fp32", "bf16", "fp16")
 _TASKS = (
     "seq2seq-lm",
@@ -191,7 +191,7 @@ def _add_demo(subcommands: Any) -> None:
             "PyTorch and once with packlight; print a table, save a picture and the numbers."
         ),
     )
-    # The defaults stand in packlight.demo.DEFAULTS; a test compares them with these texts.
+    # The defaults stand in packlight.cli.demo.DEFAULTS; a test compares them with these texts.
     for name, text in (
         ("steps", "training steps (default: 160 on a CPU, 400 on a GPU)"),
         ("layers", "transformer blocks (default: 4, 12)"),
@@ -222,7 +222,7 @@ def _add_demo(subcommands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from packlight import demo
+    from packlight.cli import demo
 
     names = ("device", "bits", "seed", "steps", "layers", "width", "heads", "context", "batch")
     settings = demo.make_settings(**{name: getattr(arguments, name) for name in names})

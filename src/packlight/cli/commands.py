@@ -13,26 +13,15 @@ from typing import Any
 
 import torch
 
+from packlight._torch.attributes import FAKES_LOGGER
+from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs, parse_value
 from packlight.conversion import Conversion
-from packlight.convert import Choice, Selector, convert
+from packlight.convert import convert
 from packlight.errors import InputError, PacklightError
-from packlight.method_files import (
-    EVERYTHING,
-    load_methods,
-    parse_methods,
-    save_methods,
-    shortened,
-)
-from packlight.models import (
-    DTYPES,
-    LoadedModel,
-    brief,
-    load_model,
-    parse_inputs,
-    parse_value,
-)
+from packlight.method_files import EVERYTHING, load_methods, parse_methods, save_methods, shortened
 from packlight.predict import failing_module, predict
 from packlight.report import MemoryReport, check_depth, human_bytes
+from packlight.selectors import Choice, Selector
 
 # As `convert` takes them, in the order in which they count.
 Chosen = dict[Selector, Choice]
@@ -247,7 +236,7 @@ def _device(text: str | None) -> torch.device:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what fake tensors and transformers log on the way; errors are reported by us."""
-    levels = {"torch._subclasses.fake_tensor": logging.CRITICAL, "transformers": logging.ERROR}
+    levels = {FAKES_LOGGER: logging.CRITICAL, "transformers": logging.ERROR}
     before = {name: logging.getLogger(name).level for name in levels}
     try:
         for name, level in levels.items():

@@ -13,7 +13,7 @@ _TEMPLATE = "report.html"
 
 def write_page(path: str | os.PathLike[str], title: str, data: dict[str, Any]) -> None:
     """Write one file that needs no other and no network."""
-    template = resources.files("packlight").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     page = template.replace("{{title}}", html.escape(title)).replace("{{data}}", _embedded(data))
     write_text(path, page)
 

@@ -1,0 +1,94 @@
+"""Private attributes of tensors, graph nodes and modules; each has an answer without them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from packlight._torch.capabilities import look_up
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+_is_wrapper = look_up("torch.utils._python_dispatch:is_traceable_wrapper_subclass")
+_tree_leaves = look_up("torch.utils._pytree:tree_leaves")
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written to; always -1 where torch does not count."""
+    return -1 if tensor.is_inference() else int(getattr(tensor, "_version", -1))
+
+
+def base(tensor: Tensor) -> Tensor | None:
+    """What the tensor is a view of; None where it is none, or torch does not say."""
+    found: Tensor | None = getattr(tensor, "_base", None)
+    return found
+
+
+def storage_key(tensor: Tensor) -> object:
+    """What tells the storage of a tensor from others, while both are alive.
+
+    Where torch does not say, two views of one storage without memory (on "meta") have two keys.
+    """
+    storage = tensor.untyped_storage()
+    key: object = getattr(storage, "_cdata", None)
+    return key if key is not None else storage.data_ptr() or ("tensor", id(tensor))
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """Whether a subclass is made of the tensors that its `__tensor_flatten__` names."""
+    if _is_wrapper is None:
+        return hasattr(tensor, "__tensor_flatten__")
+    return bool(_is_wrapper(tensor))
+
+
+def sparse_parts(tensor: Tensor) -> list[Tensor]:
+    """Indices and values of a COO tensor, as they are; none where torch does not hand them out."""
+    parts = (getattr(tensor, name, None) for name in ("_indices", "_values"))
+    return [part() for part in parts if part is not None]
+
+
+def tree_leaves(value: object) -> list[object]:
+    """What is in a container that torch knows; the value itself where torch does not say."""
+    return [value] if _tree_leaves is None else list(_tree_leaves(value))
+
+
+# ---- graph nodes ---------------------------------------------------------------------------------
+
+
+def node_number(node: Node) -> int:
+    """The number of a graph node; needs `NODES`."""
+    return node._sequence_nr()
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+# The code in which torch calls a module's hooks and forward; None where it has another name.
+CALL_MODULE = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
+
+# What nn.Module keeps in registries of its own; all else in its `__dict__` is a plain attribute.
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own registry of buffers, to be written to; an empty one where it has another."""
+    found: dict[str, Tensor | None] = getattr(module, "_buffers", {})
+    return found
+
+
+def inside_compiled(module: nn.Module) -> Iterator[nn.Module]:
+    """What `torch.compile` compiled with this module; nothing where torch does not say."""
+    if "_orig_mod" in getattr(module, "_modules", ()):  # the wrapper itself is not compiled
+        yield from (inner for inner in module.modules() if inner is not module)
+    elif getattr(module, "_compiled_call_impl", None) is not None:
+        yield from module.modules()
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+
+# Where tensors without values log; under another name their lines are printed.
+FAKES_LOGGER = "torch._subclasses.fake_tensor"

@@ -1,0 +1,46 @@
+"""Models by a text: `load_model`."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from packlight.cli.models.inputs import Inputs
+from packlight.cli.models.loaded import LoadedModel
+from packlight.cli.models.python import from_python
+from packlight.cli.models.transformers import from_transformers
+from packlight.errors import InputError
+from packlight.method_files import shortened
+
+
+def load_model(
+    text: str,
+    inputs: Inputs | None = None,
+    *,
+    task: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """The model that a text stands for, on the meta device, with the inputs to call it with.
+
+    `task` picks the head of a model of transformers (None: the one it is usually trained with);
+    labels are among its inputs, so the loss is part of the forward pass. `config` changes its
+    configuration, or is passed to a function by name. `dtype` is that of the parameters.
+
+    Raises `InputError` for what is not there or cannot be made, `MissingDependencyError` where
+    transformers is needed and not installed.
+    """
+    inputs = inputs or Inputs()
+    if text.startswith("hf:") or (text and Path(text).is_dir()):
+        return from_transformers(text, inputs, task, config or {}, dtype)
+    module, colon, name = text.partition(":")
+    if not (colon and re.fullmatch(r"[\w.]+", module) and re.fullmatch(r"[\w.]+", name)):
+        raise InputError(
+            f"unknown model {shortened(text)}; expected hf:TYPE (such as hf:roberta), a"
+            " directory with a config.json, or MODULE:NAME in Python"
+        )
+    if task is not None:
+        raise InputError(f"a task is for models of transformers, and {text} makes its own model")
+    return from_python(text, module, name, inputs, config or {}, dtype)

@@ -1,0 +1,206 @@
+"""The codebook itself: borders and levels, and how they code a derivative."""
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from packlight._files import replaced
+from packlight.errors import InputError, MissingDependencyError
+from packlight.fewbit.codebook.curves import Array, by_autograd
+from packlight.fewbit.method import check_bits
+
+Parity = Literal["none", "even", "complement"]
+
+DEFAULT_DOMAIN = (-10.0, 10.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """Borders and levels that code a derivative in `bits` bits.
+
+    The code of x, and with it q(x) = levels[code], follows from `parity`:
+
+    - `"none"`: code = number of borders < x; 2^bits - 1 borders.
+    - `"even"`, for f'(-x) = f'(x): code = number of borders < |x|; 2^bits - 1 borders, all >= 0.
+    - `"complement"`, for f'(x) + f'(-x) = 1: code = signbit(x) half + number of borders < |x|, with
+      half = 2^(bits-1); half - 1 borders, all > 0, and levels[half + i] == 1 - levels[i].
+
+    `error` is the integral of w (f' - q)^2 over `domain`, NaN where unknown. It is a record of the
+    fit: books with the same table are equal whatever their errors. Raises `InputError` for a table
+    that breaks these rules.
+    """
+
+    bits: int
+    borders: tuple[float, ...]
+    levels: tuple[float, ...]
+    error: float = dataclasses.field(default=math.nan, compare=False)
+    parity: Parity = "none"
+    domain: tuple[float, float] = DEFAULT_DOMAIN
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_choice("parity", self.parity, get_args(Parity))
+        low, high = checked_domain(self.domain)
+        object.__setattr__(self, "domain", (low, high))
+        object.__setattr__(self, "borders", tuple(float(border) for border in self.borders))
+        object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
+        self._check_borders()
+        self._check_levels()
+
+    def _check_borders(self) -> None:
+        expected = count_pieces(self.bits, self.parity) - 1
+        if len(self.borders) != expected:
+            raise InputError(
+                f"{len(self.borders)} borders; a {self.bits}-bit codebook of parity "
+                f"{self.parity!r} has {expected}: pass as many, or another `bits`"
+            )
+        for left, right in itertools.pairwise((-math.inf, *self.borders, math.inf)):
+            if not left < right:
+                raise InputError(
+                    f"border {right} follows {left}; borders are finite and strictly increasing: "
+                    "sort them and drop repeated ones"
+                )
+        least = self.borders[0] if self.borders else math.inf
+        if (self.parity == "even" and least < 0) or (self.parity == "complement" and least <= 0):
+            raise InputError(
+                f"border {least}; a codebook of parity {self.parity!r} compares borders with |x|: "
+                "keep the positive ones"
+            )
+
+    def _check_levels(self) -> None:
+        if len(self.levels) != 2**self.bits:
+            raise InputError(
+                f"{len(self.levels)} levels; a {self.bits}-bit codebook has {2**self.bits}, one "
+                "per code: pass as many, or another `bits`"
+            )
+        if not all(map(math.isfinite, self.levels)):
+            raise InputError(f"levels {self.levels} must be finite: check the function fitted")
+        half = len(self.levels) // 2
+        if self.parity == "complement" and self.levels[half:] != complement(self.levels[:half]):
+            raise InputError(
+                f"levels {self.levels}: parity 'complement' needs levels[{half} + i] == "
+                "1 - levels[i]; set the second half so"
+            )
+
+    @property
+    def short_borders(self) -> tuple[float, ...]:
+        """The borders rounded to 16 significant bits, as layers compare with them on every device.
+
+        A kernel keeps a border and a code in one 32-bit word; an error of 2^-17 in a border costs
+        nothing, since the fit is flat there.
+        """
+        bits = np.asarray(self.borders, dtype=np.float32).view(np.int32)
+        return tuple(((bits + 0x80) & ~0xFF).view(np.float32).tolist())
+
+    def encode(self, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+        """The codes of x. NaN counts as below every border."""
+        x = np.asarray(x, dtype=np.float64)
+        magnitude = x if self.parity == "none" else np.abs(x)
+        code = np.searchsorted(self.borders, magnitude, side="left")
+        code = np.where(np.isnan(x), 0, code)
+        if self.parity == "complement":
+            code = code + np.signbit(x) * 2 ** (self.bits - 1)
+        return code.astype(np.uint8)
+
+    def derivative(self, x: npt.ArrayLike) -> Array:
+        """q(x), what the codes of x give in place of f'(x)."""
+        return np.asarray(self.levels)[self.encode(x)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. Of parity 'complement' the first half of the levels, which tells
+        the second; an unknown error is None."""
+        stored = 2**self.bits // 2 if self.parity == "complement" else 2**self.bits
+        return {
+            "bits": self.bits,
+            "parity": self.parity,
+            "domain": list(self.domain),
+            "error": None if math.isnan(self.error) else self.error,
+            "borders": list(self.borders),
+            "levels": list(self.levels[:stored]),
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Codebook":
+        """The inverse of `to_dict`. Raises `InputError` for a missing or unknown field."""
+        expected = {field.name for field in dataclasses.fields(Codebook)}
+        if set(data) != expected:
+            raise InputError(
+                f"codebook fields {sorted(data)}; expected {sorted(expected)}: pass what "
+                "`Codebook.to_dict` returned"
+            )
+        levels = tuple(data["levels"])
+        if data["parity"] == "complement":
+            levels += complement(levels)
+        error = math.nan if data["error"] is None else data["error"]
+        return Codebook(**{**data, "levels": levels, "error": error})
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        f: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Any:
+        """Draws q over the domain, and f' behind it where f is given; returns the figure.
+
+        With `path` the figure is written there and closed, otherwise it is left open for
+        `matplotlib.pyplot.show`. Raises `MissingDependencyError` without matplotlib.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise MissingDependencyError(
+                "Codebook.plot needs matplotlib, which is not installed; "
+                "run: pip install 'packlight[plot]'"
+            ) from error
+        x = np.linspace(*self.domain, 2001)
+        figure, axes = plt.subplots()
+        if f is not None:
+            axes.plot(x, by_autograd(f)(x), color="0.6", label="f'")
+        axes.plot(x, self.derivative(x), label=f"{self.bits}-bit codes")
+        axes.set_xlabel("x")
+        axes.legend()
+        if path is not None:
+            with replaced(path) as beside:
+                figure.savefig(beside)
+            plt.close(figure)
+        return figure
+
+
+def check_codebook(codebook: object) -> Codebook:
+    """`codebook` if it is one, else an `InputError`."""
+    if not isinstance(codebook, Codebook):
+        raise InputError(
+            f"codebook={codebook!r} is not a Codebook; fit_codebook(f, bits) makes one"
+        )
+    return codebook
+
+
+def count_pieces(bits: int, parity: str) -> int:
+    """The number of intervals that are searched: on the line, or on the half line x > 0."""
+    return 1 << (bits - 1 if parity == "complement" else bits)
+
+
+def complement(levels: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(1 - level for level in levels)
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    # With types, for True == 1.
+    if (type(value), value) not in [(type(choice), choice) for choice in choices]:
+        raise InputError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+def checked_domain(domain: Sequence[float]) -> tuple[float, float]:
+    try:
+        low, high = (float(end) for end in domain)
+    except (TypeError, ValueError):
+        raise InputError(f"domain={domain!r}: expected two numbers (low, high)") from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise InputError(f"domain={domain!r}: expected two finite numbers, low < high")
+    return low, high

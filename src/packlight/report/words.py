@@ -1,0 +1,45 @@
+"""Bytes and names for reading."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from packlight.errors import InputError
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes for reading: 1536 -> "1.50 KiB"."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    # 999.5 rounds to a fourth digit, which the next unit shows better.
+    while abs(size) >= 999.5 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    unit = units[0]
+    if unit == "B":
+        return f"{count} B"
+    decimals = 2 if abs(size) < 9.995 else 1 if abs(size) < 99.95 else 0
+    return f"{size:.{decimals}f} {unit}"
+
+
+def short_operation(name: str) -> str:
+    """An autograd node's name for reading: "AddmmBackward0" -> "Addmm"."""
+    return re.sub(r"Backward\d*$", "", name) or name
+
+
+def cut_path(path: str, depth: int | None) -> str:
+    """The first `depth` components of a module path, or all of them."""
+    if depth is None:
+        return path
+    check_depth(depth)
+    return ".".join(path.split(".")[:depth])
+
+
+def check_depth(depth: int | None) -> None:
+    if depth is not None and depth < 1:
+        raise InputError(f"depth is {depth}; expected at least 1, or None for whole paths")
+
+
+def add_up(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    totals: Counter[str] = Counter()
+    for name, size in pairs:
+        totals[name] += size
+    return dict(totals.most_common())

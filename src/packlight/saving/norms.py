@@ -1,0 +1,155 @@
+"""Inputs of torch's norms, which are packed as what the norm makes of them.
+
+The backward pass of a norm computes (x~ - mean) rstd. Where x hardly varies rstd is 1 / sqrt(eps),
+and an error of x~ in units of its neighbours' range becomes hundreds, in place of a value near 0.
+So the pack is of (x - mean) / unit, where unit is the deviation of x: its error is one of
+normalised values. Mean and rstd are the node's own, which it keeps anyway.
+
+Such a pack is as fine as its norm needs, and serves no other reader.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from packlight._torch import graph
+from packlight.groupquant.reference import saturated
+from packlight.layers.channel_norms import LEAST, along_channels, along_groups
+from packlight.saving.kept import Exact, Holder, Kept
+
+
+def _along_rows(values: Tensor, x: Tensor) -> Tensor:
+    return values
+
+
+# Operations, and how the statistics that they keep multiply their input.
+NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **dict.fromkeys(
+        [
+            *("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"),
+            *("NativeBatchNormLegitNoTraining", "BatchNormWithUpdate", "BatchNormNoUpdate"),
+        ],
+        along_channels,
+    ),
+    "NativeGroupNorm": along_groups,
+    "NativeLayerNorm": _along_rows,
+    "FusedRmsNorm": _along_rows,
+}
+
+# A deviation is not told from none below so many roundings of rstd. Of the mean it is so small a
+# part that the error of a pack is less than the rounding of x, where both are of 16 bits.
+_OF_RSTD, _OF_MEAN = 2.0, 0.25
+
+# The square of a float32 number overflows before: rstd is 0 where that happened, and unit is this.
+_GREATEST = 2.0**100
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Statistics:
+    """Mean, if any, and 1 / sqrt(variance + eps) of what a norm was given."""
+
+    along: Callable[[Tensor, Tensor], Tensor]
+    mean: Tensor | None
+    rstd: Tensor
+    eps: float
+
+    def unit(self) -> Tensor:
+        """The deviation, from that on which can be told from none."""
+        rstd = self.rstd.float()
+        least = max(LEAST, _OF_RSTD * torch.finfo(self.rstd.dtype).eps)
+        unit = (1 - self.eps * rstd.square()).clamp(min=least).sqrt() / rstd
+        if self.mean is not None:
+            rounding = _OF_MEAN * torch.finfo(self.mean.dtype).eps
+            unit = unit.maximum(self.mean.abs().float() * rounding)
+        return unit.clamp(max=_GREATEST)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Normalised:
+    """A pack of normalised values."""
+
+    values: Kept
+    statistics: Statistics
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, x: Tensor, statistics: Statistics, pack: Callable[[Tensor], Kept | None]
+    ) -> "Normalised | None":
+        """That of x; None if `pack` packs it not."""
+        along, mean = statistics.along, statistics.mean
+        values = x.float() if mean is None else x - along(mean, x).float()
+        kept = pack(values * along(1 / statistics.unit(), x))
+        return None if kept is None else cls(kept, statistics, x.dtype)
+
+    def unpack(self) -> Tensor:
+        along, mean = self.statistics.along, self.statistics.mean
+        x = self.values.unpack()
+        x = x.mul_(along(self.statistics.unit(), x))
+        if mean is not None:
+            x = x.add_(along(mean, x))
+        return saturated(x, self.dtype).to(self.dtype)
+
+
+def normalises(operation: str, slot: str) -> bool:
+    """Whether an operation is a norm that keeps its input under this name."""
+    return operation in NORMS and slot == "input"
+
+
+def mixes_rows(function: str, operation: str, x: Tensor, node: Node | None, size: int) -> bool:
+    """Whether x is what an RMS norm of elementary operations reads, and a group has several rows.
+
+    Such a norm multiplies a row near 0 by 1 / sqrt(eps), and no node of it has all that is needed.
+    """
+    if function != "rms_norm" or node is None or x.shape[-1] % size == 0:
+        return False
+    read = [one.name() for one, _ in node.next_functions if one is not None]
+    return operation == "Pow" or (operation == "Mul" and "RsqrtBackward0" in read)
+
+
+def eps_of_call(function: str, arguments: Iterable[object]) -> float:
+    """The eps among the arguments of a norm whose node does not say it; 0 where there is none."""
+    if function not in ("layer_norm", "native_layer_norm", "rms_norm"):
+        return 0.0
+    return next((value for value in arguments if isinstance(value, float)), 0.0)
+
+
+def statistics(
+    operation: str, x: Tensor, node: Node | None, slots: Mapping[str, list[Holder]], eps: float
+) -> Statistics | None:
+    """Those by which a norm's node normalises its input; None where it keeps none.
+
+    `eps` is for nodes that do not say theirs.
+    """
+    along = NORMS[operation]
+    saved = [graph.saved_number(node, name) for name in ("eps", "epsilon")]
+    eps = next((number for number in saved if number is not None), eps)
+    mean, rstd = _exact(slots, "result1"), _exact(slots, "result2")
+    if operation == "FusedRmsNorm":
+        mean, rstd = None, mean
+    if rstd is None:  # statistics of other tensors, which what keeps them may write to
+        mean, variance = _exact(slots, "running_mean"), _exact(slots, "running_var")
+        if mean is None or variance is None:
+            return None
+        mean, rstd = mean.clone(), (variance.float() + eps).rsqrt()
+    elif mean is None or operation != "NativeGroupNorm" or x.device.type != "cpu":
+        return Statistics(along, mean, rstd, eps)
+    # There torch takes the variance of channels-last groups as a difference of squares.
+    squares = (x - along(mean, x).float()).square()
+    if operation == "NativeGroupNorm":
+        variance = squares.reshape(*rstd.shape, -1).mean(-1)
+    else:
+        variance = squares.mean([0, *range(2, x.dim())])
+    least = LEAST / rstd.float().square()
+    return Statistics(along, mean, variance.maximum(least).rsqrt(), 0.0)
+
+
+def _exact(slots: Mapping[str, list[Holder]], slot: str) -> Tensor | None:
+    """A tensor that a node keeps exactly; None where it is empty."""
+    for holder in slots.get(slot, ()):
+        if isinstance(holder.kept, Exact) and holder.kept.tensor.numel():
+            return holder.kept.tensor
+    return None
