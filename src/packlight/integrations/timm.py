@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from packlight.groupquant import channel_norms, norms
 from packlight.groupquant.fixed_point import functional as fixed_point
 from packlight.groupquant.fixed_point.method import FixedPoint
-from packlight.groupquant.fixed_point.modules import start_batch
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import _Quantised
 from packlight.integrations._activations import register
@@ -30,6 +29,7 @@ from packlight.integrations._classes import joined
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import _InvertedNorm
+from packlight.layers.twin import start_batch
 from packlight.method import LeaveAlone, Swap, rule
 
 register({layers.GELU: "gelu", layers.GELUTanh: "gelu_tanh", layers.QuickGELU: "quick_gelu"})

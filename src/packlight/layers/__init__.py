@@ -1,0 +1,1 @@
+"""Layers, whatever the method by which they keep."""
