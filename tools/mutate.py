@@ -83,6 +83,7 @@ TESTS = {
     "inverted/norm_functions.py": "tests/inverted/test_norms.py tests/inverted/test_linear.py",
     "inverted/norm_modules.py": "tests/inverted/test_norm_weights.py tests/inverted/test_norms.py",
     "inverted/rules.py": "tests/test_rules.py tests/test_convert.py",
+    "layers": "tests/test_twin.py tests/groupquant/test_modules.py",
     "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
     "packing/reference.py": "tests/packing",
     "profile": "tests/test_profile.py",

@@ -154,7 +154,7 @@ def _alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[...,
             return either(self, *args, **kwargs)
         return _torch.without_mode(_Covering, either, self, *args, **kwargs)
 
-    _give_own_code(alone, f"alone_{forward.__qualname__}")
+    _give_own_code(alone, f"alone_{forward.__module__}.{forward.__qualname__}")
     setattr(alone, _ALONE, True)
     return alone
 

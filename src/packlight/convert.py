@@ -373,7 +373,7 @@ def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:
     """Torch functions whose calls keep other bits than any of the methods says."""
     given = {None, *(getattr(method, "bits", None) for method in methods)}
     found = {
-        function.__name__: call.options.get("bits")
+        function.__name__: getattr(call.options.get("method"), "bits", None)
         for function, call in Calls.of(methods).table.items()
     }
     return {name: bits for name, bits in found.items() if bits is not None and bits not in given}

@@ -10,36 +10,42 @@ and saves nothing by it: the output is made first.
 import dataclasses
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from packlight import sharing
 from packlight._checks import check_inplace
 from packlight._overwrite import overwrite
 from packlight._seeds import start_rounding
-from packlight.elementwise.functions import quick_gelu, relu_squared
 from packlight.groupquant.grouping import Rounding
 from packlight.groupquant.method import GroupQuant
-from packlight.layers import functional, norms
+from packlight.layers import functional, norms, plain
+from packlight.layers.activations import activation, gated, gelu_name
 from packlight.layers.linear import linear
+from packlight.layers.twin import Twin
 from packlight.quantiser import Quantiser
 
 _DEFAULT = GroupQuant()
 
 
-class _Quantised(nn.Module):
+class _Quantised(Twin):
     """What these layers share: the method by which they keep."""
 
     method: Quantiser
 
-    def _keep(self, bits: int, group_size: int, rounding: Rounding) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        bits: int = _DEFAULT.bits,
+        group_size: int = _DEFAULT.group_size,
+        rounding: Rounding = _DEFAULT.rounding,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
         self.method = GroupQuant(bits, group_size, rounding)
         start_rounding()
 
-    def extra_repr(self) -> str:
-        own = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.method).items())
-        inherited = super().extra_repr()
-        return f"{inherited}, {own}" if inherited else own
+    def _shown(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.method)
 
 
 def in_place(inplace: bool, input: Tensor, output: Tensor) -> Tensor:
@@ -57,448 +63,163 @@ def in_place(inplace: bool, input: Tensor, output: Tensor) -> Tensor:
 class Linear(_Quantised, nn.Linear):
     """`torch.nn.Linear`; keeps a pack of its input, or shares one."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias, method=self.method)
 
 
 class LayerNorm(_Quantised, nn.LayerNorm):
     """`torch.nn.LayerNorm`; keeps a pack of the normalised value."""
 
-    def __init__(
-        self,
-        normalized_shape: int | list[int] | Size,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return norms.layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, method=self.method
-        )
+    def training_forward(self, input: Tensor) -> Tensor:
+        given = (self.normalized_shape, self.weight, self.bias, self.eps)
+        return norms.layer_norm(input, *given, method=self.method)
 
 
 class RMSNorm(_Quantised, nn.RMSNorm):
     """`torch.nn.RMSNorm`; keeps a pack of the normalised value."""
 
-    def __init__(
-        self,
-        normalized_shape: int | list[int] | Size,
-        eps: float | None = None,
-        elementwise_affine: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        return norms.rms_norm(x, self.normalized_shape, self.weight, self.eps, method=self.method)
+    def training_forward(self, x: Tensor) -> Tensor:
+        given = (self.normalized_shape, self.weight, self.eps)
+        return norms.rms_norm(x, *given, method=self.method)
 
 
 class CELU(_Quantised, nn.CELU):
     """`torch.nn.CELU`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        inplace: bool = False,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(alpha, inplace)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return in_place(self.inplace, input, functional.celu(input, self.alpha, method=self.method))
+    def training_forward(self, input: Tensor) -> Tensor:
+        y = activation(input, "celu", self.method, (self.alpha,))
+        return in_place(self.inplace, input, y)
 
 
 class ELU(_Quantised, nn.ELU):
     """`torch.nn.ELU`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        inplace: bool = False,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(alpha, inplace)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return in_place(self.inplace, input, functional.elu(input, self.alpha, method=self.method))
+    def training_forward(self, input: Tensor) -> Tensor:
+        y = activation(input, "elu", self.method, (self.alpha,))
+        return in_place(self.inplace, input, y)
 
 
 class GELU(_Quantised, nn.GELU):
     """`torch.nn.GELU`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        approximate: str = "none",
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(approximate)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return functional.gelu(input, self.approximate, method=self.method)
+    def training_forward(self, input: Tensor) -> Tensor:
+        name = gelu_name(self.approximate)
+        return activation(input, name, self.method)
 
 
 class Hardswish(_Quantised, nn.Hardswish):
     """`torch.nn.Hardswish`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        inplace: bool = False,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(inplace)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return in_place(self.inplace, input, functional.hardswish(input, method=self.method))
+    def training_forward(self, input: Tensor) -> Tensor:
+        y = activation(input, "hardswish", self.method)
+        return in_place(self.inplace, input, y)
 
 
 class LogSigmoid(_Quantised, nn.LogSigmoid):
     """`torch.nn.LogSigmoid`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return functional.logsigmoid(input, method=self.method)
+    def training_forward(self, input: Tensor) -> Tensor:
+        return activation(input, "logsigmoid", self.method)
 
 
 class Mish(_Quantised, nn.Mish):
     """`torch.nn.Mish`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        inplace: bool = False,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(inplace)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return in_place(self.inplace, input, functional.mish(input, method=self.method))
+    def training_forward(self, input: Tensor) -> Tensor:
+        y = activation(input, "mish", self.method)
+        return in_place(self.inplace, input, y)
 
 
-class QuickGELU(_Quantised):
+class QuickGELU(_Quantised, plain.QuickGELU):
     """`quick_gelu` as a layer; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return quick_gelu(input)
-        return functional.quick_gelu(input, method=self.method)
+    def training_forward(self, input: Tensor) -> Tensor:
+        return activation(input, "quick_gelu", self.method)
 
 
-class ReLUSquared(_Quantised):
+class ReLUSquared(_Quantised, plain.ReLUSquared):
     """`relu_squared` as a layer; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return relu_squared(input)
-        return functional.relu_squared(input, method=self.method)
+    def training_forward(self, input: Tensor) -> Tensor:
+        return activation(input, "relu_squared", self.method)
 
 
 class SELU(_Quantised, nn.SELU):
     """`torch.nn.SELU`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        inplace: bool = False,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(inplace)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return in_place(self.inplace, input, functional.selu(input, method=self.method))
+    def training_forward(self, input: Tensor) -> Tensor:
+        y = activation(input, "selu", self.method)
+        return in_place(self.inplace, input, y)
 
 
 class Sigmoid(_Quantised, nn.Sigmoid):
     """`torch.nn.Sigmoid`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return functional.sigmoid(input, method=self.method)
+    def training_forward(self, input: Tensor) -> Tensor:
+        return activation(input, "sigmoid", self.method)
 
 
 class SiLU(_Quantised, nn.SiLU):
     """`torch.nn.SiLU`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        inplace: bool = False,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(inplace)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return in_place(self.inplace, input, functional.silu(input, method=self.method))
+    def training_forward(self, input: Tensor) -> Tensor:
+        y = activation(input, "silu", self.method)
+        return in_place(self.inplace, input, y)
 
 
 class Softplus(_Quantised, nn.Softplus):
     """`torch.nn.Softplus`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        beta: float = 1.0,
-        threshold: float = 20.0,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(beta, threshold)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return functional.softplus(input, self.beta, self.threshold, method=self.method)
+    def training_forward(self, input: Tensor) -> Tensor:
+        parameters = (self.beta, self.threshold)
+        return activation(input, "softplus", self.method, parameters)
 
 
 class Softsign(_Quantised, nn.Softsign):
     """`torch.nn.Softsign`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return functional.softsign(input, method=self.method)
+    def training_forward(self, input: Tensor) -> Tensor:
+        return activation(input, "softsign", self.method)
 
 
 class Tanh(_Quantised, nn.Tanh):
     """`torch.nn.Tanh`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return functional.tanh(input, method=self.method)
+    def training_forward(self, input: Tensor) -> Tensor:
+        return activation(input, "tanh", self.method)
 
 
 class Tanhshrink(_Quantised, nn.Tanhshrink):
     """`torch.nn.Tanhshrink`; keeps a pack of its input, biased."""
 
-    def __init__(
-        self,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return functional.tanhshrink(input, method=self.method)
+    def training_forward(self, input: Tensor) -> Tensor:
+        return activation(input, "tanhshrink", self.method)
 
 
-class SwiGLU(_Quantised):
+class SwiGLU(_Quantised, plain.SwiGLU):
     """silu(gate) up; keeps packs of both, biased."""
 
-    def __init__(
-        self,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        if not self.training:
-            return F.silu(gate) * up
-        return functional.swiglu(gate, up, method=self.method)
+    def training_forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gated(gate, up, "silu", self.method, super().forward)
 
 
-class GEGLU(_Quantised):
+class GEGLU(_Quantised, plain.GEGLU):
     """gelu(gate) up; keeps packs of both, biased."""
 
-    def __init__(
-        self,
-        approximate: str = "none",
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self.approximate = approximate
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        if not self.training:
-            return F.gelu(gate, approximate=self.approximate) * up
-        return functional.geglu(gate, up, self.approximate, method=self.method)
+    def training_forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        name = gelu_name(self.approximate)
+        return gated(gate, up, name, self.method, super().forward)
 
 
-class ReGLU(_Quantised):
+class ReGLU(_Quantised, plain.ReGLU):
     """relu(gate) up; keeps packs of both, biased."""
 
-    def __init__(
-        self,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__()
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        if not self.training:
-            return F.relu(gate) * up
-        return functional.reglu(gate, up, method=self.method)
+    def training_forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gated(gate, up, "relu", self.method, super().forward)
 
 
 class GLU(_Quantised, nn.GLU):
     """`torch.nn.GLU`; keeps packs of both halves, biased."""
 
-    def __init__(
-        self,
-        dim: int = -1,
-        *,
-        bits: int = _DEFAULT.bits,
-        group_size: int = _DEFAULT.group_size,
-        rounding: Rounding = _DEFAULT.rounding,
-    ) -> None:
-        super().__init__(dim)
-        self._keep(bits, group_size, rounding)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return functional.glu(input, self.dim, method=self.method)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from packlight.groupquant.fixed_point import functional as fixed_point
 from packlight.groupquant.fixed_point.method import FixedPoint
-from packlight.groupquant.fixed_point.modules import start_batch
 from packlight.groupquant.modules import _Quantised
 from packlight.integrations._activations import register
 from packlight.integrations._classes import joined
@@ -29,6 +28,7 @@ from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import _InvertedNorm
 from packlight.layers import channel_norms, norms
+from packlight.layers.twin import start_batch
 from packlight.method import LeaveAlone, Swap, rule
 from packlight.quantiser import Quantiser
 

@@ -7,181 +7,144 @@ function in `functional.py`.
 
 from torch import Tensor, nn
 
-from packlight.elementwise.functions import quick_gelu
 from packlight.inverted import functional as inverted
+from packlight.layers import plain
+from packlight.layers.twin import Twin
 
 # --- Functions with one minimum.
 
 
-class GELU(nn.GELU):
+class GELU(Twin, nn.GELU):
     """`torch.nn.GELU`; keeps the output and 1 bit an element, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.gelu(input, self.approximate)
 
 
-class Hardswish(nn.Hardswish):
+class Hardswish(Twin, nn.Hardswish):
     """`torch.nn.Hardswish`; keeps the output and 1 bit an element, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.hardswish(input, self.inplace)
 
 
-class Mish(nn.Mish):
+class Mish(Twin, nn.Mish):
     """`torch.nn.Mish`; keeps the output and 1 bit an element, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.mish(input, self.inplace)
 
 
-class QuickGELU(nn.Module):
+class QuickGELU(Twin, plain.QuickGELU):
     """x sigmoid(1.702 x), which torch.nn lacks; keeps the output and 1 bit an element."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return quick_gelu(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.quick_gelu(input)
 
 
-class SiLU(nn.SiLU):
+class SiLU(Twin, nn.SiLU):
     """`torch.nn.SiLU`; keeps the output and 1 bit an element, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.silu(input, self.inplace)
 
 
 # --- Monotone functions.
 
 
-class CELU(nn.CELU):
+class CELU(Twin, nn.CELU):
     """`torch.nn.CELU`; keeps the output alone, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.celu(input, self.alpha, self.inplace)
 
 
-class ELU(nn.ELU):
+class ELU(Twin, nn.ELU):
     """`torch.nn.ELU`; keeps the output alone, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.elu(input, self.alpha, self.inplace)
 
 
-class Hardsigmoid(nn.Hardsigmoid):
+class Hardsigmoid(Twin, nn.Hardsigmoid):
     """`torch.nn.Hardsigmoid`; keeps the output alone, exact."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.hardsigmoid(input, self.inplace)
 
 
-class Hardtanh(nn.Hardtanh):
+class Hardtanh(Twin, nn.Hardtanh):
     """`torch.nn.Hardtanh`; keeps the output alone, exact."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
-class LeakyReLU(nn.LeakyReLU):
+class LeakyReLU(Twin, nn.LeakyReLU):
     """`torch.nn.LeakyReLU`; keeps the output alone, exact."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.leaky_relu(input, self.negative_slope, self.inplace)
 
 
-class LogSigmoid(nn.LogSigmoid):
+class LogSigmoid(Twin, nn.LogSigmoid):
     """`torch.nn.LogSigmoid`; keeps the output alone, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.logsigmoid(input)
 
 
-class ReLU(nn.ReLU):
+class ReLU(Twin, nn.ReLU):
     """`torch.nn.ReLU`; torch's own, which keeps the output alone, exact."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.relu(input, self.inplace)
 
 
-class ReLU6(nn.ReLU6):
+class ReLU6(Twin, nn.ReLU6):
     """`torch.nn.ReLU6`; keeps the output alone, exact."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.relu6(input, self.inplace)
 
 
-class SELU(nn.SELU):
+class SELU(Twin, nn.SELU):
     """`torch.nn.SELU`; keeps the output alone, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.selu(input, self.inplace)
 
 
-class Sigmoid(nn.Sigmoid):
+class Sigmoid(Twin, nn.Sigmoid):
     """`torch.nn.Sigmoid`; torch's own, which keeps the output alone."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.sigmoid(input)
 
 
-class Softplus(nn.Softplus):
+class Softplus(Twin, nn.Softplus):
     """`torch.nn.Softplus`; keeps the output alone, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.softplus(input, self.beta, self.threshold)
 
 
-class Softsign(nn.Softsign):
+class Softsign(Twin, nn.Softsign):
     """`torch.nn.Softsign`; keeps the output alone, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.softsign(input)
 
 
-class Tanh(nn.Tanh):
+class Tanh(Twin, nn.Tanh):
     """`torch.nn.Tanh`; torch's own, which keeps the output alone."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.tanh(input)
 
 
-class Tanhshrink(nn.Tanhshrink):
+class Tanhshrink(Twin, nn.Tanhshrink):
     """`torch.nn.Tanhshrink`; keeps the output alone, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return inverted.tanhshrink(input)

@@ -27,6 +27,7 @@ from packlight._torch import constant_while_traced
 from packlight.errors import InputError
 from packlight.inverted import norms
 from packlight.inverted.norm_ill_posed import WELL_POSED, Verdict, judge, worst_error
+from packlight.layers.twin import Twin, start_batch
 
 RECHECK_AFTER = 64
 
@@ -169,69 +170,36 @@ def gradient_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
 # --- The layers. Constructors are torch's.
 
 
-class LayerNorm(_InvertedNorm, nn.LayerNorm):
+class LayerNorm(_InvertedNorm, Twin, nn.LayerNorm):
     """`torch.nn.LayerNorm`; keeps its output and 32 bits a row, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return norms.row_norm(
-            input,
-            tuple(self.normalized_shape),
-            self.weight,
-            self.bias,
-            self.eps,
-            True,
-            self._verdict,
-        )
+    def training_forward(self, input: Tensor) -> Tensor:
+        given = (tuple(self.normalized_shape), self.weight, self.bias, self.eps)
+        return norms.row_norm(input, *given, True, self._verdict)
 
 
-class RMSNorm(_InvertedNorm, nn.RMSNorm):
+class RMSNorm(_InvertedNorm, Twin, nn.RMSNorm):
     """`torch.nn.RMSNorm`; keeps its output and 32 bits a row, exact to rounding."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        return norms.row_norm(
-            x, tuple(self.normalized_shape), self.weight, None, self.eps, False, self._verdict
-        )
+    def training_forward(self, x: Tensor) -> Tensor:
+        given = (tuple(self.normalized_shape), self.weight, None, self.eps)
+        return norms.row_norm(x, *given, False, self._verdict)
 
 
-class GroupNorm(_InvertedNorm, nn.GroupNorm):
+class GroupNorm(_InvertedNorm, Twin, nn.GroupNorm):
     """`torch.nn.GroupNorm`; keeps its output and 32 bits a group, exact to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return norms.judged_group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps, self._verdict
-        )
+    def training_forward(self, input: Tensor) -> Tensor:
+        given = (self.num_groups, self.weight, self.bias, self.eps)
+        return norms.judged_group_norm(input, *given, self._verdict)
 
 
-class _BatchNorm(_InvertedNorm, nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(_InvertedNorm, Twin, nn.modules.batchnorm._NormBase):
     """`nn.SyncBatchNorm.convert_sync_batchnorm` makes torch's own SyncBatchNorm of it."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # a cumulative average
-                momentum = 1.0 / float(self.num_batches_tracked)
-        tracked = self.track_running_stats
-        return norms.judged_batch_norm(
-            input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            True,
-            momentum,
-            self.eps,
-            self._verdict,
-        )
+        return norms.judged_batch_norm(input, **start_batch(self), judge=self._verdict)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

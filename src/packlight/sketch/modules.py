@@ -5,26 +5,38 @@ Constructor, attributes, `state_dict` and printing are torch.nn's; `rows`, `kind
 and twice differentiable. What is kept, and how exact the gradient is, stands in `functional.py`.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from packlight._seeds import start_rounding
+from packlight.layers.twin import Twin
 from packlight.sketch import functional as sketched
 from packlight.sketch.method import Kind, Sketch
 
 _DEFAULT = Sketch()
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-class _Sketched(nn.Module):
+class _Sketched(Twin):
     """What these layers share: the method by which they keep."""
 
     method: Sketch
 
+    def __init__(
+        self,
+        *args: Any,
+        rows: float | int = _DEFAULT.rows,
+        kind: Kind = _DEFAULT.kind,
+        min_rows: int = _DEFAULT.min_rows,
+        max_rows: int | None = _DEFAULT.max_rows,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.method = Sketch(rows, kind, min_rows, max_rows)
+        start_rounding()
+
     @property
     def options(self) -> dict[str, Any]:
-        """The method as keyword arguments of a function."""
         method = self.method
         return {
             "rows": method.rows,
@@ -33,104 +45,35 @@ class _Sketched(nn.Module):
             "max_rows": method.max_rows,
         }
 
-    def extra_repr(self) -> str:
-        own = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{super().extra_repr()}, {own}"
-
 
 class Linear(_Sketched, nn.Linear):
     """`torch.nn.Linear`; keeps a sketch of its input, or shares one."""
 
+    def training_forward(self, input: Tensor) -> Tensor:
+        sketched._check(input, self.weight, 0)
+        return sketched._layer(input, self.weight, self.bias, 0, self.method)
+
+
+class _Conv(_Sketched, nn.modules.conv._ConvNd):
+    """What the convolutions share: kernels of size 1."""
+
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        rows: float | int = _DEFAULT.rows,
-        kind: Kind = _DEFAULT.kind,
-        min_rows: int = _DEFAULT.min_rows,
-        max_rows: int | None = _DEFAULT.max_rows,
+        self, in_channels: int, out_channels: int, kernel_size: Any = 1, *args: Any, **kwargs: Any
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.method = Sketch(rows, kind, min_rows, max_rows)
-        start_rounding()
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        given = (self.kernel_size, self.stride, self.padding, self.groups, type(self).__name__)
+        sketched.check_pointwise(*given)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return sketched.linear(input, self.weight, self.bias, **self.options)
+    def training_forward(self, input: Tensor) -> Tensor:
+        axes = len(self.kernel_size)
+        return sketched._convolution(
+            input, self.weight, self.bias, self.stride, self.padding, self.groups, axes, self.method
+        )
 
 
-class Conv1d(_Sketched, nn.Conv1d):
+class Conv1d(_Conv, nn.Conv1d):
     """`torch.nn.Conv1d` with kernel size 1; keeps a sketch of its input, or shares one."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any = 1,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        rows: float | int = _DEFAULT.rows,
-        kind: Kind = _DEFAULT.kind,
-        min_rows: int = _DEFAULT.min_rows,
-        max_rows: int | None = _DEFAULT.max_rows,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # fmt: skip
-        sketched.check_pointwise(self.kernel_size, self.stride, self.padding, groups, "Conv1d")
-        self.method = Sketch(rows, kind, min_rows, max_rows)
-        start_rounding()
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return sketched.conv1d(input, self.weight, self.bias, **self.options)
-
-
-class Conv2d(_Sketched, nn.Conv2d):
+class Conv2d(_Conv, nn.Conv2d):
     """`torch.nn.Conv2d` with kernel size 1; keeps a sketch of its input, or shares one."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any = 1,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        rows: float | int = _DEFAULT.rows,
-        kind: Kind = _DEFAULT.kind,
-        min_rows: int = _DEFAULT.min_rows,
-        max_rows: int | None = _DEFAULT.max_rows,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # fmt: skip
-        sketched.check_pointwise(self.kernel_size, self.stride, self.padding, groups, "Conv2d")
-        self.method = Sketch(rows, kind, min_rows, max_rows)
-        start_rounding()
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        return sketched.conv2d(input, self.weight, self.bias, **self.options)

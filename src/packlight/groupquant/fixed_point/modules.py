@@ -11,56 +11,25 @@ from torch import Tensor, nn
 from packlight.groupquant.fixed_point.functional import batch_norm
 from packlight.groupquant.fixed_point.method import FixedPoint, check_bits
 from packlight.groupquant.fixed_point.relu import relu
+from packlight.layers.twin import Twin, start_batch
 
 _DEFAULT = FixedPoint()
 
 
-def start_batch(module: Any) -> dict[str, Any]:
-    """Counts a batch of a batch norm that trains; the function's arguments but for the input."""
-    momentum = 0.0 if module.momentum is None else module.momentum
-    tracks = module.track_running_stats
-    # Looked up once, as a module finds buffers by way of a function in Python.
-    batches = module.num_batches_tracked if tracks else None
-    if batches is not None:
-        batches.add_(1)
-        if module.momentum is None:  # a plain average of all batches
-            momentum = 1.0 / float(batches)
-    return {
-        "running_mean": module.running_mean if tracks else None,
-        "running_var": module.running_var if tracks else None,
-        "weight": module.weight,
-        "bias": module.bias,
-        "training": True,
-        "momentum": momentum,
-        "eps": module.eps,
-    }
-
-
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(Twin, nn.modules.batchnorm._NormBase):
     """What the batch norms share."""
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bits: int = _DEFAULT.bits,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+    bits: int
+
+    def __init__(self, *args: Any, bits: int = _DEFAULT.bits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.bits = check_bits(bits)
 
-    def extra_repr(self) -> str:
-        inherited = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{inherited}, bits={self.bits}"
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"bits": self.bits}
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         return batch_norm(input, **start_batch(self), bits=self.bits)
 
@@ -77,10 +46,8 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`; keeps `bits` bits an element, see `batch_norm`."""
 
 
-class ReLU(nn.ReLU):
+class ReLU(Twin, nn.ReLU):
     """`torch.nn.ReLU`; exact, keeps nothing behind a fixed-point batch norm, else 1 bit."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+    def training_forward(self, input: Tensor) -> Tensor:
         return relu(input, self.inplace)
