@@ -8,6 +8,7 @@ from torch import nn
 import packlight
 from packlight import FewBit, FixedPoint, GroupQuant, Inverted
 from packlight.method import Method, _rules
+from packlight.quantiser import Quantiser
 from packlight.sketch import Sketch
 
 Sample = tuple[Callable[[], nn.Module], tuple[int, ...]]
@@ -70,7 +71,7 @@ _SPECIAL: dict[tuple[type[Method], type[nn.Module]], Sample] = {
 METHODS: dict[type[Method], Method] = {
     FewBit: FewBit(bits=8),
     FixedPoint: FixedPoint(bits=8),
-    GroupQuant: GroupQuant(bits=8, group_size=32, rounding="nearest"),
+    Quantiser: GroupQuant(bits=8, group_size=32, rounding="nearest"),
     Inverted: Inverted(),
     Sketch: Sketch(rows=8, min_rows=1),
 }

@@ -29,8 +29,11 @@ from packlight import (
     profile,
     revert,
 )
+from packlight import method as rules
+from packlight._classes import joined
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.method import _calls
+from packlight.quantiser import Quantiser
 from packlight.sketch import Sketch
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
@@ -634,7 +637,7 @@ ARGUMENTS = {
     torch.mul: lambda x: (torch.tanh(x), x),
 }
 METHODS = {
-    FewBit: FewBit(bits=8), FixedPoint: FixedPoint(bits=8), GroupQuant: NEAREST,
+    FewBit: FewBit(bits=8), FixedPoint: FixedPoint(bits=8), Quantiser: NEAREST,
     Inverted: Inverted(), Sketch: Sketch(rows=8, min_rows=1),
 }  # fmt: skip
 INPLACE = (F.relu, F.silu, F.elu, F.hardswish, F.leaky_relu, F.mish, F.selu, F.celu, F.hardtanh)
@@ -878,3 +881,53 @@ def test_a_pass_without_gradients_draws_what_the_one_with_them_draws(methods, wi
         results.append(torch.get_rng_state())
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[3])
+
+
+class _Mixin(nn.Module):
+    """What a rule of ours adds to a class whose forward stays its own."""
+
+
+class _Meta(type):
+    """A metaclass of the user's."""
+
+
+class _Own(nn.Module, metaclass=_Meta):
+    """A module with a rule, whose own code calls a function of torch too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return F.silu(self.inner(x))
+
+
+def test_a_module_with_a_rule_has_its_calls_covered_and_its_children_converted(monkeypatch):
+    """One class of three: the module's, what the rule joins to it, and what covers its calls."""
+    quant = packlight.GroupQuant(4, 64)
+
+    def rule(method, module):
+        return rules.Swap(joined(_Mixin, type(module)), {"told": method})
+
+    monkeypatch.setitem(rules._rules, (packlight.GroupQuant, _Own), rule)
+    plain = nn.Sequential(_Own())
+    model = copy.deepcopy(plain)
+    packlight.convert(model, quant, functional=True)
+    x = torch.randn(4, 64, requires_grad=True)
+    for module in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        own = module[0]
+        assert isinstance(own, _Own)
+        assert isinstance(own, _Mixin)
+        assert own.told == quant
+        assert type(own).__name__ == "_Own"
+        assert isinstance(own.inner, packlight.groupquant.Linear)
+        assert module(x).grad_fn.name() == "_ActivationBackward"
+        own.eval()  # alone: the model around it trains
+        assert module(x).grad_fn.name() == "SiluBackward0"
+        own.train()
+    packlight.convert(model, quant)  # anew, without its calls
+    assert model(x).grad_fn.name() == "SiluBackward0"
+    assert isinstance(model[0], _Mixin)
+    packlight.revert(model)
+    assert type(model[0]) is _Own
+    assert "told" not in vars(model[0])

@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # How far a gradient may lie from torch's, relative to its norm, by method: 8 bits, normal inputs. A
 # derivative that jumps (SELU at 0) has the worst: a code may lie on the wrong side.
-BOUND = {FewBit: 0.02, FixedPoint: 0.05, GroupQuant: 0.05, Inverted: 1e-4}
+BOUND = {FewBit: 0.02, FixedPoint: 0.05, Quantiser: 0.05, Inverted: 1e-4}
 # What the rounding of the output adds, in the dtype.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # The gradients of input and bias need no packed input.

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from packlight.calls import covered, covers, leave_alone
 from packlight.method import Method, Swap
 
 _ATTRIBUTE = "_packlight_former"
@@ -23,27 +22,6 @@ class Former:
     values: dict[str, Any]  # of the attributes that the swap replaced
     swap: Swap
     methods: tuple[Method, ...]
-
-    def __post_init__(self) -> None:  # every converted module has one, an unpickled one too
-        leave_alone(self.swap.kind)
-
-    def __reduce__(self) -> Any:
-        # A class that covers calls is made anew where this is unpickled.
-        kind = covers(self.swap.kind)
-        swap = Swap(self.swap.kind if kind is None else kind, self.swap.attributes)
-        return _remade, (self.kind, self.values, swap, self.methods, kind is not None)
-
-
-def _remade(
-    kind: type[nn.Module],
-    values: dict[str, Any],
-    swap: Swap,
-    methods: tuple[Method, ...],
-    covers_calls: bool,
-) -> Former:
-    if covers_calls:
-        swap = Swap(covered(swap.kind), swap.attributes)
-    return Former(kind, values, swap, methods)
 
 
 def former(module: nn.Module) -> Former | None:

@@ -28,11 +28,10 @@ from torch.overrides import TorchFunctionMode
 
 from packlight import _torch, _tracer
 from packlight._checks import is_taken
+from packlight._classes import derivation
 from packlight.method import Call, Calls, Method, Swap
 
 _ATTRIBUTE = "_packlight_calls"
-_COVERS = "_packlight_covers"
-_ALONE = "_packlight_alone"
 
 # torch's, for all modules; they run outside a module's forward.
 _GLOBAL_HOOKS = (
@@ -130,17 +129,12 @@ def by_a_layer(tracer: Any) -> bool:
 # ---- layers of ours ------------------------------------------------------------------------------
 
 
-def leave_alone(kind: type[nn.Module]) -> None:
-    """Has a class of layers of ours run its forward with the mode off; other classes stay.
+def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a class of layers of ours as it runs with the mode off.
 
     A tensor that our functions do not take runs through the plain layer, as torch has it.
     """
-    owner: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
-    if owner.__module__.startswith("packlight.") and not hasattr(owner.forward, _ALONE):
-        owner.forward = _alone(owner, owner.forward)
 
-
-def _alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
     def either(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor) and not is_taken(x):
@@ -154,12 +148,11 @@ def _alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[...,
             return either(self, *args, **kwargs)
         return _torch.without_mode(_Covering, either, self, *args, **kwargs)
 
-    _give_own_code(alone, f"alone_{forward.__module__}.{forward.__qualname__}")
-    setattr(alone, _ALONE, True)
+    give_own_code(alone, f"alone_{owner.__module__}.{owner.__qualname__}")
     return alone
 
 
-def _give_own_code(function: Any, name: str) -> None:
+def give_own_code(function: Any, name: str) -> None:
     """Gives a function that is made for each class a code object that no other class has.
 
     torch.compile counts recompilations by code object, up to eight, and remembers by its name which
@@ -172,34 +165,36 @@ def _give_own_code(function: Any, name: str) -> None:
 
 
 def swap_for_calls(
-    module: nn.Module, kind: type[nn.Module], methods: tuple[Method, ...]
+    module: nn.Module, kind: type[nn.Module], methods: tuple[Method, ...], swap: Swap | None = None
 ) -> Swap | None:
     """How the calls in a module's own code are covered; None where it has none of its own.
 
-    `kind` is its class before any conversion. Without methods they are torch's, whatever covers
-    those of the module around it.
+    `kind` is its class before any conversion, `swap` what else a conversion makes of it. Without
+    methods they are torch's, whatever covers those of the module around it.
     """
-    own = not f"{kind.__module__}.".startswith(_LAYERS) and kind.forward is not nn.Module.forward
+    code = kind if swap is None else _owner_of_forward(swap.kind)
+    own = not f"{code.__module__}.".startswith(_LAYERS) and kind.forward is not nn.Module.forward
     if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return None
     calls = Calls.of(methods)
-    return Swap(covered(kind), {_ATTRIBUTE: calls}) if calls.table or not methods else None
+    if methods and not calls.table:
+        return None
+    if swap is None:
+        return Swap(covered(kind), {_ATTRIBUTE: calls})
+    return Swap(covered(swap.kind), {**swap.attributes, _ATTRIBUTE: calls})
+
+
+def _owner_of_forward(kind: type[nn.Module]) -> type:
+    return next(base for base in kind.__mro__ if "forward" in vars(base))
 
 
 # ---- the classes ---------------------------------------------------------------------------------
 
 
-_made: dict[type[nn.Module], type[nn.Module]] = {}  # a class for each class of the user's
-
-
-def covered(kind: type[nn.Module]) -> type[nn.Module]:
+@derivation
+def covered(kind: type[nn.Module]) -> dict[str, Any]:
     """The subclass of a module class whose forward runs with the calls of its code covered."""
-    if kind not in _made:
-        _made[kind] = _make(kind)
-    return _made[kind]
 
-
-def _make(kind: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls = getattr(self, _ATTRIBUTE) if self.training else _NONE
@@ -207,24 +202,12 @@ def _make(kind: type[nn.Module]) -> type[nn.Module]:
             return kind.forward(self, *args, **kwargs)
         return _torch.without_mode(_Covering, _cover, calls, kind.forward, self, *args, **kwargs)
 
-    _give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        # The class is made anew where it is unpickled.
-        reduced: Any = kind.__reduce_ex__(self, protocol)
-        make, arguments, *state = reduced
-        found = [kind if argument is type(self) else argument for argument in arguments]
-        return _remake, (make, kind, *found), *state
-
-    # Under the same name: trainers write it into their files.
+    give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body = {**names, "forward": forward, "__reduce_ex__": reduce, _COVERS: kind}
+    body = {**names, "forward": forward}
     if kind.compile is nn.Module.compile:
         body["compile"] = _compile
-    made: type[nn.Module] = types.new_class(
-        kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body)
-    )
-    return made
+    return body
 
 
 def _compile(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -244,18 +227,6 @@ def _run_compiled(module: Any, compiled: Callable[..., Any], *args: Any, **kwarg
         if alike and module.training and not any(hooks):
             return _torch.without_mode(_Covering, compiled, *args, **kwargs)
     return compiled(*args, **kwargs)
-
-
-def covers(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that this one covers the calls of, None for any other class."""
-    found: type[nn.Module] | None = vars(kind).get(_COVERS)
-    return found
-
-
-def _remake(make: Callable[..., nn.Module], kind: type[nn.Module], *arguments: Any) -> nn.Module:
-    module = make(*arguments)
-    module.__class__ = covered(kind)
-    return module
 
 
 _NONE = Calls.of(())

@@ -288,24 +288,27 @@ class _Plan:
         return tuple(dict.fromkeys(found))
 
     def cover_calls(self, layers: list[Layer]) -> None:
-        converted = {change.layer.module for change in self.changes}
-        covered = False
+        """Has modules' own code covered, of modules that are converted too."""
+        changes = {change.layer.module: index for index, change in enumerate(self.changes)}
         for layer in layers:
-            if layer.module in converted:
-                continue
+            index = changes.get(layer.module)
+            change = None if index is None else self.changes[index]
             selector = self.selected.get(layer.module)
             methods = self.all_methods if selector is None else self._methods_of(selector)
-            swap = swap_for_calls(layer.module, layer.kind, methods)
+            before = None if change is None else change.swap
+            swap = swap_for_calls(layer.module, layer.kind, methods, before)
             if swap is None:
                 continue
             if reason := _class_changed(layer.module):
                 self.refused.append(f"{layer}: {reason}")
                 continue
+            if change is not None and index is not None:
+                self.changes[index] = change._replace(swap=swap)
+                continue
             self.covered.append((layer, swap, methods))
-            covered = covered or bool(methods)
             if selector is not None:
                 self.obeyed.add(selector)
-        if not covered:
+        if not any(methods for _, _, methods in self.covered):
             self.covered.clear()
 
     def _skip(self, layer: Layer, reason: str, always: bool = False) -> Skipped:

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 import packlight
 from packlight import FewBit, GroupQuant, Inverted, Sketch
-from packlight.integrations._classes import is_copy, joined
+from packlight._classes import joined
+from packlight.integrations._copies import is_copy
 from packlight.integrations.transformers import attention, norms
 from tests.helpers import crossing, dtype_name, kept_bytes, ulps
 from tests.integrations.models import (

@@ -5,15 +5,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from packlight._classes import joined
 from packlight.fewbit import functional as few_bit
 from packlight.fewbit.method import FewBit
 from packlight.fewbit.modules import _Coded
 from packlight.groupquant.modules import _Quantised
-from packlight.integrations._classes import joined
 from packlight.inverted import functional as inverted
 from packlight.inverted.inverses import INVERSES
 from packlight.inverted.method import Inverted
 from packlight.layers.activations import activation
+from packlight.layers.twin import Twin
 from packlight.method import LeaveAlone, Swap, rule
 from packlight.quantiser import Quantiser
 
@@ -42,7 +43,7 @@ class FewBitActivation(_Coded):
         return few_bit._continuous(input, self.packed_function, self.bits, self.codebook)
 
 
-class InvertedActivation(nn.Module):
+class InvertedActivation(Twin):
     """An activation that keeps its output and 1 bit; see `packlight.inverted.functional`."""
 
     packed_function: str

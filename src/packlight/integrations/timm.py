@@ -19,16 +19,16 @@ from typing import Any
 from timm import layers
 from torch import Tensor, nn
 
+from packlight._classes import joined
 from packlight.groupquant.fixed_point import functional as fixed_point
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.modules import _Quantised
 from packlight.integrations._activations import register
-from packlight.integrations._classes import joined
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import _InvertedNorm
 from packlight.layers import channel_norms, norms
-from packlight.layers.twin import start_batch
+from packlight.layers.twin import Twin, start_batch
 from packlight.method import LeaveAlone, Swap, rule
 from packlight.quantiser import Quantiser
 
@@ -38,7 +38,7 @@ register({layers.GELU: "gelu", layers.GELUTanh: "gelu_tanh", layers.QuickGELU: "
 # --- Batch norm with an activation.
 
 
-class FixedPointBatchNormAct2d(nn.Module):
+class FixedPointBatchNormAct2d(Twin):
     """act(drop(batch_norm(x))); keeps the codes of `packlight.groupquant.fixed_point`."""
 
     bits: int

@@ -43,7 +43,7 @@ class _Judged:
     captured: list[Verdict] = dataclasses.field(default_factory=list)
 
 
-class _InvertedNorm(nn.Module):
+class _InvertedNorm(Twin):
     """What the layers share: the verdict on their weights, and when to look again."""
 
     offset_limit: float | None = None
@@ -170,7 +170,7 @@ def gradient_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
 # --- The layers. Constructors are torch's.
 
 
-class LayerNorm(_InvertedNorm, Twin, nn.LayerNorm):
+class LayerNorm(_InvertedNorm, nn.LayerNorm):
     """`torch.nn.LayerNorm`; keeps its output and 32 bits a row, exact to rounding."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class LayerNorm(_InvertedNorm, Twin, nn.LayerNorm):
         return norms.row_norm(input, *given, True, self._verdict)
 
 
-class RMSNorm(_InvertedNorm, Twin, nn.RMSNorm):
+class RMSNorm(_InvertedNorm, nn.RMSNorm):
     """`torch.nn.RMSNorm`; keeps its output and 32 bits a row, exact to rounding."""
 
     def training_forward(self, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class RMSNorm(_InvertedNorm, Twin, nn.RMSNorm):
         return norms.row_norm(x, *given, False, self._verdict)
 
 
-class GroupNorm(_InvertedNorm, Twin, nn.GroupNorm):
+class GroupNorm(_InvertedNorm, nn.GroupNorm):
     """`torch.nn.GroupNorm`; keeps its output and 32 bits a group, exact to rounding."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class GroupNorm(_InvertedNorm, Twin, nn.GroupNorm):
         return norms.judged_group_norm(input, *given, self._verdict)
 
 
-class _BatchNorm(_InvertedNorm, Twin, nn.modules.batchnorm._NormBase):
+class _BatchNorm(_InvertedNorm, nn.modules.batchnorm._NormBase):
     """`nn.SyncBatchNorm.convert_sync_batchnorm` makes torch's own SyncBatchNorm of it."""
 
     def training_forward(self, input: Tensor) -> Tensor:

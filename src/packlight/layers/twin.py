@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from packlight.calls import _give_own_code
+from packlight.calls import alone, give_own_code
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -32,10 +32,13 @@ class Twin(nn.Module):
         super().__init_subclass__(**kwargs)
         plain: Any = super()  # the classes behind this one, in the order of the class that is made
         # A subclass of a twin, and a mixin without a plain layer, have what they inherit.
-        if cls.forward is plain.forward and plain.forward is not nn.Module.forward:
+        inherits = cls.forward is plain.forward and plain.forward is not nn.Module.forward
+        if inherits and hasattr(cls, "training_forward"):
             cls.forward = _either(cls)
             if cls.__init__ is not plain.__init__:
                 cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+        if "forward" in vars(cls) and cls.__module__.startswith("packlight."):
+            cls.forward = alone(cls, cls.forward)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def _either(cls: type[Twin]) -> Callable[..., Any]:
         return super(Twin, self).forward(*args, **kwargs)
 
     forward.__name__, forward.__qualname__ = "forward", f"{cls.__qualname__}.forward"
-    _give_own_code(forward, f"forward_{cls.__module__}.{cls.__qualname__}")
+    give_own_code(forward, f"forward_{cls.__module__}.{cls.__qualname__}")
     return forward
 
 

@@ -20,8 +20,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from packlight._classes import joined
 from packlight.groupquant.method import GroupQuant
-from packlight.integrations._classes import joined, once_a_class
+from packlight.integrations._copies import once_a_class
 from packlight.layers.attention import attend
 from packlight.method import LeaveAlone, Method, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from packlight._classes import joined
 from packlight.groupquant.modules import _Quantised
-from packlight.integrations._classes import is_copy, joined, once_a_class
+from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations.transformers.activations import function_of
 from packlight.layers import functional
 from packlight.method import LeaveAlone, Method, Rule, Swap, rule_finder

@@ -1,14 +1,15 @@
 """`Conv1D` of GPT-2 and its like: a linear layer that holds its weight transposed."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from packlight._checks import is_frozen
+from packlight._classes import joined
 from packlight.groupquant.modules import _Quantised
-from packlight.integrations._classes import joined
 from packlight.inverted.linear import _cast_if_noted
 from packlight.inverted.method import Inverted
 from packlight.layers.linear import linear
+from packlight.layers.twin import Twin
 from packlight.method import Swap, rule
 from packlight.quantiser import Quantiser
 from packlight.sketch import functional as sketched
@@ -42,7 +43,7 @@ class SketchConv1D(_Sketched):
         return sketched.linear(x, self.weight.t(), self.bias, **self.options)
 
 
-class InvertedConv1D(nn.Module):
+class InvertedConv1D(Twin):
     """x W + b; keeps the cast of x that an inverted norm keeps, as `packlight.inverted.Linear`."""
 
     def forward(self, x: Tensor) -> Tensor:

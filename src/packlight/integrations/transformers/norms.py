@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight._classes import joined
 from packlight._seeds import Seed
 from packlight.groupquant.modules import _Quantised
-from packlight.integrations._classes import is_copy, joined, once_a_class
+from packlight.integrations._copies import is_copy, once_a_class
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import _InvertedNorm

@@ -1,12 +1,10 @@
-"""Classes for the modules of other packages: a subclass of each, made when it is met.
+"""What classes of other packages are: packages copy their layers.
 
-Packages copy their layers: transformers has more than a hundred RMS norms with the code of Llama's,
-each a class of its own. What is ours in such a layer stands once, as a mixin; the class that a
-converted module takes is the mixin before the module's own class, so that `isinstance` holds, and
-`super().forward` is the plain layer.
+transformers has more than a hundred RMS norms with the code of Llama's, each a class of its own.
+What is ours in such a layer stands once, as a mixin; the class that a converted module takes is the
+mixin joined with the module's own class (`packlight._classes.joined`).
 """
 
-import copyreg
 import dis
 import functools
 from collections.abc import Callable
@@ -15,31 +13,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 _T = TypeVar("_T")
-
-
-class _Joined(type):
-    """The type of the classes that `joined` makes. They pickle as the two that they are made of."""
-
-
-_made: dict[tuple[type, ...], Any] = {}
-
-
-def joined(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `mixin` and `kind`, under the name of `kind`: code asks modules for it."""
-    if (mixin, kind) not in _made:
-        body = {"__module__": mixin.__module__, "__doc__": mixin.__doc__}
-        _made[mixin, kind] = _Joined(kind.__name__, (mixin, kind), body)
-    made: type[nn.Module] = _made[mixin, kind]
-    return made
-
-
-def _parts(made: _Joined) -> tuple[Callable[..., Any], tuple[type, ...]] | str:
-    if _made.get(made.__bases__) is made:
-        return joined, made.__bases__
-    return made.__qualname__  # a subclass that someone else has made, by its name as ever
-
-
-copyreg.pickle(_Joined, _parts)
 
 
 def once_a_class(look: Callable[[type[nn.Module]], _T]) -> Callable[[type[nn.Module]], _T]:
