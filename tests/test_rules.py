@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import packlight
-from packlight import FewBit, FixedPoint, GroupQuant, Inverted
+from packlight import FewBit, FixedPoint, Inverted, Quantiser
 from packlight.sketch import Sketch
 from tests.helpers import dtype_name, kept_bytes
 from tests.rule_samples import METHODS, RULES, sample
@@ -308,7 +308,7 @@ def test_compiled_autograd_gives_the_gradients(method, kind, fresh_compiler):
     """Behind a norm, whose pack a reader shares."""
     _, converted, x = pair(method, kind)
     norm = nn.LayerNorm(x.shape[-1])
-    packlight.convert(norm, METHODS[GroupQuant])
+    packlight.convert(norm, METHODS[Quantiser])
     model = nn.Sequential(norm, converted)
     compiler = torch.compile(backend="eager")
     packlight.manual_seed(1)
