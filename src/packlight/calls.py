@@ -116,7 +116,7 @@ def _called_by_a_layer() -> bool:
 
 @_torch.question
 def by_a_layer(tracer: Any) -> bool:
-    handler = _Covering.__torch_function__.__code__
+    handler = _torch.code_of(_Covering.__torch_function__)
     while tracer.f_code is not handler:
         tracer = tracer.parent
     names = []
@@ -148,17 +148,8 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
             return either(self, *args, **kwargs)
         return _torch.without_mode(_Covering, either, self, *args, **kwargs)
 
-    give_own_code(alone, f"alone_{owner.__module__}.{owner.__qualname__}")
+    _torch.give_own_code(alone, f"alone_{owner.__module__}.{owner.__qualname__}")
     return alone
-
-
-def give_own_code(function: Any, name: str) -> None:
-    """Gives a function that is made for each class a code object that no other class has.
-
-    torch.compile counts recompilations by code object, up to eight, and remembers by its name which
-    sizes vary.
-    """
-    function.__code__ = function.__code__.replace(co_name=name)
 
 
 # ---- which modules -------------------------------------------------------------------------------
@@ -202,7 +193,7 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
             return kind.forward(self, *args, **kwargs)
         return _torch.without_mode(_Covering, _cover, calls, kind.forward, self, *args, **kwargs)
 
-    give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
+    _torch.give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     body = {**names, "forward": forward}
     if kind.compile is nn.Module.compile:

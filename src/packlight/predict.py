@@ -180,7 +180,7 @@ class _Copying(TorchFunctionMode):
                     fake = nn.Parameter(fake, tensor.requires_grad)
                 memo[id(tensor)] = fake
             return memo[id(tensor)]
-        with _torch.without_subclasses():
+        with _torch.without_torch_functions():
             return func(*args, **(kwargs or {}))
 
     def keeps_values(self, tensor: Tensor) -> bool:
@@ -213,7 +213,7 @@ class _Copying(TorchFunctionMode):
         if tensor.device == device and not _torch.is_fake(tensor):
             fake: Tensor = self.mode.from_tensor(tensor, static_shapes=True)
             return fake
-        with _torch.without_subclasses(), self.mode:
+        with _torch.without_torch_functions(), self.mode:
             return torch.empty_strided(
                 tensor.shape,
                 tensor.stride(),
@@ -244,7 +244,7 @@ def failing_module(error: BaseException) -> str:
     running: list[nn.Module] = []
     frame = error.__traceback__
     while frame is not None:
-        caller = frame.tb_frame.f_locals.get("self")
+        caller = _torch.variable_of(frame.tb_frame, "self")
         if frame.tb_frame.f_code is CALL_MODULE and isinstance(caller, nn.Module):
             running.append(caller)
         frame = frame.tb_next

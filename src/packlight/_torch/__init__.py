@@ -41,11 +41,12 @@ from packlight._torch.capabilities import (
     TRITON,
     warn_if_untested,
 )
+from packlight._torch.code import code_of, give_own_code, variable_of
 from packlight._torch.modes import (
     function_modes,
     in_transform,
     without_mode,
-    without_subclasses,
+    without_torch_functions,
 )
 from packlight._torch.tracer import (
     ask,
@@ -78,8 +79,10 @@ __all__ = [
     "attention_backend",
     "batch_norm",
     "can_ask",
+    "code_of",
     "constant_while_traced",
     "function_modes",
+    "give_own_code",
     "has_storage",
     "in_transform",
     "is_current_device",
@@ -93,8 +96,9 @@ __all__ = [
     "saved_tensor_hooks",
     "storage_reference",
     "untraced",
+    "variable_of",
     "warn_if_untested",
     "with_values",
     "without_mode",
-    "without_subclasses",
+    "without_torch_functions",
 ]

@@ -46,7 +46,7 @@ def function_modes() -> list[TorchFunctionMode]:
     return _mode_stack()
 
 
-def without_subclasses() -> contextlib.AbstractContextManager[Any]:
+def without_torch_functions() -> contextlib.AbstractContextManager[Any]:
     """A context in which calls go past the `__torch_function__` of subclasses, not of modes."""
     context: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return context

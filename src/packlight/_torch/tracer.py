@@ -4,7 +4,6 @@ Nothing here imports the tracer, which takes a second, before it is used.
 """
 
 import sys
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -12,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from packlight._torch.capabilities import TRACER
+from packlight._torch.code import code_of
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _P = ParamSpec("_P")
@@ -101,7 +101,7 @@ def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return disabled
 
 
-def run_as_written(code: types.CodeType) -> None:
+def run_as_written(function: Callable[..., Any]) -> None:
     """Has `torch.compile` leave the frames of the function alone, but not what it calls.
 
     Where tracing gives up, frames that run in between are compiled one by one; without `skip_code`
@@ -110,4 +110,4 @@ def run_as_written(code: types.CodeType) -> None:
     if "torch._dynamo" in sys.modules:
         skip_code = getattr(sys.modules.get("torch._dynamo.decorators"), "skip_code", None)
         if skip_code is not None:
-            skip_code(code)
+            skip_code(code_of(function))

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from packlight import _torch
+
 _T = TypeVar("_T")
 
 
@@ -34,14 +36,15 @@ def is_copy(function: object, known: Callable[..., Any]) -> bool:
     Instructions, constants and the names of attributes agree, globals are the same objects, and
     neither has variables of a surrounding function, as a decorated one would.
     """
-    code = getattr(function, "__code__", None)
+    code = _torch.code_of(function)
     if code is None or code.co_freevars or code.co_cellvars:
         return False
     return _instructions(function) == _instructions(known)
 
 
 def _instructions(function: Any) -> list[tuple[str, object]]:
-    names = {name: f"variable {index}" for index, name in enumerate(function.__code__.co_varnames)}
+    code: Any = _torch.code_of(function)
+    names = {name: f"variable {index}" for index, name in enumerate(code.co_varnames)}
 
     def meant(instruction: dis.Instruction) -> object:
         value = instruction.argval

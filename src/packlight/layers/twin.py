@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from packlight.calls import alone, give_own_code
+from packlight._torch import give_own_code
+from packlight.calls import alone
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

@@ -178,4 +178,4 @@ def _caller() -> tuple[str | None, bool]:
     return None, checkpointed
 
 
-_RUN = Recorder.run.__code__
+_RUN = _torch.code_of(Recorder.run)

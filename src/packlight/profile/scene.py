@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from packlight import _torch
 from packlight._torch.attributes import plain_attributes
 from packlight.errors import InputError
 from packlight.profile.lines import is_internal
@@ -133,7 +134,7 @@ def _reachable(function: object) -> dict[str, object]:
         elif inspect.ismethod(item):
             pending.append(item.__self__)
         elif inspect.isfunction(item):
-            variables = {} if is_internal(item.__code__.co_filename) else _variables(item)
+            variables = _variables(item)
             found.update(variables)
             # A function that it calls may be the one that names the model.
             pending.extend(value for value in variables.values() if inspect.isfunction(value))
@@ -145,8 +146,10 @@ def _reachable(function: object) -> dict[str, object]:
 
 
 def _variables(function: types.FunctionType) -> dict[str, object]:
-    """Closure cells and the globals that the code names."""
-    code = function.__code__
+    """Closure cells and the globals that the code names; none of torch's own functions."""
+    code = _torch.code_of(function)
+    if code is None or is_internal(code.co_filename):
+        return {}
     found = {name: function.__globals__.get(name) for name in code.co_names}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:

@@ -54,8 +54,8 @@ class Calls(TorchFunctionMode):
     def __init__(self, saver: "Saver") -> None:
         super().__init__()
         self.saver = saver
-        _torch.run_as_written(Calls.__torch_function__.__code__)
-        _torch.run_as_written(Saver.call.__code__)
+        _torch.run_as_written(Calls.__torch_function__)
+        _torch.run_as_written(Saver.call)
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None

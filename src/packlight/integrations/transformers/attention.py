@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from packlight import _torch
 from packlight._classes import joined
 from packlight.groupquant.method import GroupQuant
 from packlight.integrations._copies import once_a_class
@@ -120,15 +121,16 @@ def _asks_its_config(kind: type[nn.Module]) -> bool:
     # Later versions decorate them, for arguments of another name.
     own = {name: inspect.unwrap(value) for name, value in vars(kind).items() if callable(value)}
     forward = own.get("forward")
-    if forward is None or not hasattr(forward, "__code__"):
+    code = _torch.code_of(forward)
+    if forward is None or code is None:
         return False
     interfaces = forward.__globals__.get("ALL_ATTENTION_FUNCTIONS")
     asks = {"ALL_ATTENTION_FUNCTIONS", "config", "_attn_implementation"}
-    codes = [value.__code__ for value in own.values() if hasattr(value, "__code__")]
+    codes = [found for value in own.values() if (found := _torch.code_of(value)) is not None]
     return (
         isinstance(interfaces, AttentionInterface)
-        and asks <= set(forward.__code__.co_names)
-        and not any(_mentions(code.co_consts) for code in codes)
+        and asks <= set(code.co_names)
+        and not any(_mentions(each.co_consts) for each in codes)
     )
 
 
@@ -151,7 +153,8 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
             f"its attention implementation is {implementation!r}; what packs query, key, value and"
             f' output takes the place of "{_REPLACES}": model.set_attn_implementation("sdpa")'
         )
-    if "position_bias" in inspect.unwrap(type(module).forward).__code__.co_varnames:
+    code: Any = _torch.code_of(inspect.unwrap(type(module).forward))
+    if "position_bias" in code.co_varnames:
         raise LeaveAlone(
             "it adds a learned position bias to its scores, whose gradient needs all of them;"
             " around the forward pass, packlight.saving(GroupQuant(bits=4), overrides={'*Softmax*':"
