@@ -9,6 +9,7 @@ one, a deleted statement, `None` returned, two arguments exchanged. It is killed
 The tests of a module are those of its name in the folder of its name, and those that import it;
 where these say too little or take too long, TESTS names others. What survives is printed as a diff:
 it asks for a test, or for a line in equivalent_mutants.toml that says why no test can tell.
+What only a GPU runs (DEVICE) is counted and left out, unless `--gpu` has the tests run on one.
 
 Sampled by `--seed`. Every mutant runs in a copy of the tree, so that the tree stays as it is.
 """
@@ -84,6 +85,20 @@ TESTS = {
     "sketch": "tests/sketch",
 }
 
+# How definitions, statements and expressions begin that no test runs without a GPU.
+DEVICE = {
+    "demo.py": ['{"steps": 400,'],
+    "groupquant/attention.py": [
+        "_ALIGNED = ",
+        "elif backend == SDPBackend.FLASH_ATTENTION.value:",
+        "if backend == SDPBackend.EFFICIENT_ATTENTION.value:",
+        "if backend == SDPBackend.FLASH_ATTENTION.value:",
+        "if mask.stride(-1) != 1 or any(",
+        "return mask.expand(",
+        "return out, [*tensors[:3], *tensors[5:7]]",
+    ],
+}
+
 # --- What is changed.
 
 
@@ -93,6 +108,7 @@ class Mutant:
     start: int  # offsets into the source, in bytes, as ast counts columns
     end: int
     text: str
+    on_device: bool = False  # only a GPU runs it
 
     def apply(self, source: bytes) -> bytes:
         return source[: self.start] + self.text.encode() + source[self.end :]
@@ -117,13 +133,28 @@ OPERATORS = {
 
 
 class _Mutations(ast.NodeVisitor):
-    """All mutants of one module. Annotations, docstrings and messages of errors are left alone."""
+    """All mutants of one module.
+
+    Annotations, decorators, docstrings and messages of errors are left alone.
+    """
 
     def __init__(self, module: str, source: bytes) -> None:
         self.module, self.source, self.found = module, source, list[Mutant]()
         self.starts = [0]
         for line in source.splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
+        self.device, self.on_device = set(DEVICE.get(module, ())), False
+        self.unseen = set(self.device)
+
+    def visit(self, node: ast.AST) -> None:
+        before = self.on_device
+        if self.device and hasattr(node, "lineno"):
+            line = self.source[self._span(node)[0] : self.starts[node.lineno]].decode()
+            begun = {beginning for beginning in self.device if line.startswith(beginning)}
+            self.on_device |= bool(begun)
+            self.unseen -= begun
+        super().visit(node)
+        self.on_device = before
 
     def _span(self, node: ast.AST) -> tuple[int, int]:
         begin = self.starts[node.lineno - 1] + node.col_offset
@@ -134,7 +165,10 @@ class _Mutations(ast.NodeVisitor):
         return self.source[begin:end].decode()
 
     def _put(self, node: ast.AST, text: str) -> None:
-        self.found.append(Mutant(self.module, *self._span(node), text))
+        self._replace(*self._span(node), text)
+
+    def _replace(self, begin: int, end: int, text: str) -> None:
+        self.found.append(Mutant(self.module, begin, end, text, self.on_device))
 
     def _between(self, left: ast.AST, right: ast.AST, text: str) -> None:
         """Puts another operator between two operands, outside their parentheses."""
@@ -144,7 +178,7 @@ class _Mutations(ast.NodeVisitor):
         operator = re.match(rb"[^\s(#\\]+(?: not\b| in\b)?", gap[closing:])
         if operator is not None:
             begin += closing
-            self.found.append(Mutant(self.module, begin, begin + operator.end(), text))
+            self._replace(begin, begin + operator.end(), text)
 
     def visit_Compare(self, node: ast.Compare) -> None:
         operands = [node.left, *node.comparators]
@@ -194,11 +228,12 @@ class _Mutations(ast.NodeVisitor):
             begin, end = self._span(first)[0], self._span(second)[1]
             between = self.source[self._span(first)[1] : self._span(second)[0]].decode()
             exchanged = self._text(second) + between + self._text(first)
-            self.found.append(Mutant(self.module, begin, end, exchanged))
+            self._replace(begin, end, exchanged)
         self.generic_visit(node)
 
     def visit_Return(self, node: ast.Return) -> None:
-        if node.value is not None and self._text(node.value) != "None":
+        constant = isinstance(node.value, ast.Constant)  # None for False is the same to a caller
+        if node.value is not None and not (constant and node.value.value in (None, False, True)):
             self._put(node.value, "None")
         self.generic_visit(node)
 
@@ -224,8 +259,15 @@ class _Mutations(ast.NodeVisitor):
         if node.value is not None:
             self.visit(node.value)
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg != "strict":  # of zip: an assertion
+            self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for part in node.body:
+            self.visit(part)
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        """Without annotations and decorators."""
         for part in (*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body):
             self.visit(part)
 
@@ -237,6 +279,8 @@ def mutants(module: str) -> list[Mutant]:
     source = (SOURCE / module).read_bytes()
     visitor = _Mutations(module, source)
     visitor.visit(ast.parse(source))
+    if visitor.unseen:
+        sys.exit(f"nothing in {module} begins with {' or '.join(visitor.unseen)}; see DEVICE")
     return visitor.found
 
 
@@ -286,7 +330,7 @@ def copy_tree(folder: Path) -> None:
             shutil.copy(path, folder / name)
 
 
-def passes(folder: Path, tests: list[str], limit: float | None) -> bool:
+def passes(folder: Path, tests: list[str], limit: float | None = None) -> bool:
     environment = {
         **os.environ,
         "PYTHONPATH": str(folder / "src"),
@@ -337,7 +381,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60, help="mutants; 0 for all there are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--gpu", action="store_true", help="run the tests on a CUDA device")
     options = parser.parse_args()
+    gpu = ["--gpu"] if options.gpu else []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run of pytest is left behind
 
     sources = {module: (SOURCE / module).read_bytes() for module in chosen(options.modules)}
@@ -358,10 +404,10 @@ def main() -> None:
         def baseline(module: str) -> float | None:
             """The seconds that a mutant's tests may take, None where they fail without one."""
             folder, start = free.get(), time.perf_counter()
-            tests = tests_of(module)
+            tests = [*gpu, *tests_of(module)]
             if not tests:
                 sys.exit(f"no test imports {module}; name some in TESTS")
-            passed = passes(folder, tests, None)
+            passed = passes(folder, tests)
             free.put(folder)
             taken = time.perf_counter() - start
             note = "" if passed else ", which fail without any mutation"
@@ -376,13 +422,15 @@ def main() -> None:
             source = sources[mutant.module]
             if known(listed, mutant, source):
                 return "equivalent"
+            if mutant.on_device and not options.gpu:
+                return "not run"
             if limits[mutant.module] is None:
                 return "untested"
             folder = free.get()
             target = folder / "src" / "packlight" / mutant.module
             try:
                 target.write_bytes(mutant.apply(source))
-                alive = passes(folder, tests_of(mutant.module), limits[mutant.module])
+                alive = passes(folder, [*gpu, *tests_of(mutant.module)], limits[mutant.module])
             finally:
                 target.write_bytes(source)
                 free.put(folder)
@@ -396,16 +444,15 @@ def main() -> None:
             for mutant, found in zip(drawn, pool.map(fate, drawn), strict=True):
                 counts[mutant.module, found] += 1
 
-    print(f"\n{'module':40}{'mutants':>9}{'killed':>9}{'survived':>9}{'equivalent':>12}{'rate':>8}")
+    columns = ("killed", "survived", "equivalent", "not run")
+    print(f"\n{'module':40}{'mutants':>9}{''.join(f'{name:>12}' for name in columns)}{'rate':>8}")
     modules = sorted({module for module, _ in counts})
     for name, members in [*((module, [module]) for module in modules), ("all", modules)]:
-        killed, survived, equivalent = (
-            sum(counts[module, found] for module in members)
-            for found in ("killed", "survived", "equivalent")
-        )
-        rate = killed / max(1, killed + survived)
-        row = f"{name:40}{killed + survived + equivalent:9}{killed:9}{survived:9}{equivalent:12}"
-        print(f"{row}{rate:8.0%}")
+        row = [sum(counts[module, found] for module in members) for found in columns]
+        rate = row[0] / max(1, row[0] + row[1])
+        print(f"{name:40}{sum(row):9}{''.join(f'{number:12}' for number in row)}{rate:8.0%}")
+    if any(found == "not run" for _, found in counts):
+        print("not run: only a GPU runs these; --gpu")
     if any(found == "untested" for _, found in counts):
         sys.exit("some tests fail without any mutation")
     if rate < WANTED:
