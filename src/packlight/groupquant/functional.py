@@ -28,7 +28,6 @@ from packlight._checks import (
     autocast,
     check_numbers,
     check_tensor,
-    is_frozen,
     needs_gradient,
     refuse_second_derivative,
     saved_with_weight,
@@ -116,9 +115,7 @@ def linear(
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, method: GroupQuant) -> Tensor:
     check_tensor(x, "linear")
-    if is_frozen(weight) or not worth_packing(x, method):
-        return F.linear(x, weight, bias)
-    if not needs_gradient(weight):
+    if not (needs_gradient(weight) and worth_packing(x, method)):
         return F.linear(x, weight, bias)
     kept = pack_input(x, method)
     return _apply_linear(x, weight, bias, kept.rebuild, *kept.tensors)
