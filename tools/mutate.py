@@ -45,11 +45,14 @@ WANTED = 0.9  # of those that are not equivalent
 # Arguments of pytest for modules whose names do not lead to their tests.
 TESTS = {
     "__main__.py": "tests/test_cli.py",
+    "_files.py": "tests/test_method_files.py tests/test_html.py",
     "_library.py": "tests/test_library.py",
     "_overwrite.py": "tests/fewbit/test_pooling.py tests/inverted/test_norms.py",
     "_page.py": "tests/test_html.py",
+    "_seed_kernels.py": "tests/groupquant/test_packs.py -k kernels_equal",
     "_swap.py": "tests/test_convert.py",
     "_torch": "tests/test_torch.py tests/test_notes.py tests/test_saving.py",
+    "_torch/fakes.py": "tests/test_predict.py tests/test_predict_modules.py",
     "_tracer.py": "tests/test_compiled_resnet.py tests/groupquant/test_sharing.py",
     "conversion.py": "tests/test_convert.py tests/test_predict.py",
     "convert.py": "tests/test_convert.py",
@@ -58,14 +61,22 @@ TESTS = {
     "elementwise/functions.py": "tests/test_contract.py -k bit_equal",
     "fewbit/method.py": "tests/fewbit/test_functional.py tests/test_convert.py",
     "fewbit/modules.py": "tests/test_contract.py tests/fewbit/test_functional.py -k fewbit",
+    "fewbit/ops.py": "tests/test_operators.py",
     "fewbit/rules.py": "tests/test_rules.py tests/test_convert.py",
     "groupquant": "tests/groupquant",
     "groupquant/conv_modules.py": "tests/groupquant/test_modules.py"
     " tests/groupquant/test_convolution.py",
+    "groupquant/functional.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py",
     "groupquant/fixed_point": "tests/groupquant/test_fixed_point.py"
     " tests/groupquant/test_residual.py",
     "groupquant/modules.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py"
     " tests/test_contract.py -k 'groupquant and not kernel'",
+    "groupquant/norms.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py"
+    " tests/groupquant/test_limits.py",
+    "groupquant/ops.py": "tests/test_operators.py",
+    "groupquant/packs.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py",
+    "groupquant/product.py": "tests/test_notes.py tests/groupquant/test_checkpoint.py"
+    " tests/groupquant/test_residual.py",
     "groupquant/rules.py": "tests/test_rules.py tests/test_convert.py",
     "integrations": "tests/integrations",
     "integrations/_activations.py": "tests/integrations/test_timm.py"
@@ -81,7 +92,9 @@ TESTS = {
     "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
     "packing/reference.py": "tests/packing",
     "profile.py": "tests/test_profile.py",
-    "saving": "tests/test_saving.py tests/test_guards.py",
+    "saving": "tests/test_saving.py",
+    "saving/__init__.py": "tests/test_saving.py",
+    "sharing.py": "tests/test_notes.py tests/groupquant/test_sharing.py",
     "sketch": "tests/sketch",
 }
 
@@ -89,12 +102,9 @@ TESTS = {
 DEVICE = {
     "demo.py": ['{"steps": 400,'],
     "groupquant/attention.py": [
-        "_ALIGNED = ",
         "elif backend == SDPBackend.FLASH_ATTENTION.value:",
         "if backend == SDPBackend.EFFICIENT_ATTENTION.value:",
         "if backend == SDPBackend.FLASH_ATTENTION.value:",
-        "if mask.stride(-1) != 1 or any(",
-        "return mask.expand(",
         "return out, [*tensors[:3], *tensors[5:7]]",
     ],
 }
