@@ -119,10 +119,8 @@ def _norm(
     width = math.prod(normalized_shape)
     group_size = row_group_size(width, method.group_size)
     fits = x.shape[x.dim() - len(normalized_shape) :] == normalized_shape
-    if group_size is None or not fits:
+    if group_size is None or not fits or not wanted:
         return plain(x)  # raises for shapes that do not fit
-    if not wanted:
-        return plain(x)
     asked = (name, None if weight is None else weight.dtype)
     x = autocast(x, asked, lambda empty: plain(empty.view(0, *normalized_shape)))
     if eps is None:  # as torch has it: that of the dtype in which it computes
