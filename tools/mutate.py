@@ -45,7 +45,6 @@ WANTED = 0.9  # of those that are not equivalent
 # Arguments of pytest for modules whose names do not lead to their tests.
 TESTS = {
     "__main__.py": "tests/test_cli.py",
-    "_files.py": "tests/test_method_files.py tests/test_html.py",
     "_library.py": "tests/test_library.py",
     "_overwrite.py": "tests/fewbit/test_pooling.py tests/inverted/test_norms.py",
     "_page.py": "tests/test_html.py",
