@@ -620,6 +620,28 @@ class Custom(torch.autograd.Function):
         return dy * ctx.saved_tensors[0].cos()
 
 
+def test_a_function_is_kept_as_torch_s_operation_of_its_name():
+    class Log(Custom):
+        """Whose derivative has no bound, by its name."""
+
+    x = activation(64, 128)
+    assert floats(kept(lambda x: Log.apply(x * 1) * 1, x)) == [("LogBackward", x.nbytes)]
+    assert not floats(kept(lambda x: Custom.apply(x * 1) * 1, x))
+
+
+def test_a_cast_that_is_kept_exactly_is_not_the_tensor_it_was_made_of():
+    x, weight = activation(64, 128), torch.randn(128, 128, requires_grad=True)
+
+    def run(x):
+        x = x * 1
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(x, weight), x.sin()
+
+    report = kept(run, x, overrides={"linear": None})
+    assert ("SinBackward0", x.nbytes) not in floats(report)
+    assert pack_bytes(report) == packed(x.numel())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_packed_inputs_of_checkpoints_around_converted_blocks(reentrant):
     """The two passes of a block keep alike, though its input comes back as another tensor."""

@@ -79,6 +79,22 @@ def test_training_keeps_a_pack_and_computes_torchs_values(name):
         assert (a - b).norm() < 0.25 * b.norm()
 
 
+@pytest.mark.parametrize("name", ["Linear", "Conv1d"])
+def test_inputs_shorter_than_a_group_are_left_to_torch(name):
+    module, plain = (
+        (groupquant.Linear(32, 8, **QUIET), nn.Linear(32, 8))
+        if name == "Linear"
+        else (groupquant.Conv1d(32, 8, 1, **QUIET), nn.Conv1d(32, 8, 1))
+    )
+    for rows in (1, 2):
+        shape = (rows, 32) if name == "Linear" else (1, 32, rows)
+        x = torch.randn(shape, requires_grad=True)
+        # 64 values are a group: their codes and a scale.
+        own = 64 * 4 // 8 + 4 + module.weight.nbytes
+        expected = own if rows == 2 else kept_bytes(lambda x=x: plain(x))
+        assert kept_bytes(lambda x=x: module(x)) == expected
+
+
 @pytest.mark.parametrize("name", GATED)
 def test_gated_units_in_eval_are_the_product_and_in_training_keep_packs(name):
     kind, function = GATED[name]
