@@ -407,6 +407,10 @@ def main() -> None:
         parser.error(f"no module of src/packlight is {' or '.join(options.modules)}")
     listed = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8"))["equivalent"]
     everything = [mutant for module in sources for mutant in mutants(module)]
+    for entry in listed:
+        of_module = [mutant for mutant in everything if mutant.module == entry["module"]]
+        if of_module and not any(known([entry], m, sources[m.module]) for m in of_module):
+            sys.exit(f"{entry['module']} has no mutant {entry['mutant']}; see {EQUIVALENT.name}")
     drawn = random.Random(options.seed).sample(everything, len(everything))
     drawn = sorted(drawn[: options.count or None], key=lambda m: (m.module, m.start, m.text))
 
