@@ -1,6 +1,8 @@
 """`saving`: what is packed, what stays exact, how often, and that no gradient is ever wrong."""
 
+import fnmatch
 import gc
+import re
 import threading
 import weakref
 
@@ -20,10 +22,11 @@ import packlight.groupquant as gq
 import packlight.inverted
 from packlight import _torch, sharing
 from packlight._seeds import operands
+from packlight._torch import graph
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import GroupQuant
 from packlight.profile import MemoryReport, profile
-from packlight.saving import saving
+from packlight.saving import lossless, rules, saving
 
 FOUR = GroupQuant(bits=4)
 EIGHT = GroupQuant(bits=8)
@@ -358,6 +361,26 @@ def test_attention_composed_of_matmuls_is_at_eight_bits_too():
     report = kept(model, q, k, v)
     assert pack_bytes(report) == packed(3 * q.numel(), 8)
     assert floats(report) == [("SafeSoftmaxBackward0", 2 * 4 * 64 * 64 * 4)]
+
+
+def test_the_tables_of_operations_are_of_those_that_torch_has():
+    nodes = {name: getattr(torch._C._functions, name) for name in graph.node_names()}
+    slots = {}
+    for name, node in nodes.items():
+        slots.setdefault(lossless.operation_of(name), set()).update(graph._slot_names(node))
+    tables = (
+        lossless._AT_ZERO, lossless._AT_LIMITS, lossless._SHAPE_ONLY, lossless._LARGER,
+        lossless._EXTREME, rules._UNBOUNDED, rules._COMPARING, rules._EXACT_SLOTS,
+    )  # fmt: skip
+    for pattern in {pattern for table in tables for pattern in table}:
+        assert fnmatch.filter(slots, pattern), pattern
+    for operation, exact in rules._EXACT_SLOTS.items():
+        assert slots[operation] >= set(exact)
+    # Pools and paddings that keep their input; those of MKL-DNN keep it in a layout of their own.
+    sized = {name for name in slots if re.search(r"(Pool|Pad)\dD", name) and "self" in slots[name]}
+    others = {name for name in sized if name.startswith("Mkldnn")} | {"MaxPool2D"}
+    others |= {"Cummax", "Cummin", "Gather", "MaskedSelect", "Take"}
+    assert sized - others == lossless._SHAPE_ONLY - others
 
 
 def test_overrides_are_tried_in_order_before_the_defaults():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import packlight
 import packlight.groupquant as groupquant
 from packlight.groupquant import fixed_point
 from tests.helpers import kept_bytes
@@ -109,6 +110,14 @@ def test_gated_units_in_eval_are_the_product_and_in_training_keep_packs(name):
     assert kept_bytes(lambda: module(gate, up)) == kept_bytes(lambda: function(gate) * up)
     (first,) = torch.autograd.grad(y.square().sum(), gate, create_graph=True)
     torch.autograd.grad(first.sum(), gate)
+
+
+def test_what_cannot_be_halved_is_refused():
+    for shape, dim in (((), -1), ((4, 5), 1), ((5, 4), 0), ((4, 5), -1)):
+        with pytest.raises(packlight.InputError, match=rf"halves dimension {dim} of shape"):
+            groupquant.glu(torch.ones(shape), dim)
+    x = torch.randn(5, 4)
+    assert torch.equal(groupquant.glu(x), nn.functional.glu(x))
 
 
 @pytest.mark.parametrize(
