@@ -54,6 +54,8 @@ TESTS = {
     "_torch/autograd.py": "tests/test_torch_questions.py tests/test_torch.py",
     "_torch/backends.py": "tests/test_torch_questions.py tests/test_torch.py",
     "_torch/fakes.py": "tests/test_predict.py tests/test_predict_modules.py",
+    "_torch/graph.py": "tests/test_saving.py",
+    "_torch/hooks.py": "tests/test_profile.py tests/test_saving.py",
     "_torch/modes.py": "tests/test_torch_questions.py tests/test_torch.py",
     "_tracer.py": "tests/test_compiled_resnet.py tests/groupquant/test_sharing.py",
     "conversion.py": "tests/test_convert.py tests/test_predict.py",
@@ -70,9 +72,12 @@ TESTS = {
     " tests/groupquant/test_convolution.py",
     "groupquant/fixed_point": "tests/groupquant/test_fixed_point.py"
     " tests/groupquant/test_residual.py",
+    "groupquant/fixed_point/ops.py": "tests/test_operators.py tests/groupquant/test_fixed_point.py",
+    "groupquant/fixed_point/residual_ops.py": "tests/test_operators.py"
+    " tests/groupquant/test_residual.py",
     "groupquant/functional.py": "tests/test_contract.py tests/groupquant/test_modules.py"
-    " tests/groupquant/test_sharing.py"
-    " -k 'groupquant and not kernel and not compiled and not checkpoint'",
+    " tests/groupquant/test_sharing.py -k 'groupquant and not kernel and not compiled and not"
+    " checkpoint'",
     "groupquant/modules.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py"
     " tests/test_contract.py -k 'groupquant and not kernel'",
     "groupquant/norms.py": "tests/groupquant/test_modules.py tests/groupquant/test_limits.py"
@@ -92,8 +97,11 @@ TESTS = {
     "inverted/method.py": "tests/test_convert.py",
     "inverted/modules.py": "tests/test_contract.py -k inverted",
     "inverted/norm_modules.py": "tests/inverted/test_norm_weights.py tests/inverted/test_norms.py",
+    "inverted/norm_ops.py": "tests/test_operators.py tests/inverted/test_norms.py",
+    "inverted/ops.py": "tests/test_operators.py",
     "inverted/rules.py": "tests/test_rules.py tests/test_convert.py",
     "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
+    "packing/ops.py": "tests/test_operators.py tests/packing/test_masks.py",
     "packing/reference.py": "tests/packing",
     "profile.py": "tests/test_profile.py",
     "saving": "tests/test_saving.py",
@@ -101,6 +109,7 @@ TESTS = {
     "sharing.py": "tests/test_notes.py tests/groupquant/test_sharing.py -k 'not near_the_exact and"
     " not checkpoint and not compiled_layers and not compiled_gradients'",
     "sketch": "tests/sketch",
+    "sketch/ops.py": "tests/test_operators.py tests/sketch/test_kernels.py",
 }
 
 # How definitions, statements and expressions begin that no test runs without a GPU.
