@@ -85,7 +85,8 @@ TESTS = {
     "groupquant/ops.py": "tests/test_operators.py",
     "groupquant/packs.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py -k"
     " 'not compiled and not checkpoint'",
-    "groupquant/product.py": "tests/test_notes.py tests/groupquant/test_checkpoint.py",
+    "groupquant/product.py": "tests/test_notes.py tests/test_calls.py"
+    " -k 'product or gated or twice'",
     "groupquant/rules.py": "tests/test_rules.py tests/test_convert.py",
     "integrations": "tests/integrations",
     "integrations/_activations.py": "tests/integrations/test_timm.py"
@@ -155,7 +156,7 @@ OPERATORS = {
     ast.LShift: ">>", ast.RShift: "<<", ast.BitAnd: "|", ast.BitOr: "&", ast.BitXor: "|",
 }  # fmt: skip
 # Functions of which the order of arguments is of no account.
-UNORDERED = ("equal", "mark_non_differentiable", "max", "maximum", "min", "minimum")
+UNORDERED = ("are_one", "equal", "mark_non_differentiable", "max", "maximum", "min", "minimum")
 
 
 class _Mutations(ast.NodeVisitor):
