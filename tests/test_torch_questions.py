@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from packlight import _torch
-from packlight._torch import autograd, backends, modes
+from packlight._torch import autograd, backends, graph, modes
 
 
 @pytest.fixture
@@ -226,6 +226,13 @@ def test_nodes_are_numbered_in_their_order():
     y = torch.ones(3, requires_grad=True) * 1
     assert y.grad_fn._sequence_nr() == before
     assert autograd.next_node_number() == before + 1
+
+
+def test_the_leaves_of_an_operation_are_those_of_its_inputs_that_require_gradients():
+    a, b = (torch.ones(3, requires_grad=True) for _ in range(2))
+    for factors, leaves in (((a, b), [a, b]), ((a, torch.ones(3)), [a]), ((a * 1, b), [b])):
+        found = graph.leaves((factors[0] * factors[1]).grad_fn)
+        assert list(map(id, found)) == list(map(id, leaves))
 
 
 def test_what_is_to_run_at_the_end_of_a_backward_pass(lost):

@@ -54,7 +54,7 @@ TESTS = {
     "_torch/autograd.py": "tests/test_torch_questions.py tests/test_torch.py",
     "_torch/backends.py": "tests/test_torch_questions.py tests/test_torch.py",
     "_torch/fakes.py": "tests/test_predict.py tests/test_predict_modules.py",
-    "_torch/graph.py": "tests/test_saving.py",
+    "_torch/graph.py": "tests/test_torch_questions.py tests/test_saving.py",
     "_torch/hooks.py": "tests/test_profile.py tests/test_saving.py",
     "_torch/modes.py": "tests/test_torch_questions.py tests/test_torch.py",
     "_tracer.py": "tests/test_compiled_resnet.py tests/groupquant/test_sharing.py",
