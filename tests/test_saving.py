@@ -26,7 +26,7 @@ from packlight._torch import graph
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import GroupQuant
 from packlight.profile import MemoryReport, profile
-from packlight.saving import lossless, rules, saving
+from packlight.saving import lossless, rules, saving, tensors
 
 FOUR = GroupQuant(bits=4)
 EIGHT = GroupQuant(bits=8)
@@ -361,6 +361,16 @@ def test_attention_composed_of_matmuls_is_at_eight_bits_too():
     report = kept(model, q, k, v)
     assert pack_bytes(report) == packed(3 * q.numel(), 8)
     assert floats(report) == [("SafeSoftmaxBackward0", 2 * 4 * 64 * 64 * 4)]
+
+
+def test_which_shapes_may_be_masks_of_attention():
+    """Where the values cannot be looked at; meta stands for a GPU."""
+    x = torch.empty(2, 3, 4, 4, device="meta")
+    for mask in (x[0, 0], x[:, :1], x[:, :1].expand(2, 3, 4, 4), x[:, :1, :1]):
+        assert tensors.may_be_a_mask(mask)
+        assert not tensors.may_be_a_mask(torch.empty_like(mask, device="cpu"))
+    for other in (x, x[0], x[0, 0, 0], x[0, 0, :2], x[0, :1], x[:, :1, None]):
+        assert not tensors.may_be_a_mask(other)
 
 
 def test_the_tables_of_operations_are_of_those_that_torch_has():
