@@ -32,6 +32,7 @@ from packlight import (
 from packlight import method as rules
 from packlight._classes import joined
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
+from packlight.layers import product
 from packlight.method import _calls
 from packlight.quantiser import Quantiser
 from packlight.sketch import Sketch
@@ -141,6 +142,30 @@ def test_a_product_of_an_activation_is_a_gated_unit(activation_first, compiled, 
         model(*inputs[:2]).sum().backward()
     assert {"group_quant_gated_backward", "group_quant_gated_product"} <= called
     assert "group_dequantize" not in called
+
+
+def test_which_products_are_torch_s():
+    """Those of other shapes or dtypes, of no gradient, of less than a group, and of no pack."""
+
+    def name(*factors, group_size=128):
+        y = product.mul(*factors, method=GroupQuant(8, group_size, "nearest"))
+        torch.testing.assert_close(y, torch.mul(*factors))
+        return y.grad_fn.name()
+
+    def plain(*shape, **options):
+        return torch.randn(shape, requires_grad=True, **options) * 1
+
+    packed = groupquant.silu(plain(8, 64), bits=8, rounding="nearest")
+    ours = "_MultiplicationBackward"
+    assert name(packed, plain(8, 64)) == name(plain(8, 64), packed) == name(packed, packed) == ours
+    for other in (
+        2.0, plain(64), plain(1, 64), plain(8, 64, dtype=torch.bfloat16), torch.randn(8, 64)
+    ):  # fmt: skip
+        assert name(packed, other) == "MulBackward0"
+    assert name(packed, plain(8, 64), group_size=1024) == "MulBackward0"
+    assert name(packed, plain(8, 64), group_size=512) == ours
+    assert name(plain(8, 64), plain(8, 64)) == "MulBackward0"
+    assert name(torch.randn(8, 64), packed) == "MulBackward0"
 
 
 # What is done to gate, the activation's result and up before they are multiplied, and after.

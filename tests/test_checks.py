@@ -99,6 +99,35 @@ def test_what_is_no_dense_tensor_of_floats_is_refused():
             _checks.check_tensor(wrong, "f")
 
 
+def test_tensors_of_transforms_are_refused_where_gradients_are_recorded():
+    def checked(x):
+        assert _checks.is_transformed()
+        assert not _checks.is_taken(x)
+        _checks.check_tensor(x, "f")
+        return x.sum()
+
+    x = torch.ones(2)
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(InputError, match=r"f keeps packed bits, which torch\.func"):
+            transform(checked)(x)
+    with torch.no_grad():
+        torch.func.vmap(checked)(x)
+    assert not _checks.is_transformed()
+    assert _checks.is_taken(x)
+
+
+def test_what_layers_take():
+    """Tensors of inference mode where no gradient is recorded: autograd cannot save them."""
+    with torch.inference_mode():
+        x = torch.ones(2)
+        assert _checks.is_taken(x)
+    assert not _checks.is_taken(x)
+    with torch.no_grad():
+        assert _checks.is_taken(x)
+    for wrong in (torch.ones(2).to_sparse(), torch.ones(2, dtype=torch.int32)):
+        assert not _checks.is_taken(wrong)
+
+
 def test_numbers_are_numbers():
     _checks.check_numbers("f", a=1, b=2.5)
     for wrong in ("1", None, torch.ones(1)):

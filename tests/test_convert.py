@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import packlight
 from packlight import FewBit, FixedPoint, GroupQuant, Inverted, convert, fewbit, groupquant, revert
+from packlight.conversion import _brief
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.method import Method, Swap, rule
 from packlight.sketch import Sketch
@@ -776,6 +777,23 @@ def test_the_conversion_prints_counts_names_and_reasons():
     assert "FewBit(bits=2)" in text
     assert "fewbit.GELU" in text
     assert "no selector picks it" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (GroupQuant(4), "GroupQuant(bits=4)"),
+        (GroupQuant(2, group_size=64), "GroupQuant(bits=2, group_size=64)"),
+        (
+            GroupQuant(8, group_size=32, rounding="nearest"),
+            "GroupQuant(bits=8, group_size=32, rounding='nearest')",
+        ),
+        (Sketch(0.5, kind="srht", max_rows=99), "Sketch(rows=0.5, kind='srht', max_rows=99)"),
+        (Inverted(), "Inverted()"),
+    ],
+)
+def test_a_method_is_printed_with_its_first_field_and_those_not_as_usual(method, text):
+    assert _brief(method).plain == text
 
 
 def test_the_conversion_is_plain_data():

@@ -123,6 +123,24 @@ def test_the_model_does_not_see_the_future() -> None:
     assert not torch.equal(model(text)[:, -1], model(other)[:, -1])
 
 
+def test_a_block_is_that_of_torch() -> None:
+    block = demo.Block(32, 2)
+    plain = nn.TransformerEncoderLayer(
+        32, 2, 128, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    names = {
+        "attention.qkv.": "self_attn.in_proj_",
+        "attention.out": "self_attn.out_proj",
+        "mlp.fc": "linear",
+    }
+    state = block.state_dict()
+    for ours, theirs in names.items():
+        state = {name.replace(ours, theirs): value for name, value in state.items()}
+    plain.load_state_dict(state)
+    x, mask = torch.randn(3, 8, 32), nn.Transformer.generate_square_subsequent_mask(8)
+    torch.testing.assert_close(block(x), plain(x, mask, is_causal=True))
+
+
 @pytest.mark.parametrize(
     ("variant", "kinds"),
     [
@@ -385,8 +403,17 @@ def test_settings_name_what_is_wrong() -> None:
     for device in ("gpu", "meta", "cuda:x", ""):
         with pytest.raises(InputError, match="is not a device of this demo"):
             demo.check_device(device)
-    with pytest.raises(InputError, match="does not exist: PyTorch sees"):
-        demo.check_device("cuda:99")
+
+
+def test_a_device_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, missing in ((0, ("cuda", "cuda:0")), (2, ("cuda:2", "cuda:99"))):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        for device in missing:
+            with pytest.raises(InputError, match=f"does not exist: PyTorch sees {count}"):
+                demo.check_device(device)
+    for device in ("cuda", "cuda:0", "cuda:1", "cpu"):
+        assert demo.check_device(device) == device
+    assert demo.check_device("cpu:0") == "cpu"
 
 
 def test_defaults_depend_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

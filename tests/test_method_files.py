@@ -1,5 +1,6 @@
 """Methods as text: what is read, what is refused and how, and files that come back as written."""
 
+import dataclasses
 import errno
 import os
 import string
@@ -14,6 +15,7 @@ from torch import nn
 
 import packlight
 from packlight import FewBit, FixedPoint, GroupQuant, InputError, Inverted, Sketch
+from packlight.method import Method
 from packlight.method_files import _toml_text, format_methods, parse_methods
 
 
@@ -74,6 +76,21 @@ def test_what_is_refused(text, message):
 def test_text_of_a_choice(choice):
     expected = choice[0] if isinstance(choice, tuple) and len(choice) == 1 else choice
     assert parse_methods(format_methods(choice)) == expected
+
+
+def test_a_method_whose_text_is_another_method_s_is_refused(monkeypatch):
+    monkeypatch.setattr(Method, "_kinds", dict(Method._kinds))
+
+    @dataclasses.dataclass(frozen=True)
+    class Secret(Method):
+        bits: int = 3
+        hidden: int = dataclasses.field(default=0, repr=False)
+
+    Secret.__qualname__ = "Secret"  # as of a module's own class
+    assert parse_methods(format_methods(Secret(2))) == Secret(2)
+    for choice in (Secret(2, hidden=1), (FewBit(3), Secret(2, hidden=1))):
+        with pytest.raises(InputError, match=r"Secret\(bits=2\) cannot be written: read again"):
+            format_methods(choice)
 
 
 # ---- files ---------------------------------------------------------------------------------------

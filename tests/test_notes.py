@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import weakref
 
 import pytest
@@ -216,6 +217,82 @@ def test_a_note_keeps_its_tensor_s_object_no_longer_than_others_do():
     reference = weakref.ref(x)
     del x
     assert reference() is None
+
+
+# ---- kinds of facts ------------------------------------------------------------------------------
+
+
+class Holder:
+    """What an operation holds that keeps a tensor."""
+
+
+def noted(tensor):
+    """Which kinds of facts are known of the tensor."""
+    found = {
+        "cast": sharing.cast_of(tensor, torch.bfloat16) is not None,
+        "pack": pack_of(tensor) is not None,
+        "sketch": sharing.sketch_of(tensor) is not None,
+        "exact": sharing.is_kept_exactly(tensor),
+        "filled": sharing.is_filled(tensor),
+    }
+    return {kind for kind, known in found.items() if known}
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(["cast", "pack", "sketch", "exact"])])
+def test_each_fact_about_a_tensor_adds_to_the_others(order):
+    x, held = torch.randn(64, 64), {"holder": Holder()}
+    held["pack"] = Pack(lambda dtype, kept: kept, (64, 64), (torch.ones(8), None))
+    write = {
+        "cast": lambda: sharing.note_cast(x, x.bfloat16()),
+        "pack": lambda: note_pack(x, held["pack"]),
+        "sketch": lambda: sharing.note_sketch(x, held["pack"]),
+        "exact": lambda: sharing.note_exact(x, held["holder"]),
+    }
+    known = set()
+    for kind in order:
+        write[kind]()
+        known.add(kind)
+        assert noted(x) == known
+    sharing.note_filled(x)
+    assert noted(x) == known | {"filled"}
+    # A cast has a gradient of its own; a sketch is of rows.
+    assert noted(x.view(8, 8, 64)) == known - {"cast"} | {"filled"}
+    assert noted(x.view(-1)) == noted(x.t()) == {"pack", "exact", "filled"}
+    assert noted(x[:32]) == set()
+    assert noted(x.bfloat16()) == set()
+    assert sharing.cast_of(x, torch.float16) is None
+    del held["holder"]
+    assert noted(x) == known - {"exact"} | {"filled"}
+    del held["pack"]
+    assert noted(x) == {"cast", "filled"}
+    x.add_(1)
+    assert noted(x) == set()
+
+
+def test_a_tensor_with_a_hook_has_no_cast():
+    """The hook would not see a gradient that goes to the cast instead."""
+    x = torch.randn(3, requires_grad=True) * 1
+    sharing.note_cast(x, x.bfloat16())
+    assert noted(x) == {"cast"}
+    x.register_hook(lambda grad: grad)
+    assert noted(x) == set()
+
+
+def test_what_is_held_is_held_until_the_backward_pass_where_hooks_take_packs_away():
+    def note(write):
+        x = torch.randn(64, requires_grad=True) * 1
+        write(x, Pack(lambda dtype, kept: kept, (64,), (torch.ones(8),)))
+        return x
+
+    assert noted(note(note_pack)) == noted(note(sharing.note_kept)) == set()
+    assert noted(note(sharing.note_held)) == {"pack"}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert noted(note(sharing.note_kept)) == set()
+        for write in (note_pack, sharing.note_held):
+            x = note(write)
+            assert noted(x) == {"pack"}
+            x.sum().backward()
+            assert noted(x) == set()
 
 
 # ---- hooks ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import packlight
 from packlight import FewBit, GroupQuant, Inverted, convert, predict, profile
 from packlight.errors import InputError
+from packlight.predict import failing_module, predict_change
 
 
 class Attention(nn.Module):
@@ -348,3 +349,28 @@ def test_what_cannot_be_predicted():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="device cuda is not there"):
             predict(nn.GELU(), torch.randn(3), device="cuda")
+
+
+def test_a_change_is_what_the_model_keeps_beside_what_it_kept_before_it_was_converted():
+    model, x = Block(), torch.randn(2, 16, 64)
+    before = predict(model, x).activation_bytes
+    convert(model, GroupQuant())
+    change = predict_change(model, x)
+    assert change.before.activation_bytes == before
+    assert change.after.activation_bytes == predict(model, x).activation_bytes < before
+    assert packlight.revert(model) > 0  # only a copy was
+
+
+def test_the_module_that_fails_is_named_from_the_model_on():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise ZeroDivisionError
+
+    def failing(model):
+        with pytest.raises(ZeroDivisionError) as error:
+            model(torch.ones(2))
+        return failing_module(error.value)
+
+    assert failing(nn.Sequential(nn.Identity(), nn.Sequential(Fails()))) == "1.0 (Fails)"
+    assert failing(Fails()) == "the model itself (Fails)"
+    assert failing_module(ZeroDivisionError()) == ""

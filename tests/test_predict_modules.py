@@ -291,3 +291,12 @@ def test_a_large_lstm_takes_no_memory():
         layer, x = nn.LSTM(16384, 32768), torch.empty(512, 256, 16384)
     # Gates and cells of each step at the least.
     assert predict(layer, x).activation_bytes > 512 * 256 * 32768 * 4 * 6
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("last", [False, True])
+def test_what_an_embedding_bag_keeps_is_right_to_the_byte(mode, last):
+    layer = Started(nn.EmbeddingBag(50, 4, mode=mode, include_last_offset=last))
+    x, offsets = ids(50, 9), torch.tensor([0, 3, 9][: 2 + last])
+    run, predicted = profile(layer, x, offsets), predict(layer, x, offsets)
+    assert predicted.activation_bytes == run.activation_bytes

@@ -1,4 +1,5 @@
 import builtins
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from packlight import GroupQuant, _torch, predict, saving
 from packlight.errors import InputError, MissingDependencyError
-from packlight.profile import Holding, MemoryDifference, MemoryReport, profile
+from packlight.profile import Holding, MemoryDifference, MemoryReport, profile, restoring
 from packlight.profile.lines import short_path
 from packlight.report import human_bytes
 
@@ -1231,6 +1232,20 @@ def cuda_case(name: str):
     ]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     return model.cuda(), torch.randn(16, 3, 64, 64, device="cuda")
+
+
+def test_generators_of_each_device_are_put_back(monkeypatch):
+    forked = []
+
+    @contextlib.contextmanager
+    def fork_rng(devices, device_type="cuda"):
+        forked.append((device_type if devices else "cpu", devices))
+        yield
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    names = ("cpu", "cuda:0", "cuda:2", "xpu", "cuda")
+    with restoring._generators([torch.device(name) for name in names]):
+        assert sorted(forked) == [("cpu", []), ("cuda", [0, 2, 0]), ("xpu", [0])]
 
 
 @pytest.mark.gpu

@@ -1,6 +1,8 @@
 """`saving`: what is packed, what stays exact, how often, and that no gradient is ever wrong."""
 
+import fnmatch
 import gc
+import re
 import threading
 import weakref
 
@@ -20,10 +22,11 @@ import packlight.groupquant as gq
 import packlight.inverted
 from packlight import _torch, sharing
 from packlight._seeds import operands
+from packlight._torch import graph
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import GroupQuant
 from packlight.profile import MemoryReport, profile
-from packlight.saving import saving
+from packlight.saving import lossless, rules, saving, tensors
 
 FOUR = GroupQuant(bits=4)
 EIGHT = GroupQuant(bits=8)
@@ -360,6 +363,36 @@ def test_attention_composed_of_matmuls_is_at_eight_bits_too():
     assert floats(report) == [("SafeSoftmaxBackward0", 2 * 4 * 64 * 64 * 4)]
 
 
+def test_which_shapes_may_be_masks_of_attention():
+    """Where the values cannot be looked at; meta stands for a GPU."""
+    x = torch.empty(2, 3, 4, 4, device="meta")
+    for mask in (x[0, 0], x[:, :1], x[:, :1].expand(2, 3, 4, 4), x[:, :1, :1]):
+        assert tensors.may_be_a_mask(mask)
+        assert not tensors.may_be_a_mask(torch.empty_like(mask, device="cpu"))
+    for other in (x, x[0], x[0, 0, 0], x[0, 0, :2], x[0, :1], x[:, :1, None]):
+        assert not tensors.may_be_a_mask(other)
+
+
+def test_the_tables_of_operations_are_of_those_that_torch_has():
+    nodes = {name: getattr(torch._C._functions, name) for name in graph.node_names()}
+    slots = {}
+    for name, node in nodes.items():
+        slots.setdefault(lossless.operation_of(name), set()).update(graph._slot_names(node))
+    tables = (
+        lossless._AT_ZERO, lossless._AT_LIMITS, lossless._SHAPE_ONLY, lossless._LARGER,
+        lossless._EXTREME, rules._UNBOUNDED, rules._COMPARING, rules._EXACT_SLOTS,
+    )  # fmt: skip
+    for pattern in {pattern for table in tables for pattern in table}:
+        assert fnmatch.filter(slots, pattern), pattern
+    for operation, exact in rules._EXACT_SLOTS.items():
+        assert slots[operation] >= set(exact)
+    # Pools and paddings that keep their input; those of MKL-DNN keep it in a layout of their own.
+    sized = {name for name in slots if re.search(r"(Pool|Pad)\dD", name) and "self" in slots[name]}
+    others = {name for name in sized if name.startswith("Mkldnn")} | {"MaxPool2D"}
+    others |= {"Cummax", "Cummin", "Gather", "MaskedSelect", "Take"}
+    assert sized - others == lossless._SHAPE_ONLY - others
+
+
 def test_overrides_are_tried_in_order_before_the_defaults():
     x = activation(64, 128)
 
@@ -618,6 +651,28 @@ class Custom(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return dy * ctx.saved_tensors[0].cos()
+
+
+def test_a_function_is_kept_as_torch_s_operation_of_its_name():
+    class Log(Custom):
+        """Whose derivative has no bound, by its name."""
+
+    x = activation(64, 128)
+    assert floats(kept(lambda x: Log.apply(x * 1) * 1, x)) == [("LogBackward", x.nbytes)]
+    assert not floats(kept(lambda x: Custom.apply(x * 1) * 1, x))
+
+
+def test_a_cast_that_is_kept_exactly_is_not_the_tensor_it_was_made_of():
+    x, weight = activation(64, 128), torch.randn(128, 128, requires_grad=True)
+
+    def run(x):
+        x = x * 1
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(x, weight), x.sin()
+
+    report = kept(run, x, overrides={"linear": None})
+    assert ("SinBackward0", x.nbytes) not in floats(report)
+    assert pack_bytes(report) == packed(x.numel())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

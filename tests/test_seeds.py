@@ -203,6 +203,41 @@ def test_a_captured_graph_advances_a_counter_that_was_there_before(monkeypatch):
     assert first.item() != second.item()
 
 
+def test_seeds_of_a_graph_are_told_apart_and_are_one_number_each(fresh_compiler):
+    """A compiler makes one of two equal calls."""
+    calls = []
+
+    def backend(graph, _):
+        nodes = (node for node in graph.graph.nodes if node.op == "call_function")
+        calls.extend(node.args for node in nodes if "next_rounding_seed" in str(node.target))
+        return graph
+
+    def seeds(x):
+        return *_seeds.rounding_seeds(x, 2), _seeds.rounding_tensor(x), _seeds.mask_seed(x)
+
+    found = torch.compile(seeds, backend=backend, fullgraph=True)(torch.ones(3))
+    assert [(seed.shape, seed.dtype) for seed in found] == [((1,), torch.int64)] * 4
+    assert len(set(calls)) == 3
+    assert len({seed.item() for seed in found}) == 4
+
+
+def test_a_device_has_one_counter_that_any_later_pass_may_write_to(monkeypatch):
+    monkeypatch.setattr(_seeds, "_counters", {})
+    with torch.inference_mode():
+        counter = _seeds._counter(torch.device("cpu"))
+    assert torch.equal(counter.add_(1), torch.ones(1, dtype=torch.int64))
+    assert _seeds._counter(torch.device("cpu")) is counter
+    assert _seeds._counter(torch.device("meta")).device.type == "meta"
+
+
+def test_seeds_of_other_tensors_than_cuda_s_make_no_counter(monkeypatch):
+    monkeypatch.setattr(_seeds, "_counters", {})
+    for x in (torch.ones(3), torch.ones(3, device="meta")):
+        assert isinstance(_seeds.rounding_seed(x), int)
+        assert _seeds.rounding_tensor(x).device == x.device
+    assert not _seeds._counters
+
+
 @pytest.mark.gpu
 def test_replays_of_a_graph_round_differently_and_draw_nothing_from_torch():
     torch.manual_seed(0)

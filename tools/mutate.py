@@ -9,6 +9,7 @@ one, a deleted statement, `None` returned, two arguments exchanged. It is killed
 The tests of a module are those of its name in the folder of its name, and those that import it;
 where these say too little or take too long, TESTS names others. What survives is printed as a diff:
 it asks for a test, or for a line in equivalent_mutants.toml that says why no test can tell.
+What only a GPU runs (DEVICE) is counted and left out, unless `--gpu` has the tests run on one.
 
 Sampled by `--seed`. Every mutant runs in a copy of the tree, so that the tree stays as it is.
 """
@@ -46,9 +47,16 @@ TESTS = {
     "__main__.py": "tests/test_cli.py",
     "_library.py": "tests/test_library.py",
     "_overwrite.py": "tests/fewbit/test_pooling.py tests/inverted/test_norms.py",
+    "_seed_kernels.py": "tests/groupquant/test_packs.py -k kernels_equal",
     "_swap.py": "tests/test_convert.py",
     "_torch": "tests/test_torch.py tests/test_notes.py tests/test_saving.py",
     "_torch/attributes.py": "tests/test_torch.py tests/test_profile.py",
+    "_torch/autograd.py": "tests/test_torch_questions.py tests/test_torch.py",
+    "_torch/backends.py": "tests/test_torch_questions.py tests/test_torch.py",
+    "_torch/fakes.py": "tests/test_predict.py tests/test_predict_modules.py",
+    "_torch/graph.py": "tests/test_torch_questions.py tests/test_saving.py",
+    "_torch/hooks.py": "tests/test_profile.py tests/test_saving.py",
+    "_torch/modes.py": "tests/test_torch_questions.py tests/test_torch.py",
     "_tracer.py": "tests/test_compiled_resnet.py tests/groupquant/test_sharing.py",
     "cli": "tests/test_cli.py",
     "cli/command_line.py": "tests/test_cli.py tests/test_models.py",
@@ -62,37 +70,74 @@ TESTS = {
     "fewbit/codebook": "tests/fewbit/test_codebook.py",
     "fewbit/method.py": "tests/fewbit/test_functional.py tests/test_convert.py",
     "fewbit/modules.py": "tests/test_contract.py tests/fewbit/test_functional.py -k fewbit",
+    "fewbit/ops.py": "tests/test_operators.py",
     "fewbit/rules.py": "tests/test_rules.py tests/test_convert.py",
     "groupquant": "tests/groupquant",
     "groupquant/conv_modules.py": "tests/groupquant/test_modules.py"
     " tests/groupquant/test_convolution.py",
     "groupquant/fixed_point": "tests/groupquant/test_fixed_point.py"
     " tests/groupquant/test_residual.py",
+    "groupquant/fixed_point/ops.py": "tests/test_operators.py tests/groupquant/test_fixed_point.py",
+    "groupquant/fixed_point/residual_ops.py": "tests/test_operators.py"
+    " tests/groupquant/test_residual.py",
+    "layers/activations.py": "tests/test_contract.py tests/groupquant/test_modules.py"
+    " tests/groupquant/test_sharing.py -k 'groupquant and not kernel and not compiled and not"
+    " checkpoint'",
     "groupquant/modules.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py"
     " tests/test_contract.py -k 'groupquant and not kernel'",
+    "layers/norms.py": "tests/groupquant/test_modules.py tests/groupquant/test_limits.py"
+    " tests/groupquant/test_sharing.py -k 'not compiled and not checkpoint'",
+    "groupquant/ops.py": "tests/test_operators.py",
+    "groupquant/packs.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py -k"
+    " 'not compiled and not checkpoint'",
+    "layers/product.py": "tests/test_notes.py tests/test_calls.py -k 'product or gated or twice'",
     "groupquant/rules.py": "tests/test_rules.py tests/test_convert.py",
     "integrations": "tests/integrations",
     "integrations/_activations.py": "tests/integrations/test_timm.py"
     " tests/integrations/test_transformers.py",
     "integrations/transformers": "tests/integrations/test_transformers.py",
     "integrations/transformers/callback.py": "tests/integrations/test_trainer.py",
-    "inverted/functional.py": "tests/inverted/test_activations.py tests/test_contract.py"
-    " -k 'inverted or test_activations'",
+    "inverted/functional.py": "tests/inverted/test_activations.py tests/test_contract.py -k"
+    " 'inverted or test_activations'",
     "inverted/method.py": "tests/test_convert.py",
     "inverted/modules.py": "tests/test_contract.py -k inverted",
     "inverted/norm_functions.py": "tests/inverted/test_norms.py tests/inverted/test_linear.py",
     "inverted/norm_modules.py": "tests/inverted/test_norm_weights.py tests/inverted/test_norms.py",
+    "inverted/norm_ops.py": "tests/test_operators.py tests/inverted/test_norms.py",
+    "inverted/ops.py": "tests/test_operators.py",
     "inverted/rules.py": "tests/test_rules.py tests/test_convert.py",
-    "layers": "tests/test_twin.py tests/groupquant/test_modules.py",
+    "layers": "tests/test_own_method.py tests/groupquant/test_modules.py",
+    "layers/attention.py": "tests/groupquant/test_attention_masks.py",
+    "layers/convolution.py": "tests/groupquant/test_convolution.py",
+    "layers/twin.py": "tests/test_twin.py",
     "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
+    "packing/ops.py": "tests/test_operators.py tests/packing/test_masks.py",
     "packing/reference.py": "tests/packing",
     "profile": "tests/test_profile.py",
     "profile/recording.py": "tests/test_profile.py",
     "report": "tests/test_profile.py tests/test_html.py",
     "report/page.py": "tests/test_html.py",
-    "saving": "tests/test_saving.py tests/test_guards.py",
+    "saving": "tests/test_saving.py",
+    "saving/__init__.py": "tests/test_saving.py",
+    "saving/activations.py": "tests/test_saving_precision.py",
+    "saving/norms.py": "tests/test_saving_precision.py",
+    "saving/packing.py": "tests/test_saving_precision.py tests/test_saving.py",
     "selectors.py": "tests/test_convert.py",
+    "sharing.py": "tests/test_notes.py tests/groupquant/test_sharing.py -k 'not near_the_exact and"
+    " not checkpoint and not compiled_layers and not compiled_gradients'",
     "sketch": "tests/sketch",
+    "sketch/ops.py": "tests/test_operators.py tests/sketch/test_kernels.py",
+}
+
+# How definitions, statements and expressions begin that no test runs without a GPU.
+DEVICE = {
+    "cli/demo/settings.py": ['{"steps": 400,'],
+    "layers/attention.py": [
+        "elif backend == SDPBackend.FLASH_ATTENTION.value:",
+        "if backend == SDPBackend.EFFICIENT_ATTENTION.value:",
+        "if backend == SDPBackend.FLASH_ATTENTION.value:",
+        "return out, [*tensors[:3], *tensors[5:7]]",
+    ],
 }
 
 # --- What is changed.
@@ -104,6 +149,7 @@ class Mutant:
     start: int  # offsets into the source, in bytes, as ast counts columns
     end: int
     text: str
+    on_device: bool = False  # only a GPU runs it
 
     def apply(self, source: bytes) -> bytes:
         return source[: self.start] + self.text.encode() + source[self.end :]
@@ -125,16 +171,33 @@ OPERATORS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*",
     ast.LShift: ">>", ast.RShift: "<<", ast.BitAnd: "|", ast.BitOr: "&", ast.BitXor: "|",
 }  # fmt: skip
+# Functions of which the order of arguments is of no account.
+UNORDERED = ("are_one", "equal", "mark_non_differentiable", "max", "maximum", "min", "minimum")
 
 
 class _Mutations(ast.NodeVisitor):
-    """All mutants of one module. Annotations, docstrings and messages of errors are left alone."""
+    """All mutants of one module.
+
+    Annotations, decorators, docstrings and messages of errors are left alone.
+    """
 
     def __init__(self, module: str, source: bytes) -> None:
         self.module, self.source, self.found = module, source, list[Mutant]()
         self.starts = [0]
         for line in source.splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
+        self.device, self.on_device = set(DEVICE.get(module, ())), False
+        self.unseen = set(self.device)
+
+    def visit(self, node: ast.AST) -> None:
+        before = self.on_device
+        if self.device and hasattr(node, "lineno"):
+            line = self.source[self._span(node)[0] : self.starts[node.lineno]].decode()
+            begun = {beginning for beginning in self.device if line.startswith(beginning)}
+            self.on_device |= bool(begun)
+            self.unseen -= begun
+        super().visit(node)
+        self.on_device = before
 
     def _span(self, node: ast.AST) -> tuple[int, int]:
         begin = self.starts[node.lineno - 1] + node.col_offset
@@ -145,7 +208,10 @@ class _Mutations(ast.NodeVisitor):
         return self.source[begin:end].decode()
 
     def _put(self, node: ast.AST, text: str) -> None:
-        self.found.append(Mutant(self.module, *self._span(node), text))
+        self._replace(*self._span(node), text)
+
+    def _replace(self, begin: int, end: int, text: str) -> None:
+        self.found.append(Mutant(self.module, begin, end, text, self.on_device))
 
     def _between(self, left: ast.AST, right: ast.AST, text: str) -> None:
         """Puts another operator between two operands, outside their parentheses."""
@@ -155,7 +221,7 @@ class _Mutations(ast.NodeVisitor):
         operator = re.match(rb"[^\s(#\\]+(?: not\b| in\b)?", gap[closing:])
         if operator is not None:
             begin += closing
-            self.found.append(Mutant(self.module, begin, begin + operator.end(), text))
+            self._replace(begin, begin + operator.end(), text)
 
     def visit_Compare(self, node: ast.Compare) -> None:
         operands = [node.left, *node.comparators]
@@ -200,16 +266,19 @@ class _Mutations(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         first, second = [*node.args[:2], None, None][:2]
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         exchangeable = second is not None and not isinstance(first, ast.Starred)
+        exchangeable &= name not in UNORDERED
         if exchangeable and self._text(first) != self._text(second):
             begin, end = self._span(first)[0], self._span(second)[1]
             between = self.source[self._span(first)[1] : self._span(second)[0]].decode()
             exchanged = self._text(second) + between + self._text(first)
-            self.found.append(Mutant(self.module, begin, end, exchanged))
+            self._replace(begin, end, exchanged)
         self.generic_visit(node)
 
     def visit_Return(self, node: ast.Return) -> None:
-        if node.value is not None and self._text(node.value) != "None":
+        constant = isinstance(node.value, ast.Constant)  # None for False is the same to a caller
+        if node.value is not None and not (constant and node.value.value in (None, False, True)):
             self._put(node.value, "None")
         self.generic_visit(node)
 
@@ -235,8 +304,15 @@ class _Mutations(ast.NodeVisitor):
         if node.value is not None:
             self.visit(node.value)
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg != "strict":  # of zip: an assertion
+            self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for part in node.body:
+            self.visit(part)
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        """Without annotations and decorators."""
         for part in (*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body):
             self.visit(part)
 
@@ -248,6 +324,8 @@ def mutants(module: str) -> list[Mutant]:
     source = (SOURCE / module).read_bytes()
     visitor = _Mutations(module, source)
     visitor.visit(ast.parse(source))
+    if visitor.unseen:
+        sys.exit(f"nothing in {module} begins with {' or '.join(visitor.unseen)}; see DEVICE")
     return visitor.found
 
 
@@ -297,7 +375,7 @@ def copy_tree(folder: Path) -> None:
             shutil.copy(path, folder / name)
 
 
-def passes(folder: Path, tests: list[str], limit: float | None) -> bool:
+def passes(folder: Path, tests: list[str], limit: float | None = None) -> bool:
     environment = {
         **os.environ,
         "PYTHONPATH": str(folder / "src"),
@@ -348,7 +426,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60, help="mutants; 0 for all there are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--gpu", action="store_true", help="run the tests on a CUDA device")
     options = parser.parse_args()
+    gpu = ["--gpu"] if options.gpu else []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run of pytest is left behind
 
     sources = {module: (SOURCE / module).read_bytes() for module in chosen(options.modules)}
@@ -356,6 +436,10 @@ def main() -> None:
         parser.error(f"no module of src/packlight is {' or '.join(options.modules)}")
     listed = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8"))["equivalent"]
     everything = [mutant for module in sources for mutant in mutants(module)]
+    for entry in listed:
+        of_module = [mutant for mutant in everything if mutant.module == entry["module"]]
+        if of_module and not any(known([entry], m, sources[m.module]) for m in of_module):
+            sys.exit(f"{entry['module']} has no mutant {entry['mutant']}; see {EQUIVALENT.name}")
     drawn = random.Random(options.seed).sample(everything, len(everything))
     drawn = sorted(drawn[: options.count or None], key=lambda m: (m.module, m.start, m.text))
 
@@ -369,10 +453,10 @@ def main() -> None:
         def baseline(module: str) -> float | None:
             """The seconds that a mutant's tests may take, None where they fail without one."""
             folder, start = free.get(), time.perf_counter()
-            tests = tests_of(module)
+            tests = [*gpu, *tests_of(module)]
             if not tests:
                 sys.exit(f"no test imports {module}; name some in TESTS")
-            passed = passes(folder, tests, None)
+            passed = passes(folder, tests)
             free.put(folder)
             taken = time.perf_counter() - start
             note = "" if passed else ", which fail without any mutation"
@@ -387,13 +471,15 @@ def main() -> None:
             source = sources[mutant.module]
             if known(listed, mutant, source):
                 return "equivalent"
+            if mutant.on_device and not options.gpu:
+                return "not run"
             if limits[mutant.module] is None:
                 return "untested"
             folder = free.get()
             target = folder / "src" / "packlight" / mutant.module
             try:
                 target.write_bytes(mutant.apply(source))
-                alive = passes(folder, tests_of(mutant.module), limits[mutant.module])
+                alive = passes(folder, [*gpu, *tests_of(mutant.module)], limits[mutant.module])
             finally:
                 target.write_bytes(source)
                 free.put(folder)
@@ -407,16 +493,15 @@ def main() -> None:
             for mutant, found in zip(drawn, pool.map(fate, drawn), strict=True):
                 counts[mutant.module, found] += 1
 
-    print(f"\n{'module':40}{'mutants':>9}{'killed':>9}{'survived':>9}{'equivalent':>12}{'rate':>8}")
+    columns = ("killed", "survived", "equivalent", "not run")
+    print(f"\n{'module':40}{'mutants':>9}{''.join(f'{name:>12}' for name in columns)}{'rate':>8}")
     modules = sorted({module for module, _ in counts})
     for name, members in [*((module, [module]) for module in modules), ("all", modules)]:
-        killed, survived, equivalent = (
-            sum(counts[module, found] for module in members)
-            for found in ("killed", "survived", "equivalent")
-        )
-        rate = killed / max(1, killed + survived)
-        row = f"{name:40}{killed + survived + equivalent:9}{killed:9}{survived:9}{equivalent:12}"
-        print(f"{row}{rate:8.0%}")
+        row = [sum(counts[module, found] for module in members) for found in columns]
+        rate = row[0] / max(1, row[0] + row[1])
+        print(f"{name:40}{sum(row):9}{''.join(f'{number:12}' for number in row)}{rate:8.0%}")
+    if any(found == "not run" for _, found in counts):
+        print("not run: only a GPU runs these; --gpu")
     if any(found == "untested" for _, found in counts):
         sys.exit("some tests fail without any mutation")
     if rate < WANTED:

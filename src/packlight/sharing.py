@@ -321,7 +321,6 @@ class _Reference(weakref.ref):  # type: ignore[type-arg]  # which has no argumen
         return super().__new__(cls, tensor, _forget)
 
     def __init__(self, tensor: Tensor, key: int) -> None:
-        super().__init__(tensor, _forget)  # type: ignore[call-arg]
         self.key = key
 
 

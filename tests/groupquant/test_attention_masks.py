@@ -191,6 +191,37 @@ def test_it_compiles_without_a_break(mask, fresh_compiler):
     torch.testing.assert_close(actual, expected)
 
 
+def test_a_bias_is_laid_out_as_the_memory_efficient_kernel_reads_it():
+    """Rows begin at multiples of 8 elements. On meta the query asks for no device."""
+    query, key = torch.empty(2, 3, 5, 8, device="meta"), torch.empty(2, 3, 13, 8, device="meta")
+    efficient, flash = SDPBackend.EFFICIENT_ATTENTION.value, SDPBackend.FLASH_ATTENTION.value
+    laid_out = torch.randn(2, 3, 5, 16)[..., :13], torch.randn(13), torch.randn(5, 16)[:, :13]
+    others = (
+        torch.randn(5, 13), torch.randn(2, 1, 13, 5).mT, torch.randn(2, 3, 5, 13),
+        torch.randn(5, 2, 3, 13).permute(1, 2, 0, 3), torch.randn(2, 3, 5, 12)[..., :1],
+        torch.randn(2, 3, 65)[..., :15].view(2, 3, 5, 3)[..., :1], torch.randn(26)[::2],
+    )  # fmt: skip
+    for mask in (*laid_out, *others):
+        bias = attention._bias(mask, query, key, efficient)
+        assert torch.equal(bias, mask.expand(2, 3, 5, 13))
+        assert bias.shape == (2, 3, 5, 13)
+        assert bias.stride(-1) == min(1, mask.shape[-1] - 1)
+        assert not any(stride % 8 for stride in bias.stride()[:-1])
+        assert (bias.data_ptr() == mask.data_ptr()) == any(mask is x for x in laid_out)
+        assert attention._bias(mask, query, key, flash) is mask
+        assert attention._bias(mask, torch.empty(2, 3, 5, 8), key, efficient) is mask
+
+
+def test_gradients_of_repeated_heads_are_summed():
+    x, dy = torch.randn(2, 3, 5, 8, requires_grad=True), torch.randn(2, 12, 5, 8)
+    repeated = attention._repeated(x, 4)
+    assert torch.equal(repeated, x.repeat_interleave(4, dim=1))
+    (expected,) = torch.autograd.grad(repeated, x, dy)
+    torch.testing.assert_close(attention._summed(dy, 4), expected)
+    assert attention._repeated(x, 1) is x
+    assert attention._summed(dy, 1) is dy
+
+
 def test_causal_attention_with_dropout_compiles(fresh_compiler):
     """torch's plain attention makes its triangle itself, while the kernel is asked for."""
     x = torch.randn(2, 4, 64, 32, requires_grad=True)

@@ -142,6 +142,11 @@ def test_padding_modes(mode, axes, padding):
         assert (dweight - near).norm() < 0.02 * near.norm()
     x = torch.randn(2, 4, *[SIZE[axes]] * axes, requires_grad=True)
     assert kept_bytes(lambda: ours(x)) == pack_bytes(x.numel(), 8) + ours.weight.nbytes
+    with torch.no_grad():
+        assert torch.equal(ours(x), plain(x))
+    ours.weight.requires_grad_(False)
+    assert torch.equal(ours(x), plain(x))
+    assert kept_bytes(lambda: ours(x)) == kept_bytes(lambda: plain(x))
 
 
 def test_plain_torch_where_nothing_is_won():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import packlight
 import packlight.groupquant as groupquant
 from packlight.groupquant import fixed_point
 from tests.helpers import kept_bytes
@@ -79,6 +80,22 @@ def test_training_keeps_a_pack_and_computes_torchs_values(name):
         assert (a - b).norm() < 0.25 * b.norm()
 
 
+@pytest.mark.parametrize("name", ["Linear", "Conv1d"])
+def test_inputs_shorter_than_a_group_are_left_to_torch(name):
+    module, plain = (
+        (groupquant.Linear(32, 8, **QUIET), nn.Linear(32, 8))
+        if name == "Linear"
+        else (groupquant.Conv1d(32, 8, 1, **QUIET), nn.Conv1d(32, 8, 1))
+    )
+    for rows in (1, 2):
+        shape = (rows, 32) if name == "Linear" else (1, 32, rows)
+        x = torch.randn(shape, requires_grad=True)
+        # 64 values are a group: their codes and a scale.
+        own = 64 * 4 // 8 + 4 + module.weight.nbytes
+        expected = own if rows == 2 else kept_bytes(lambda x=x: plain(x))
+        assert kept_bytes(lambda x=x: module(x)) == expected
+
+
 @pytest.mark.parametrize("name", GATED)
 def test_gated_units_in_eval_are_the_product_and_in_training_keep_packs(name):
     kind, function = GATED[name]
@@ -93,6 +110,14 @@ def test_gated_units_in_eval_are_the_product_and_in_training_keep_packs(name):
     assert kept_bytes(lambda: module(gate, up)) == kept_bytes(lambda: function(gate) * up)
     (first,) = torch.autograd.grad(y.square().sum(), gate, create_graph=True)
     torch.autograd.grad(first.sum(), gate)
+
+
+def test_what_cannot_be_halved_is_refused():
+    for shape, dim in (((), -1), ((4, 5), 1), ((5, 4), 0), ((4, 5), -1)):
+        with pytest.raises(packlight.InputError, match=rf"halves dimension {dim} of shape"):
+            groupquant.glu(torch.ones(shape), dim)
+    x = torch.randn(5, 4)
+    assert torch.equal(groupquant.glu(x), nn.functional.glu(x))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packlight._philox import philox2x32
 from packlight._seeds import operands
 from packlight.errors import InputError
 from packlight.groupquant import GroupQuant, kernels, reference
@@ -82,22 +81,6 @@ def test_values_of_one_group_round_independently():
     up = (y.view(-1, 128)[:, 2:] > 0.3).float()
     pairs = (up[:, 1:] * up[:, :-1]).mean() - up.mean() ** 2
     assert abs(pairs) < 4 * 0.25 / math.sqrt(up.numel())
-
-
-@pytest.mark.parametrize(
-    ("rounds", "counter", "key", "words"),
-    [
-        (7, (0, 0), 0, (0x257A3673, 0xCD26BE2A)),
-        (7, (0xFFFFFFFF, 0xFFFFFFFF), 0xFFFFFFFF, (0xAB302C4D, 0x3DC9D239)),
-        (7, (0x243F6A88, 0x85A308D3), 0x13198A2E, (0xBEDBBE6B, 0xE4C770B3)),
-        (10, (0, 0), 0, (0xFF1DAE59, 0x6CD10DF2)),
-        (10, (0xFFFFFFFF, 0xFFFFFFFF), 0xFFFFFFFF, (0x2C3F628B, 0xAB4FD7AD)),
-        (10, (0x243F6A88, 0x85A308D3), 0x13198A2E, (0xDD7CE038, 0xF62A4C12)),
-    ],
-)
-def test_philox_gives_the_known_answers_of_random123(rounds, counter, key, words):
-    numbers = philox2x32(seed_of(key), seed_of(counter[0]), seed_of(counter[1]), rounds)
-    assert tuple(number.item() for number in numbers) == words
 
 
 def numbers_of_calls(bits, calls, seed=1):

@@ -56,5 +56,5 @@ def in_transform() -> bool:
     """Whether a transform of torch.func or forward-mode derivatives are on, if torch says so."""
     if TRANSFORMS.values is None:
         return False
-    level: int = getattr(torch.autograd.forward_ad, "_current_level", -1)
+    level: int = torch.autograd.forward_ad._current_level
     return level >= 0 or bool(TRANSFORMS.values[0]())

@@ -19,7 +19,6 @@ from torch import Tensor
 from packlight import sharing
 from packlight._checks import (
     check_tensor,
-    is_frozen,
     needs_gradient,
     refuse_second_derivative,
     saved_with_weight,
@@ -146,8 +145,8 @@ def _check_shapes(name: str, axes: int, x: Tensor, weight: Tensor, geometry: _Ge
         )
 
 
-def _may_pack(x: Tensor, weight: Tensor, method: Quantiser) -> bool:
-    return not is_frozen(weight) and worth_packing(x, method)
+def _is_packed(x: Tensor, weight: Tensor, method: Quantiser) -> bool:
+    return needs_gradient(weight) and worth_packing(x, method)
 
 
 def _same_padding(weight: Tensor, dilation: Sequence[int]) -> list[int]:
@@ -192,9 +191,7 @@ def convolve(
         # An odd number: torch, too, adds the one that is left at the far end.
         widths = [width for total in reversed(added) for width in (0, total % 2)]
         x = pad(x, weight, widths, "constant", method)
-    if not _may_pack(x, weight, method):
-        return geometry.forward(x, weight, bias)
-    if not needs_gradient(weight):
+    if not _is_packed(x, weight, method):
         return geometry.forward(x, weight, bias)
     kept = pack_input(x, method)
     return _apply(x, weight, bias, geometry, kept.rebuild, *kept.tensors)
@@ -268,9 +265,7 @@ def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: Qua
 
     The pack is of x, not of the padded tensor, so that others who read x share it.
     """
-    if not _may_pack(x, weight, method):
-        return F.pad(x, list(widths), mode)
-    if not needs_gradient(weight):
+    if not _is_packed(x, weight, method):
         return F.pad(x, list(widths), mode)
     kept = pack_input(x, method)
     rebuild = PaddedRebuild(kept.rebuild, tuple(x.shape), tuple(widths), mode)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from packlight._checks import (
     check_tensor,
-    is_frozen,
     needs_gradient,
     refuse_second_derivative,
     saved_with_weight,
@@ -70,9 +69,7 @@ def linear(
     bias are exact; that of the weight is of the rebuilt input, unbiased where the method is.
     """
     check_tensor(input, "linear")
-    if is_frozen(weight) or not worth_packing(input, method):
-        return F.linear(input, weight, bias)
-    if not needs_gradient(weight):
+    if not (needs_gradient(weight) and worth_packing(input, method)):
         return F.linear(input, weight, bias)
     kept = pack_input(input, method)
     return _apply(input, weight, bias, kept.rebuild, *kept.tensors)

@@ -232,10 +232,8 @@ def _norm(
     )
     width = math.prod(normalized_shape)
     fits = x.shape[x.dim() - len(normalized_shape) :] == normalized_shape
-    if not fits or not method.keeps_rows(width):
+    if not (wanted and fits and method.keeps_rows(width)):
         return plain(x)  # raises for shapes that do not fit
-    if not wanted:
-        return plain(x)
     asked = (name, None if weight is None else weight.dtype)
     x = autocast(x, asked, lambda empty: plain(empty.view(0, *normalized_shape)))
     if eps is None:  # as torch has it: that of the dtype in which it computes

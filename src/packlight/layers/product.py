@@ -77,9 +77,7 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     activation, else a new one. Where neither is packed, and where shapes or dtypes differ or a
     factor needs no gradient, this is torch's product, which keeps both factors.
     """
-    if not _may_be_gate(input, other, method):
-        return torch.mul(input, other)
-    if not _is_gate(input, other):
+    if not _is_gate(input, other, method):
         return torch.mul(input, other)
     if torch.compiler.is_compiling():
         y = _unit(input, other, method)
@@ -138,12 +136,9 @@ def _unit(f: Tensor, up: Tensor, method: Quantiser) -> Tensor | None:
     return y
 
 
-def _may_be_gate(a: Tensor, b: object, method: Quantiser) -> bool:
-    alike = isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
-    return alike and worth_packing(a, method)
-
-
-def _is_gate(a: Tensor, b: Tensor) -> bool:
-    if not (needs_gradient(a) and needs_gradient(b)):
+def _is_gate(a: Tensor, b: object, method: Quantiser) -> bool:
+    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not (needs_gradient(a) and needs_gradient(b) and worth_packing(a, method)):
         return False
     return sharing.pack_of(a) is not None or sharing.pack_of(b) is not None

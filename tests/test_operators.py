@@ -1,0 +1,142 @@
+"""The fake of every operator against the operator, in passes that together reach all of them."""
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from packlight import _seeds, fewbit, groupquant, sketch
+from packlight._library import _LIBRARY
+from packlight.fewbit import ops as few_bit_ops
+from packlight.packing.ops import pack_mask, unpack_mask
+from packlight.sketch.method import KINDS
+from tests.groupquant.test_residual import basic, converted, images
+from tests.inverted.norm_layers import LAYERS as NORMS
+from tests.test_contract import LAYERS
+
+DTYPES = (torch.float32, torch.bfloat16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+class Compared(TorchDispatchMode):
+    """Runs the fake of each of packlight's operators before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace != "packlight":
+            return operator(*args, **(kwargs or {}))
+        with FakeTensorMode():
+            fake = operator(*tree_map_only(torch.Tensor, without_values, args))
+        results = operator(*args)
+        assert described(fake) == described(results), (operator, args)
+        self.seen.add(operator.name())
+        return results
+
+
+def without_values(x):
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def described(results):
+    """All that code which sees no values can read of them."""
+    return [
+        (t.shape, t.dtype, t.device, t.stride(), t.storage_offset()) for t in tree_leaves(results)
+    ]
+
+
+def both_ways(function, x):
+    """A forward and a backward pass, with a gradient of other strides than the output's."""
+    (y, *_) = tree_leaves(function(x.detach().requires_grad_()))
+    y.backward(torch.ones((), dtype=y.dtype).expand(y.shape))
+
+
+def activations():
+    for layer in LAYERS:
+        for inplace in {False, layer.inplace}:
+            options = {"inplace": True} if inplace else {}
+            for dtype in DTYPES:
+                x = torch.randn(5, 33, dtype=dtype)
+                both_ways(lambda x, layer=layer, kw=options: layer.apply(x * 1, **kw), x)
+                both_ways(lambda x, layer=layer, kw=options: layer.apply((x * 1).t(), **kw), x)
+    book = fewbit.fit_codebook(torch.sin, 2, domain=(-3, 3))
+    both_ways(fewbit.activation(torch.sin, book), torch.randn(5, 33))
+
+
+def dropouts():
+    seed = torch.tensor([7])
+    for keep in (True, False):
+        for x in (torch.ones(5, 33), torch.ones(33, 5, dtype=torch.bfloat16).t()):
+            for drop in (few_bit_ops.dropout, few_bit_ops.dropout_):
+                drop(x.clone(), seed, 0, 0.5, keep)
+                drop(x.clone(), None, 7, 0.5, keep)
+    few_bit_ops.dropout_mask(seed, 165, 0.5)
+
+
+def pools():
+    for layout in LAYOUTS:
+        x = torch.randn(2, 3, 9, 8).to(memory_format=layout)
+        for options in ({}, {"return_indices": True}, {"ceil_mode": True, "padding": 1}):
+            both_ways(lambda x, kw=options: fewbit.max_pool2d(x, 3, **kw), x)
+
+
+def inverted_norms():
+    for layer in NORMS:
+        for dtype in DTYPES:
+            both_ways(layer.pair(dtype)[0], layer.sample(dtype))
+
+
+def group_quantised_norms():
+    for kind, arguments, shape in (
+        ("LayerNorm", (33,), (5, 33)),
+        ("RMSNorm", (33,), (5, 33)),
+        ("BatchNorm2d", (6,), (3, 6, 4, 5)),
+        ("GroupNorm", (3, 6), (3, 6, 4, 5)),
+    ):
+        for dtype in DTYPES:
+            for rounding in ("stochastic", "nearest"):
+                layer = getattr(groupquant, kind)(*arguments, rounding=rounding).to(dtype)
+                both_ways(layer, torch.randn(shape).to(dtype))
+
+
+def group_quantised_products():
+    for dtype in DTYPES:
+        x, linear = torch.randn(9, 132, dtype=dtype), groupquant.Linear(66, 4).to(dtype)
+        both_ways(lambda x, f=linear: f(groupquant.swiglu(*x.chunk(2, -1))), x)
+        a, b = torch.randn(5, 64, dtype=dtype), torch.randn(64, 3, dtype=dtype)
+        torch.ops.packlight.wide_mm(a, b)
+        torch.ops.packlight.recast(a.t(), b.double())
+
+
+def residual_blocks():
+    for layout in LAYOUTS:
+        both_ways(converted(basic(2)), images().to(memory_format=layout))
+
+
+def sketches():
+    for kind in KINDS:
+        for dtype in DTYPES:
+            layer = sketch.Linear(33, 4, kind=kind).to(dtype)
+            both_ways(layer, torch.randn(64, 33, dtype=dtype))
+
+
+def masks():
+    mask = torch.rand(50, 3).t() > 0.5
+    packed = pack_mask(mask.view(torch.uint8), mask.stride())
+    unpack_mask(packed, mask.shape, mask.stride())
+
+
+PASSES = (
+    activations, dropouts, pools, inverted_norms, group_quantised_norms, group_quantised_products,
+    residual_blocks, sketches, masks,
+)  # fmt: skip
+
+
+def test_every_fake_is_like_what_its_operator_returns():
+    with Compared() as compared:
+        for run in PASSES:
+            run()
+        _seeds.rounding_tensor(torch.ones(1))
+    assert compared.seen == _LIBRARY._op_defs
