@@ -272,10 +272,12 @@ def test_only_a_parameter_on_a_device_can_be_captured(monkeypatch):
 def test_offset_limit_of_a_layer():
     norm, x = inverted.LayerNorm(8).bfloat16(), torch.randn(4, 8).bfloat16()
     nn.init.constant_(norm.bias, 1.0)
-    assert step(norm, x).grad_fn.next_functions[0][0].name().startswith("NativeLayerNorm")
+    y = step(norm, x)  # torch 2.11 names no node whose graph is gone
+    assert y.grad_fn.next_functions[0][0].name().startswith("NativeLayerNorm")
     norm.offset_limit = 2.0
     norm.refresh()
-    assert step(norm, x).grad_fn.next_functions[0][0].name().startswith("_Inverted")
+    y = step(norm, x)
+    assert y.grad_fn.next_functions[0][0].name().startswith("_Inverted")
     assert inverted.gradient_error(norm)[""] == 2 * 2**-8
 
 
