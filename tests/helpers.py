@@ -142,3 +142,8 @@ def assert_as_near_as_torch(y: Tensor, plain: Tensor, truth: Tensor) -> None:
         # Values of a few roundings each: no further from the truth than torch's worst, or 3 ulps.
         bad &= ulps(y, truth.to(dtype)) > max(3, ulps(plain, truth.to(dtype)).max().item())
     assert not bad.any(), (y[bad][:5], plain[bad][:5], truth[bad][:5])
+
+
+def node_name(y):
+    """The name of the node that made `y`. torch 2.11 names no node whose tensor is gone."""
+    return y.grad_fn.name()
