@@ -17,12 +17,6 @@ from packlight._torch import question
 _SOURCES = "_packlight_sources"
 
 
-def traceable(func: Any) -> Any:
-    """A torch function that a traced `TorchFunctionMode` was given, such that it can call it."""
-    # The method calls `super()`, which the tracer of 2.13 cannot follow from within a mode.
-    return torch.unflatten if func is Tensor.unflatten else func
-
-
 def may_be_detached(tensor: Tensor) -> bool:
     """Whether the traced tensor, a result of this region and no view, can lose its history."""
     answer: bool = _torch.ask("is_result_and_no_view", False, tensor)

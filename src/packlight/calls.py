@@ -65,7 +65,7 @@ class _Covering(TorchFunctionMode):
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if "out" in kwargs and kwargs["out"] is None:
+        if kwargs and "out" in kwargs and kwargs["out"] is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         call = self.calls.table.get(func)
         if (
@@ -74,7 +74,8 @@ class _Covering(TorchFunctionMode):
             or _called_by_a_layer()
             or not _is_covered(call, args, kwargs)
         ):
-            return _tracer.traceable(func)(*args, **kwargs)
+            # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
+            return (torch.unflatten if func is Tensor.unflatten else func)(*args, **kwargs)
         return call.function(*args, **kwargs, **call.options)
 
 

@@ -107,11 +107,13 @@ class _WeakPack(NamedTuple):
         return _WeakPack(pack.rebuild, pack.shape, tuple(references), pack.grade)
 
     def pack(self) -> Pack | None:
-        tensors = tuple(None if ref is None else ref() for ref in self.references)
-        for reference, tensor in zip(self.references, tensors, strict=True):
+        tensors: list[Tensor | None] = []
+        for reference in self.references:  # no generator: this runs at every reader
+            tensor = None if reference is None else reference()
             if tensor is None and reference is not None:
                 return None
-        return Pack(self.rebuild, self.shape, tensors, self.grade)
+            tensors.append(tensor)
+        return Pack(self.rebuild, self.shape, tuple(tensors), self.grade)
 
 
 class _Facts(NamedTuple):

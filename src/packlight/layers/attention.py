@@ -51,7 +51,7 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.rebuilds = [Restore(method, tuple(x.shape), dense_stride(x)) for x in own]
         # The mask as it was given: a bias made of it would be four times as large, for each layer.
-        ctx.save_for_backward(*(part for pack in packs for part in pack), mask, *tensors)
+        ctx.save_for_backward(*[part for pack in packs for part in pack], mask, *tensors)
         ctx.settings = (query.dtype, *flags, sizes, len(packs[3]))
         return out, *packs[3]
 

@@ -153,7 +153,7 @@ class _Norm(torch.autograd.Function):
             copies = []
         ctx.mark_non_differentiable(*copies, *kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rstd, own_parameters(copies, weight, bias)[0], *kept)
+        ctx.save_for_backward(rstd, *own_parameters(copies, weight, bias), *kept)
         ctx.settings = (width, center, method)
         ctx.differentiate = fused.backward
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
@@ -164,7 +164,7 @@ class _Norm(torch.autograd.Function):
         refuse_second_derivative(KEEPS)
         if grad_output is None:
             return (None,) * 8
-        rstd, weight, *kept = ctx.saved_tensors
+        rstd, weight, _, *kept = ctx.saved_tensors  # the bias is the readers'
         width, center, method = ctx.settings
         _, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx, dweight, dbias = ctx.differentiate(

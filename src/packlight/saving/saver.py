@@ -62,7 +62,7 @@ class Calls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # operations of a compiled region are not seen one by one
-            return _tracer.traceable(func)(*args, **kwargs)
+            return func(*args, **kwargs)
         return self.saver.call(func, args, kwargs)
 
 
