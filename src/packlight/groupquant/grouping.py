@@ -21,6 +21,13 @@ def row_group_size(width: int, group_size: int) -> int | None:
     return min([group_size, *[size for size in GROUP_SIZES if size >= width]])
 
 
+class Groups(NamedTuple):
+    """Bits a code and values a group, as operators take them: `int[] groups`."""
+
+    bits: int
+    size: int
+
+
 class Grouping(NamedTuple):
     """Where the codes of a tensor lie: rows of `width` elements, each cut into groups of its own.
 
