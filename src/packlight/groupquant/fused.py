@@ -108,7 +108,7 @@ def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> ScaledRows:
 def _row_groups(width: int, method: GroupQuant) -> Groups:
     size = row_group_size(width, method.group_size)
     assert size is not None  # `keeps_rows` said so
-    return Groups(method.bits, size)
+    return method.bits, size
 
 
 # ---- norms of channels ---------------------------------------------------------------------------

@@ -66,8 +66,8 @@ class GroupQuant(Quantiser):
 
     @property
     def groups(self) -> Groups:
-        """What operators take."""
-        return Groups(self.bits, self.group_size)
+        """Bits and group size as operators take them."""
+        return self.bits, self.group_size
 
     @property
     def grade(self) -> Grade:
