@@ -44,14 +44,14 @@ def pack_bytes(count: int, bits: int) -> int:
 def measure_pack(x: Tensor, bits: int, rounding: str, copy: float) -> dict[str, Any]:
     n = x.numel()
     seed = (None, 2**62 + 1 if rounding == "stochastic" else NEAREST)
-    layout = ((n,), (1,), n, bits, GROUP_SIZE, x.dtype)
-    pack = ops.quantize(x, (1,), bits, GROUP_SIZE, *seed)
+    layout = ((n,), (1,), n, (bits, GROUP_SIZE), x.dtype)
+    pack = ops.quantize(x, (1,), (bits, GROUP_SIZE), *seed)
     y = ops.dequantize(*pack, *layout, *PLAIN)
     step = (pack[1] << 16).view(torch.float32).amax()
     assert (y[: 1 << 20].float() - x[: 1 << 20].float()).abs().max() <= step * 1.02
     del y
     functions: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = {
-        "pack": lambda: ops.quantize(x, (1,), bits, GROUP_SIZE, *seed),
+        "pack": lambda: ops.quantize(x, (1,), (bits, GROUP_SIZE), *seed),
         "unpack": lambda: ops.dequantize(*pack, *layout, *PLAIN),
     }
     times = interleaved(functions, 12, x.device.type)

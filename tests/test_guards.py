@@ -93,22 +93,22 @@ def wide_inverted_norms(guards, rows, width):
 
 def packs(guards, n, bits):
     x = values(guards, n)
-    pack = group.quantize(x, (1,), bits, 64, *draw())
-    _, *inputs = group.activation(x, "silu", (), bits, 64, *operands(None))
-    layout = ((n,), (1,), n, bits, 64, FP32)
+    pack = group.quantize(x, (1,), (bits, 64), *draw())
+    _, *inputs = group.activation(x, "silu", (), (bits, 64), *operands(None))
+    layout = ((n,), (1,), n, (bits, 64), FP32)
     group.dequantize(*pack, *layout, "", (), None, None)
     group.dequantize(*inputs, *layout, "silu", (), None, None)
-    group.activation_backward(x, *inputs, "silu", (), (1,), bits, 64)
-    _, *both = group.gated(x, x, "silu", bits, 64, *draw())
-    group.gated_backward(x, *both, "silu", (1,), bits, 64, True)
-    group.gated_product(*both, "silu", (n,), (1,), bits, 64, FP32)
+    group.activation_backward(x, *inputs, "silu", (), (1,), (bits, 64))
+    _, *both = group.gated(x, x, "silu", (bits, 64), *draw())
+    group.gated_backward(x, *both, "silu", (1,), (bits, 64), True)
+    group.gated_product(*both, "silu", (n,), (1,), (bits, 64), FP32)
 
 
 def packed_rows(guards, rows, width, bits):
     x, weight, bias = (values(guards, *shape) for shape in ((rows, width), (width,), (width,)))
-    _, *kept = group_norm.norm(x, width, weight, bias, 1e-5, True, bits, 32, *draw())
-    group_norm.norm_backward(x, *kept[:3], weight, True, True, True, bits, 32)
-    layout = ((rows, width), (width, 1), width, bits, 32, FP32)
+    _, *kept = group_norm.norm(x, width, weight, bias, 1e-5, True, (bits, 32), *draw())
+    group_norm.norm_backward(x, *kept[:3], weight, True, True, True, (bits, 32))
+    layout = ((rows, width), (width, 1), width, (bits, 32), FP32)
     group.dequantize(*kept[:2], *layout, "", (), weight, bias)
 
 

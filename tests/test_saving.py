@@ -980,8 +980,8 @@ def plain_hooks():
             return x.detach().clone()
         with torch.no_grad():
             dense = torch.empty_like(x).stride()
-            codes = gq.ops.quantize(x.detach(), dense, 8, 32, *operands(None))
-            layout = (tuple(x.shape), dense, x.numel(), 8, 32)
+            codes = gq.ops.quantize(x.detach(), dense, (8, 32), *operands(None))
+            layout = (tuple(x.shape), dense, x.numel(), (8, 32))
             return gq.ops.dequantize(*codes, *layout, x.dtype, "", (), None, None)
 
     return saved_tensors_hooks(pack, lambda x: x)

@@ -176,15 +176,15 @@ def test_opcheck():
     for x in (images, images.contiguous(memory_format=torch.channels_last)):
         affine = (torch.ones(4), torch.zeros(4))
         running = (torch.zeros(4), torch.ones(4))
-        forward = (x, *affine, *running, 0.1, 1e-5, 4, 64, *operands(seed))
+        forward = (x, *affine, *running, 0.1, 1e-5, (4, 64), *operands(seed))
         torch.library.opcheck(operators.group_quant_batch_norm.default, forward)
         y, *kept = operators.group_quant_batch_norm(*forward)
-        backward = (y, *kept, 1e-5, list(y.stride()), 4, 64)
+        backward = (y, *kept, 1e-5, list(y.stride()), (4, 64))
         torch.library.opcheck(operators.group_quant_batch_norm_backward.default, backward)
-        forward = (x, 2, *affine, 1e-5, 4, 64, *operands(None))
+        forward = (x, 2, *affine, 1e-5, (4, 64), *operands(None))
         torch.library.opcheck(operators.group_quant_group_norm.default, forward)
         y, *kept = operators.group_quant_group_norm(*forward)
-        backward = (y, *kept, 1e-5, list(y.stride()), 4, 64)
+        backward = (y, *kept, 1e-5, list(y.stride()), (4, 64))
         torch.library.opcheck(operators.group_quant_group_norm_backward.default, backward)
 
 

@@ -31,7 +31,7 @@ def counts(device):
 @every_kernel_dtype
 def test_forward_is_within_an_ulp_of_torch_or_as_near_the_truth(layer, dtype, device):
     x = many_values(dtype, device)
-    y, _, _ = kernels.activation(x, layer.name, layer.parameters, 4, 128, *operands(None))
+    y, _, _ = kernels.activation(x, layer.name, layer.parameters, (4, 128), *operands(None))
     truth = TRUTH.get(layer.name, layer.plain)(x.double(), *layer.arguments)
     assert_as_near_as_torch(y, layer.torch(x), truth)
 
@@ -44,12 +44,12 @@ def test_gradient_and_rebuilt_output_equal_the_reference(layer, bits, device):
         x = torch.randn(count, device=device) * 3
         dy = torch.randn(count, device=device)
         f = (layer.name, layer.parameters)
-        _, codes, scales = reference.activation(x, *f, bits, 128, *operands(None))
-        backward = (dy, codes, scales, *f, (1,), bits, 128)
+        _, codes, scales = reference.activation(x, *f, (bits, 128), *operands(None))
+        backward = (dy, codes, scales, *f, (1,), (bits, 128))
         close(
             kernels.activation_backward(*backward), reference.activation_backward(*backward), FP32
         )
-        rebuild = (codes, scales, (count,), (1,), count, bits, 128, FP32, *f, None, None)
+        rebuild = (codes, scales, (count,), (1,), count, (bits, 128), FP32, *f, None, None)
         close(kernels.dequantize(*rebuild), reference.dequantize(*rebuild), FP32)
 
 
@@ -60,22 +60,22 @@ def test_gated_units_equal_the_reference(name, dtype, device):
     for count in counts(device):
         gate, up, dy = (torch.randn(count, device=device).to(dtype) * 2 for _ in range(3))
         seed = torch.tensor([11], device=device)
-        ours = kernels.gated(gate, up, name, 4, 128, *operands(seed))
-        theirs = reference.gated(gate, up, name, 4, 128, *operands(seed))
+        ours = kernels.gated(gate, up, name, (4, 128), *operands(seed))
+        theirs = reference.gated(gate, up, name, (4, 128), *operands(seed))
         close(ours[0], theirs[0], dtype)
         for i in (1, 3):
             values = [
-                reference.dequantize_rows(*pack[i : i + 2], 1, count, 4, 128)
+                reference.dequantize_rows(*pack[i : i + 2], 1, count, (4, 128))
                 for pack in (ours, theirs)
             ]
             assert (values[0] != values[1]).float().mean() < 2e-3
         for through in (True, False):
-            backward = (dy, *theirs[1:], name, (1,), 4, 128, through)
+            backward = (dy, *theirs[1:], name, (1,), (4, 128), through)
             for a, b in zip(
                 kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
             ):
                 close(a, b, dtype)
-        product = (*theirs[1:], name, (count,), (1,), 4, 128, dtype)
+        product = (*theirs[1:], name, (count,), (1,), (4, 128), dtype)
         close(kernels.gated_product(*product), reference.gated_product(*product), dtype)
 
 
@@ -91,18 +91,19 @@ def test_norms_equal_the_reference(width, center, dtype, device):
     bias = bias if center else None
     seed = torch.tensor([3], device=device)
     for bits in (2, 4, 8):
-        forward = (x, width, weight, bias, 1e-5, center, bits, 64, *operands(seed))
+        forward = (x, width, weight, bias, 1e-5, center, (bits, 64), *operands(seed))
         ours, theirs = norm_kernels.norm(*forward), norm_reference.norm(*forward)
         close(ours[0], theirs[0], dtype)
         close(ours[3], theirs[3], FP32)
         assert torch.equal(ours[4], weight)
         assert torch.equal(ours[5], bias) if center else ours[5].numel() == 0
         values = [
-            reference.dequantize_rows(*pack[1:3], rows, width, bits, 64) for pack in (ours, theirs)
+            reference.dequantize_rows(*pack[1:3], rows, width, (bits, 64))
+            for pack in (ours, theirs)
         ]
         # Where statistics differ in their last digit a code may too, or a whole group's scale.
         assert (values[0] - values[1]).abs().mean() < 0.02 * 2.0**-bits
-        backward = (dy, *theirs[1:4], weight, center, True, center, bits, 64)
+        backward = (dy, *theirs[1:4], weight, center, True, center, (bits, 64))
         dx, dweight, dbias = norm_kernels.norm_backward(*backward)
         expected = norm_reference.norm_backward(*backward)
         close(dx, expected[0], dtype)
@@ -119,9 +120,9 @@ def test_rebuilt_rows_equal_the_reference(width, has_bias, bits, device):
     """Tiles go on from row to row, and begin anywhere in one."""
     rows = 12 if width == 40 else 5000 // width  # more than a tile
     x = torch.randn(rows * width, device=device)
-    codes, scales = reference.quantize_rows(x, width, bits, 32, None)
+    codes, scales = reference.quantize_rows(x, width, (bits, 32), None)
     weight, bias = (torch.randn(width, device=device) for _ in range(2))
-    layout = ((rows, width), (width, 1), width, bits, 32)
+    layout = ((rows, width), (width, 1), width, (bits, 32))
     kept = (codes, scales, *layout, FP32, "", (), weight, bias if has_bias else None)
     close(kernels.dequantize(*kept), reference.dequantize(*kept), FP32)
 
@@ -133,10 +134,10 @@ def test_a_seed_that_is_a_number_draws_what_the_same_seed_in_memory_draws(device
     in_memory = torch.tensor([number], device=device)
     forms = [(None, number), (in_memory, 0)]
     for run in (
-        lambda seed: kernels.quantize(x, (640, 1), 4, 64, *seed),
-        lambda seed: kernels.activation(x, "gelu", (), 4, 64, *seed),
-        lambda seed: kernels.gated(x, up, "silu", 4, 64, *seed),
-        lambda seed: norm_kernels.norm(x, 640, None, None, 1e-5, True, 4, 64, *seed),
+        lambda seed: kernels.quantize(x, (640, 1), (4, 64), *seed),
+        lambda seed: kernels.activation(x, "gelu", (), (4, 64), *seed),
+        lambda seed: kernels.gated(x, up, "silu", (4, 64), *seed),
+        lambda seed: norm_kernels.norm(x, 640, None, None, 1e-5, True, (4, 64), *seed),
         lambda seed: dropout_kernels.dropout(x, *seed, 0.5, True),
     ):
         a, b = map(run, forms)
@@ -152,23 +153,23 @@ def test_operators_pass_opcheck():
     seed = torch.tensor([1])
     for given in (seed, 2**62 + 1, None):
         draw = operands(given)
-        check(namespace.group_quantize.default, (x, [96, 1], 4, 32, *draw))
-        check(namespace.group_quant_activation.default, (x, "silu", [], 4, 32, *draw))
-        check(namespace.group_quant_gated.default, (x, x + 1, "silu", 4, 32, *draw))
-        norm = (x, 96, torch.ones(96), None, 1e-5, True, 4, 32, *draw)
+        check(namespace.group_quantize.default, (x, [96, 1], (4, 32), *draw))
+        check(namespace.group_quant_activation.default, (x, "silu", [], (4, 32), *draw))
+        check(namespace.group_quant_gated.default, (x, x + 1, "silu", (4, 32), *draw))
+        norm = (x, 96, torch.ones(96), None, 1e-5, True, (4, 32), *draw)
         check(namespace.group_quant_norm.default, norm)
-    codes, scales = ops.quantize(x, (96, 1), 4, 32, *operands(None))
-    layout = ([4, 96], [96, 1], 96, 4, 32, FP32)
+    codes, scales = ops.quantize(x, (96, 1), (4, 32), *operands(None))
+    layout = ([4, 96], [96, 1], 96, (4, 32), FP32)
     for arguments in ((*layout, "", [], torch.ones(96), None), (*layout, "gelu", [], None, None)):
         check(namespace.group_dequantize.default, (codes, scales, *arguments))
-    backward = (x, codes, scales, "gelu", [], [96, 1], 4, 32)
+    backward = (x, codes, scales, "gelu", [], [96, 1], (4, 32))
     check(namespace.group_quant_activation_backward.default, backward)
     packs = (codes, scales, codes, scales)
     for through in (True, False):
-        gated = (x, *packs, "silu", [96, 1], 4, 32, through)
+        gated = (x, *packs, "silu", [96, 1], (4, 32), through)
         check(namespace.group_quant_gated_backward.default, gated)
-    product = (*packs, "silu", [4, 96], [96, 1], 4, 32, FP32)
+    product = (*packs, "silu", [4, 96], [96, 1], (4, 32), FP32)
     check(namespace.group_quant_gated_product.default, product)
-    _, codes, scales, rstd, *_ = ops.norm(x, 96, None, None, 1e-5, True, 4, 32, *operands(None))
-    norm_backward = (x, codes, scales, rstd, torch.ones(96), True, True, True, 4, 32)
+    _, codes, scales, rstd, *_ = ops.norm(x, 96, None, None, 1e-5, True, (4, 32), *operands(None))
+    norm_backward = (x, codes, scales, rstd, torch.ones(96), True, True, True, (4, 32))
     check(namespace.group_quant_norm_backward.default, norm_backward)

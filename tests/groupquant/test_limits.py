@@ -53,10 +53,10 @@ def test_far_inputs_of_activations_have_the_gradient_of_torch(layer, dtype):
     x = groups(dtype)
     y, expected = torch_gradient(layer.torch, x)
     f = (layer.name, layer.parameters)
-    _, codes, scales = reference.activation(x.view(-1), *f, 8, SIZE, *operands(None))
-    back = (codes, scales, *f, (1,), 8, SIZE)
+    _, codes, scales = reference.activation(x.view(-1), *f, (8, SIZE), *operands(None))
+    back = (codes, scales, *f, (1,), (8, SIZE))
     dx = reference.activation_backward(torch.ones_like(x).view(-1), *back).view_as(x)
-    rebuild = (codes, scales, (x.numel(),), (1,), x.numel(), 8, SIZE, dtype)
+    rebuild = (codes, scales, (x.numel(),), (1,), x.numel(), (8, SIZE), dtype)
     values = reference.dequantize(*rebuild, *f, None, None).view_as(x)
     tolerance = 0.6 if layer.name == "softsign" else 0.08
     for i, value in enumerate([0.0, *far_values(dtype)]):
@@ -77,18 +77,18 @@ def test_far_inputs_of_activations_have_the_gradient_of_torch(layer, dtype):
 def test_kernels_keep_far_inputs_as_the_reference_does(layer, dtype):
     x = groups(dtype).view(-1)
     f = (layer.name, layer.parameters)
-    ours = kernels.activation(x, *f, 8, SIZE, *operands(None))[1:]
-    theirs = reference.activation(x, *f, 8, SIZE, *operands(None))[1:]
+    ours = kernels.activation(x, *f, (8, SIZE), *operands(None))[1:]
+    theirs = reference.activation(x, *f, (8, SIZE), *operands(None))[1:]
     known, expected = [(pack[1] << 16).view(torch.float32).isfinite() for pack in (ours, theirs)]
     assert torch.equal(known, expected)
     assert torch.equal(ours[1][known], theirs[1][known])
     assert torch.equal(ours[0].view(-1, SIZE)[known], theirs[0].view(-1, SIZE)[known])
     dy = torch.ones_like(x)
-    back = (*f, (1,), 8, SIZE)
+    back = (*f, (1,), (8, SIZE))
     dx = kernels.activation_backward(dy, *theirs, *back)
     expected = reference.activation_backward(dy, *theirs, *back)
     torch.testing.assert_close(dx, expected, rtol=2e-3, atol=3e-4, equal_nan=True)
-    rebuild = ((x.numel(),), (1,), x.numel(), 8, SIZE, dtype, *f, None, None)
+    rebuild = ((x.numel(),), (1,), x.numel(), (8, SIZE), dtype, *f, None, None)
     y, truth = kernels.dequantize(*theirs, *rebuild), reference.dequantize(*theirs, *rebuild)
     torch.testing.assert_close(y, truth, rtol=2e-3, atol=3e-4, equal_nan=True)
 
@@ -113,9 +113,9 @@ def test_far_gates_of_gated_units_have_the_gradient_of_torch(name, dtype, backen
     inputs = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
     y = UNITS[name](*inputs)
     y.backward(torch.ones_like(y))
-    arguments = (name, 8, SIZE, *operands(None))
+    arguments = (name, (8, SIZE), *operands(None))
     _, *packs = backend.gated(gate.view(-1), up.view(-1), *arguments)
-    back = (name, (1,), 8, SIZE, True)
+    back = (name, (1,), (8, SIZE), True)
     ours = backend.gated_backward(torch.ones_like(gate).view(-1), *packs, *back)
     # NaN in the pack of the gate is NaN in both gradients.
     finite = [all(tensor.grad[i].isfinite().all() for tensor in inputs) for i in range(len(gate))]
@@ -130,7 +130,7 @@ def test_far_gates_of_gated_units_have_the_gradient_of_torch(name, dtype, backen
                 if value <= 0 or math.isinf(value):
                     assert (gradient[i] - expected[i]).abs().max() < 0.08
     shape = ((gate.numel(),), (1,))
-    product = backend.gated_product(*packs, name, *shape, 8, SIZE, dtype).view_as(gate)
+    product = backend.gated_product(*packs, name, *shape, (8, SIZE), dtype).view_as(gate)
     assert (product[:, 5].isfinite() <= y[:, 5].isfinite()).all()
 
 
@@ -167,12 +167,12 @@ def test_finite_values_come_back_finite(backend, dtype, bits):
     # A step, and the rounding of the scales: 8 bits.
     allowed = spread / (2**bits - 1) + (spread + largest) * 2.0**-7
     for seed in (None, torch.tensor([7])):
-        pack = backend.quantize(x.view(-1), (1,), bits, SIZE, *operands(seed))
+        pack = backend.quantize(x.view(-1), (1,), (bits, SIZE), *operands(seed))
         for back_dtype in {dtype, torch.bfloat16}:
-            y = backend.dequantize(*pack, (n,), (1,), n, bits, SIZE, back_dtype, *PLAIN)
+            y = backend.dequantize(*pack, (n,), (1,), n, (bits, SIZE), back_dtype, *PLAIN)
             assert y.isfinite().all()
             assert ((y.view_as(x).double() - values).abs() <= allowed).all()
-        theirs = reference.quantize(x.view(-1), (1,), bits, SIZE, *operands(seed))
+        theirs = reference.quantize(x.view(-1), (1,), (bits, SIZE), *operands(seed))
         assert all(torch.equal(a, b) for a, b in zip(pack, theirs, strict=True))
 
 
@@ -180,8 +180,8 @@ def test_finite_values_come_back_finite(backend, dtype, bits):
 @every_bits
 def test_wide_tensors_come_back_finite_in_float16(backend, bits):
     x = torch.linspace(-65500, 65500, SIZE)
-    pack = backend.quantize(x, (1,), bits, SIZE, *operands(None))
-    y = backend.dequantize(*pack, (SIZE,), (1,), SIZE, bits, SIZE, torch.float16, *PLAIN)
+    pack = backend.quantize(x, (1,), (bits, SIZE), *operands(None))
+    y = backend.dequantize(*pack, (SIZE,), (1,), SIZE, (bits, SIZE), torch.float16, *PLAIN)
     assert y.isfinite().all()
 
 
@@ -190,15 +190,15 @@ def test_wide_tensors_come_back_finite_in_float16(backend, bits):
 def test_what_is_not_finite_comes_back_as_nan(dtype, value):
     x = torch.randn(SIZE).to(dtype)
     x[3] = value
-    pack = reference.quantize(x, (1,), 4, SIZE, *operands(None))
-    y = reference.dequantize(*pack, (SIZE,), (1,), SIZE, 4, SIZE, dtype, *PLAIN)
+    pack = reference.quantize(x, (1,), (4, SIZE), *operands(None))
+    y = reference.dequantize(*pack, (SIZE,), (1,), SIZE, (4, SIZE), dtype, *PLAIN)
     assert y.isnan().all()
 
 
 def test_float64_past_float32_comes_back_as_the_greatest():
     x = torch.tensor([1e300, -1e300, *[1.0] * 30], dtype=torch.float64)
-    pack = reference.quantize(x, (1,), 8, 32, *operands(None))
-    y = reference.dequantize(*pack, (32,), (1,), 32, 8, 32, torch.float64, *PLAIN)
+    pack = reference.quantize(x, (1,), (8, 32), *operands(None))
+    y = reference.dequantize(*pack, (32,), (1,), 32, (8, 32), torch.float64, *PLAIN)
     assert y.isfinite().all()
     assert y[0] > 3e38 > -3e38 > y[1]
 

@@ -25,10 +25,10 @@ def seed_of(number, device="cpu"):
 def round_trip(backend, x, bits, group_size, seed):
     flat = x.reshape(-1)
     n = flat.numel()
-    codes, scales = backend.quantize(flat, (1,), bits, group_size, *operands(seed))
-    return backend.dequantize(codes, scales, (n,), (1,), n, bits, group_size, x.dtype, *PLAIN).view(
-        x.shape
-    )
+    codes, scales = backend.quantize(flat, (1,), (bits, group_size), *operands(seed))
+    return backend.dequantize(
+        codes, scales, (n,), (1,), n, (bits, group_size), x.dtype, *PLAIN
+    ).view(x.shape)
 
 
 def steps(x, bits, group_size):
@@ -204,7 +204,7 @@ def test_a_group_with_a_non_finite_value_comes_back_as_nan(backend, bits, value)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_bytes_are_what_the_method_says(backend, bits, group_size):
     x = torch.randn(4096)
-    codes, scales = backend.quantize(x, (1,), bits, group_size, *operands(None))
+    codes, scales = backend.quantize(x, (1,), (bits, group_size), *operands(None))
     kept = codes.numel() + 4 * scales.numel()
     assert kept == 4096 * (bits + 32 / group_size) / 8
 
@@ -219,10 +219,10 @@ def test_kernels_equal_the_reference(dtype, bits, stochastic, device):
     for count in counts:
         for group_size in (32, 128):
             x = (torch.randn(count, device=device) * 2 + 1).to(dtype)
-            arguments = ((1,), bits, group_size, *operands(seed))
+            arguments = ((1,), (bits, group_size), *operands(seed))
             ours, theirs = kernels.quantize(x, *arguments), reference.quantize(x, *arguments)
             assert torch.equal(ours[1], theirs[1])
-            layout = ((count,), (1,), count, bits, group_size)
+            layout = ((count,), (1,), count, (bits, group_size))
             values = [
                 reference.dequantize(*pack, *layout, torch.float32, *PLAIN)
                 for pack in (ours, theirs)
@@ -241,20 +241,20 @@ def test_kernels_equal_the_reference(dtype, bits, stochastic, device):
 def test_kernels_equal_the_reference_in_rows(bits, rows, width, device):
     x = torch.randn(rows * width, device=device)
     for seed in (seed_of(5 + (7 << 40), device), None):
-        ours = kernels._pack(x, None, "", (), width, bits, 64, *operands(seed))
-        theirs = reference.quantize_rows(x, width, bits, 64, seed)
+        ours = kernels._pack(x, None, "", (), width, (bits, 64), *operands(seed))
+        theirs = reference.quantize_rows(x, width, (bits, 64), seed)
         assert torch.equal(ours[1], theirs[1])
         values = [
-            reference.dequantize_rows(*pack, rows, width, bits, 64) for pack in (ours, theirs)
+            reference.dequantize_rows(*pack, rows, width, (bits, 64)) for pack in (ours, theirs)
         ]
         assert (values[0] != values[1]).sum() <= (0 if device == "cpu" else 2)
 
 
 def test_rows_start_groups_of_their_own():
     rows = torch.randn(3, 100)
-    codes, scales = reference.quantize_rows(rows.view(-1), 100, 4, 64, None)
+    codes, scales = reference.quantize_rows(rows.view(-1), 100, (4, 64), None)
     for row in range(3):
-        alone = reference.quantize_rows(rows[row], 100, 4, 64, None)
+        alone = reference.quantize_rows(rows[row], 100, (4, 64), None)
         assert torch.equal(codes.view(3, -1)[row], alone[0])
         assert torch.equal(scales.view(3, -1)[row], alone[1])
 
@@ -262,7 +262,7 @@ def test_rows_start_groups_of_their_own():
 def test_the_same_seed_gives_the_same_codes_and_another_another():
     x = torch.randn(1000)
     first, again, other = (
-        reference.quantize(x, (1,), 4, 128, *operands(seed_of(number)))[0] for number in (1, 1, 2)
+        reference.quantize(x, (1,), (4, 128), *operands(seed_of(number)))[0] for number in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from packlight._seeds import Seed, operands
 from packlight.groupquant import channel_norm_ops, ops
-from packlight.groupquant.grouping import row_group_size
+from packlight.groupquant.grouping import Groups, row_group_size
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.packs import AppliedCodes, GatedCodes, ScaledRows
 from packlight.groupquant.traced import operators
@@ -19,8 +19,7 @@ Kept = tuple[Tensor, ...] | list[Tensor]
 def _activation(
     x: Tensor, name: str, parameters: tuple[float, ...], method: GroupQuant, seed: Seed
 ) -> tuple[Tensor, ...]:
-    layout = (method.bits, method.group_size)
-    found: tuple[Tensor, ...] = ops.activation(x, name, parameters, *layout, *operands(seed))
+    found: tuple[Tensor, ...] = ops.activation(x, name, parameters, method.groups, *operands(seed))
     return found
 
 
@@ -32,8 +31,8 @@ def _activation_backward(
     stride: tuple[int, ...],
     method: GroupQuant,
 ) -> Tensor:
-    layout = (stride, method.bits, method.group_size)
-    dx: Tensor = ops.activation_backward(grad_output, *kept, name, parameters, *layout)
+    function = (name, parameters)
+    dx: Tensor = ops.activation_backward(grad_output, *kept, *function, stride, method.groups)
     return dx
 
 
@@ -46,16 +45,14 @@ def _activation_rebuild(
 def _gated(
     gate: Tensor, up: Tensor, name: str, method: GroupQuant, seed: Seed, _: Seed
 ) -> tuple[Tensor, ...]:
-    layout = (method.bits, method.group_size)
-    found: tuple[Tensor, ...] = ops.gated(gate, up, name, *layout, *operands(seed))
+    found: tuple[Tensor, ...] = ops.gated(gate, up, name, method.groups, *operands(seed))
     return found
 
 
 def _gated_backward(
     grad_output: Tensor, kept: Kept, name: str, stride: tuple[int, ...], method: GroupQuant
 ) -> tuple[Tensor, Tensor]:
-    layout = (stride, method.bits, method.group_size)
-    dgate, dup = ops.gated_backward(grad_output, *kept, name, *layout, True)
+    dgate, dup = ops.gated_backward(grad_output, *kept, name, stride, method.groups, True)
     return dgate, dup
 
 
@@ -78,11 +75,10 @@ def _norm(
     seed: Seed,
 ) -> tuple[Tensor, Tensor, list[Tensor], Kept]:
     width = x.shape[-1]
-    group_size = _group_size(width, method)
-    run = operators(width, group_size)[0]
-    layout = (method.bits, group_size)
+    groups = _row_groups(width, method)
+    run = operators(width, groups)[0]
     y, codes, scales, rstd, *copies = run(
-        x, width, weight, bias, eps, center, *layout, *operands(seed)
+        x, width, weight, bias, eps, center, groups, *operands(seed)
     )
     return y, rstd, copies, (codes, scales)
 
@@ -98,22 +94,21 @@ def _norm_backward(
     method: GroupQuant,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = grad_output.shape[-1]
-    group_size = _group_size(width, method)
-    run = operators(width, group_size)[1]
-    flags = (center, need_weight, need_bias, method.bits, group_size)
+    groups = _row_groups(width, method)
+    run = operators(width, groups)[1]
+    flags = (center, need_weight, need_bias, groups)
     dx, dweight, dbias = run(grad_output, *kept, rstd, weight, *flags)
     return dx, dweight, dbias
 
 
 def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> ScaledRows:
-    group_size = _group_size(width, method)
-    return ScaledRows(tuple(y.shape), y.stride(), width, method.bits, group_size)
+    return ScaledRows(tuple(y.shape), y.stride(), width, _row_groups(width, method))
 
 
-def _group_size(width: int, method: GroupQuant) -> int:
-    found = row_group_size(width, method.group_size)
-    assert found is not None  # `keeps_rows` said so
-    return found
+def _row_groups(width: int, method: GroupQuant) -> Groups:
+    size = row_group_size(width, method.group_size)
+    assert size is not None  # `keeps_rows` said so
+    return method.bits, size
 
 
 # ---- norms of channels ---------------------------------------------------------------------------
@@ -130,7 +125,7 @@ def _batch_norm(
     method: GroupQuant,
     seed: Seed,
 ) -> tuple[Tensor, ...]:
-    given = (running_mean, running_var, momentum, eps, method.bits, method.group_size)
+    given = (running_mean, running_var, momentum, eps, method.groups)
     y, codes, scales, table = channel_norm_ops.batch_norm(x, weight, bias, *given, *operands(seed))
     return y, table, codes, scales
 
@@ -139,7 +134,7 @@ def _batch_norm_backward(
     grad_output: Tensor, kept: Kept, eps: float, stride: tuple[int, ...], method: GroupQuant
 ) -> tuple[Tensor, Tensor, Tensor]:
     table, codes, scales = kept
-    layout = (eps, stride, method.bits, method.group_size)
+    layout = (eps, stride, method.groups)
     dx, dgamma, dbeta = channel_norm_ops.batch_norm_backward(
         grad_output, codes, scales, table, *layout
     )
@@ -150,12 +145,12 @@ def _group_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    groups: int,
+    num_groups: int,
     eps: float,
     method: GroupQuant,
     seed: Seed,
 ) -> tuple[Tensor, ...]:
-    given = (groups, weight, bias, eps, method.bits, method.group_size)
+    given = (num_groups, weight, bias, eps, method.groups)
     y, codes, scales, table, rstd = channel_norm_ops.group_norm(x, *given, *operands(seed))
     return y, table, rstd, codes, scales
 
@@ -164,7 +159,7 @@ def _group_norm_backward(
     grad_output: Tensor, kept: Kept, eps: float, stride: tuple[int, ...], method: GroupQuant
 ) -> tuple[Tensor, Tensor, Tensor]:
     table, rstd, codes, scales = kept
-    layout = (eps, stride, method.bits, method.group_size)
+    layout = (eps, stride, method.groups)
     dx, dgamma, dbeta = channel_norm_ops.group_norm_backward(
         grad_output, codes, scales, table, rstd, *layout
     )

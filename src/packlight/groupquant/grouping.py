@@ -9,6 +9,10 @@ ROUNDINGS = get_args(Rounding)
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
+# Bits a code and values a group: `int[] groups` of operators. What implements them is given a list.
+# The dispatcher takes a microsecond more to read a NamedTuple, a third of its time.
+Groups = tuple[int, int]
+
 
 def row_group_size(width: int, group_size: int) -> int | None:
     """The group size for rows of `width` that start groups of their own; None for short rows.

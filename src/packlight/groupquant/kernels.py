@@ -28,7 +28,7 @@ from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD, PTX, clamp
 from packlight.elementwise.limits import limits
-from packlight.groupquant.grouping import Grouping
+from packlight.groupquant.grouping import Grouping, Groups
 from packlight.groupquant.reference import ROUNDS, SIGN, TINY
 from packlight.packing.layout import memory_order
 
@@ -711,10 +711,10 @@ def _quantize_launch(
 
 
 def _pack(
-    x: Tensor, y: Tensor | None, name: str, parameters: Sequence[float], width: int, bits: int,
-    group_size: int, seed: Tensor | None, number: int,
+    x: Tensor, y: Tensor | None, name: str, parameters: Sequence[float], width: int,
+    groups: Groups, seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grouping = Grouping(x.numel() // width if width else 0, width, bits, group_size)
+    grouping = Grouping(x.numel() // width if width else 0, width, *groups)
     codes, scales = _empty_pack(x, grouping)
     if x.numel() == 0:
         return codes, scales
@@ -724,15 +724,10 @@ def _pack(
 
 
 def quantize(
-    x: Tensor,
-    stride: Sequence[int],
-    bits: int,
-    group_size: int,
-    seed: Tensor | None,
-    number: int,
+    x: Tensor, stride: Sequence[int], groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor]:
     flat = memory_order(x, stride)
-    return _pack(flat, None, "", (), flat.numel(), bits, group_size, seed, number)
+    return _pack(flat, None, "", (), flat.numel(), groups, seed, number)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -776,8 +771,7 @@ def dequantize(
     shape: Sequence[int],
     stride: Sequence[int],
     width: int,
-    bits: int,
-    group_size: int,
+    groups: Groups,
     dtype: torch.dtype,
     name: str,
     parameters: Sequence[float],
@@ -787,7 +781,7 @@ def dequantize(
     y = codes.new_empty_strided(shape, stride, dtype=dtype)
     if y.numel() == 0:
         return y
-    grouping = Grouping(y.numel() // width, width, bits, group_size)
+    grouping = Grouping(y.numel() // width, width, *groups)
     given = (weight is not None, bias is not None)
     launch = _dequantize_launch(grouping, dtype, name, *_two(parameters), *given)
     launch(codes, scales, y, y if weight is None else weight, y if bias is None else bias)
@@ -795,13 +789,13 @@ def dequantize(
 
 
 def activation(
-    x: Tensor, name: str, parameters: Sequence[float], bits: int, group_size: int,
+    x: Tensor, name: str, parameters: Sequence[float], groups: Groups,
     seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = torch.empty_like(x)
     flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
     n = x.numel()
-    return y, *_pack(flat_x, flat_y, name, parameters, n, bits, group_size, seed, number)
+    return y, *_pack(flat_x, flat_y, name, parameters, n, groups, seed, number)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -828,14 +822,13 @@ def activation_backward(
     name: str,
     parameters: Sequence[float],
     stride: Sequence[int],
-    bits: int,
-    group_size: int,
+    groups: Groups,
 ) -> Tensor:
     dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
     n = dx.numel()
     if n == 0:
         return dx
-    grouping = Grouping(1, n, bits, group_size)
+    grouping = Grouping(1, n, *groups)
     launch = _activation_backward_launch(grouping, name, *_two(parameters))
     launch(memory_order(grad_output, stride), codes, scales, dx)
     return dx
@@ -864,17 +857,11 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) 
 
 
 def gated(
-    gate: Tensor,
-    up: Tensor,
-    name: str,
-    bits: int,
-    group_size: int,
-    seed: Tensor | None,
-    number: int,
+    gate: Tensor, up: Tensor, name: str, groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(gate)
     n = y.numel()
-    grouping = Grouping(1, n, bits, group_size)
+    grouping = Grouping(1, n, *groups)
     gate_pack, up_pack = _empty_pack(gate, grouping), _empty_pack(gate, grouping)
     if n:
         _gated_launch(grouping, gate.dtype, name, seed_kind(seed, number))(
@@ -918,8 +905,7 @@ def gated_backward(
     up_scales: Tensor,
     name: str,
     stride: Sequence[int],
-    bits: int,
-    group_size: int,
+    groups: Groups,
     through: bool,
 ) -> tuple[Tensor, Tensor]:
     dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
@@ -927,7 +913,7 @@ def gated_backward(
     n = dgate.numel()
     packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:
-        grouping = Grouping(1, n, bits, group_size)
+        grouping = Grouping(1, n, *groups)
         launch = _gated_backward_launch(grouping, dgate.dtype, name, False, through)
         launch(memory_order(grad_output, stride), *packs, dgate, dup)
     return dgate, dup
@@ -941,14 +927,13 @@ def gated_product(
     name: str,
     shape: Sequence[int],
     stride: Sequence[int],
-    bits: int,
-    group_size: int,
+    groups: Groups,
     dtype: torch.dtype,
 ) -> Tensor:
     y = gate_codes.new_empty_strided(shape, stride, dtype=dtype)
     n = y.numel()
     packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:
-        launch = _gated_backward_launch(Grouping(1, n, bits, group_size), dtype, name, True, True)
+        launch = _gated_backward_launch(Grouping(1, n, *groups), dtype, name, True, True)
         launch(y, *packs, y, y)
     return y

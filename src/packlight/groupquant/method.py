@@ -9,7 +9,14 @@ from torch import Tensor
 from packlight._seeds import Seed, operands
 from packlight.errors import InputError
 from packlight.groupquant import ops, sides
-from packlight.groupquant.grouping import BITS, GROUP_SIZES, ROUNDINGS, Rounding, row_group_size
+from packlight.groupquant.grouping import (
+    BITS,
+    GROUP_SIZES,
+    ROUNDINGS,
+    Groups,
+    Rounding,
+    row_group_size,
+)
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import Quantiser
 from packlight.sharing import Grade
@@ -58,6 +65,11 @@ class GroupQuant(Quantiser):
             raise InputError(f'rounding={self.rounding!r} is neither "stochastic" nor "nearest"')
 
     @property
+    def groups(self) -> Groups:
+        """Bits and group size as operators take them."""
+        return self.bits, self.group_size
+
+    @property
     def grade(self) -> Grade:
         """How near to a tensor its packs are."""
         return Grade(self.bits, self.group_size, self.rounding == "stochastic")
@@ -77,22 +89,21 @@ class GroupQuant(Quantiser):
 
     def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
         """Codes and scales of `x` in its memory order."""
-        layout = (dense_stride(x), self.bits, self.group_size)
-        kept: tuple[Tensor, ...] = ops.quantize(x, *layout, *operands(seed))
+        kept: tuple[Tensor, ...] = ops.quantize(x, dense_stride(x), self.groups, *operands(seed))
         return kept
 
     def unpack(
         self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
     ) -> Tensor:
         """m + s code."""
-        layout = (shape, stride, math.prod(shape), self.bits, self.group_size)
+        layout = (shape, stride, math.prod(shape), self.groups)
         x: Tensor = ops.dequantize(*kept, *layout, dtype, "", (), None, None)
         return x
 
     def with_sides(self, flat: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """Codes next to 0 change, by less than a step."""
         codes, scales = kept
-        return sides.with_sides(codes, scales, flat, self.bits, self.group_size), scales
+        return sides.with_sides(codes, scales, flat, self.groups), scales
 
     def for_scores(self) -> "GroupQuant":
         """8 bits: with 4 the recomputed probabilities are off by a tenth."""

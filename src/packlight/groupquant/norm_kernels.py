@@ -13,7 +13,7 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
-from packlight.groupquant.grouping import Grouping
+from packlight.groupquant.grouping import Grouping, Groups
 from packlight.groupquant.kernels import (
     load_codes,
     load_tile,
@@ -231,13 +231,12 @@ def norm(
     bias: Tensor | None,
     eps: float,
     center: bool,
-    bits: int,
-    group_size: int,
+    groups: Groups,
     seed: Tensor | None,
     number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = x.shape[0]
-    grouping = Grouping(rows, width, bits, group_size)
+    grouping = Grouping(rows, width, *groups)
     y = torch.empty_like(x)
     codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
     scales = x.new_empty(grouping.groups, dtype=torch.int32)
@@ -297,8 +296,7 @@ def norm_backward(
     center: bool,
     need_weight: bool,
     need_bias: bool,
-    bits: int,
-    group_size: int,
+    groups: Groups,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = rstd.numel(), grad_output.shape[-1]
     dx = torch.empty_like(grad_output)
@@ -306,7 +304,7 @@ def norm_backward(
     if dx.numel() == 0:
         zeros = rstd.new_zeros(width)
         return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
-    grouping = Grouping(rows, width, bits, group_size)
+    grouping = Grouping(rows, width, *groups)
     needs = (need_weight, need_bias)
     launch, programs = _backward_launch(grouping, center, weight is not None, *needs)
     dweight = rstd.new_empty(programs, width) if need_weight else nothing

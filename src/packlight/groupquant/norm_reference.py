@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight._seeds import as_tensor
+from packlight.groupquant.grouping import Groups
 from packlight.groupquant.reference import dequantize_rows, quantize_rows
 from packlight.layers.norms import differentiate, normalise
 
@@ -21,8 +22,7 @@ def norm(
     bias: Tensor | None,
     eps: float,
     center: bool,
-    bits: int,
-    group_size: int,
+    groups: Groups,
     seed: Tensor | None,
     number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -36,7 +36,7 @@ def norm(
         y = F.rms_norm(x, (width,), weight, eps)
     x_hat, rstd = normalise(x, eps, center)
     key = as_tensor(seed, number, x.device)
-    codes, scales = quantize_rows(x_hat.float().reshape(-1), width, bits, group_size, key)
+    codes, scales = quantize_rows(x_hat.float().reshape(-1), width, groups, key)
     copies = (x.new_empty(0) if p is None else p.clone() for p in (weight, bias))
     weight_copy, bias_copy = copies
     return y, codes, scales, rstd.view(-1), weight_copy, bias_copy
@@ -51,10 +51,9 @@ def norm_backward(
     center: bool,
     need_weight: bool,
     need_bias: bool,
-    bits: int,
-    group_size: int,
+    groups: Groups,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `packlight.layers.norms.differentiate`."""
     *others, width = grad_output.shape
-    x_hat = dequantize_rows(codes, scales, math.prod(others), width, bits, group_size)
+    x_hat = dequantize_rows(codes, scales, math.prod(others), width, groups)
     return differentiate(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)

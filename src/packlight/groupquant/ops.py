@@ -12,31 +12,26 @@ from torch import Tensor
 
 from packlight._library import define_op
 from packlight.groupquant import norm_reference, reference
-from packlight.groupquant.grouping import Grouping
+from packlight.groupquant.grouping import Grouping, Groups
 from packlight.packing.layout import compute_dtype
 
 _KERNELS = "packlight.groupquant.kernels"
 
 
-def _fake_pack(x: Tensor, rows: int, width: int, bits: int, group_size: int) -> list[Tensor]:
-    grouping = Grouping(rows, width, bits, group_size)
+def _fake_pack(x: Tensor, rows: int, width: int, groups: Groups) -> list[Tensor]:
+    grouping = Grouping(rows, width, *groups)
     codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
     return [codes, x.new_empty(grouping.groups, dtype=torch.int32)]
 
 
 def _fake_quantize(
-    x: Tensor,
-    stride: Sequence[int],
-    bits: int,
-    group_size: int,
-    seed: Tensor | None,
-    number: int,
+    x: Tensor, stride: Sequence[int], groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, ...]:
-    return tuple(_fake_pack(x, 1, x.numel(), bits, group_size))
+    return tuple(_fake_pack(x, 1, x.numel(), groups))
 
 
 quantize = define_op(
-    "group_quantize(Tensor x, SymInt[] stride, int bits, int group_size, Tensor? seed, int number)"
+    "group_quantize(Tensor x, SymInt[] stride, int[] groups, Tensor? seed, int number)"
     " -> (Tensor, Tensor)",
     reference=reference.quantize,
     fake=_fake_quantize,
@@ -45,44 +40,44 @@ quantize = define_op(
 
 dequantize = define_op(
     "group_dequantize(Tensor codes, Tensor scales, SymInt[] shape, SymInt[] stride, SymInt width,"
-    " int bits, int group_size, ScalarType dtype, str name, float[] parameters, Tensor? weight,"
+    " int[] groups, ScalarType dtype, str name, float[] parameters, Tensor? weight,"
     " Tensor? bias) -> Tensor",
     reference=reference.dequantize,
-    fake=lambda codes, scales, shape, stride, width, bits, group_size, dtype, *_: (
-        codes.new_empty_strided(shape, stride, dtype=dtype)
+    fake=lambda codes, scales, shape, stride, width, groups, dtype, *_: codes.new_empty_strided(
+        shape, stride, dtype=dtype
     ),
     kernel=f"{_KERNELS}:dequantize",
 )
 
 activation = define_op(
-    "group_quant_activation(Tensor x, str name, float[] parameters, int bits, int group_size,"
+    "group_quant_activation(Tensor x, str name, float[] parameters, int[] groups,"
     " Tensor? seed, int number) -> (Tensor, Tensor, Tensor)",
     reference=reference.activation,
-    fake=lambda x, name, parameters, bits, group_size, seed, number: (
+    fake=lambda x, name, parameters, groups, seed, number: (
         torch.empty_like(x),
-        *_fake_pack(x, 1, x.numel(), bits, group_size),
+        *_fake_pack(x, 1, x.numel(), groups),
     ),
     kernel=f"{_KERNELS}:activation",
 )
 
 activation_backward = define_op(
     "group_quant_activation_backward(Tensor grad_output, Tensor codes, Tensor scales, str name,"
-    " float[] parameters, SymInt[] stride, int bits, int group_size) -> Tensor",
+    " float[] parameters, SymInt[] stride, int[] groups) -> Tensor",
     reference=reference.activation_backward,
-    fake=lambda grad_output, codes, scales, name, parameters, stride, bits, group_size: (
+    fake=lambda grad_output, codes, scales, name, parameters, stride, groups: (
         grad_output.new_empty_strided(grad_output.shape, stride)
     ),
     kernel=f"{_KERNELS}:activation_backward",
 )
 
 gated = define_op(
-    "group_quant_gated(Tensor gate, Tensor up, str name, int bits, int group_size, Tensor? seed,"
+    "group_quant_gated(Tensor gate, Tensor up, str name, int[] groups, Tensor? seed,"
     " int number) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.gated,
-    fake=lambda gate, up, name, bits, group_size, seed, number: (
+    fake=lambda gate, up, name, groups, seed, number: (
         torch.empty_like(gate),
-        *_fake_pack(gate, 1, gate.numel(), bits, group_size),
-        *_fake_pack(gate, 1, gate.numel(), bits, group_size),
+        *_fake_pack(gate, 1, gate.numel(), groups),
+        *_fake_pack(gate, 1, gate.numel(), groups),
     ),
     kernel=f"{_KERNELS}:gated",
 )
@@ -96,8 +91,7 @@ def _fake_gated_backward(
     up_scales: Tensor,
     name: str,
     stride: Sequence[int],
-    bits: int,
-    group_size: int,
+    groups: Groups,
     through: bool,
 ) -> tuple[Tensor, Tensor]:
     dgate = grad_output.new_empty_strided(grad_output.shape, stride)
@@ -106,7 +100,7 @@ def _fake_gated_backward(
 
 gated_backward = define_op(
     "group_quant_gated_backward(Tensor grad_output, Tensor gate_codes, Tensor gate_scales,"
-    " Tensor up_codes, Tensor up_scales, str name, SymInt[] stride, int bits, int group_size,"
+    " Tensor up_codes, Tensor up_scales, str name, SymInt[] stride, int[] groups,"
     " bool through) -> (Tensor, Tensor)",
     reference=reference.gated_backward,
     fake=_fake_gated_backward,
@@ -115,11 +109,11 @@ gated_backward = define_op(
 
 gated_product = define_op(
     "group_quant_gated_product(Tensor gate_codes, Tensor gate_scales, Tensor up_codes,"
-    " Tensor up_scales, str name, SymInt[] shape, SymInt[] stride, int bits, int group_size,"
+    " Tensor up_scales, str name, SymInt[] shape, SymInt[] stride, int[] groups,"
     " ScalarType dtype) -> Tensor",
     reference=reference.gated_product,
-    fake=lambda codes, _1, _2, _3, name, shape, stride, bits, group_size, dtype: (
-        codes.new_empty_strided(shape, stride, dtype=dtype)
+    fake=lambda codes, _1, _2, _3, name, shape, stride, groups, dtype: codes.new_empty_strided(
+        shape, stride, dtype=dtype
     ),
     kernel=f"{_KERNELS}:gated_product",
 )
@@ -132,20 +126,19 @@ def _fake_norm(
     bias: Tensor | None,
     eps: float,
     center: bool,
-    bits: int,
-    group_size: int,
+    groups: Groups,
     seed: Tensor | None,
     number: int,
 ) -> tuple[Tensor, ...]:
     rows = x.shape[0]
     rstd = x.new_empty(rows, dtype=compute_dtype(x))
     copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
-    return torch.empty_like(x), *_fake_pack(x, rows, width, bits, group_size), rstd, *copies
+    return torch.empty_like(x), *_fake_pack(x, rows, width, groups), rstd, *copies
 
 
 norm = define_op(
     "group_quant_norm(Tensor x, SymInt width, Tensor? weight, Tensor? bias, float eps, bool center,"
-    " int bits, int group_size, Tensor? seed, int number)"
+    " int[] groups, Tensor? seed, int number)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=norm_reference.norm,
     fake=_fake_norm,
@@ -162,8 +155,7 @@ def _fake_norm_backward(
     center: bool,
     need_weight: bool,
     need_bias: bool,
-    bits: int,
-    group_size: int,
+    groups: Groups,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = grad_output.shape[-1]
     dtype = compute_dtype(grad_output)
@@ -174,7 +166,7 @@ def _fake_norm_backward(
 
 norm_backward = define_op(
     "group_quant_norm_backward(Tensor grad_output, Tensor codes, Tensor scales, Tensor rstd,"
-    " Tensor? weight, bool center, bool need_weight, bool need_bias, int bits, int group_size)"
+    " Tensor? weight, bool center, bool need_weight, bool need_bias, int[] groups)"
     " -> (Tensor, Tensor, Tensor)",
     reference=norm_reference.norm_backward,
     fake=_fake_norm_backward,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from packlight.groupquant import ops
+from packlight.groupquant.grouping import Groups
 from packlight.groupquant.method import GroupQuant
 from packlight.layers.activations import Applied, GatedProduct
 
@@ -19,9 +20,8 @@ class AppliedCodes(Applied):
 
     def __call__(self, dtype: torch.dtype, *kept: Tensor) -> Tensor:
         layout = (self.shape, self.stride, math.prod(self.shape))
-        groups = (self.method.bits, self.method.group_size)
-        function = (self.name, self.parameters)
-        y: Tensor = ops.dequantize(*kept, *layout, *groups, dtype, *function, None, None)
+        given = (self.method.groups, dtype, self.name, self.parameters, None, None)
+        y: Tensor = ops.dequantize(*kept, *layout, *given)
         return y
 
 
@@ -32,12 +32,12 @@ class GatedCodes(GatedProduct):
     method: GroupQuant
 
     def __call__(self, dtype: torch.dtype, *kept: Tensor) -> Tensor:
-        groups = (self.method.bits, self.method.group_size)
-        y: Tensor = ops.gated_product(*kept, self.name, self.shape, self.stride, *groups, dtype)
+        layout = (self.shape, self.stride, self.method.groups)
+        y: Tensor = ops.gated_product(*kept, self.name, *layout, dtype)
         return y
 
     def factor_gradients(self, dy: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor]:
-        layout = (self.stride, self.method.bits, self.method.group_size)
+        layout = (self.stride, self.method.groups)
         df, dup = ops.gated_backward(dy, *kept, self.name, *layout, False)
         return df, dup
 
@@ -49,8 +49,7 @@ class ScaledRows:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     width: int
-    bits: int
-    group_size: int
+    groups: Groups
 
     def __call__(
         self,
@@ -60,6 +59,6 @@ class ScaledRows:
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        layout = (self.shape, self.stride, self.width, self.bits, self.group_size)
+        layout = (self.shape, self.stride, self.width, self.groups)
         y: Tensor = ops.dequantize(codes, scales, *layout, dtype, "", (), weight, bias)
         return y

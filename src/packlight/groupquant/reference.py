@@ -18,7 +18,7 @@ from packlight._philox import philox2x32
 from packlight._seeds import as_tensor
 from packlight.elementwise.derivatives import BACKWARD, FUNCTIONS
 from packlight.elementwise.limits import Limits, limits
-from packlight.groupquant.grouping import Grouping
+from packlight.groupquant.grouping import Grouping, Groups
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
 
 # Rounds of Philox2x32: 7 are the fewest that pass BigCrush (Random123 by Salmon et al.).
@@ -84,8 +84,7 @@ def _bf16_up(x: Tensor) -> Tensor:
 def quantize_rows(
     x: Tensor,
     width: int,
-    bits: int,
-    group_size: int,
+    groups: Groups,
     seed: Tensor | None,
     first_row: int = 0,
     within: Limits | None = None,
@@ -95,8 +94,9 @@ def quantize_rows(
     `seed` [1] int64 makes the rounding stochastic; without it the rounding is to nearest. The
     limits are those of the dtype unless others are given.
     """
+    bits, group_size = groups
     rows = x.numel() // width if width else 0
-    grouping = Grouping(rows, width, bits, group_size)
+    grouping = Grouping(rows, width, *groups)
     padded = grouping.row_groups * group_size
     values = x.view(rows, width)
     if padded != width:  # copies of the last value change no minimum and no maximum
@@ -143,20 +143,15 @@ def quantize_rows(
 
 
 def dequantize_rows(
-    codes: Tensor,
-    scales: Tensor,
-    rows: int,
-    width: int,
-    bits: int,
-    group_size: int,
-    replaced: bool = True,
+    codes: Tensor, scales: Tensor, rows: int, width: int, groups: Groups, replaced: bool = True
 ) -> Tensor:
     """The float32 values [rows, width] that codes and scales stand for.
 
     Unless those in place of infinities will do, as they do for derivatives, groups with any come
     back as NaN.
     """
-    grouping = Grouping(rows, width, bits, group_size)
+    bits, group_size = groups
+    grouping = Grouping(rows, width, *groups)
     packed = codes.view(rows, grouping.row_groups, 1, grouping.group_bytes)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(-1, 1)
     numbers = ((packed >> shifts) & (2**bits - 1)).float()
@@ -177,17 +172,12 @@ def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize(
-    x: Tensor,
-    stride: Sequence[int],
-    bits: int,
-    group_size: int,
-    seed: Tensor | None,
-    number: int,
+    x: Tensor, stride: Sequence[int], groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of `x` in the memory order of `stride`, one row of all its elements."""
     flat = memory_order(x, stride)
     key = as_tensor(seed, number, x.device)
-    return quantize_rows(flat, flat.numel(), bits, group_size, key)
+    return quantize_rows(flat, flat.numel(), groups, key)
 
 
 def dequantize(
@@ -196,8 +186,7 @@ def dequantize(
     shape: Sequence[int],
     stride: Sequence[int],
     width: int,
-    bits: int,
-    group_size: int,
+    groups: Groups,
     dtype: torch.dtype,
     name: str,
     parameters: Sequence[float],
@@ -212,7 +201,7 @@ def dequantize(
     if y.numel() == 0:
         return y
     rows = y.numel() // width
-    values = dequantize_rows(codes, scales, rows, width, bits, group_size, replaced=not name)
+    values = dequantize_rows(codes, scales, rows, width, groups, replaced=not name)
     if name:
         values = FUNCTIONS[name](values, *parameters)
     if weight is not None:
@@ -229,8 +218,7 @@ def activation(
     x: Tensor,
     name: str,
     parameters: Sequence[float],
-    bits: int,
-    group_size: int,
+    groups: Groups,
     seed: Tensor | None,
     number: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +229,7 @@ def activation(
         y = y.new_empty_strided(y.shape, stride).copy_(y)
     within = limits(x.dtype, name, parameters)
     flat, key = memory_order(x, stride), as_tensor(seed, number, x.device)
-    return y, *quantize_rows(flat, flat.numel(), bits, group_size, key, within=within)
+    return y, *quantize_rows(flat, flat.numel(), groups, key, within=within)
 
 
 def activation_backward(
@@ -251,26 +239,19 @@ def activation_backward(
     name: str,
     parameters: Sequence[float],
     stride: Sequence[int],
-    bits: int,
-    group_size: int,
+    groups: Groups,
 ) -> Tensor:
     """dx = dy f'(x~)."""
     flat = memory_order(grad_output, stride)
     n, dtype = flat.numel(), compute_dtype(flat)
-    x = dequantize_rows(codes, scales, 1, n, bits, group_size).view(-1).to(dtype)
+    x = dequantize_rows(codes, scales, 1, n, groups).view(-1).to(dtype)
     dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
     dx.as_strided((n,), (1,)).copy_(BACKWARD[name](flat.to(dtype), x, *parameters))
     return dx
 
 
 def gated(
-    gate: Tensor,
-    up: Tensor,
-    name: str,
-    bits: int,
-    group_size: int,
-    seed: Tensor | None,
-    number: int,
+    gate: Tensor, up: Tensor, name: str, groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y = f(gate) up, bit-equal to torch's, and the packs of gate and up in gate's order."""
     stride = dense_stride(gate)
@@ -282,8 +263,8 @@ def gated(
     n = gate.numel()
     key = as_tensor(seed, number, gate.device)
     within = limits(gate.dtype, name)
-    gate_pack = quantize_rows(memory_order(gate, stride), n, bits, group_size, key, within=within)
-    up_pack = quantize_rows(memory_order(up, stride), n, bits, group_size, key, first_row=1)
+    gate_pack = quantize_rows(memory_order(gate, stride), n, groups, key, within=within)
+    up_pack = quantize_rows(memory_order(up, stride), n, groups, key, first_row=1)
     return y, *gate_pack, *up_pack
 
 
@@ -295,17 +276,16 @@ def gated_backward(
     up_scales: Tensor,
     name: str,
     stride: Sequence[int],
-    bits: int,
-    group_size: int,
+    groups: Groups,
     through: bool,
 ) -> tuple[Tensor, Tensor]:
     """dgate = dy up~ f'(gate~), dup = dy f(gate~). Unless `through`, dy up~ in place of dgate."""
     flat = memory_order(grad_output, stride)
     n, dtype = flat.numel(), compute_dtype(flat)
-    gate_pack, layout = (gate_codes, gate_scales), (1, n, bits, group_size)
-    gate = dequantize_rows(*gate_pack, *layout).view(-1).to(dtype)
-    factor = dequantize_rows(*gate_pack, *layout, replaced=False).view(-1).to(dtype)
-    up = dequantize_rows(up_codes, up_scales, *layout).view(-1).to(dtype)
+    gate_pack = (gate_codes, gate_scales)
+    gate = dequantize_rows(*gate_pack, 1, n, groups).view(-1).to(dtype)
+    factor = dequantize_rows(*gate_pack, 1, n, groups, replaced=False).view(-1).to(dtype)
+    up = dequantize_rows(up_codes, up_scales, 1, n, groups).view(-1).to(dtype)
     dy = flat.to(dtype)
     dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
     dup = torch.empty_like(dgate)
@@ -322,14 +302,13 @@ def gated_product(
     name: str,
     shape: Sequence[int],
     stride: Sequence[int],
-    bits: int,
-    group_size: int,
+    groups: Groups,
     dtype: torch.dtype,
 ) -> Tensor:
     """f(gate~) up~ in `dtype`, of this shape and dense stride."""
     y = gate_codes.new_empty_strided(tuple(shape), tuple(stride), dtype=dtype)
     n = y.numel()
-    gate = dequantize_rows(gate_codes, gate_scales, 1, n, bits, group_size, replaced=False)
-    up = dequantize_rows(up_codes, up_scales, 1, n, bits, group_size)
+    gate = dequantize_rows(gate_codes, gate_scales, 1, n, groups, replaced=False)
+    up = dequantize_rows(up_codes, up_scales, 1, n, groups)
     y.as_strided((n,), (1,)).copy_((FUNCTIONS[name](gate) * up).view(-1))
     return y

@@ -4,13 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight.groupquant.grouping import Groups
 
-def with_sides(codes: Tensor, scales: Tensor, flat: Tensor, bits: int, group_size: int) -> Tensor:
+
+def with_sides(codes: Tensor, scales: Tensor, flat: Tensor, groups: Groups) -> Tensor:
     """The codes, with those of positive values above 0 and those of others not.
 
     Only codes next to 0 change, by less than a step. In a group whose least value is 0 zeros come
     back as that.
     """
+    bits, group_size = groups
     parts = 8 // bits
     last, shape = 2**bits - 1, (scales.numel(), parts, group_size // parts)
     low = (scales & -65536).view(torch.float32)

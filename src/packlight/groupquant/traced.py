@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from packlight.groupquant import norm_reference, ops
+from packlight.groupquant.grouping import Groups
 from packlight.layers.norms import normalise
 from packlight.packing.layout import compute_dtype
 
@@ -30,11 +31,12 @@ def _packed_dtype(x: Tensor, bits: int) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-def operators(width: int, group_size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def operators(width: int, groups: Groups) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`ops.norm` and `ops.norm_backward`, or what stands for them in a compiled region.
 
     Rows with a ragged group are the operators' also there.
     """
+    _, group_size = groups
     if torch.compiler.is_compiling() and width % group_size == 0:
         return norm, norm_reference.norm_backward
     return ops.norm, ops.norm_backward
@@ -47,8 +49,7 @@ def norm(
     bias: Tensor | None,
     eps: float,
     center: bool,
-    bits: int,
-    group_size: int,
+    groups: Groups,
     seed: Tensor | None,
     number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,8 +58,9 @@ def norm(
     There are no copies of the parameters: what a compiled region keeps is the region's own.
     """
     x_hat, rstd = normalise(x, eps, center)
+    bits, _ = groups
     packed = x_hat.to(_packed_dtype(x, bits))
-    codes, scales = ops.quantize(packed, (width, 1), bits, group_size, seed, number)
+    codes, scales = ops.quantize(packed, (width, 1), groups, seed, number)
     y = x_hat if weight is None else x_hat * weight
     y = y if bias is None else y + bias
     return y.to(x.dtype), codes, scales, rstd.view(-1)
