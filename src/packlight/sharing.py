@@ -162,7 +162,7 @@ def note_pack(tensor: Tensor, pack: Pack) -> None:
 
 
 def note_held(tensor: Tensor, pack: Pack) -> None:
-    """Records a pack of a result. The note holds the pack, which nothing else saves before a reader."""
+    """Records a pack of a result: the note holds the pack, which no reader has saved yet."""
     _write(tensor, _Facts(pack=pack), holds=True)
 
 
