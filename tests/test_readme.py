@@ -1,9 +1,13 @@
-"""The examples of the README and of the guide run."""
+"""The examples of the README and of the guides run."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
+
+from packlight.method import Method
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,3 +31,18 @@ def test_an_example_of_the_guide_runs(example):
     names = {}
     exec(compile(example, "docs/how-to-choose.md", "exec"), names)
     assert all(parameter.grad is not None for parameter in names["blocks"].parameters())
+
+
+def test_the_page_on_quantisers_of_one_s_own_runs_and_its_class_keeps_the_contract(monkeypatch):
+    monkeypatch.setattr(Method, "_kinds", dict(Method._kinds))  # it has another BlockFloat
+    page = types.ModuleType("page_on_own_methods")
+    monkeypatch.setitem(sys.modules, page.__name__, page)  # where pickle finds the class
+    for example in examples("docs/own_method.md"):
+        exec(compile(example, "docs/own_method.md", "exec"), vars(page))
+    assert set(page.BlockFloat.fused) == {"norm"}
+    checks = {str(check): check for check in page.checks(page.BlockFloat())}
+    del checks["8_compile, LayerNorm and Linear"]  # seconds; `test_own_method.py` compiles
+    run = [check for name, check in checks.items() if "," not in name or "LayerNorm" in name]
+    for check in run:
+        check()
+    assert len(run) == 10

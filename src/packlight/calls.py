@@ -1,19 +1,18 @@
 """Calls of torch functions inside a model's own code: they keep by a method as layers do.
 
-A module that is to be covered becomes an instance of a subclass made for its class, which runs the
-class's own forward within a `TorchFunctionMode`. That is torch's mechanism for just this: it sees
-every call of a torch function, also in a region that `torch.compile` traces. It is on exactly while
-a forward runs, exceptions or not, so nothing of it is global; and each module of the model's own
-code has it, so a checkpoint that runs a module again sees it again.
+A module that is to be covered becomes an instance of a subclass made for its class. The subclass
+runs the class's own forward within a `TorchFunctionMode`, torch's mechanism for this purpose: a
+mode sees every call of a torch function, also in a region that `torch.compile` traces. The mode is
+on only while a forward runs, whether or not the forward raises, so nothing is global. Each module
+of the model's own code enters the mode, so a checkpoint that runs a module again enters it again.
 
-Each module decides for its own code: one in eval(), and one that the user excludes, covers nothing,
-whatever the module around it does. In training, calls are covered without gradients too, so that a
-pass without and the pass with them run the same functions: both passes of a re-entrant checkpoint
-draw the same random numbers.
+Each module decides for its own code: a module in eval(), or one that the user excludes, covers
+nothing, whatever the module around it does. In training, calls are covered without gradients too,
+so that a pass without gradients and the pass with gradients run the same functions: both passes of
+a re-entrant checkpoint draw the same random numbers.
 
-What the layers of torch.nn call is left to the rules for layers. The layers that a conversion makes
-run with the mode off: they look at tensors a hundred times a block, and each look would go through
-it.
+Calls by the layers of torch.nn are left to the rules for layers. The layers of packlight run with
+the mode off: they read attributes of tensors a hundred times a block, and the mode would see each.
 """
 
 import functools
@@ -33,20 +32,20 @@ from packlight.method import Call, Calls, Method, Swap
 
 _ATTRIBUTE = "_packlight_calls"
 
-# torch's, for all modules; they run outside a module's forward.
+# Hooks of torch for all modules; they run outside a module's forward.
 _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
 )
 
-# Where a caller's own code has not begun yet, seen from the mode.
+# Modules whose frames lie between the mode and the code that calls a torch function.
 _BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._jit_internal")
-# Code whose calls are its own business.
+# Modules whose calls are not covered.
 _LAYERS = ("torch.nn.", "packlight.")
 
 
 class _Covering(TorchFunctionMode):
-    """Runs our functions in place of torch's."""
+    """The mode: runs our functions in place of torch's."""
 
     def __init__(self, calls: Calls) -> None:
         super().__init__()
@@ -54,10 +53,10 @@ class _Covering(TorchFunctionMode):
         self.hooks = None if torch.compiler.is_compiling() else _torch.saved_tensor_hooks()
 
     def holds(self) -> bool:
-        """Whether no saved-tensor hooks were put on since.
+        """Whether no saved-tensor hooks were entered since the mode was.
 
-        Those of a checkpoint of a function run it again with the mode off. One that is compiled is
-        part of the graph in both passes.
+        The hooks of a checkpoint of a function run the function again with the mode off. A compiled
+        checkpoint is part of the graph in both passes.
         """
         return torch.compiler.is_compiling() or self.hooks == _torch.saved_tensor_hooks()
 
@@ -80,7 +79,7 @@ class _Covering(TorchFunctionMode):
 
 
 def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether our function takes this call: no argument that only torch's has, plain tensors."""
+    """Whether our function takes this call: plain tensors, and no argument that only torch has."""
     if len(args) > call.places:
         return False
     for name in kwargs:  # no generators: this runs at every covered call
@@ -94,7 +93,7 @@ def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is no tensor of a subclass, which has torch functions of its own."""
+    """Whether it is no instance of a tensor subclass, which may define torch functions itself."""
     return type(tensor) in (Tensor, nn.Parameter) or _torch.is_fake(tensor)
 
 
@@ -102,7 +101,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _called_by_a_layer() -> bool:
-    """Whether a layer, or a covering that left the call alone, calls the torch function."""
+    """Whether a layer, or packlight itself, calls the torch function."""
     if torch.compiler.is_dynamo_compiling():
         by_a_layer: bool = _torch.ask("by_a_layer", True)
         return by_a_layer
@@ -131,9 +130,9 @@ def by_a_layer(tracer: Any) -> bool:
 
 
 def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a class of layers of ours as it runs with the mode off.
+    """The forward of one of our classes of layers, which runs with the mode off.
 
-    A tensor that our functions do not take runs through the plain layer, as torch has it.
+    A tensor that our functions do not take goes through the plain layer of torch.
     """
 
     def either(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +143,7 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
 
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A module inside may be the user's, and is covered like any.
+        # A module inside may be the user's, and its calls are covered like those of any module.
         if self._modules:
             return either(self, *args, **kwargs)
         return _torch.without_mode(_Covering, either, self, *args, **kwargs)
@@ -159,10 +158,10 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
 def swap_for_calls(
     module: nn.Module, kind: type[nn.Module], methods: tuple[Method, ...], swap: Swap | None = None
 ) -> Swap | None:
-    """How the calls in a module's own code are covered; None where it has none of its own.
+    """How the calls in a module's own code are covered; None if it has no code of its own.
 
-    `kind` is its class before any conversion, `swap` what else a conversion makes of it. Without
-    methods they are torch's, whatever covers those of the module around it.
+    `kind` is the module's class before any conversion, `swap` what else a conversion makes of the
+    module. Without methods its calls stay torch's, whatever the module around it covers.
     """
     code = kind if swap is None else _owner_of_forward(swap.kind)
     own = not f"{code.__module__}.".startswith(_LAYERS) and kind.forward is not nn.Module.forward
@@ -209,9 +208,9 @@ def _compile(self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _run_compiled(module: Any, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs compiled code of a module, in which its calls are covered already, with the mode off.
+    """Runs the compiled code of a module with the mode off: its calls are covered in the code.
 
-    Not where the mode around it covers what the module's own would not.
+    The mode stays on if it covers other calls than the module's own mode would.
     """
     if not torch.compiler.is_compiling():
         alike = vars(module).get(_ATTRIBUTE) is _covered_now()
@@ -225,7 +224,7 @@ _NONE = Calls.of(())
 
 
 def _covered_now() -> Calls:
-    """Which calls are covered where this is asked."""
+    """The calls that are covered at present."""
     for mode in reversed(_torch.function_modes()):
         if isinstance(mode, _Covering):
             return mode.calls if mode.holds() else _NONE

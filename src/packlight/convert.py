@@ -1,6 +1,6 @@
 """`convert` and `revert`: which layers of a model keep by which method.
 
-A converted module stays the same object and takes another class (`_swap.py`), so parameters,
+A converted module stays the same object and takes another class (`_swap.py`). So its parameters,
 buffers, hooks, flags, names, optimizer state and every reference to it stay as they are.
 """
 
@@ -43,9 +43,9 @@ from packlight.selectors import (
 
 __all__ = ["DEFAULT_METHODS", "convert", "revert"]
 
-# The combination that saves most of those that train like exact in our measurements: one 4-bit code
+# Of the combinations that train like exact in our measurements, this one saves most: one 4-bit code
 # for a batch norm, its ReLU and the convolutions behind; 4-bit packs that neighbours share; and
-# exact bits for what is left, which is dropout, max pooling and activations made of straight lines.
+# exact bits for the rest: dropout, max pooling and piecewise linear activations.
 DEFAULT_METHODS: tuple[Method, ...] = (FixedPoint(bits=4), GroupQuant(bits=4), FewBit(bits=3))
 
 
@@ -58,30 +58,30 @@ def convert(
 ) -> Conversion:
     """Have layers of a model keep less for the backward pass; `revert` undoes it.
 
-    `methods` is one method, or a sequence of methods, of which the first that can convert a layer
-    does, or an ordered mapping from selectors to methods, of which the first selector that matches
-    a layer counts. A selector is
+    `methods` is one method, a sequence of methods, or an ordered mapping from selectors to methods.
+    Of a sequence, the first method that can convert a layer converts it. Of a mapping, the first
+    selector that matches a layer counts. A selector is
 
     - a module type, which matches modules of exactly this type,
     - a text: a pattern of names, as in `fnmatch`, `"encoder.*.fc2"` ("*" matches dots too), or the
       name of a type, `"GELU"` or `"torch.nn.GELU"`,
     - a predicate `(name, module) -> bool`.
 
-    In a mapping, too, a sequence of methods may stand for one.
+    A mapping may give a sequence of methods in place of one method, and `None` to leave a layer as
+    it is. A module that is used in several places has several names: a selector that matches one
+    of the names matches the module, in all places.
 
-    A module that is used in several places has several names: a selector that matches any of them
-    matches the module, everywhere. `None` as the method leaves a layer as it is.
+    **What stays.** Each module is the same object as before, of another class. It has the same
+    parameters, buffers, hooks, dtype, device, training mode, names and `state_dict` keys. Shared
+    modules stay shared and tied parameters tied, optimizers go on, and checkpoints go both ways.
+    The model can be copied, pickled and saved. Forward results are torch's, but for the random
+    numbers of dropout.
 
-    **What stays.** Each module is the same object as before, of another class: the same parameters,
-    buffers, hooks, dtype, device, training mode, names and `state_dict` keys; what is shared or
-    tied stays so, optimizers go on, checkpoints go both ways, and the model can be copied, pickled
-    and saved. Forward results are torch's, but for the random numbers of dropout.
-
-    **What is left alone**, and reported with its reason: layers without a rule, subclasses of
+    **What stays torch's**, and is reported with the reason: layers without a rule, subclasses of
     torch's layers (their forward may differ), parametrized and lazy modules. A layer that is
     converted already is converted anew from what it was.
 
-    All is checked before anything is changed.
+    Everything is checked before anything is changed.
 
     Args:
         model: any module; also one that is converted already, compiled, or inside DDP.
@@ -90,15 +90,16 @@ def convert(
             patterns and predicates that match nothing.
         functional: whether calls of torch functions in the model's own code (`F.gelu(x)`,
             `F.scaled_dot_product_attention`, `act(gate) * up`) keep less as well, see
-            docs/convert.md. The code of a module whose selector gives None stays torch's. By the
-            first of the methods that its selector gives, and where no selector picks the module of
-            all methods given, that has a rule for the function.
+            docs/convert.md. Of the methods that a module's selector gives, the first that has a
+            rule for the function counts; of all methods given, if no selector picks the module. The
+            calls of a module whose selector gives None stay torch's.
 
     Raises:
         NothingMatchedError: no layer would change, or a pattern or predicate matched no module; the
             message lists what there is.
-        CannotConvertError: a layer that the method has a rule for cannot be converted, for instance
-            since its forward was replaced, or a selector picked nothing but layers without a rule.
+        CannotConvertError: a layer cannot be converted though the method has a rule for it, for
+            instance since its forward was replaced; or a selector picked only layers without a
+            rule.
         InputError: arguments of the wrong kind.
 
     >>> import torch, packlight
@@ -129,11 +130,11 @@ def convert(
 
 
 def revert(model: nn.Module) -> int:
-    """Give every converted module back what it was, and return how many there were.
+    """Make every converted module what it was, and return how many there were.
 
-    A model without converted modules is left as it is. Raises `CannotConvertError`, before anything
-    is changed, where something else has changed a module's class since: a parametrization, or
-    FSDP's `fully_shard`.
+    A model without converted modules stays as it is. Raises `CannotConvertError`, before anything
+    is changed, if something else has changed a module's class since: a parametrization, or FSDP's
+    `fully_shard`.
 
     >>> import torch, packlight
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
@@ -213,7 +214,7 @@ class _Change(NamedTuple):
 
     @property
     def applied(self) -> Method:
-        """The method by which the layer keeps, which a rule may have made of the one given."""
+        """The method by which the layer keeps; a rule may have derived it from the given one."""
         found = (value for value in self.swap.attributes.values() if isinstance(value, Method))
         return next(found, self.method)
 
@@ -223,26 +224,26 @@ class _NoRule(Exception):
 
 
 class _Plan:
-    """What is to become of each layer, and what speaks against it. Changes nothing."""
+    """What each layer is to become, and the reasons against it. Changes nothing."""
 
     def __init__(self, methods: Methods) -> None:
         self.selectors = dict(methods) if isinstance(methods, Mapping) else None
-        # For all layers alike, where there are no selectors.
+        # For all layers alike, if there are no selectors.
         self.methods: tuple[Method, ...] = ()
         if isinstance(methods, Method):
             self.methods = (methods,)
         elif not isinstance(methods, Mapping):
             self.methods = tuple(methods)
         self.changes: list[_Change] = []
-        # Modules whose calls are covered, and where there are any those that are left out, without
-        # methods.
+        # Modules whose calls are covered. If there are any, modules that are excluded are here too,
+        # without methods.
         self.covered: list[tuple[Layer, Swap, tuple[Method, ...]]] = []
         self.skipped: list[Skipped] = []
         self.refused: list[str] = []  # layers that have a rule and cannot be converted
         self.matched: set[Selector] = set()
-        self.selected: dict[nn.Module, Selector] = {}  # the selector that counts for a module
-        self.obeyed: set[Selector] = set()  # selectors by which something is converted or left
-        self.vain: dict[Selector, list[Skipped]] = {}  # what a selector picked without a rule
+        self.selected: dict[nn.Module, Selector] = {}  # the selector that decides for a module
+        self.obeyed: set[Selector] = set()  # selectors that convert a layer, or give None for one
+        self.vain: dict[Selector, list[Skipped]] = {}  # picked layers without a rule
 
     def add(self, layer: Layer) -> None:
         if self.selectors is None:
@@ -288,7 +289,7 @@ class _Plan:
         return tuple(dict.fromkeys(found))
 
     def cover_calls(self, layers: list[Layer]) -> None:
-        """Has modules' own code covered, of modules that are converted too."""
+        """Plans to cover the calls in modules' own code, converted modules included."""
         changes = {change.layer.module: index for index, change in enumerate(self.changes)}
         for layer in layers:
             index = changes.get(layer.module)
@@ -312,7 +313,7 @@ class _Plan:
             self.covered.clear()
 
     def _skip(self, layer: Layer, reason: str, always: bool = False) -> Skipped:
-        """Notes that the layer stays as it is; a container only `always`, where a rule says so."""
+        """Records that the layer stays as it is; a container only if a rule says so."""
         skipped = Skipped(layer.names, layer.kind.__name__, reason)
         if always or not layer.is_container:
             self.skipped.append(skipped)
@@ -323,7 +324,7 @@ class _Plan:
         return [key for key in self.selectors or () if key not in self.matched]
 
     def check(self, layers: list[Layer]) -> None:
-        """Raises for what is likely not meant."""
+        """Raises for what is likely a mistake."""
         if self.refused:
             raise CannotConvertError(
                 f"{_first(self.refused)}. To leave such layers as they are, pick them with None at"
@@ -373,7 +374,7 @@ class _Plan:
 
 
 def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:
-    """Torch functions whose calls keep other bits than any of the methods says."""
+    """Torch functions whose calls keep a number of bits that none of the methods has."""
     given = {None, *(getattr(method, "bits", None) for method in methods)}
     found = {
         function.__name__: getattr(call.options.get("method"), "bits", None)
@@ -383,7 +384,7 @@ def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:
 
 
 def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
-    """What the first method that can makes of the layer. Raises where none can, with the reason."""
+    """The change by the first method that can convert the layer. Raises the reason if none can."""
     rules = [(rule, method) for method in methods if (rule := find_rule(method, layer.kind))]
     if not rules:
         raise _NoRule(_why_no_rule(layer, methods))
@@ -410,7 +411,7 @@ def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
 
 
 def _why_not_taken(module: nn.Module) -> str | None:
-    """Why the layer is left to torch for what its parameters are, None if it is not."""
+    """Why the layer stays torch's because of its parameters; None if it need not."""
     for name, parameter in module.named_parameters(recurse=False):
         if not is_supported(parameter):
             kind = parameter.dtype if parameter.layout is torch.strided else parameter.layout
@@ -434,7 +435,7 @@ def _why_no_rule(layer: Layer, methods: tuple[Method, ...]) -> str:
 
 
 def _class_changed(module: nn.Module) -> str | None:
-    """Why a converted module can neither be reverted nor converted anew, None if it can."""
+    """Why a converted module can neither be reverted nor converted anew; None if it can be."""
     was = _swap.former(module)
     if was is None or type(module) is was.swap.kind:
         return None
@@ -455,7 +456,7 @@ def _first(texts: list[str]) -> str:
 
 
 def _public_name(kind: type[nn.Module]) -> str:
-    """Where users find the class: the folder of its method, if that hands it out."""
+    """Where users find the class: in the folder of its method, if the folder exports it."""
     folder = kind.__module__.rpartition(".")[0]
     public = getattr(sys.modules.get(folder), kind.__name__, None) is kind
     return f"{folder if public else kind.__module__}.{kind.__qualname__}"

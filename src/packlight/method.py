@@ -51,12 +51,12 @@ class Method:
         return kind(**fields)
 
 
-# Packages name their methods in this group of entry points, so that a text or a file can.
+# Packages list their methods in this group of entry points, so that a text or a file finds them.
 ENTRY_POINTS = "packlight.methods"
 
 
 def method_kinds(name: str = "") -> dict[str, type[Method]]:
-    """The methods by their names; those of other packages too, unless `name` is known without."""
+    """All methods by their names. Entry points are not read if `name` is known without them."""
     if name not in Method._kinds:
         _load_entry_points()
     return Method._kinds
@@ -67,7 +67,7 @@ def _load_entry_points() -> None:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
-        except Exception as error:  # noqa: BLE001  another package's fault is its own
+        except Exception as error:  # noqa: BLE001  a broken package must not break the others
             warnings.warn(
                 f"the method {entry.name} of {entry.value} cannot be loaded: {error!r}",
                 stacklevel=2,
@@ -75,25 +75,25 @@ def _load_entry_points() -> None:
 
 
 class Swap(NamedTuple):
-    """What a module becomes: it stays the same object, with another class and some attributes.
+    """What a module becomes: the same object with another class and some attributes.
 
     So parameters, buffers, hooks, flags, names, and every reference to the module stay as they are.
-    `kind` reads the attributes that the module has, and those given here.
+    `kind` reads the attributes that the module has, and the attributes given here.
     """
 
     kind: type[nn.Module]
     attributes: dict[str, Any] = {}  # noqa: RUF012  never written to
 
 
-# A rule looks at a module and never changes it. It raises `CannotConvertError` or `LeaveAlone` with
-# the reason where this one module cannot take the method.
+# A rule looks at a module and never changes it. If this one module cannot take the method, the rule
+# raises `CannotConvertError` or `LeaveAlone` with the reason.
 Rule = Callable[[Any, Any], Swap]
 
 _rules: dict[tuple[type[Method], type[nn.Module]], Rule] = {}
 
 
 def rule(method: type[Method], *modules: type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Registers the decorated function as what `method` makes of modules of exactly these types."""
+    """Registers the decorated rule of `method` for modules of exactly these types."""
 
     def register(function: Rule) -> Rule:
         for module in modules:
@@ -104,28 +104,28 @@ def rule(method: type[Method], *modules: type[nn.Module]) -> Callable[[Rule], Ru
 
 
 class LeaveAlone(Exception):
-    """Raised by a rule, with the reason: this module stays as it is, and that is no mistake.
+    """A rule raises it, with the reason, for a module that stays as it is; this is no mistake.
 
-    `CannotConvertError` is for what the user would want to know at once.
+    `CannotConvertError` is for a reason that the user would want to know at once.
     """
 
 
-# Looks for a rule for a type that has none of its own, for instance by the type's code.
+# Looks for the rule of a type that has no registered rule, for instance by the type's code.
 Finder = Callable[[type[Method], type[nn.Module]], Rule | None]
 
 _finders: list[Finder] = []
 
 
 def rule_finder(function: Finder) -> Finder:
-    """Registers the decorated function as one that may know a rule for further types."""
+    """Registers the decorated function, which may know rules for further types."""
     _finders.append(function)
     return function
 
 
 def find_rule(method: Method, kind: type[nn.Module]) -> Rule | None:
-    """The rule by which `method` converts modules of this very type; subclasses have none.
+    """The rule by which `method` converts modules of exactly this type, not of its subclasses.
 
-    A method has the rules of the methods that it is a kind of.
+    A method inherits the rules of its base classes.
     """
     for base in type(method).__mro__:
         found = _rules.get((base, kind))
@@ -135,12 +135,12 @@ def find_rule(method: Method, kind: type[nn.Module]) -> Rule | None:
 
 
 class Call(NamedTuple):
-    """What a call of a torch function becomes: a function of the same arguments, with options."""
+    """What a call of a torch function becomes: a function with the same arguments, and options."""
 
     function: Callable[..., Any]
     options: dict[str, Any]
-    names: tuple[str, ...]  # of the arguments that it shares with torch's function
-    places: int  # how many of them may be given by place
+    names: tuple[str, ...]  # of the arguments that both functions have
+    places: int  # how many of the arguments may be positional
 
 
 _calls: dict[tuple[type[Method], Callable[..., Any]], Callable[[Any], Call]] = {}
@@ -151,11 +151,11 @@ def call_rule(
     functions: Mapping[Callable[..., Any], Callable[..., Any]],
     options: Callable[[Any], dict[str, Any]] = lambda _: {},
 ) -> None:
-    """Registers what calls of torch functions become; `options` makes keyword arguments of it.
+    """Registers what calls of torch functions become; `options` turns the method into keywords.
 
-    As `torch.overrides` names the functions: `Tensor.tanh` and `torch.tanh` are two of them.
+    Functions are those of `torch.overrides`: `Tensor.tanh` and `torch.tanh` are two functions.
     Arguments that are not options have torch's names and order, so that a call by keyword is the
-    call that it is by place; a call with any other argument is torch's own.
+    same as a positional call. A call with any other argument stays torch's own.
     """
 
     def make(function: Callable[..., Any], method: Any) -> Call:
@@ -178,7 +178,7 @@ def call_rule(
 class Calls:
     """What calls of torch functions become under several methods; the first with a rule counts.
 
-    Of the same methods there is one.
+    The same methods always give the same object.
     """
 
     methods: tuple[Method, ...]

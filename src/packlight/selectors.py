@@ -1,4 +1,4 @@
-"""Selectors: how a type, a text or a predicate picks layers, and what is said where none match."""
+"""Selectors: how a type, a text or a predicate picks layers, and the message if none matches."""
 
 import difflib
 import sys
@@ -40,13 +40,13 @@ class Layer(NamedTuple):
 
     @property
     def is_container(self) -> bool:
-        """Whether it has nothing but other modules, as far as can be seen."""
+        """Whether it seems to have nothing but other modules: children, and no parameters."""
         parameters = any(True for _ in self.module.parameters(recurse=False))
         return not parameters and any(True for _ in self.module.children())
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """All modules once, in the order of the model, with the names of all places."""
+    """Each module once, in the order of the model, with all its names."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -54,7 +54,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 
 def _is_called(kind: type[nn.Module], text: str) -> bool:
-    """Whether a type has this name: bare, or with its module or one that hands it out."""
+    """Whether a type has this name: bare, or behind its module or a module that exports it."""
     place, _, name = text.rpartition(".")
     return (
         text in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
@@ -84,7 +84,7 @@ def near_misses(selectors: Iterable[Selector], layers: list[Layer]) -> str:
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
     kind_names = [kind.__name__ for kind in kinds]
     candidates = dict.fromkeys([*(without_numbers(name) for name in names), *kind_names, *names])
-    # Whatever the case: "gelu" is near "GELU".
+    # Case does not matter: "gelu" is near "GELU".
     alike: dict[str, list[str]] = {}
     for candidate in candidates:
         alike.setdefault(candidate.lower(), []).append(candidate)

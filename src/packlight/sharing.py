@@ -1,27 +1,27 @@
 """Who packed which tensor: a note about the tensor says what stands for it.
 
-A layer that keeps something from which its input or its output can be had again writes a note about
-that tensor, and the next layer that needs the tensor finds the note and keeps nothing of its own.
-Notes are in a table beside the tensors, by the identity of the tensor object: a note is in no copy
-of the tensor and in no file, and it goes when the tensor goes.
+A layer that saves something from which its input or its output can be rebuilt writes a note about
+that tensor. The next layer that needs the tensor finds the note and saves nothing of its own.
+Notes are in a table beside the tensors, keyed by the identity of the tensor object: a note is in no
+copy of the tensor and in no file, and it goes when the tensor goes.
 
-- **Version and storage**: a note holds for the version of the tensor that it was written for, and
-  for the storage that the tensor had. A tensor that was modified in place since has no note, nor
-  has one that was given other memory (`x.data = ...`). A write that no version counter sees
-  (through `x.data`, NumPy, or another library's kernel) is not seen here either.
+- **Version and storage**: a note is valid for one version of the tensor and one storage. A tensor
+  that was modified in place since has no valid note, and neither has a tensor that was given other
+  memory (`x.data = ...`). A write that no version counter sees (through `x.data`, NumPy, or another
+  library's kernel) is not seen here either.
 - **Views**: a view of a whole tensor with all its elements in the order of their memory, such as a
-  reshape or the transposition that undoes one, is understood; any other view has no note.
-- **Grade**: a reader takes the pack that is there where it is as fine and as unbiased as what the
-  reader asks for, and else keeps a pack of its own, which later readers find.
-- **Lifetime**: a note refers to the pack weakly, and the graph holds it. So what a user holds, an
-  input, an output or a feature map, holds no pack once the backward pass has freed the graph. Where
-  saved-tensor hooks take packs away (checkpointing, offloading), the note of an intermediate result
-  holds them itself, until the backward pass goes through the result.
-- **Saved-tensor hooks**: a note holds under the hooks under which it was written. The two passes of
-  a checkpoint must keep alike, and where hooks around it took its inputs away, its second pass gets
-  them as other tensors, without the notes that the first pass saw.
-- **Sketches** (`packlight.sketch`) are noted apart from packs. The tensor cannot be had again from
-  one, so it serves the readers that ask for a sketch, and no other.
+  reshape or a transposition, shares the note of its base; any other view has no note.
+- **Grade**: a reader takes the pack that is there if the pack is as fine and as unbiased as the
+  reader asks for. Otherwise the reader saves a pack of its own, which later readers find.
+- **Lifetime**: a note refers to the pack weakly, and the graph holds the pack. So an input, an
+  output or a feature map that a user holds keeps no pack alive once the backward pass has freed the
+  graph. Where saved-tensor hooks take packs away (checkpointing, offloading), the note of an
+  intermediate result holds the pack itself, until the backward pass goes through the result.
+- **Saved-tensor hooks**: a note is valid under the hooks under which it was written. The two passes
+  of a checkpoint must save alike. Where hooks around the checkpoint took its inputs away, the
+  second pass gets other tensors, without the notes that the first pass saw.
+- **Sketches** (`packlight.sketch`) are recorded apart from packs. A sketch does not give the tensor
+  back, so it serves only the readers that ask for a sketch.
 - **torch.compile**: the notes of a compiled region are a table that lives as long as its tracing,
   with versions and views of the tracer's example tensors. A note from outside the region is no part
   of its graph, and is not read.
@@ -43,7 +43,7 @@ from packlight.packing.layout import is_dense
 
 
 class Grade(NamedTuple):
-    """How near to a tensor its pack is: what a reader asks for and what a pack offers."""
+    """How near a pack is to its tensor: what a reader asks for, and what a pack offers."""
 
     bits: int
     group_size: int
@@ -56,7 +56,7 @@ class Grade(NamedTuple):
         return fine and (self.unbiased or not asked.unbiased)
 
     def and_of(self, other: "Grade") -> "Grade":
-        """The grade of what is computed of two packs."""
+        """The grade of a result that is computed from two packs."""
         return Grade(
             min(self.bits, other.bits),
             max(self.group_size, other.group_size),
@@ -64,15 +64,15 @@ class Grade(NamedTuple):
         )
 
 
-# The tensor itself to its rounding, or with an error that its method answers for.
+# The tensor itself up to rounding, or with an error for which its method is chosen.
 EXACT = Grade(64, 1, True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Tensors that are kept, and how the tensor of this shape that they stand for comes back.
+    """Saved tensors, and how to rebuild the tensor of this shape that they stand for.
 
-    `rebuild(dtype, *tensors)` gives it, in its memory order.
+    `rebuild(dtype, *tensors)` returns that tensor, in its memory order.
     """
 
     rebuild: Callable[..., Tensor]
@@ -83,7 +83,7 @@ class Pack:
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class _View:
-    """A view of what a pack stands for: all its elements, in the order of their memory."""
+    """Rebuilds a view of a packed tensor: all its elements, in the order of their memory."""
 
     rebuild: Callable[..., Tensor]
     shape: tuple[int, ...]
@@ -117,24 +117,24 @@ class _WeakPack(NamedTuple):
 
 
 class _Facts(NamedTuple):
-    """What is noted about a tensor."""
+    """What a note says about a tensor."""
 
     cast: Tensor | None = None
     pack: Pack | _WeakPack | None = None
     sketch: Pack | _WeakPack | None = None
-    exact: Any = None  # weakly, what an operation holds that keeps the tensor itself
-    filled: bool = False  # with an infinity or a number as huge, in places
+    exact: Any = None  # weakly, an object of the operation that saves the tensor itself
+    filled: bool = False  # some elements were filled with an infinity or a huge number
 
     def with_those_of(self, other: "_Facts", same_tensor: bool) -> "_Facts":
-        """These facts, and what else is known."""
+        """These facts, completed by those of `other`."""
         cast = other.cast if self.cast is None and same_tensor else self.cast
         pack = other.pack if self.pack is None else self.pack
         sketch = other.sketch if self.sketch is None else self.sketch
         return _Facts(cast, pack, sketch, self.exact or other.exact, self.filled or other.filled)
 
 
-# How the tensor that carries a note and the one asked about are related: one object; laid out
-# alike; a whole view with rows of the same width, in another number of them; any whole view.
+# How the tensor that carries a note is related to the tensor asked about: one object; one shape and
+# strides; a whole view with rows of the same width in another number; any other whole view.
 _Relation = Literal["itself", "alike", "rows", "view"]
 
 
@@ -142,14 +142,14 @@ _Relation = Literal["itself", "alike", "rows", "view"]
 
 
 def note_cast(tensor: Tensor, cast: Tensor) -> None:
-    """Notes that `cast` is the same result as `tensor` in another dtype, with its own gradient."""
+    """Records that `cast` is the result `tensor` in another dtype, with a gradient of its own."""
     _write(tensor, _Facts(cast=cast), holds=True)
 
 
 def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The noted result of `tensor` in `dtype`, None where there is none that still holds."""
+    """The result of `tensor` in `dtype`; None if no valid note has one."""
     relation, facts = _read(tensor)
-    # A cast has a gradient of its own: a view may have passed a Function, a hook or `detach`.
+    # A cast has a gradient of its own. A view may have passed a Function, a hook or `detach`.
     if relation != "itself" or facts.cast is None or facts.cast.dtype != dtype:
         return None
     # A hook on the tensor would not see a gradient that goes to the cast instead.
@@ -159,22 +159,22 @@ def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def note_pack(tensor: Tensor, pack: Pack) -> None:
-    """Notes about a tensor what a layer keeps of it, the one that made it or one that reads it."""
+    """Records a layer's pack of a tensor; the layer made the tensor or reads it."""
     _write(tensor, _Facts(pack=pack), holds=_takes_packs_away(tensor))
 
 
 def note_held(tensor: Tensor, pack: Pack) -> None:
-    """Notes about a result what stands for it; nothing else keeps the pack until a reader does."""
+    """Records a pack of a result: the note holds the pack, which no reader has saved yet."""
     _write(tensor, _Facts(pack=pack), holds=True)
 
 
 def note_kept(tensor: Tensor, pack: Pack) -> None:
-    """Notes about a tensor what the graph keeps of it, for as long as the graph does."""
+    """Records a pack that the graph saves of a tensor, for as long as the graph lives."""
     _write(tensor, _Facts(pack=pack), holds=False)
 
 
 def note_sketch(tensor: Tensor, sketch: Pack) -> None:
-    """Notes about a tensor that a layer read the sketch that the layer keeps of it.
+    """Records the sketch that a layer saves of a tensor that it reads.
 
     `sketch.rebuild` gives the weight gradient, not the tensor.
     """
@@ -182,28 +182,28 @@ def note_sketch(tensor: Tensor, sketch: Pack) -> None:
 
 
 def note_exact(tensor: Tensor, holder: object) -> None:
-    """Notes about a tensor that an operation keeps it exactly, for as long as the holder lives."""
+    """Records that an operation saves the tensor exactly, for as long as the holder lives."""
     _write(tensor, _Facts(exact=weakref.ref(holder)), holds=False)
 
 
 def is_kept_exactly(tensor: Tensor) -> bool:
-    """Whether an operation keeps this version of the tensor exactly."""
+    """Whether an operation saves this version of the tensor exactly."""
     exact = _read(tensor)[1].exact
     return exact is not None and exact() is not None
 
 
 def note_filled(tensor: Tensor) -> None:
-    """Notes about a tensor that places of it were filled with an infinity or a number as huge."""
+    """Records that elements of the tensor were filled with an infinity or a huge number."""
     _write(tensor, _Facts(filled=True), holds=False)
 
 
 def is_filled(tensor: Tensor) -> bool:
-    """Whether places of the tensor were filled so."""
+    """Whether elements of the tensor were filled with an infinity or a huge number."""
     return _read(tensor)[1].filled
 
 
 def pack_of(tensor: Tensor, asked: Grade | None = None) -> Pack | None:
-    """What is kept of `tensor` already, None where nothing is that still holds and serves."""
+    """The pack that is saved of `tensor` already; None if none is valid and of this grade."""
     relation, facts = _read(tensor)
     pack = _alive(facts.pack)
     if pack is None or (asked is not None and not pack.grade.serves(asked)):
@@ -216,9 +216,9 @@ def pack_of(tensor: Tensor, asked: Grade | None = None) -> Pack | None:
 
 
 def sketch_of(tensor: Tensor) -> Pack | None:
-    """The sketch that is kept of `tensor` already, None where there is none that still holds.
+    """The sketch that is saved of `tensor` already; None if none is valid.
 
-    A view has the sketch of its base where both are contiguous and have rows of one width.
+    A view shares the sketch of its base if both are contiguous and have rows of one width.
     """
     relation, facts = _read(tensor)
     return None if relation == "view" else _alive(facts.sketch)
@@ -233,16 +233,16 @@ def _weakly(pack: Pack | _WeakPack | None) -> _WeakPack | None:
 
 
 def _takes_packs_away(tensor: Tensor) -> bool:
-    """Whether hooks take what the graph keeps of this intermediate result."""
+    """Whether saved-tensor hooks take away what the graph saves of this intermediate result."""
     if torch.compiler.is_compiling():
         return True
     return tensor.grad_fn is not None and _torch.saved_tensor_hooks() is not None
 
 
 def _write(tensor: Tensor, facts: _Facts, holds: bool) -> None:
-    """Adds facts to what is noted about this version of the tensor.
+    """Adds facts to the note about this version of the tensor.
 
-    Where the note does not hold what it tells of, something else keeps it.
+    With `holds` the note keeps the packs alive; otherwise something else does.
     """
     relation, known = _read(tensor)
     if torch.compiler.is_compiling():
@@ -261,7 +261,7 @@ def _write(tensor: Tensor, facts: _Facts, holds: bool) -> None:
 
 
 def _read(tensor: Tensor) -> tuple[_Relation | None, _Facts]:
-    """What is noted about the tensor, or about one with the same elements, and how they relate."""
+    """The facts about the tensor, or about one with the same elements, and how the two relate."""
     if torch.compiler.is_compiling():
         traced: _Facts | None = _torch.ask("find_note", None, tensor)
         if traced is None:
@@ -282,7 +282,7 @@ _NOTHING = _Facts()
 
 
 def _relation(base: Tensor, tensor: Tensor) -> _Relation | None:
-    """How a view of `base` relates to it."""
+    """How a view of `base` relates to `base`."""
     if not _is_whole_view(tensor, base):
         return None
     if base.shape == tensor.shape and base.stride() == tensor.stride():
@@ -298,7 +298,7 @@ def _relation(base: Tensor, tensor: Tensor) -> _Relation | None:
 
 
 def _is_whole_view(tensor: Tensor, base: Tensor) -> bool:
-    """Whether a view of `base` has all of its elements, in the order of their memory."""
+    """Whether a view of `base` has all elements of `base`, in the order of their memory."""
     return (
         base.dtype == tensor.dtype
         and base.numel() == tensor.numel()
@@ -333,7 +333,7 @@ def _forget(reference: Any, notes: "dict[int, _Note]" = _notes) -> None:
 
 
 class _Note:
-    """What is noted about a tensor, and when that holds."""
+    """Facts about a tensor, and when they are valid."""
 
     __slots__ = ("__weakref__", "facts", "hooks", "reference", "storage", "version")
 
@@ -345,7 +345,7 @@ class _Note:
         self.facts = facts
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether it is about this tensor, as it was, and was written under the present hooks."""
+        """Whether the tensor is unchanged and the note was written under the present hooks."""
         if (
             self.reference() is not tensor
             or tensor._version != self.version
@@ -359,10 +359,10 @@ class _Note:
         return hook is now[0]
 
     def drop_later(self, tensor: Tensor) -> None:
-        """Has the backward pass take away what the note holds.
+        """Has the backward pass clear the note when it goes through the tensor.
 
-        That is when it goes through the tensor. None goes through what a checkpoint computes again
-        in a backward pass, at whose end the note goes.
+        No backward pass goes through what a checkpoint computes again within one: such a note is
+        cleared at the end of that backward pass.
         """
         reference = weakref.ref(self)
 
@@ -377,12 +377,12 @@ class _Note:
 
 
 def _may_be_noted(tensor: Tensor) -> bool:
-    """Whether notes can be told to hold: an inference tensor has no version to tell it by."""
+    """Whether the validity of a note can be checked: an inference tensor has no version."""
     return bool(HOOKS and STORAGES) and not tensor.is_inference()
 
 
 def _hooks_now() -> Any:
-    """The pack hook that is active, weakly: a note must not keep alive what the hook refers to."""
+    """The active pack hook, weakly: a note must not keep alive what the hook refers to."""
     hooks = _torch.saved_tensor_hooks()
     if hooks is None:
         return None
@@ -398,12 +398,12 @@ _NOTES = "_packlight_notes"
 
 
 class _TracedNote(NamedTuple):
-    """Facts, as the tracer's variable, about the tensor of a node."""
+    """Facts about the tensor of a node, as a variable of the tracer."""
 
     node: Any
     facts: Any
     version: int
-    graph: Any  # the tracer of the graph, of the region or of a body in it, that was traced then
+    graph: Any  # the tracer of the graph being traced then: the region, or a body within it
 
 
 @question
@@ -427,18 +427,18 @@ def find_relation(tracer: Any, tensor: Any) -> str | None:
 
 
 def _find_traced(tracer: Any, tensor: Any) -> tuple[_Relation, _TracedNote] | None:
-    """The note about the traced tensor, or else about one with the same elements; the last one.
+    """The note about the traced tensor, or else about a tensor with the same elements; the last.
 
-    What is not known of symbolic sizes counts as different, since a guess would be a guard on the
-    sizes of the model's inputs.
+    Symbolic sizes that are not known to be equal count as different, since a guess would be a guard
+    on the sizes of the model's inputs.
     """
     fake, node = fake_of(tensor), node_of(tensor)
     believed = tensor.stride
     if believed is not None and tuple(believed) != tuple(fake.stride()):
-        return None  # transposed in place, which the tracer has not noticed
+        return None  # transposed in place, which the tracer does not record
     graphs: list[Any] = []
     graph = tracer.output.current_tracer
-    while graph is not None:  # not those of the body of a checkpoint that ended
+    while graph is not None:  # graphs of checkpoint bodies that have ended are left out
         graphs, graph = [*graphs, graph], graph.parent
     best: tuple[_Relation, _TracedNote] | None = None
     order: tuple[_Relation | None, ...] = ("itself", "alike", "rows", "view", None)
@@ -462,7 +462,7 @@ def _traced_relation(noted: Tensor, fake: Tensor) -> _Relation | None:
 
 
 def _same_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether two traced tensors have one memory, all of it known to be the same numbers."""
+    """Whether two traced tensors are known to be the same numbers in the same memory."""
     try:
         same_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except NotImplementedError:  # a tensor of torch.func

@@ -1,20 +1,20 @@
 """`saving`: packs what any operation of any model keeps for its backward pass.
 
-A pair of saved-tensor hooks: where autograd saves a tensor it gets a holder, and the backward pass
-gets back what the holder stands for. Nothing of the model changes, and no forward value.
+A pair of saved-tensor hooks: autograd saves a holder in place of a tensor, and the backward pass
+gets the tensor that the holder stands for. The model does not change, nor does any forward value.
 
-- `saver.py`: when a tensor is packed, which is as soon as the operation that saved it is known.
-- `rules.py`: which operation is packed by which method, and what stays exact.
+- `saver.py`: when a tensor is packed: as soon as the operation that saved it is known.
+- `rules.py`: by which method the tensors of an operation are packed, and what stays exact.
 - `lossless.py`: operations that need a side, a sign or a shape, and no values.
-- `norms.py`, `activations.py`: inputs that are packed by what their operation makes of them.
+- `norms.py`, `activations.py`: inputs that are transformed before they are packed.
 - `tensors.py`: which tensors are packed. `packing.py`: packs, and notes on tensors.
-- `kept.py`: what is kept in place of a tensor. `graph.py`: what torch tells of its graph.
+- `kept.py`: what is saved in place of a tensor. `_torch/graph.py`: what torch shows of its graph.
 
-A tensor is packed once for all operations: the pack is noted on the tensor (`sharing.py`, weakly:
-it lives as long as a graph or layer that holds it), and the next operation or packlight layer that
-keeps the tensor finds it there. A view that is a whole dense tensor in another shape or order
-stands for that tensor, and so does the copy that autocast makes of an argument; any other view is
-packed by itself.
+A tensor is packed once for all operations: a note on the tensor refers to the pack (`sharing.py`,
+weakly: the pack lives as long as a graph or a layer that holds it), and the next operation or
+packlight layer that saves the tensor finds it. A view that is a whole dense tensor in another shape
+or order shares the pack of that tensor, and so does the copy that autocast makes of an argument.
+Any other view is packed by itself.
 """
 
 import contextlib
@@ -46,85 +46,90 @@ def saving(
 ) -> Iterator[None]:
     """Within this context, forward passes keep packs for their backward passes, of any operation.
 
-    Every floating tensor of 32 or 16 bits that an operation keeps is packed as `method` says, once
-    however many operations keep it, at `bits + 32 / group_size` bits an element; masks take one
-    bit an element. Backward passes may run inside or outside the context. Forward values are
-    those of torch. Gradients are approximate: each tensor x that an operation kept is x~ in its
-    backward, with |x~ - x| below one step of its group, and E[x~] = x with stochastic rounding. So
-    an operation whose gradient is linear in what it kept (a matmul, a convolution) passes on an
-    unbiased one, and one whose gradient is not (an activation, a norm) a biased one. The user's
-    random numbers are not touched.
+    Every floating tensor of 32 or 16 bits that an operation saves is packed by `method`, once
+    however many operations save it. `GroupQuant` takes `bits + 32 / group_size` bits an element;
+    masks take one bit. Backward passes may run inside or outside the context. Forward values are
+    torch's. Gradients are approximate: in the backward pass x~ stands for a saved tensor x. Under
+    `GroupQuant` |x~ - x| is below one step of the group, and E[x~] = x with stochastic rounding. So
+    an operation whose gradient is linear in what it saved (a matmul, a convolution) has an unbiased
+    gradient, and an operation whose gradient is not (an activation, a norm) a biased one. The
+    user's random numbers are not touched.
 
     Exact, in fewer bits:
 
-    - one bit where the backward pass needs the side of a limit (ReLU, leaky ReLU, ReLU6, hardtanh,
+    - one bit if the backward pass needs the side of a limit (ReLU, leaky ReLU, ReLU6, hardtanh,
       hardsigmoid, hardshrink, softshrink, threshold, RReLU, clamp, amax, amin, max and min), in
-      place too; two where it needs a sign (abs, maximum, minimum); none where it needs a shape
-      (pooling, reflected and replicated padding, gather);
-    - a bit beside the pack where it needs the side of 0, and values on one side only (PReLU, SELU).
+      place too; two if it needs a sign (abs, maximum, minimum); none if it needs a shape (pooling,
+      reflected and replicated padding, gather);
+    - a bit beside the pack if it needs the side of 0, and values on one side only (PReLU, SELU).
 
-    Kept exactly:
+    Saved exactly:
 
     - leaves that require gradients (parameters), frozen `nn.Parameter`s, and views and casts of
       such. A weight that is computed (weight norm, a merged adapter) is an activation here;
-    - what has no gradient history where a torch operation keeps it: data, buffers, masks with
+    - tensors without gradient history that a torch operation saves: data, buffers, masks with
       infinities, frozen weights under autocast, statistics of norms and attention (and the floating
-      mask that dropout makes on the CPU). Somebody holds most of these anyway;
-    - what operations keep whose derivative has no bound: log, sqrt, rsqrt, reciprocal, powers but
-      those of 1, 2, 3 and so on, denominators, norms, acos, atan2, linear algebra, the grid of
-      grid_sample;
-    - tensors with infinities, NaNs or huge values (1e9; 65504 in float16), as far as can be told
-      without making a GPU wait: all on the CPU, on a GPU what `masked_fill` or `where` filled with
-      a number, and biases of attention. An infinity elsewhere on a GPU makes its group NaN;
+      mask that dropout makes on the CPU). Most of these are held by something else anyway;
+    - tensors of operations whose derivative has no bound: log, sqrt, rsqrt, reciprocal, powers with
+      exponents other than 1, 2, 3 and so on, denominators, norms, acos, atan2, linear algebra, the
+      grid of grid_sample;
+    - tensors with infinities, NaNs or huge values (1e9; 65504 in float16), as far as is known
+      without making a GPU wait: all such tensors on the CPU; on a GPU those that `masked_fill` or
+      `where` filled with a number, and biases of attention. Any other infinity on a GPU makes its
+      group NaN;
     - float64, complex, integer, sparse and nested tensors, tensor subclasses;
-    - all that a packlight layer keeps: packed already, or exact for a reason;
+    - all that a packlight layer saves: packed already, or exact for a reason;
     - softmax, logsumexp and losses, inputs of checkpoints, and tensors below `min_bytes`;
-    - what was saved by an operation that was not found, as the last `autograd.Function` in the
-      context is not if nothing reads its result there.
+    - tensors of an operation that was not found. The last `autograd.Function` in the context is not
+      found if nothing reads its result there.
 
-    A Python `autograd.Function` makes what it keeps without history. There, what has at most 1/16
-    of the elements of the largest tensor it keeps, bytes included (codes), is taken for statistics,
-    and what has at least 16 times the elements of its largest output for the finished gradients of
-    a loss: both are kept exactly, and so is all that a Function keeps in a graph of its own.
+    The tensors that a Python `autograd.Function` saves have no history. A tensor with at most 1/16
+    of the elements of the largest that the Function saves, bytes included (codes), counts as
+    statistics. A tensor with at least 16 times the elements of the largest output counts as a
+    finished gradient of a loss. Both are saved exactly, and so is all that a Function saves in a
+    graph of its own.
 
-    The queries, keys, values and output of attention are packed at 8 bits. The input of a norm is
-    packed normalised, in units of its deviation, since rstd multiplies its error, and that of an
-    activation (ELU, CELU, SELU, erf, GELU, GLU, hardswish, logsigmoid, Mish, SiLU, softplus) within
-    the limits beyond which the derivative is constant, so that a mask leaves its neighbours a step.
-    Both are packs of their own, which no other operation reads. Kept exactly is the input of an RMS
-    norm that torch composes of elementary operations (on the CPU) if its rows are no whole groups.
+    The queries, keys, values and output of attention are packed by a finer method
+    (`Quantiser.for_scores`; 8 bits of `GroupQuant`). The input of a norm is packed normalised, in
+    units of its deviation, since rstd multiplies its error. The input of an activation (ELU, CELU,
+    SELU, erf, GELU, GLU, hardswish, logsigmoid, Mish, SiLU, softplus) is packed within the limits
+    beyond which the derivative is constant, so that a mask leaves its neighbours a step. No other
+    operation reads these two packs. The input of an RMS norm that torch composes of elementary
+    operations (on the CPU) is saved exactly if a group would hold parts of several rows.
 
     Args:
         method: how tensors are packed.
-        min_bytes: smaller tensors are kept as they are.
-        skip: called with a tensor that may be packed; True keeps it exactly.
-        overrides: methods, or None for exact, by patterns (as in `fnmatch`) of operations. An
-            operation is named as `packlight.profile` reports it, "GeluBackward0", or by the torch
-            function called, "gelu"; "checkpoint" is the inputs of checkpoints. The first pattern
-            that matches counts, before the defaults above: `{"*Softmax*": GroupQuant(bits=8)}`.
-            What takes fewer bits without loss does so under any method.
+        min_bytes: smaller tensors are saved as they are.
+        skip: called with a tensor that may be packed; True saves it exactly.
+        overrides: methods, or None for exact, by patterns (as in `fnmatch`) of operations. The name
+            of an operation is the one that `packlight.profile` reports, "GeluBackward0", or that of
+            the torch function called, "gelu"; "checkpoint" is for the inputs of checkpoints. The
+            first pattern that matches counts, before the defaults above:
+            `{"*Softmax*": GroupQuant(bits=8)}`. Tensors that take fewer bits without loss do so
+            under any method.
 
-    Raises `InputError` where an override names no operation, at the end of the context, since a
-    name may be that of a Function that is defined there.
+    Raises `InputError` if an override names no operation. It does so at the end of the context,
+    since the name may be that of a Function that is defined within.
 
-    A tensor that is modified in place after it was saved: where torch would raise, a pack still
-    gives the gradient of the value at save time. What is kept exactly raises as torch does.
+    A tensor may be modified in place after it was saved, where torch would raise: its pack still
+    gives the gradient of the value at save time. A tensor that is saved exactly raises as torch
+    does.
 
     `create_graph=True` raises `DoubleBackwardError`: packs are not differentiable. Of nested
     contexts, and of other saved-tensor hooks, the innermost wins; inside a checkpointed block that
     is the checkpoint, which keeps nothing there. `torch.func` transforms refuse any hooks.
 
-    Functions compiled by `torch.compile` may be called within the context: the tensors that cross
-    to their backward are packed as they leave the forward, at 8 bits unless
-    `overrides={"CompiledFunctionBackward": ...}` says otherwise, since softmax and attention cannot
-    be told apart there. Values keep their side of 0, which a ReLU's backward takes from them: those
-    less than a step from it are rounded to their own side. Norms there have no packs of their own.
-    Buffers and data are packed too. Masks with infinities stay exact: on a GPU
-    they are told by their shape, (T, T) or (B, 1, T, S). The context cannot be entered inside a
-    compiled function: that raises `InputError`.
+    Functions compiled by `torch.compile` may be called within the context. The tensors that cross
+    to their backward pass are packed as they leave the forward pass. They take the finer method of
+    attention, since attention and softmax cannot be recognised there, unless
+    `overrides={"CompiledFunctionBackward": ...}` gives another. Values keep their side of 0, which
+    the backward pass of a ReLU takes from them: values less than a step from 0 are rounded to their
+    own side. Inputs of norms are packed like any tensor. Buffers and data are packed too. Masks
+    with infinities stay exact: on a GPU they are recognised by their shape, (T, T) or (B, 1, T, S).
+    The context cannot be entered inside a compiled function: that raises `InputError`.
 
-    Masks: bool everywhere; uint8 that holds only 0 and 1 on the CPU, since the look at the values
-    would make a GPU wait.
+    Masks are bool tensors everywhere, and on the CPU uint8 tensors of 0 and 1. On a GPU a look at
+    the values of a uint8 tensor would make the GPU wait.
     """
     _check(method, min_bytes, skip, overrides)
     rules = Rules(method, overrides or {})

@@ -1,7 +1,8 @@
-"""Inputs of activations, which are packed within the limits that the derivative tells apart.
+"""Inputs of activations, which are clamped before they are packed.
 
-A mask of -3e38 would leave no step to its neighbours in a group (`elementwise/limits.py`). Such a
-pack is none of the input for other readers, and a pack that another reader made has no limits.
+The derivative is constant beyond limits, so values beyond them are clamped: a mask of -3e38 would
+leave its neighbours in a group no step (`elementwise/limits.py`). Such a pack serves no other
+reader, and a pack that another reader made is not clamped.
 """
 
 import math
@@ -20,7 +21,7 @@ Parameters = tuple[float, ...]
 def _elu(node: Node) -> tuple[str, Parameters]:
     names = ("alpha", "scale", "input_scale")
     alpha, scale, within = (graph.saved_number(node, name) for name in names)
-    # The table has exponentials of x itself; no function of torch's scales it.
+    # The table has exponentials of x itself; no function of torch scales x.
     return ("elu", (alpha * scale,)) if within == 1 else ("", ())
 
 
@@ -33,7 +34,7 @@ def _softplus(node: Node) -> tuple[str, Parameters]:
     return "softplus", (beta, threshold)
 
 
-# The activation of `limits.py` whose derivative a node reads of its input.
+# The activation of `limits.py` whose derivative a node computes from its input.
 _ACTIVATIONS: dict[str, Callable[[Node], tuple[str, Parameters]]] = {
     "Celu": lambda node: ("celu", (graph.saved_number(node, "alpha"),)),
     "Elu": _elu,
@@ -52,12 +53,12 @@ _ACTIVATIONS: dict[str, Callable[[Node], tuple[str, Parameters]]] = {
 def within_limits(
     operation: str, slot: str, node: Node | None
 ) -> Callable[[Tensor], Tensor] | None:
-    """What makes of an activation's input a tensor of the same derivative, without far values.
+    """A function that clamps the input of an activation and keeps its derivative.
 
     None for other tensors.
     """
     if node is not None and slot == "result" and operation in ("Elu", "Celu"):
-        # In place. Of results above 0 the derivative is constant, and it has no jump there.
+        # In place. For results above 0 the derivative is constant, and there is no jump at 0.
         alpha = graph.saved_number(node, "alpha")
         return None if not alpha or alpha < 0 else lambda x: x.clamp(max=alpha)
     if node is None or slot != "self" or operation not in _ACTIVATIONS:
@@ -71,7 +72,7 @@ def within_limits(
 
     def halves(x: Tensor) -> Tensor:
         if x.shape[dim] % 2:
-            return x  # elements that repeat are there once
+            return x  # repeated elements are there only once
         linear, gate = x.chunk(2, dim)
         return torch.cat([linear, _limited(gate, name, parameters)], dim)
 

@@ -1,4 +1,4 @@
-"""What is kept in place of a saved tensor, and how the backward pass gets it back."""
+"""What is kept in place of a saved tensor, and how the backward pass gets the tensor back."""
 
 import dataclasses
 from typing import NamedTuple, Protocol
@@ -21,12 +21,12 @@ class Kept(Protocol):
 
 
 class Waiting(NamedTuple):
-    """What is known of a saved tensor until the operation that saved it is found."""
+    """What is known about a saved tensor before the operation that saved it is found."""
 
-    owner: TensorWeakRef  # weak, since an operation's own output would hold the node that holds it
+    owner: TensorWeakRef  # weak: an operation's output would hold the node that holds it
     is_cast: bool  # the owner is of another dtype
     has_history: bool
-    function: str  # the torch function that runs, empty where none does
+    function: str  # the torch function that runs; empty if none does
     start: int  # the operation's node has this number or a later one
     hook: object  # the pack hook that was active
 
@@ -46,13 +46,13 @@ def unpack(holder: Holder) -> Tensor:
 
 @dataclasses.dataclass(slots=True, weakref_slot=True, eq=False)
 class Exact:
-    """The tensor itself, off the graph, and its version when it was saved."""
+    """The tensor itself, detached, and its version when it was saved."""
 
     tensor: Tensor
     version: int
 
     def is_unchanged(self) -> bool:
-        """Whether the tensor still is what the operation saved."""
+        """Whether the tensor is still as the operation saved it."""
         return self.tensor._version == self.version
 
     def unpack(self) -> Tensor:
@@ -61,7 +61,7 @@ class Exact:
 
 
 def _check_version(tensor: Tensor, version: int) -> None:
-    """Torch checks no versions where there are hooks, so this is its check, in its words."""
+    """Torch's check, in torch's words: torch makes none where there are hooks."""
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace"
@@ -72,9 +72,9 @@ def _check_version(tensor: Tensor, version: int) -> None:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Packed:
-    """A pack, which may be shared, and the tensor that it stands for here.
+    """A pack, which may be shared, and the layout of the tensor that it stands for here.
 
-    The versions are those of the pack's tensors: a layer's pack may hold a weight.
+    The versions are those of the pack's tensors: the pack of a layer may hold a weight.
     """
 
     pack: Pack
@@ -82,7 +82,7 @@ class Packed:
     shape: tuple[int, ...]
     narrow: tuple[int, ...]  # the shape without repetition of elements
     stride: tuple[int, ...]  # dense, of that shape
-    spread: tuple[int, ...] | None  # strides with gaps, where they are to come back
+    spread: tuple[int, ...] | None  # strides with gaps, if the tensor must have them again
     dtype: torch.dtype
 
     def unpack(self) -> Tensor:
@@ -127,7 +127,7 @@ class Mask:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Side:
-    """One number where a mask is set, another where it is not."""
+    """One number where a mask is set, another number elsewhere."""
 
     mask: Mask
     where: float
@@ -154,7 +154,7 @@ class Sign:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Zeros:
-    """Zeros, where only the shape is needed."""
+    """Zeros, for a tensor of which only the shape is needed."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]

@@ -1,11 +1,11 @@
 """Operations whose backward pass needs a side, a sign or a shape, and not the values.
 
-Each gets numbers in place of the saved tensor for which its backward pass computes the very same,
-at no bit, one or two an element. A quantised tensor would give it values on the wrong side: near 0
-its error is larger than the value, and the gradient of a ReLU flips there.
+Each gets other numbers in place of the saved tensor, with which its backward pass computes the same
+result. They take no bit, one bit or two bits an element. A quantised tensor would have values on
+the wrong side: near 0 its error is larger than the value, and there the gradient of a ReLU flips.
 
-What needs the values on one side of 0 only (PReLU, an ELU with a jump) gets a pack of that side,
-and a bit.
+An operation that needs the values on one side of 0 only (PReLU, an ELU with a jump) gets a pack of
+that side, and a bit.
 """
 
 import math
@@ -20,26 +20,26 @@ from packlight.saving.kept import Exact, Holder, Kept, Mask, OneSided, Side, Sig
 
 
 def operation_of(node: str) -> str:
-    """The operation that a node is named after: "ReluBackward0" is "Relu"."""
+    """The operation of a node, by the name of the node: "ReluBackward0" gives "Relu"."""
     stem, found, _ = node.rpartition("Backward")
     return stem if found else node
 
 
 def node_of(function: str) -> str:
-    """The node that is named after a torch function: "leaky_relu_" gives "LeakyReluBackward0"."""
+    """The name of the node of a torch function: "leaky_relu_" gives "LeakyReluBackward0"."""
     parts = function.strip("_").split("_")
     return "".join(part.capitalize() for part in parts) + "Backward0"
 
 
 def is_known_by_name(node: str) -> bool:
-    """Whether what an operation needs can be told without its node, which has its limits."""
+    """Whether the needs of an operation follow from its name; limits stand in the node alone."""
     operation = operation_of(node)
     return operation not in (*_AT_LIMITS, *_LARGER, *_EXTREME, "Prelu", "Elu")
 
 
 # ---- one side of a threshold ---------------------------------------------------------------------
 
-# Each gives a mask, and the numbers for where it is set and where it is not.
+# A mask, the number where it is set, and the number elsewhere.
 _Sides = tuple[Tensor, float, float]
 
 
@@ -71,7 +71,7 @@ def _hardtanh(node: Node) -> tuple[float, float]:
     return (low + high) / 2, math.inf
 
 
-# A number for which the gradient comes through, and one for which it does not.
+# A number for which the gradient passes, and a number for which it does not.
 _AT_LIMITS: dict[str, Callable[[Node], tuple[float, float]]] = {
     "Threshold": lambda node: (math.inf, -math.inf),
     "Hardtanh": _hardtanh,  # and ReLU6
@@ -88,17 +88,17 @@ _AT_LIMITS: dict[str, Callable[[Node], tuple[float, float]]] = {
 def _sides(operation: str, x: Tensor, node: Node | None) -> _Sides | None:
     if operation in _AT_ZERO:
         return _AT_ZERO[operation](x)
-    # The node itself says where a gradient comes through: limits are rounded in its own way, which
-    # differs by operation, dtype and release.
+    # The node itself says where a gradient passes: how limits are rounded differs by operation,
+    # dtype and release.
     gradient = None if node is None else graph.gradient(node, x.new_ones(()).expand_as(x))
     if node is None or gradient is None:
         return None
     return gradient != 0, *_AT_LIMITS[operation](node)
 
 
-_SIDED_SLOTS = ("self", "result")  # the random slopes of an RReLU are a further one
+_SIDED_SLOTS = ("self", "result")  # the random slopes of an RReLU have another name
 
-# Their backward pass looks at the shape of its input alone: indices say the rest.
+# Operations whose backward pass needs only the shape of the input: indices say the rest.
 _SHAPE_ONLY = frozenset(
     [
         *(f"{kind}Pool{dims}D" for kind in ("Avg", "AdaptiveAvg") for dims in (2, 3)),
@@ -111,7 +111,7 @@ _SHAPE_ONLY = frozenset(
 
 
 def needs_no_values(operation: str, slot: str, node: Node | None) -> bool:
-    """Whether the backward pass needs no value of a tensor that a node keeps under this name."""
+    """Whether the backward pass needs no values of the tensor that a node saves as `slot`."""
     if operation in _SHAPE_ONLY or operation == "Abs":
         return slot == "self"
     limits_are_numbers = not any(graph.saves_tensor(node, limit) for limit in ("min", "max"))
@@ -120,7 +120,7 @@ def needs_no_values(operation: str, slot: str, node: Node | None) -> bool:
 
 
 def without_values(operation: str, x: Tensor, node: Node | None) -> Kept | None:
-    """What stands for a tensor of which no value is needed; None where torch does not say."""
+    """What stands for a tensor whose values are not needed; None if torch does not say."""
     if operation in _SHAPE_ONLY:
         return Zeros.like(x)
     if operation == "Abs":
@@ -136,20 +136,20 @@ def without_values(operation: str, x: Tensor, node: Node | None) -> Kept | None:
 
 
 def needs_one_side(operation: str, slot: str, node: Node | None) -> bool:
-    """Whether the values at and below 0 are needed, and that a value is above 0."""
+    """Whether the backward pass needs values at and below 0, and of others that they are above."""
     if slot not in _SIDED_SLOTS:
         return False
     if operation == "PreluKernel":
         return True
-    # An ELU whose derivative jumps at 0, as that of a SELU does.
+    # An ELU whose derivative jumps at 0, as the derivative of a SELU does.
     scales = [graph.saved_number(node, name) for name in ("alpha", "input_scale")]
     return operation == "Elu" and None not in scales and math.prod(scales) != 1
 
 
 def one_side(x: Tensor, pack: Callable[[Tensor], Kept | None]) -> Kept | None:
-    """What stands for a tensor of which one side is needed; None if `pack` packs it not."""
+    """What stands for a tensor of which one side is needed; None if `pack` returns None."""
     values = pack(x.clamp(max=0))
-    not_positive = (x > 0).logical_not_()  # a NaN is not, and comes back as that
+    not_positive = (x > 0).logical_not_()  # True for a NaN, which comes back as NaN
     return None if values is None else OneSided(values, Mask.of(not_positive), 0.0, 1.0)
 
 
@@ -165,9 +165,9 @@ def compares(operation: str) -> bool:
 
 
 def comparison(node: Node, held: Mapping[str, Holder]) -> dict[str, Kept]:
-    """What stands for the two tensors, by slot; empty where they are to stay as they are.
+    """What stands for the two tensors, by slot; empty if they stay as they are.
 
-    One of them becomes zeros, and the other what compares with zeros alike.
+    One becomes zeros; the other becomes numbers that compare with zeros in the same way.
     """
     operation = operation_of(node.name())
     slots = ("self", "other") if operation in _LARGER else ("self", "result")
@@ -179,7 +179,7 @@ def comparison(node: Node, held: Mapping[str, Holder]) -> dict[str, Kept]:
     stand_in: Kept
     if operation in _LARGER:
         if torch.broadcast_shapes(x.shape, y.shape) not in (x.shape, y.shape):
-            return {}  # signs of all pairs may be more than the two tensors
+            return {}  # the signs of all pairs may take more memory than the two tensors
         stand_in = Sign(Mask.of(x > y), Mask.of(x < y), x.dtype)
     else:
         if not graph.saved_number(node, "keepdim"):

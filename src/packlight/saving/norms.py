@@ -1,9 +1,9 @@
-"""Inputs of torch's norms, which are packed as what the norm makes of them.
+"""Inputs of torch's norms, which are packed normalised.
 
-The backward pass of a norm computes (x~ - mean) rstd. Where x hardly varies rstd is 1 / sqrt(eps),
-and an error of x~ in units of its neighbours' range becomes hundreds, in place of a value near 0.
-So the pack is of (x - mean) / unit, where unit is the deviation of x: its error is one of
-normalised values. Mean and rstd are the node's own, which it keeps anyway.
+The backward pass of a norm computes (x~ - mean) rstd. Where x hardly varies, rstd is 1 / sqrt(eps):
+it turns an error of x~, which is in units of the range of a group, into hundreds in place of a
+value near 0. So the pack is of (x - mean) / unit, where unit is the deviation of x, and its error
+is that of normalised values. Mean and rstd are the node's own, which the node saves anyway.
 
 Such a pack is as fine as its norm needs, and serves no other reader.
 """
@@ -25,7 +25,7 @@ def _along_rows(values: Tensor, x: Tensor) -> Tensor:
     return values
 
 
-# Operations, and how the statistics that they keep multiply their input.
+# Operations, and how the statistics that they save multiply their input.
 NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     **dict.fromkeys(
         [
@@ -39,17 +39,18 @@ NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "FusedRmsNorm": _along_rows,
 }
 
-# A deviation is not told from none below so many roundings of rstd. Of the mean it is so small a
-# part that the error of a pack is less than the rounding of x, where both are of 16 bits.
+# A deviation below this many roundings of rstd counts as none. A deviation below this many
+# roundings of the mean is so small that the error of a pack is less than the rounding of x, where
+# both are of 16 bits.
 _OF_RSTD, _OF_MEAN = 2.0, 0.25
 
-# The square of a float32 number overflows before: rstd is 0 where that happened, and unit is this.
+# The greatest unit. The square of a smaller float32 number overflows already, and rstd is 0 then.
 _GREATEST = 2.0**100
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Statistics:
-    """Mean, if any, and 1 / sqrt(variance + eps) of what a norm was given."""
+    """The mean, if any, and 1 / sqrt(variance + eps) of the input of a norm."""
 
     along: Callable[[Tensor, Tensor], Tensor]
     mean: Tensor | None
@@ -57,7 +58,7 @@ class Statistics:
     eps: float
 
     def unit(self) -> Tensor:
-        """The deviation, from that on which can be told from none."""
+        """The deviation, and no less than the least deviation that counts."""
         rstd = self.rstd.float()
         least = max(LEAST, _OF_RSTD * torch.finfo(self.rstd.dtype).eps)
         unit = (1 - self.eps * rstd.square()).clamp(min=least).sqrt() / rstd
@@ -79,7 +80,7 @@ class Normalised:
     def of(
         cls, x: Tensor, statistics: Statistics, pack: Callable[[Tensor], Kept | None]
     ) -> "Normalised | None":
-        """That of x; None if `pack` packs it not."""
+        """The pack of x, normalised; None if `pack` returns None."""
         along, mean = statistics.along, statistics.mean
         values = x.float() if mean is None else x - along(mean, x).float()
         kept = pack(values * along(1 / statistics.unit(), x))
@@ -95,14 +96,15 @@ class Normalised:
 
 
 def normalises(operation: str, slot: str) -> bool:
-    """Whether an operation is a norm that keeps its input under this name."""
+    """Whether an operation is a norm that saves its input under this name."""
     return operation in NORMS and slot == "input"
 
 
 def mixes_rows(function: str, operation: str, x: Tensor, node: Node | None, size: int) -> bool:
-    """Whether x is what an RMS norm of elementary operations reads, and a group has several rows.
+    """Whether an RMS norm of elementary operations reads x, and a group spans several rows.
 
-    Such a norm multiplies a row near 0 by 1 / sqrt(eps), and no node of it has all that is needed.
+    Such a norm multiplies a row near 0 by 1 / sqrt(eps), and none of its nodes saves all that a
+    normalised pack needs.
     """
     if function != "rms_norm" or node is None or x.shape[-1] % size == 0:
         return False
@@ -111,7 +113,7 @@ def mixes_rows(function: str, operation: str, x: Tensor, node: Node | None, size
 
 
 def eps_of_call(function: str, arguments: Iterable[object]) -> float:
-    """The eps among the arguments of a norm whose node does not say it; 0 where there is none."""
+    """The eps among the arguments of a norm whose node does not save it; 0 if there is none."""
     if function not in ("layer_norm", "native_layer_norm", "rms_norm"):
         return 0.0
     return next((value for value in arguments if isinstance(value, float)), 0.0)
@@ -120,9 +122,9 @@ def eps_of_call(function: str, arguments: Iterable[object]) -> float:
 def statistics(
     operation: str, x: Tensor, node: Node | None, slots: Mapping[str, list[Holder]], eps: float
 ) -> Statistics | None:
-    """Those by which a norm's node normalises its input; None where it keeps none.
+    """The statistics by which a norm's node normalises its input; None if the node saves none.
 
-    `eps` is for nodes that do not say theirs.
+    `eps` is for nodes that do not save it.
     """
     along = NORMS[operation]
     saved = [graph.saved_number(node, name) for name in ("eps", "epsilon")]
@@ -130,14 +132,14 @@ def statistics(
     mean, rstd = _exact(slots, "result1"), _exact(slots, "result2")
     if operation == "FusedRmsNorm":
         mean, rstd = None, mean
-    if rstd is None:  # statistics of other tensors, which what keeps them may write to
+    if rstd is None:  # running statistics: they may be written to, so they are copied
         mean, variance = _exact(slots, "running_mean"), _exact(slots, "running_var")
         if mean is None or variance is None:
             return None
         mean, rstd = mean.clone(), (variance.float() + eps).rsqrt()
     elif mean is None or operation != "NativeGroupNorm" or x.device.type != "cpu":
         return Statistics(along, mean, rstd, eps)
-    # There torch takes the variance of channels-last groups as a difference of squares.
+    # Here torch computes the variance of channels-last groups as a difference of squares.
     squares = (x - along(mean, x).float()).square()
     if operation == "NativeGroupNorm":
         variance = squares.reshape(*rstd.shape, -1).mean(-1)
@@ -148,7 +150,7 @@ def statistics(
 
 
 def _exact(slots: Mapping[str, list[Holder]], slot: str) -> Tensor | None:
-    """A tensor that a node keeps exactly; None where it is empty."""
+    """A tensor that a node saves exactly; None if there is none or it is empty."""
     for holder in slots.get(slot, ()):
         if isinstance(holder.kept, Exact) and holder.kept.tensor.numel():
             return holder.kept.tensor

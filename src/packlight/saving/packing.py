@@ -1,4 +1,4 @@
-"""Packs of saved tensors, and notes on tensors of what is kept of them."""
+"""Packs of saved tensors, and notes about them on the tensors."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,10 @@ def pack(
     within: Callable[[Tensor], Tensor] | None = None,
     is_compiled: bool = False,
 ) -> Packed | None:
-    """A pack of a tensor, shared with its owner where there is one; None for less than a group.
+    """A pack of a tensor, shared with its owner if there is one; None for less than a group.
 
-    Compiled code relies on the strides of what comes back, and may take a ReLU's side from it.
-    `within` makes the tensor that is packed of the one that is shared by nobody.
+    Compiled code relies on the strides of the rebuilt tensor, and may take a ReLU's side from it.
+    `within` transforms the tensor before it is packed; such a pack is not shared.
     """
     shape = tuple(tensor.shape)
     # Repeated elements are packed once.
@@ -44,7 +44,7 @@ def pack(
         layout = (tuple(stands_for.shape), dense_stride(stands_for))
         found = Pack(Restore(method, *layout), layout[0], tensors, method.grade)
         if owner is not None:
-            # Not `note_pack`: the holders keep the very tensors of the pack, hooks or no hooks.
+            # Not `note_pack`: with or without hooks the holders keep the tensors of the pack.
             sharing.note_kept(owner, found)
     versions = tuple(-1 if kept is None else kept._version for kept in found.tensors)
     spread = tensor.stride() if is_compiled and tensor.stride() != stride else None

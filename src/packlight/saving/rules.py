@@ -1,4 +1,4 @@
-"""Which operation is packed by which method."""
+"""By which method the tensors of an operation are packed."""
 
 import difflib
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from packlight.quantiser import Quantiser
 from packlight.saving.lossless import operation_of
 from packlight.saving.norms import NORMS
 
-CHECKPOINT = "checkpoint"  # what the inputs of checkpoints are called, in place of a node
+CHECKPOINT = "checkpoint"  # the name for inputs of checkpoints, which have no node
 
-# A compiled region shows neither its operations nor what it makes of its weights.
+# A compiled region shows neither its operations nor its casts and views of weights.
 COMPILED = "CompiledFunctionBackward"
 
-# What stays exact: a softmax is small where it errs most, and a loss is where the gradient begins.
-# The functions are for losses that torch composes of elementary operations.
+# Operations that stay exact: a softmax is small where its error is largest, and the gradient begins
+# at a loss. Names of functions are for losses that torch composes of elementary operations.
 _EXACT = (
     "*Softmax*",
     "softmax",
@@ -30,12 +30,12 @@ _EXACT = (
     "*_loss",
     "*cross_entropy*",
     "kl_div",
-    # A checkpoint's inputs: its recomputation must see what the forward pass saw.
+    # Inputs of a checkpoint: the recomputation must see what the forward pass saw.
     CHECKPOINT,
 )
 
-# Operations whose derivative has no bound, near 0 or at the end of their domain: a step of the
-# quantiser there turns a large gradient into any other, or into NaN. They stay exact too.
+# Operations whose derivative has no bound near 0 or at the end of their domain: there a step of the
+# quantiser turns a large gradient into any other, or into NaN. They stay exact too.
 _UNBOUNDED = (
     "Log", "Log2", "Log10", "Log1P", "Logit", "Xlogy", "Sqrt", "Rsqrt", "Reciprocal", "Hypot",
     "Tan", "Atan2", "Acos", "Acosh", "Asin", "Atanh", "Erfinv", "Angle", "Polar", "Copysign",
@@ -45,14 +45,14 @@ _UNBOUNDED = (
     "Ormqr", "LuUnpack",
 )  # fmt: skip
 
-# Operations that compare what they keep, or take exponentials of its differences.
+# Operations that compare the tensors they save, or take exponentials of differences. Exact too.
 _COMPARING = (
     "Aminmax", "Fmax", "Fmin", "IndexReduce", "ScatterReduce", "SegmentReduce", "Nextafter",
     "Nansum", "Logaddexp*", "Logcumsumexp", "FakeQuantizeLearnable*", "Foreach*",
 )  # fmt: skip
 
-# Single tensors that stay exact: denominators, limits, positions to sample at, biases of scores,
-# which are masks with infinities, and statistics that torch differentiates as it does a result.
+# Single tensors that stay exact: denominators, limits, positions to sample at, biases of scores
+# (masks with infinities), and statistics, which torch differentiates like results.
 _EXACT_SLOTS = {
     **dict.fromkeys(NORMS, ("result1", "result2")),
     "Div": ("other",),
@@ -68,7 +68,7 @@ _EXACT_SLOTS = {
     "EfficientAttention": ("bias",),
 }
 
-# Scores are exponentials of products of two packed tensors: 8 bits, whatever the method.
+# Scores are exponentials of products of two packed tensors: they take `Quantiser.for_scores`.
 _ATTENTION = (
     "ScaledDotProduct*",
     "scaled_dot_product_attention",  # its composition of matmuls, on the "math" backend
@@ -78,12 +78,12 @@ _ATTENTION = (
     "FlexAttention*",
 )
 
-# Names that packages give their Functions, which may be named before they are imported.
+# Names of Functions of other packages; an override may name one before its package is imported.
 _OF_PACKAGES = ("FlashAttnFuncBackward", "FlashAttnVarlenFuncBackward", "FlexAttentionBackward")
 
 
 class Rules:
-    """The methods of operations: those that the user gives, and the defaults after them."""
+    """The methods of operations: first the user's overrides, then the defaults."""
 
     def __init__(self, method: Quantiser, overrides: Mapping[str, Quantiser | None]) -> None:
         fine = method.for_scores()
@@ -99,9 +99,9 @@ class Rules:
     def method(
         self, name: str, function: str, slot: str = "", node: Node | None = None
     ) -> Quantiser | None:
-        """How a tensor is packed that a node keeps under the name `slot`; None is exact.
+        """The method for a tensor that a node saves under the name `slot`; None is exact.
 
-        `name` is the node's, and `function` that of the torch function that was called.
+        `name` is the name of the node, `function` that of the torch function that was called.
         """
         method, is_override = self._of_operation(name, function)
         operation = operation_of(name)
@@ -115,11 +115,11 @@ class Rules:
         return None if exact else method
 
     def asks_for_slots(self, name: str) -> bool:
-        """Whether tensors of an operation are kept each in its own way."""
+        """Whether the method depends on which of its tensors an operation saves."""
         return operation_of(name) in (*_EXACT_SLOTS, "Pow", "Clamp", "ClampMin", "ClampMax")
 
     def _of_operation(self, node: str, function: str) -> tuple[Quantiser | None, bool]:
-        """The method, and whether the user has named it."""
+        """The method, and whether an override gives it."""
         if (node, function) not in self.known:
             self.known[node, function] = self._look_up(node, function)
         return self.known[node, function]
@@ -137,9 +137,9 @@ class Rules:
         raise AssertionError("the last default matches everything")
 
     def check_patterns(self) -> None:
-        """Raises where an override names no operation that was seen or that there is."""
+        """Raises if an override names no operation that was seen or that exists."""
         if not graph.node_names():
-            return  # what torch has is not known
+            return  # the names of torch's nodes are not known
         seen = {name for names in self.known for name in names}
         for pattern in self.overrides:
             if not _matches(pattern, seen) and not _matches(pattern, _names()):
@@ -152,7 +152,7 @@ class Rules:
 
 
 def _is_a_power(exponent: object) -> bool:
-    """Whether the derivative of x ** exponent has a bound near 0, also on the other side of it."""
+    """Whether the derivative of x ** exponent is bounded near 0, on both sides."""
     return isinstance(exponent, int | float) and exponent >= 1 and exponent == int(exponent)
 
 
@@ -161,7 +161,7 @@ def _matches(pattern: str, names: frozenset[str] | set[str]) -> bool:
 
 
 def _names() -> frozenset[str]:
-    """Names of all operations that there are now: a Function may be defined at any time."""
+    """Names of all operations that exist now: a Function may be defined at any time."""
     functions = {f"{function.__name__}Backward" for function in graph.functions()}
     named_here = {*_OF_PACKAGES, CHECKPOINT, COMPILED}
     return graph.node_names() | _function_names() | functions | named_here
@@ -173,7 +173,7 @@ def _function_names() -> frozenset[str]:
 
 
 def _nearest(pattern: str, names: set[str] | frozenset[str]) -> list[str]:
-    """The names that a pattern is a slip of."""
+    """The names of which a pattern may be a misspelling."""
     wanted = operation_of(pattern.strip("*")).lower()
     stems: dict[str, str] = {}
     for name in sorted(names):

@@ -1,16 +1,16 @@
 """When a tensor is packed: as soon as the operation that saved it is known.
 
-Torch calls the pack hook in the middle of an operation and says nothing of it: the inputs come
+Torch calls the pack hook in the middle of an operation and does not say which: inputs are saved
 before the kernel runs, and the node of the graph cannot be reached yet. So the hook puts the tensor
-into a `Holder` that waits, and a walk over the graph, back from a result, finds the node that saved
-it: the node shows its holders, and under which name it has each ("self", "result"). What is held
-meanwhile is what one call keeps anyway.
+into a `Holder` that waits. A walk over the graph, back from a result, finds the node that saved it.
+The node shows its holders and the name of each ("self", "result"). Meanwhile no more is held than
+what one call saves anyway.
 
-- A call of a torch function, which a `TorchFunctionMode` sees, is walked when it returns, from its
-  result, and from its arguments for what it wrote in place.
-- What a Python `autograd.Function` saved is found when a later call reads its result, since no mode
-  sees a Function.
-- A compiled region and a checkpoint are known by the code that calls the hook.
+- A `TorchFunctionMode` sees the call of a torch function. When the call returns, the walk starts at
+  its result, and at its arguments for what the call wrote in place.
+- No mode sees a Python `autograd.Function`. Its tensors are found when a later call reads its
+  result.
+- A compiled region and a checkpoint are recognised by the code that calls the hook.
 
 A tensor whose operation is never found stays exact, as the hook left it.
 """
@@ -36,20 +36,21 @@ from packlight.saving import activations, lossless, norms, packing, tensors
 from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting
 from packlight.saving.rules import CHECKPOINT, COMPILED, Rules
 
-# A Function keeps tensors whose part in it nobody says. One that has this many times fewer elements
-# than another beside it is a statistic (a norm's, attention's logsumexp). One that has this many
-# times more than the Function's outputs is what a loss keeps: finished gradients. Both stay exact.
+# Nothing says what the tensors of a Function are for. A tensor with this many times fewer elements
+# than another beside it counts as a statistic (of a norm, the logsumexp of attention). A tensor
+# with this many times more elements than the Function's outputs counts as the finished gradient of
+# a loss. Both stay exact.
 _MUCH = 16
 
-# After so many further nodes a Function's result is not looked for any more.
+# The result of a Function is not looked for after this many further nodes.
 _PATIENCE = 1000
 
-# What runs a backward pass: nodes that Python code makes in it are not the call's own.
+# Functions that run a backward pass: nodes that Python code makes in it are not the call's own.
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 class Calls(TorchFunctionMode):
-    """Tells the saver which torch function runs."""
+    """The mode by which the saver sees which torch function runs."""
 
     def __init__(self, saver: "Saver") -> None:
         super().__init__()
@@ -72,17 +73,17 @@ class _Call(NamedTuple):
     name: str
     arguments: tuple[Any, ...]
     start: int  # the number of the first node that it makes
-    owners: list[Tensor]  # of what it saved: notes on tensors that torch alone holds would be lost
+    owners: list[Tensor]  # of saved tensors: notes on tensors that only torch holds would be lost
 
 
 class _Thread(threading.local):
-    """What goes on in one thread: each numbers its nodes, and backward passes have their own."""
+    """The state of one thread: each numbers its own nodes, and backward passes run in others."""
 
     def __init__(self) -> None:
         self.is_ours = False  # our own operations run
         self.running: _Call | None = None
         self.waiting: list[weakref.ref[Holder]] = []
-        self.visited: set[int] = set()  # numbers of the nodes that were looked at for these
+        self.visited: set[int] = set()  # numbers of the nodes that were visited for `waiting`
         self.compiled: list[Holder] = []  # of the compiled region that saves
         self.arguments: tuple[Any, ...] = ()  # its arguments
         # Numbers of the next node: at the event before the last, and at the last.
@@ -108,7 +109,7 @@ class Saver:
         """Runs a torch function, and packs what it saved."""
         thread = self.thread
         name = getattr(func, "__name__", "")
-        # An attribute is no call: another hook may read one between two of our own.
+        # Reading an attribute is no call: another hook may read one between two hooks of ours.
         if thread.is_ours or name == "__get__":
             return func(*args, **kwargs)
         arguments = (*args, *kwargs.values())
@@ -158,7 +159,7 @@ class Saver:
     def _pack(self, tensor: Tensor, number: int, frame: types.FrameType) -> Holder:
         thread = self.thread
         self.has_saved = True
-        # Off the graph, since an operation's own output would hold the node that holds it.
+        # Detached, since an operation's own output would hold the node that holds the output.
         exact = Exact(tensor.detach() if tensor.requires_grad else tensor, tensor._version)
         holder = Holder(exact)
         if not self._may_pack(tensor):
@@ -183,8 +184,8 @@ class Saver:
             hook=graph.active_hook(),
         )
         if graph.is_checkpoint(frame):
-            # At once: in the first pass of the block a note would serve what the second, which gets
-            # another tensor, has to keep itself.
+            # At once: a note would serve the first pass of the block and not the second, which gets
+            # another tensor and has to save it itself.
             self._decide(CHECKPOINT, "", {"": [holder]})
             return holder
         arguments = graph.compiled_arguments(frame)
@@ -192,7 +193,7 @@ class Saver:
             thread.compiled.append(holder)
             thread.arguments = arguments
         elif graph.is_in_function(frame):
-            # The Function differentiates itself, and keeps finished gradients.
+            # The Function differentiates within itself, and saves finished gradients.
             holder.waiting = None
         else:
             thread.waiting.append(weakref.ref(holder))
@@ -208,7 +209,7 @@ class Saver:
     # ---- finding the operation -------------------------------------------------------------------
 
     def _find(self, *roots: Iterable[object]) -> None:
-        """Decides what waits and was saved behind the roots, of which the first may suffice."""
+        """Decides the waiting holders that are saved behind the roots, one root after the other."""
         thread = self.thread
         around, thread.is_ours = thread.is_ours, True
         try:
@@ -253,7 +254,7 @@ class Saver:
     def _decide(
         self, name: str, function: str, slots: dict[str, list[Holder]], node: Node | None = None
     ) -> None:
-        """Decides what an operation of torch's saved."""
+        """Decides how the tensors that an operation of torch saved are kept."""
         for slot, holders in slots.items():
             method = self.rules.method(name, function, slot, node)
             for holder in holders:
@@ -267,7 +268,7 @@ class Saver:
                     self._keep(holder, method if packs else None, name, slot, node)
 
     def _decide_comparison(self, node: Node, function: str, slots: dict[str, list[Holder]]) -> None:
-        """Decides what an operation saved to compare it in its backward pass."""
+        """Decides about two tensors that the backward pass of an operation compares."""
         held = {slot: holders[0] for slot, holders in slots.items()}
         found: dict[str, Kept] = {}
         if self.rules.method(node.name(), function) is not None:
@@ -279,14 +280,14 @@ class Saver:
                 _keep_exactly(holder)
 
     def _decide_write(self, call: _Call, holders: list[Holder]) -> None:
-        """Decides what a call saved that wrote to a view in place, of which no node can be seen."""
+        """Decides about a call that wrote to a view in place, whose node cannot be seen."""
         name = lossless.node_of(call.name)
         if lossless.is_known_by_name(name) and not self.rules.asks_for_slots(name):
             mine = [one for one in holders if one.waiting and one.waiting.start == call.start]
             self._decide(name, call.name, {"result": mine})
 
     def _decide_function(self, node: Node, holders: list[Holder]) -> None:
-        """Decides what an `autograd.Function` saved."""
+        """Decides how the tensors of an `autograd.Function` are kept."""
         function = graph.function_of(node)
         if function is None or function.__module__.startswith("packlight."):
             for holder in holders:
@@ -295,7 +296,7 @@ class Saver:
         self._decide_made(node.name(), holders, graph.leaves(node), graph.output_elements(node))
 
     def _decide_compiled(self) -> None:
-        """Decides what a compiled region saved."""
+        """Decides how the tensors of a compiled region are kept."""
         thread = self.thread
         holders, arguments = thread.compiled, thread.arguments
         thread.compiled, thread.arguments = [], ()
@@ -305,9 +306,9 @@ class Saver:
     def _decide_made(
         self, name: str, holders: list[Holder], inputs: Iterable[Any], outputs: int | None
     ) -> None:
-        """Decides what Python code saved, which made it without history, for a reason unknown.
+        """Decides about tensors without history that Python code saved for an unknown purpose.
 
-        `outputs` is the number of elements of its largest output, None where that says nothing.
+        `outputs` is the number of elements of its largest output; None if that says nothing.
         """
         exact = [holder.kept for holder in holders if isinstance(holder.kept, Exact)]
         largest = max((one.tensor.numel() for one in exact), default=0)
@@ -337,11 +338,11 @@ class Saver:
         slot: str = "",
         node: Node | None = None,
     ) -> None:
-        """Has a holder keep its tensor by a method, or exactly."""
+        """Has a holder keep its tensor by a method; exactly if the method is None."""
         exact = holder.kept
         assert isinstance(exact, Exact)
         found = None
-        # A tensor that the operation itself has overwritten since cannot be packed any more.
+        # A tensor that the operation itself has overwritten since can no longer be packed.
         if method is not None and exact.is_unchanged():
             found = self._stand_in(holder, exact.tensor, method, name, slot, node)
         if found is None:
@@ -358,15 +359,15 @@ class Saver:
         slot: str,
         node: Node | None,
     ) -> Kept | None:
-        """What stands for a tensor; None where it is better kept."""
+        """What stands for a tensor; None if the tensor is better saved exactly."""
         assert holder.waiting is not None
         owner = holder.waiting.owner()
         if owner is not None and not holder.waiting.is_cast and sharing.is_kept_exactly(owner):
             return None
         if graph.active_hook() is not holder.waiting.hook:
-            owner = None  # a note would hold under other hooks than those under which this is kept
+            owner = None  # a note would be valid under other hooks than those that save this tensor
         operation = lossless.operation_of(name)
-        is_spread = any(tensors.repeats(tensor))  # less is in memory than there are elements
+        is_spread = any(tensors.repeats(tensor))  # fewer elements are in memory
         if lossless.needs_no_values(operation, slot, node):
             return None if is_spread else lossless.without_values(operation, tensor, node)
         if tensors.is_extreme(tensor, owner):
@@ -390,7 +391,7 @@ class Saver:
 
 
 def _held(node: Node | None) -> dict[str, list[Holder]]:
-    """What a node holds of ours, by the names that torch has for it."""
+    """Our holders in a node, by torch's names for the saved tensors."""
     slots: dict[str, list[Holder]] = {}
     for slot, data in () if node is None else graph.slots(node):
         holder = getattr(data, "packed", data)  # a profile holds what our hook gave
@@ -400,12 +401,12 @@ def _held(node: Node | None) -> dict[str, list[Holder]]:
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Whether bytes are 0 or 1: to look at the values would make a GPU wait."""
+    """Whether all bytes are 0 or 1; False on a GPU, which would have to wait for the answer."""
     return tensor.device.type == "cpu" and bool(tensor.max() <= 1)
 
 
 def _keep_exactly(holder: Holder) -> None:
-    """Has a holder keep its tensor, which other operations then do at no cost."""
+    """Has a holder keep its tensor exactly; other operations then save it at no cost."""
     if holder.waiting is not None and isinstance(holder.kept, Exact):
         owner = holder.waiting.owner()
         if owner is not None and not holder.waiting.is_cast:

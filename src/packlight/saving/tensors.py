@@ -1,4 +1,4 @@
-"""Which tensors are packed, and as which tensor."""
+"""Which saved tensors are packed, and with which tensor they share a pack."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,10 +12,10 @@ from packlight.packing.layout import is_dense
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*FLOATING, torch.bool, torch.uint8)
 
-# No activation is as large, and a mask may be: the group of such a value has no step for others.
+# No activation is as large; a mask may be. Such a value leaves the others in its group no step.
 _HUGE = {torch.float32: 1e9, torch.bfloat16: 1e9, torch.float16: 65504.0}
 
-# What makes a view or a copy of one tensor.
+# Nodes that make a view or a copy of one tensor.
 _SAME_VALUES = {
     f"{name}Backward{index}"
     for name in (
@@ -28,7 +28,7 @@ _SAME_VALUES = {
 
 
 def tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
-    """The tensors among values, and in mappings, lists and tuples among them."""
+    """The tensors among values, and in dicts, lists and tuples among the values."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -39,7 +39,7 @@ def tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a dense tensor of a dtype that can be packed, and no subclass."""
+    """Whether it is a dense tensor, of a dtype that can be packed, and of no subclass."""
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
@@ -50,13 +50,13 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def repeats(tensor: Tensor) -> list[bool]:
-    """By dimension, whether the elements along it are one and the same in memory."""
+    """For each dimension, whether the elements along it are one element in memory."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return [size > 1 and step == 0 for size, step in sizes]
 
 
 def is_weight(tensor: Tensor) -> bool:
-    """Whether it is a leaf that requires gradients, a frozen parameter, or a view or copy of it."""
+    """Whether it is a leaf that requires gradients, a parameter, or a view or copy of such."""
     for candidate in (tensor, tensor._base):
         if isinstance(candidate, nn.Parameter):
             return True
@@ -71,9 +71,9 @@ def is_weight(tensor: Tensor) -> bool:
 
 
 def comes_from_weight(tensor: Tensor, inputs: Iterable[Any]) -> bool:
-    """Whether a Function made the tensor of one of its weights, as far as can be told.
+    """Whether a Function made the tensor from one of its weights, as far as is visible.
 
-    A view is told by the storage, which both hold now. A compiled region's cast of a weight is
+    A view is recognised by the storage, which both share. A compiled region's cast of a weight is
     guessed by shape and dtype; a wrong guess costs memory, not accuracy.
     """
     address = tensor.untyped_storage().data_ptr()
@@ -87,10 +87,10 @@ def comes_from_weight(tensor: Tensor, inputs: Iterable[Any]) -> bool:
 
 
 def owner_of(tensor: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, bool]:
-    """The tensor that all uses of these elements have in common, and whether this one is a cast.
+    """The tensor that all uses of these elements have in common, and whether `tensor` is a cast.
 
-    That is the base of a whole dense view, and the argument that autocast copied. Their elements
-    lie in the same order in memory. `arguments` are those of the call that runs.
+    That is the base of a whole dense view, and the argument that autocast copied. The elements lie
+    in memory in the same order. `arguments` are those of the call that runs.
     """
     owner = _whole(tensor)
     node = owner.grad_fn
@@ -106,7 +106,7 @@ def owner_of(tensor: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, bool]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The base of a view of all its elements, both dense; else the tensor."""
+    """The base, if the tensor is a view of all its elements and both are dense; else the tensor."""
     base = tensor._base
     if base is None or base.numel() != tensor.numel() or type(base) is not Tensor:
         return tensor
@@ -119,7 +119,7 @@ _FILLING = frozenset(["masked_fill", "masked_fill_", "where", "fill_", "index_fi
 
 
 def note_filling(name: str, arguments: tuple[Any, ...], result: object) -> None:
-    """Notes on the result of a call that it was filled with an infinity or a huge number."""
+    """Records on the result of a call that it was filled with an infinity or a huge number."""
     if name in _FILLING and isinstance(result, Tensor):
         numbers = (value for value in arguments if isinstance(value, float))
         if any(not abs(value) < _HUGE.get(result.dtype, torch.inf) for value in numbers):
@@ -127,9 +127,9 @@ def note_filling(name: str, arguments: tuple[Any, ...], result: object) -> None:
 
 
 def is_extreme(tensor: Tensor, owner: Tensor | None) -> bool:
-    """Whether it has infinities, NaNs or huge values, as far as can be told without waiting.
+    """Whether it has infinities, NaNs or huge values, as far as is known without waiting.
 
-    On the CPU the values are looked at. A GPU would have to finish all its work first.
+    On the CPU the values are read. A GPU would have to finish all its work first.
     """
     if owner is not None and sharing.is_filled(owner):
         return True
@@ -140,12 +140,12 @@ def is_extreme(tensor: Tensor, owner: Tensor | None) -> bool:
 
 
 def may_be_a_mask(tensor: Tensor) -> bool:
-    """Whether a tensor of a compiled region has a shape of attention masks: one for all heads.
+    """Whether a tensor of a compiled region has the shape of an attention mask for all heads.
 
     Such a mask has infinities, which no group can hold, and is as large as the scores of one head.
     """
     if tensor.device.type == "cpu":
-        return False  # `is_extreme` looks
+        return False  # `is_extreme` reads the values
     if tensor.dim() == 2:
         return tensor.shape[0] == tensor.shape[1]
     return tensor.dim() == 4 and (tensor.shape[1] == 1 or tensor.stride(1) == 0)
