@@ -551,3 +551,17 @@ def test_a_norm_of_an_empty_batch(kind, compiled, fresh_compiler):
     dx, dweight = torch.autograd.grad(run(x).sum(), (x, norm.weight))
     assert dx.shape == x.shape
     assert not dweight.any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_graph_holds_all_that_a_reader_of_a_norm_needs(bias):
+    """No hooks hold the note, and nobody else the copies of the parameters."""
+    quant = {"bits": 4, "group_size": 64}
+    x = torch.randn(8, 64, requires_grad=True)
+    norms = [group_quant.LayerNorm(64, bias=bias, **quant), groupquant.RMSNorm(64, **quant)]
+    for norm in norms:
+        y = norm(x * 1)
+        pack = sharing.pack_of(y)
+        assert pack is not None
+        linear = group_quant.Linear(64, 8, **quant)(y)
+        assert linear.grad_fn.saved_tensors[1] is pack.tensors[0]

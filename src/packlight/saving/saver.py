@@ -63,7 +63,7 @@ class Calls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # operations of a compiled region are not seen one by one
-            return func(*args, **kwargs)
+            return (torch.unflatten if func is Tensor.unflatten else func)(*args, **kwargs)
         return self.saver.call(func, args, kwargs)
 
 
