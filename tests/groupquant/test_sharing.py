@@ -558,7 +558,7 @@ def test_the_graph_holds_all_that_a_reader_of_a_norm_needs(bias):
     """No hooks hold the note, and nobody else the copies of the parameters."""
     quant = {"bits": 4, "group_size": 64}
     x = torch.randn(8, 64, requires_grad=True)
-    norms = [group_quant.LayerNorm(64, bias=bias, **quant), groupquant.RMSNorm(64, **quant)]
+    norms = [group_quant.LayerNorm(64, bias=bias, **quant), group_quant.RMSNorm(64, **quant)]
     for norm in norms:
         y = norm(x * 1)
         pack = sharing.pack_of(y)
