@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.models import DecoderBlock, EncoderBlock, PreNormBlock
 from packlight import FewBit, GroupQuant, convert, profile
+from tests.blocks import DecoderBlock, EncoderBlock, PreNormBlock
 
 BLOCKS = {
     "encoder with dropout": lambda: EncoderBlock(128, 4, 512),

@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import packlight
-from benchmarks.cifar import METHODS, resnet18, resnet50
 from packlight import fewbit, groupquant
 from packlight.groupquant import fixed_point
 from packlight.groupquant.grouping import Grouping
 from packlight.packing.layout import packed_bytes
 from tests.helpers import crossing, every_device, kept_bytes
+from tests.resnets import KITS, resnet18, resnet50
 
 C, N = 16, 8 * 16 * 12 * 12  # channels and elements of a hidden tensor
 CODES = packed_bytes(N, 4)
@@ -355,10 +355,10 @@ def test_how_many_times_less_a_resnet_keeps(network, bits, fp32, bf16):
         for method in ("exact", f"fixed{bits}"):
             with torch.device("meta"):
                 if network == "resnet18":
-                    model, x = resnet18(METHODS[method]), torch.empty(512, 3, 32, 32)
+                    model, x = resnet18(KITS[method]), torch.empty(512, 3, 32, 32)
                 else:
                     pool = nn.MaxPool2d if method == "exact" else fewbit.MaxPool2d
-                    model = resnet50(METHODS[method], pool(3, 2, 1))
+                    model = resnet50(KITS[method], pool(3, 2, 1))
                     x = torch.empty(128, 3, 224, 224)
                 report = packlight.profile(model.to(dtype), x.to(dtype))
             kept.append(report.activation_bytes)
@@ -372,7 +372,7 @@ def test_a_small_resnet_trains_like_exact(method):
 
     def final_loss(name):
         packlight.manual_seed(1)
-        model = resnet18(METHODS[name], width=8)
+        model = resnet18(KITS[name], width=8)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses = []
         for _ in range(25):
