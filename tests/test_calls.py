@@ -36,6 +36,7 @@ from packlight.layers import product
 from packlight.method import _calls
 from packlight.quantiser import Quantiser
 from packlight.sketch import Sketch
+from tests.helpers import gradients
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
 FINE = (NEAREST, FewBit(bits=8))
@@ -67,14 +68,6 @@ class Net(nn.Module):
         q, k, v = (part.unflatten(-1, (4, -1)).mT for part in self.qkv(self.norm(x)).chunk(3, -1))
         q, k, v = (part.permute(0, 3, 1, 2) for part in (q, k, v))
         return F.relu(F.scaled_dot_product_attention(q, k, v)) * scale
-
-
-def gradients(model, x):
-    model.zero_grad()
-    packlight.manual_seed(1)
-    y = model(x)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 def operations(model, x):

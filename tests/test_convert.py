@@ -23,6 +23,7 @@ from packlight.conversion import _brief
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.method import Method, Swap, rule
 from packlight.sketch import Sketch
+from tests.helpers import gradients
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
 
@@ -76,14 +77,6 @@ def state(model):
         plain = {key: value for key, value in vars(module).items() if key not in registries}
         found[name] = (id(module), type(module), registries, plain)
     return found
-
-
-def gradients(model, x):
-    model.zero_grad()
-    packlight.manual_seed(1)
-    y = model(x)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 # --- Which layers.
