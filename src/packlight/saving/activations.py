@@ -4,7 +4,6 @@ A mask of -3e38 would leave no step to its neighbours in a group (`elementwise/l
 pack is none of the input for other readers, and a pack that another reader made has no limits.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from packlight._torch import graph
-from packlight.elementwise.limits import derivative_limits
+from packlight.elementwise.limits import derivative_limits, within
 
 Parameters = tuple[float, ...]
 
@@ -79,10 +78,4 @@ def within_limits(
 
 
 def _limited(x: Tensor, name: str, parameters: Parameters) -> Tensor:
-    lowest, highest, below, above, _ = derivative_limits(x.dtype, name, parameters)
-    limited = x.clamp(lowest, highest)
-    if below != lowest:
-        limited = limited.masked_fill_(x == -math.inf, below)
-    if above != highest:
-        limited = limited.masked_fill_(x == math.inf, above)
-    return limited
+    return within(x, derivative_limits(x.dtype, name, parameters))
