@@ -33,7 +33,7 @@ from packlight import method as rules
 from packlight._classes import joined
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.layers import product
-from packlight.method import _calls
+from packlight.method import _call_rules
 from packlight.quantiser import Quantiser
 from packlight.sketch import Sketch
 from tests.helpers import gradients
@@ -679,9 +679,10 @@ class Function(nn.Module):
 
 every_function = pytest.mark.parametrize(
     ("method", "function"),
-    _calls,
+    _call_rules,
     ids=[
-        f"{method.__name__}-{function.__name__}-{i}" for i, (method, function) in enumerate(_calls)
+        f"{method.__name__}-{function.__name__}-{i}"
+        for i, (method, function) in enumerate(_call_rules)
     ],
 )
 

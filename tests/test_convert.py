@@ -573,10 +573,10 @@ def test_what_an_inverted_norm_learnt_survives_an_equal_conversion_and_goes_with
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
     convert(model, Inverted())
     model(torch.randn(4, 8))
-    judged = model[0]._judged
-    assert judged is not None
+    seen = model[0]._seen
+    assert seen is not None
     convert(model, Inverted())
-    assert model[0]._judged is judged
+    assert model[0]._seen is seen
     revert(model)
     assert vars(model[0]).keys() == vars(nn.LayerNorm(8)).keys()
 

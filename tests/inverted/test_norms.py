@@ -164,7 +164,7 @@ def test_16_bit_gradients_are_as_near_the_truth_as_torch_s(kind, dtype):
     _, actual = gradients(ours, x, dy)
     _, truth = gradients(copy.deepcopy(plain).double(), x.double(), dy.double())
     _, torch_s = gradients(plain.to(dtype), x, dy)
-    assert all(verdict.channels is None for verdict in ours._judged.verdicts.values())
+    assert all(verdict.channels is None for verdict in ours._seen.verdicts.values())
     for a, b, exact in zip(actual, torch_s, truth, strict=True):
         error = relative_error(b, exact)
         if kind in ("LayerNorm", "RMSNorm"):
@@ -343,7 +343,7 @@ def test_nothing_is_kept_without_gradient(layer):
         assert not ours(x).requires_grad
 
     assert kept_bytes(run) == 0
-    assert ours._judged is None
+    assert ours._seen is None
 
 
 def test_frozen_parts_get_no_gradient(layer):
