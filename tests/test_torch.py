@@ -114,7 +114,7 @@ packlight.convert(model, packlight.GroupQuant(8), functional=True)
 x = torch.randn(32, 64)
 model(x).square().mean().backward(), twin(x).square().mean().backward()
 for a, b in zip(model.parameters(), twin.parameters()):
-    assert relative_error(a.grad, b.grad) < 0.1
+    assert float((a.grad - b.grad).norm() / b.grad.norm()) < 0.1
 try:
     packlight.predict(model, x)
 except packlight.InputError as error:
