@@ -25,8 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import rows
-from benchmarks.graphs import captured
-from benchmarks.models import PreNormBlock, Stack
 from packlight import (
     DEFAULT_METHODS,
     FewBit,
@@ -34,130 +32,15 @@ from packlight import (
     Inverted,
     Sketch,
     convert,
-    groupquant,
     profile,
 )
 from packlight.cli import Parser
-from packlight.groupquant import fixed_point
 from packlight.selectors import Methods
+from tests.blocks import PreNormBlock, Stack
+from tests.graphs import captured
+from tests.resnets import KITS, resnet18
 
-# --- The network.
-
-
-class Kit(NamedTuple):
-    """What a network is built of."""
-
-    conv: Callable[..., nn.Module]
-    norm: Callable[[int], nn.Module]
-    relu: Callable[..., nn.Module]
-
-
-def _fixed(bits: int) -> Kit:
-    return Kit(
-        lambda *args, **options: groupquant.Conv2d(*args, **options, bits=bits),
-        lambda channels: fixed_point.BatchNorm2d(channels, bits=bits),
-        groupquant.ReLU,
-    )
-
-
-def _group(bits: int) -> Kit:
-    return Kit(
-        lambda *args, **options: groupquant.Conv2d(*args, **options, bits=bits),
-        lambda channels: groupquant.BatchNorm2d(channels, bits=bits),
-        groupquant.ReLU,
-    )
-
-
-METHODS = {
-    "exact": Kit(nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
-    "fixed8": _fixed(8),
-    "fixed4": _fixed(4),
-    "group8": _group(8),
-    "group4": _group(4),
-    "group2": _group(2),
-}
-
-
-class Block(nn.Module):
-    """A basic residual block: two 3x3 convolutions."""
-
-    expansion = 1
-
-    def __init__(self, kit: Kit, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = kit.conv(channels, width, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = kit.norm(width)
-        self.conv2 = kit.conv(width, width, 3, padding=1, bias=False)
-        self.norm2 = kit.norm(width)
-        self.relu = kit.relu(inplace=True)
-        self.shortcut = _shortcut(kit, channels, width, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        y += self.shortcut(x)
-        return self.relu(y)
-
-
-class Bottleneck(nn.Module):
-    """The block of ResNet-50: 1x1, 3x3 and 1x1, the last four times as wide."""
-
-    expansion = 4
-
-    def __init__(self, kit: Kit, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = kit.conv(channels, width, 1, bias=False), kit.norm(width)
-        self.conv2 = kit.conv(width, width, 3, stride=stride, padding=1, bias=False)
-        self.norm2 = kit.norm(width)
-        self.conv3, self.norm3 = kit.conv(width, 4 * width, 1, bias=False), kit.norm(4 * width)
-        self.relu = kit.relu(inplace=True)
-        self.shortcut = _shortcut(kit, channels, 4 * width, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.norm1(self.conv1(x)))
-        y = self.relu(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
-        y += self.shortcut(x)
-        return self.relu(y)
-
-
-def _shortcut(kit: Kit, channels: int, width: int, stride: int) -> nn.Module:
-    if stride == 1 and channels == width:
-        return nn.Identity()
-    return nn.Sequential(kit.conv(channels, width, 1, stride=stride, bias=False), kit.norm(width))
-
-
-def _resnet(
-    kit: Kit,
-    block: type[Block] | type[Bottleneck],
-    depths: list[int],
-    width: int,
-    stem: list[nn.Module],
-) -> nn.Sequential:
-    layers, channels = stem, width
-    for stage, depth in enumerate(depths):
-        for i in range(depth):
-            stride = 2 if stage and i == 0 else 1
-            layers.append(block(kit, channels, width << stage, stride))
-            channels = (width << stage) * block.expansion
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
-
-
-def resnet18(kit: Kit, width: int = 64) -> nn.Sequential:
-    """ResNet-18 with the stem for 32x32 images."""
-    stem = [kit.conv(3, width, 3, padding=1, bias=False), kit.norm(width), kit.relu(inplace=True)]
-    return _resnet(kit, Block, [2, 2, 2, 2], width, stem)
-
-
-def resnet50(kit: Kit, pool: nn.Module, width: int = 64) -> nn.Sequential:
-    """ResNet-50 with the stem for large images; `pool` is its max pooling, 3x3 with stride 2."""
-    stem = [
-        kit.conv(3, width, 7, stride=2, padding=3, bias=False),
-        kit.norm(width),
-        kit.relu(inplace=True),
-        pool,
-    ]
-    return _resnet(kit, Bottleneck, [3, 4, 6, 3], width, stem)
+# --- The networks.
 
 
 class ViT(nn.Module):
@@ -175,7 +58,7 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
-# What `convert` is given; those of `METHODS` are built with their layers.
+# What `convert` is given; those of `KITS` are built with their layers.
 CONVERSIONS: dict[str, Methods] = {
     "few-bit 3": FewBit(3),
     # Outputs of batch norms are overwritten, by ReLUs and residual sums.
@@ -187,7 +70,7 @@ VIT_CONVERSIONS: dict[str, Methods] = {
     **{name: method for name, method in CONVERSIONS.items() if name != "default"},
     "sketch 0.2": {nn.Linear: Sketch(0.2)},
 }
-RUNS = {"resnet18": [*METHODS, *CONVERSIONS], "vit": ["exact", *VIT_CONVERSIONS]}
+RUNS = {"resnet18": [*KITS, *CONVERSIONS], "vit": ["exact", *VIT_CONVERSIONS]}
 BATCH = 256
 # The images at hand are JPEG copies of CIFAR-10, which cost about 3 points: 40 epochs end at 91.4%.
 EPOCHS = {"resnet18": 60, "vit": 30}
@@ -196,7 +79,7 @@ LEARNING_RATES = {"resnet18": 0.2, "vit": 1e-3}  # of SGD and AdamW: SGD does no
 
 def network(name: str, method: str) -> nn.Module:
     if name == "resnet18":
-        model: nn.Module = resnet18(METHODS.get(method, METHODS["exact"]))
+        model: nn.Module = resnet18(KITS.get(method, KITS["exact"]))
         conversions = CONVERSIONS
     else:
         model, conversions = ViT(), VIT_CONVERSIONS

@@ -26,10 +26,10 @@ from torch import Tensor
 
 import packlight.fewbit as few_bit
 from benchmarks import rows
-from benchmarks.graphs import captured
 from packlight import use_reference
 from packlight.packing.layout import packed_bytes
 from tests.fewbit import layers as fewbit
+from tests.graphs import captured
 from tests.inverted import layers as inverted
 from tests.layers import Layer
 

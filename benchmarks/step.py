@@ -37,9 +37,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from benchmarks import cifar, rows
-from benchmarks.graphs import captured
 from benchmarks.kernels import interleaved
-from benchmarks.models import Attention, DecoderBlock, EncoderBlock, PreNormBlock, Stack, SwiGLU
 from packlight import (
     DEFAULT_METHODS,
     FewBit,
@@ -51,6 +49,9 @@ from packlight import (
     saving,
 )
 from packlight.selectors import Methods
+from tests import resnets
+from tests.blocks import Attention, DecoderBlock, EncoderBlock, PreNormBlock, Stack, SwiGLU
+from tests.graphs import captured
 
 # ---- models ---------------------------------------------------------------------------------
 
@@ -66,8 +67,8 @@ class Stem(nn.Sequential):
 
 def resnet50(width: int = 64) -> Stack:
     """The convolutions of ResNet-50."""
-    layers = cifar.resnet50(cifar.METHODS["exact"], nn.MaxPool2d(3, 2, 1), width)
-    blocks = [layer for layer in layers if isinstance(layer, cifar.Bottleneck)]
+    layers = resnets.resnet50(resnets.KITS["exact"], nn.MaxPool2d(3, 2, 1), width)
+    blocks = [layer for layer in layers if isinstance(layer, resnets.Bottleneck)]
     return Stack([Stem(*layers[:4]), *blocks])
 
 

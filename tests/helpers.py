@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+import packlight
+from packlight.groupquant.grouping import Grouping
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -61,6 +64,21 @@ def gradient(
     return y.detach(), dx
 
 
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The gradients of a weighted sum of the output; the same weights and roundings every time."""
+    model.zero_grad()
+    packlight.manual_seed(1)
+    y = model(x)
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def pack_bytes(count: int, bits: int = 4, group_size: int = 128) -> int:
+    """What a pack of `GroupQuant` takes of so many elements."""
+    grouping = Grouping(1, count, bits, group_size)
+    return grouping.code_bytes + 4 * grouping.groups
+
+
 def kept_bytes(function: Callable[[], object]) -> int:
     """Bytes of the unique storages that autograd keeps while `function` runs."""
     storages: dict[int, int] = {}
@@ -97,6 +115,12 @@ def crossing(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     result.sum().backward()
     torch._dynamo.reset()
     return seen
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """|found - exact| relative to |exact|, over the whole tensor; 0 where both are 0."""
+    exact = exact.double()
+    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
 def ulps(a: Tensor, b: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ from packlight import method as rules
 from packlight._classes import joined
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.layers import product
-from packlight.method import _calls
+from packlight.method import _call_rules
 from packlight.quantiser import Quantiser
 from packlight.sketch import Sketch
-from tests.helpers import node_name
+from tests.helpers import gradients, node_name
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
 FINE = (NEAREST, FewBit(bits=8))
@@ -68,14 +68,6 @@ class Net(nn.Module):
         q, k, v = (part.unflatten(-1, (4, -1)).mT for part in self.qkv(self.norm(x)).chunk(3, -1))
         q, k, v = (part.permute(0, 3, 1, 2) for part in (q, k, v))
         return F.relu(F.scaled_dot_product_attention(q, k, v)) * scale
-
-
-def gradients(model, x):
-    model.zero_grad()
-    packlight.manual_seed(1)
-    y = model(x)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 def operations(model, x):
@@ -687,9 +679,10 @@ class Function(nn.Module):
 
 every_function = pytest.mark.parametrize(
     ("method", "function"),
-    _calls,
+    _call_rules,
     ids=[
-        f"{method.__name__}-{function.__name__}-{i}" for i, (method, function) in enumerate(_calls)
+        f"{method.__name__}-{function.__name__}-{i}"
+        for i, (method, function) in enumerate(_call_rules)
     ],
 )
 

@@ -12,7 +12,7 @@ import packlight
 from packlight import DEFAULT_METHODS, FewBit, FixedPoint, GroupQuant, groupquant
 from packlight.groupquant import fixed_point
 from packlight.groupquant.fixed_point.residual import add
-from tests.helpers import crossing
+from tests.helpers import crossing, relative_error
 
 # The default, rounding to nearest, so that two runs compare.
 NEAREST = (FixedPoint(bits=4), GroupQuant(bits=4, rounding="nearest"), FewBit(bits=3))
@@ -60,10 +60,6 @@ def gradient(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([grad.flatten() for grad in grads])
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    return ((found - truth).norm() / truth.norm()).item()
-
-
 @pytest.mark.parametrize("functional", [False, True])
 def test_gradients_of_a_compiled_resnet(functional):
     plain, x = ResNet(), images()
@@ -73,8 +69,8 @@ def test_gradients_of_a_compiled_resnet(functional):
     compiled = gradient(torch.compile(model, fullgraph=True), x)
     exact = gradient(plain, x)
     # The two may share their packs otherwise, so round otherwise, where sums are covered too.
-    assert error(compiled, eager) < (0.03 if functional else 1e-5)
-    assert error(compiled, exact) < 0.06
+    assert relative_error(compiled, eager) < (0.03 if functional else 1e-5)
+    assert relative_error(compiled, exact) < 0.06
     torch._dynamo.reset()
 
 

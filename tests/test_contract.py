@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import tests.fewbit.layers
 import tests.groupquant.layers
 import tests.inverted.layers
-from benchmarks.graphs import captured
 from packlight import use_reference
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.packing.layout import dense_stride, memory_order
+from tests.graphs import captured
 from tests.helpers import DTYPES, SHAPES, dtype_name, gradient, kept_bytes, sample
 from tests.layers import on_both_backends
 

@@ -23,6 +23,7 @@ from packlight.conversion import _brief
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.method import Method, Swap, rule
 from packlight.sketch import Sketch
+from tests.helpers import gradients
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
 
@@ -76,14 +77,6 @@ def state(model):
         plain = {key: value for key, value in vars(module).items() if key not in registries}
         found[name] = (id(module), type(module), registries, plain)
     return found
-
-
-def gradients(model, x):
-    model.zero_grad()
-    packlight.manual_seed(1)
-    y = model(x)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 # --- Which layers.
@@ -580,10 +573,10 @@ def test_what_an_inverted_norm_learnt_survives_an_equal_conversion_and_goes_with
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
     convert(model, Inverted())
     model(torch.randn(4, 8))
-    judged = model[0]._judged
-    assert judged is not None
+    seen = model[0]._seen
+    assert seen is not None
     convert(model, Inverted())
-    assert model[0]._judged is judged
+    assert model[0]._seen is seen
     revert(model)
     assert vars(model[0]).keys() == vars(nn.LayerNorm(8)).keys()
 

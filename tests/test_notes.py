@@ -16,13 +16,9 @@ import packlight
 from packlight import GroupQuant, Inverted, sharing
 from packlight import groupquant as gq
 from packlight.sharing import Grade, Pack, note_pack, pack_of
-from tests.helpers import kept_bytes
+from tests.helpers import kept_bytes, relative_error
 
 NEAREST = {"bits": 8, "rounding": "nearest"}
-
-
-def relative(a, b):
-    return float((a - b).norm() / b.norm())
 
 
 def weight_gradient(layer, x):
@@ -65,7 +61,7 @@ def test_a_tensor_that_has_changed_is_packed_afresh(change):
     change(x)
     assert pack_of(x) is None or change is CHANGES["other memory"]
     expected = exact_gradient(reader.second, x)
-    assert relative(weight_gradient(reader.second, x), expected) < 0.02
+    assert relative_error(weight_gradient(reader.second, x), expected) < 0.02
 
 
 COPIES = {
@@ -374,7 +370,7 @@ def test_a_finer_reader_behind_a_coarse_producer_keeps_a_pack_of_its_own(name):
     coarse = gq.Linear(64, 8, bits=2)
     h = PRODUCERS[name](2)(x)
     coarse_output = coarse(h)
-    error = relative(weight_gradient(fine, h), exact_gradient(fine, h))
+    error = relative_error(weight_gradient(fine, h), exact_gradient(fine, h))
     assert error < 0.02
     assert coarse_output.requires_grad
 
@@ -412,7 +408,7 @@ def test_the_product_of_factors_that_share_their_rounding_is_rounded_by_itself()
         gradient = weight_gradient(reader, y)
         truth = exact_gradient(reader, y) if truth is None else truth
         mean = mean + gradient / 300
-    assert relative(mean, truth) < 0.03
+    assert relative_error(mean, truth) < 0.03
 
 
 # ---- parameters of others ------------------------------------------------------------------------
@@ -478,7 +474,7 @@ def test_without_a_capability_layers_share_nothing_and_gradients_are_right(name,
     model(x).square().sum().backward()
     plain(x).square().sum().backward()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-        assert relative(a.grad, b.grad) < 0.05
+        assert relative_error(a.grad, b.grad) < 0.05
 
 
 def test_inference_tensors_carry_no_notes():

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import packlight
 from packlight import FewBit, FixedPoint, Inverted, Quantiser
 from packlight.sketch import Sketch
-from tests.helpers import dtype_name, kept_bytes
+from tests.helpers import dtype_name, kept_bytes, relative_error
 from tests.rule_samples import METHODS, RULES, sample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,10 +62,6 @@ def step(layer, x, run=lambda layer, x: layer(x)):
     return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def distance(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 @every_rule
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_forward_and_gradients_are_those_of_the_plain_layer(method, kind, dtype):
@@ -91,7 +87,7 @@ def test_forward_and_gradients_are_those_of_the_plain_layer(method, kind, dtype)
         elif method is Sketch:
             assert torch.isfinite(our_grads[name]).all()  # unbiased: see the tests of sketches
         else:
-            assert distance(our_grads[name], grad) < BOUND[method] + ROUNDING[dtype], name
+            assert relative_error(our_grads[name], grad) < BOUND[method] + ROUNDING[dtype], name
 
 
 @every_rule
@@ -119,7 +115,7 @@ def test_autocast_gives_what_torch_gives(method, kind):
         assert our_grads[name].dtype == grad.dtype
         if kind is not nn.Dropout and method is not Sketch:
             bound = BOUND[method] + ROUNDING[torch.bfloat16]
-            assert distance(our_grads[name], grad) < bound, name
+            assert relative_error(our_grads[name], grad) < bound, name
 
 
 @every_rule

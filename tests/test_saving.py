@@ -27,6 +27,7 @@ from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import GroupQuant
 from packlight.profile import MemoryReport, profile
 from packlight.saving import lossless, rules, saving, tensors
+from tests.helpers import relative_error
 
 FOUR = GroupQuant(bits=4)
 EIGHT = GroupQuant(bits=8)
@@ -72,7 +73,7 @@ def gradients(model, x: Tensor, method=None, **options) -> Tensor:
 
 def error(model, x: Tensor, method: GroupQuant, **options) -> float:
     exact = gradients(model, x)
-    return ((gradients(model, x, method, **options) - exact).norm() / exact.norm()).item()
+    return relative_error(gradients(model, x, method, **options), exact)
 
 
 class Block(nn.Module):
@@ -880,14 +881,7 @@ def test_the_meta_device():
 # --- torch.compile.
 
 
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_packs_cross_a_compiled_region():
     model = Block(64)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -905,7 +899,7 @@ def test_packs_cross_a_compiled_region():
     assert coarse > 10 * errors[0]
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_statistics_of_converted_layers_in_a_compiled_region_stay_exact():
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     packlight.convert(model, GroupQuant(bits=4))
@@ -917,7 +911,7 @@ def test_statistics_of_converted_layers_in_a_compiled_region_stay_exact():
     assert floats(kept(compiled, x)) == exact
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_region_may_call_what_the_tracer_cannot_follow_within_a_mode():
     def model(x):
         return x.unflatten(-1, (8, -1)).sin()
@@ -928,7 +922,7 @@ def test_a_compiled_region_may_call_what_the_tracer_cannot_follow_within_a_mode(
     assert torch.equal(y, model(x))
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_weights_of_a_compiled_region_stay_exact():
     layer = nn.Linear(128, 256)
 
@@ -942,7 +936,7 @@ def test_weights_of_a_compiled_region_stay_exact():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the tracer looks at it
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_operations_between_two_graphs_keep_their_names():
     @torch.compiler.disable
     def between(x):
@@ -956,7 +950,7 @@ def test_operations_between_two_graphs_keep_their_names():
     assert ("MseLossBackward0", 64 * 128 * 4) in floats(report)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_the_context_inside_a_compiled_function_is_refused(fullgraph):
     def model(x):
@@ -1272,7 +1266,7 @@ def test_a_bias_of_attention_that_is_learned_stays_exact():
     )
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min])
 def test_a_mask_that_a_compiled_region_makes_stays_exact(value):
     class Masked(nn.Linear):

@@ -15,6 +15,7 @@ from packlight._seeds import rounding_seed
 from packlight.groupquant import GroupQuant
 from packlight.profile import profile
 from packlight.saving import norms, packing, saving, tensors
+from tests.helpers import relative_error
 
 FOUR = GroupQuant(bits=4)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,10 +36,6 @@ def gradients(function, x: Tensor, parameters=(), method: GroupQuant | None = No
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    return ((found - exact).norm() / exact.norm()).item()
 
 
 # --- Inputs of norms.
@@ -255,7 +252,7 @@ def test_masks_leave_their_neighbours_a_step(function, dtype, monkeypatch):
         masked = x.masked_fill(hidden, value)
         (exact,), (found,) = gradients(function, masked), gradients(function, masked, (), FOUR)
         # A step is that of values from -14.5 to 3, which are ordinary for a Mish, and not of 10000.
-        assert error(found[~hidden], exact[~hidden]) < 0.32
+        assert relative_error(found[~hidden], exact[~hidden]) < 0.32
         if exact.isfinite().all():
             assert (found - exact)[hidden].abs().max() <= 0.02 * exact[~hidden].abs().max()
 
@@ -274,7 +271,7 @@ def test_infinities_have_torchs_derivative(function, dtype, monkeypatch):
         else:
             torch.testing.assert_close(found[:, 5], exact[:, 5], rtol=0.02, atol=0.02)
             if value == value:  # the neighbours of a NaN may be NaN
-                assert error(found, exact) < 0.1
+                assert relative_error(found, exact) < 0.1
 
 
 def test_an_activation_and_another_reader_share_no_pack():
@@ -286,8 +283,8 @@ def test_an_activation_and_another_reader_share_no_pack():
         return linear(x) * 1e-4 + F.silu(x)
 
     exact, found = (gradients(model, x, linear.parameters(), one) for one in (None, FOUR))
-    assert error(found[0][~hidden], exact[0][~hidden]) < 0.32
-    assert error(found[1], exact[1]) < 0.1  # reads the masks too
+    assert relative_error(found[0][~hidden], exact[0][~hidden]) < 0.32
+    assert relative_error(found[1], exact[1]) < 0.1  # reads the masks too
 
 
 # --- Sides in compiled regions.
@@ -328,14 +325,7 @@ def test_zeros_of_a_relu_are_exactly_that():
     assert 0 < changed.sum() < 0.02 * x.numel()
 
 
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU, nn.PReLU])
 def test_compiled_activations_have_exact_sides(activation):
     layers = [
@@ -356,4 +346,4 @@ def test_compiled_activations_have_exact_sides(activation):
     for rounding in ("stochastic", "nearest"):
         found = weight_gradients(saving(GroupQuant(4, rounding=rounding)))
         # One flipped side of 200 would be an error of 0.006.
-        assert max(error(a, b) for a, b in zip(found, exact, strict=True)) < 0.003
+        assert max(relative_error(a, b) for a, b in zip(found, exact, strict=True)) < 0.003

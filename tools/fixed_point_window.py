@@ -1,6 +1,6 @@
 """How wide the window of fixed-point codes should be: errors of gradients in a network that learns.
 
-    python tools/fixed_point_window.py --data FOLDER
+    python -m tools.fixed_point_window --data FOLDER
 
 A ResNet-18 of a quarter of the width learns CIFAR-10 (`benchmarks/cifar.py`, the same data) for a
 while. Then, on one batch, the gradients by codes of 4 and 8 bits for windows of several widths are
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import cifar
 from packlight.groupquant.fixed_point.method import BIN
+from tests.resnets import KITS, resnet18
 
 WIDTHS = {4: (5, 6, 7, 8, 9, 10, 12, 16), 8: (6, 8, 10, 12, 16, 20, 24, 32)}
 
@@ -56,12 +57,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     data = cifar.data_of(options.data, "cpu", 30_000)
-    exact = cifar.resnet18(cifar.METHODS["exact"], 16)
+    exact = resnet18(KITS["exact"], 16)
     learn(exact, data, options.steps)
     batch = next(cifar.batches(data, 128, torch.Generator().manual_seed(5)))
     truth = gradients(exact, *batch)
     for bits, widths in WIDTHS.items():
-        model = cifar.resnet18(cifar.METHODS[f"fixed{bits}"], 16)
+        model = resnet18(KITS[f"fixed{bits}"], 16)
         for width in widths:
             BIN[bits] = width / 2**bits
             model.load_state_dict(exact.state_dict())

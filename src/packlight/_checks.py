@@ -1,6 +1,7 @@
 """Checks that every function of a layer makes before any work."""
 
-from collections.abc import Callable, Hashable
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,19 @@ def is_taken(x: Tensor) -> bool:
     if not is_supported(x) or is_transformed():
         return False
     return torch.compiler.is_compiling() or not (x.is_inference() and torch.is_grad_enabled())
+
+
+def numbers(value: Any, axes: int, name: str) -> tuple[int, ...]:
+    """`value`, one whole number or one an axis, as one an axis."""
+    try:
+        found = tuple(map(operator.index, value if isinstance(value, Sequence) else [value]))
+    except TypeError:
+        raise InputError(f"{name}={value!r} is neither a whole number nor several") from None
+    if len(found) == 1:
+        found = found * axes
+    if len(found) != axes:
+        raise InputError(f"{name}={value!r} has {len(found)} numbers; one or {axes} are expected")
+    return found
 
 
 def is_transformed() -> bool:

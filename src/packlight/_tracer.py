@@ -7,7 +7,6 @@ one that costs memory and never a gradient (`_torch.ask`).
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from packlight import _torch

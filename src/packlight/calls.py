@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from packlight import _torch, _tracer
+from packlight import _torch
 from packlight._checks import is_taken
 from packlight._classes import derivation
 from packlight.method import Call, Calls, Method, Swap

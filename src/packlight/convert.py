@@ -29,7 +29,7 @@ from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
-from packlight.method import Calls, LeaveAlone, Method, Swap, find_rule
+from packlight.method import Calls, Method, NotConverted, Swap, find_rule
 from packlight.selectors import (
     Layer,
     Methods,
@@ -243,7 +243,7 @@ class _Plan:
         self.matched: set[Selector] = set()
         self.selected: dict[nn.Module, Selector] = {}  # the selector that decides for a module
         self.obeyed: set[Selector] = set()  # selectors that convert a layer, or give None for one
-        self.vain: dict[Selector, list[Skipped]] = {}  # picked layers without a rule
+        self.without_rule: dict[Selector, list[Skipped]] = {}  # picked layers without a rule
 
     def add(self, layer: Layer) -> None:
         if self.selectors is None:
@@ -272,10 +272,10 @@ class _Plan:
         except CannotConvertError as error:
             self._skip(layer, str(error))
             self.refused.append(f"{layer}: {error}")
-        except (_NoRule, LeaveAlone) as reason:
-            skipped = self._skip(layer, str(reason), always=isinstance(reason, LeaveAlone))
+        except (_NoRule, NotConverted) as reason:
+            skipped = self._skip(layer, str(reason), always=isinstance(reason, NotConverted))
             if selector is not None:
-                self.vain.setdefault(selector, []).append(skipped)
+                self.without_rule.setdefault(selector, []).append(skipped)
             return
         if selector is not None:
             self.obeyed.add(selector)
@@ -336,7 +336,7 @@ class _Plan:
                 f"{near_misses(mistaken, layers)}. {inventory(layers)}; strict=False accepts"
                 " selectors that match nothing"
             )
-        for selector, rows in self.vain.items():
+        for selector, rows in self.without_rule.items():
             if selector not in self.obeyed:
                 reasons = dict.fromkeys(f"{row.names[0]!r}: {row.reason}" for row in rows)
                 raise CannotConvertError(
@@ -397,7 +397,7 @@ def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
         raise CannotConvertError(reason)
     plain = _swap.plain(layer.module)
     if reason := _why_not_taken(plain):
-        raise LeaveAlone(reason)
+        raise NotConverted(reason)
     refusals: list[Exception] = []
     reasons: list[Exception] = []
     for rule, method in rules:
@@ -405,7 +405,7 @@ def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
             return _Change(layer, rule(method, plain), method)
         except CannotConvertError as error:
             refusals.append(error)
-        except LeaveAlone as leave:
+        except NotConverted as leave:
             reasons.append(leave)
     raise refusals[0] if refusals else reasons[0]
 

@@ -86,7 +86,7 @@ class Swap(NamedTuple):
 
 
 # A rule looks at a module and never changes it. If this one module cannot take the method, the rule
-# raises `CannotConvertError` or `LeaveAlone` with the reason.
+# raises `CannotConvertError` or `NotConverted` with the reason.
 Rule = Callable[[Any, Any], Swap]
 
 _rules: dict[tuple[type[Method], type[nn.Module]], Rule] = {}
@@ -103,7 +103,7 @@ def rule(method: type[Method], *modules: type[nn.Module]) -> Callable[[Rule], Ru
     return register
 
 
-class LeaveAlone(Exception):
+class NotConverted(Exception):
     """A rule raises it, with the reason, for a module that stays as it is; this is no mistake.
 
     `CannotConvertError` is for a reason that the user would want to know at once.
@@ -143,7 +143,7 @@ class Call(NamedTuple):
     places: int  # how many of the arguments may be positional
 
 
-_calls: dict[tuple[type[Method], Callable[..., Any]], Callable[[Any], Call]] = {}
+_call_rules: dict[tuple[type[Method], Callable[..., Any]], Callable[[Any], Call]] = {}
 
 
 def call_rule(
@@ -171,7 +171,7 @@ def call_rule(
 
     Calls.of.cache_clear()
     for theirs, ours in functions.items():
-        _calls[method, theirs] = functools.partial(make, ours)
+        _call_rules[method, theirs] = functools.partial(make, ours)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,7 +190,7 @@ class Calls:
         table: dict[Callable[..., Any], Call] = {}
         for method in methods:
             for base in type(method).__mro__:
-                for (kind, function), make in _calls.items():
+                for (kind, function), make in _call_rules.items():
                     if kind is base and function not in table:
                         table[function] = make(method)
         return Calls(methods, table)

@@ -104,7 +104,7 @@ def _predict(
     reports = []
     for change in changes:
         change(fake)
-        with fakes.Calls(), mode:
+        with fakes.FakeFunctionMode(), mode:
             try:
                 reports.append(profile(fake, *fake_inputs, loss=loss, **fake_kwargs))
             except fakes.NEEDS_VALUES as error:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import packlight.groupquant as group_quant
 import tests.layers
 from packlight.elementwise.functions import quick_gelu, relu_squared
-from packlight.groupquant.grouping import Grouping
+from tests.helpers import pack_bytes
 
 BITS, GROUP_SIZE = 8, 32
 
@@ -44,8 +44,7 @@ class Layer(tests.layers.Layer):
         return {"bits": BITS, "group_size": GROUP_SIZE, "rounding": "nearest"}
 
     def packed_bytes(self, count: int) -> int:
-        grouping = Grouping(1, count, BITS, GROUP_SIZE)
-        return grouping.code_bytes + 4 * grouping.groups
+        return pack_bytes(count, BITS, GROUP_SIZE)
 
 
 def _layer(name, module, function, plain, *arguments, parameters=None):

@@ -12,7 +12,7 @@ import packlight
 from packlight import _torch, groupquant, profile
 from packlight.groupquant import scaled_dot_product_attention
 from packlight.layers import attention
-from tests.helpers import every_device
+from tests.helpers import every_device, relative_error
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 4, 40, 37, 32  # 37: rows of a bias that are not aligned
 OPTIONS = {"bits": 8, "group_size": 32, "rounding": "nearest"}
@@ -48,10 +48,6 @@ def qkv(device, groups=1):
     ]
 
 
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 def gradients(function, tensors, mask, **options):
     y = function(*tensors, mask, **options)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
@@ -83,7 +79,7 @@ def test_forward_is_torch_s_and_gradients_are_near(mask, groups, device):
     torch.testing.assert_close(ours, y.detach(), rtol=0, atol=0)
     for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape
-        assert relative(one, other) < 0.03
+        assert relative_error(one, other) < 0.03
 
 
 @every_device
@@ -131,7 +127,7 @@ def test_every_kernel_that_takes_masks(backend, mask, groups):
         ours, actual = gradients(groupquant.scaled_dot_product_attention, tensors, mask, **options)
     torch.testing.assert_close(ours, y.detach(), rtol=0, atol=0)
     for one, other in zip(actual, expected, strict=True):
-        assert relative(one, other) < 0.03
+        assert relative_error(one, other) < 0.03
 
 
 @pytest.mark.parametrize(
@@ -174,7 +170,7 @@ def test_a_float_mask_under_autocast_is_cast_as_torch_casts_it():
         y, expected = gradients(F.scaled_dot_product_attention, tensors, mask)
         ours, actual = gradients(groupquant.scaled_dot_product_attention, tensors, mask, **OPTIONS)
     assert torch.equal(ours, y)
-    assert all(relative(a, b) < 0.05 for a, b in zip(actual, expected, strict=True))
+    assert all(relative_error(a, b) < 0.05 for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -11,16 +11,10 @@ from torch import nn
 from packlight import groupquant
 from packlight._seeds import operands
 from packlight.errors import DoubleBackwardError, InputError
-from packlight.groupquant.grouping import Grouping
 from packlight.packing.layout import dense_stride
-from tests.helpers import DTYPES, dtype_name, kept_bytes
+from tests.helpers import DTYPES, dtype_name, kept_bytes, pack_bytes
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-
-
-def pack_bytes(count, bits=4, group_size=128):
-    grouping = Grouping(1, count, bits, group_size)
-    return grouping.code_bytes + 4 * grouping.groups
 
 
 def plain_batch_norm(x, weight, bias):

@@ -10,12 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import packlight
-from benchmarks.cifar import METHODS, resnet18, resnet50
 from packlight import fewbit, groupquant
 from packlight.groupquant import fixed_point
-from packlight.groupquant.grouping import Grouping
 from packlight.packing.layout import packed_bytes
-from tests.helpers import crossing, every_device, kept_bytes
+from tests.helpers import crossing, every_device, kept_bytes, pack_bytes, relative_error
+from tests.resnets import KITS, resnet18, resnet50
 
 C, N = 16, 8 * 16 * 12 * 12  # channels and elements of a hidden tensor
 CODES = packed_bytes(N, 4)
@@ -24,12 +23,7 @@ MASK = packed_bytes(N, 1)
 WEIGHT = C * C * 9 * 4
 
 
-def pack_bytes(count=N, bits=4, group_size=128):
-    grouping = Grouping(1, count, bits, group_size)
-    return grouping.code_bytes + 4 * grouping.groups
-
-
-PACK = pack_bytes()
+PACK = pack_bytes(N)
 
 
 class Block(nn.Module):
@@ -160,7 +154,7 @@ def test_gradients_are_near_the_exact_ones(device, kind, bits, inplace):
     torch.testing.assert_close(model(x), plain(x), rtol=1e-3, atol=1e-3)
     ours, exact = gradients(model, x), gradients(plain, x)
     names = ["input", *dict(model.named_parameters())]
-    errors = {n: (a - b).norm() / b.norm() for n, a, b in zip(names, ours, exact, strict=True)}
+    errors = {n: relative_error(a, b) for n, a, b in zip(names, ours, exact, strict=True)}
     limit = {("fixed", 4): 0.32, ("group", 4): 0.25}.get((kind, bits), 0.04)
     assert errors["conv.weight"] < limit
     assert errors["norm.weight"] < limit
@@ -202,13 +196,6 @@ def test_inplace_relu_overwrites_what_nobody_keeps():
 
 
 # --- torch.compile, checkpoint, autocast, random use.
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -355,10 +342,10 @@ def test_how_many_times_less_a_resnet_keeps(network, bits, fp32, bf16):
         for method in ("exact", f"fixed{bits}"):
             with torch.device("meta"):
                 if network == "resnet18":
-                    model, x = resnet18(METHODS[method]), torch.empty(512, 3, 32, 32)
+                    model, x = resnet18(KITS[method]), torch.empty(512, 3, 32, 32)
                 else:
                     pool = nn.MaxPool2d if method == "exact" else fewbit.MaxPool2d
-                    model = resnet50(METHODS[method], pool(3, 2, 1))
+                    model = resnet50(KITS[method], pool(3, 2, 1))
                     x = torch.empty(128, 3, 224, 224)
                 report = packlight.profile(model.to(dtype), x.to(dtype))
             kept.append(report.activation_bytes)
@@ -372,7 +359,7 @@ def test_a_small_resnet_trains_like_exact(method):
 
     def final_loss(name):
         packlight.manual_seed(1)
-        model = resnet18(METHODS[name], width=8)
+        model = resnet18(KITS[name], width=8)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         losses = []
         for _ in range(25):

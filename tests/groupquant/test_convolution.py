@@ -12,8 +12,7 @@ from torch import nn
 
 from packlight import groupquant
 from packlight.errors import DoubleBackwardError, InputError
-from packlight.groupquant.grouping import Grouping
-from tests.helpers import DTYPES, dtype_name, kept_bytes
+from tests.helpers import DTYPES, dtype_name, kept_bytes, pack_bytes
 
 # Said by torch's own convolution, once.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -22,11 +21,6 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 # Long enough for a pack to be worth it.
 SIZE = {1: 80, 2: 8, 3: 8}
-
-
-def pack_bytes(count, bits=4, group_size=128):
-    grouping = Grouping(1, count, bits, group_size)
-    return grouping.code_bytes + 4 * grouping.groups
 
 
 def gradients(function, x, weight, bias, *arguments, dy=None, **options):

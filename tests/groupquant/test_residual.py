@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import packlight
-from benchmarks.cifar import METHODS, Block, Bottleneck, resnet18, resnet50
 from packlight import DEFAULT_METHODS, FixedPoint, GroupQuant, sharing
 from packlight.groupquant import fixed_point
 from packlight.groupquant.fixed_point import reference, residual, residual_kernels, residual_ops
@@ -19,10 +18,18 @@ from packlight.groupquant.fixed_point.packs import ResidualRebuild
 from packlight.layers import product
 from packlight.packing.layout import packed_bytes
 from packlight.packing.reference import pack
-from tests.groupquant.test_conv_sharing import pack_bytes
-from tests.helpers import DTYPES, dtype_name, every_device, every_kernel_dtype, kept_bytes
+from tests.helpers import (
+    DTYPES,
+    dtype_name,
+    every_device,
+    every_kernel_dtype,
+    kept_bytes,
+    pack_bytes,
+    relative_error,
+)
+from tests.resnets import KITS, Block, Bottleneck, resnet18, resnet50
 
-EXACT = METHODS["exact"]
+EXACT = KITS["exact"]
 NEAREST = (FixedPoint(4), GroupQuant(4, rounding="nearest"))
 N, C, SIZE = 8, 16, 8
 ELEMENTS = N * C * SIZE**2
@@ -212,7 +219,7 @@ def test_the_error_stays_that_of_a_term():
     for links in range(1, 8):
         term = batch_norm(hidden(64, C, 8, 8))
         y = term if y is None else fixed_point.relu(residual.add(y, term))
-        error = ((noted(y) - y).norm() / y.norm()).item()
+        error = relative_error(noted(y), y)
         assert 0.05 < error < 0.15, links
 
 

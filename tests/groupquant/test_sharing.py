@@ -15,7 +15,7 @@ import packlight
 import packlight.groupquant as group_quant
 from packlight import profile, sharing
 from packlight.errors import DoubleBackwardError
-from tests.helpers import gradient, kept_bytes
+from tests.helpers import gradient, kept_bytes, relative_error
 
 WIDTH, TOKENS = 256, 128
 # Bytes an element of a 4-bit pack with groups of 128.
@@ -169,7 +169,7 @@ def test_compiled_gradients_are_those_of_eager_mode(make, rounding, fresh_compil
         torch.testing.assert_close(actual, expected)
     else:  # the compiler leaves out seeds that nothing reads, so later ones are others
         torch.testing.assert_close(actual, gradients(compiled), rtol=0, atol=0)
-        assert all(relative(a, b) < 0.3 for a, b in zip(actual, expected, strict=True))
+        assert all(relative_error(a, b) < 0.3 for a, b in zip(actual, expected, strict=True))
 
 
 def test_a_compiled_block_keeps_what_the_eager_one_keeps(fresh_compiler):
@@ -184,7 +184,7 @@ def test_a_compiled_block_keeps_what_the_eager_one_keeps(fresh_compiler):
     expected = torch.autograd.grad(run(x).square().sum(), [x, *parameters])
     actual = torch.autograd.grad(compiled(x).square().sum(), [x, *parameters])
     # A value on the border of two codes may go to either: a traced norm differs in its last bit.
-    assert all(relative(a, b) < 0.002 for a, b in zip(actual, expected, strict=True))
+    assert all(relative_error(a, b) < 0.002 for a, b in zip(actual, expected, strict=True))
     assert kept_bytes(lambda: compiled(x)) <= kept_bytes(lambda: run(x)) + 64
 
 
@@ -220,7 +220,7 @@ def test_a_view_in_a_compiled_region_has_the_pack_of_its_base_where_it_is_whole(
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     pairs = zip(gradients(compiled), gradients(run), strict=True)
-    assert all(relative(a, b) < 1e-3 for a, b in pairs)  # a stale pack is off by far more
+    assert all(relative_error(a, b) < 1e-3 for a, b in pairs)  # a stale pack is off by far more
     if name in WHOLE_VIEWS:
         assert kept_bytes(lambda: compiled(x)) <= kept_bytes(lambda: run(x)) + 64
 
@@ -258,7 +258,7 @@ def test_two_readers_of_one_memory_have_packs_of_what_they_read(case, compiled, 
     a, b = (torch.ones(8, 64, requires_grad=True) for _ in range(2))
     found = torch.autograd.grad(run(x, a, b), (a, b))
     for gradient_found, read in zip(found, (first(x * 2), second(x * 2)), strict=True):
-        assert relative(gradient_found, read.reshape(-1, 64).sum(0).expand(8, 64)) < 0.05
+        assert relative_error(gradient_found, read.reshape(-1, 64).sum(0).expand(8, 64)) < 0.05
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -273,7 +273,7 @@ def test_an_activation_transposed_in_place_is_read_twice(compiled, fresh_compile
     run = torch.compile(run, backend="aot_eager") if compiled else run
     a, b = (torch.ones(8, 32, requires_grad=True) for _ in range(2))
     truth = F.gelu(x).t().sum(0).expand(8, 32)
-    assert all(relative(w, truth) < 0.02 for w in torch.autograd.grad(run(x, a, b), (a, b)))
+    assert all(relative_error(w, truth) < 0.02 for w in torch.autograd.grad(run(x, a, b), (a, b)))
 
 
 @pytest.mark.parametrize("tokens", [32, 48])
@@ -310,9 +310,9 @@ def test_gradients_under_autocast_go_through_what_returns_a_view(linear):
         view = h.view(4, 4, 64)
         z = linear(h, a).sum() + linear(view, b).sum()
     (dx,) = torch.autograd.grad(y, x, retain_graph=True)
-    assert relative(dx, (a.sum(0) - b.sum(0)).expand_as(x)) < 0.02
+    assert relative_error(dx, (a.sum(0) - b.sum(0)).expand_as(x)) < 0.02
     (dview,) = torch.autograd.grad(z, view)
-    assert relative(dview, b.sum(0).expand_as(view)) < 0.02
+    assert relative_error(dview, b.sum(0).expand_as(view)) < 0.02
 
 
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
@@ -326,10 +326,6 @@ def test_a_gpt_block_keeps_at_most_7_5_bytes_a_token_and_width(mode):
     copies = 4 * WIDTH * dtype.itemsize  # of the norms' weights and biases
     assert report.activation_bytes == TOKENS * WIDTH * packs + statistics + copies
     assert report.activation_bytes - copies <= 7.5 * WIDTH * TOKENS
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -348,7 +344,7 @@ def test_gradients_are_near_the_exact_ones(make, bits):
     for name, a, b in zip(names, actual, expected, strict=True):
         if make is Block and name == "qkv.k.bias":
             continue  # softmax does not see it: its gradient is rounding
-        assert relative(a, b) < bound, name
+        assert relative_error(a, b) < bound, name
 
 
 def test_attention_refuses_other_numbers_of_heads_as_torch_does():
@@ -419,7 +415,8 @@ def test_checkpoint_gives_the_same_gradients(make, rounding, reentrant):
     if rounding == "nearest":
         torch.testing.assert_close(actual, expected)
     else:  # hooks may part a shared pack, and a pack more is a draw more
-        assert all(relative(a, b) < 0.5 for a, b in zip(actual[:2], expected[:2], strict=True))
+        pairs = zip(actual[:2], expected[:2], strict=True)
+        assert all(relative_error(a, b) < 0.5 for a, b in pairs)
 
 
 # --- No stale pack.
@@ -431,7 +428,7 @@ def test_a_tensor_modified_in_place_is_packed_afresh():
     x.mul_(100.0)
     y = group_quant.linear(x, weight, bits=8, group_size=32, **NEAREST)
     (dweight,) = torch.autograd.grad(y.sum(), weight)
-    assert relative(dweight, x.sum(0).expand(8, 32)) < 0.01
+    assert relative_error(dweight, x.sum(0).expand(8, 32)) < 0.01
 
 
 def test_an_output_modified_in_place_is_packed_afresh():
@@ -440,7 +437,7 @@ def test_an_output_modified_in_place_is_packed_afresh():
     hidden = hidden.add_(5.0)
     y = model.fc2(hidden)
     (dweight,) = torch.autograd.grad(y.sum(), model.fc2.weight)
-    assert relative(dweight, hidden.sum((0, 1)).expand_as(dweight)) < 0.01
+    assert relative_error(dweight, hidden.sum((0, 1)).expand_as(dweight)) < 0.01
 
 
 def test_the_note_on_an_input_goes_with_the_graph():
@@ -481,9 +478,9 @@ def test_views_are_understood_or_packed_afresh(view):
     base = x * 1.0
     y = layer.q(base).sum() + layer.k(view(base)).sum()
     _, dq, dk = torch.autograd.grad(y, [x, layer.q.weight, layer.k.weight])
-    assert relative(dq, x.detach().sum((0, 1)).expand_as(dq)) < 0.02
+    assert relative_error(dq, x.detach().sum((0, 1)).expand_as(dq)) < 0.02
     seen = view(x.detach()).reshape(-1, WIDTH).sum(0)
-    assert relative(dk, seen.expand_as(dk)) < 0.02
+    assert relative_error(dk, seen.expand_as(dk)) < 0.02
 
 
 class Crash(Exception):

@@ -8,7 +8,7 @@ from torch import nn
 
 import packlight
 from packlight import FewBit, FixedPoint, GroupQuant, Inverted
-from tests.helpers import dtype_name
+from tests.helpers import dtype_name, relative_error
 
 EIGHT = GroupQuant(bits=8, group_size=32, rounding="nearest")
 ALL = (FixedPoint(bits=8), EIGHT, FewBit(bits=8))
@@ -47,16 +47,12 @@ def gradients(layer, x):
     return y.detach(), dict(zip(["input", *parameters], found, strict=True))
 
 
-def error(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 def check(plain, converted, x, bound):
     y, expected = gradients(plain, x)
     ours, actual = gradients(converted, x)
     assert torch.equal(ours, y)
     for key, gradient in expected.items():
-        assert error(actual[key], gradient) < bound, key
+        assert relative_error(actual[key], gradient) < bound, key
     assert torch.equal(converted.eval()(x.clone()), plain.eval()(x.clone()))
     packlight.revert(converted)
     assert type(converted) is type(plain)

@@ -19,7 +19,7 @@ from packlight import FewBit, GroupQuant, Inverted, Sketch
 from packlight._classes import joined
 from packlight.integrations._copies import is_copy
 from packlight.integrations.transformers import attention, norms
-from tests.helpers import crossing, dtype_name, kept_bytes, ulps
+from tests.helpers import crossing, dtype_name, kept_bytes, relative_error, ulps
 from tests.integrations.models import (
     BATCH,
     LENGTH,
@@ -52,10 +52,6 @@ def gradients(layer, x, dy=None):
     parameters = dict(layer.named_parameters())
     found = torch.autograd.grad(y, [x, *parameters.values()], dy)
     return y.detach(), dict(zip(["input", *parameters], found, strict=True))
-
-
-def error(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def pair(layer, method):
@@ -111,7 +107,7 @@ def test_activations_compute_what_the_plain_module_does(name, method, dtype):
     y, expected = gradients(plain, x)
     ours, actual = gradients(converted, x)
     assert torch.equal(ours, y)
-    assert error(actual["input"], expected["input"]) < 0.02 + EPSILON[dtype]
+    assert relative_error(actual["input"], expected["input"]) < 0.02 + EPSILON[dtype]
     converted.eval()
     assert torch.equal(converted(x), y)
     packlight.revert(converted)
@@ -170,7 +166,7 @@ def test_norms_give_the_bits_of_the_plain_norm(name, weight_dtype, dtype):
     assert torch.equal(ours, y)
     for key, gradient in expected.items():
         assert actual[key].dtype == gradient.dtype
-        assert error(actual[key], gradient) < 0.01 + EPSILON[dtype], key
+        assert relative_error(actual[key], gradient) < 0.01 + EPSILON[dtype], key
 
 
 @every_dtype
@@ -182,7 +178,7 @@ def test_inverted_norms_are_within_a_unit_of_the_plain_norm(name, dtype):
     ours, actual = gradients(converted, x)
     assert ulps(ours, y).max() <= (0 if dtype == torch.float32 else 1)
     for key, gradient in expected.items():
-        assert error(actual[key], gradient) < 20 * EPSILON[dtype], key
+        assert relative_error(actual[key], gradient) < 20 * EPSILON[dtype], key
     next_layer = nn.Linear(WIDTH, 8).to(dtype)
     kept = kept_bytes(lambda: next_layer(converted(x.requires_grad_())))
     weights = sum(p.numel() * p.element_size() for p in (plain.weight, next_layer.weight))
@@ -268,8 +264,8 @@ def test_conv1d_is_a_linear_layer_with_a_transposed_weight(dtype):
     ours, actual = gradients(converted, x)
     assert torch.equal(ours, y)
     assert torch.equal(actual["input"], expected["input"])
-    assert error(actual["bias"], expected["bias"]) < EPSILON[dtype]
-    assert error(actual["weight"], expected["weight"]) < 0.01 + EPSILON[dtype]
+    assert relative_error(actual["bias"], expected["bias"]) < EPSILON[dtype]
+    assert relative_error(actual["weight"], expected["weight"]) < 0.01 + EPSILON[dtype]
     assert actual["weight"].shape == plain.weight.shape
 
 
@@ -331,7 +327,7 @@ def test_a_gated_layer_packs_gate_and_up_once_and_rebuilds_the_product(name):
     ours, actual = gradients(converted, x)
     assert torch.equal(ours, y)
     for key, gradient in expected.items():
-        assert error(actual[key], gradient) < 0.02, key
+        assert relative_error(actual[key], gradient) < 0.02, key
     four = copy.deepcopy(plain)
     packlight.convert(four, GroupQuant(bits=4))
     kept = packlight.profile(four, x.requires_grad_()).activation_bytes
@@ -345,8 +341,8 @@ def test_a_gated_layer_takes_the_activations_that_have_a_gated_form(act):
     x = torch.randn(2, 16, WIDTH)
     y, expected = gradients(plain, x)
     ours, actual = gradients(converted, x)
-    assert torch.equal(ours, y) if act != "gelu_new" else error(ours, y) < 1e-5
-    assert error(actual["input"], expected["input"]) < 0.025
+    assert torch.equal(ours, y) if act != "gelu_new" else relative_error(ours, y) < 1e-5
+    assert relative_error(actual["input"], expected["input"]) < 0.025
 
 
 def test_a_gated_layer_with_another_activation_leaves_it_to_its_parts():

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import packlight.inverted as inverted
-from benchmarks.graphs import captured
 from packlight import use_reference
 from packlight.inverted import norm_kernels as kernels
 from packlight.inverted import norm_reference as reference
+from tests.graphs import captured
 from tests.helpers import every_device, every_kernel_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

@@ -42,7 +42,7 @@ def spoil(module, *, offset=True):
 
 def looked(module):
     """The channels that the layer last found ill-posed."""
-    (verdict,) = module._judged.verdicts.values()
+    (verdict,) = module._seen.verdicts.values()
     return [] if verdict.channels is None else verdict.channels.tolist()
 
 
@@ -178,8 +178,13 @@ def step(module, x):
 def counted(monkeypatch):
     """How often weights were read."""
     counts = []
-    judge = norm_modules.judge
-    monkeypatch.setattr(norm_modules, "judge", lambda *args: counts.append(1) or judge(*args))
+    look = norm_modules.verdict_of_weights
+
+    def count(*args):
+        counts.append(1)
+        return look(*args)
+
+    monkeypatch.setattr(norm_modules, "verdict_of_weights", count)
     return counts
 
 
@@ -214,7 +219,7 @@ def test_looks_again_after_weights_are_loaded_or_moved():
     assert looked(norm) == [1, 2, 4]
     norm.double()
     step(norm, x.double())
-    assert list(norm._judged.verdicts) == [torch.float64]
+    assert list(norm._seen.verdicts) == [torch.float64]
 
 
 def test_a_norm_without_weights_never_looks(counted):
@@ -247,7 +252,7 @@ def test_capture_without_a_look_raises(monkeypatch):
     spoil(norm)
     for _ in range(2 * norm_modules.RECHECK_AFTER):
         step(norm, x)
-    assert norm._judged.verdicts[torch.float32].channels is None
+    assert norm._seen.verdicts[torch.float32].channels is None
 
 
 def test_refresh_before_the_first_pass_finds_what_must_be_kept():

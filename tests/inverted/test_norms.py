@@ -18,7 +18,7 @@ import packlight.inverted as inverted
 from packlight import Inverted, convert
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.inverted import norm_ops, norms
-from tests.helpers import crossing, dtype_name, every_dtype, kept_bytes, node_name
+from tests.helpers import crossing, dtype_name, every_dtype, kept_bytes, node_name, relative_error
 from tests.inverted.norm_layers import AFFINE, CHANNELS, FUNCTIONS, LAYERS, ROWS
 
 BACKENDS = [(layer, "reference") for layer in LAYERS] + [(layer, "kernel") for layer in ROWS]
@@ -50,16 +50,11 @@ def gradients(module, x, dy=None):
     return y.detach(), torch.autograd.grad(y, inputs, dy)
 
 
-def distance(a, b):
-    """|a - b| relative to |b|, over the whole tensor."""
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)).item()
-
-
 def assert_near(actual, expected, limit):
     for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
-        assert distance(a, b) <= limit
+        assert relative_error(a, b) <= limit
 
 
 # --- 1: forward.
@@ -169,12 +164,12 @@ def test_16_bit_gradients_are_as_near_the_truth_as_torch_s(kind, dtype):
     _, actual = gradients(ours, x, dy)
     _, truth = gradients(copy.deepcopy(plain).double(), x.double(), dy.double())
     _, torch_s = gradients(plain.to(dtype), x, dy)
-    assert all(verdict.channels is None for verdict in ours._judged.verdicts.values())
+    assert all(verdict.channels is None for verdict in ours._seen.verdicts.values())
     for a, b, exact in zip(actual, torch_s, truth, strict=True):
-        error = distance(b, exact)
+        error = relative_error(b, exact)
         if kind in ("LayerNorm", "RMSNorm"):
-            error = min(error, distance(exact.to(dtype), exact))
-        assert distance(a, exact) <= 1.5 * error * 1.03  # the spread of 1024 roundings
+            error = min(error, relative_error(exact.to(dtype), exact))
+        assert relative_error(a, exact) <= 1.5 * error * 1.03  # the spread of 1024 roundings
 
 
 @with_exact_channels
@@ -348,7 +343,7 @@ def test_nothing_is_kept_without_gradient(layer):
         assert not ours(x).requires_grad
 
     assert kept_bytes(run) == 0
-    assert ours._judged is None
+    assert ours._seen is None
 
 
 def test_frozen_parts_get_no_gradient(layer):
@@ -450,7 +445,7 @@ def test_autocast_that_returns_float32_for_16_bit_inputs(layer, monkeypatch):
     assert torch.equal(y, expected_y)
     assert actual[0].dtype == torch.bfloat16
     assert_near(actual[1:], expected[1:], 0.01)
-    assert distance(actual[0], expected[0]) < 0.01
+    assert relative_error(actual[0], expected[0]) < 0.01
 
 
 # --- 8: torch.compile and the operator checks.

@@ -5,7 +5,7 @@ import torch
 
 from packlight.sketch import kernels, ops, reference
 from packlight.sketch.method import KINDS, ROW_KINDS, Blocks
-from tests.helpers import every_device, every_kernel_dtype
+from tests.helpers import every_device, every_kernel_dtype, relative_error
 
 MIXING = [kind for kind in KINDS if kind not in ROW_KINDS]
 # Tokens, features, rows: tails everywhere; several words of signs; several tiles of rows; 16
@@ -31,10 +31,6 @@ def gathered(module, x, index, weight, dtype):
     return y
 
 
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 @every_device
 @every_kernel_dtype
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -45,7 +41,7 @@ def test_sketch_is_the_references(kind, size, dtype, device):
     expected = applied(reference, x, seed, kind, rows, dtype)
     actual = applied(kernels, x, seed, kind, rows, dtype)
     assert actual.shape == (rows, features)
-    assert relative(actual, expected) < TOLERANCE[dtype]
+    assert relative_error(actual, expected) < TOLERANCE[dtype]
 
 
 @every_device
@@ -61,7 +57,8 @@ def test_rows_are_the_references(dtype, device):
         index, weight = reference.select(norms, draws, kind, 20)
         assert torch.equal(gathered(kernels, x, index, None, dtype), x[index])
         actual = gathered(kernels, x, index, weight, dtype)
-        assert relative(actual, gathered(reference, x, index, weight, dtype)) < TOLERANCE[dtype]
+        expected = gathered(reference, x, index, weight, dtype)
+        assert relative_error(actual, expected) < TOLERANCE[dtype]
 
 
 @every_device
@@ -70,7 +67,8 @@ def test_any_strides(view, device):
     x, seed = view(torch.randn(64, 64, device=device)), seed_on(device)
     for kind in ("srht", "rademacher"):
         expected = applied(reference, x, seed, kind, 20, x.dtype)
-        assert relative(applied(kernels, x, seed, kind, 20, x.dtype), expected) < TOLERANCE[x.dtype]
+        actual = applied(kernels, x, seed, kind, 20, x.dtype)
+        assert relative_error(actual, expected) < TOLERANCE[x.dtype]
     assert torch.equal(kernels.row_statistics(x, seed)[1], reference.row_statistics(x, seed)[1])
     index = torch.tensor([3, 5], dtype=torch.int32, device=device)
     assert torch.equal(gathered(kernels, x, index, None, x.dtype), x[index])
@@ -82,7 +80,7 @@ def test_a_cast_is_read_and_not_made(kind, device):
     """Under autocast the input is float32 and the sketch bfloat16."""
     x, seed = torch.randn(100, 33, device=device), seed_on(device)
     expected = applied(reference, x, seed, kind, 30, torch.bfloat16)
-    assert relative(applied(kernels, x, seed, kind, 30, torch.bfloat16), expected) < 1.6e-2
+    assert relative_error(applied(kernels, x, seed, kind, 30, torch.bfloat16), expected) < 1.6e-2
 
 
 def test_fewer_tokens_than_a_tensor_core_takes():

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import packlight
-from benchmarks.graphs import captured
 from packlight import Sketch, convert, revert, saving, sketch
 from packlight._seeds import rounding_tensor
 from packlight.errors import CannotConvertError, DoubleBackwardError, InputError
@@ -23,6 +22,7 @@ from packlight.groupquant import GroupQuant
 from packlight.method import Method
 from packlight.sketch import functional, kernels, ops, reference
 from packlight.sketch.method import KINDS, ROW_KINDS
+from tests.graphs import captured
 from tests.helpers import DTYPES, EPSILON, dtype_name, kept_bytes
 
 IN, OUT, TOKENS = 12, 6, 40

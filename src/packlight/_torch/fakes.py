@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["NEEDS_VALUES", "Calls", "Fakes", "is_small"]
+__all__ = ["NEEDS_VALUES", "FakeFunctionMode", "Fakes", "is_small"]
 
 NEEDS_VALUES = (
     DataDependentOutputException,
@@ -126,7 +126,7 @@ class Fakes(FakeTensorMode):
                     self.written[storage._cdata] = storage
 
 
-class Calls(TorchFunctionMode):
+class FakeFunctionMode(TorchFunctionMode):
     """What a fake mode alone is too late for: calls that leave torch, or lead around it."""
 
     def __torch_function__(

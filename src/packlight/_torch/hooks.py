@@ -1,4 +1,4 @@
-"""Saved-tensor hooks of ours around all others."""
+"""Saved-tensor hooks of ours around all others, and none."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +12,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from packlight._torch.autograd import Hooks, saved_tensor_hooks
 from packlight._torch.capabilities import HOOK_STACK
 from packlight._torch.tracer import untraced
+
+
+def unseen_by_hooks() -> saved_tensors_hooks:
+    """What autograd saves within is none of the business of hooks around it."""
+    return saved_tensors_hooks(_unchanged, _unchanged)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @contextmanager

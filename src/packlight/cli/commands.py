@@ -21,6 +21,7 @@ from packlight.errors import InputError, PacklightError
 from packlight.method_files import EVERYTHING, load_methods, parse_methods, save_methods, shortened
 from packlight.predict import failing_module, predict
 from packlight.report import MemoryReport, check_depth, human_bytes
+from packlight.report.words import times_less
 from packlight.selectors import Choice, Selector
 
 # As `convert` takes them, in the order in which they count.
@@ -270,8 +271,7 @@ def _report_data(report: MemoryReport | None) -> dict[str, Any] | None:
 
 def _change(before: MemoryReport, after: MemoryReport) -> str:
     sizes = before.activation_bytes, after.activation_bytes
-    times = f", {sizes[0] / sizes[1]:.2f} times less" if sizes[0] > sizes[1] > 0 else ""
-    return f"{human_bytes(sizes[0])} before, {human_bytes(sizes[1])} after{times}"
+    return f"{human_bytes(sizes[0])} before, {human_bytes(sizes[1])} after{times_less(*sizes)}"
 
 
 def _count(number: int) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # The greatest bfloat16 number. Scales are of that dtype, and values may come back in it.
 GREATEST = 255 * 2.0**120
@@ -120,6 +121,17 @@ def limits(dtype: torch.dtype, name: str = "", parameters: Sequence[float] = ())
     return Limits(lowest, min(highest, positive.limit), below, positive.infinite, edge)
 
 
+def unmarked_limits(dtype: torch.dtype, name: str, parameters: Sequence[float] = ()) -> Limits:
+    """As `limits`, for a pack that cannot say of a group that its function is not finite.
+
+    It holds NaN at infinity, unless the function is flat there.
+    """
+    given = limits(dtype, name, parameters)
+    below = given.below if given.below == given.lowest else math.nan
+    above = given.above if given.above == given.highest else math.nan
+    return given._replace(below=below, above=above)
+
+
 def derivative_limits(dtype: torch.dtype, name: str, parameters: Sequence[float] = ()) -> Limits:
     """Those of tensors of which an activation's derivative is all that is read.
 
@@ -134,3 +146,13 @@ def derivative_limits(dtype: torch.dtype, name: str, parameters: Sequence[float]
         0.0 - negative.infinite,
         positive.infinite,
     )
+
+
+def within(x: Tensor, limits: Limits) -> Tensor:
+    """`x` in this range, with what the limits hold for values at infinity."""
+    y = x.clamp(limits.lowest, limits.highest)
+    if limits.below != limits.lowest:
+        y.masked_fill_(x <= -limits.edge, limits.below)
+    if limits.above != limits.highest:
+        y.masked_fill_(x >= limits.edge, limits.above)
+    return y

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from packlight import _torch
 from packlight._checks import (
@@ -40,6 +39,7 @@ from packlight._checks import (
     refuse_second_derivative,
 )
 from packlight._torch import constant_while_traced
+from packlight._torch.hooks import unseen_by_hooks
 from packlight.errors import InputError
 from packlight.fewbit import ops
 from packlight.fewbit.activations import (
@@ -79,14 +79,10 @@ def _look_up(
 ) -> tuple[Any, ...]:
     """As a plain tuple, which older versions of torch.compile can take as a constant."""
     # What autograd keeps while a book is solved is no business of hooks around the call.
-    with saved_tensors_hooks(_unchanged, _unchanged):
+    with unseen_by_hooks():
         if codebook is None:
             codebook = default_codebook(name, bits, parameters)
         return tuple(_of_codebook(codebook, _poison(name, parameters)))
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _poison(name: str, parameters: tuple[float, ...]) -> int:

@@ -1,6 +1,5 @@
 """Max pooling that keeps the offset of each maximum in its window."""
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from packlight._checks import (
     autocast,
     check_tensor,
     needs_gradient,
+    numbers,
     refuse_second_derivative,
 )
 from packlight._overwrite import writable
@@ -51,18 +51,6 @@ class _MaxPool(torch.autograd.Function):
 _pool: Callable[..., Any] = _MaxPool.apply
 
 
-def _tuple(value: Any, axes: int, name: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(map(operator.index, value if isinstance(value, Sequence) else [value]))
-    except TypeError:
-        raise InputError(f"{name}={value!r} is neither a whole number nor several") from None
-    if len(sizes) == 1:
-        sizes = sizes * axes
-    if len(sizes) != axes:
-        raise InputError(f"{name}={value!r} has {len(sizes)} numbers; one or {axes} are expected")
-    return sizes
-
-
 def _max_pool(
     input: Tensor,
     axes: int,
@@ -84,13 +72,13 @@ def _max_pool(
         )
     name = f"max_pool{axes}d"
     input = autocast(input, name, lambda empty: plain(empty.new_empty((1,) * (axes + 1)), 1))
-    kernel = _tuple(kernel_size, axes, "kernel_size")
+    kernel = numbers(kernel_size, axes, "kernel_size")
     window = (
         kernel,
         # torch takes an empty stride for "the kernel size" as well as None.
-        kernel if stride is None or stride in ((), []) else _tuple(stride, axes, "stride"),
-        _tuple(padding, axes, "padding"),
-        _tuple(dilation, axes, "dilation"),
+        kernel if stride is None or stride in ((), []) else numbers(stride, axes, "stride"),
+        numbers(padding, axes, "padding"),
+        numbers(dilation, axes, "dilation"),
     )
     return _pool(input, window, ceil_mode, return_indices)
 

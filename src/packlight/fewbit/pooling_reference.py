@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight.packing import reference as packing
-from packlight.packing.layout import compute_dtype, memory_order, packed_bytes
+from packlight.packing.layout import compute_dtype, laid_out, memory_order, packed_bytes
 
 _POOL: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -43,10 +43,10 @@ def memory_format(x: Tensor, axes: int) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _laid_out(y: Tensor, layout: torch.memory_format) -> Tensor:
+def _with_layout(y: Tensor, layout: torch.memory_format) -> Tensor:
     """`y` with exactly the strides of `layout`; `contiguous` leaves those of axes of size 1."""
     stride = torch.empty(y.shape, device="meta", memory_format=layout).stride()
-    return y if y.stride() == stride else y.new_empty_strided(y.shape, stride).copy_(y)
+    return laid_out(y, stride)
 
 
 def output_format(size: Sequence[int], stride: Sequence[int], axes: int) -> torch.memory_format:
@@ -133,7 +133,7 @@ def max_pool(
     axes = len(kernel)
     layout = memory_format(x, axes)
     y, index = _POOL[axes](x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
-    y = _laid_out(y, layout)
+    y = _with_layout(y, layout)
     offset = _offsets(index, x.shape[-axes:], kernel, stride, padding, dilation)
     flat = memory_order(offset, y.stride())
     packed, shift = [], 0
@@ -198,4 +198,4 @@ def max_pool_backward(
         total.scatter_add_(1, index.where(inside, 0), source)
     grad_input = total.to(grad_output.dtype).view(tuple(input_size))
     layout = output_format(size, output_stride, axes)
-    return _laid_out(grad_input, layout)
+    return _with_layout(grad_input, layout)

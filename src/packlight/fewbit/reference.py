@@ -19,7 +19,14 @@ from packlight.fewbit.activations import (
     POSITIVE_INFINITY,
 )
 from packlight.packing import reference as packing
-from packlight.packing.layout import compute_dtype, dense_stride, memory_order, packed_bytes
+from packlight.packing.layout import (
+    compute_dtype,
+    dense_stride,
+    from_memory_order,
+    laid_out,
+    memory_order,
+    packed_bytes,
+)
 
 
 def _interval(x: Tensor, bits: int, borders: Sequence[float], parity: str) -> Tensor:
@@ -79,20 +86,14 @@ def activation(
     stride = dense_stride(x)
     if name in EXACT:
         exact = EXACT[name]
-        y = _with_stride(exact.function(x, *parameters), stride)
+        y = laid_out(exact.function(x, *parameters), stride)
         flat = memory_order(x, stride)
         compared = exact.compared(parameters, x)
         codes = exact.code(flat.to(compute_dtype(flat)), *compared).to(torch.uint8)
         return y, _pack(flat, codes, bits, poison=0)
-    y = _with_stride(CONTINUOUS[name].function(x, *parameters), stride)
+    # Of torch's functions only logsigmoid returns other strides than its input's.
+    y = laid_out(CONTINUOUS[name].function(x, *parameters), stride)
     return y, encode(x, bits, borders, parity, poison, stride)
-
-
-def _with_stride(y: Tensor, stride: Sequence[int]) -> Tensor:
-    """`y` laid out as its input; of torch's functions only logsigmoid returns something else."""
-    if y.stride() == tuple(stride):
-        return y
-    return y.new_empty_strided(y.shape, tuple(stride)).copy_(y)
 
 
 def activation_(
@@ -129,6 +130,4 @@ def decode_backward(
     product = flat.to(dtype) * level
     if mask:
         product = torch.where(level == 0, 0.0, product)
-    grad_input = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    grad_input.as_strided((count,), (1,)).copy_(product)
-    return grad_input
+    return from_memory_order(product, grad_output.shape, stride, grad_output.dtype)

@@ -15,7 +15,7 @@ from packlight.inverted.inverses import INVERSES
 from packlight.inverted.method import Inverted
 from packlight.layers.activations import activation
 from packlight.layers.twin import Twin
-from packlight.method import LeaveAlone, Swap, rule
+from packlight.method import NotConverted, Swap, rule
 from packlight.quantiser import Quantiser
 
 
@@ -75,5 +75,5 @@ def register(functions: Mapping[type[nn.Module], str]) -> None:
         kind = type(module)
         function = functions[kind]
         if function not in INVERSES:
-            raise LeaveAlone(f"{function} has no inverse here; FewBit and GroupQuant take it")
+            raise NotConverted(f"{function} has no inverse here; FewBit and GroupQuant take it")
         return Swap(joined(InvertedActivation, kind), {"packed_function": function})

@@ -29,7 +29,7 @@ from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import _InvertedNorm
 from packlight.layers import channel_norms, norms
 from packlight.layers.twin import Twin, start_batch
-from packlight.method import LeaveAlone, Swap, rule
+from packlight.method import NotConverted, Swap, rule
 from packlight.quantiser import Quantiser
 
 register({layers.GELU: "gelu", layers.GELUTanh: "gelu_tanh", layers.QuickGELU: "quick_gelu"})
@@ -173,7 +173,7 @@ _INVERTED: dict[type[nn.Module], type[nn.Module]] = {
 
 def _check(module: Any) -> None:
     if getattr(module, "_fast_norm", False):
-        raise LeaveAlone("timm's fast norm is on, which computes in another dtype")
+        raise NotConverted("timm's fast norm is on, which computes in another dtype")
 
 
 @rule(Quantiser, *_GROUP_QUANT)
@@ -187,7 +187,7 @@ def _quantised(method: Quantiser, module: Any) -> Swap:
 def _inverted(method: Inverted, module: Any) -> Swap:
     _check(module)
     kind = type(module)
-    return Swap(joined(_INVERTED[kind], kind), {"offset_limit": None, "_judged": None})
+    return Swap(joined(_INVERTED[kind], kind), {"offset_limit": None, "_seen": None})
 
 
 @rule(FixedPoint, layers.BatchNormAct2d)

@@ -79,7 +79,7 @@ class Verdict(NamedTuple):
 WELL_POSED = Verdict(None, plain=False)
 
 
-def judge(
+def verdict_of_weights(
     weight: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
@@ -89,10 +89,10 @@ def judge(
     bad = ill_posed(weight, bias, dtype, offset_limit)
     if bad is None or bad.is_meta or _torch.is_fake(bad):
         return WELL_POSED
-    return verdict_on(bad.flatten().nonzero().flatten(), bad.numel())
+    return verdict_of_channels(bad.flatten().nonzero().flatten(), bad.numel())
 
 
-def verdict_on(channels: Tensor, width: int) -> Verdict:
+def verdict_of_channels(channels: Tensor, width: int) -> Verdict:
     """The verdict when these channels of `width` are to be kept exactly."""
     if channels.numel() == 0:
         return WELL_POSED

@@ -26,14 +26,14 @@ from packlight import _torch
 from packlight._torch import constant_while_traced
 from packlight.errors import InputError
 from packlight.inverted import norms
-from packlight.inverted.norm_ill_posed import WELL_POSED, Verdict, judge, worst_error
+from packlight.inverted.norm_ill_posed import WELL_POSED, Verdict, verdict_of_weights, worst_error
 from packlight.layers.twin import Twin, start_batch
 
 RECHECK_AFTER = 64
 
 
 @dataclasses.dataclass
-class _Judged:
+class _Seen:
     """What a layer last saw in its weights, by the dtype in which the output is kept."""
 
     verdicts: dict[torch.dtype, Verdict] = dataclasses.field(default_factory=dict)
@@ -47,19 +47,19 @@ class _InvertedNorm(Twin):
     """What the layers share: the verdict on their weights, and when to look again."""
 
     offset_limit: float | None = None
-    _judged: _Judged | None = None  # on the class too, for a module that was given this class
+    _seen: _Seen | None = None  # on the class too, for a module that was given this class
 
     def refresh(self) -> None:
         """Look at the weights now for which channels must be kept exactly. Waits for the device."""
-        judged = self._judged
-        if judged is None:
-            self._judged = judged = _Judged()
+        seen = self._seen
+        if seen is None:
+            self._seen = seen = _Seen()
         with torch.no_grad():
-            for dtype in judged.verdicts or self._usual_dtypes():
-                new = judge(*self._affine(), dtype, self.offset_limit)
-                if not _same(judged.verdicts.get(dtype), new):  # the same tensor, where it can be
-                    judged.verdicts[dtype] = new
-        judged.version, judged.forwards = self._weight_version(), 0
+            for dtype in seen.verdicts or self._usual_dtypes():
+                new = verdict_of_weights(*self._affine(), dtype, self.offset_limit)
+                if not _same(seen.verdicts.get(dtype), new):  # the same tensor, where it can be
+                    seen.verdicts[dtype] = new
+        seen.version, seen.forwards = self._weight_version(), 0
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
         return getattr(self, "weight", None), getattr(self, "bias", None)
@@ -76,47 +76,47 @@ class _InvertedNorm(Twin):
         if weight is None and bias is None:
             return WELL_POSED
         if torch.compiler.is_compiling():
-            self._judge_while_traced(dtype)
-            return self._judged.verdicts[dtype]  # type: ignore[union-attr]
+            self._look_while_traced(dtype)
+            return self._seen.verdicts[dtype]  # type: ignore[union-attr]
         capturing = _is_capturing(bias if weight is None else weight)
-        judged = self._judged
-        if judged is None or dtype not in judged.verdicts:
+        seen = self._seen
+        if seen is None or dtype not in seen.verdicts:
             if capturing:
                 raise InputError(
                     f"{type(self).__name__} has not looked at its weights yet and cannot while a"
                     " CUDA graph is captured; run a forward pass before, or call refresh()"
                 )
-            self._judge(dtype)
-            judged = self._judged
+            self._look(dtype)
+            seen = self._seen
         elif not capturing:
             # At a new version only: a checkpoint's recomputation must see what its forward saw.
-            judged.forwards += 1
+            seen.forwards += 1
             version = self._weight_version()
-            if version != judged.version and judged.forwards >= RECHECK_AFTER:
+            if version != seen.version and seen.forwards >= RECHECK_AFTER:
                 self.refresh()
-            judged.version = version
-        assert judged is not None
-        verdict = judged.verdicts[dtype]
+            seen.version = version
+        assert seen is not None
+        verdict = seen.verdicts[dtype]
         if capturing:
-            judged.captured.append(verdict)
+            seen.captured.append(verdict)
         return verdict
 
-    def _judge(self, dtype: torch.dtype) -> None:
+    def _look(self, dtype: torch.dtype) -> None:
         """Look at the weights for outputs kept in one more dtype."""
-        if self._judged is None:
-            self._judged = _Judged(version=self._weight_version())
-        self._judged.verdicts[dtype] = judge(*self._affine(), dtype, self.offset_limit)
+        if self._seen is None:
+            self._seen = _Seen(version=self._weight_version())
+        self._seen.verdicts[dtype] = verdict_of_weights(*self._affine(), dtype, self.offset_limit)
 
     @constant_while_traced
-    def _judge_while_traced(self, dtype: torch.dtype) -> None:
+    def _look_while_traced(self, dtype: torch.dtype) -> None:
         """Runs as torch.compile traces, with the weights' values: looks unless it has before."""
-        if self._judged is None or dtype not in self._judged.verdicts:
+        if self._seen is None or dtype not in self._seen.verdicts:
             with _torch.with_values():
-                self._judge(dtype)
+                self._look(dtype)
 
     def _forget(self) -> None:
-        if self._judged is not None:
-            self._judged = _Judged(captured=self._judged.captured)
+        if self._seen is not None:
+            self._seen = _Seen(captured=self._seen.captured)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -128,7 +128,7 @@ class _InvertedNorm(Twin):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_judged"}
+        return {key: value for key, value in self.__dict__.items() if key != "_seen"}
 
 
 def _same(a: Verdict | None, b: Verdict) -> bool:
@@ -159,10 +159,10 @@ def gradient_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
         weight, bias = module._affine()
         given = bias if weight is None else weight
         kept = dtype or (torch.float32 if given is None else given.dtype)
-        judged = module._judged
-        verdict = None if judged is None else judged.verdicts.get(kept)
+        seen = module._seen
+        verdict = None if seen is None else seen.verdicts.get(kept)
         if verdict is None:
-            verdict = judge(weight, bias, kept, module.offset_limit)
+            verdict = verdict_of_weights(weight, bias, kept, module.offset_limit)
         errors[name] = worst_error(weight, bias, kept, verdict)
     return errors
 
@@ -191,7 +191,7 @@ class GroupNorm(_InvertedNorm, nn.GroupNorm):
 
     def training_forward(self, input: Tensor) -> Tensor:
         given = (self.num_groups, self.weight, self.bias, self.eps)
-        return norms.judged_group_norm(input, *given, self._verdict)
+        return norms.group_norm_by_verdict(input, *given, self._verdict)
 
 
 class _BatchNorm(_InvertedNorm, nn.modules.batchnorm._NormBase):
@@ -199,7 +199,7 @@ class _BatchNorm(_InvertedNorm, nn.modules.batchnorm._NormBase):
 
     def training_forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        return norms.judged_batch_norm(input, **start_batch(self), judge=self._verdict)
+        return norms.batch_norm_by_verdict(input, **start_batch(self), find_verdict=self._verdict)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -219,7 +219,7 @@ class _InstanceNorm(_InvertedNorm, nn.modules.instancenorm._InstanceNorm):
         if not self.training:
             plain: Tensor = super()._apply_instance_norm(input)  # type: ignore[no-untyped-call]
             return plain
-        return norms.judged_instance_norm(
+        return norms.instance_norm_by_verdict(
             input,
             self.running_mean,
             self.running_var,

@@ -47,11 +47,16 @@ from packlight import sharing
 from packlight._checks import autocast_dtype, check_tensor
 from packlight.errors import InputError
 from packlight.inverted.norm_functions import norm_channels, norm_rows
-from packlight.inverted.norm_ill_posed import WELL_POSED, Verdict, judge, verdict_on
+from packlight.inverted.norm_ill_posed import (
+    WELL_POSED,
+    Verdict,
+    verdict_of_channels,
+    verdict_of_weights,
+)
 from packlight.packing.layout import compute_dtype
 
 # What to keep exactly when the output is kept in this dtype; None where that cannot be known.
-Judge = Callable[[torch.dtype], Verdict | None]
+FindVerdict = Callable[[torch.dtype], Verdict | None]
 
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -94,16 +99,18 @@ def _noted(result: Any, cast: torch.dtype | None) -> Tensor:
     return y
 
 
-def judged_by(weight: Tensor | None, bias: Tensor | None, exact_channels: Tensor | None) -> Judge:
+def verdict_finder(
+    weight: Tensor | None, bias: Tensor | None, exact_channels: Tensor | None
+) -> FindVerdict:
     """What a function keeps exactly: the channels given to it, else those that its weights say."""
 
     def find(dtype: torch.dtype) -> Verdict | None:
         width = 0 if weight is None and bias is None else _numel(weight, bias)
         if exact_channels is not None:
-            return verdict_on(exact_channels, width)
+            return verdict_of_channels(exact_channels, width)
         if width == 0:
             return WELL_POSED
-        return None if torch.compiler.is_compiling() else judge(weight, bias, dtype)
+        return None if torch.compiler.is_compiling() else verdict_of_weights(weight, bias, dtype)
 
     return find
 
@@ -134,9 +141,9 @@ def row_norm(
     bias: Tensor | None,
     eps: float | None,
     centred: bool,
-    judge: Judge,
+    find_verdict: FindVerdict,
 ) -> Tensor:
-    """`layer_norm` if `centred`, else `rms_norm`; `judge` says what is kept exactly."""
+    """`layer_norm` if `centred`, else `rms_norm`; `find_verdict` says what is kept exactly."""
     name = "layer_norm" if centred else "rms_norm"
     check_tensor(input, name)
     if eps is None:
@@ -160,7 +167,7 @@ def row_norm(
             else F.rms_norm(empty.new_empty(1, 1), (1,))
         ),
     )
-    verdict = judge(cast or dtype)
+    verdict = find_verdict(cast or dtype)
     if verdict is None or verdict.plain:
         return plain()
     arguments = (verdict.channels, normalized_shape, eps, centred, dtype, cast)
@@ -181,8 +188,8 @@ def layer_norm(
     Without `exact_channels` the weights are read to find them, which waits for the device.
     """
     _check_channels("layer_norm", exact_channels)
-    judge = judged_by(weight, bias, exact_channels)
-    return row_norm(input, tuple(normalized_shape), weight, bias, eps, True, judge)
+    find_verdict = verdict_finder(weight, bias, exact_channels)
+    return row_norm(input, tuple(normalized_shape), weight, bias, eps, True, find_verdict)
 
 
 def rms_norm(
@@ -198,8 +205,8 @@ def rms_norm(
     Without `exact_channels` the weights are read to find them, which waits for the device.
     """
     _check_channels("rms_norm", exact_channels)
-    judge = judged_by(weight, None, exact_channels)
-    return row_norm(input, tuple(normalized_shape), weight, None, eps, False, judge)
+    find_verdict = verdict_finder(weight, None, exact_channels)
+    return row_norm(input, tuple(normalized_shape), weight, None, eps, False, find_verdict)
 
 
 # --- BatchNorm, GroupNorm and InstanceNorm.
@@ -213,21 +220,21 @@ def _channel_norm(
     arguments: tuple[Any, ...],
     probe: Callable[[Tensor], Tensor],
     plain: Callable[[], Tensor],
-    judge: Judge,
+    find_verdict: FindVerdict,
 ) -> Tensor:
     fits = input.dim() >= 2
     fits = fits and all(p is None or tuple(p.shape) == (input.shape[1],) for p in (weight, bias))
     if not fits or not _may_invert(input, weight, bias):
         return plain()
     dtype, cast = _dtypes(input, kind + "_norm", probe)
-    verdict = judge(cast or dtype)
+    verdict = find_verdict(cast or dtype)
     if verdict is None or verdict.plain:
         return plain()
     result = norm_channels(input, weight, bias, verdict.channels, kind, arguments, dtype, cast)
     return _noted(result, cast)
 
 
-def judged_batch_norm(
+def batch_norm_by_verdict(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -236,9 +243,9 @@ def judged_batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-    judge: Judge,
+    find_verdict: FindVerdict,
 ) -> Tensor:
-    """`batch_norm`; `judge` says what is kept exactly."""
+    """`batch_norm`; `find_verdict` says what is kept exactly."""
     check_tensor(input, "batch_norm")
 
     def plain() -> Tensor:
@@ -254,7 +261,7 @@ def judged_batch_norm(
         (running_mean, running_var, momentum, eps),
         lambda empty: F.batch_norm(empty.new_empty(2, 1), None, None, training=True),
         plain,
-        judge,
+        find_verdict,
     )
 
 
@@ -276,21 +283,21 @@ def batch_norm(
     `exact_channels` the weights are read to find them, which waits for the device.
     """
     _check_channels("batch_norm", exact_channels)
-    judge = judged_by(weight, bias, exact_channels)
-    return judged_batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, judge
+    find_verdict = verdict_finder(weight, bias, exact_channels)
+    return batch_norm_by_verdict(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, find_verdict
     )
 
 
-def judged_group_norm(
+def group_norm_by_verdict(
     input: Tensor,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    judge: Judge,
+    find_verdict: FindVerdict,
 ) -> Tensor:
-    """`group_norm`; `judge` says what is kept exactly."""
+    """`group_norm`; `find_verdict` says what is kept exactly."""
     check_tensor(input, "group_norm")
 
     def plain() -> Tensor:
@@ -309,7 +316,7 @@ def judged_group_norm(
         (num_groups, eps),
         lambda empty: F.group_norm(empty.new_empty(1, 1, 2), 1),
         plain,
-        judge,
+        find_verdict,
     )
 
 
@@ -327,11 +334,11 @@ def group_norm(
     Without `exact_channels` the weights are read to find them, which waits for the device.
     """
     _check_channels("group_norm", exact_channels)
-    judge = judged_by(weight, bias, exact_channels)
-    return judged_group_norm(input, num_groups, weight, bias, eps, judge)
+    find_verdict = verdict_finder(weight, bias, exact_channels)
+    return group_norm_by_verdict(input, num_groups, weight, bias, eps, find_verdict)
 
 
-def judged_instance_norm(
+def instance_norm_by_verdict(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -340,9 +347,9 @@ def judged_instance_norm(
     use_input_stats: bool,
     momentum: float,
     eps: float,
-    judge: Judge,
+    find_verdict: FindVerdict,
 ) -> Tensor:
-    """`instance_norm`; `judge` says what is kept exactly."""
+    """`instance_norm`; `find_verdict` says what is kept exactly."""
     check_tensor(input, "instance_norm")
 
     def plain() -> Tensor:
@@ -360,7 +367,7 @@ def judged_instance_norm(
         (running_mean, running_var, momentum, eps),
         lambda empty: F.instance_norm(empty.new_empty(1, 1, 2)),
         plain,
-        judge,
+        find_verdict,
     )
 
 
@@ -383,7 +390,7 @@ def instance_norm(
     device.
     """
     _check_channels("instance_norm", exact_channels)
-    judge = judged_by(weight, bias, exact_channels)
-    return judged_instance_norm(
-        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, judge
+    find_verdict = verdict_finder(weight, bias, exact_channels)
+    return instance_norm_by_verdict(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, find_verdict
     )

@@ -21,7 +21,7 @@ from packlight.inverted.inverses import (
     significand_digits,
 )
 from packlight.packing import reference as packing
-from packlight.packing.layout import compute_dtype, dense_stride, memory_order
+from packlight.packing.layout import compute_dtype, dense_stride, from_memory_order, memory_order
 
 SELU_SCALE = 1.0507009873554805
 SELU_SCALE_ALPHA = 1.7580993408473766
@@ -57,9 +57,7 @@ def backward(
     product = flat.to(slope.dtype) * slope
     if INVERSES[name].select:
         product = torch.where(slope == 0, 0.0, product)
-    grad_input = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    grad_input.as_strided((flat.numel(),), (1,)).copy_(product)
-    return grad_input
+    return from_memory_order(product, grad_output.shape, stride, grad_output.dtype)
 
 
 def derivative(y: Tensor, left: Tensor | None, name: str, parameters: Sequence[float]) -> Tensor:

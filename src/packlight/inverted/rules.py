@@ -56,7 +56,7 @@ def _stateless(method: Inverted, module: Any) -> Swap:
 @rule(Inverted, *_NORMS)
 def _norm(method: Inverted, module: Any) -> Swap:
     # What the layer learns of its weights goes with the conversion.
-    return Swap(_NORMS[type(module)], {"offset_limit": None, "_judged": None})
+    return Swap(_NORMS[type(module)], {"offset_limit": None, "_seen": None})
 
 
 # Those that torch itself makes of the output are left to it, and so are norms: which channels can

@@ -1,7 +1,6 @@
 """Activations and gated units that keep packs of what they read."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from packlight._checks import (
 )
 from packlight._seeds import Seed
 from packlight.elementwise.derivatives import BACKWARD, FUNCTIONS
-from packlight.elementwise.limits import limits
+from packlight.elementwise.limits import unmarked_limits, within
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.packing.layout import compute_dtype, dense_stride, laid_out
@@ -34,13 +33,7 @@ def within_limits(x: Tensor, name: str, parameters: tuple[float, ...] = ()) -> T
 
     So a far value leaves its neighbours in a pack their step.
     """
-    lowest, highest, below, above, edge = limits(x.dtype, name, parameters)
-    y = x.clamp(lowest, highest)
-    if below != lowest:
-        y = torch.where(x <= -edge, math.nan, y)
-    if above != highest:
-        y = torch.where(x >= edge, math.nan, y)
-    return y
+    return within(x, unmarked_limits(x.dtype, name, parameters))
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one

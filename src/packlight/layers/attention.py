@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend
 
 from packlight import _torch, _tracer, sharing
 from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed
+from packlight._torch.hooks import unseen_by_hooks
 from packlight._tracer import fake_of
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import KEEPS, Quantiser, Restore
@@ -226,17 +226,13 @@ def _choice(
     if mask is not None:  # torch makes numbers of booleans, and here some that do have values
         mask = query.new_empty(mask.shape)
     fake_mode: Any = query.fake_mode  # type: ignore[attr-defined]
-    with fake_mode, torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
+    with fake_mode, torch.enable_grad(), unseen_by_hooks():
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, enable_gqa=enable_gqa
         )
     assert out.grad_fn is not None
     return _NODES.get(out.grad_fn.name(), SDPBackend.MATH.value)
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 @_torch.question

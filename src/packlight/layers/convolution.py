@@ -8,7 +8,6 @@ needs no gradient, torch keeps no input and the plain function runs.
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from packlight import sharing
 from packlight._checks import (
     check_tensor,
     needs_gradient,
+    numbers,
     refuse_second_derivative,
     saved_with_weight,
 )
@@ -111,23 +111,6 @@ class _Convolution(torch.autograd.Function):
 _apply: Callable[..., Tensor] = _Convolution.apply
 
 
-def _numbers(value: Any, axes: int, name: str) -> tuple[int, ...]:
-    """`value`, one number or one an axis, as one an axis."""
-    if isinstance(value, (tuple, list)):
-        numbers = tuple(value)
-    else:
-        numbers = (value,)
-    try:
-        numbers = tuple(map(operator.index, numbers))
-    except TypeError:
-        raise InputError(f"{name}={value!r} is neither a whole number nor several") from None
-    if len(numbers) == 1:
-        numbers = numbers * axes
-    if len(numbers) != axes:
-        raise InputError(f"{name}={value!r} has {len(numbers)} numbers; one or {axes} are expected")
-    return numbers
-
-
 def _check_shapes(name: str, axes: int, x: Tensor, weight: Tensor, geometry: _Geometry) -> None:
     if x.dim() not in (axes + 1, axes + 2):
         raise InputError(
@@ -170,7 +153,7 @@ def convolve(
     transposed = output_padding is not None
     name = f"conv_transpose{axes}d" if transposed else f"conv{axes}d"
     check_tensor(x, name)
-    strides, dilations = _numbers(stride, axes, "stride"), _numbers(dilation, axes, "dilation")
+    strides, dilations = numbers(stride, axes, "stride"), numbers(dilation, axes, "dilation")
     added: list[int] | None = None
     if isinstance(padding, str):
         if transposed or padding not in ("same", "valid"):
@@ -181,10 +164,10 @@ def convolve(
             added = _same_padding(weight, dilations)
         paddings = tuple(total // 2 for total in added) if added else (0,) * axes
     else:
-        paddings = _numbers(padding, axes, "padding")
+        paddings = numbers(padding, axes, "padding")
     outputs = (0,) * axes
     if output_padding is not None:
-        outputs = _numbers(output_padding, axes, "output_padding")
+        outputs = numbers(output_padding, axes, "output_padding")
     geometry = _Geometry(strides, paddings, dilations, transposed, outputs, groups)
     _check_shapes(name, axes, x, weight, geometry)
     if added and any(total % 2 for total in added):

@@ -55,7 +55,7 @@ def write_back(x: Tensor, flat: Tensor, stride: Sequence[int]) -> None:
 
 
 def laid_out(x: Tensor, stride: Sequence[int]) -> Tensor:
-    """`x` with dense strides `stride`: itself when it has these strides, a copy otherwise."""
+    """`x` with strides `stride`: itself when it has these strides, a copy otherwise."""
     stride = tuple(stride)
     if x.stride() == stride:
         return x
@@ -68,3 +68,12 @@ def memory_order(x: Tensor, stride: Sequence[int]) -> Tensor:
     A view when `x` has these strides, a copy otherwise. A kernel reads `laid_out` alike.
     """
     return laid_out(x, stride).as_strided((x.numel(),), (1,))
+
+
+def from_memory_order(
+    flat: Tensor, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """A tensor whose `memory_order` is `flat`, which is converted to `dtype`."""
+    x = flat.new_empty_strided(tuple(shape), tuple(stride), dtype=dtype)
+    x.as_strided((flat.numel(),), (1,)).copy_(flat)
+    return x

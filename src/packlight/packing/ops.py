@@ -4,6 +4,7 @@ A mask is one byte an element, 0 or 1. Its elements lie in the memory order of d
 `stride`, packed as `layout.py` says.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from packlight._library import define_op
 from packlight.packing import reference
-from packlight.packing.layout import memory_order, packed_bytes
+from packlight.packing.layout import from_memory_order, memory_order, packed_bytes
 
 _KERNELS = "packlight.packing.kernels"
 
@@ -21,10 +22,8 @@ def _pack_mask(mask: Tensor, stride: Sequence[int]) -> Tensor:
 
 
 def _unpack_mask(packed: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    mask = packed.new_empty_strided(tuple(shape), tuple(stride), dtype=torch.bool)
-    codes = reference.unpack(packed, 1, mask.numel())
-    mask.as_strided((mask.numel(),), (1,)).copy_(codes)
-    return mask
+    codes = reference.unpack(packed, 1, math.prod(shape))
+    return from_memory_order(codes, shape, stride, torch.bool)
 
 
 pack_mask = define_op(

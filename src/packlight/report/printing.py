@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packlight.report.tree import Node, condense, join_chains, largest_lines, tree_of
-from packlight.report.words import check_depth, human_bytes
+from packlight.report.words import check_depth, human_bytes, times_less
 
 if TYPE_CHECKING:
     from packlight.report.memory import KeptTensor, MemoryDifference, MemoryReport
@@ -84,10 +84,9 @@ def difference_parts(
     check_depth(depth)
     before, after = difference.before, difference.after
     sizes = before.activation_bytes, after.activation_bytes
-    times = f", {sizes[0] / sizes[1]:.2f} times less" if sizes[0] > sizes[1] > 0 else ""
     yield Text(
         f"{before.model} keeps {human_bytes(sizes[0])} before and {human_bytes(sizes[1])} "
-        f"after{times}"
+        f"after{times_less(*sizes)}"
     )
     yield _difference_table(difference, depth)
     if before.peak_bytes is not None and after.peak_bytes is not None:

@@ -20,6 +20,11 @@ def human_bytes(count: int) -> str:
     return f"{size:.{decimals}f} {unit}"
 
 
+def times_less(before: int, after: int) -> str:
+    """ ", 2.00 times less" for 2 bytes before and 1 after; nothing where there are not fewer."""
+    return f", {before / after:.2f} times less" if before > after > 0 else ""
+
+
 def short_operation(name: str) -> str:
     """An autograd node's name for reading: "AddmmBackward0" -> "Addmm"."""
     return re.sub(r"Backward\d*$", "", name) or name

@@ -31,7 +31,7 @@ from packlight.errors import InputError
 from packlight.quantiser import Quantiser
 from packlight.saving.kept import unpack
 from packlight.saving.rules import Rules
-from packlight.saving.saver import Calls, Saver
+from packlight.saving.saver import Saver, SavingMode
 
 __all__ = ["saving"]
 
@@ -136,7 +136,7 @@ def saving(
     saver = Saver(rules, min_bytes, skip)
     follow_generator()
     hooks = saved_tensors_hooks(_torch.untraced(saver.pack), _torch.untraced(unpack))
-    with hooks, Calls(saver):
+    with hooks, SavingMode(saver):
         try:
             yield
         finally:

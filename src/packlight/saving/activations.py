@@ -5,7 +5,6 @@ leave its neighbours in a group no step (`elementwise/limits.py`). Such a pack s
 reader, and a pack that another reader made is not clamped.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from packlight._torch import graph
-from packlight.elementwise.limits import derivative_limits
+from packlight.elementwise.limits import derivative_limits, within
 
 Parameters = tuple[float, ...]
 
@@ -80,10 +79,4 @@ def within_limits(
 
 
 def _limited(x: Tensor, name: str, parameters: Parameters) -> Tensor:
-    lowest, highest, below, above, _ = derivative_limits(x.dtype, name, parameters)
-    limited = x.clamp(lowest, highest)
-    if below != lowest:
-        limited = limited.masked_fill_(x == -math.inf, below)
-    if above != highest:
-        limited = limited.masked_fill_(x == math.inf, above)
-    return limited
+    return within(x, derivative_limits(x.dtype, name, parameters))

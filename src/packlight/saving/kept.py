@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from packlight.errors import DoubleBackwardError
-from packlight.packing.layout import dense_stride, memory_order
+from packlight.packing.layout import dense_stride, laid_out, memory_order
 from packlight.packing.ops import pack_mask, unpack_mask
 from packlight.sharing import Pack
 
@@ -97,7 +97,7 @@ class Packed:
         x = self.pack.rebuild(self.dtype, *self.pack.tensors)
         x = memory_order(x, dense_stride(x)).as_strided(self.narrow, self.stride)
         if self.spread is not None:
-            x = x.new_empty_strided(self.narrow, self.spread).copy_(x)
+            x = laid_out(x, self.spread)
         return x.expand(self.shape)
 
 

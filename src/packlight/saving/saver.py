@@ -29,7 +29,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
 
-from packlight import _torch, _tracer, sharing
+from packlight import _torch, sharing
 from packlight._torch import graph
 from packlight.quantiser import Quantiser
 from packlight.saving import activations, lossless, norms, packing, tensors
@@ -49,13 +49,13 @@ _PATIENCE = 1000
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
-class Calls(TorchFunctionMode):
+class SavingMode(TorchFunctionMode):
     """The mode by which the saver sees which torch function runs."""
 
     def __init__(self, saver: "Saver") -> None:
         super().__init__()
         self.saver = saver
-        _torch.run_as_written(Calls.__torch_function__)
+        _torch.run_as_written(SavingMode.__torch_function__)
         _torch.run_as_written(Saver.call)
 
     def __torch_function__(
@@ -67,7 +67,7 @@ class Calls(TorchFunctionMode):
         return self.saver.call(func, args, kwargs)
 
 
-class _Call(NamedTuple):
+class _RunningCall(NamedTuple):
     """A call of a torch function that is running."""
 
     name: str
@@ -81,7 +81,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.is_ours = False  # our own operations run
-        self.running: _Call | None = None
+        self.running: _RunningCall | None = None
         self.waiting: list[weakref.ref[Holder]] = []
         self.visited: set[int] = set()  # numbers of the nodes that were visited for `waiting`
         self.compiled: list[Holder] = []  # of the compiled region that saves
@@ -118,7 +118,7 @@ class Saver:
         if func in _BACKWARD:
             return func(*args, **kwargs)
         around = thread.running
-        call = thread.running = _Call(name, arguments, _torch.next_node_number(), [])
+        call = thread.running = _RunningCall(name, arguments, _torch.next_node_number(), [])
         result = None
         try:
             result = func(*args, **kwargs)
@@ -279,7 +279,7 @@ class Saver:
             else:
                 _keep_exactly(holder)
 
-    def _decide_write(self, call: _Call, holders: list[Holder]) -> None:
+    def _decide_write(self, call: _RunningCall, holders: list[Holder]) -> None:
         """Decides about a call that wrote to a view in place, whose node cannot be seen."""
         name = lossless.node_of(call.name)
         if lossless.is_known_by_name(name) and not self.rules.asks_for_slots(name):

@@ -25,7 +25,7 @@ from packlight._classes import joined
 from packlight.groupquant.method import GroupQuant
 from packlight.integrations._copies import once_a_class
 from packlight.layers.attention import attend
-from packlight.method import LeaveAlone, Method, Rule, Swap, rule_finder
+from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
 
 NAME = "packlight"
@@ -149,13 +149,13 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 def _attention(method: Quantiser, module: nn.Module) -> Swap:
     implementation = module.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in (_REPLACES, NAME):
-        raise LeaveAlone(
+        raise NotConverted(
             f"its attention implementation is {implementation!r}; what packs query, key, value and"
             f' output takes the place of "{_REPLACES}": model.set_attn_implementation("sdpa")'
         )
     code: Any = _torch.code_of(inspect.unwrap(type(module).forward))
     if "position_bias" in code.co_varnames:
-        raise LeaveAlone(
+        raise NotConverted(
             "it adds a learned position bias to its scores, whose gradient needs all of them;"
             " around the forward pass, packlight.saving(GroupQuant(bits=4), overrides={'*Softmax*':"
             " GroupQuant(bits=8)}) packs them"

@@ -18,7 +18,7 @@ from packlight.groupquant.modules import _Quantised
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations.transformers.activations import function_of
 from packlight.layers import functional
-from packlight.method import LeaveAlone, Method, Rule, Swap, rule_finder
+from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
 
 _GATES = ("gelu", "gelu_tanh", "relu", "silu")
@@ -155,5 +155,5 @@ def _gated(method: Quantiser, module: nn.Module) -> Swap:
     function = function_of(activation) if isinstance(activation, nn.Module) else None
     if function not in _GATES:
         name = getattr(activation, "__name__", type(activation).__name__)
-        raise LeaveAlone(f"its activation, {name}, has no gated form; its parts are converted")
+        raise NotConverted(f"its activation, {name}, has no gated form; its parts are converted")
     return Swap(joined(mixin, kind), {"method": method, "packed_function": function})

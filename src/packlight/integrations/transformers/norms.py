@@ -267,4 +267,4 @@ def _wide(method: Quantiser, module: nn.Module) -> Swap:
 
 def _inverted(method: Inverted, module: nn.Module) -> Swap:
     kind = type(module)
-    return Swap(joined(InvertedRMSNorm, kind), {"offset_limit": None, "_judged": None})
+    return Swap(joined(InvertedRMSNorm, kind), {"offset_limit": None, "_seen": None})
