@@ -15,6 +15,7 @@ import packlight
 from packlight import fewbit, groupquant, inverted
 from packlight.cli import demo
 from packlight.cli.demo import comparison
+from packlight.cli.demo.model import Block
 from packlight.errors import InputError, MissingDependencyError
 
 TINY = {"steps": 30, "layers": 1, "width": 32, "heads": 2, "context": 24, "batch": 4}
@@ -124,7 +125,7 @@ def test_the_model_does_not_see_the_future() -> None:
 
 
 def test_a_block_is_that_of_torch() -> None:
-    block = demo.Block(32, 2)
+    block = Block(32, 2)
     plain = nn.TransformerEncoderLayer(
         32, 2, 128, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )

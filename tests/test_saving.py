@@ -383,7 +383,8 @@ def test_the_tables_of_operations_are_of_those_that_torch_has():
         lossless._AT_ZERO, lossless._AT_LIMITS, lossless._SHAPE_ONLY, lossless._LARGER,
         lossless._EXTREME, rules._UNBOUNDED, rules._COMPARING, rules._EXACT_SLOTS,
     )  # fmt: skip
-    for pattern in {pattern for table in tables for pattern in table}:
+    patterns = {pattern for table in tables for pattern in table}
+    for pattern in patterns - (set() if HAS_AMINMAX else {"Aminmax"}):
         assert fnmatch.filter(slots, pattern), pattern
     for operation, exact in rules._EXACT_SLOTS.items():
         assert slots[operation] >= set(exact)
@@ -1132,6 +1133,10 @@ def test_sides_signs_and_shapes_take_two_bits_at_most(function):
     assert sum(kept_of_floats) <= 2 * x.numel() // 8
 
 
+# torch 2.11 has no derivative of it.
+HAS_AMINMAX = "AminmaxBackward0" in graph.node_names()
+
+
 def test_a_limit_is_not_a_sign_where_elements_repeat_or_limits_are_tensors():
     x = torch.randn(64, 128)
     for function in (
@@ -1139,7 +1144,7 @@ def test_a_limit_is_not_a_sign_where_elements_repeat_or_limits_are_tensors():
         lambda x: x.clamp(min=x.roll(1, 0)),
         lambda x: torch.fmax(x, x.roll(1, 0)),
         lambda x: torch.minimum(x[:, :1] * 1, x[:1] * 1),
-        lambda x: torch.aminmax(x, dim=1).max,
+        *([lambda x: torch.aminmax(x, dim=1).max] if HAS_AMINMAX else []),
     ):
         exact = weighted_gradient(function, x)
         assert torch.equal(weighted_gradient(function, x, FOUR, min_bytes=0), exact)

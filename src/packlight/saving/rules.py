@@ -55,6 +55,7 @@ _COMPARING = (
 # (masks with infinities), and statistics, which torch differentiates like results.
 _EXACT_SLOTS = {
     **dict.fromkeys(NORMS, ("result1", "result2")),
+    "FusedRmsNorm": ("result1",),
     "Div": ("other",),
     "Addcdiv": ("tensor2",),
     "GridSampler2D": ("grid",),
