@@ -12,8 +12,13 @@ if "--gpu" in sys.argv:
 if "PACKLIGHT_TEST_GPU" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import hypothesis
 import numpy as np
 import torch
+
+# How long an example takes says nothing: a machine may do other work, and first calls compile.
+hypothesis.settings.register_profile("packlight", deadline=None)
+hypothesis.settings.load_profile("packlight")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

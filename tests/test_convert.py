@@ -629,7 +629,7 @@ _SELECTORS = st.sampled_from(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(_LAYERS, min_size=1, max_size=6),
     st.lists(_LAYERS, max_size=4),

@@ -277,7 +277,7 @@ def test_whole_transformer_agrees_with_an_independent_count(dtype):
     assert str(dtype).removeprefix("torch.") in report.by_dtype()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     layers=st.lists(st.sampled_from(["linear", "gelu", "relu", "norm", "tanh"]), max_size=6),
     batch=st.integers(1, 4),

@@ -1028,7 +1028,7 @@ def run(program, models, leaf: Tensor) -> Tensor:
     return torch.stack([x.sum() for x in pool]).sum()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(steps, min_size=1, max_size=14))
 def test_any_program_has_the_gradients_of_values_quantised_when_saved(program):
     packlight.manual_seed(0)

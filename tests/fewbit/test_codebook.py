@@ -216,7 +216,7 @@ levels = st.none() | values
     low=levels,
     high=levels,
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_dynamic_programme_equals_enumeration(cells, pieces, low, high):
     mass, value = np.array(cells).T
     if min(pieces, len(cells)) == 1 and low is not None:

@@ -283,7 +283,7 @@ LAYERS = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(STEPS), max_size=7))
 @example(["norm", "view", "relu in place"])
 def test_no_stale_pack_is_ever_used(steps):

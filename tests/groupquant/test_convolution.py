@@ -47,7 +47,7 @@ def compare(name, x, weight, bias, *arguments):
     return packed
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_equals_torch(data):
     axes = data.draw(st.integers(1, 3), "axes")

@@ -170,7 +170,7 @@ def test_values_nearer_than_the_least_step_come_back_near(backend, bits):
         assert (round_trip(backend, x, bits, 32, seed) - x).abs().max() <= 2.0**-126
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=80),
     st.sampled_from([2, 4, 8]),

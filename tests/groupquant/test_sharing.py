@@ -487,7 +487,7 @@ class Crash(Exception):
     pass
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from("abnwgcxd"), min_size=1, max_size=12), st.integers(0, 99))
 def test_any_order_of_events_gives_gradients_of_the_values_read(events, seed):
     """In-place changes, two layers, two models, no_grad, exceptions, detours, at random."""
