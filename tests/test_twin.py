@@ -40,7 +40,7 @@ def method_arguments(kind):
         return dataclasses.asdict(FixedPoint())
     if kind.__module__.startswith(("packlight.groupquant.modules", "packlight.groupquant.conv")):
         return dataclasses.asdict(GroupQuant())
-    if kind.__module__.startswith("packlight.fewbit") and issubclass(kind, fewbit.modules._Coded):
+    if kind.__module__.startswith("packlight.fewbit") and issubclass(kind, fewbit.modules.Coded):
         return dataclasses.asdict(FewBit()) | {"codebook": None}
     return {}
 

@@ -20,7 +20,7 @@ from packlight.layers import plain
 from packlight.layers.twin import Twin
 
 
-class _Coded(Twin):
+class Coded(Twin):
     """What layers with a codebook share: `bits`, and a `codebook` that overrides it."""
 
     bits: int
@@ -48,105 +48,105 @@ class _Coded(Twin):
 # --- Continuous activations.
 
 
-class CELU(_Coded, nn.CELU):
+class CELU(Coded, nn.CELU):
     """`torch.nn.CELU`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.celu(input, self.alpha, self.inplace, **self.options)
 
 
-class ELU(_Coded, nn.ELU):
+class ELU(Coded, nn.ELU):
     """`torch.nn.ELU`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.elu(input, self.alpha, self.inplace, **self.options)
 
 
-class GELU(_Coded, nn.GELU):
+class GELU(Coded, nn.GELU):
     """`torch.nn.GELU`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.gelu(input, self.approximate, **self.options)
 
 
-class Hardswish(_Coded, nn.Hardswish):
+class Hardswish(Coded, nn.Hardswish):
     """`torch.nn.Hardswish`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.hardswish(input, self.inplace, **self.options)
 
 
-class LogSigmoid(_Coded, nn.LogSigmoid):
+class LogSigmoid(Coded, nn.LogSigmoid):
     """`torch.nn.LogSigmoid`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.logsigmoid(input, **self.options)
 
 
-class Mish(_Coded, nn.Mish):
+class Mish(Coded, nn.Mish):
     """`torch.nn.Mish`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.mish(input, self.inplace, **self.options)
 
 
-class QuickGELU(_Coded, plain.QuickGELU):
+class QuickGELU(Coded, plain.QuickGELU):
     """x sigmoid(1.702 x), which torch.nn lacks; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.quick_gelu(input, **self.options)
 
 
-class ReLUSquared(_Coded, plain.ReLUSquared):
+class ReLUSquared(Coded, plain.ReLUSquared):
     """max(x, 0)^2, which torch.nn lacks; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.relu_squared(input, **self.options)
 
 
-class SELU(_Coded, nn.SELU):
+class SELU(Coded, nn.SELU):
     """`torch.nn.SELU`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.selu(input, self.inplace, **self.options)
 
 
-class Sigmoid(_Coded, nn.Sigmoid):
+class Sigmoid(Coded, nn.Sigmoid):
     """`torch.nn.Sigmoid`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.sigmoid(input, **self.options)
 
 
-class SiLU(_Coded, nn.SiLU):
+class SiLU(Coded, nn.SiLU):
     """`torch.nn.SiLU`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.silu(input, self.inplace, **self.options)
 
 
-class Softplus(_Coded, nn.Softplus):
+class Softplus(Coded, nn.Softplus):
     """`torch.nn.Softplus`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.softplus(input, self.beta, self.threshold, **self.options)
 
 
-class Softsign(_Coded, nn.Softsign):
+class Softsign(Coded, nn.Softsign):
     """`torch.nn.Softsign`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.softsign(input, **self.options)
 
 
-class Tanh(_Coded, nn.Tanh):
+class Tanh(Coded, nn.Tanh):
     """`torch.nn.Tanh`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.tanh(input, **self.options)
 
 
-class Tanhshrink(_Coded, nn.Tanhshrink):
+class Tanhshrink(Coded, nn.Tanhshrink):
     """`torch.nn.Tanhshrink`; keeps `bits` bits an element, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:

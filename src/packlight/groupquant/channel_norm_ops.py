@@ -64,19 +64,13 @@ def group_norm_backward_reference(
 # --- The operators.
 
 
-def _fake_pack(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    grouping = Grouping(1, x.numel(), *groups)
-    codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
-    return codes, x.new_empty(grouping.groups, dtype=torch.int32)
-
-
 def _fake_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, momentum: float, eps: float, groups: Groups,
     seed: Tensor | None, number: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     table = x.new_empty(3, x.shape[1], dtype=compute_dtype(x))
-    return torch.empty_like(x), *_fake_pack(x, groups), table
+    return torch.empty_like(x), *Grouping(1, x.numel(), *groups).empty_pack(x), table
 
 
 def _fake_group_norm(
@@ -85,7 +79,7 @@ def _fake_group_norm(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     table = x.new_empty(2, x.shape[1], dtype=compute_dtype(x))
     rstd = table.new_empty(x.shape[0], num_groups)
-    return torch.empty_like(x), *_fake_pack(x, groups), table, rstd
+    return torch.empty_like(x), *Grouping(1, x.numel(), *groups).empty_pack(x), table, rstd
 
 
 def _fake_backward(

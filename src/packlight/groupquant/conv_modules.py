@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from packlight.groupquant.modules import _Quantised
+from packlight.groupquant.modules import Quantised
 from packlight.layers.channel_norms import batch_norm, group_norm
 from packlight.layers.convolution import convolve, pad
 from packlight.layers.twin import start_batch
 
 
-class _Conv(_Quantised, nn.modules.conv._ConvNd):
+class _Conv(Quantised, nn.modules.conv._ConvNd):
     """What the convolutions share."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Conv3d(_Conv, nn.Conv3d):
     """`torch.nn.Conv3d`; keeps a pack of its input, or shares one."""
 
 
-class _ConvTranspose(_Quantised, nn.modules.conv._ConvTransposeNd):
+class _ConvTranspose(Quantised, nn.modules.conv._ConvTransposeNd):
     """What the transposed convolutions share."""
 
     def training_forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -65,7 +65,7 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d`; keeps a pack of its input, or shares one."""
 
 
-class _BatchNorm(_Quantised, nn.modules.batchnorm._NormBase):
+class _BatchNorm(Quantised, nn.modules.batchnorm._NormBase):
     """What the batch norms share."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`; keeps a pack of the normalised value."""
 
 
-class GroupNorm(_Quantised, nn.GroupNorm):
+class GroupNorm(Quantised, nn.GroupNorm):
     """`torch.nn.GroupNorm`; keeps a pack of the normalised value."""
 
     def training_forward(self, input: Tensor) -> Tensor:

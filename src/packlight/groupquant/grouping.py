@@ -2,6 +2,9 @@
 
 from typing import Literal, NamedTuple, get_args
 
+import torch
+from torch import Tensor
+
 Rounding = Literal["stochastic", "nearest"]
 
 ROUNDINGS = get_args(Rounding)
@@ -58,3 +61,8 @@ class Grouping(NamedTuple):
     @property
     def code_bytes(self) -> int:
         return self.groups * self.group_bytes
+
+    def empty_pack(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales on the device of `x`, for what is written to them."""
+        codes = x.new_empty(self.code_bytes, dtype=torch.uint8)
+        return codes, x.new_empty(self.groups, dtype=torch.int32)

@@ -658,11 +658,6 @@ def tile_of(grouping: Grouping, block: int) -> tuple[int, int, bool]:
     return nq, -(-bundles // nq), grouping.width % (nq * bundle) == 0
 
 
-def _empty_pack(x: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:
-    codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
-    return codes, x.new_empty(grouping.groups, dtype=torch.int32)
-
-
 def _greatest(dtype: torch.dtype) -> float:
     """The greatest number that a code of such a tensor may stand for."""
     return limits(dtype).highest
@@ -715,7 +710,7 @@ def _pack(
     groups: Groups, seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(x.numel() // width if width else 0, width, *groups)
-    codes, scales = _empty_pack(x, grouping)
+    codes, scales = grouping.empty_pack(x)
     if x.numel() == 0:
         return codes, scales
     launch = _quantize_launch(grouping, x.dtype, name, tuple(parameters), seed_kind(seed, number))
@@ -862,7 +857,7 @@ def gated(
     y = torch.empty_like(gate)
     n = y.numel()
     grouping = Grouping(1, n, *groups)
-    gate_pack, up_pack = _empty_pack(gate, grouping), _empty_pack(gate, grouping)
+    gate_pack, up_pack = grouping.empty_pack(gate), grouping.empty_pack(gate)
     if n:
         _gated_launch(grouping, gate.dtype, name, seed_kind(seed, number))(
             memory_order(gate, y.stride()),

@@ -27,7 +27,7 @@ from packlight.quantiser import Quantiser
 _DEFAULT = GroupQuant()
 
 
-class _Quantised(Twin):
+class Quantised(Twin):
     """What these layers share: the method by which they keep."""
 
     method: Quantiser
@@ -60,14 +60,14 @@ def in_place(inplace: bool, input: Tensor, output: Tensor) -> Tensor:
     return written
 
 
-class Linear(_Quantised, nn.Linear):
+class Linear(Quantised, nn.Linear):
     """`torch.nn.Linear`; keeps a pack of its input, or shares one."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias, method=self.method)
 
 
-class LayerNorm(_Quantised, nn.LayerNorm):
+class LayerNorm(Quantised, nn.LayerNorm):
     """`torch.nn.LayerNorm`; keeps a pack of the normalised value."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class LayerNorm(_Quantised, nn.LayerNorm):
         return norms.layer_norm(input, *given, method=self.method)
 
 
-class RMSNorm(_Quantised, nn.RMSNorm):
+class RMSNorm(Quantised, nn.RMSNorm):
     """`torch.nn.RMSNorm`; keeps a pack of the normalised value."""
 
     def training_forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class RMSNorm(_Quantised, nn.RMSNorm):
         return norms.rms_norm(x, *given, method=self.method)
 
 
-class CELU(_Quantised, nn.CELU):
+class CELU(Quantised, nn.CELU):
     """`torch.nn.CELU`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class CELU(_Quantised, nn.CELU):
         return in_place(self.inplace, input, y)
 
 
-class ELU(_Quantised, nn.ELU):
+class ELU(Quantised, nn.ELU):
     """`torch.nn.ELU`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ELU(_Quantised, nn.ELU):
         return in_place(self.inplace, input, y)
 
 
-class GELU(_Quantised, nn.GELU):
+class GELU(Quantised, nn.GELU):
     """`torch.nn.GELU`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class GELU(_Quantised, nn.GELU):
         return activation(input, name, self.method)
 
 
-class Hardswish(_Quantised, nn.Hardswish):
+class Hardswish(Quantised, nn.Hardswish):
     """`torch.nn.Hardswish`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -115,14 +115,14 @@ class Hardswish(_Quantised, nn.Hardswish):
         return in_place(self.inplace, input, y)
 
 
-class LogSigmoid(_Quantised, nn.LogSigmoid):
+class LogSigmoid(Quantised, nn.LogSigmoid):
     """`torch.nn.LogSigmoid`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return activation(input, "logsigmoid", self.method)
 
 
-class Mish(_Quantised, nn.Mish):
+class Mish(Quantised, nn.Mish):
     """`torch.nn.Mish`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -130,21 +130,21 @@ class Mish(_Quantised, nn.Mish):
         return in_place(self.inplace, input, y)
 
 
-class QuickGELU(_Quantised, plain.QuickGELU):
+class QuickGELU(Quantised, plain.QuickGELU):
     """`quick_gelu` as a layer; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return activation(input, "quick_gelu", self.method)
 
 
-class ReLUSquared(_Quantised, plain.ReLUSquared):
+class ReLUSquared(Quantised, plain.ReLUSquared):
     """`relu_squared` as a layer; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return activation(input, "relu_squared", self.method)
 
 
-class SELU(_Quantised, nn.SELU):
+class SELU(Quantised, nn.SELU):
     """`torch.nn.SELU`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -152,14 +152,14 @@ class SELU(_Quantised, nn.SELU):
         return in_place(self.inplace, input, y)
 
 
-class Sigmoid(_Quantised, nn.Sigmoid):
+class Sigmoid(Quantised, nn.Sigmoid):
     """`torch.nn.Sigmoid`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return activation(input, "sigmoid", self.method)
 
 
-class SiLU(_Quantised, nn.SiLU):
+class SiLU(Quantised, nn.SiLU):
     """`torch.nn.SiLU`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class SiLU(_Quantised, nn.SiLU):
         return in_place(self.inplace, input, y)
 
 
-class Softplus(_Quantised, nn.Softplus):
+class Softplus(Quantised, nn.Softplus):
     """`torch.nn.Softplus`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -175,35 +175,35 @@ class Softplus(_Quantised, nn.Softplus):
         return activation(input, "softplus", self.method, parameters)
 
 
-class Softsign(_Quantised, nn.Softsign):
+class Softsign(Quantised, nn.Softsign):
     """`torch.nn.Softsign`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return activation(input, "softsign", self.method)
 
 
-class Tanh(_Quantised, nn.Tanh):
+class Tanh(Quantised, nn.Tanh):
     """`torch.nn.Tanh`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return activation(input, "tanh", self.method)
 
 
-class Tanhshrink(_Quantised, nn.Tanhshrink):
+class Tanhshrink(Quantised, nn.Tanhshrink):
     """`torch.nn.Tanhshrink`; keeps a pack of its input, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return activation(input, "tanhshrink", self.method)
 
 
-class SwiGLU(_Quantised, plain.SwiGLU):
+class SwiGLU(Quantised, plain.SwiGLU):
     """silu(gate) up; keeps packs of both, biased."""
 
     def training_forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return gated(gate, up, "silu", self.method, super().forward)
 
 
-class GEGLU(_Quantised, plain.GEGLU):
+class GEGLU(Quantised, plain.GEGLU):
     """gelu(gate) up; keeps packs of both, biased."""
 
     def training_forward(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -211,14 +211,14 @@ class GEGLU(_Quantised, plain.GEGLU):
         return gated(gate, up, name, self.method, super().forward)
 
 
-class ReGLU(_Quantised, plain.ReGLU):
+class ReGLU(Quantised, plain.ReGLU):
     """relu(gate) up; keeps packs of both, biased."""
 
     def training_forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return gated(gate, up, "relu", self.method, super().forward)
 
 
-class GLU(_Quantised, nn.GLU):
+class GLU(Quantised, nn.GLU):
     """`torch.nn.GLU`; keeps packs of both halves, biased."""
 
     def training_forward(self, input: Tensor) -> Tensor:

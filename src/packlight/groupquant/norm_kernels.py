@@ -238,8 +238,7 @@ def norm(
     rows = x.shape[0]
     grouping = Grouping(rows, width, *groups)
     y = torch.empty_like(x)
-    codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
-    scales = x.new_empty(grouping.groups, dtype=torch.int32)
+    codes, scales = grouping.empty_pack(x)
     rstd = x.new_empty(rows, dtype=torch.float32)
     copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
     if x.numel() == 0:

@@ -18,16 +18,14 @@ from packlight.packing.layout import compute_dtype
 _KERNELS = "packlight.groupquant.kernels"
 
 
-def _fake_pack(x: Tensor, rows: int, width: int, groups: Groups) -> list[Tensor]:
-    grouping = Grouping(rows, width, *groups)
-    codes = x.new_empty(grouping.code_bytes, dtype=torch.uint8)
-    return [codes, x.new_empty(grouping.groups, dtype=torch.int32)]
+def _fake_pack(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    return Grouping(1, x.numel(), *groups).empty_pack(x)
 
 
 def _fake_quantize(
     x: Tensor, stride: Sequence[int], groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, ...]:
-    return tuple(_fake_pack(x, 1, x.numel(), groups))
+    return _fake_pack(x, groups)
 
 
 quantize = define_op(
@@ -55,7 +53,7 @@ activation = define_op(
     reference=reference.activation,
     fake=lambda x, name, parameters, groups, seed, number: (
         torch.empty_like(x),
-        *_fake_pack(x, 1, x.numel(), groups),
+        *_fake_pack(x, groups),
     ),
     kernel=f"{_KERNELS}:activation",
 )
@@ -76,8 +74,8 @@ gated = define_op(
     reference=reference.gated,
     fake=lambda gate, up, name, groups, seed, number: (
         torch.empty_like(gate),
-        *_fake_pack(gate, 1, gate.numel(), groups),
-        *_fake_pack(gate, 1, gate.numel(), groups),
+        *_fake_pack(gate, groups),
+        *_fake_pack(gate, groups),
     ),
     kernel=f"{_KERNELS}:gated",
 )
@@ -133,7 +131,7 @@ def _fake_norm(
     rows = x.shape[0]
     rstd = x.new_empty(rows, dtype=compute_dtype(x))
     copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
-    return torch.empty_like(x), *_fake_pack(x, rows, width, groups), rstd, *copies
+    return torch.empty_like(x), *Grouping(rows, width, *groups).empty_pack(x), rstd, *copies
 
 
 norm = define_op(

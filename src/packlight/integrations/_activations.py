@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from packlight._classes import joined
 from packlight.fewbit import functional as few_bit
 from packlight.fewbit.method import FewBit
-from packlight.fewbit.modules import _Coded
-from packlight.groupquant.modules import _Quantised
+from packlight.fewbit.modules import Coded
+from packlight.groupquant.modules import Quantised
 from packlight.inverted import functional as inverted
 from packlight.inverted.inverses import INVERSES
 from packlight.inverted.method import Inverted
@@ -19,7 +19,7 @@ from packlight.method import NotConverted, Swap, rule
 from packlight.quantiser import Quantiser
 
 
-class GroupQuantActivation(_Quantised):
+class GroupQuantActivation(Quantised):
     """An activation that keeps a pack of its input; see `packlight.groupquant.functional`."""
 
     packed_function: str
@@ -31,7 +31,7 @@ class GroupQuantActivation(_Quantised):
         return activation(input, self.packed_function, self.method)
 
 
-class FewBitActivation(_Coded):
+class FewBitActivation(Coded):
     """An activation that keeps codes of its derivative; see `packlight.fewbit.functional`."""
 
     packed_function: str

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from packlight._classes import joined
 from packlight.groupquant.fixed_point import functional as fixed_point
 from packlight.groupquant.fixed_point.method import FixedPoint
-from packlight.groupquant.modules import _Quantised
+from packlight.groupquant.modules import Quantised
 from packlight.integrations._activations import register
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
-from packlight.inverted.norm_modules import _InvertedNorm
+from packlight.inverted.norm_modules import InvertedNorm
 from packlight.layers import channel_norms, norms
 from packlight.layers.twin import Twin, start_batch
 from packlight.method import NotConverted, Swap, rule
@@ -54,7 +54,7 @@ class FixedPointBatchNormAct2d(Twin):
         return activated
 
 
-class GroupQuantBatchNormAct2d(_Quantised):
+class GroupQuantBatchNormAct2d(Quantised):
     """act(drop(batch_norm(x))); keeps a pack of the normalised value."""
 
     drop: nn.Module
@@ -72,7 +72,7 @@ class GroupQuantBatchNormAct2d(_Quantised):
 # --- Norms of rows.
 
 
-class GroupQuantLayerNorm(_Quantised):
+class GroupQuantLayerNorm(Quantised):
     """`F.layer_norm` over the last dimension; keeps a pack of the normalised value."""
 
     normalized_shape: tuple[int, ...]
@@ -89,7 +89,7 @@ class GroupQuantLayerNorm(_Quantised):
         )
 
 
-class GroupQuantLayerNorm2d(_Quantised):
+class GroupQuantLayerNorm2d(Quantised):
     """`F.layer_norm` over the channels of [N, C, H, W]; keeps a pack of the normalised value."""
 
     normalized_shape: tuple[int, ...]
@@ -112,7 +112,7 @@ class GroupQuantLayerNorm2d(_Quantised):
         return y.permute(0, 3, 1, 2)
 
 
-class GroupQuantRmsNorm(_Quantised):
+class GroupQuantRmsNorm(Quantised):
     """`F.rms_norm` over the last dimension; keeps a pack of the normalised value."""
 
     normalized_shape: tuple[int, ...]
@@ -126,7 +126,7 @@ class GroupQuantRmsNorm(_Quantised):
         return norms.rms_norm(x, self.normalized_shape, self.weight, self.eps, method=self.method)
 
 
-class InvertedLayerNorm(_InvertedNorm):
+class InvertedLayerNorm(InvertedNorm):
     """`F.layer_norm` over the last dimension; keeps its output and 32 bits a row."""
 
     normalized_shape: tuple[int, ...]
@@ -142,7 +142,7 @@ class InvertedLayerNorm(_InvertedNorm):
         return inverted.row_norm(x, shape, self.weight, self.bias, self.eps, True, self._verdict)
 
 
-class InvertedRmsNorm(_InvertedNorm):
+class InvertedRmsNorm(InvertedNorm):
     """`F.rms_norm` over the last dimension; keeps its output and 32 bits a row."""
 
     normalized_shape: tuple[int, ...]

@@ -43,7 +43,7 @@ class _Seen:
     captured: list[Verdict] = dataclasses.field(default_factory=list)
 
 
-class _InvertedNorm(Twin):
+class InvertedNorm(Twin):
     """What the layers share: the verdict on their weights, and when to look again."""
 
     offset_limit: float | None = None
@@ -154,7 +154,7 @@ def gradient_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
     """
     errors = {}
     for name, module in model.named_modules():
-        if not isinstance(module, _InvertedNorm):
+        if not isinstance(module, InvertedNorm):
             continue
         weight, bias = module._affine()
         given = bias if weight is None else weight
@@ -170,7 +170,7 @@ def gradient_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
 # --- The layers. Constructors are torch's.
 
 
-class LayerNorm(_InvertedNorm, nn.LayerNorm):
+class LayerNorm(InvertedNorm, nn.LayerNorm):
     """`torch.nn.LayerNorm`; keeps its output and 32 bits a row, exact to rounding."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class LayerNorm(_InvertedNorm, nn.LayerNorm):
         return norms.row_norm(input, *given, True, self._verdict)
 
 
-class RMSNorm(_InvertedNorm, nn.RMSNorm):
+class RMSNorm(InvertedNorm, nn.RMSNorm):
     """`torch.nn.RMSNorm`; keeps its output and 32 bits a row, exact to rounding."""
 
     def training_forward(self, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class RMSNorm(_InvertedNorm, nn.RMSNorm):
         return norms.row_norm(x, *given, False, self._verdict)
 
 
-class GroupNorm(_InvertedNorm, nn.GroupNorm):
+class GroupNorm(InvertedNorm, nn.GroupNorm):
     """`torch.nn.GroupNorm`; keeps its output and 32 bits a group, exact to rounding."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class GroupNorm(_InvertedNorm, nn.GroupNorm):
         return norms.group_norm_by_verdict(input, *given, self._verdict)
 
 
-class _BatchNorm(_InvertedNorm, nn.modules.batchnorm._NormBase):
+class _BatchNorm(InvertedNorm, nn.modules.batchnorm._NormBase):
     """`nn.SyncBatchNorm.convert_sync_batchnorm` makes torch's own SyncBatchNorm of it."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`; keeps its output and 32 bits a channel, exact to rounding."""
 
 
-class _InstanceNorm(_InvertedNorm, nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(InvertedNorm, nn.modules.instancenorm._InstanceNorm):
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
         if not self.training:
             plain: Tensor = super()._apply_instance_norm(input)  # type: ignore[no-untyped-call]

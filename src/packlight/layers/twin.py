@@ -1,10 +1,10 @@
 """`Twin`: a layer of torch.nn in all but what it keeps in training.
 
-    class Mish(_Quantised, nn.Mish):
+    class Mish(Quantised, nn.Mish):
         def training_forward(self, input: Tensor) -> Tensor:
             ...
 
-`_Quantised` is a twin with the arguments of one method, `nn.Mish` the plain layer. The constructor
+`Quantised` is a twin with the arguments of one method, `nn.Mish` the plain layer. The constructor
 takes the plain layer's arguments and after them the method's, by keyword. In `eval()` the plain
 layer's forward runs, exact and twice differentiable; in training `training_forward` does. Converted
 modules were made by the plain layer's constructor: a forward reads nothing that only a twin's sets,

@@ -17,7 +17,7 @@ from packlight.sketch.method import Kind, Sketch
 _DEFAULT = Sketch()
 
 
-class _Sketched(Twin):
+class Sketched(Twin):
     """What these layers share: the method by which they keep."""
 
     method: Sketch
@@ -46,7 +46,7 @@ class _Sketched(Twin):
         }
 
 
-class Linear(_Sketched, nn.Linear):
+class Linear(Sketched, nn.Linear):
     """`torch.nn.Linear`; keeps a sketch of its input, or shares one."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Linear(_Sketched, nn.Linear):
         return sketched._layer(input, self.weight, self.bias, 0, self.method)
 
 
-class _Conv(_Sketched, nn.modules.conv._ConvNd):
+class _Conv(Sketched, nn.modules.conv._ConvNd):
     """What the convolutions share: kernels of size 1."""
 
     def __init__(

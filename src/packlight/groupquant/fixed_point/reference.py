@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from packlight.groupquant.fixed_point.method import BIN, EDGE
-from packlight.layers.channel_norms import deviation
+from packlight.layers.channel_norms import along_channels, deviation
 from packlight.packing import reference as packing
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
 
@@ -53,11 +53,6 @@ def channel_table(
     return torch.stack([rows[row] for row in range(ROWS)])
 
 
-def _channels(row: Tensor, x: Tensor) -> Tensor:
-    """[channels] as it multiplies `x` [n, channels, ...]."""
-    return row.view(-1, *[1] * (x.dim() - 2))
-
-
 def _unpack(codes: Tensor, shape: Sequence[int], stride: Sequence[int], bits: int) -> Tensor:
     """The codes as a uint8 tensor of this shape and dense stride."""
     x = codes.new_empty_strided(tuple(shape), tuple(stride))
@@ -68,11 +63,15 @@ def _unpack(codes: Tensor, shape: Sequence[int], stride: Sequence[int], bits: in
 def encode(x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, bits: int) -> Tensor:
     """Packed codes of the normalised `x`, in the memory order of `y`, which is its batch norm."""
     count = 2**bits
-    x_hat = (x.to(table.dtype) - _channels(mean, x)) * _channels(rstd, x)
+    x_hat = (x.to(table.dtype) - along_channels(mean, x)) * along_channels(rstd, x)
     offset = table[CENTRE] + (0.5 - EDGE / BIN[bits])
-    code = (x_hat * _channels(1 / table[UNIT], x) + _channels(offset, x)).floor().nan_to_num(0.0)
+    code = (
+        (x_hat * along_channels(1 / table[UNIT], x) + along_channels(offset, x))
+        .floor()
+        .nan_to_num(0.0)
+    )
     code = code.clamp(0, count - 1)
-    shift = _channels(table[SHIFT], x)
+    shift = along_channels(table[SHIFT], x)
     # The side of 0 by y itself, which is what a ReLU sees.
     code = torch.where(y <= 0, code.minimum(shift - 1), code.maximum(shift))
     return packing.pack(memory_order(code.to(torch.uint8), y.stride()), bits)
@@ -106,12 +105,12 @@ def batch_norm_backward(
     """dx in the memory order of `stride`, dgamma and dbeta [channels]."""
     g = grad_output.to(table.dtype)
     code = _unpack(codes, g.shape, stride, bits).to(table.dtype)
-    x = (code - _channels(table[CENTRE], g)) * _channels(table[UNIT], g)
+    x = (code - along_channels(table[CENTRE], g)) * along_channels(table[UNIT], g)
     others = [0, *range(2, g.dim())]
     dgamma, dbeta = (g * x).sum(others), g.sum(others)
     count = g.numel() // g.shape[1]
-    mean, slope = _channels(dbeta / count, g), _channels(dgamma / count, g)
-    scale = _channels(table[SCALE] * table[UNIT], g)
+    mean, slope = along_channels(dbeta / count, g), along_channels(dgamma / count, g)
+    scale = along_channels(table[SCALE] * table[UNIT], g)
     dx = grad_output.new_empty_strided(g.shape, tuple(stride))
     return dx.copy_(scale * (g - mean - x * slope)), dgamma, dbeta
 
@@ -122,7 +121,7 @@ def relu_backward(
     """dy where the code is on the positive side of 0, else 0; in the memory order of `stride`."""
     code = _unpack(codes, grad_output.shape, stride, bits)
     dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    return dx.copy_(torch.where(code >= _channels(table[SHIFT], code), grad_output, 0.0))
+    return dx.copy_(torch.where(code >= along_channels(table[SHIFT], code), grad_output, 0.0))
 
 
 def rebuild(
@@ -136,7 +135,7 @@ def rebuild(
 ) -> Tensor:
     """y~ or relu(y~) in `dtype`, of this shape and dense stride."""
     code = _unpack(codes, shape, stride, bits)
-    step, low, shift = (_channels(table[row], code) for row in (STEP, LOW, SHIFT))
+    step, low, shift = (along_channels(table[row], code) for row in (STEP, LOW, SHIFT))
     y = step * code + low
     if relu:
         # A value on the positive side is at least half a bin, also where the window lies left of 0.

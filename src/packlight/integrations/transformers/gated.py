@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight._classes import joined
-from packlight.groupquant.modules import _Quantised
+from packlight.groupquant.modules import Quantised
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations.transformers.activations import function_of
 from packlight.layers import functional
@@ -60,7 +60,7 @@ def _t5(self: Any, hidden_states: Any) -> Any:
 # --- The layers.
 
 
-class _Gated(_Quantised):
+class _Gated(Quantised):
     packed_function: str
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:

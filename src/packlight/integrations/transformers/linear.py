@@ -5,7 +5,7 @@ from transformers.pytorch_utils import Conv1D
 
 from packlight._checks import is_frozen
 from packlight._classes import joined
-from packlight.groupquant.modules import _Quantised
+from packlight.groupquant.modules import Quantised
 from packlight.inverted.linear import _cast_if_noted
 from packlight.inverted.method import Inverted
 from packlight.layers.linear import linear
@@ -14,10 +14,10 @@ from packlight.method import Swap, rule
 from packlight.quantiser import Quantiser
 from packlight.sketch import functional as sketched
 from packlight.sketch.method import Sketch
-from packlight.sketch.modules import _Sketched
+from packlight.sketch.modules import Sketched
 
 
-class GroupQuantConv1D(_Quantised):
+class GroupQuantConv1D(Quantised):
     """x W + b; keeps a pack of x, or shares one, as `packlight.groupquant.Linear` does."""
 
     weight: Tensor
@@ -30,7 +30,7 @@ class GroupQuantConv1D(_Quantised):
         return linear(x, self.weight.t(), self.bias, method=self.method)
 
 
-class SketchConv1D(_Sketched):
+class SketchConv1D(Sketched):
     """x W + b; keeps a sketch of x, or shares one, as `packlight.sketch.Linear` does."""
 
     weight: Tensor

@@ -23,11 +23,11 @@ from packlight import sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
 from packlight._classes import joined
 from packlight._seeds import Seed
-from packlight.groupquant.modules import _Quantised
+from packlight.groupquant.modules import Quantised
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
-from packlight.inverted.norm_modules import _InvertedNorm
+from packlight.inverted.norm_modules import InvertedNorm
 from packlight.layers.norms import as_rows, own_parameters, rms_norm, row_norm_of
 from packlight.method import Method, Rule, Swap, rule_finder
 from packlight.quantiser import KEEPS, Quantiser
@@ -135,7 +135,7 @@ def _fits(x: Tensor, weight: Tensor, method: Quantiser) -> bool:
     return method.keeps_rows(weight.numel())
 
 
-class GroupQuantRMSNorm(_Quantised):
+class GroupQuantRMSNorm(Quantised):
     """weight * round(x_hat), as Llama and T5 have it; keeps a pack of x_hat and 32 bits a row.
 
     Gradients are those of `packlight.groupquant.rms_norm`.
@@ -171,7 +171,7 @@ class GroupQuantRMSNorm(_Quantised):
 # --- Rounded once.
 
 
-class GroupQuantWideRMSNorm(_Quantised):
+class GroupQuantWideRMSNorm(Quantised):
     """(offset + weight) * x_hat in float32, rounded once, as Gemma and gpt-oss have it.
 
     Keeps a pack of x_hat and 32 bits a row; gradients are those of
@@ -204,7 +204,7 @@ class GroupQuantWideRMSNorm(_Quantised):
 # --- Inverted.
 
 
-class InvertedRMSNorm(_InvertedNorm):
+class InvertedRMSNorm(InvertedNorm):
     """weight * x_hat; keeps its output and 32 bits a row, exact to rounding."""
 
     weight: Tensor
