@@ -39,7 +39,9 @@ test: lint pytest
 
 TORCH ?= 2.11.0
 test-torch:
-	$(MAKE) pytest VENV=$(VENV)-torch-$(TORCH) PINS=torch==$(TORCH)
+	grep -vE '^(torch|torchvision|triton)==' constraints.txt > $(VENV)-torch-$(TORCH).pins
+	$(MAKE) pytest VENV=$(VENV)-torch-$(TORCH) \
+	    PINS='--constraint $(VENV)-torch-$(TORCH).pins torch==$(TORCH)'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
