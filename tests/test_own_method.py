@@ -72,3 +72,57 @@ def test_own_methods_are_shown_as_what_they_are():
     conversion = packlight.convert(model, BlockFloat(64))
     assert repr(model[0]) == "Linear(in_features=64, out_features=64, bias=True, block=64)"
     assert "BlockFloat(block=64)" in str(conversion)
+
+
+class Twice(torch.nn.Module):
+    """A model whose own code calls activations and products."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        h = torch.nn.functional.silu(self.linear(x))
+        return self.linear(h * self.linear(x))
+
+
+def test_code_of_a_quantiser_is_not_covered_where_it_is_compiled(fresh_compiler):
+    model, x = Twice(), torch.randn(4, 8, 64)
+    packlight.convert(model, BlockFloat(), functional=True)
+    expected = torch.autograd.grad(model(x).sum(), model.linear.weight)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x).sum(), model.linear.weight)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_autocast_ends_where_a_method_keeps(monkeypatch):
+    keep = BlockFloat.keep
+
+    def rotated(self, flat, seed):
+        assert (torch.eye(8) @ torch.eye(8)).dtype == torch.float32
+        return keep(self, flat, seed)
+
+    monkeypatch.setattr(BlockFloat, "keep", rotated)
+    model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64), torch.nn.GELU())
+    packlight.convert(model, BlockFloat())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(8, 64)).sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (3, 17, 64)])
+def test_a_compiled_linear_is_followed_by_an_operation_in_place(shape, fresh_compiler):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(inplace=True))
+    packlight.convert(model, {torch.nn.Linear: packlight.GroupQuant(8)})
+    x = torch.randn(shape)
+    (expected,) = torch.autograd.grad(model(x).sum(), [model[0].bias])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(x).sum(), [model[0].bias])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_new_module_of_a_converted_class_is_plain():
+    model = Twice()
+    packlight.convert(model, packlight.GroupQuant(8), functional=True)
+    fresh = type(model)()
+    assert fresh(torch.randn(4, 64)).shape == (4, 64)
+    assert not isinstance(fresh.linear, packlight.groupquant.Linear)

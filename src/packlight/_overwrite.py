@@ -21,7 +21,8 @@ def writable(output: Tensor) -> Tensor:
     Torch makes some as views of others (of a Linear in more than two dimensions), and autograd
     lets nobody write to a view that a Function made.
     """
-    if torch.compiler.is_compiling() or not output._is_view():
+    # A traced tensor does not say whether it is a view; a result of two dimensions is none.
+    if output.dim() < 3 if torch.compiler.is_compiling() else not output._is_view():
         return output
     alone: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
     return alone

@@ -42,6 +42,8 @@ _GLOBAL_HOOKS = (
 _BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._jit_internal")
 # Modules whose calls are not covered.
 _LAYERS = ("torch.nn.", "packlight.")
+# What calls `keep` and `restore` of any method.
+_QUANTISER = "packlight.quantiser"
 
 
 class _Covering(TorchFunctionMode):
@@ -122,11 +124,18 @@ def by_a_layer(tracer: Any) -> bool:
     names = []
     while (tracer := getattr(tracer, "parent", None)) is not None:
         names.append(tracer.f_globals.get("__name__", ""))
+    if _QUANTISER in names:  # code of the user's, and no part of a model
+        return True
     callers = [name for name in names if name not in _BETWEEN]
     return bool(callers) and callers[0].startswith(_LAYERS)
 
 
 # ---- layers of ours ------------------------------------------------------------------------------
+
+
+def uncovered(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function with the mode off. Where it is traced, `by_a_layer` says so."""
+    return _torch.without_mode(_Covering, function, *args)
 
 
 def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,7 +197,8 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls = getattr(self, _ATTRIBUTE) if self.training else _NONE
+        # A module that is made of the class later was not converted: nothing says what to cover.
+        calls = getattr(self, _ATTRIBUTE, _NONE) if self.training else _NONE
         if _covered_now() is calls:
             return kind.forward(self, *args, **kwargs)
         return _torch.without_mode(_Covering, _cover, calls, kind.forward, self, *args, **kwargs)

@@ -5,6 +5,7 @@ Every layer of `packlight.layers` works by those two alone. Where a method has o
 work of a layer in one pass over memory, `fused` names them.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight._seeds import Seed, rounding_seed
+from packlight.calls import uncovered
 from packlight.method import Method
 from packlight.packing.layout import dense_stride, memory_order
 from packlight.sharing import Grade, Pack
@@ -71,13 +73,17 @@ class Quantiser(Method, abstract=True):
 
     def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
         """`keep` of all values of `x`, in the order of its memory."""
-        return self.keep(memory_order(x, dense_stride(x)), seed)
+        with _without_autocast(x.device.type):
+            kept: tuple[Tensor, ...] = uncovered(self.keep, memory_order(x, dense_stride(x)), seed)
+        return tuple(kept)
 
     def unpack(
         self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
     ) -> Tensor:
         """`restore` as a tensor of this shape and dense strides, those of `dense_stride(x)`."""
-        return self.restore(dtype, math.prod(shape), *kept).as_strided(shape, stride)
+        with _without_autocast(kept[0].device.type):
+            flat: Tensor = uncovered(self.restore, dtype, math.prod(shape), *kept)
+        return flat.as_strided(shape, stride)
 
     def with_sides(self, flat: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """What is kept of `flat`, so that values come back on their side of 0 and zeros as 0.
@@ -97,6 +103,13 @@ class Quantiser(Method, abstract=True):
     def seed(self, x: Tensor) -> Seed:
         """A seed for the rounding of `x`; None where nothing is drawn."""
         return rounding_seed(x) if self.stochastic else None
+
+
+def _without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """What a pack holds is not to be rounded on its way, as autocast does to a matrix product."""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one

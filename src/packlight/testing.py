@@ -109,7 +109,7 @@ def checks(method: Quantiser, error: float = 0.05) -> list[Check]:
 
 
 def _checks(method: Quantiser, error: float) -> Iterator[Check]:
-    for check in (_value, _text):
+    for check in (_value, _text, _2_keep_and_restore):
         yield Check(check.__name__[1:], lambda check=check: check(method))  # type: ignore[misc]
     every: tuple[Callable[..., None], ...] = (
         _1_forward_and_2_backward, _3_drop_in, _5_shapes, _6_only_in_training, _8_compile,
@@ -174,6 +174,32 @@ def _text(method: Quantiser) -> None:
     from packlight.method_files import format_methods, parse_methods
 
     assert parse_methods(format_methods(method)) == method
+
+
+def _2_keep_and_restore(method: Quantiser) -> None:
+    """Values of any length come back, as near as the grade says, of packs that are their own."""
+    torch.manual_seed(0)
+    parts = set()
+    for count in (0, 1, 31, 33, 1000):
+        for dtype in (torch.float32, torch.bfloat16):
+            flat = torch.randn(count).to(dtype)
+            before, state = flat.clone(), torch.get_rng_state()
+            kept = method.keep(flat, method.seed(flat))
+            assert isinstance(kept, tuple), f"keep returns a {type(kept).__name__}, not a tuple"
+            parts.add(len(kept))
+            assert torch.equal(flat, before), "keep writes to what it is given"
+            assert torch.equal(torch.get_rng_state(), state), "keep draws from torch's generator"
+            storages = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel()}
+            assert flat.untyped_storage().data_ptr() not in storages, (
+                "keep returns what it is given"
+            )
+            back = method.restore(dtype, count, *kept)
+            assert back.shape == flat.shape, f"{count} values come back as {tuple(back.shape)}"
+            assert back.dtype == dtype
+            # A step of the widest group; codes of many bits are as fine as the dtype.
+            step = 16 / 2.0 ** min(method.grade.bits, 7)
+            assert (back - flat).abs().amax() < step if count else True, f"of {count} values"
+    assert len(parts) == 1, f"keep returns {sorted(parts)} tensors"
 
 
 def _1_forward_and_2_backward(method: Quantiser, name: str, error: float) -> None:
