@@ -1,5 +1,6 @@
 """The dispatcher of operators: which of reference and kernel a CUDA tensor takes, on a CPU too."""
 
+import itertools
 import sys
 import types
 
@@ -8,7 +9,8 @@ import torch
 
 from packlight import _library, use_reference
 
-SCHEMA = "dispatched(Tensor x, Tensor? seed, float scale) -> Tensor"
+SCHEMA = "dispatched_{}(Tensor x, Tensor? seed, float scale) -> Tensor"
+NUMBERS = itertools.count()  # torch 2.11 forgets no operator's name
 
 
 class Recorder:
@@ -59,7 +61,7 @@ def dispatched(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     operator = _library.define_op(
-        SCHEMA,
+        SCHEMA.format(next(NUMBERS)),
         reference=lambda x, seed, scale: x - 1,
         fake=lambda x, seed, scale: torch.empty_like(x),
         kernel="kernels_of_the_test:launch",
