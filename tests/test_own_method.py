@@ -109,10 +109,11 @@ def test_autocast_ends_where_a_method_keeps(monkeypatch):
         model(torch.randn(8, 64)).sum().backward()
 
 
-@pytest.mark.parametrize("shape", [(8, 64), (3, 17, 64)])
-def test_a_compiled_linear_is_followed_by_an_operation_in_place(shape, fresh_compiler):
+@pytest.mark.parametrize("shape", [(256, 64), (3, 171, 64)])
+@pytest.mark.parametrize("method", [packlight.GroupQuant(8), packlight.Sketch(1 / 2)], ids=str)
+def test_a_compiled_linear_is_followed_by_an_operation_in_place(method, shape, fresh_compiler):
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(inplace=True))
-    packlight.convert(model, {torch.nn.Linear: packlight.GroupQuant(8)})
+    packlight.convert(model, {torch.nn.Linear: method})
     x = torch.randn(shape)
     (expected,) = torch.autograd.grad(model(x).sum(), [model[0].bias])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

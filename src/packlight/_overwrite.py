@@ -15,14 +15,15 @@ def overwrite(input: Tensor, output: Tensor) -> Tensor:
     return input.copy_(output)
 
 
-def writable(output: Tensor) -> Tensor:
+def writable(output: Tensor, of_linear: bool = False) -> Tensor:
     """A result of torch, within the forward pass of a Function, as what may be modified in place.
 
     Torch makes some as views of others (of a Linear in more than two dimensions), and autograd
     lets nobody write to a view that a Function made.
     """
-    # A traced tensor does not say whether it is a view; a result of two dimensions is none.
-    if output.dim() < 3 if torch.compiler.is_compiling() else not output._is_view():
+    # A traced tensor does not say whether it is a view.
+    traced = torch.compiler.is_compiling()
+    if not (of_linear and output.dim() > 2 if traced else output._is_view()):
         return output
     alone: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
     return alone

@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> Tensor:
-        y = writable(F.linear(x, weight, bias))
+        y = writable(F.linear(x, weight, bias), of_linear=True)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
         ctx.rebuild = rebuild
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype

@@ -63,7 +63,7 @@ class _Layer(torch.autograd.Function):
         kept: Tensor,
     ) -> Tensor:
         # Autocast casts in here, and keeps no copy.
-        y = writable(_PLAIN[axes](x, weight, bias))
+        y = writable(_PLAIN[axes](x, weight, bias), of_linear=axes == 0)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, kept)
         ctx.axes, ctx.weight_gradient = axes, weight_gradient
         ctx.x_dtype, ctx.weight_dtype, ctx.shape = x.dtype, weight.dtype, weight.shape
