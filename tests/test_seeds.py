@@ -213,7 +213,8 @@ def test_seeds_of_a_graph_are_told_apart_and_are_one_number_each(fresh_compiler)
         return graph
 
     def seeds(x):
-        return *_seeds.rounding_seeds(x, 2), _seeds.rounding_tensor(x), _seeds.mask_seed(x)
+        seeds = [_seeds.rounding_seed(x) for _ in range(2)]
+        return *seeds, _seeds.rounding_tensor(x), _seeds.mask_seed(x)
 
     found = torch.compile(seeds, backend=backend, fullgraph=True)(torch.ones(3))
     assert [(seed.shape, seed.dtype) for seed in found] == [((1,), torch.int64)] * 4

@@ -131,11 +131,6 @@ def rounding_seed(x: Tensor) -> Seed:
     return _rounding.next()
 
 
-def rounding_seeds(x: Tensor, count: int) -> tuple[Seed, ...]:
-    """Several such seeds."""
-    return tuple([rounding_seed(x) for _ in range(count)])
-
-
 def rounding_tensor(x: Tensor) -> Tensor:
     """`rounding_seed` as a tensor [1] of int64 on the device of `x`."""
     traced = torch.compiler.is_compiling()
