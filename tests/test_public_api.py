@@ -16,6 +16,7 @@ from packlight._torch import constant_while_traced
 NAMES = {
     "DEFAULT_METHODS",
     "CannotConvertError",
+    "CannotGraphError",
     "Codebook",
     "Conversion",
     "DoubleBackwardError",
@@ -37,8 +38,10 @@ NAMES = {
     "convert",
     "fewbit",
     "fit_codebook",
+    "graphed",
     "groupquant",
     "inverted",
+    "launched",
     "load_methods",
     "manual_seed",
     "predict",

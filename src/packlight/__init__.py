@@ -8,6 +8,7 @@ from packlight.conversion import Conversion
 from packlight.convert import DEFAULT_METHODS, convert, revert
 from packlight.errors import (
     CannotConvertError,
+    CannotGraphError,
     DoubleBackwardError,
     InputError,
     MissingDependencyError,
@@ -16,6 +17,7 @@ from packlight.errors import (
     PacklightError,
 )
 from packlight.fewbit import Codebook, FewBit, fit_codebook
+from packlight.graphs import graphed, launched
 from packlight.groupquant import FixedPoint, GroupQuant
 from packlight.inverted import Inverted
 from packlight.method import Method
@@ -30,6 +32,7 @@ from packlight.sketch import Sketch
 __all__ = [
     "DEFAULT_METHODS",
     "CannotConvertError",
+    "CannotGraphError",
     "Codebook",
     "Conversion",
     "DoubleBackwardError",
@@ -51,8 +54,10 @@ __all__ = [
     "convert",
     "fewbit",
     "fit_codebook",
+    "graphed",
     "groupquant",
     "inverted",
+    "launched",
     "load_methods",
     "manual_seed",
     "predict",

@@ -37,6 +37,12 @@ def derivation(body: Callable[..., dict[str, Any]]) -> _Derive:
     return derive
 
 
+def bases_of(kind: type, derive: _Derive) -> tuple[type[nn.Module], ...] | None:
+    """The bases that `derive` made the class of; None where something else made it."""
+    recipe = vars(kind).get(_RECIPE)
+    return recipe[1] if recipe is not None and recipe[0] is derive else None
+
+
 class _Derived(type):
     """The type of derived classes."""
 

@@ -15,8 +15,9 @@ A seed is a number in eager mode: it costs no kernel. In compiled code and in ca
 run the same instructions each time, it is a tensor [1] of int64 on the device.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -156,7 +157,7 @@ def mask_seed(x: Tensor) -> Tensor | int:
 
 
 def _is_captured(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and (_table is not None or torch.cuda.is_current_stream_capturing())
 
 
 # ---- seeds on a device ---------------------------------------------------------------------------
@@ -173,7 +174,47 @@ def _counter(device: torch.device) -> Tensor:
     return found
 
 
+class SeedTable:
+    """Seeds of one recording's operators, which `draw` writes anew before each replay."""
+
+    def __init__(self, device: torch.device) -> None:
+        # A seed is at every second place: kernels are compiled for aligned addresses.
+        steps = [mixed(0, i // 2) for i in range(2 * _TABLE)]
+        self.steps = torch.tensor(steps, dtype=torch.int64, device=device)
+        self.seeds = self.steps.clone()
+        self.used = 0
+
+    def next(self) -> Tensor | None:
+        """The seed of the next operator; None where the table is too small."""
+        if self.used == _TABLE:
+            return None
+        self.used += 1
+        return self.seeds[2 * self.used - 2 : 2 * self.used - 1]
+
+    def draw(self) -> None:
+        """Other seeds, from the stream of rounding. One kernel."""
+        torch.bitwise_xor(self.steps, _rounding.next(), out=self.seeds)
+
+    @contextlib.contextmanager
+    def used_by_operators(self) -> Iterator[None]:
+        """Operators take their seeds from the table, in the order in which they run."""
+        global _table
+        before, _table = _table, self
+        try:
+            yield
+        finally:
+            _table = before
+
+
+_TABLE = 4096
+_table: SeedTable | None = None
+
+
 def _reference(device: torch.device, place: int) -> Tensor:
+    if _table is not None and _table.seeds.device == device:
+        seed = _table.next()
+        if seed is not None:
+            return seed
     number = _rounding.next()
     if device.type != "cuda":
         return torch.tensor([number], device=device)

@@ -20,7 +20,7 @@ import packlight.groupquant.fixed_point.rules
 import packlight.groupquant.rules
 import packlight.inverted.rules
 import packlight.sketch.rules  # noqa: F401
-from packlight import _swap, integrations
+from packlight import _swap, graphs, integrations
 from packlight._checks import is_supported
 from packlight._seeds import start_rounding
 from packlight.calls import swap_for_calls
@@ -111,6 +111,11 @@ def convert(
     """
     _check(model, methods)
     _load_integrations()
+    with graphs.set_aside(model):
+        return _convert(model, methods, strict, functional)
+
+
+def _convert(model: nn.Module, methods: Methods, strict: bool, functional: bool) -> Conversion:
     layers = layers_of(model)
     plan = _Plan(methods)
     for layer in layers:
@@ -132,6 +137,8 @@ def convert(
 def revert(model: nn.Module) -> int:
     """Make every converted module what it was, and return how many there were.
 
+    A graphed model (`packlight.graphed`) is launched again.
+
     A model without converted modules stays as it is. Raises `CannotConvertError`, before anything
     is changed, if something else has changed a module's class since: a parametrization, or FSDP's
     `fully_shard`.
@@ -144,6 +151,7 @@ def revert(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
+    graphs.launched(model)
     converted = [layer for layer in layers_of(model) if _swap.former(layer.module) is not None]
     for layer in converted:
         if reason := _class_changed(layer.module):

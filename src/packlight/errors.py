@@ -27,3 +27,7 @@ class CannotConvertError(PacklightError, ValueError):
 
 class NothingMatchedError(PacklightError, ValueError):
     """A conversion that would have changed nothing."""
+
+
+class CannotGraphError(PacklightError, RuntimeError):
+    """A pass of a model that no CUDA graph can do again."""

@@ -7,6 +7,7 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 `fakes.py` is imported by `predict` when it is called, and `graph.py` by `saving`.
 """
 
+from packlight._torch.attributes import flatten, storage_uses, unflatten
 from packlight._torch.autograd import (
     at_end_of_backward,
     has_storage,
@@ -35,9 +36,11 @@ from packlight._torch.capabilities import (
     MODES,
     NODES,
     SAVED,
+    STORAGE_USES,
     STORAGES,
     TRACER,
     TRANSFORMS,
+    TREES,
     TRITON,
     warn_if_untested,
 )
@@ -71,8 +74,10 @@ __all__ = [
     "NODES",
     "SAVED",
     "STORAGES",
+    "STORAGE_USES",
     "TRACER",
     "TRANSFORMS",
+    "TREES",
     "TRITON",
     "ask",
     "at_end_of_backward",
@@ -81,6 +86,7 @@ __all__ = [
     "can_ask",
     "code_of",
     "constant_while_traced",
+    "flatten",
     "function_modes",
     "give_own_code",
     "has_storage",
@@ -95,6 +101,8 @@ __all__ = [
     "run_as_written",
     "saved_tensor_hooks",
     "storage_reference",
+    "storage_uses",
+    "unflatten",
     "untraced",
     "variable_of",
     "warn_if_untested",

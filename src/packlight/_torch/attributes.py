@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from packlight._torch.capabilities import look_up
+from packlight._torch.capabilities import STORAGE_USES, TREES, look_up
 
 # ---- tensors -------------------------------------------------------------------------------------
 
@@ -51,6 +51,27 @@ def sparse_parts(tensor: Tensor) -> list[Tensor]:
 def tree_leaves(value: object) -> list[object]:
     """What is in a container that torch knows; the value itself where torch does not say."""
     return [value] if _tree_leaves is None else list(_tree_leaves(value))
+
+
+def flatten(value: object) -> tuple[list[Any], Any]:
+    """What is in a container that torch knows, and its structure; needs `TREES`."""
+    assert TREES.values is not None
+    leaves, structure = TREES.values[0](value)
+    return leaves, structure
+
+
+def unflatten(leaves: list[Any], structure: Any) -> Any:
+    """The inverse of `flatten`."""
+    assert TREES.values is not None
+    return TREES.values[1](leaves, structure)
+
+
+def storage_uses(tensor: Tensor) -> int:
+    """How many tensors, and others, refer to the tensor's storage; needs `STORAGE_USES`."""
+    if STORAGE_USES.values is None:
+        return 0
+    uses: int = STORAGE_USES.values[0](tensor.untyped_storage()._cdata)
+    return uses
 
 
 # ---- graph nodes ---------------------------------------------------------------------------------

@@ -142,6 +142,18 @@ FAKES = Capability(
     "torch._subclasses.fake_tensor:unset_fake_temporarily",
 )
 
+TREES = Capability(
+    "takes containers apart",
+    "`graphed` refuses",
+    "torch.utils._pytree:tree_flatten",
+    "torch.utils._pytree:tree_unflatten",
+)
+STORAGE_USES = Capability(
+    "counts what refers to a storage",
+    "graphed models copy their gradients",
+    "torch._C:_storage_Use_Count",
+)
+
 TRITON = Capability(
     "launches compiled Triton kernels directly",
     "Triton launches them itself, which takes the CPU longer",
@@ -163,5 +175,7 @@ CAPABILITIES = (
     CURRENT_DEVICE,
     FUSED_ATTENTION,
     FAKES,
+    TREES,
+    STORAGE_USES,
     TRITON,
 )

@@ -1,0 +1,73 @@
+"""How CUDA records kernels and replays them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packlight import _seeds
+from packlight.errors import CannotGraphError
+
+_WARM_UPS = 3  # kernels are compiled, and libraries choose theirs and allocate
+
+
+class CudaRecorder:
+    """Records into one memory pool, whose recordings run one after the other."""
+
+    runs_again = False  # a replay calls nothing of `run`
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def anew(self) -> "CudaRecorder":
+        return CudaRecorder()
+
+    def is_recording(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def refuse(self, tensors: list[Tensor]) -> None:
+        """Raises `CannotGraphError` unless all tensors are on one CUDA device."""
+        devices = {tensor.device for tensor in tensors}
+        if len(devices) > 1 or any(device.type != "cuda" for device in devices):
+            found = ", ".join(sorted(map(str, devices)))
+            raise CannotGraphError(f"arguments and parameters are on {found}; not on one GPU")
+
+    @contextmanager
+    def recording(self, device: torch.device) -> Iterator[_seeds.SeedTable]:
+        """What is needed while passes run and are recorded; the generators stay as they are."""
+        seeds = _seeds.SeedTable(device)
+        state, rounding = torch.cuda.get_rng_state(device), _seeds.rounding_state()
+        try:
+            with torch.cuda.device(device), seeds.used_by_operators():
+                yield seeds
+        finally:
+            torch.cuda.set_rng_state(state, device)
+            _seeds.set_rounding_state(rounding)
+
+    def warm_up(self, run: Callable[[], Any]) -> None:
+        side, present = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(present)
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                run()
+        present.wait_stream(side)
+
+    def record(
+        self, run: Callable[[], list[Tensor | None]]
+    ) -> tuple[list[Tensor | None], Callable[[], None]]:
+        """The tensors that `run` returns, and what computes them anew into the same memory."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                found = run()
+        except RuntimeError as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise CannotGraphError(
+                f"a pass waits for the device or does what no graph can: {reason}"
+            ) from error
+        self.pool = graph.pool()
+        return found, graph.replay

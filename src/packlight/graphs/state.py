@@ -1,0 +1,118 @@
+"""What a recording holds for: the kind of its inputs, and the state of the module."""
+
+import enum
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from packlight import _torch
+from packlight.errors import CannotGraphError
+
+# Attributes of modules, and arguments, that are compared by value.
+_PLAIN = (bool, int, float, str, type(None))
+_CONSTANTS = (*_PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+
+
+class Key(NamedTuple):
+    """Two passes of one key run the same kernels on the same parameters."""
+
+    structure: Any
+    leaves: tuple[Any, ...]
+    autocast: tuple[Any, ...]
+    state: list[Any]
+
+
+def key_of(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> Key:
+    """The key of a call. Raises `CannotGraphError` for an argument that no graph takes."""
+    leaves, structure = _torch.flatten((args, kwargs))
+    return Key(structure, tuple(map(_kind_of, leaves)), autocast(), state_of(modules))
+
+
+def autocast() -> tuple[Any, ...]:
+    """Whether autocast is on for CUDA and for the CPU, and its dtypes."""
+    return tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        for kind in ("cuda", "cpu")
+    )
+
+
+def _kind_of(leaf: Any) -> tuple[Any, ...]:
+    if type(leaf) in (Tensor, nn.Parameter):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    if isinstance(leaf, (*_CONSTANTS, enum.Enum)):
+        return type(leaf), leaf
+    raise CannotGraphError(
+        f"an argument is a {type(leaf).__name__}; a graph takes tensors and plain values"
+    )
+
+
+def state_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """Plain attributes of modules, `training` among them, and where their tensors are."""
+    found: list[Any] = []
+    for module in modules:
+        own = vars(module)
+        found += [value for value in own.values() if type(value) in _PLAIN]
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    found.append((id(tensor), tensor.data_ptr(), tensor.requires_grad))
+    return found
+
+
+def changed_attributes(modules: Iterable[nn.Module], before: list[list[Any]]) -> list[str]:
+    """Names of modules' classes whose state is not what it was."""
+    pairs = zip(modules, before, strict=True)
+    return sorted({type(module).__name__ for module, was in pairs if state_of([module]) != was})
+
+
+# ---- what a graph would leave out ----------------------------------------------------------------
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Raises `CannotGraphError` for hooks, which would run at the recording and never again.
+
+    Those of the module itself run around its forward, as ever.
+    """
+    for name, part in module.named_modules():
+        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+        if part is not module and any(hooks):
+            raise CannotGraphError(f"{name} has hooks, which a graph would not call; remove them")
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks:
+            raise CannotGraphError(f"{name} has a hook on its gradient; remove it")
+
+
+def draws_on_cpu() -> list[Any]:
+    """The states of the generators whose numbers a graph would freeze."""
+    states = [random.getstate(), torch.get_rng_state().numpy().tobytes()]
+    if "numpy" in sys.modules:
+        states.append(repr(sys.modules["numpy"].random.get_state()))
+    return states
+
+
+def refuse_foreign_leaves(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+    """Raises `CannotGraphError` for a tensor whose gradient the graph would lose."""
+    mine = {id(tensor) for tensor in known}
+    for leaf in _leaves(outputs):
+        if id(leaf) not in mine:
+            raise CannotGraphError(
+                f"a tensor of shape {tuple(leaf.shape)} requires a gradient and is neither an"
+                " argument nor a parameter of the module"
+            )
+
+
+def _leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    nodes: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)

@@ -1,0 +1,573 @@
+"""`packlight.graphed`: what is replayed, what is launched, and what is refused.
+
+On a device CUDA records and replays. Without one a stand-in does, which runs the recorded pass
+again and writes what it gives into the same memory; all else is the code that a device runs.
+"""
+
+import contextlib
+import copy
+import pickle
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import packlight
+from packlight import _seeds
+from packlight.errors import CannotGraphError, InputError
+from packlight.graphs import Graphs, replay
+from packlight.graphs.recorder import CudaRecorder
+from tests.blocks import EncoderBlock
+from tests.helpers import DEVICES
+
+
+class Again:
+    """A recorder without a device."""
+
+    runs_again = True
+    replays = 0
+    recordings = 0
+
+    def anew(self):
+        return Again()
+
+    def is_recording(self):
+        return False
+
+    def refuse(self, tensors):
+        assert tensors
+
+    @contextlib.contextmanager
+    def recording(self, device):
+        self.recordings += 1
+        state, rounding = torch.get_rng_state(), _seeds.rounding_state()
+        yield _seeds.SeedTable(device)
+        torch.set_rng_state(state)
+        _seeds.set_rounding_state(rounding)
+
+    def warm_up(self, run):
+        run()
+
+    def record(self, run):
+        state = torch.get_rng_state()  # a pass that is only recorded draws nothing on a device
+        found = run()
+        torch.set_rng_state(state)
+
+        def again():
+            self.replays += 1
+            with torch.enable_grad():
+                anew = run()
+            with torch.no_grad():
+                for static, x in zip(found, anew, strict=True):
+                    if static is not None:
+                        static.copy_(x)
+
+        return found, again
+
+
+class Counted(CudaRecorder):
+    replays = 0
+    recordings = 0
+
+    def recording(self, device):
+        self.recordings += 1
+        return super().recording(device)
+
+    def record(self, run):
+        found, again = super().record(run)
+
+        def counted():
+            self.replays += 1
+            again()
+
+        return found, counted
+
+
+def graphed(model, shapes=8):
+    device = next(model.parameters()).device.type
+    return replay(model, Graphs(shapes, Again() if device == "cpu" else Counted())).recorder
+
+
+def passes(model, *args, **kwargs):
+    """Gradients of the parameters, and the result, of one step."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    result = model(*args, **kwargs)
+    loss = result if isinstance(result, torch.Tensor) else result["loss"]
+    loss.float().add(1).pow(3).mean().backward()  # of a norm's output the square says nothing
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients
+
+
+def near(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def mlp(device="cpu", **options):
+    layers = nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4)
+    return nn.Sequential(*layers).to(device, **options)
+
+
+class Loss(nn.Module):
+    """A model with its loss, like those of transformers."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x, labels=None, scale=1.0):
+        logits = self.body(x) * scale
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits, "name": "loss"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_are_those_of_a_launched_model(device):
+    model = Loss(mlp(device))
+    plain = copy.deepcopy(model)
+    recorder = graphed(model)
+    ours, theirs = (torch.optim.AdamW(m.parameters(), lr=0.01) for m in (model, plain))
+    for _ in range(4):
+        x, labels = torch.randn(8, 32, device=device), torch.randint(4, (8,), device=device)
+        for m, optimizer in ((model, ours), (plain, theirs)):
+            found = m(x, labels=labels)
+            found["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert found["name"] == "loss"
+        near(dict(model.named_parameters()), dict(plain.named_parameters()))
+    assert (recorder.recordings, recorder.replays) == (1, 8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_are_copies(device):
+    model = Loss(mlp(device))
+    graphed(model)
+    x, labels = torch.randn(8, 32, device=device), torch.zeros(8, dtype=torch.long, device=device)
+    first = model(x, labels)
+    first["loss"].backward()
+    logits = first["logits"].detach().clone()
+    model(2 * x, labels)["loss"].backward()
+    assert torch.equal(first["logits"], logits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_add_up(device, to_none):
+    model = mlp(device)
+    plain = copy.deepcopy(model)
+    recorder = graphed(model)
+    for _ in range(3):
+        for _ in range(2):
+            x = torch.randn(8, 32, device=device)
+            model(x).sum().backward()
+            plain(x).sum().backward()
+        near(
+            {name: p.grad for name, p in model.named_parameters()},
+            {name: p.grad for name, p in plain.named_parameters()},
+        )
+        model.zero_grad(to_none)
+        plain.zero_grad(to_none)
+    assert recorder.replays == 12
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_that_is_held_is_not_overwritten(device):
+    model = mlp(device)
+    recorder = graphed(model)
+    x = torch.randn(8, 32, device=device)
+    model(x).sum().backward()
+    held = model[0].weight.grad.view(-1)
+    was = held.clone()
+    model.zero_grad()
+    with pytest.warns(UserWarning, match="still referred to"):
+        model(-3 * x).sum().backward()
+    assert recorder.replays == 2
+    assert torch.equal(held, was)
+    del held
+    model.zero_grad()
+    model(x).sum().backward()
+    assert recorder.replays == 4
+    assert torch.equal(model[0].weight.grad.view(-1), was)
+
+
+def test_gradients_are_copies_where_torch_does_not_count(monkeypatch):
+    from packlight import _torch
+
+    monkeypatch.setattr(_torch.STORAGE_USES, "values", None)
+    model = mlp()
+    recorder = graphed(model)
+    x = torch.randn(8, 32)
+    model(x).sum().backward()
+    held = model[0].weight.grad.view(-1)
+    was = held.clone()
+    model.zero_grad()
+    model(-3 * x).sum().backward()
+    assert recorder.replays == 4
+    assert torch.equal(held, was)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_passes_before_a_backward_pass(device):
+    model = mlp(device)
+    plain = copy.deepcopy(model)
+    recorder = graphed(model)
+    x, y = torch.randn(2, 8, 32, device=device)
+    for m in (model, plain):
+        (m(x) * m(y)).sum().backward()
+    assert recorder.replays == 2  # the second pass was launched
+    near(
+        {name: p.grad for name, p in model.named_parameters()},
+        {name: p.grad for name, p in plain.named_parameters()},
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pass_without_its_backward_pass_holds_nothing_up(device):
+    model = mlp(device)
+    recorder = graphed(model)
+    x = torch.randn(8, 32, device=device)
+    for _ in range(3):
+        model(x)
+    assert recorder.replays == 3
+
+
+def test_a_second_backward_pass_is_refused():
+    model = mlp()
+    graphed(model)
+    loss = model(torch.randn(8, 32)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="ran already"):
+        loss.backward()
+
+
+def test_another_result_is_not_differentiated():
+    model = Loss(mlp())
+    graphed(model)
+    found = model(torch.randn(8, 32), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="another result is differentiated"):
+        (found["loss"] + found["logits"].sum()).backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_get_gradients(device):
+    model = mlp(device)
+    plain = copy.deepcopy(model)
+    recorder = graphed(model)
+    for _ in range(2):
+        x = torch.randn(8, 32, device=device, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        model(x).sum().backward()
+        plain(y).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    assert (recorder.recordings, recorder.replays) == (1, 4)
+
+
+# ---- kinds of input ------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout(0.5))
+        self.last = nn.Linear(32, 1)
+
+    def forward(self, x, factor=1.0):
+        return self.last(self.inner(x)) * factor
+
+
+CHANGES = {
+    "a shape": lambda m, x: ((x[:4],), {}),
+    "a dtype": lambda m, x: ((x.double(),), {}) if m.double() else None,
+    "a number": lambda m, x: ((x, 2.0), {}),
+    "a keyword": lambda m, x: ((), {"x": x}),
+    "requires_grad of the input": lambda m, x: ((x.clone().requires_grad_(),), {}),
+    "requires_grad of a parameter": lambda m, x: ((x,), m.last.requires_grad_(False) and {}),
+    "training of a part": lambda m, x: ((x,), m.inner.eval() and {}),
+    "an attribute": lambda m, x: ((x,), setattr(m.inner[2], "p", 0.1) or {}),
+    "a parameter's memory": lambda m, x: (
+        (x,), setattr(m.last.weight, "data", m.last.weight.data.clone()) or {}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_is_recorded_anew(device, change):
+    model = Mixed().to(device)
+    recorder = graphed(model)
+    x = torch.randn(8, 32, device=device)
+    passes(model, x)
+    passes(model, x)
+    assert recorder.recordings == 1
+    args, kwargs = CHANGES[change](model, x)
+    plain = copy.deepcopy(model)
+    packlight.launched(plain)
+    for p in (part for m in (model, plain) for part in m.modules() if isinstance(part, nn.Dropout)):
+        p.p = p.p if change == "an attribute" else 0.0
+    before = recorder.recordings
+    ours = passes(model, *args, **kwargs)
+    assert recorder.recordings == before + 1
+    if change != "an attribute":
+        torch.testing.assert_close(ours, passes(plain, *args, **kwargs))
+
+
+def test_what_is_no_training_pass_is_launched():
+    model = mlp()
+    recorder = graphed(model)
+    x = torch.randn(8, 32)
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    model(x).sum().backward()
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        model(x).sum().backward()
+    assert recorder.recordings == 0
+
+
+def test_kinds_are_recorded_up_to_a_number():
+    model = mlp()
+    recorder = graphed(model, shapes=2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for rows in (1, 2, 3, 4):
+                passes(model, torch.randn(rows, 32))
+    assert [str(w.message) for w in said] == [
+        "packlight.graphed: 2 kinds of inputs are recorded, and this is one more: it is launched;"
+        " pad inputs to fewer shapes, or raise shapes="
+    ]
+    assert (recorder.recordings, recorder.replays) == (2, 8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(device):
+    model = mlp(device)
+    plain = copy.deepcopy(model)
+    recorder = graphed(model)
+    x = torch.randn(8, 32, device=device)
+    for _ in range(2):
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(device, dtype=dtype):
+                ours, theirs = passes(model, x), passes(plain, x)
+            assert ours[0].dtype == dtype
+            torch.testing.assert_close(ours, theirs)
+    assert (recorder.recordings, recorder.replays) == (2, 8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_buffers_are_those_of_a_launched_model(device):
+    model = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16)).to(device)
+    plain = copy.deepcopy(model)
+    graphed(model)
+    for _ in range(3):
+        x = torch.randn(8, 32, device=device)
+        passes(model, x)
+        passes(plain, x)
+        near(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_numbers_go_on(device):
+    """Masks and rounding differ from replay to replay, and a seed repeats them."""
+    model = EncoderBlock(64, 4, 256, p=0.5).to(device)
+    packlight.convert(model, packlight.GroupQuant(2, 32), functional=True)
+    graphed(model)
+    x = torch.randn(4, 16, 64, device=device)
+    runs = []
+    for seed in (0, 1, 0):
+        packlight.manual_seed(seed)
+        runs.append([passes(model, x) for _ in range(2)])
+    if device == "cuda":
+        runs = runs[1:]  # the first run has recorded
+    else:
+        torch.testing.assert_close(runs[0], runs[2], rtol=0, atol=0)
+    outputs = [found[0] for run in runs[:2] for found in run]
+    for i, a in enumerate(outputs):
+        assert not any(torch.equal(a, b) for b in outputs[:i])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rounding_is_unbiased_over_replays(device):
+    model = nn.Linear(64, 16).to(device)
+    plain = copy.deepcopy(model)
+    packlight.convert(model, packlight.GroupQuant(2, 32))
+    recorder = graphed(model)
+    x = torch.randn(32, 64, device=device)
+    exact = passes(plain, x)[1]["weight"]
+    found = torch.stack([passes(model, x)[1]["weight"] for _ in range(200)])
+    assert recorder.recordings == 1
+    one = (found[0] - exact).norm()
+    assert (found.mean(0) - exact).norm() < 0.15 * one  # 1 / sqrt(200) = 0.07
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+class Body(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, self.layer(x))
+
+
+class Cache:
+    pass
+
+
+def _counts(module, x):
+    module.steps = getattr(module, "steps", 0) + 1
+    return x
+
+
+STRAY = torch.ones(8, requires_grad=True)
+REFUSED = {
+    "draws random numbers on the CPU": lambda m, x: x if random.random() < 2 else -x,
+    "changes attributes of Body": _counts,
+    "set use_cache=False": lambda m, x: (x, Cache()),
+    "neither an argument nor a parameter": lambda m, x: x * STRAY,
+    "no result of the pass requires a gradient": lambda m, x: x.detach(),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_recorded_is_launched_with_a_warning(reason):
+    model = Body(REFUSED[reason])
+    graphs = Graphs(8, Again())
+    replay(model, graphs)
+    x = torch.randn(2, 8)
+    with pytest.warns(UserWarning, match=reason):
+        found = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        model(x)
+    assert graphs.recorder.replays == 0
+    expected = model.function(model, F.linear(x, model.layer.weight, model.layer.bias))
+    torch.testing.assert_close(
+        found[0] if isinstance(found, tuple) else found,
+        expected[0] if isinstance(expected, tuple) else expected,
+    )
+
+
+def test_hooks_of_parts_are_refused_and_those_of_the_model_run():
+    model = mlp()
+    recorder = graphed(model)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append("model"))
+    x = torch.randn(8, 32)
+    passes(model, x)
+    passes(model, x)
+    assert (recorder.replays, calls) == (4, ["model"] * 2)
+    model = mlp()
+    graphed(model)
+    model[1].register_forward_hook(lambda *_: calls.append("part"))
+    with pytest.warns(UserWarning, match="1 has hooks"):
+        passes(model, x)
+    model = mlp()
+    graphed(model)
+    model[0].weight.register_hook(lambda g: 2 * g)
+    with pytest.warns(UserWarning, match=r"0\.weight has a hook"):
+        passes(model, x)
+
+
+def test_an_argument_that_is_no_value():
+    model = Loss(mlp())
+    graphed(model)
+    assert model(torch.randn(2, 32), scale=1.0, labels=None)["loss"] is None
+    with (
+        pytest.warns(UserWarning, match="an argument is a Cache"),
+        pytest.raises(TypeError),
+    ):
+        model(torch.randn(2, 32), scale=Cache())
+
+
+def test_wrong_arguments():
+    with pytest.raises(InputError, match=r"expected an nn\.Module"):
+        packlight.graphed(torch.ones(1))
+    with pytest.raises(InputError, match="shapes=0"):
+        packlight.graphed(mlp(), shapes=0)
+    with pytest.raises(InputError, match="parameters are on cpu"):
+        packlight.graphed(mlp())
+    with pytest.raises(InputError, match="no device"):
+        packlight.graphed(nn.GELU())
+
+
+@pytest.mark.gpu
+def test_what_waits_for_the_device_is_refused():
+    model = Body(lambda m, x: x if x.sum().item() < 1e9 else -x).cuda()
+    x = torch.randn(2, 8, device="cuda")
+    with pytest.raises(CannotGraphError, match="waits for the device"):
+        packlight.graphed(model, x)
+    packlight.launched(model)
+    packlight.graphed(model)
+    with pytest.warns(UserWarning, match="waits for the device"):
+        model(x).sum().backward()
+    assert model.layer.weight.grad is not None
+    model.eval()
+    with pytest.raises(CannotGraphError, match="in eval"):
+        packlight.graphed(model, x)
+
+
+# ---- conversions, copies -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_converting_and_reverting(device):
+    model = EncoderBlock(64, 4, 256, p=0.0).to(device)
+    plain = copy.deepcopy(model)
+    kind = type(model)
+    recorder = graphed(model)
+    x = torch.randn(4, 16, 64, device=device)
+    near(passes(model, x)[1], passes(plain, x)[1])
+    packlight.convert(model, packlight.GroupQuant(8), functional=True)
+    converted = passes(model, x)[1]
+    assert recorder.recordings == 2
+    for name, exact in passes(plain, x)[1].items():
+        if name == "attention.k.bias":  # 0: a softmax is blind to it
+            continue
+        error = (converted[name] - exact).norm() / exact.norm()
+        assert error < 0.05, (name, error)
+    assert packlight.revert(model) > 0
+    assert type(model) is kind
+    near(passes(model, x)[1], passes(plain, x)[1])
+    assert packlight.launched(model) == 0
+
+
+def test_copies_and_files():
+    model = Loss(mlp())
+    keys = list(model.state_dict())
+    recorder = graphed(model)
+    x, labels = torch.randn(8, 32), torch.zeros(8, dtype=torch.long)
+    passes(model, x, labels)
+    assert isinstance(model, Loss)
+    assert type(model).__name__ == "Loss"
+    assert list(model.state_dict()) == keys
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        near(passes(other, x, labels)[1], passes(model, x, labels)[1])
+        own = vars(other)["_packlight_graphs"].recorder
+        assert own is not recorder
+        assert own.replays == 2
+        assert packlight.launched(other) == 1
+        assert type(other) is Loss
+
+
+def test_a_graphed_part_within_a_graphed_model():
+    model = Loss(mlp())
+    plain = copy.deepcopy(model)
+    inner = graphed(model.body)
+    x, labels = torch.randn(8, 32), torch.zeros(8, dtype=torch.long)
+    near(passes(model, x, labels)[1], passes(plain, x, labels)[1])
+    assert inner.replays == 2
+    outer = graphed(model)  # its graphs hold those of its parts
+    near(passes(model, x, labels)[1], passes(plain, x, labels)[1])
+    assert (outer.replays, inner.replays) == (2, 2)
+    assert packlight.launched(model) == 1
