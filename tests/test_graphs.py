@@ -458,7 +458,7 @@ def test_what_cannot_be_recorded_is_launched_with_a_warning(reason):
     )
 
 
-def test_hooks_of_parts_are_refused_and_those_of_the_model_run():
+def test_hooks_of_parts_are_refused_and_others_run():
     model = mlp()
     recorder = graphed(model)
     calls = []
@@ -473,10 +473,14 @@ def test_hooks_of_parts_are_refused_and_those_of_the_model_run():
     with pytest.warns(UserWarning, match="1 has hooks"):
         passes(model, x)
     model = mlp()
-    graphed(model)
-    model[0].weight.register_hook(lambda g: 2 * g)
-    with pytest.warns(UserWarning, match=r"0\.weight has a hook"):
-        passes(model, x)
+    plain = copy.deepcopy(model)
+    recorder = graphed(model)
+    for m in (model, plain):
+        m[0].weight.register_hook(lambda g: 2 * g)
+        m[0].bias.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(3))
+    for _ in range(2):
+        near(passes(model, x)[1], passes(plain, x)[1])
+    assert recorder.replays == 4
 
 
 def test_an_argument_that_is_no_value():

@@ -7,7 +7,7 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 `fakes.py` is imported by `predict` when it is called, and `graph.py` by `saving`.
 """
 
-from packlight._torch.attributes import flatten, storage_uses, unflatten
+from packlight._torch.attributes import flatten, parameters, storage_uses, unflatten
 from packlight._torch.autograd import (
     at_end_of_backward,
     has_storage,
@@ -97,6 +97,7 @@ __all__ = [
     "launches_directly",
     "memory_format",
     "next_node_number",
+    "parameters",
     "question",
     "run_as_written",
     "saved_tensor_hooks",

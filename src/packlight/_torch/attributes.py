@@ -95,6 +95,11 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
 
 
+def parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own registry of parameters, to be written to."""
+    return module._parameters
+
+
 def buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own registry of buffers, to be written to; an empty one where it has another."""
     found: dict[str, Tensor | None] = getattr(module, "_buffers", {})

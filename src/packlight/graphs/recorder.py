@@ -38,12 +38,17 @@ class CudaRecorder:
     def recording(self, device: torch.device) -> Iterator[_seeds.SeedTable]:
         """What is needed while passes run and are recorded; the generators stay as they are."""
         seeds = _seeds.SeedTable(device)
-        state, rounding = torch.cuda.get_rng_state(device), _seeds.rounding_state()
+        generator = torch.cuda.default_generators[device.index]
+        before, rounding = generator.clone_state(), _seeds.rounding_state()
+        offset = generator.get_offset()
         try:
             with torch.cuda.device(device), seeds.used_by_operators():
                 yield seeds
+            generator.set_offset(offset)
+        except BaseException:
+            generator.graphsafe_set_state(before)  # the present state is that of a recording
+            raise
         finally:
-            torch.cuda.set_rng_state(state, device)
             _seeds.set_rounding_state(rounding)
 
     def warm_up(self, run: Callable[[], Any]) -> None:

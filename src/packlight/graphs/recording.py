@@ -1,12 +1,12 @@
 """One forward and one backward pass of a module, recorded, and how they are replayed."""
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
 
 from packlight import _torch
 from packlight.errors import CannotGraphError
@@ -44,17 +44,17 @@ class Recording:
         for place, static in zip(self.places, self.inputs, strict=True):
             leaves[place] = static
         self.parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-        self.wanted = [x for x in self.inputs if x.requires_grad] + self.parameters
         everything = [*self.inputs, *module.parameters()]
+        modules = list(module.modules())
         recorder.refuse(everything)
         refuse_hooks(module)
-        # Made here, and not while another stream is current, on which they would run ever after.
-        self.nodes: list[Node] = [get_gradient_edge(p).node for p in self.parameters]
+        stand_ins = {p: _stand_in(p) for p in self.parameters}
+        self.wanted = [x for x in self.inputs if x.requires_grad] + list(stand_ins.values())
 
         def run_forward() -> list[Tensor | None]:
             statics, named = _torch.unflatten(leaves, structure)
             self.seeds.used = 0
-            with _without_autocast_cache():
+            with _without_autocast_cache(), _in_place_of(stand_ins, modules):
                 self.result = forward(module, *statics, **named)
             return list(_tensors(self.result))
 
@@ -73,7 +73,6 @@ class Recording:
 
         with recorder.recording(everything[0].device) as self.seeds:
             buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-            modules = list(module.modules())
             states = [state_of([part]) for part in modules]
             try:
                 recorder.warm_up(run_both)
@@ -211,6 +210,37 @@ _apply: Callable[..., tuple[Tensor, ...]] = _Replay.apply
 
 def _is_at(x: Tensor | None, place: Tensor) -> bool:
     return x is not None and x.data_ptr() == place.data_ptr()
+
+
+def _stand_in(parameter: Tensor) -> nn.Parameter:
+    """Another parameter in the same memory.
+
+    Autograd's node for a parameter keeps the stream on which it was made, for as long as any graph
+    refers to it, as a loss of an earlier step may. On that stream nothing can be recorded.
+    """
+    found = nn.Parameter(parameter.detach())
+    vars(found).update(vars(parameter))
+    return found
+
+
+@contextlib.contextmanager
+def _in_place_of(
+    stand_ins: Mapping[Tensor, nn.Parameter], modules: Iterable[nn.Module]
+) -> Iterator[None]:
+    """Modules have the stand-ins for parameters within."""
+    places = [
+        (registry, name, tensor)
+        for registry in map(_torch.parameters, modules)
+        for name, tensor in registry.items()
+        if tensor is not None and tensor in stand_ins
+    ]
+    try:
+        for registry, name, tensor in places:
+            registry[name] = stand_ins[tensor]
+        yield
+    finally:
+        for registry, name, tensor in places:
+            registry[name] = tensor
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -81,9 +81,6 @@ def refuse_hooks(module: nn.Module) -> None:
         hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
         if part is not module and any(hooks):
             raise CannotGraphError(f"{name} has hooks, which a graph would not call; remove them")
-    for name, parameter in module.named_parameters():
-        if parameter._backward_hooks:
-            raise CannotGraphError(f"{name} has a hook on its gradient; remove it")
 
 
 def draws_on_cpu() -> list[Any]:
