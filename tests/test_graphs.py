@@ -458,6 +458,10 @@ def test_what_cannot_be_recorded_is_launched_with_a_warning(reason):
     )
 
 
+def triple(parameter):
+    parameter.grad.mul_(3)
+
+
 def test_hooks_of_parts_are_refused_and_others_run():
     model = mlp()
     recorder = graphed(model)
@@ -477,7 +481,7 @@ def test_hooks_of_parts_are_refused_and_others_run():
     recorder = graphed(model)
     for m in (model, plain):
         m[0].weight.register_hook(lambda g: 2 * g)
-        m[0].bias.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(3))
+        m[0].bias.register_post_accumulate_grad_hook(triple)
     for _ in range(2):
         near(passes(model, x)[1], passes(plain, x)[1])
     assert recorder.replays == 4

@@ -4,8 +4,6 @@ A converted module stays the same object and takes another class (`_swap.py`). S
 buffers, hooks, flags, names, optimizer state and every reference to it stay as they are.
 """
 
-import importlib
-import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -110,7 +108,7 @@ def convert(
     [('0',)]
     """
     _check(model, methods)
-    _load_integrations()
+    integrations.load()
     with graphs.set_aside(model):
         return _convert(model, methods, strict, functional)
 
@@ -203,13 +201,6 @@ def _check_choice(what: str, choice: object, expected: str) -> None:
     if wrong:
         hint = f"; did you mean {wrong[0].__name__}()?" if isinstance(wrong[0], type) else ""
         raise InputError(f"{what}={choice!r} is neither {expected}{hint}")
-
-
-def _load_integrations() -> None:
-    """Imports the rules for those packages that the program itself has imported."""
-    for package in pkgutil.iter_modules(integrations.__path__):
-        if package.name in sys.modules:
-            importlib.import_module(f"{integrations.__name__}.{package.name}")
 
 
 # ---- what is to be done --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from packlight import _torch
+from packlight import _torch, integrations
 from packlight._classes import bases_of, derivation
 from packlight.errors import CannotConvertError, CannotGraphError, InputError
 from packlight.graphs.recorder import CudaRecorder
@@ -77,6 +77,7 @@ def graphed(model: _Module, *sample: Any, shapes: int = 8, **named: Any) -> _Mod
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         found = ", ".join(sorted(map(str, devices))) or "no device"
         raise InputError(f"parameters are on {found}; a graph is of one CUDA device")
+    integrations.load()
     graphs = replay(model, Graphs(shapes, CudaRecorder()))
     if sample or named:
         if not model.training:

@@ -20,6 +20,25 @@ from packlight.graphs.state import (
     state_of,
 )
 
+# What other packages need while a pass of a module is recorded.
+_contexts: list[Callable[..., contextlib.AbstractContextManager[None]]] = []
+
+
+def while_recording(
+    context: Callable[..., contextlib.AbstractContextManager[None]],
+) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """Registers the decorated context, made of the module and the call's `args` and `kwargs`."""
+    _contexts.append(context)
+    return context
+
+
+@contextlib.contextmanager
+def _surroundings(module: nn.Module, args: Any, kwargs: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in _contexts:
+            stack.enter_context(context(module, args, kwargs))
+        yield
+
 
 class Recording:
     """What is replayed for calls of one key.
@@ -70,8 +89,12 @@ class Recording:
             run_forward()
             self._choose()
             run_backward()
+            self.result = None  # on whose nodes this stream lies
 
-        with recorder.recording(everything[0].device) as self.seeds:
+        with (
+            _surroundings(module, args, kwargs),
+            recorder.recording(everything[0].device) as self.seeds,
+        ):
             buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
             states = [state_of([part]) for part in modules]
             try:

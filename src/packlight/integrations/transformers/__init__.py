@@ -23,6 +23,7 @@ if int(transformers.__version__.partition(".")[0]) >= _OLDEST:
         attention,
         gated,
         linear,
+        masks,
         norms,
     )
 else:
