@@ -345,9 +345,10 @@ def test_no_rows_no_picture(tmp_path):
 
 
 def test_the_tables_of_the_docs_are_those_of_the_rows():
-    text = table.DOCS.read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in (table.DOCS, table.README))
     assert table.filled(text) == text
-    assert {f"<!-- table {name} -->" for name in table.TABLES} <= set(text.splitlines())
+    shown = {name for name, made in table.TABLES.items() if len(made().splitlines()) > 2}
+    assert {f"<!-- table {name} -->" for name in shown} <= set(text.splitlines())
 
 
 def test_the_readme_shows_lines_of_the_table_of_steps():
