@@ -170,17 +170,22 @@ def _cifar(network: str) -> Callable[[], str]:
     return table
 
 
-def _user() -> str:
-    from benchmarks.user import show  # whose tables are made by `markdown`
+def _user(which: str) -> str:
+    from benchmarks.user import show  # which takes `markdown` from here
 
-    return show.table(show.read())
+    found = show.read()
+    if which == "extremes":
+        return show.extremes(found)
+    return show.steps(found, show.README) if which == "readme" else show.steps(found)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: steps(rows.read(rows.RESULTS / step.OUT)),
     "resnet18": _cifar("resnet18"),
     "vit": _cifar("vit"),
-    "user": _user,
+    "user": lambda: _user("steps"),
+    "user_extremes": lambda: _user("extremes"),
+    "user_readme": lambda: _user("readme"),
     "gpt": lambda: training(rows.read(rows.RESULTS / "gpt.jsonl")),
 }
 

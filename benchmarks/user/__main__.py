@@ -3,6 +3,8 @@
 import argparse
 import os
 import pathlib
+import signal
+import sys
 
 import benchmarks.user
 from benchmarks import rows
@@ -29,7 +31,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--commit", help="where git cannot tell")
     run.add_argument("--missing", action="store_true", help="skip what has a row already")
     # Those that wait are stopped; those that compile want several cores.
-    default = max(1, (os.cpu_count() or 1) // 4)
+    default = max(1, (os.cpu_count() or 1) * 3 // 8)
     run.add_argument("--processes", type=int, default=default, metavar="N", help="side by side")
     limit = run.add_mutually_exclusive_group()
     limit.add_argument("--longest", type=float, metavar="GIB", help="the longest sequence in it")
@@ -53,6 +55,8 @@ def main(words: list[str] | None = None) -> None:
     from benchmarks.user.choices import CHOICES
     from benchmarks.user.scenarios import SCENARIOS, missing
 
+    if options.device != "cuda" and (options.longest or options.largest):
+        raise SystemExit("a limit of memory needs a CUDA device, whose allocator has one")
     mode = "longest" if options.longest else "largest" if options.largest else "step"
     scenarios = runner.order(options.scenarios, SCENARIOS)
     for name in list(scenarios):
@@ -74,6 +78,8 @@ def main(words: list[str] | None = None) -> None:
     if options.missing:
         there = {(r["scenario"], r["choice"], r["mode"], r.get("limit_gib", 0)) for r in known}
         jobs = [job for job in jobs if (job.scenario, job.choice, mode, job.limit) not in there]
+    # Processes that are stopped would outlive this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     left = runner.run(jobs, options.out, known, options.processes, options.budget, options.each)
     if left:
         print("no time for", ", ".join(f"{job.scenario}/{job.choice}" for job in left))

@@ -47,14 +47,15 @@ class Worker:
                 text=True,
                 cwd=ROOT,
                 env={**os.environ, **cache},
-                start_new_session=True,
+                process_group=0,  # to be stopped with what it starts
             )
         threading.Thread(target=self._listen, args=(said,), daemon=True).start()
 
     def _listen(self, said: "queue.SimpleQueue[Any]") -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            said.put((self, json.loads(line)))
+        with self.process.stdout as lines:
+            for line in lines:
+                said.put((self, json.loads(line)))
         said.put((self, None))
 
     @property
@@ -99,6 +100,8 @@ class Worker:
 
     def end(self) -> None:
         self._signal(signal.SIGKILL)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         self.process.wait()
 
     def words(self, count: int) -> str:
@@ -140,7 +143,7 @@ class Turns:
     def needs(self, job: Job) -> float:
         if job in self.alone:
             return float("inf")
-        return job.limit or job.task.gib
+        return max(job.limit, job.task.gib)
 
     def admit(self) -> None:
         """Lets those that are ready onto the device, in their order, while there is room."""
@@ -198,9 +201,10 @@ class Turns:
 
     def ended(self, worker: Worker, done: Callable[[Job, dict[str, Any]], None]) -> None:
         worker.process.wait()
+        worker.end()
         self.workers.remove(worker)
         row = worker.row
-        if row.get("error", "").startswith("OutOfMemory") and worker.shared:
+        if "out of memory" in row.get("error", "") and worker.shared:
             self.alone.add(worker.job)
             self.waiting.insert(0, worker.job)
             return
@@ -311,10 +315,13 @@ def jobs(scenarios: list[str], choices: list[str], job: Job) -> list[Job]:
     """Scenario by scenario, so that those that are compared lie close in time."""
 
     def means_something(scenario: str, choice: str) -> bool:
-        kinds = {*SCENARIOS[scenario].kinds, ""}
-        if job.mode != "step" and CHOICES[choice].compiled:
-            return False  # every size is compiled anew
-        return CHOICES[choice].kind in kinds and (job.mode != "longest" or "long" in kinds)
+        kinds, changes = {*SCENARIOS[scenario].kinds, ""}, CHOICES[choice]
+        if job.mode == "longest" and "long" not in kinds:
+            return False
+        if job.mode == "largest" and SCENARIOS[scenario].size.batch == 1:
+            return False
+        # Every size is compiled anew.
+        return changes.kind in kinds and not (changes.compiled and job.mode != "step")
 
     return [
         job._replace(scenario=scenario, choice=choice)

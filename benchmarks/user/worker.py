@@ -262,10 +262,9 @@ def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     """
     task, device = job.task, Device(job.device)
     by = "length" if job.mode == "longest" else "batch"
-    base = task.size
+    unit, base = 1, task.size
     if by == "length":
-        base = base._replace(length=min(base.length, 4096))
-    unit = 256 if by == "length" else 1
+        unit, base = 256, base._replace(batch=1, length=min(base.length, 4096))
     trained = Trained(task, CHOICES[job.choice], base, device)
     turn()
 
@@ -326,7 +325,7 @@ def main() -> None:
                 importlib.import_module(name)
         torch.set_float32_matmul_precision("high")
         if torch.cuda.is_initialized():
-            raise RuntimeError("an import has touched the GPU before this process may")
+            say({"row": {"early": "an import has made a context on the GPU, ahead of the turn"}})
         say({"state": "ready", "at": time.monotonic()})
         sys.stdin.readline()
         for part in measure(job, turn):
