@@ -23,7 +23,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--scenarios", metavar="NAME,NAME")
     run.add_argument("--choices", metavar="NAME,NAME")
     run.add_argument("--budget", type=float, default=1e9, metavar="SECONDS")
-    run.add_argument("--each", type=float, default=200, metavar="SECONDS", help="of one choice")
+    run.add_argument("--each", type=float, default=240, metavar="SECONDS", help="of one choice")
     run.add_argument("--out", type=pathlib.Path, default=OUT, help="file of rows")
     run.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     run.add_argument("--tiny", action="store_true", help="small models, to try the suite")

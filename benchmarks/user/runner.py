@@ -55,7 +55,8 @@ class Worker:
         assert self.process.stdout is not None
         with self.process.stdout as lines:
             for line in lines:
-                said.put((self, json.loads(line)))
+                if line.startswith("{"):  # what an import prints does not
+                    said.put((self, json.loads(line)))
         said.put((self, None))
 
     @property
@@ -130,6 +131,9 @@ class Turns:
                 self.admit()
                 self.give_turn()
                 self.hear(done)
+            for worker in [worker for worker in self.workers if "ms" in worker.row]:
+                worker.end()
+                self.ended(worker, done)
             return [worker.job for worker in self.workers] + self.waiting
         finally:
             for worker in self.workers:

@@ -56,7 +56,7 @@ class Job(NamedTuple):
 
 
 class Device:
-    """What the allocator says, in GiB; nothing on a CPU."""
+    """What is asked of a device; of a CPU, nothing."""
 
     def __init__(self, kind: str) -> None:
         self.kind, self.is_cuda = kind, kind == "cuda"
@@ -70,10 +70,6 @@ class Device:
         if self.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-
-    def gib(self, name: str) -> float | None:
-        """Of `torch.cuda`: "memory_allocated", "max_memory_allocated", "max_memory_reserved"."""
-        return round(getattr(torch.cuda, name)() / GIB, 3) if self.is_cuda else None
 
 
 class Trained:
@@ -112,7 +108,7 @@ class Trained:
         return loss.detach()
 
     def dropouts(self) -> list[nn.Module]:
-        return [m for m in self.plain.modules() if "Dropout" in type(m).__name__ and m.p > 0]
+        return [m for m in self.plain.modules() if "Dropout" in type(m).__name__ and m.p]
 
     def gradients(self) -> dict[str, Any]:
         """Loss and norms of gradients: of all, and of parameters in their order, in slices."""
@@ -143,7 +139,7 @@ def without_dropout(dropouts: list[nn.Module]) -> Iterator[None]:
         module.p = p
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, str]:
     found = {}
     for name in ("transformers", "peft", "timm", "liger_kernel", "bitsandbytes"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -195,12 +191,10 @@ def memory(trained: Trained, device: Device) -> dict[str, Any]:
     trained.optimizer.step()
     trained.optimizer.zero_grad(set_to_none=True)
     device.wait()
-    return {
-        "static_gib": round(static / GIB, 3),
-        "kept_gib": round(kept / GIB, 3),
-        "peak_gib": device.gib("max_memory_allocated"),
-        "reserved_gib": device.gib("max_memory_reserved"),
-    }
+    found = {"static_gib": static, "kept_gib": kept}
+    found["peak_gib"] = torch.cuda.max_memory_allocated()
+    found["reserved_gib"] = torch.cuda.max_memory_reserved()
+    return {name: round(size / GIB, 3) for name, size in found.items()}
 
 
 def times(trained: Trained, device: Device, steps: int, items: int) -> dict[str, Any]:
@@ -275,7 +269,7 @@ def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
         begin = time.perf_counter()
         trained.step()
         device.wait()
-        return time.perf_counter() - begin, device.gib("max_memory_allocated") or 0.0
+        return time.perf_counter() - begin, torch.cuda.max_memory_allocated() / GIB
 
     largest = getattr(base, by)
     small = max(1, largest // 2)
@@ -301,8 +295,8 @@ def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
         by: count,
         "ms": round(1e3 * seconds, 2),
         "per_s": round(items / seconds, 1),
-        "peak_gib": peak,
-        "gib_each": slope,
+        "peak_gib": round(peak, 3),
+        "mib_each": round(1024 * slope, 3),
     }
 
 
