@@ -351,6 +351,44 @@ def test_jobs_that_there_was_no_time_for_are_returned(tmp_path, monkeypatch):
     assert runner.Turns(jobs, 1, 100.0, 60.0, str(tmp_path)).run(0.1, print) == jobs
 
 
+@pytest.mark.parametrize("bend", [0.0, 3e-9], ids=["linear", "more than linear"])
+def test_the_longest_sequence_fits(monkeypatch, bend):
+    """Of a model whose peak is 16 GiB and so much a token, by an allocator with a limit."""
+    limits, taken = [float("inf")], []
+
+    class Trained:
+        def __init__(self, scenario, choice, size, device):
+            self.optimizer = torch.optim.SGD([torch.zeros(1)])
+
+        def see(self, size):
+            self.size = size
+
+        def step(self):
+            assert self.size.batch == 1
+            tokens = self.size.length
+            taken.append(int((16 + 0.002 * tokens + bend * tokens**2) * worker.GIB))
+            if taken[-1] > limits[-1] * 140 * worker.GIB:
+                raise torch.OutOfMemoryError
+
+    cuda = {
+        "get_device_properties": lambda _: argparse.Namespace(total_memory=140 * worker.GIB),
+        "set_per_process_memory_fraction": limits.append,
+        "max_memory_allocated": lambda: taken[-1],
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(worker, "Trained", Trained)
+    job = worker.Job("llama1b", "eager", "cpu", mode="longest", limit=80.0)
+    (row,) = worker.extreme(job, turn=list)
+    truth = max(n for n in range(0, 40000, 256) if 16 + 0.002 * n + bend * n * n <= 80)
+    assert 0.95 * truth <= row["length"] <= truth
+    assert row["length"] % 256 == 0
+    assert limits[-1] == 80 / 140
+    assert row["peak_gib"] <= 80
+    with pytest.raises(torch.OutOfMemoryError, match="no length fits into 10 GiB"):
+        [*worker.extreme(job._replace(limit=10.0), turn=list)]
+
+
 def test_jobs_that_mean_something():
     def names(scenario, mode):
         job = runner.Job("", "", "cuda", mode=mode, limit=24.0)

@@ -295,7 +295,7 @@ BESIDE = {"host": "host_ms", "GPU": "gpu_ms", "kernels": "kernels", "warm": "war
 def line(row: dict[str, Any]) -> str:
     text = f"{row['scenario']:14s} {row['choice']:18s}"
     if "ms" not in row:
-        return f"{text} {row.get('error', 'nothing fits')}"
+        return f"{text} {row['error']}"
     figures = [f"{row['ms']:8.1f} ms", f"{row['per_s']:9.0f} {row['unit']}/s"]
     if row.get("peak_gib") is not None:
         figures.append(f"peak {row['peak_gib']:6.2f} GiB")

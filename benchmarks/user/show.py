@@ -80,8 +80,8 @@ def extremes(found: Rows) -> str:
             by = "length" if row["mode"] == "longest" else "batch"
             what = f"{row['mode']} {by} in {row['limit_gib']:g} GiB"
             title = f"{SCENARIOS[row['scenario']].title.rpartition(',')[0]}: {what}"
-            speed = f" ({row['per_s']:.0f} {row['unit']}/s)" if row[by] else ""
-            cells.setdefault(title, {})[row["choice"]] = f"{row[by]}{speed}"
+            text = f"{row[by]} ({row['per_s']:.0f} {row['unit']}/s)"
+            cells.setdefault(title, {})[row["choice"]] = text
     return _table(cells, tuple(CHOICES))
 
 

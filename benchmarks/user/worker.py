@@ -287,8 +287,7 @@ def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
             count = int(count * 29 / 30) // unit * unit
             trained.optimizer.zero_grad(set_to_none=True)
     else:
-        yield {by: 0}
-        return
+        raise torch.OutOfMemoryError(f"no {by} fits into {job.limit:g} GiB")
     items = base._replace(**{by: count}).items
     yield {
         **base._asdict(),
