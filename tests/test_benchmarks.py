@@ -306,6 +306,8 @@ def work():
             time.sleep(0.002)
 threading.Thread(target=work, daemon=True).start()
 state("ready")
+if job["choice"] == "liger+packed":
+    sys.exit("ended unasked")
 sys.stdin.readline()
 time.sleep(0.05)
 state("warm")
@@ -329,12 +331,13 @@ else:
 def test_processes_take_turns_and_all_others_are_stopped(tmp_path, monkeypatch):
     fake = FAKE.replace("FOLDER", f"pathlib.Path({str(tmp_path)!r})")
     monkeypatch.setattr(runner, "COMMAND", [runner.sys.executable, "-c", fake])
-    choices = ["default", "eager", "checkpoint", "liger", "compile"]
+    choices = ["default", "eager", "checkpoint", "liger", "compile", "liger+packed"]
     jobs = runner.jobs(["llama1b"], choices, runner.Job("", "", "cuda"))
     found = {}
-    turns = runner.Turns(jobs, 5, 100.0, 4.0, str(tmp_path))
+    turns = runner.Turns(jobs, 6, 100.0, 4.0, str(tmp_path))
     assert turns.run(60, lambda job, row: found.update({job.choice: row})) == []
     assert found["liger"]["error"] == "ended with 3: what went wrong"
+    assert found["liger+packed"]["error"] == "ended with 1: ended unasked"
     assert found["compile"]["error"].startswith("TimeoutError: more than 4 s")
     measured = {choice: found[choice] for choice in ("eager", "default", "checkpoint")}
     assert found["eager"]["until"] < found["default"]["from"]

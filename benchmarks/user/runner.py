@@ -6,6 +6,7 @@ what they have started: they take no CPU and launch nothing. What a process allo
 its own allocator, so a peak is its own.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -77,8 +78,9 @@ class Worker:
     def tell(self, word: str, state: str) -> None:
         assert self.process.stdin is not None
         self.comes_to(state, time.monotonic())
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is heard next
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
 
     def _signal(self, number: int) -> None:
         # Gone already, where the group has ended by itself.
@@ -102,7 +104,8 @@ class Worker:
     def end(self) -> None:
         self._signal(signal.SIGKILL)
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
     def words(self, count: int) -> str:
