@@ -1,6 +1,6 @@
-"""Writes the tables of `docs/benchmarks.md` that are made of rows, each between its two marks.
+"""Writes the tables of documents that are made of rows, each between its two marks.
 
-    python -m benchmarks.table
+    python -m benchmarks.table    # those of `docs/benchmarks.md` and the README
 
 A table begins behind a line `<!-- table NAME -->` and ends before the next `<!-- end -->`.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import rows, step, train_suite
 
 DOCS = rows.RESULTS.parents[1] / "docs" / "benchmarks.md"
+README = rows.RESULTS.parents[1] / "README.md"
 
 Rows = Sequence[dict[str, Any]]
 
@@ -169,10 +170,22 @@ def _cifar(network: str) -> Callable[[], str]:
     return table
 
 
+def _user(which: str) -> str:
+    from benchmarks.user import show  # which takes `markdown` from here
+
+    found = show.read()
+    if which == "extremes":
+        return show.extremes(found)
+    return show.steps(found, show.README) if which == "readme" else show.steps(found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: steps(rows.read(rows.RESULTS / step.OUT)),
     "resnet18": _cifar("resnet18"),
     "vit": _cifar("vit"),
+    "user": lambda: _user("steps"),
+    "user_extremes": lambda: _user("extremes"),
+    "user_readme": lambda: _user("readme"),
     "gpt": lambda: training(rows.read(rows.RESULTS / "gpt.jsonl")),
 }
 
@@ -188,10 +201,10 @@ def filled(text: str) -> str:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("path", nargs="?", type=pathlib.Path, default=DOCS, help="the document")
-    path = parser.parse_args(words).path
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
-    print(path)
+    parser.add_argument("paths", nargs="*", type=pathlib.Path, default=[DOCS, README])
+    for path in parser.parse_args(words).paths:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(path)
 
 
 if __name__ == "__main__":

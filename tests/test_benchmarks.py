@@ -16,6 +16,8 @@ if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 
 from benchmarks import kernel_suite, plot, rows, run, step, table, train_suite
+from benchmarks.user import __main__ as user
+from benchmarks.user import runner, show, worker
 
 ROW = {
     "device": "a device",
@@ -246,6 +248,197 @@ def test_networks_of_cifar_are_converted(name):
     assert isinstance(model, nn.Module)
 
 
+# ---- a user's step -------------------------------------------------------------------------------
+
+FIELDS = {
+    *("device", "torch", "triton", "python", "commit", "versions", "unit", "batch", "length"),
+    *("loss", "grad_norm", "grad_norms", "warm_s", "first_loss", "last_loss", "ms", "host_ms"),
+    *("static_gib", "kept_gib", "peak_gib", "reserved_gib", "per_s", "gpu_ms", "kernels"),
+    "python_calls",
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages; a user sees them too
+@pytest.mark.parametrize("scenario", ["roberta-32", "lora8b-4k"])
+def test_a_user_s_step_is_measured_and_checked(scenario):
+    found = []
+    for choice in ("eager", "checkpoint", "default"):
+        job = worker.Job(scenario, choice, "cpu", tiny=True, steps=1, commit="abc")
+        row = {"scenario": scenario, "choice": choice}
+        for part in worker.measure(job, turn=list):
+            row |= part
+        found.append(row)
+        assert row.keys() >= FIELDS
+        assert (row["commit"], row["grads_missing"], row["unit"]) == ("abc", 0, "tokens")
+        assert runner.check(row, found) == "passed"
+    eager, checkpoint, default = found
+    assert eager["python_calls"] < checkpoint["python_calls"] < default["python_calls"]
+    assert eager["grad_norms"] != default["grad_norms"]  # it was converted
+    doubled = [2 * norm if i == 3 else norm for i, norm in enumerate(default["grad_norms"])]
+    for wrong in ({"loss": 1.1 * eager["loss"]}, {"grad_norms": doubled}, {"grads_missing": 1}):
+        assert runner.check(default | wrong, found).startswith("failed")
+    assert runner.check(default, [default]) == "no eager row"
+
+
+def test_a_choice_has_a_process_and_what_fails_is_a_row(tmp_path, capfd):
+    out = tmp_path / "user.jsonl"
+    words = f"run --tiny --device cpu --scenarios llama1b --choices eager,liger --out {out}"
+    user.main([*words.split(), "--processes", "2", "--steps", "1", "--commit", "abc"])
+    found = {row["choice"]: row for row in rows.read(out)}
+    assert found["eager"]["check"] == "passed"
+    assert found["eager"].keys() >= FIELDS
+    assert ": " in found["liger"]["error"]  # Liger-Kernel is not here, or its kernels need a GPU
+    user.main([*words.split(), "--missing"])
+    assert len(rows.read(out)) == 2
+    assert "Traceback" in capfd.readouterr().err
+
+
+# What a worker says, without what it measures; what it does meanwhile is told to a file.
+FAKE = """
+import json, pathlib, sys, threading, time
+job = json.loads(sys.argv[1])
+say = lambda message: print(json.dumps(message), flush=True)
+state = lambda name: say({"state": name, "at": time.monotonic()})
+def work():
+    with (FOLDER / job["choice"]).open("w") as file:
+        while True:
+            print(time.monotonic(), file=file, flush=True)
+            time.sleep(0.002)
+threading.Thread(target=work, daemon=True).start()
+state("ready")
+if job["choice"] == "liger+packed":
+    sys.exit("ended unasked")
+sys.stdin.readline()
+time.sleep(0.05)
+state("warm")
+stops = json.loads(sys.stdin.readline())
+seen = FOLDER / ("seen-" + job["choice"])
+if job["choice"] == "checkpoint" and not seen.exists():
+    seen.touch()
+    say({"row": {"error": "OutOfMemoryError: CUDA out of memory"}})
+elif job["choice"] == "liger":
+    print("what went wrong", file=sys.stderr)
+    sys.exit(3)
+elif job["choice"] == "compile":
+    time.sleep(60)
+else:
+    begin = time.monotonic()
+    time.sleep(0.2)
+    say({"row": {"ms": 1, "from": begin, "until": time.monotonic(), "stops": stops}})
+"""
+
+
+def test_processes_take_turns_and_all_others_are_stopped(tmp_path, monkeypatch):
+    fake = FAKE.replace("FOLDER", f"pathlib.Path({str(tmp_path)!r})")
+    monkeypatch.setattr(runner, "COMMAND", [runner.sys.executable, "-c", fake])
+    choices = ["default", "eager", "checkpoint", "liger", "compile", "liger+packed"]
+    jobs = runner.jobs(["llama1b"], choices, runner.Job("", "", "cuda"))
+    found = {}
+    turns = runner.Turns(jobs, 6, 100.0, 4.0, str(tmp_path))
+    assert turns.run(60, lambda job, row: found.update({job.choice: row})) == []
+    assert found["liger"]["error"] == "ended with 3: what went wrong"
+    assert found["liger+packed"]["error"] == "ended with 1: ended unasked"
+    assert found["compile"]["error"].startswith("TimeoutError: more than 4 s")
+    measured = {choice: found[choice] for choice in ("eager", "default", "checkpoint")}
+    assert found["eager"]["until"] < found["default"]["from"]
+    assert "ms" in found["checkpoint"]  # which had no room beside others, and had alone
+    for choice, row in measured.items():
+        for other in measured.keys() - {choice}:
+            ticks = map(float, (tmp_path / other).read_text().split())
+            assert not [tick for tick in ticks if row["from"] < tick < row["until"]]
+
+
+def test_jobs_that_there_was_no_time_for_are_returned(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "COMMAND", [runner.sys.executable, "-c", "input()"])
+    jobs = runner.jobs(["llama1b"], ["eager", "default"], runner.Job("", "", "cuda"))
+    assert runner.Turns(jobs, 1, 100.0, 60.0, str(tmp_path)).run(0.1, print) == jobs
+
+
+@pytest.mark.parametrize("bend", [0.0, 3e-9], ids=["linear", "more than linear"])
+def test_the_longest_sequence_fits(monkeypatch, bend):
+    """Of a model whose peak is 16 GiB and so much a token, by an allocator with a limit."""
+    limits, taken = [float("inf")], []
+
+    class Trained:
+        def __init__(self, scenario, choice, size, device):
+            self.optimizer = torch.optim.SGD([torch.zeros(1)])
+
+        def see(self, size):
+            self.size = size
+
+        def step(self):
+            assert self.size.batch == 1
+            tokens = self.size.length
+            taken.append(int((16 + 0.002 * tokens + bend * tokens**2) * worker.GIB))
+            if taken[-1] > limits[-1] * 140 * worker.GIB:
+                raise torch.OutOfMemoryError
+
+    cuda = {
+        "get_device_properties": lambda _: argparse.Namespace(total_memory=140 * worker.GIB),
+        "set_per_process_memory_fraction": limits.append,
+        "max_memory_allocated": lambda: taken[-1],
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(worker, "Trained", Trained)
+    job = worker.Job("llama1b", "eager", "cpu", mode="longest", limit=80.0)
+    (row,) = worker.extreme(job, turn=list)
+    truth = max(n for n in range(0, 40000, 256) if 16 + 0.002 * n + bend * n * n <= 80)
+    assert 0.95 * truth <= row["length"] <= truth
+    assert row["length"] % 256 == 0
+    assert limits[-1] == 80 / 140
+    assert row["peak_gib"] <= 80
+    with pytest.raises(torch.OutOfMemoryError, match="no length fits into 10 GiB"):
+        [*worker.extreme(job._replace(limit=10.0), turn=list)]
+
+
+def test_jobs_that_mean_something():
+    def names(scenario, mode):
+        job = runner.Job("", "", "cuda", mode=mode, limit=24.0)
+        return {job.choice for job in runner.jobs([scenario], list(runner.CHOICES), job)}
+
+    assert "default+head" in names("gpt2m", "step") - names("vitb", "step")
+    assert "liger" in names("llama1b", "longest")
+    assert "compile" not in names("llama1b", "longest")
+    assert names("vitb", "longest") == names("lora8b-4k", "largest") == set()
+    with pytest.raises(SystemExit, match="what: not one of eager"):
+        runner.order("eager,what", runner.CHOICES)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_table_and_the_pictures_of_a_user_s_step(tmp_path, capsys):
+    def row(choice, ms, peak, **more):
+        same = {"mode": "step", "loss": 1, "grad_norms": [1, 1], "grads_missing": 0}
+        same |= {"scenario": "vitb", "dropout_in_check": False, "choice": choice}
+        return {**ROW, **same, "ms": ms, "peak_gib": peak, **more}
+
+    found = [
+        row("eager", 99.0, 12.0),
+        row("checkpoint", 140.4, 2.5),
+        row("default", 90.0, 2.0, grad_norms=[1, 2]),  # wrong
+        row("default", 144.0, 3.0),
+        row("compile", 70.0, 1.0) | {"device": "another"},
+        {**ROW, "scenario": "vitb", "mode": "step", "choice": "packed", "error": "no"},
+        {**ROW, "scenario": "vitb", "mode": "step", "choice": "budget", "error": "out of memory"},
+        row("packed", 9.0, 9.0, mode="largest", batch=77, limit_gib=24.0, unit="images", per_s=5.4),
+    ]
+    for one in found:
+        rows.append(tmp_path / "user.jsonl", one)
+    user.main(["table", "--results", str(tmp_path / "user.jsonl")])
+    assert capsys.readouterr().out.splitlines() == [
+        "| | eager | checkpoint | packlight default | compile, budget 0.5 |",
+        "| --- | --- | --- | --- | --- |",
+        "| ViT-B/16, 128 images | **99.0 / 12.0** | **140 / 2.50** | 144 / 3.00 | out of memory |",
+        "",
+        "| | packlight checkpoint |",
+        "| --- | --- |",
+        "| ViT-B/16: largest batch in 24 GiB | 77 (5 images/s) |",
+    ]
+    user.main(["plot", "--results", str(tmp_path / "user.jsonl"), "--out", str(tmp_path)])
+    assert (tmp_path / "user-vitb.png").read_bytes().startswith(b"\x89PNG")
+    assert show.steps([]).count("\n") == 1
+
+
 # ---- the picture ---------------------------------------------------------------------------------
 
 _numbers = st.integers(1, 6)
@@ -345,9 +538,10 @@ def test_no_rows_no_picture(tmp_path):
 
 
 def test_the_tables_of_the_docs_are_those_of_the_rows():
-    text = table.DOCS.read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in (table.DOCS, table.README))
     assert table.filled(text) == text
-    assert {f"<!-- table {name} -->" for name in table.TABLES} <= set(text.splitlines())
+    shown = {name for name, made in table.TABLES.items() if len(made().splitlines()) > 2}
+    assert {f"<!-- table {name} -->" for name in shown} <= set(text.splitlines())
 
 
 def test_the_readme_shows_lines_of_the_table_of_steps():

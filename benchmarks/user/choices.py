@@ -1,0 +1,109 @@
+"""What a user could do about the memory of a training step. Another choice is one more line."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import packlight
+
+Change = Callable[[nn.Module], nn.Module | None]  # of a model: in place, or what is to be called
+
+
+class Choice(NamedTuple):
+    """Changes of a model in their order, and what its forward pass runs in.
+
+    Titles are what pictures and tables say: those of packlight begin with its name, and those of
+    compiled models have "compile" in them.
+    """
+
+    title: str
+    changes: tuple[Change, ...] = ()
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    kind: str = ""  # what a scenario must be, for this to change anything
+
+    @property
+    def compiled(self) -> bool:
+        return "compile" in self.title
+
+
+def checkpoint(model: nn.Module, **options: Any) -> None:
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": False}, **options)
+    else:
+        model.set_grad_checkpointing(True)
+
+
+def liger(model: nn.Module, **parts: bool) -> None:
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _apply_liger_kernel_to_instance(model=base, **parts)
+
+
+def rope_and_head(model: nn.Module) -> None:
+    """Liger's rotary embedding, head and loss; norms and MLPs stay what they are."""
+    others = dict.fromkeys(("swiglu", "rms_norm", "cross_entropy"), False)
+    liger(model, rope=True, fused_linear_cross_entropy=True, **others)
+
+
+def default(model: nn.Module, **options: Any) -> None:
+    packlight.convert(model, functional=True, **options)
+
+
+_head = functools.partial(default, head=True)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers that repeat: of lists of modules of one class that is not torch's own."""
+    found: list[nn.Module] = []
+    for container in model.modules():
+        if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 1:
+            kinds = {type(module) for module in container}
+            if len(kinds) == 1 and not kinds.pop().__module__.startswith(("torch.", "packlight.")):
+                found.extend(container)
+    inner = {id(part) for block in found for part in block.modules() if part is not block}
+    return [block for block in found if id(block) not in inner]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    for block in blocks(model):
+        block.compile()
+
+
+def budget() -> contextlib.AbstractContextManager[Any]:
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(activation_memory_budget=0.5)
+
+
+def packed() -> contextlib.AbstractContextManager[Any]:
+    """Inputs of checkpoints as packs of 8 bits."""
+    overrides = {"checkpoint": packlight.GroupQuant(8), "*": None}
+    return packlight.saving(packlight.GroupQuant(8), overrides=overrides)
+
+
+_offload = functools.partial(checkpoint, offload=True)
+
+# In the order of what is worth knowing first.
+CHOICES = {
+    "eager": Choice("eager"),
+    "checkpoint": Choice("checkpoint", (checkpoint,)),
+    "default": Choice("packlight default", (default,)),
+    "default+head": Choice("packlight default, head", (_head,), kind="head"),
+    "liger+checkpoint": Choice("Liger, checkpoint", (liger, checkpoint), kind="liger"),
+    "compile": Choice("compile", (torch.compile,)),
+    "liger": Choice("Liger", (liger,), kind="liger"),
+    "default+liger": Choice("packlight default, Liger", (rope_and_head, default), kind="liger"),
+    "packed": Choice("packlight checkpoint", (checkpoint,), packed),
+    "liger+packed": Choice("packlight checkpoint, Liger", (liger, checkpoint), packed, "liger"),
+    "default+compile": Choice("packlight default, compile", (default, compile_blocks)),
+    "compile+checkpoint": Choice("compile + checkpoint", (checkpoint, torch.compile)),
+    "offload": Choice("offload", (_offload,), kind="transformers"),
+    "liger+offload": Choice("Liger, offload", (liger, _offload), kind="liger"),
+    "budget": Choice("compile, budget 0.5", (torch.compile,), budget),
+    "default+whole": Choice("packlight default, whole, compile", (default, torch.compile)),
+}

@@ -1,0 +1,337 @@
+"""One choice of one scenario, measured in a process of its own.
+
+    python -m benchmarks.user.worker JOB    # by `runner.py`; JOB as JSON
+
+The process imports what it needs, says "ready" and waits for "go" before it touches the device. It
+makes the model, takes the step that is compared with eager's, warms up, says "warm", and waits for
+its turn: `runner.py` stops all others while it is timed. Messages are lines of JSON.
+"""
+
+import contextlib
+import cProfile
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pstats
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import rows
+from benchmarks.user.choices import CHOICES, Choice
+from benchmarks.user.scenarios import SCENARIOS, Loss, Scenario, Size
+
+GIB = 2**30
+Stops = list[list[float]]  # from when until when a process was stopped, by the monotonic clock
+SLICES = 8  # of the parameters in their order, each with a norm of its own
+
+
+class Job(NamedTuple):
+    """What a process is to measure; `limit` in GiB asks for the largest batch or length in it."""
+
+    scenario: str
+    choice: str
+    device: str
+    tiny: bool = False
+    steps: int = 6
+    mode: str = "step"  # or "longest", "largest"
+    limit: float = 0.0
+    commit: str | None = None
+
+    @property
+    def task(self) -> Scenario:
+        scenario = SCENARIOS[self.scenario]
+        return scenario.tiny if self.tiny else scenario
+
+
+class Device:
+    """What is asked of a device; of a CPU, nothing."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.is_cuda = kind, kind == "cuda"
+
+    def wait(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def clean(self) -> None:
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+class Trained:
+    """A model as a choice leaves it, its loss and its optimiser."""
+
+    def __init__(self, scenario: Scenario, choice: Choice, size: Size, device: Device) -> None:
+        self.scenario, self.device, self.around = scenario, device, choice.around
+        torch.manual_seed(0)
+        with torch.device(device.kind):
+            self.plain = scenario.model(size)
+        self.see(size)
+        self.plain.train()
+        self.model: nn.Module = self.plain
+        for change in choice.changes:
+            changed = change(self.model)
+            self.model = self.model if changed is None else changed
+        self.autocast = torch.autocast(device.kind, torch.bfloat16, scenario.autocast)
+        self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
+
+    def see(self, size: Size) -> None:
+        """Has a batch of this size."""
+        torch.manual_seed(1)
+        with torch.device(self.device.kind):
+            self.loss: Loss = self.scenario.batch(size)
+
+    def forward(self) -> Tensor:
+        with self.autocast, self.around():
+            return self.loss(self.model)
+
+    def step(self) -> Tensor:
+        loss = self.forward()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def dropouts(self) -> list[nn.Module]:
+        return [m for m in self.plain.modules() if "Dropout" in type(m).__name__ and m.p]
+
+    def gradients(self) -> dict[str, Any]:
+        """Loss and norms of gradients: of all, and of parameters in their order, in slices."""
+        torch.manual_seed(1)
+        loss = self.forward()
+        loss.backward()
+        missing = sum(p.grad is None for p in self.parameters)
+        squares = torch.stack(
+            [p.grad.float().square().sum() for p in self.parameters if p.grad is not None]
+        )
+        norms = [part.sum().sqrt().item() for part in squares.tensor_split(SLICES)]
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "loss": round(loss.item(), 5),
+            "grad_norm": float(f"{math.hypot(*norms):.5g}"),
+            "grad_norms": [float(f"{norm:.5g}") for norm in norms],
+            "grads_missing": missing,
+        }
+
+
+@contextlib.contextmanager
+def without_dropout(dropouts: list[nn.Module]) -> Iterator[None]:
+    before = [module.p for module in dropouts]
+    for module in dropouts:
+        module.p = 0.0
+    yield
+    for module, p in zip(dropouts, before, strict=True):
+        module.p = p
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("transformers", "peft", "timm", "liger_kernel", "bitsandbytes"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def measure(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
+    """Parts of the row, as soon as they are known. `turn` waits until nothing else runs."""
+    task, choice, device = job.task, CHOICES[job.choice], Device(job.device)
+    settings = rows.settings(job.device, job.commit)
+    yield {**settings, "versions": versions(), "unit": task.unit}
+    if job.mode != "step":
+        yield from extreme(job, turn)
+        return
+    trained = Trained(task, choice, task.size, device)
+    yield {"batch": task.size.batch, "length": task.size.length}
+    begin = time.monotonic()
+    dropouts = trained.dropouts()
+    # Without dropout a compiled model would be compiled once more.
+    kept_on = bool(dropouts) and choice.compiled
+    with without_dropout([] if kept_on else dropouts):
+        yield {**trained.gradients(), "dropout_in_check": kept_on}
+    first = trained.step().item()
+    for _ in range(2):
+        trained.step()
+    device.wait()
+    end = time.monotonic()
+    device.clean()
+    stopped = sum(max(0.0, min(b, end) - max(a, begin)) for a, b in turn())
+    yield {"warm_s": round(end - begin - stopped, 2), "first_loss": round(first, 5)}
+    yield memory(trained, device)
+    yield times(trained, device, job.steps, task.size.items)
+    yield launches(trained, device)
+    yield {"python_calls": python_calls(trained)}
+
+
+def memory(trained: Trained, device: Device) -> dict[str, Any]:
+    for _ in range(2):  # the allocator's cache was emptied
+        trained.step()
+    device.wait()
+    if not device.is_cuda:
+        return dict.fromkeys(("static_gib", "kept_gib", "peak_gib", "reserved_gib"))
+    torch.cuda.reset_peak_memory_stats()
+    static = torch.cuda.memory_allocated()
+    loss = trained.forward()
+    kept = torch.cuda.memory_allocated() - static
+    loss.backward()
+    trained.optimizer.step()
+    trained.optimizer.zero_grad(set_to_none=True)
+    device.wait()
+    found = {"static_gib": static, "kept_gib": kept}
+    found["peak_gib"] = torch.cuda.max_memory_allocated()
+    found["reserved_gib"] = torch.cuda.max_memory_reserved()
+    return {name: round(size / GIB, 3) for name, size in found.items()}
+
+
+def times(trained: Trained, device: Device, steps: int, items: int) -> dict[str, Any]:
+    """Of single steps: until Python has launched them, and until the device is done."""
+    whole, host = list[float](), list[float]()
+    # Short steps scatter more, and more of them fit.
+    while len(whole) < steps or (sum(whole) < 1.0 and len(whole) < 5 * steps and device.is_cuda):
+        device.wait()
+        begin = time.perf_counter()
+        loss = trained.step()
+        host.append(time.perf_counter() - begin)
+        device.wait()
+        whole.append(time.perf_counter() - begin)
+    median = statistics.median(whole)
+    return {
+        "ms": round(1e3 * median, 2),
+        "ms_least": round(1e3 * min(whole), 2),
+        "host_ms": round(1e3 * statistics.median(host), 2),
+        "steps": len(whole),
+        "per_s": round(items / median, 1),
+        "last_loss": round(loss.item(), 5),
+    }
+
+
+def launches(trained: Trained, device: Device) -> dict[str, Any]:
+    """What the GPU ran in one step, copies included, by the profiler."""
+    if not device.is_cuda:
+        return {"gpu_ms": None, "kernels": None}
+    from torch.autograd import DeviceType
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        trained.step()
+        device.wait()
+    events = [
+        event
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    total = sum(event.device_time for event in events)
+    return {"gpu_ms": round(total / 1e3, 2), "kernels": len(events)}
+
+
+def python_calls(trained: Trained) -> int:
+    """Calls of functions in one step, those of the backward pass too, which has its own thread."""
+    profiler = cProfile.Profile()
+    with torch.autograd.set_multithreading_enabled(False):
+        profiler.enable()
+        trained.step()
+        profiler.disable()
+    return pstats.Stats(profiler).total_calls
+
+
+def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
+    """The largest batch, or the longest sequence, whose step fits into `job.limit` GiB.
+
+    The peak is taken as linear in the size, from steps of two smaller sizes; a step of the size so
+    found runs with the allocator limited to `job.limit`, of one a thirtieth smaller if it does not
+    fit. What CUDA itself takes of a GPU is not counted.
+    """
+    task, device = job.task, Device(job.device)
+    by = "length" if job.mode == "longest" else "batch"
+    unit, base = 1, task.size
+    if by == "length":
+        unit, base = 256, base._replace(batch=1, length=min(base.length, 4096))
+    trained = Trained(task, CHOICES[job.choice], base, device)
+    turn()
+
+    def step(count: int) -> tuple[float, float]:
+        """Seconds, and GiB at the peak."""
+        trained.see(base._replace(**{by: count}))
+        device.clean()
+        begin = time.perf_counter()
+        trained.step()
+        device.wait()
+        return time.perf_counter() - begin, torch.cuda.max_memory_allocated() / GIB
+
+    largest = getattr(base, by)
+    small = max(1, largest // 2)
+    step(small)  # makes the optimiser's state
+    (_, low), (_, high) = step(small), step(largest)
+    slope = (high - low) / (largest - small)
+    count = int((0.985 * job.limit - low) / slope + small) // unit * unit
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    torch.cuda.set_per_process_memory_fraction(min(1.0, job.limit / total))
+    while count > 0:
+        try:
+            seconds, peak = step(count)
+            break
+        except torch.OutOfMemoryError:
+            count = int(count * 29 / 30) // unit * unit
+            trained.optimizer.zero_grad(set_to_none=True)
+    else:
+        raise torch.OutOfMemoryError(f"no {by} fits into {job.limit:g} GiB")
+    items = base._replace(**{by: count}).items
+    yield {
+        **base._asdict(),
+        by: count,
+        "ms": round(1e3 * seconds, 2),
+        "per_s": round(items / seconds, 1),
+        "peak_gib": round(peak, 3),
+        "mib_each": round(1024 * slope, 3),
+    }
+
+
+def main() -> None:
+    # Libraries print; what the runner reads is a pipe of its own.
+    pipe = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        pipe.write(json.dumps(message) + "\n")
+
+    def turn() -> Stops:
+        say({"state": "warm", "at": time.monotonic()})
+        return json.loads(sys.stdin.readline())
+
+    job = Job(**json.loads(sys.argv[1]))
+    try:
+        for name in ("torch._dynamo", "transformers", "peft", "timm", "liger_kernel.transformers"):
+            if importlib.util.find_spec(name.partition(".")[0]):
+                importlib.import_module(name)
+        torch.set_float32_matmul_precision("high")
+        if torch.cuda.is_initialized():
+            say({"row": {"early": "an import has made a context on the GPU, ahead of the turn"}})
+        say({"state": "ready", "at": time.monotonic()})
+        sys.stdin.readline()
+        for part in measure(job, turn):
+            say({"row": part})
+    except Exception as error:  # noqa: BLE001 - whatever it is, the row says it
+        reason = " ".join(str(error).split())[:300]
+        say({"row": {"error": f"{type(error).__name__}: {reason}"}})
+        traceback.print_exc()
+    finally:
+        pipe.flush()
+        sys.stderr.flush()
+        os._exit(0)  # tearing down takes seconds, and the next process waits
+
+
+if __name__ == "__main__":
+    main()
