@@ -11,11 +11,12 @@ from packlight import _torch
 from packlight.errors import DoubleBackwardError, InputError, ModifiedWeightError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STRIDED = torch.strided
 
 
 def is_supported(x: Tensor) -> bool:
     """Whether it is a dense tensor of a floating dtype that the kernels know."""
-    return x.dtype in _DTYPES and x.layout is torch.strided and not x.is_nested
+    return x.dtype in _DTYPES and x.layout is _STRIDED and not x.is_nested
 
 
 def is_taken(x: Tensor) -> bool:
@@ -25,7 +26,9 @@ def is_taken(x: Tensor) -> bool:
     """
     if not is_supported(x) or is_transformed():
         return False
-    return torch.compiler.is_compiling() or not (x.is_inference() and torch.is_grad_enabled())
+    return torch.compiler.is_dynamo_compiling() or not (
+        x.is_inference() and torch.is_grad_enabled()
+    )
 
 
 def numbers(value: Any, axes: int, name: str) -> tuple[int, ...]:
@@ -79,7 +82,7 @@ def check_numbers(function: str, **values: object) -> None:
 
 def check_inplace(x: Tensor) -> None:
     """Raises what torch raises, before anything is written."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return  # the compiler writes to nothing that it has not checked
     base = x._base if x._is_view() else x
     if base is not None and base.is_leaf and base.requires_grad:
@@ -111,7 +114,7 @@ def autocast_dtype(
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch has no autocast on meta
         return x.dtype
-    if name is None or torch.compiler.is_compiling():
+    if name is None or torch.compiler.is_dynamo_compiling():
         return _probed(x, probe)
     key = (name, kind, x.dtype, torch.get_autocast_dtype(kind))
     found = _autocast_dtypes.get(key)

@@ -10,6 +10,7 @@ whether it is one.
 `functools.lru_cache`, and hands over nothing but tensors and a seed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -87,13 +88,16 @@ class Launch:
                 plain.append(argument)
                 key.append(-(2**31) <= argument < 2**31)
             else:
-                address = argument.data_ptr()
-                plain.append(address)
-                key += (argument.dtype, argument.get_device(), address & 15 == 0)
+                plain.append(address := argument.data_ptr())
+                key.append(argument.dtype)
+                if address & 15:
+                    key.append(-len(plain))  # of the argument that is not aligned
+        device = arguments[0].get_device()
+        key.append(device)
         found = self.found.get(tuple(key))
         if found is not None:
             compiled, rest = found
-            _run(compiled, self.grid, arguments[0].get_device(), plain + rest)
+            _run(compiled, self.grid, device, plain + rest)
             return
         launched = self.kernel.launch(self.grid, (*arguments, *self.numbers), self.constants)
         if launched is not None:
@@ -110,8 +114,20 @@ def _run(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]
     if not _torch.launches_directly() or _is_watched():
         compiled[grid](*arguments)
         return
-    function, metadata = compiled.function, compiled.packed_metadata
-    compiled.run(*grid, _stream(device), function, metadata, None, None, None, *arguments)
+    launch, settings = _launcher(compiled)
+    launch(*grid, _stream()(device), *settings, *arguments)
+
+
+@functools.cache
+def _launcher(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """What launches a compiled kernel, and its arguments between the stream and the kernel's."""
+    run = compiled.run
+    common = (compiled.packed_metadata, None, None, None)
+    own = _torch.own_launch(run)
+    if own is None:
+        return run, (compiled.function, *common)
+    launch, settings = own
+    return launch, (compiled.function, *settings, *common)
 
 
 def _is_watched() -> bool:
@@ -122,9 +138,12 @@ def _is_watched() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _stream(device: int) -> Any:
+@functools.cache
+def _stream() -> Callable[[int], Any]:
+    """What gives the current stream of a device."""
     assert _torch.TRITON.values is not None
-    return _torch.TRITON.values[1].active.get_current_stream(device)
+    found: Callable[[int], Any] = _torch.TRITON.values[1].active.get_current_stream
+    return found
 
 
 def _specialise(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,19 +71,43 @@ def define_op(
 
     module_name, _, function_name = kernel.partition(":")
     launch: Callable[..., Any] | None = None
+    places, first = _tensor_places(schema)
 
     def on_cuda(*args: Any) -> Any:
         nonlocal launch
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        in_float64 = torch.float64 in [tensor.dtype for tensor in tensors]
-        if _reference_depth or in_float64 or not tensors or not kernels_available():
+        for place in places:
+            tensor = args[place]
+            if tensor is not None and tensor.dtype is torch.float64:
+                return reference(*args)
+        if _reference_depth or not kernels_available():
             return reference(*args)
         if launch is None:
             launch = getattr(importlib.import_module(module_name), function_name)
-        if _torch.is_current_device(tensors[0]):  # contexts cost more
+        tensor = args[first]
+        if _torch.is_current_device(tensor):  # contexts cost more
             return launch(*args)
-        with torch.cuda.device(tensors[0].device):  # Triton launches on the current device
+        with torch.cuda.device(tensor.device):  # Triton launches on the current device
             return launch(*args)
 
     _LIBRARY.impl(name, on_cuda, "CUDA")
-    return operator
+    if "!" in schema:  # the dispatcher counts what is written to
+        return operator
+
+    def call(*args: Any) -> Any:
+        """The operator, past the dispatcher where nothing looks on: that takes the CPU less."""
+        if torch.compiler.is_dynamo_compiling():
+            return operator(*args)
+        tensor = args[first]
+        if type(tensor) is torch.Tensor and tensor.is_cuda and not _torch.is_watched():
+            return on_cuda(*args)
+        return operator(*args)
+
+    return call
+
+
+def _tensor_places(schema: str) -> tuple[list[int], int]:
+    """Which arguments of a schema are tensors, or None, and the first that is never None."""
+    arguments = re.split(r",\s*", schema[schema.index("(") + 1 : schema.rindex(") ->")])
+    kinds = [re.sub(r"\(\w!\)", "", argument).split(" ")[0] for argument in arguments]
+    places = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
+    return places, kinds.index("Tensor")

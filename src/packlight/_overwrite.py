@@ -8,7 +8,7 @@ from packlight import _tracer
 
 def overwrite(input: Tensor, output: Tensor) -> Tensor:
     """`input`, which is `output` from here on."""
-    if torch.compiler.is_compiling() and _tracer.may_be_detached(input):
+    if torch.compiler.is_dynamo_compiling() and _tracer.may_be_detached(input):
         # What is overwritten would get zeros for its gradient. Those of autograd are not
         # channels-last, nor is a sum that starts with them: two copies a layer.
         input.detach_()
@@ -22,7 +22,7 @@ def writable(output: Tensor, of_linear: bool = False) -> Tensor:
     lets nobody write to a view that a Function made.
     """
     # A traced tensor does not say whether it is a view.
-    traced = torch.compiler.is_compiling()
+    traced = torch.compiler.is_dynamo_compiling()
     if not (of_linear and output.dim() > 2 if traced else output._is_view()):
         return output
     alone: Tensor = torch.ops.aten._unsafe_view(output, output.shape)

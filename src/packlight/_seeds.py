@@ -125,10 +125,13 @@ def set_rounding_state(state: Mapping[str, int | None]) -> None:
 
 def rounding_seed(x: Tensor) -> Seed:
     """The next seed of the stream of rounding, for the device of `x`."""
-    if torch.compiler.is_compiling() or _is_captured(x):
+    if torch.compiler.is_dynamo_compiling():
         return rounding_tensor(x)
-    if x.is_cuda and not _torch.is_fake(x):
-        _counter(x.device)  # a graph that is captured later advances it
+    if x.is_cuda:
+        if _is_captured(x):
+            return rounding_tensor(x)
+        if x.device not in _counters and not _torch.is_fake(x):
+            _counter(x.device)  # a graph that is captured later advances it
     return _rounding.next()
 
 

@@ -130,7 +130,8 @@ KEEPS = "a quantised tensor"
 
 def pack_input(x: Tensor, method: Quantiser) -> Pack:
     """The pack of `x`: one as good that is kept of it already, else a new one, which is noted."""
-    kept = sharing.pack_of(x, method.grade)
+    grade = method.grade
+    kept = sharing.pack_of(x, grade)
     if kept is not None:
         return kept
     kept = new_pack(x.detach(), method)

@@ -68,8 +68,7 @@ class Grade(NamedTuple):
 EXACT = Grade(64, 1, True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pack:
+class Pack(NamedTuple):
     """Saved tensors, and how to rebuild the tensor of this shape that they stand for.
 
     `rebuild(dtype, *tensors)` returns that tensor, in its memory order.
@@ -103,8 +102,9 @@ class _WeakPack(NamedTuple):
 
     @staticmethod
     def of(pack: Pack) -> "_WeakPack":
-        references = [None if kept is None else TensorWeakRef(kept) for kept in pack.tensors]
-        return _WeakPack(pack.rebuild, pack.shape, tuple(references), pack.grade)
+        rebuild, shape, tensors, grade = pack
+        references = [None if kept is None else TensorWeakRef(kept) for kept in tensors]
+        return _WeakPack(rebuild, shape, tuple(references), grade)
 
     def pack(self) -> Pack | None:
         tensors: list[Tensor | None] = []
@@ -234,7 +234,7 @@ def _weakly(pack: Pack | _WeakPack | None) -> _WeakPack | None:
 
 def _takes_packs_away(tensor: Tensor) -> bool:
     """Whether saved-tensor hooks take away what the graph saves of this intermediate result."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     return tensor.grad_fn is not None and _torch.saved_tensor_hooks() is not None
 
@@ -244,25 +244,29 @@ def _write(tensor: Tensor, facts: _Facts, holds: bool) -> None:
 
     With `holds` the note keeps the packs alive; otherwise something else does.
     """
-    relation, known = _read(tensor)
-    if torch.compiler.is_compiling():
+    traced = torch.compiler.is_dynamo_compiling()
+    new = not traced and id(tensor) not in _notes and tensor._base is None
+    relation, known = (None, _NOTHING) if new else _read(tensor)
+    if traced:
         if relation in ("itself", "alike"):
             facts = facts.with_those_of(known, relation == "itself")
         _torch.ask("keep_note", None, tensor, facts)
         return
     if not holds:
-        facts = facts._replace(pack=_weakly(facts.pack), sketch=_weakly(facts.sketch))
-    if relation in ("itself", "alike"):
+        cast, pack, sketch, exact, filled = facts
+        facts = _Facts(cast, _weakly(pack), _weakly(sketch), exact, filled)
+    if known is not _NOTHING and relation in ("itself", "alike"):
         facts = facts.with_those_of(known, relation == "itself")
     if _may_be_noted(tensor):
-        _notes[id(tensor)] = note = _Note(tensor, facts)
-        if holds and tensor.grad_fn is not None and _torch.saved_tensor_hooks() is not None:
+        hooks = _torch.saved_tensor_hooks()
+        _notes[id(tensor)] = note = _Note(tensor, facts, hooks)
+        if holds and hooks is not None and tensor.grad_fn is not None:
             note.drop_later(tensor)
 
 
 def _read(tensor: Tensor) -> tuple[_Relation | None, _Facts]:
     """The facts about the tensor, or about one with the same elements, and how the two relate."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         traced: _Facts | None = _torch.ask("find_note", None, tensor)
         if traced is None:
             return None, _NOTHING
@@ -319,11 +323,7 @@ class _Reference(weakref.ref):  # type: ignore[type-arg]  # which has no argumen
 
     __slots__ = ("key",)
 
-    def __new__(cls, tensor: Tensor, key: int) -> "_Reference":
-        return super().__new__(cls, tensor, _forget)
-
-    def __init__(self, tensor: Tensor, key: int) -> None:
-        self.key = key
+    key: int
 
 
 def _forget(reference: Any, notes: "dict[int, _Note]" = _notes) -> None:
@@ -337,11 +337,12 @@ class _Note:
 
     __slots__ = ("__weakref__", "facts", "hooks", "reference", "storage", "version")
 
-    def __init__(self, tensor: Tensor, facts: _Facts) -> None:
-        self.reference = _Reference(tensor, id(tensor))
+    def __init__(self, tensor: Tensor, facts: _Facts, hooks: Any) -> None:
+        self.reference = _Reference(tensor, _forget)
+        self.reference.key = id(tensor)
         self.version = tensor._version
         self.storage = _torch.storage_reference(tensor)
-        self.hooks = _hooks_now()
+        self.hooks = None if hooks is None else _weak_hook(hooks[0])
         self.facts = facts
 
     def holds(self, tensor: Tensor) -> bool:
@@ -378,18 +379,16 @@ class _Note:
 
 def _may_be_noted(tensor: Tensor) -> bool:
     """Whether the validity of a note can be checked: an inference tensor has no version."""
-    return bool(HOOKS and STORAGES) and not tensor.is_inference()
+    known = HOOKS.values is not None and STORAGES.values is not None
+    return known and not tensor.is_inference()
 
 
-def _hooks_now() -> Any:
-    """The active pack hook, weakly: a note must not keep alive what the hook refers to."""
-    hooks = _torch.saved_tensor_hooks()
-    if hooks is None:
-        return None
+def _weak_hook(hook: Callable[..., Any]) -> Any:
+    """A pack hook, weakly: a note must not keep alive what the hook refers to."""
     try:
-        return weakref.ref(hooks[0])
+        return weakref.ref(hook)
     except TypeError:  # a built-in method, which refers to nothing
-        return hooks[0]
+        return hook
 
 
 # ---- notes of a region that is traced ------------------------------------------------------------

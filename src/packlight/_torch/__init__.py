@@ -9,6 +9,7 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 
 from packlight._torch.attributes import flatten, parameters, storage_uses, unflatten
 from packlight._torch.autograd import (
+    applied,
     at_end_of_backward,
     has_storage,
     next_node_number,
@@ -22,12 +23,14 @@ from packlight._torch.backends import (
     is_fake,
     launches_directly,
     memory_format,
+    own_launch,
     with_values,
 )
 from packlight._torch.capabilities import (
     BACKWARD,
     CAPABILITIES,
     CURRENT_DEVICE,
+    DISPATCH,
     FAKES,
     FUSED_ATTENTION,
     HOOK_STACK,
@@ -48,6 +51,7 @@ from packlight._torch.code import code_of, give_own_code, variable_of
 from packlight._torch.modes import (
     function_modes,
     in_transform,
+    is_watched,
     without_mode,
     without_torch_functions,
 )
@@ -65,6 +69,7 @@ __all__ = [
     "BACKWARD",
     "CAPABILITIES",
     "CURRENT_DEVICE",
+    "DISPATCH",
     "FAKES",
     "FUSED_ATTENTION",
     "HOOKS",
@@ -79,6 +84,7 @@ __all__ = [
     "TRANSFORMS",
     "TREES",
     "TRITON",
+    "applied",
     "ask",
     "at_end_of_backward",
     "attention_backend",
@@ -94,9 +100,11 @@ __all__ = [
     "is_current_device",
     "is_fake",
     "is_traced_or_between",
+    "is_watched",
     "launches_directly",
     "memory_format",
     "next_node_number",
+    "own_launch",
     "parameters",
     "question",
     "run_as_written",

@@ -94,6 +94,19 @@ def triton_version() -> str | None:
     return version
 
 
+def own_launch(launcher: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """What a launcher of Triton calls for a kernel without scratch memory, and its settings.
+
+    None where it is not known to do nothing else: its own call takes four functions of Python.
+    """
+    if (triton_version() or "").split(".")[:2] != ["3", "6"]:
+        return None
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return None
+    settings = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
+    return launcher.launch, settings
+
+
 @functools.cache
 def launches_directly() -> bool:
     """Whether the launchers of this release of Triton take what `_launch.py` hands them."""

@@ -86,9 +86,16 @@ TRACER = Capability(
 MODES = Capability(
     "takes a function mode off",
     "layers run their own code with the mode on, which is slower",
+    "torch._C:_len_torch_function_stack",
     "torch.overrides:_get_current_function_mode",
     "torch.overrides:_pop_mode",
     "torch.overrides:_push_mode",
+)
+DISPATCH = Capability(
+    "sees who looks at operators",
+    "operators always go through the dispatcher, which takes the CPU longer",
+    "torch._C:_len_torch_dispatch_stack",
+    "torch.autograd:_profiler_enabled",
 )
 MODE_STACK = Capability(
     "lists function modes",
@@ -170,6 +177,7 @@ CAPABILITIES = (
     TRACER,
     MODES,
     MODE_STACK,
+    DISPATCH,
     TRANSFORMS,
     NODES,
     CURRENT_DEVICE,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from packlight._torch.capabilities import MODE_STACK, MODES, TRANSFORMS
+from packlight._torch.capabilities import DISPATCH, MODE_STACK, MODES, TRANSFORMS
 
 
 def without_mode(
@@ -15,10 +15,10 @@ def without_mode(
 ) -> Any:
     """Calls the function with the innermost function mode off, if it is of this very kind."""
     # Traced, a look costs nothing; and no other mode may be taken off the stack.
-    if torch.compiler.is_compiling() or MODES.values is None:
+    if torch.compiler.is_dynamo_compiling() or MODES.values is None:
         return function(*args, **kwargs)
-    current, pop, push = MODES.values
-    if type(current()) is not kind:
+    depth, current, pop, push = MODES.values
+    if not depth() or type(current()) is not kind:
         return function(*args, **kwargs)
     mode = pop()
     try:
@@ -31,7 +31,7 @@ def current_mode() -> TorchFunctionMode | None:
     """The innermost function mode, None where there is none or where torch does not say."""
     if MODES.values is None:
         return None
-    mode: TorchFunctionMode | None = MODES.values[0]()
+    mode: TorchFunctionMode | None = MODES.values[1]()
     return mode
 
 
@@ -50,6 +50,14 @@ def without_torch_functions() -> contextlib.AbstractContextManager[Any]:
     """A context in which calls go past the `__torch_function__` of subclasses, not of modes."""
     context: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return context
+
+
+def is_watched() -> bool:
+    """Whether something wants to see the operators: a mode of the dispatcher, or a profiler."""
+    if DISPATCH.values is None:
+        return True
+    modes, profiler = DISPATCH.values
+    return bool(modes() or profiler())
 
 
 def in_transform() -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight._checks import (
     check_inplace,
     check_numbers,
@@ -78,7 +78,7 @@ def _dropped(x: Tensor, codes: Tensor, p: float, stride: tuple[int, ...]) -> Ten
     return y
 
 
-_drop: Callable[..., Any] = _Dropout.apply
+_drop: Callable[..., Any] = _torch.applied(_Dropout)
 
 
 class _TracedDropout(torch.autograd.Function):
@@ -113,7 +113,7 @@ def _traced_dropped(
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-_drop_traced: Callable[..., Tensor] = _TracedDropout.apply
+_drop_traced: Callable[..., Tensor] = _torch.applied(_TracedDropout)
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one

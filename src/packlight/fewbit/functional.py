@@ -137,7 +137,7 @@ class _Activation(torch.autograd.Function):
 
 
 # Typed names: torch leaves `apply` without annotations.
-_activate: Callable[..., Tensor] = _Activation.apply
+_activate: Callable[..., Tensor] = _torch.applied(_Activation)
 
 
 class _Custom(torch.autograd.Function):
@@ -166,7 +166,7 @@ class _Custom(torch.autograd.Function):
         return ops.decode_backward(grad_output, codes, *ctx.decoding, ctx.stride), None, None
 
 
-_activate_custom: Callable[..., Tensor] = _Custom.apply
+_activate_custom: Callable[..., Tensor] = _torch.applied(_Custom)
 
 
 def _plain(

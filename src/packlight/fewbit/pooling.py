@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import _torch
 from packlight._checks import (
     autocast,
     check_tensor,
@@ -48,7 +49,7 @@ class _MaxPool(torch.autograd.Function):
         return dx, None, None, None
 
 
-_pool: Callable[..., Any] = _MaxPool.apply
+_pool: Callable[..., Any] = _torch.applied(_MaxPool)
 
 
 def _max_pool(

@@ -228,7 +228,7 @@ class _Replay(torch.autograd.Function):
         return None, None, *recording.handed_out()
 
 
-_apply: Callable[..., tuple[Tensor, ...]] = _Replay.apply
+_apply: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Replay)
 
 
 def _is_at(x: Tensor | None, place: Tensor) -> bool:

@@ -64,5 +64,6 @@ class Grouping(NamedTuple):
 
     def empty_pack(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales on the device of `x`, for what is written to them."""
-        codes = x.new_empty(self.code_bytes, dtype=torch.uint8)
-        return codes, x.new_empty(self.groups, dtype=torch.int32)
+        groups = self.groups
+        codes = x.new_empty(groups * self.group_bytes, dtype=torch.uint8)
+        return codes, x.new_empty(groups, dtype=torch.int32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class GroupQuant(Quantiser):
     bits: int = 4
     group_size: int = 128
     rounding: Rounding = "stochastic"
+    _grade: ClassVar[Grade]
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
@@ -63,6 +65,9 @@ class GroupQuant(Quantiser):
             )
         if self.rounding not in ROUNDINGS:
             raise InputError(f'rounding={self.rounding!r} is neither "stochastic" nor "nearest"')
+        # Made once: every layer asks several times.
+        grade = Grade(self.bits, self.group_size, self.rounding == "stochastic")
+        object.__setattr__(self, "_grade", grade)
 
     @property
     def groups(self) -> Groups:
@@ -72,7 +77,12 @@ class GroupQuant(Quantiser):
     @property
     def grade(self) -> Grade:
         """How near to a tensor its packs are."""
-        return Grade(self.bits, self.group_size, self.rounding == "stochastic")
+        return self._grade
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws."""
+        return self.rounding == "stochastic"
 
     @property
     def smallest(self) -> int:

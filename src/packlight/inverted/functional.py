@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import _torch
 from packlight._checks import (
     autocast,
     check_inplace,
@@ -80,7 +81,7 @@ class _InvertedActivation(torch.autograd.Function):
 
 
 # A typed name: torch leaves `apply` without annotations.
-_activate: Callable[..., Tensor] = _InvertedActivation.apply
+_activate: Callable[..., Tensor] = _torch.applied(_InvertedActivation)
 
 
 def _plain(x: Tensor, name: str, parameters: tuple[float, ...], inplace: bool) -> Tensor:

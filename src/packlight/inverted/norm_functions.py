@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packlight import _torch
 from packlight._checks import refuse_second_derivative
 from packlight.inverted import norm_ops as ops
 
@@ -136,8 +137,8 @@ class _InvertedChannelNorm(torch.autograd.Function):
 
 
 # Typed names: torch leaves `apply` without annotations.
-norm_rows: Callable[..., Any] = _InvertedRowNorm.apply
-norm_channels: Callable[..., Any] = _InvertedChannelNorm.apply
+norm_rows: Callable[..., Any] = _torch.applied(_InvertedRowNorm)
+norm_channels: Callable[..., Any] = _torch.applied(_InvertedChannelNorm)
 
 
 def _kept(ctx: Any) -> tuple[Any, ...]:

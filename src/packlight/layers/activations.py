@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _tracer, sharing
+from packlight import _torch, _tracer, sharing
 from packlight._checks import (
     autocast,
     check_numbers,
@@ -110,7 +110,7 @@ class _Activation(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-_activate: Callable[..., tuple[Tensor, ...]] = _Activation.apply
+_activate: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Activation)
 
 
 def activation(
@@ -126,7 +126,7 @@ def activation(
     y, *kept = _activate(x, name, parameters, method, method.seed(x))
     rebuild = method.fused.get("activation", _PLAIN).rebuild(y, name, parameters, method)
     sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))
-    if torch.compiler.is_compiling() and name in UNITS:
+    if torch.compiler.is_dynamo_compiling() and name in UNITS:
         _tracer.note_source(y, x, how(name, method))
     return y
 
@@ -244,7 +244,7 @@ class _Gated(torch.autograd.Function):
         return dgate, dup, None, None, None, None
 
 
-_apply_gated: Callable[..., tuple[Tensor, ...]] = _Gated.apply
+_apply_gated: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Gated)
 
 
 def gated(
@@ -261,7 +261,7 @@ def gated(
     wanted = needs_gradient(gate) or needs_gradient(up)
     if not wanted or gate.dtype != up.dtype:
         return plain(gate, up)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         up = _tracer.apart(up, gate)
     fused = "gated" in method.fused  # one seed serves both
     seeds = (method.seed(gate), None if fused else method.seed(gate))

@@ -255,7 +255,7 @@ def _kernel(
     is_causal: bool,
 ) -> _Kernel:
     """The kernel that torch would take."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # A float that took two values is a symbol to the compiler; hashed, it is a number again.
         dropout_p = next(iter({dropout_p}))
         arguments = (query, key, value, mask, dropout_p, is_causal)
@@ -264,7 +264,7 @@ def _kernel(
     return _choose(query, key, value, mask, dropout_p, is_causal)
 
 
-_attend: Callable[..., tuple[Tensor, ...]] = _Attention.apply
+_attend: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Attention)
 
 
 def scaled_dot_product_attention(
@@ -350,7 +350,7 @@ def attend(
     query, key, value = qkv
     if not wanted:
         return _run(query, key, value, mask, *kernel, dropout_p, is_causal, scale)[0]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         qkv = (query, _tracer.apart(key, query), _tracer.apart(value, query, key))
     seeds = [method.seed(query) for _ in range(4)]
     out, *kept = _attend(*qkv, mask, *kernel, *flags, method, *seeds)

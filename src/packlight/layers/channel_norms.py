@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight._checks import autocast, check_tensor, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed
 from packlight.packing.layout import compute_dtype, dense_stride, laid_out
@@ -235,7 +235,7 @@ class _Norm(torch.autograd.Function):
         return *wanted, *[None] * ctx.others
 
 
-_apply: Callable[..., tuple[Tensor, ...]] = _Norm.apply
+_apply: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Norm)
 
 
 def _norm(

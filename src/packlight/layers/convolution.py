@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight._checks import (
     check_tensor,
     needs_gradient,
@@ -108,7 +108,7 @@ class _Convolution(torch.autograd.Function):
         return *cast, None, None, *[None] * len(tensors)
 
 
-_apply: Callable[..., Tensor] = _Convolution.apply
+_apply: Callable[..., Tensor] = _torch.applied(_Convolution)
 
 
 def _check_shapes(name: str, axes: int, x: Tensor, weight: Tensor, geometry: _Geometry) -> None:
@@ -198,7 +198,7 @@ class _Pad(torch.autograd.Function):
         return _pad_backward(grad_output, ctx.shape, ctx.widths, ctx.mode), None, None
 
 
-_apply_pad: Callable[..., Tensor] = _Pad.apply
+_apply_pad: Callable[..., Tensor] = _torch.applied(_Pad)
 
 
 def _pad_backward(

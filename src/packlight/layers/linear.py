@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import _torch
 from packlight._checks import (
     check_tensor,
     needs_gradient,
@@ -57,7 +58,7 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias, None, *[None] * len(tensors)
 
 
-_apply: Callable[..., Tensor] = _Linear.apply
+_apply: Callable[..., Tensor] = _torch.applied(_Linear)
 
 
 def linear(

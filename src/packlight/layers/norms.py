@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
 from packlight._seeds import Seed
 from packlight.packing.layout import compute_dtype
@@ -149,7 +149,7 @@ class _Norm(torch.autograd.Function):
         rows = x.reshape(-1, width).contiguous()
         fused = row_norm_of(method)
         y, rstd, copies, kept = fused.forward(rows, weight, bias, eps, center, method, seed)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             copies = []
         ctx.mark_non_differentiable(*copies, *kept)
         ctx.set_materialize_grads(False)
@@ -178,7 +178,7 @@ class _Norm(torch.autograd.Function):
         )
 
 
-_apply: Callable[..., tuple[Tensor, ...]] = _Norm.apply
+_apply: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Norm)
 
 
 def own_parameters(
@@ -241,7 +241,7 @@ def _norm(
     parameters: tuple[Tensor | None, ...] = (_flat(weight), _flat(bias))
     center = name == "layer_norm"
     y, *kept = _apply(x, *parameters, width, eps, center, method, method.seed(x))
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         parameters = own_parameters(kept[:2], *parameters)
         kept = kept[2:]
     rebuild = row_norm_of(method).rebuild(y, width, method)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight import _tracer, sharing
+from packlight import _torch, _tracer, sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.layers.activations import UNITS, Applied, GatedProduct, gated, how, unit_of
@@ -67,7 +67,7 @@ class _Multiplication(torch.autograd.Function):
         return *ctx.product.factor_gradients(grad_output, *tensors), None, *[None] * len(tensors)
 
 
-_multiply: Callable[..., Tensor] = _Multiplication.apply
+_multiply: Callable[..., Tensor] = _torch.applied(_Multiplication)
 
 
 def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
@@ -79,7 +79,7 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     """
     if not _is_gate(input, other, method):
         return torch.mul(input, other)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         y = _unit(input, other, method)
         y = _unit(other, input, method) if y is None else y
         if y is not None:
@@ -87,7 +87,7 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     shape = tuple(input.shape)
     one, two = pack_input(input, method), pack_input(other, method)
     shared = any(tensor is kept for tensor in one.tensors for kept in two.tensors)
-    if torch.compiler.is_compiling() and _tracer.are_one(input, other):
+    if torch.compiler.is_dynamo_compiling() and _tracer.are_one(input, other):
         other = other.view_as(other)  # as `_tracer.apart` says
         aliases = tuple(x if x is None else x.view_as(x) for x in two.tensors)
         two = Pack(two.rebuild, two.shape, aliases)

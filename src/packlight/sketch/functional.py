@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import _torch
 from packlight._checks import (
     autocast_dtype,
     check_tensor,
@@ -93,7 +94,7 @@ class _Layer(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None
 
 
-_apply: Callable[..., Tensor] = _Layer.apply
+_apply: Callable[..., Tensor] = _torch.applied(_Layer)
 
 
 def _check(x: Tensor, weight: Tensor, axes: int) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight._checks import check_tensor, refuse_second_derivative
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.method import FixedPoint, check_bits
@@ -66,7 +66,7 @@ class _BatchNorm(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None, None
 
 
-_apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _BatchNorm.apply
+_apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _torch.applied(_BatchNorm)
 
 
 def batch_norm(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import fewbit, sharing
+from packlight import _torch, fewbit, sharing
 from packlight._checks import check_inplace, check_tensor, needs_gradient, refuse_second_derivative
 from packlight._overwrite import overwrite
 from packlight.fewbit import ops as few_bit
@@ -44,7 +44,7 @@ class _CodedReLU(torch.autograd.Function):
         return ops.relu_backward(grad_output, *ctx.saved_tensors, *ctx.layout), *[None] * 5
 
 
-_apply_coded: Callable[..., Tensor] = _CodedReLU.apply
+_apply_coded: Callable[..., Tensor] = _torch.applied(_CodedReLU)
 
 
 class _MaskedReLU(torch.autograd.Function):
@@ -74,7 +74,7 @@ class _MaskedReLU(torch.autograd.Function):
         return dx, None
 
 
-_apply_masked: Callable[..., tuple[Tensor, Tensor]] = _MaskedReLU.apply
+_apply_masked: Callable[..., tuple[Tensor, Tensor]] = _torch.applied(_MaskedReLU)
 
 
 def _times_mask(x: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from packlight import _torch
 from packlight._classes import joined
+from packlight.calls import uncovered
 from packlight.groupquant.method import GroupQuant
 from packlight.integrations._copies import once_a_class
 from packlight.layers.attention import attend
@@ -58,8 +59,8 @@ def attention_forward(
     if module.training and not biased and not (causal and key.shape[2] > query.shape[2]):
         method = getattr(module, "attention_method", _DEFAULT)
         grouped = getattr(module, "num_key_value_groups", 1) > 1
-        output = attend(
-            query, key, value, attention_mask, dropout, causal, scaling, grouped, method
+        output = uncovered(
+            attend, query, key, value, attention_mask, dropout, causal, scaling, grouped, method
         )
     if output is None:
         result: tuple[Tensor, None] = sdpa_attention_forward(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight._classes import joined
+from packlight.calls import uncovered
 from packlight.groupquant.modules import Quantised
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations.transformers.activations import function_of
@@ -65,6 +66,10 @@ class _Gated(Quantised):
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) up; keeps packs of gate and up, which `linear` rebuilds it from; biased."""
+        product: Tensor = uncovered(self._product, gate, up)
+        return product
+
+    def _product(self, gate: Tensor, up: Tensor) -> Tensor:
         function = self.packed_function
         if function == "silu":
             return functional.swiglu(gate, up, method=self.method)

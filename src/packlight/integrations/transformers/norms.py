@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
 from packlight._classes import joined
 from packlight._seeds import Seed
@@ -124,7 +124,7 @@ class _RoundedNorm(torch.autograd.Function):
         )
 
 
-_norm_rounded: Callable[..., tuple[Tensor, ...]] = _RoundedNorm.apply
+_norm_rounded: Callable[..., tuple[Tensor, ...]] = _torch.applied(_RoundedNorm)
 
 
 def _fits(x: Tensor, weight: Tensor, method: Quantiser) -> bool:
