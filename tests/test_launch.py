@@ -8,12 +8,13 @@ from triton import knobs
 
 from packlight import _launch
 from packlight._launch import quick
+from packlight._torch import backends
 
 
 @pytest.fixture(autouse=True)
 def stream(monkeypatch):
     """There is none without a GPU."""
-    monkeypatch.setattr(_launch, "_stream", lambda device: 7)
+    monkeypatch.setattr(_launch, "_stream", lambda: lambda device: 7)
 
 
 class Kernel:
@@ -97,6 +98,32 @@ def test_what_triton_compiles_anew_for_is_compiled_anew(arguments, constants):
     launch[(1,)](*arguments, **usual | constants)
     launch[(1,)](torch.zeros(32), 48, **usual)  # another multiple of 16
     assert kinds(kernel) == ["compiled", "compiled", "direct"]
+
+
+@pytest.mark.parametrize("scratch", [0, 16])
+def test_a_launcher_of_triton_is_gone_past_where_it_has_nothing_else_to_do(monkeypatch, scratch):
+    monkeypatch.setattr(backends, "triton_version", lambda: "3.6.0")
+    direct = []
+
+    class Launcher:
+        global_scratch_size, profile_scratch_size = 0, scratch
+        launch_cooperative_grid, launch_pdl = False, True
+
+        def launch(self, *arguments):
+            direct.append(arguments)
+
+        def __call__(self, *arguments):
+            direct.append(("itself", *arguments[3:]))
+
+    kernel = Kernel()
+    monkeypatch.setattr(Compiled, "run", Launcher())
+    launch = quick(kernel)
+    x = torch.zeros(32)
+    for _ in range(2):
+        launch[(5,)](x, 32, FORM=2, SCALE=0.5)
+    rest = (2, None, None, None, x.data_ptr(), 32, 0.5, 2)
+    own = (5, 1, 1, 7, 1, False, True, None, None, *rest)
+    assert direct == [("itself", 7, 1, *rest) if scratch else own]
 
 
 def test_constants_are_told_apart_by_value_even_where_objects_are_made_anew():

@@ -241,6 +241,11 @@ def _covered_now() -> Calls:
     return _NONE
 
 
+def covers_now() -> bool:
+    """Whether calls of the code that runs are covered."""
+    return bool(_covered_now().table)
+
+
 def _cover(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Runs a forward with these calls covered and no others."""
     if _covered_now() is calls:

@@ -101,7 +101,8 @@ def own_launch(launcher: Any) -> tuple[Any, tuple[Any, ...]] | None:
     """
     if (triton_version() or "").split(".")[:2] != ["3", "6"]:
         return None
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
+    scratch = ("global_scratch_size", "profile_scratch_size")
+    if any(getattr(launcher, name, None) != 0 for name in scratch):
         return None
     settings = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
     return launcher.launch, settings

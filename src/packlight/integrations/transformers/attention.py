@@ -25,6 +25,7 @@ from packlight._classes import joined
 from packlight.calls import uncovered
 from packlight.groupquant.method import GroupQuant
 from packlight.integrations._copies import once_a_class
+from packlight.integrations.transformers.rotary import use_one_kernel
 from packlight.layers.attention import attend
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
@@ -161,5 +162,6 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
             " around the forward pass, packlight.saving(GroupQuant(bits=4), overrides={'*Softmax*':"
             " GroupQuant(bits=8)}) packs them"
         )
+    use_one_kernel(type(module))
     attributes = {"attention_method": method.for_scores(), "model_config": module.config}
     return Swap(joined(GroupQuantAttention, type(module)), attributes)
