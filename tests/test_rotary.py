@@ -69,7 +69,8 @@ def test_the_kernel_is_the_reference(dtype, shape, transposed, back, poison):
 
 
 def test_columns_that_do_not_lie_side_by_side():
-    q, k, cos, sin = inputs((2, 4, 2, 6, 16), torch.float32, "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, cos, sin = inputs((2, 4, 2, 6, 16), torch.float32, device)
     q = q.transpose(-1, -2).contiguous().transpose(-1, -2)
     found = kernels.rotary(q, k, cos, sin.transpose(-1, -2).contiguous().transpose(-1, -2), False)
     torch.testing.assert_close(found, ops._reference(q, k, cos, sin, False))
