@@ -29,6 +29,10 @@ class Choice(NamedTuple):
     def compiled(self) -> bool:
         return "compile" in self.title
 
+    @property
+    def graphed(self) -> bool:
+        return "graph" in self.title
+
 
 def checkpoint(model: nn.Module, **options: Any) -> None:
     if hasattr(model, "gradient_checkpointing_enable"):
@@ -52,6 +56,10 @@ def rope_and_head(model: nn.Module) -> None:
 
 def default(model: nn.Module, **options: Any) -> None:
     packlight.convert(model, functional=True, **options)
+
+
+def graphed(model: nn.Module) -> None:
+    packlight.graphed(model)
 
 
 _head = functools.partial(default, head=True)
@@ -94,6 +102,8 @@ CHOICES = {
     "checkpoint": Choice("checkpoint", (checkpoint,)),
     "default": Choice("packlight default", (default,)),
     "default+head": Choice("packlight default, head", (_head,), kind="head"),
+    "default+graphed": Choice("packlight default, graph", (default, graphed)),
+    "head+graphed": Choice("packlight default, head, graph", (_head, graphed), kind="head"),
     "liger+checkpoint": Choice("Liger, checkpoint", (liger, checkpoint), kind="liger"),
     "compile": Choice("compile", (torch.compile,)),
     "liger": Choice("Liger", (liger,), kind="liger"),
