@@ -503,10 +503,13 @@ def test_wrong_arguments():
         packlight.graphed(torch.ones(1))
     with pytest.raises(InputError, match="shapes=0"):
         packlight.graphed(mlp(), shapes=0)
-    with pytest.raises(InputError, match="parameters are on cpu"):
-        packlight.graphed(mlp())
-    with pytest.raises(InputError, match="no device"):
-        packlight.graphed(nn.GELU())
+    model = packlight.graphed(mlp())
+    with pytest.raises(CannotGraphError, match="are on cpu"):
+        packlight.graphed(model, torch.randn(8, 32))
+    with pytest.warns(UserWarning, match="are on cpu"):
+        passes(model, torch.randn(8, 32))
+    with pytest.raises(CannotGraphError, match=r"eval\(\)"):
+        packlight.graphed(model.eval(), torch.randn(8, 32))
 
 
 @pytest.mark.gpu

@@ -125,6 +125,7 @@ def test_models_inputs_and_outputs_go_into_files_of_weights_alone(methods, fresh
 
 def bytes_alive():
     gc.collect()
+    gc.collect()  # what the first has finalised may hold more
     alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.dtype == torch.uint8]
     state = torch.get_rng_state().nbytes  # which a checkpoint keeps
     return sum(tensor.nbytes for tensor in alive if tensor.nbytes != state)

@@ -25,7 +25,7 @@ class CudaRecorder:
         return CudaRecorder()
 
     def is_recording(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
     def refuse(self, tensors: list[Tensor]) -> None:
         """Raises `CannotGraphError` unless all tensors are on one CUDA device."""
