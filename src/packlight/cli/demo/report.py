@@ -48,7 +48,7 @@ def print_report(results: dict[str, Result], settings: Settings, console: Consol
     table.add_section()
     peaks: list[float] = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     if peaks:
-        add_row("peak memory on the GPU", size, peaks)
+        add_row("peak memory on the GPU, as graphs", size, peaks)
     add_row("a step, median", "{:.1f} ms".format, [run.median_step_ms for run in runs])
     table.add_row("training loss, last tenth", *(f"{run.training_loss:.4f}" for run in runs))
     table.add_row("validation loss", *(f"{run.validation_losses[-1]:.4f}" for run in runs))
