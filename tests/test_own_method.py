@@ -1,5 +1,6 @@
 """A quantiser in a package of one's own, and the contract for such: `packlight.testing`."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -65,6 +66,48 @@ def test_the_base_of_quantisers_is_no_method_of_its_own():
         packlight.Method.from_dict({"method": "Quantiser"})
     with pytest.raises(NotImplementedError):
         packlight.Quantiser().keep(torch.zeros(3), None)
+
+
+def undecorated():
+    class Undecorated(BlockFloat):
+        """Its instances would be equal whatever their fields say."""
+
+        block: int = 64
+
+    return Undecorated()
+
+
+def of_lists():
+    @dataclasses.dataclass(frozen=True)
+    class OfLists(BlockFloat):
+        steps: list = dataclasses.field(default_factory=list)
+
+    return OfLists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (undecorated, r"Undecorated is no frozen dataclass.*@dataclasses.dataclass\(frozen=True\)"),
+        (of_lists, r"OfLists\(block=32, steps=\[\]\) has a field that is no plain value"),
+    ],
+)
+def test_a_method_that_is_no_value_is_refused(make, message, monkeypatch):
+    monkeypatch.setattr(packlight.Method, "_kinds", dict(packlight.Method._kinds))
+    method = make()
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    for methods in (method, [BlockFloat(), method], {"*": method}, {"*": (method,)}):
+        with pytest.raises(packlight.InputError, match=message):
+            packlight.convert(model, methods)
+    with pytest.raises(packlight.InputError, match=message), packlight.saving(method):
+        pass
+    overrides = {"*": None, "MulBackward0": method}
+    with (
+        pytest.raises(packlight.InputError, match=message),
+        packlight.saving(BlockFloat(), overrides=overrides),
+    ):
+        pass
+    assert type(model[0]) is torch.nn.Linear
 
 
 def test_own_methods_are_shown_as_what_they_are():

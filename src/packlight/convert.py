@@ -29,7 +29,7 @@ from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
-from packlight.method import Calls, Method, NotConverted, Swap, find_rule
+from packlight.method import Calls, Method, NotConverted, Swap, check_is_value, find_rule
 from packlight.selectors import (
     Layer,
     Methods,
@@ -205,6 +205,8 @@ def _check_choice(what: str, choice: object, expected: str) -> None:
     if wrong:
         hint = f"; did you mean {wrong[0].__name__}()?" if isinstance(wrong[0], type) else ""
         raise InputError(f"{what}={choice!r} is neither {expected}{hint}")
+    for item in items:
+        check_is_value(item)
 
 
 def _load_integrations() -> None:
