@@ -195,6 +195,31 @@ def call_rule(
         _call_rules[method, theirs] = functools.partial(make, ours)
 
 
+def rows(
+    method: type[Method],
+    table: Mapping[tuple[Any, ...], tuple[Any, ...]],
+    settings: Callable[[Any], dict[str, Any]] = lambda _: {},
+) -> None:
+    """Registers rules for layers and for calls of functions: what computes the same is a row.
+
+    A row has a layer of torch's, functions of torch's, or both, and behind them what they become:
+    our layer, our function, or both. `settings` turns the method into the attributes of our layer
+    and the keywords of our function.
+    """
+    layers: dict[type[nn.Module], type[nn.Module]] = {}
+    functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for theirs, ours in table.items():
+        for one in theirs:
+            of: dict[Any, Any] = layers if isinstance(one, type) else functions
+            (of[one],) = (own for own in ours if isinstance(own, type) == isinstance(one, type))
+
+    @rule(method, *layers)
+    def swap(method: Method, module: nn.Module) -> Swap:
+        return Swap(layers[type(module)], settings(method))
+
+    call_rule(method, functions, settings)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calls:
     """What calls of torch functions become under several methods; the first with a rule counts.
