@@ -952,114 +952,18 @@ def test_a_module_with_a_rule_has_its_calls_covered_and_its_children_converted(m
     assert "told" not in vars(model[0])
 
 
-# --- Converting again: the last call decides.
-
-
-class Two(nn.Module):
-    """Two parts whose calls show in what they keep."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = Part(), Part()
-
-    def forward(self, x):
-        return self.two(F.softsign(self.one(x)))
-
-
-class Part(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.act = nn.Linear(64, 64), nn.GELU()
-
-    def forward(self, x):
-        return F.silu(self.act(self.fc(x)))
-
-
-CODES = GroupQuant(bits=4)
-AGAIN = {
-    "without calls": (CODES, False),
-    "with calls": (CODES, True),
-    "another method": (FewBit(bits=2), False),
-    "calls of another method": (FewBit(bits=2), True),
-    "a method without calls": (Sketch(rows=8, min_rows=1), True),
-    "a part left out": ({"one*": None, "*": CODES}, True),
-    "a layer left out": ({"one.act": None, "*": CODES}, False),
-    "a part alone": ({"two*": FewBit(bits=2)}, False),
-    "a layer of a part": ({"two.act": FewBit(bits=2)}, True),
-    "all left out": ({"*": None}, False),
-}
-
-
-@pytest.mark.parametrize("second", AGAIN)
-@pytest.mark.parametrize("first", AGAIN)
-def test_of_two_conversions_the_last_decides(first, second):
-    model, x = Two(), torch.randn(32, 64, requires_grad=True)
-    plain = {name: type(module) for name, module in model.named_modules()}
-    before = profile(model, x).activation_bytes
-    for key in (first, second):
-        alone, (methods, functional) = Two(), AGAIN[key]
-        earlier = {name: type(module) for name, module in model.named_modules()}
-        try:
-            conversion = convert(model, methods, functional=functional)
-        except NothingMatchedError:
-            assert key == "all left out"
-            assert earlier == plain
-            continue
-        with contextlib.suppress(NothingMatchedError):
-            convert(alone, methods, functional=functional)
-        replaced = {row.names[0] for row in conversion.replaced}
-        skipped = {row.names[0]: row.reason for row in conversion.skipped}
-        for name, module in model.named_modules():
-            same = alone.get_submodule(name)
-            covered = vars(module).get(calls._ATTRIBUTE)
-            assert covered is vars(same).get(calls._ATTRIBUTE)
-            assert (name in conversion.functional) == (
-                covered is not None and covered.methods != ()
-            )
-            if next(module.children(), None) is not None:
-                continue
-            if name in replaced:
-                assert type(module) is type(same) is not plain[name]
-            elif skipped[name] == "left alone, as asked":
-                assert type(module) is plain[name]
-            else:
-                assert type(module) is earlier[name]
-                is_converted = earlier[name] is not plain[name]
-                assert ("an earlier conversion" in skipped[name]) == is_converted
-        change = conversion.bytes(x)
-        assert change.after.activation_bytes == profile(model, x).activation_bytes
-        assert change.before.activation_bytes == before
-    revert(model)
-    assert {name: type(module) for name, module in model.named_modules()} == plain
-    assert profile(model, x).activation_bytes == before
-
-
-def test_a_covered_class_that_was_changed_since_is_not_undone_behind_its_back():
-    from torch.nn.utils import parametrize
-
-    model = nn.Sequential(Two(), nn.Linear(64, 64))
-    convert(model, CODES, functional=True)
-    model[0].register_parameter("scale", nn.Parameter(torch.ones(1)))
-    parametrize.register_parametrization(model[0], "scale", nn.Identity())
-    with pytest.raises(CannotConvertError, match=r"layer '0'.* its class has become"):
-        convert(model, FewBit())
-    conversion = convert(model, FewBit(), strict=False)
-    (reason,) = (row.reason for row in conversion.skipped if row.names == ("0",))
-    assert "its class has become" in reason
-    assert vars(model[0].one).get(calls._ATTRIBUTE) is None
-
-
 def test_a_rule_s_part_of_a_class_stays_without_its_calls(monkeypatch):
     def rule(method, module):
         return rules.Swap(joined(_Mixin, type(module)), {"told": method})
 
     monkeypatch.setitem(rules._rules, (GroupQuant, _Own), rule)
+    quant = GroupQuant(4, 64)
     model, x = nn.Sequential(_Own(), nn.GELU()), torch.randn(4, 64, requires_grad=True)
-    convert(model, CODES, functional=True)
+    convert(model, quant, functional=True)
     for functional, node in ((False, "SiluBackward0"), (True, "_ActivationBackward")):
         convert(model, {nn.GELU: FewBit(bits=2)}, functional=functional)
         assert isinstance(model[0], _Mixin)
-        assert model[0].told == CODES
+        assert model[0].told == quant
         assert node_name(model[0](x)) == node
     convert(model, {"0": None, "1": FewBit()})
     assert type(model[0]) is _Own

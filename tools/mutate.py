@@ -48,7 +48,7 @@ TESTS = {
     "_library.py": "tests/test_library.py",
     "_overwrite.py": "tests/fewbit/test_pooling.py tests/inverted/test_norms.py",
     "_seed_kernels.py": "tests/groupquant/test_packs.py -k kernels_equal",
-    "_swap.py": "tests/test_convert.py",
+    "_swap.py": "tests/test_convert.py tests/test_classes.py",
     "_torch": "tests/test_torch.py tests/test_notes.py tests/test_saving.py",
     "_torch/attributes.py": "tests/test_torch.py tests/test_profile.py",
     "_torch/autograd.py": "tests/test_torch_questions.py tests/test_torch.py",
@@ -63,7 +63,7 @@ TESTS = {
     "cli/demo": "tests/test_demo.py",
     "cli/models": "tests/test_models.py",
     "conversion.py": "tests/test_convert.py tests/test_predict.py",
-    "convert.py": "tests/test_convert.py",
+    "convert.py": "tests/test_convert.py tests/test_classes.py",
     "elementwise": "tests/fewbit/test_kernels.py tests/inverted/test_activation_kernels.py"
     " tests/groupquant/test_kernels.py",
     "elementwise/functions.py": "tests/test_contract.py -k bit_equal",
