@@ -353,6 +353,31 @@ def test_a_copy_that_is_something_else_stays_that():
     assert type(copy.deepcopy(module)) is nn.Linear
 
 
+class Alone(Base):
+    def __reduce__(self):
+        return "alone"
+
+
+alone = Alone()
+
+
+def test_a_module_that_copies_as_a_name_stays_the_one():
+    convert(alone, METHOD, functional=True)
+    assert pickle.loads(pickle.dumps(alone)) is alone
+    assert copy.deepcopy(alone) is alone
+
+
+@pytest.mark.parametrize("kind", [Reduced, StateInPart, OfItsDictionary])
+def test_a_new_module_of_a_converted_class_copies_as_a_plain_one(kind):
+    module = kind()
+    convert(module, METHOD, functional=True)
+    new = type(module)()
+    for found in copies(new):
+        assert isinstance(found, kind)
+        assert vars(found).keys() == vars(new).keys()
+        assert torch.equal(found(X), new(X))
+
+
 def test_a_copy_of_a_graph_module_is_converted():
     """Each instance of one has a class of its own."""
     module = fx.symbolic_trace(Base())
