@@ -117,7 +117,12 @@ class OwnLinear(SubLinear, tag="linear"):
         return F.gelu(super().forward(x))
 
 
+class ToldByFunction(Base):
+    __init_subclass__ = staticmethod(lambda: registered.update(told=1))
+
+
 HEARING = {
+    "a function that is no class method": ToldByFunction,
     "a required keyword": WithKeyword,
     "a registry by name": Named,
     "final": Final,
@@ -232,7 +237,11 @@ class ByNoMeans(Base):
 
     def forward(self, x):
         assert self.__class__.__name__ == type(self).__name__ != "super"
+        assert super().extra_repr.__class__ is not type(super())
         return super().forward(x)
+
+    def type(self, dtype):
+        return super().type(dtype)
 
 
 def test_super_of_what_the_module_is_would_not_end():

@@ -64,8 +64,8 @@ def _made(bases: tuple[type[nn.Module], ...], own: dict[str, Any]) -> type[nn.Mo
             " subclass, and so in the class of a conversion; write super() without arguments"
         )
     # Only where it is needed, as some classes look for themselves among the bases.
-    heard = getattr(kind.__init_subclass__, "__func__", None) is not None
-    if heard and not issubclass(kind, _Unheard):
+    told = next(base for base in kind.__mro__ if "__init_subclass__" in vars(base))
+    if told is not object and not issubclass(kind, _Unheard):
         bases = (*bases[:-1], _Unheard, kind)
     try:
         meta = _type_for(bases)
@@ -82,12 +82,13 @@ def _never_ends(name: str, value: object) -> bool:
     own = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
     if name == "__init__" or not isinstance(own, types.FunctionType):  # the former has run
         return False
-    loads = [step for step in dis.get_instructions(own) if step.opname.startswith("LOAD_")]
+    # Names of loads differ between releases behind these letters.
+    steps = [(step.opname[:9], step.argval) for step in dis.get_instructions(own)]
+    steps = [step for step in steps if step[0] != "PUSH_NULL"]
     return any(
-        step.opname == "LOAD_GLOBAL"
-        and step.argval == "super"
-        and (first.argval == "type" or second.argval == "__class__")
-        for step, first, second in zip(loads, loads[1:], loads[2:], strict=False)
+        step == ("LOAD_GLOB", "super")
+        and (first == ("LOAD_GLOB", "type") or (first[0], second[1]) == ("LOAD_FAST", "__class__"))
+        for step, first, second in zip(steps, steps[1:], steps[2:], strict=False)
     )
 
 
