@@ -207,6 +207,30 @@ def test_a_compiled_product_of_an_activation_is_one_operator_each_way(use, fresh
     assert (operators == one_each_way) == (use == "product alone"), operators
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_compiled_product_of_an_activation_of_another_method_is_a_product(bits, fresh_compiler):
+    class Activation(nn.Module):
+        def forward(self, x):
+            return F.silu(x)
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = Activation()
+
+        def forward(self, gate, up):
+            return self.act(gate * 1.0) * up
+
+    model = Product()
+    convert(model, {"act": dataclasses.replace(NEAREST, bits=bits), "*": NEAREST}, functional=True)
+    inputs = [torch.randn(8, 256, requires_grad=True) for _ in range(2)]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, found = (
+        torch.autograd.grad(run(*inputs), inputs, torch.ones(8, 256)) for run in (model, compiled)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 OPTIONS = dataclasses.asdict(NEAREST)
 TWICE = {
     "key and value": lambda x: F.scaled_dot_product_attention(x * 1.0, y := x * 2.0, y),

@@ -81,8 +81,8 @@ TESTS = {
     "groupquant/fixed_point/residual_ops.py": "tests/test_operators.py"
     " tests/groupquant/test_residual.py",
     "layers/activations.py": "tests/test_contract.py tests/groupquant/test_modules.py"
-    " tests/groupquant/test_sharing.py -k 'groupquant and not kernel and not compiled and not"
-    " checkpoint'",
+    " tests/groupquant/test_sharing.py tests/test_calls.py tests/test_own_method.py -k '(groupquant"
+    " and not kernel and not compiled and not checkpoint) or product or BlockFloat'",
     "groupquant/modules.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py"
     " tests/test_contract.py -k 'groupquant and not kernel'",
     "layers/norms.py": "tests/groupquant/test_modules.py tests/groupquant/test_limits.py"
