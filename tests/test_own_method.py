@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import packlight
+from packlight import sharing
+from packlight.layers import attention, channel_norms, functional, norms
 from packlight.testing import checks
 from tests import block_float
 from tests.block_float import BlockFloat
@@ -108,6 +110,38 @@ def test_a_method_that_is_no_value_is_refused(make, message, monkeypatch):
     ):
         pass
     assert type(model[0]) is torch.nn.Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(BlockFloat):
+    """Keeps numbers of floating point, which could have gradients."""
+
+    def keep(self, flat, seed):
+        return (flat.to(torch.bfloat16),)
+
+    def restore(self, dtype, count, *kept):
+        return kept[0].to(dtype)
+
+
+LAYERS = {
+    "activation": lambda x: functional.silu(x, method=Halves()),
+    "gated": lambda x: functional.glu(x, -1, method=Halves()),
+    "norm": lambda x: norms.layer_norm(x, (64,), method=Halves()),
+    "batch_norm": lambda x: channel_norms.batch_norm(
+        x.flatten(0, 1), None, None, training=True, method=Halves()
+    ),
+    "group_norm": lambda x: channel_norms.group_norm(x.flatten(0, 1), 4, method=Halves()),
+    "attention": lambda x: attention.scaled_dot_product_attention(x, x * 2, x * 3, method=Halves()),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_a_layer_keeps_has_no_gradient(layer):
+    y = LAYERS[layer](torch.randn(2, 4, 32, 64, requires_grad=True) * 1.0)
+    pack = sharing.pack_of(y)
+    assert pack is not None
+    assert y.requires_grad
+    assert not any(tensor is not None and tensor.requires_grad for tensor in pack.tensors)
 
 
 def test_own_methods_are_shown_as_what_they_are():

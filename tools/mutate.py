@@ -133,6 +133,7 @@ TESTS = {
 DEVICE = {
     "cli/demo/settings.py": ['{"steps": 400,'],
     "layers/attention.py": [
+        "int(heads // groups)",
         "elif backend == SDPBackend.FLASH_ATTENTION.value:",
         "if backend == SDPBackend.EFFICIENT_ATTENTION.value:",
         "if backend == SDPBackend.FLASH_ATTENTION.value:",
