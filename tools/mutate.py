@@ -107,7 +107,8 @@ TESTS = {
     "inverted/ops.py": "tests/test_operators.py",
     "inverted/rules.py": "tests/test_rules.py tests/test_convert.py",
     "layers": "tests/test_own_method.py tests/groupquant/test_modules.py",
-    "layers/attention.py": "tests/groupquant/test_attention_masks.py",
+    "layers/attention.py": "tests/groupquant/test_attention_masks.py"
+    " tests/test_own_method.py::test_what_a_layer_keeps_has_no_gradient",
     "layers/convolution.py": "tests/groupquant/test_convolution.py",
     "layers/twin.py": "tests/test_twin.py",
     "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
