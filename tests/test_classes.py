@@ -351,6 +351,25 @@ def test_a_copy_that_a_class_makes_itself_is_converted(kind, by, monkeypatch):
     assert change.before.activation_bytes > 2 * change.after.activation_bytes
 
 
+class Rebuilt(Base):
+    def __reduce__(self):
+        return Rebuilt, (), self.state_dict()
+
+    def __setstate__(self, state):
+        self.load_state_dict(state)
+
+
+def test_children_that_a_copy_builds_anew_are_as_it_builds_them():
+    module = Rebuilt()
+    convert(module, METHOD, functional=True)
+    for found in copies(module):
+        assert type(found) is type(module)
+        assert type(found.fc) is nn.Linear
+        assert torch.equal(found(X), module(X))
+        assert revert(found) == 1
+        assert type(found) is Rebuilt
+
+
 class Exported(Base):
     def __reduce__(self):
         return nn.Linear, (64, 64)
