@@ -193,6 +193,26 @@ def test_methods_of_a_metaclass_and_isinstance_hold():
     assert not issubclass(int, type(module))
 
 
+class Behind(type):
+    def __new__(meta, name, bases, body):
+        registered.setdefault("behind", []).append(name)
+        return super().__new__(meta, name, bases, body)
+
+
+class Before(abc.ABCMeta, Behind):
+    pass
+
+
+def test_a_metaclass_behind_that_of_abstract_classes_does_hear():
+    """What docs/convert.md says of it: `ABCMeta.__new__`, which has to run, calls the next."""
+    kind = Before("Kind", (Base,), {})
+    module = kind()
+    convert(module, METHOD, functional=True)
+    assert registered.pop("behind") == ["Kind", "Kind"]
+    assert isinstance(module, kind)
+    assert not isinstance(kind(), type(module))
+
+
 class Refuses(type):
     def mro(cls):
         if len(cls.__bases__) != 1 or cls.__bases__[0] is not Base:
