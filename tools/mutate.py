@@ -109,6 +109,8 @@ TESTS = {
     "layers": "tests/test_own_method.py tests/groupquant/test_modules.py",
     "layers/attention.py": "tests/groupquant/test_attention_masks.py"
     " tests/test_own_method.py::test_what_a_layer_keeps_has_no_gradient",
+    "layers/channel_norms.py": "tests/groupquant/test_batch_norm.py tests/test_own_method.py"
+    " tests/groupquant/test_still_channels.py tests/groupquant/test_modules.py",
     "layers/convolution.py": "tests/groupquant/test_convolution.py",
     "layers/twin.py": "tests/test_twin.py",
     "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
