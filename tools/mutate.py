@@ -86,7 +86,9 @@ TESTS = {
     "groupquant/modules.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py"
     " tests/test_contract.py -k 'groupquant and not kernel'",
     "layers/norms.py": "tests/groupquant/test_modules.py tests/groupquant/test_limits.py"
-    " tests/groupquant/test_sharing.py -k 'not compiled and not checkpoint'",
+    " tests/test_own_method.py tests/groupquant/test_sharing.py -k 'not compile and not"
+    " checkpoint'",
+    "layers/plain.py": "tests/test_twin.py tests/groupquant/test_modules.py",
     "groupquant/ops.py": "tests/test_operators.py",
     "groupquant/packs.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py -k"
     " 'not compiled and not checkpoint'",
