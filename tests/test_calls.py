@@ -207,6 +207,30 @@ def test_a_compiled_product_of_an_activation_is_one_operator_each_way(use, fresh
     assert (operators == one_each_way) == (use == "product alone"), operators
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_compiled_product_of_an_activation_of_another_method_is_a_product(bits, fresh_compiler):
+    class Activation(nn.Module):
+        def forward(self, x):
+            return F.silu(x)
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = Activation()
+
+        def forward(self, gate, up):
+            return self.act(gate * 1.0) * up
+
+    model = Product()
+    convert(model, {"act": dataclasses.replace(NEAREST, bits=bits), "*": NEAREST}, functional=True)
+    inputs = [torch.randn(8, 256, requires_grad=True) for _ in range(2)]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, found = (
+        torch.autograd.grad(run(*inputs), inputs, torch.ones(8, 256)) for run in (model, compiled)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 OPTIONS = dataclasses.asdict(NEAREST)
 TWICE = {
     "key and value": lambda x: F.scaled_dot_product_attention(x * 1.0, y := x * 2.0, y),
@@ -950,3 +974,23 @@ def test_a_module_with_a_rule_has_its_calls_covered_and_its_children_converted(m
     packlight.revert(model)
     assert type(model[0]) is _Own
     assert "told" not in vars(model[0])
+
+
+def test_a_rule_s_part_of_a_class_stays_without_its_calls(monkeypatch):
+    def rule(method, module):
+        return rules.Swap(joined(_Mixin, type(module)), {"told": method})
+
+    monkeypatch.setitem(rules._rules, (GroupQuant, _Own), rule)
+    quant = GroupQuant(4, 64)
+    model, x = nn.Sequential(_Own(), nn.GELU()), torch.randn(4, 64, requires_grad=True)
+    convert(model, quant, functional=True)
+    for functional, node in ((False, "SiluBackward0"), (True, "_ActivationBackward")):
+        convert(model, {nn.GELU: FewBit(bits=2)}, functional=functional)
+        assert isinstance(model[0], _Mixin)
+        assert model[0].told == quant
+        assert node_name(model[0](x)) == node
+    convert(model, {"0": None, "1": FewBit()})
+    assert type(model[0]) is _Own
+    assert "told" not in vars(model[0])
+    assert revert(model) == 2  # and the Linear inside
+    assert type(model[0].inner) is nn.Linear

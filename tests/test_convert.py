@@ -1,6 +1,7 @@
 """`convert` and `revert` on whole models: what stays, what is left alone, what is refused."""
 
 import collections
+import contextlib
 import copy
 import doctest
 import io
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import packlight
 from packlight import FewBit, FixedPoint, GroupQuant, Inverted, convert, fewbit, groupquant, revert
+from packlight.calls import _ATTRIBUTE
 from packlight.conversion import _brief
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.method import Method, Swap, rule
@@ -567,6 +569,98 @@ def test_converting_again_starts_from_the_plain_layer():
     assert revert(model) == 11
     assert state(model) == before
     assert revert(model) == 0
+
+
+class Two(nn.Module):
+    """Two parts whose calls show in what they keep."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Part(), Part()
+
+    def forward(self, x):
+        return self.two(F.softsign(self.one(x)))
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.act = nn.Linear(64, 64), nn.GELU()
+
+    def forward(self, x):
+        return F.silu(self.act(self.fc(x)))
+
+
+CODES = GroupQuant(bits=4)
+AGAIN = {
+    "without calls": (CODES, False),
+    "with calls": (CODES, True),
+    "another method": (FewBit(bits=2), False),
+    "calls of another method": (FewBit(bits=2), True),
+    "a method without calls": (Sketch(rows=8, min_rows=1), True),
+    "a part left out": ({"one*": None, "*": CODES}, True),
+    "a layer left out": ({"one.act": None, "*": CODES}, False),
+    "a part alone": ({"two*": FewBit(bits=2)}, False),
+    "a layer of a part": ({"two.act": FewBit(bits=2)}, True),
+    "all left out": ({"*": None}, False),
+}
+
+
+@pytest.mark.parametrize("second", AGAIN)
+@pytest.mark.parametrize("first", AGAIN)
+def test_of_two_conversions_the_last_decides(first, second):
+    model, x = Two(), torch.randn(32, 64, requires_grad=True)
+    plain = {name: type(module) for name, module in model.named_modules()}
+    before = packlight.profile(model, x).activation_bytes
+    for key in (first, second):
+        alone, (methods, functional) = Two(), AGAIN[key]
+        earlier = {name: type(module) for name, module in model.named_modules()}
+        try:
+            conversion = convert(model, methods, functional=functional)
+        except NothingMatchedError:
+            assert key == "all left out"
+            assert earlier == plain
+            continue
+        with contextlib.suppress(NothingMatchedError):
+            convert(alone, methods, functional=functional)
+        replaced = {row.names[0] for row in conversion.replaced}
+        skipped = {row.names[0]: row.reason for row in conversion.skipped}
+        for name, module in model.named_modules():
+            same = alone.get_submodule(name)
+            covered = vars(module).get(_ATTRIBUTE)
+            assert covered is vars(same).get(_ATTRIBUTE)
+            assert (name in conversion.functional) == (
+                covered is not None and covered.methods != ()
+            )
+            if next(module.children(), None) is not None:
+                continue
+            if name in replaced:
+                assert type(module) is type(same) is not plain[name]
+            elif skipped[name] == "left alone, as asked":
+                assert type(module) is plain[name]
+            else:
+                assert type(module) is earlier[name]
+                is_converted = earlier[name] is not plain[name]
+                assert ("an earlier conversion" in skipped[name]) == is_converted
+        change = conversion.bytes(x)
+        assert change.after.activation_bytes == packlight.profile(model, x).activation_bytes
+        assert change.before.activation_bytes == before
+    revert(model)
+    assert {name: type(module) for name, module in model.named_modules()} == plain
+    assert packlight.profile(model, x).activation_bytes == before
+
+
+def test_a_covered_class_that_was_changed_since_is_not_undone_behind_its_back():
+    model = nn.Sequential(Two(), nn.Linear(64, 64))
+    convert(model, CODES, functional=True)
+    model[0].register_parameter("scale", nn.Parameter(torch.ones(1)))
+    parametrize.register_parametrization(model[0], "scale", nn.Identity())
+    with pytest.raises(CannotConvertError, match=r"layer '0'.* its class has become"):
+        convert(model, FewBit())
+    conversion = convert(model, FewBit(), strict=False)
+    (reason,) = (row.reason for row in conversion.skipped if row.names == ("0",))
+    assert "its class has become" in reason
+    assert vars(model[0].one).get(_ATTRIBUTE) is None
 
 
 def test_what_an_inverted_norm_learnt_survives_an_equal_conversion_and_goes_with_revert():

@@ -46,7 +46,8 @@ def test_texts(text, expected):
         ("FewBit(3", r"'\(' was never closed"),
         (
             "FewBitt(3)",
-            r"unknown method 'FewBitt' \(near: FewBit\).*FewBit, FixedPoint, GroupQuant",
+            r"unknown method 'FewBitt' \(near: FewBit\).*FewBit, FixedPoint, GroupQuant.* One of"
+            r" another package is known once .* imported, or installed .* group packlight.methods$",
         ),
         ("FewBit(9)", r"FewBit\(9\): bits=9 is not a whole number from 1 to 8"),
         ("FewBit(3, 4)", r"does not fit FewBit\(bits=3\)"),

@@ -1,5 +1,6 @@
 """A quantiser in a package of one's own, and the contract for such: `packlight.testing`."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import packlight
+from packlight import sharing
+from packlight.layers import attention, channel_norms, functional, norms
 from packlight.testing import checks
 from tests import block_float
 from tests.block_float import BlockFloat
@@ -65,6 +68,80 @@ def test_the_base_of_quantisers_is_no_method_of_its_own():
         packlight.Method.from_dict({"method": "Quantiser"})
     with pytest.raises(NotImplementedError):
         packlight.Quantiser().keep(torch.zeros(3), None)
+
+
+def undecorated():
+    class Undecorated(BlockFloat):
+        """Its instances would be equal whatever their fields say."""
+
+        block: int = 64
+
+    return Undecorated()
+
+
+def of_lists():
+    @dataclasses.dataclass(frozen=True)
+    class OfLists(BlockFloat):
+        steps: list = dataclasses.field(default_factory=list)
+
+    return OfLists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (undecorated, r"Undecorated is no frozen dataclass.*@dataclasses.dataclass\(frozen=True\)"),
+        (of_lists, r"OfLists\(block=32, steps=\[\]\) has a field that is no plain value"),
+    ],
+)
+def test_a_method_that_is_no_value_is_refused(make, message, monkeypatch):
+    monkeypatch.setattr(packlight.Method, "_kinds", dict(packlight.Method._kinds))
+    method = make()
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    for methods in (method, [BlockFloat(), method], {"*": method}, {"*": (method,)}):
+        with pytest.raises(packlight.InputError, match=message):
+            packlight.convert(model, methods)
+    with pytest.raises(packlight.InputError, match=message), packlight.saving(method):
+        pass
+    overrides = {"*": None, "MulBackward0": method}
+    with (
+        pytest.raises(packlight.InputError, match=message),
+        packlight.saving(BlockFloat(), overrides=overrides),
+    ):
+        pass
+    assert type(model[0]) is torch.nn.Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(BlockFloat):
+    """Keeps numbers of floating point, which could have gradients."""
+
+    def keep(self, flat, seed):
+        return (flat.to(torch.bfloat16),)
+
+    def restore(self, dtype, count, *kept):
+        return kept[0].to(dtype)
+
+
+LAYERS = {
+    "activation": lambda x: functional.silu(x, method=Halves()),
+    "gated": lambda x: functional.glu(x, -1, method=Halves()),
+    "norm": lambda x: norms.layer_norm(x, (64,), method=Halves()),
+    "batch_norm": lambda x: channel_norms.batch_norm(
+        x.flatten(0, 1), None, None, training=True, method=Halves()
+    ),
+    "group_norm": lambda x: channel_norms.group_norm(x.flatten(0, 1), 4, method=Halves()),
+    "attention": lambda x: attention.scaled_dot_product_attention(x, x * 2, x * 3, method=Halves()),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_a_layer_keeps_has_no_gradient(layer):
+    y = LAYERS[layer](torch.randn(2, 4, 32, 64, requires_grad=True) * 1.0)
+    pack = sharing.pack_of(y)
+    assert pack is not None
+    assert y.requires_grad
+    assert not any(tensor is not None and tensor.requires_grad for tensor in pack.tensors)
 
 
 def test_own_methods_are_shown_as_what_they_are():

@@ -48,7 +48,7 @@ TESTS = {
     "_library.py": "tests/test_library.py",
     "_overwrite.py": "tests/fewbit/test_pooling.py tests/inverted/test_norms.py",
     "_seed_kernels.py": "tests/groupquant/test_packs.py -k kernels_equal",
-    "_swap.py": "tests/test_convert.py",
+    "_swap.py": "tests/test_convert.py tests/test_classes.py",
     "_torch": "tests/test_torch.py tests/test_notes.py tests/test_saving.py",
     "_torch/attributes.py": "tests/test_torch.py tests/test_profile.py",
     "_torch/autograd.py": "tests/test_torch_questions.py tests/test_torch.py",
@@ -63,7 +63,7 @@ TESTS = {
     "cli/demo": "tests/test_demo.py",
     "cli/models": "tests/test_models.py",
     "conversion.py": "tests/test_convert.py tests/test_predict.py",
-    "convert.py": "tests/test_convert.py",
+    "convert.py": "tests/test_convert.py tests/test_classes.py",
     "elementwise": "tests/fewbit/test_kernels.py tests/inverted/test_activation_kernels.py"
     " tests/groupquant/test_kernels.py",
     "elementwise/functions.py": "tests/test_contract.py -k bit_equal",
@@ -81,12 +81,14 @@ TESTS = {
     "groupquant/fixed_point/residual_ops.py": "tests/test_operators.py"
     " tests/groupquant/test_residual.py",
     "layers/activations.py": "tests/test_contract.py tests/groupquant/test_modules.py"
-    " tests/groupquant/test_sharing.py -k 'groupquant and not kernel and not compiled and not"
-    " checkpoint'",
+    " tests/groupquant/test_sharing.py tests/test_calls.py tests/test_own_method.py -k '(groupquant"
+    " and not kernel and not compiled and not checkpoint) or product or BlockFloat'",
     "groupquant/modules.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py"
     " tests/test_contract.py -k 'groupquant and not kernel'",
     "layers/norms.py": "tests/groupquant/test_modules.py tests/groupquant/test_limits.py"
-    " tests/groupquant/test_sharing.py -k 'not compiled and not checkpoint'",
+    " tests/test_own_method.py tests/groupquant/test_sharing.py -k 'not compile and not"
+    " checkpoint'",
+    "layers/plain.py": "tests/test_twin.py tests/groupquant/test_modules.py",
     "groupquant/ops.py": "tests/test_operators.py",
     "groupquant/packs.py": "tests/groupquant/test_modules.py tests/groupquant/test_sharing.py -k"
     " 'not compiled and not checkpoint'",
@@ -107,9 +109,12 @@ TESTS = {
     "inverted/ops.py": "tests/test_operators.py",
     "inverted/rules.py": "tests/test_rules.py tests/test_convert.py",
     "layers": "tests/test_own_method.py tests/groupquant/test_modules.py",
-    "layers/attention.py": "tests/groupquant/test_attention_masks.py",
+    "layers/attention.py": "tests/groupquant/test_attention_masks.py"
+    " tests/test_own_method.py::test_what_a_layer_keeps_has_no_gradient",
+    "layers/channel_norms.py": "tests/groupquant/test_batch_norm.py tests/test_own_method.py"
+    " tests/groupquant/test_still_channels.py tests/groupquant/test_modules.py",
     "layers/convolution.py": "tests/groupquant/test_convolution.py",
-    "layers/twin.py": "tests/test_twin.py",
+    "layers/twin.py": "tests/test_twin.py tests/test_rules.py -k 'test_twin or BatchNorm'",
     "packing/layout.py": "tests/packing tests/fewbit/test_functional.py",
     "packing/ops.py": "tests/test_operators.py tests/packing/test_masks.py",
     "packing/reference.py": "tests/packing",
@@ -133,6 +138,7 @@ TESTS = {
 DEVICE = {
     "cli/demo/settings.py": ['{"steps": 400,'],
     "layers/attention.py": [
+        "int(heads // groups)",
         "elif backend == SDPBackend.FLASH_ATTENTION.value:",
         "if backend == SDPBackend.EFFICIENT_ATTENTION.value:",
         "if backend == SDPBackend.FLASH_ATTENTION.value:",

@@ -5,10 +5,12 @@ saved with the module, and is in no `state_dict`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from packlight._torch.attributes import slots
 from packlight.method import Method, Swap
 
 _ATTRIBUTE = "_packlight_former"
@@ -28,6 +30,35 @@ def former(module: nn.Module) -> Former | None:
     """What the module was before a conversion; None for one that is not converted."""
     found: Former | None = vars(module).get(_ATTRIBUTE)
     return found
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What a conversion has put on a module; nothing if its class was changed since."""
+    was, present = former(module), vars(module)
+    if was is None or type(module) is not was.swap.kind:
+        return {}
+    names = (*was.swap.attributes, _ATTRIBUTE)
+    return {name: present[name] for name in names if name in present}
+
+
+def copied(
+    made: Any, ours: dict[str, Any], derived: Callable[[type[nn.Module], type[nn.Module]], Any]
+) -> Any:
+    """A copy of a converted module, converted too, with the `attributes` of that module.
+
+    The code of its class has made it, as an instance of the plain class, perhaps of one that was
+    made for this copy alone. `derived(kind, plain)` is the class as which such a copy is converted.
+    """
+    was: Former = ours[_ATTRIBUTE]
+    kind = type(made)
+    if kind is not was.swap.kind:
+        if (kind.__module__, kind.__qualname__) != (was.kind.__module__, was.kind.__qualname__):
+            return made  # something else, as its class will have it
+        swap = was.swap._replace(kind=derived(was.swap.kind, kind))
+        was = dataclasses.replace(was, kind=kind, swap=swap)
+    vars(made).update({**ours, _ATTRIBUTE: was})
+    made.__class__ = was.swap.kind
+    return made
 
 
 def convert(module: nn.Module, swap: Swap, *methods: Method) -> bool:
@@ -64,5 +95,7 @@ def plain(module: nn.Module) -> nn.Module:
         return module
     view = object.__new__(type(module))
     vars(view).update(vars(module))
+    for slot, value in slots(module):
+        slot.__set__(view, value)
     restore(view)
     return view

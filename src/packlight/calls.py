@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from packlight import _torch
 from packlight._checks import is_taken
-from packlight._classes import derivation
+from packlight._classes import derivation, origin
 from packlight.method import Call, Calls, Method, Swap
 
 _ATTRIBUTE = "_packlight_calls"
@@ -182,6 +182,16 @@ def swap_for_calls(
     if swap is None:
         return Swap(covered(kind), {_ATTRIBUTE: calls})
     return Swap(covered(swap.kind), {**swap.attributes, _ATTRIBUTE: calls})
+
+
+def without_calls(swap: Swap) -> Swap:
+    """What a conversion makes of a module beside covering its calls."""
+    if _ATTRIBUTE not in swap.attributes:
+        return swap
+    found = origin(swap.kind)
+    assert found is not None
+    attributes = {name: value for name, value in swap.attributes.items() if name != _ATTRIBUTE}
+    return Swap(found[1][-1], attributes)
 
 
 def _owner_of_forward(kind: type[nn.Module]) -> type:

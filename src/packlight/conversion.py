@@ -43,8 +43,8 @@ class Conversion:
     """What `packlight.convert` did: prints as a table, goes to plain data by `to_dict`.
 
     - `replaced`: the layers that keep by another method now, in the order of the model.
-    - `skipped`: the layers that do not, each with the reason. Containers, which have neither
-      parameters nor work of their own, are in neither.
+    - `skipped`: the layers that this call leaves alone, each with the reason. Containers, which
+      have neither parameters nor work of their own, are in neither.
     - `unmatched`: selectors that matched no module.
     - `functional`: the modules in whose own code calls of torch functions are covered.
     - `functional_bits`: those of these functions that keep other bits than the methods say.

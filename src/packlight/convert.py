@@ -21,13 +21,13 @@ import packlight.sketch.rules  # noqa: F401
 from packlight import _swap, graphs, integrations
 from packlight._checks import is_supported
 from packlight._seeds import start_rounding
-from packlight.calls import swap_for_calls
+from packlight.calls import swap_for_calls, without_calls
 from packlight.conversion import Conversion, Replaced, Skipped
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
-from packlight.method import Calls, Method, NotConverted, Swap, find_rule
+from packlight.method import Calls, Method, NotConverted, Swap, check_is_value, find_rule
 from packlight.selectors import (
     Layer,
     Methods,
@@ -76,8 +76,12 @@ def convert(
     numbers of dropout.
 
     **What stays torch's**, and is reported with the reason: layers without a rule, subclasses of
-    torch's layers (their forward may differ), parametrized and lazy modules. A layer that is
-    converted already is converted anew from what it was.
+    torch's layers (their forward may differ), parametrized and lazy modules.
+
+    **Of a model that is converted already** the last call decides. A layer that it converts is
+    converted anew from what it was, one that it gives None is torch's again, and calls are covered
+    where this call covers them and nowhere else. A layer that no selector picks or no method has a
+    rule for stays what an earlier call made of it.
 
     Everything is checked before anything is changed.
 
@@ -120,9 +124,15 @@ def _convert(model: nn.Module, methods: Methods, strict: bool, functional: bool)
         plan.add(layer)
     if functional:
         plan.cover_calls(layers)
+    plan.undo(layers)
     if strict:
         plan.check(layers)
     plan.check_not_empty(layers)
+    for layer, swap, methods in plan.undone:
+        if swap is None:
+            _swap.restore(layer.module)
+        else:
+            _swap.convert(layer.module, swap, *methods)
     changed = [_swap.convert(layer.module, swap, method) for layer, swap, method in plan.changes]
     changed += [
         _swap.convert(layer.module, swap, *methods) for layer, swap, methods in plan.covered
@@ -201,6 +211,8 @@ def _check_choice(what: str, choice: object, expected: str) -> None:
     if wrong:
         hint = f"; did you mean {wrong[0].__name__}()?" if isinstance(wrong[0], type) else ""
         raise InputError(f"{what}={choice!r} is neither {expected}{hint}")
+    for item in items:
+        check_is_value(item)
 
 
 # ---- what is to be done --------------------------------------------------------------------------
@@ -237,7 +249,9 @@ class _Plan:
         # Modules whose calls are covered. If there are any, modules that are excluded are here too,
         # without methods.
         self.covered: list[tuple[Layer, Swap, tuple[Method, ...]]] = []
-        self.skipped: list[Skipped] = []
+        # What earlier conversions made of other layers, where that ends, and what is left of it.
+        self.undone: list[tuple[Layer, Swap | None, tuple[Method, ...]]] = []
+        self.skipped: dict[nn.Module, Skipped] = {}
         self.refused: list[str] = []  # layers that have a rule and cannot be converted
         self.matched: set[Selector] = set()
         self.selected: dict[nn.Module, Selector] = {}  # the selector that decides for a module
@@ -269,8 +283,7 @@ class _Plan:
         try:
             self.changes.append(_change_for(layer, methods))
         except CannotConvertError as error:
-            self._skip(layer, str(error))
-            self.refused.append(f"{layer}: {error}")
+            self._refuse(layer, error)
         except (_NoRule, NotConverted) as reason:
             skipped = self._skip(layer, str(reason), always=isinstance(reason, NotConverted))
             if selector is not None:
@@ -295,12 +308,20 @@ class _Plan:
             change = None if index is None else self.changes[index]
             selector = self.selected.get(layer.module)
             methods = self.all_methods if selector is None else self._methods_of(selector)
-            before = None if change is None else change.swap
-            swap = swap_for_calls(layer.module, layer.kind, methods, before)
+            before = self._left(layer) if change is None else change.swap
+            try:
+                swap = swap_for_calls(layer.module, layer.kind, methods, before)
+            except CannotConvertError as error:
+                if methods:
+                    self._refuse(layer, error)
+                else:
+                    why = f"left alone, but for calls that the module around it covers: {error}"
+                    self._skip(layer, why, always=True)
+                continue
             if swap is None:
                 continue
             if reason := _class_changed(layer.module):
-                self.refused.append(f"{layer}: {reason}")
+                self._refuse(layer, reason)
                 continue
             if change is not None and index is not None:
                 self.changes[index] = change._replace(swap=swap)
@@ -311,11 +332,38 @@ class _Plan:
         if not any(methods for _, _, methods in self.covered):
             self.covered.clear()
 
+    def undo(self, layers: list[Layer]) -> None:
+        """Plans to end what earlier conversions did and this one does not: calls, exclusions."""
+        planned = {layer.module for layer, *_ in (*self.changes, *self.covered)}
+        for layer in layers:
+            was = _swap.former(layer.module)
+            if was is None or layer.module in planned or (left := self._left(layer)) == was.swap:
+                continue
+            if reason := _class_changed(layer.module):
+                self._refuse(layer, reason)
+            else:
+                self.undone.append((layer, left, was.methods))
+
+    def _left(self, layer: Layer) -> Swap | None:
+        """What an earlier conversion made of the layer and this one does not end, calls apart."""
+        was = _swap.former(layer.module)
+        selector = self.selected.get(layer.module)
+        if was is None or (selector is not None and not self._methods_of(selector)):
+            return None
+        swap = without_calls(was.swap)
+        return swap if swap.attributes or swap.kind is not was.kind else None
+
+    def _refuse(self, layer: Layer, reason: object) -> None:
+        self._skip(layer, str(reason), always=True)
+        self.refused.append(f"{layer}: {reason}")
+
     def _skip(self, layer: Layer, reason: str, always: bool = False) -> Skipped:
         """Records that the layer stays as it is; a container only if a rule says so."""
+        if self._left(layer) is not None:
+            reason += "; it stays what an earlier conversion made of it"
         skipped = Skipped(layer.names, layer.kind.__name__, reason)
         if always or not layer.is_container:
-            self.skipped.append(skipped)
+            self.skipped[layer.module] = skipped
         return skipped
 
     def unmatched(self) -> list[Selector]:
@@ -344,12 +392,12 @@ class _Plan:
                 )
 
     def check_not_empty(self, layers: list[Layer]) -> None:
-        if self.changes or self.covered:
+        if self.changes or self.covered or self.undone:
             return
         parts = [f"no layer would be converted. {inventory(layers)}"]
         if unmatched := self.unmatched():
             parts.append(near_misses(unmatched, layers))
-        reasons = dict.fromkeys(f"{row.kind}: {row.reason}" for row in self.skipped)
+        reasons = dict.fromkeys(f"{row.kind}: {row.reason}" for row in self.skipped.values())
         parts.append(f"Reasons: {_first(list(reasons))}" if reasons else "It has no layers")
         raise NothingMatchedError(". ".join(parts))
 
@@ -367,9 +415,8 @@ class _Plan:
         kind = kind_of(model).__name__
         covered = tuple(layer.names[0] for layer, _, methods in self.covered if methods)
         bits = _other_bits(self.all_methods) if covered else {}
-        return Conversion(
-            kind, replaced, tuple(self.skipped), unmatched, covered, bits, converted=model
-        )
+        skipped = tuple(self.skipped.values())
+        return Conversion(kind, replaced, skipped, unmatched, covered, bits, converted=model)
 
 
 def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:

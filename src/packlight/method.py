@@ -43,7 +43,7 @@ class Method:
         kind = method_kinds(name).get(name) if isinstance(name, str) else None
         if kind is None:
             known = ", ".join(sorted(method_kinds()))
-            raise InputError(f"unknown method {name!r}; known methods: {known}")
+            raise InputError(f"unknown method {name!r}; known methods: {known}. {ELSEWHERE}")
         expected = {field.name for field in dataclasses.fields(kind)}
         if unknown := sorted(set(fields) - expected):
             fields_are = ", ".join(sorted(expected))
@@ -51,8 +51,29 @@ class Method:
         return kind(**fields)
 
 
+def check_is_value(method: Method) -> None:
+    """Raises `InputError` for a method of a class that is no frozen dataclass of plain values."""
+    kind = type(method)
+    parameters = vars(kind).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise InputError(
+            f"{kind.__name__} is no frozen dataclass, so that its methods would all be equal;"
+            " write @dataclasses.dataclass(frozen=True) above the class"
+        )
+    try:
+        hash(method)
+    except TypeError as error:
+        raise InputError(
+            f"{method!r} has a field that is no plain value ({error}); numbers, texts and None are"
+        ) from error
+
+
 # Packages list their methods in this group of entry points, so that a text or a file finds them.
 ENTRY_POINTS = "packlight.methods"
+ELSEWHERE = (
+    "One of another package is known once the package is imported, or installed with an entry"
+    f" point in the group {ENTRY_POINTS}"
+)
 
 
 def method_kinds(name: str = "") -> dict[str, type[Method]]:
@@ -172,6 +193,31 @@ def call_rule(
     Calls.of.cache_clear()
     for theirs, ours in functions.items():
         _call_rules[method, theirs] = functools.partial(make, ours)
+
+
+def rows(
+    method: type[Method],
+    table: Mapping[tuple[Any, ...], tuple[Any, ...]],
+    settings: Callable[[Any], dict[str, Any]] = lambda _: {},
+) -> None:
+    """Registers rules for layers and for calls of functions: what computes the same is a row.
+
+    A row has a layer of torch's, functions of torch's, or both, and behind them what they become:
+    our layer, our function, or both. `settings` turns the method into the attributes of our layer
+    and the keywords of our function.
+    """
+    layers: dict[type[nn.Module], type[nn.Module]] = {}
+    functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for theirs, ours in table.items():
+        for one in theirs:
+            of: dict[Any, Any] = layers if isinstance(one, type) else functions
+            (of[one],) = (own for own in ours if isinstance(own, type) == isinstance(one, type))
+
+    @rule(method, *layers)
+    def swap(method: Method, module: nn.Module) -> Swap:
+        return Swap(layers[type(module)], settings(method))
+
+    call_rule(method, functions, settings)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from torch import nn
 from packlight._files import read_text, write_text
 from packlight.convert import DEFAULT_METHODS
 from packlight.errors import InputError
-from packlight.method import Method, method_kinds
+from packlight.method import ELSEWHERE, Method, method_kinds
 from packlight.selectors import Choice, Methods, Selector
 
 __all__ = ["load_methods", "parse_methods", "save_methods"]
@@ -126,7 +126,7 @@ def _kind(name: str) -> type[Method]:
     if kind is None:
         near = difflib.get_close_matches(name, method_kinds(), n=1)
         hint = f" (near: {near[0]})" if near else ""
-        raise InputError(f"unknown method {name!r}{hint}; {_expected()}")
+        raise InputError(f"unknown method {name!r}{hint}; {_expected()}. {ELSEWHERE}")
     return kind
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from packlight import _torch
 from packlight._swap import restore
-from packlight._torch.attributes import CALL_MODULE, plain_attributes
+from packlight._torch.attributes import CALL_MODULE, plain_attributes, slots
 from packlight.errors import InputError
 from packlight.profile import profile
 from packlight.profile.lines import is_internal, short_path
@@ -134,21 +134,30 @@ def _copied(
     with _Copying(mode, None if device is None else torch.device(device)) as copying:
         memo: dict[int, Any] = {}
         try:
-            fake = copy.deepcopy(model, memo)
+            fake = _copied_model(model, memo)
         except InputError:
             raise
         except Exception:  # noqa: BLE001 - someone's objects: anything can happen
             memo = {id(value): value for value in _not_copied(model)}
-            fake = copy.deepcopy(model, memo)
+            fake = _copied_model(model, memo)
         copying.keeps_floats = True
         fake_inputs, fake_kwargs = copy.deepcopy((inputs, kwargs), memo)
     return fake, fake_inputs, fake_kwargs
 
 
+def _copied_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    fake = copy.deepcopy(model, memo)
+    for module in model.modules():
+        copied = memo.get(id(module), module)
+        for slot, value in slots(module) if copied is not module else ():
+            slot.__set__(copied, copy.deepcopy(value, memo))
+    return fake
+
+
 def _not_copied(model: nn.Module) -> Iterator[Any]:
     """What modules hold and refuses a copy: locks, files, configurations. It is shared instead."""
     for module in model.modules():
-        for value in plain_attributes(module).values():
+        for value in (*plain_attributes(module).values(), *(value for _, value in slots(module))):
             try:
                 copy.deepcopy(value, {id(inner): inner for inner in model.modules()})
             except InputError:

@@ -76,6 +76,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "SiLU": (nn.SiLU, ROWS),
     "Tanh": (nn.Tanh, ROWS),
     "gated unit": (_Gated, ROWS),
+    "GLU": (nn.GLU, ROWS),
     "attention": (_Attention, ROWS),
     "Conv2d": (lambda: nn.Conv2d(16, 16, 3, padding=1), IMAGES),
     "BatchNorm2d and Conv2d": (

@@ -58,7 +58,7 @@ def torch_s(tensors, mask):
     """torch's own output; of repeated heads where it has fused kernels for none but those."""
     q, k, v = tensors
     repeats = q.shape[1] // k.shape[1]
-    if attention._choose(q, k, v, mask, 0.0, False).repeats == 1:
+    if attention._choose((q, k, v, mask), 0.0, False)[1] == 1:
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=repeats > 1)
     k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask)
@@ -121,7 +121,7 @@ def test_every_kernel_that_takes_masks(backend, mask, groups):
             pytest.skip(f"torch has no {backend} for this mask and these heads here")
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
         expected = torch.autograd.grad(y, tensors, dy)
-        chosen = attention._choose(*tensors, mask, 0.0, False)
+        chosen = attention._choose((*tensors, mask), 0.0, False)
         assert chosen == (backend.value, 1)
         options = {"enable_gqa": groups > 1, **OPTIONS}
         ours, actual = gradients(groupquant.scaled_dot_product_attention, tensors, mask, **options)

@@ -142,3 +142,15 @@ def test_a_linear_reads_the_pack_of_an_activation_in_place_too(inplace):
     pack = 32 * 64 * 4 // 8 + 32 * 64 // 64 * 4
     kept = kept_bytes(lambda: model(x * 1))
     assert kept == pack + model[1].weight.nbytes
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_factors_of_two_dtypes_are_left_to_torch(name):
+    kind, function = GATED[name]
+    gate, up = torch.randn(32, 64), torch.randn(32, 64, dtype=torch.bfloat16)
+    for inputs in ((gate, up), (up, gate)):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        y, expected = kind(**QUIET)(*inputs), function(inputs[0]) * inputs[1]
+        assert torch.equal(y, expected)
+        found, exact = (torch.autograd.grad(x.sum(), inputs) for x in (y, expected))
+        assert all(map(torch.equal, found, exact))

@@ -1,5 +1,7 @@
 """Private attributes of tensors, graph nodes and modules; each has an answer without them."""
 
+import contextlib
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +100,15 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 def parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The module's own registry of parameters, to be written to."""
     return module._parameters
+
+
+def slots(item: object) -> Iterator[tuple[types.MemberDescriptorType, Any]]:
+    """What an object holds in `__slots__`, which no `__dict__` has and torch's copies lack."""
+    for kind in type(item).__mro__:
+        for slot in vars(kind).values() if "__slots__" in vars(kind) else ():
+            if isinstance(slot, types.MemberDescriptorType):
+                with contextlib.suppress(AttributeError):  # it has no value yet
+                    yield slot, slot.__get__(item)
 
 
 def buffers(module: nn.Module) -> dict[str, Tensor | None]:

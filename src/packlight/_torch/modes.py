@@ -27,14 +27,6 @@ def without_mode(
         push(mode)
 
 
-def current_mode() -> TorchFunctionMode | None:
-    """The innermost function mode, None where there is none or where torch does not say."""
-    if MODES.values is None:
-        return None
-    mode: TorchFunctionMode | None = MODES.values[1]()
-    return mode
-
-
 # Looked up here, since the tracer of torch.compile follows it under its own name only.
 _mode_stack: Callable[[], list[TorchFunctionMode]] = (
     list if MODE_STACK.values is None else MODE_STACK.values[0]

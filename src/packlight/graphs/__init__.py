@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from packlight import _torch, integrations
-from packlight._classes import bases_of, derivation
+from packlight._classes import derivation, origin
 from packlight.errors import CannotConvertError, CannotGraphError, InputError
 from packlight.graphs.recorder import CudaRecorder
 from packlight.graphs.recording import Recording
@@ -112,13 +112,13 @@ def set_aside(model: nn.Module) -> Iterator[None]:
 
 def _kind_of(module: nn.Module) -> Any:
     """The class of a graphed module before it was graphed."""
-    bases = bases_of(type(module), _replayed)
-    if bases is None:
+    made = origin(type(module))
+    if made is None or made[0] is not _replayed:
         raise CannotConvertError(
             f"the class of a graphed module has become {type(module).__name__} since (a"
             " parametrization or fully_shard?); undo that first"
         )
-    return bases[0]
+    return made[1][0]
 
 
 def replay(model: nn.Module, graphs: "Graphs") -> "Graphs":

@@ -6,7 +6,7 @@ serves the linear layer that reads it too.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,13 @@ from packlight.sharing import Pack
 
 _aten = torch.ops.aten
 
+# Query, key, value and mask; plain tuples, which every tracer follows.
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+# The probability of dropout, whether the mask is causal, and the scale, None for torch's.
+_Flags = tuple[float, bool, float | None]
+# One of torch's kernels, and how often heads of key and value are to be repeated for it.
+_Kernel = tuple[int, int]
+
 
 class _Attention(torch.autograd.Function):
     """The output, and its pack; keeps packs of all four and what the fused kernel asks for."""
@@ -35,16 +42,12 @@ class _Attention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        backend: int,
-        repeats: int,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
+        kernel: _Kernel,
+        flags: _Flags,
         method: Quantiser,
         *seeds: Seed,
     ) -> tuple[Tensor, ...]:
-        flags = (backend, repeats, dropout_p, is_causal, scale)
-        out, tensors, sizes = _run(query, key, value, mask, *flags)
+        out, tensors, sizes = _run((query, key, value, mask), kernel, flags)
         own = (query, key, value, out)
         packs = [method.pack(x, seed) for x, seed in zip(own, seeds, strict=True)]
         ctx.mark_non_differentiable(*packs[3])
@@ -52,26 +55,25 @@ class _Attention(torch.autograd.Function):
         ctx.rebuilds = [Restore(method, tuple(x.shape), dense_stride(x)) for x in own]
         # The mask as it was given: a bias made of it would be four times as large, for each layer.
         ctx.save_for_backward(*[part for pack in packs for part in pack], mask, *tensors)
-        ctx.settings = (query.dtype, *flags, sizes, len(packs[3]))
+        ctx.settings = (query.dtype, kernel, flags, sizes, len(packs[3]))
         return out, *packs[3]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
         if grad_output is None:
-            return (None,) * 14
-        dtype, backend, repeats, dropout_p, is_causal, scale, sizes, parts = ctx.settings
+            return (None,) * 11
+        dtype, kernel, (*flags, scale), sizes, parts = ctx.settings
+        backend, repeats = kernel
         saved = ctx.saved_tensors
-        kept = [
+        query, key, value, out = (
             rebuild(dtype, *saved[parts * i : parts * (i + 1)])
             for i, rebuild in enumerate(ctx.rebuilds)
-        ]
+        )
         mask, statistic, *tensors = saved[4 * parts :]
-        query, key, value, out = kept
         bias = _bias(mask, query, key, backend)
         qkv = (query, _repeated(key, repeats), _repeated(value, repeats))
         common = (grad_output, *qkv, out, statistic)
-        flags = (dropout_p, is_causal)
         if grad_output.device.type == "cpu":
             grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *common, *flags, attn_mask=bias, scale=scale
@@ -85,29 +87,25 @@ class _Attention(torch.autograd.Function):
                 *common, *tensors[2:], bias, *tensors[:2], *sizes, *flags, scale=scale
             )
         else:
+            dropout_p, is_causal = flags
             grads = _aten._scaled_dot_product_efficient_attention_backward(
                 grad_output, *qkv, bias, out, statistic, *tensors, dropout_p,
                 [*ctx.needs_input_grad[:3], False], is_causal, scale=scale,
             )  # fmt: skip
         dq, dk, dv = grads[:3]
-        return dq, _summed(dk, repeats), _summed(dv, repeats), *[None] * 11
+        return dq, _summed(dk, repeats), _summed(dv, repeats), *[None] * 8
 
 
 # --- What torch calls, and what it does before.
 
 
 def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    backend: int,
-    repeats: int,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
+    inputs: _Inputs, kernel: _Kernel, flags: _Flags
 ) -> tuple[Tensor, list[Tensor], tuple[int, ...]]:
     """The output, and what the backward pass asks for: tensors, the statistic first, and sizes."""
+    query, key, value, mask = inputs
+    backend, repeats = kernel
+    dropout_p, is_causal, scale = flags
     qkv = (query, _repeated(key, repeats), _repeated(value, repeats))
     bias = _bias(mask, query, key, backend)
     if query.device.type == "cpu":
@@ -178,50 +176,28 @@ _NODES = {
 _NO_KERNEL = (SDPBackend.MATH.value, 1)
 
 
-class _Kernel(NamedTuple):
-    """One of torch's kernels, and how often heads of key and value are to be repeated for it."""
-
-    backend: int
-    repeats: int
-
-
-def _choose(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-) -> _Kernel:
+def _choose(inputs: _Inputs, dropout_p: float, is_causal: bool) -> _Kernel:
+    query, key, value, mask = inputs
     heads, groups = query.shape[-3], key.shape[-3]  # the compiler's symbols where they vary
     repeats = 1 if heads == groups else int(heads // groups)
-    backend = _choice(query, key, value, mask, dropout_p, is_causal, repeats > 1)
+    backend = _choice(inputs, dropout_p, is_causal, repeats > 1)
     takes_groups = backend in _FUSED and backend != SDPBackend.EFFICIENT_ATTENTION.value
     if repeats == 1 or takes_groups:
-        return _Kernel(backend, 1)
+        return backend, 1
     # Of as many heads as the query has, which `_repeated` will make.
     shape = (*query.shape[:-2], *key.shape[-2:])
     key, value = (x[:, :1].expand(shape) for x in (key, value))
-    return _Kernel(_choice(query, key, value, mask, dropout_p, is_causal, False), repeats)
+    return _choice((query, key, value, mask), dropout_p, is_causal, False), repeats
 
 
-def _choice(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> int:
+def _choice(inputs: _Inputs, dropout_p: float, is_causal: bool, enable_gqa: bool) -> int:
+    query, key, value, mask = inputs
     if not _torch.is_fake(query):
         if not any(needs_gradient(x) for x in (query, key, value)):
             with torch.enable_grad():  # the kernel of the pass with gradients
                 query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
-                return _choice(query, key, value, mask, dropout_p, is_causal, enable_gqa)
-        return _torch.attention_backend(
-            query, key, value, mask, dropout_p, is_causal, enable_gqa=enable_gqa
-        )
+                return _choice((query, key, value, mask), dropout_p, is_causal, enable_gqa)
+        return _torch.attention_backend(*inputs, dropout_p, is_causal, enable_gqa=enable_gqa)
     # Of tensors without values that operator says "math", whatever torch takes for them.
     if mask is not None:  # torch makes numbers of booleans, and here some that do have values
         mask = query.new_empty(mask.shape)
@@ -236,32 +212,20 @@ def _choice(
 
 
 @_torch.question
-def attention_kernel(
-    tracer: Any, query: Any, key: Any, value: Any, mask: Any, dropout_p: Any, is_causal: Any
-) -> tuple[int, int]:
-    qkv = (fake_of(query), fake_of(key), fake_of(value))
-    fake_mask = None if mask.python_type() is type(None) else fake_of(mask)
-    flags = (dropout_p.as_python_constant(), is_causal.as_python_constant())
-    kernel = _choose(*qkv, fake_mask, *flags)
-    return kernel.backend, kernel.repeats
+def attention_kernel(tracer: Any, *given: Any) -> _Kernel:
+    *tensors, dropout_p, is_causal = given
+    inputs: Any = [None if x.python_type() is type(None) else fake_of(x) for x in tensors]
+    return _choose(inputs, dropout_p.as_python_constant(), is_causal.as_python_constant())
 
 
-def _kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-) -> _Kernel:
+def _kernel(inputs: _Inputs, dropout_p: float, is_causal: bool) -> _Kernel:
     """The kernel that torch would take."""
-    if torch.compiler.is_dynamo_compiling():
-        # A float that took two values is a symbol to the compiler; hashed, it is a number again.
-        dropout_p = next(iter({dropout_p}))
-        arguments = (query, key, value, mask, dropout_p, is_causal)
-        backend, repeats = _torch.ask("attention_kernel", _NO_KERNEL, *arguments)
-        return _Kernel(backend, repeats)
-    return _choose(query, key, value, mask, dropout_p, is_causal)
+    if not torch.compiler.is_dynamo_compiling():
+        return _choose(inputs, dropout_p, is_causal)
+    # A float that took two values is a symbol to the compiler; hashed, it is a number again.
+    dropout_p = next(iter({dropout_p}))
+    kernel: _Kernel = _torch.ask("attention_kernel", _NO_KERNEL, *inputs, dropout_p, is_causal)
+    return kernel
 
 
 _attend: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Attention)
@@ -294,8 +258,8 @@ def scaled_dot_product_attention(
     """
     for tensor in (query, key, value):
         check_tensor(tensor, "scaled_dot_product_attention")
-    arguments = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    out = attend(query, key, value, *arguments, method)
+    flags = (dropout_p, is_causal, scale)
+    out = attend((query, key, value, attn_mask), flags, enable_gqa, method)
     if out is not None:
         return out
     return F.scaled_dot_product_attention(
@@ -303,22 +267,14 @@ def scaled_dot_product_attention(
     )
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    method: Quantiser,
-) -> Tensor | None:
+def attend(inputs: _Inputs, flags: _Flags, enable_gqa: bool, method: Quantiser) -> Tensor | None:
     """`scaled_dot_product_attention`; None where torch's own function is to run.
 
     With dropout the kernel of the pass with gradients runs in the pass without them too: each
     kernel draws in its own way.
     """
+    query, key, value, mask = inputs
+    dropout_p, is_causal, _ = flags
     if not all(is_taken(x) for x in (query, key, value)):
         return None
     if query.dim() != 4 or (mask is not None and mask.requires_grad):
@@ -331,29 +287,27 @@ def attend(
     # What its kernels do not take, and do not check.
     if key.shape != value.shape or query.shape[0] != key.shape[0]:
         return None
-    qkv = (query, key, value)
     kind = query.device.type
-    wanted = any(needs_gradient(x) for x in qkv)
+    wanted = any(needs_gradient(x) for x in (query, key, value))
     if not wanted and not dropout_p:
         return None
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        qkv = (query.to(dtype), key.to(dtype), value.to(dtype))
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(dtype)
-    if mask is not None and mask.dtype not in (torch.bool, qkv[0].dtype):
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         return None
-    kernel = _kernel(*qkv, mask, dropout_p, is_causal)
-    if kernel.backend not in _FUSED:
+    inputs = (query, key, value, mask)
+    kernel = _kernel(inputs, dropout_p, is_causal)
+    if kernel[0] not in _FUSED:
         return None
-    flags = (dropout_p, is_causal, scale)
-    query, key, value = qkv
     if not wanted:
-        return _run(query, key, value, mask, *kernel, dropout_p, is_causal, scale)[0]
+        return _run(inputs, kernel, flags)[0]
     if torch.compiler.is_dynamo_compiling():
-        qkv = (query, _tracer.apart(key, query), _tracer.apart(value, query, key))
+        key, value = _tracer.apart(key, query), _tracer.apart(value, query, key)
     seeds = [method.seed(query) for _ in range(4)]
-    out, *kept = _attend(*qkv, mask, *kernel, *flags, method, *seeds)
+    out, *kept = _attend(query, key, value, mask, kernel, flags, method, *seeds)
     shape = tuple(out.shape)
     rebuild = Restore(method, shape, out.stride())
     sharing.note_pack(out, Pack(rebuild, shape, tuple(kept), method.grade))

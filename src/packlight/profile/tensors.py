@@ -3,14 +3,19 @@
 import dataclasses
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from packlight import _torch
-from packlight._torch.attributes import is_wrapper, sparse_parts, storage_key, tree_leaves
+from packlight._torch.attributes import (
+    is_wrapper,
+    slots,
+    sparse_parts,
+    storage_key,
+    tree_leaves,
+)
 
 
 def tensors_in(value: object, objects: bool = True) -> Iterator[Tensor]:
@@ -51,14 +56,7 @@ def _parts(item: object, objects: bool) -> list[object]:
 
 def _attributes(item: object) -> list[object]:
     """What an object holds, past its own `__getattr__`, which may compute, or raise anything."""
-    found = list(dictionary(item).values())
-    for kind in type(item).__mro__:
-        slots = vars(kind).values() if "__slots__" in vars(kind) else ()
-        for slot in slots:
-            if isinstance(slot, types.MemberDescriptorType):
-                with suppress(AttributeError):  # it has no value yet
-                    found.append(slot.__get__(item))
-    return found
+    return [*dictionary(item).values(), *(value for _, value in slots(item))]
 
 
 def dictionary(item: object) -> dict[str, Any]:

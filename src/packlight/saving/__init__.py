@@ -28,6 +28,7 @@ from packlight import _torch
 from packlight._seeds import follow_generator
 from packlight._torch import graph
 from packlight.errors import InputError
+from packlight.method import check_is_value
 from packlight.quantiser import Quantiser
 from packlight.saving.kept import unpack
 from packlight.saving.rules import Rules
@@ -158,6 +159,7 @@ def _check(method: object, min_bytes: object, skip: object, overrides: object) -
         )
     if not isinstance(method, Quantiser):
         raise InputError(f"method={method!r} is no quantiser; try GroupQuant(bits=4)")
+    check_is_value(method)
     if not isinstance(min_bytes, int) or isinstance(min_bytes, bool) or min_bytes < 0:
         raise InputError(f"min_bytes={min_bytes!r} is not a number of bytes, 0 or more")
     if skip is not None and not callable(skip):
@@ -173,3 +175,5 @@ def _check(method: object, min_bytes: object, skip: object, overrides: object) -
             raise InputError(
                 f"overrides[{pattern!r}]={value!r} is neither a quantiser nor None (exact)"
             )
+        if value is not None:
+            check_is_value(value)

@@ -60,9 +60,8 @@ def attention_forward(
     if module.training and not biased and not (causal and key.shape[2] > query.shape[2]):
         method = getattr(module, "attention_method", _DEFAULT)
         grouped = getattr(module, "num_key_value_groups", 1) > 1
-        output = uncovered(
-            attend, query, key, value, attention_mask, dropout, causal, scaling, grouped, method
-        )
+        inputs, flags = (query, key, value, attention_mask), (dropout, causal, scaling)
+        output = uncovered(attend, inputs, flags, grouped, method)
     if output is None:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
