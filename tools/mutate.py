@@ -63,7 +63,8 @@ TESTS = {
     "cli/demo": "tests/test_demo.py",
     "cli/models": "tests/test_models.py",
     "conversion.py": "tests/test_convert.py tests/test_predict.py",
-    "convert.py": "tests/test_convert.py tests/test_classes.py",
+    "convert.py": "tests/test_convert.py tests/test_classes.py"
+    " tests/test_own_method.py::test_a_method_that_is_no_value_is_refused",
     "elementwise": "tests/fewbit/test_kernels.py tests/inverted/test_activation_kernels.py"
     " tests/groupquant/test_kernels.py",
     "elementwise/functions.py": "tests/test_contract.py -k bit_equal",

@@ -66,17 +66,14 @@ class _Covering(TorchFunctionMode):
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if kwargs and "out" in kwargs and kwargs["out"] is None:
-            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         call = self.calls.table.get(func)
-        if (
-            call is None
-            or not self.holds()
-            or _called_by_a_layer()
-            or not _is_covered(call, args, kwargs)
-        ):
+        if call is None:
             # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
             return (torch.unflatten if func is Tensor.unflatten else func)(*args, **kwargs)
+        if kwargs and "out" in kwargs and kwargs["out"] is None:
+            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
+        if not self.holds() or _called_by_a_layer() or not _is_covered(call, args, kwargs):
+            return func(*args, **kwargs)
         return call.function(*args, **kwargs, **call.options)
 
 

@@ -14,8 +14,9 @@ def without_mode(
     kind: type[TorchFunctionMode], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Calls the function with the innermost function mode off, if it is of this very kind."""
-    # Traced, a look costs nothing; and no other mode may be taken off the stack.
-    if torch.compiler.is_dynamo_compiling() or MODES.values is None:
+    if torch.compiler.is_dynamo_compiling():
+        return _traced_without(kind, function, *args, **kwargs)
+    if MODES.values is None:
         return function(*args, **kwargs)
     depth, current, pop, push = MODES.values
     if not depth() or type(current()) is not kind:
@@ -25,6 +26,20 @@ def without_mode(
         return function(*args, **kwargs)
     finally:
         push(mode)
+
+
+def _traced_without(
+    kind: type[TorchFunctionMode], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The same where a region is traced, if no other mode is on: no one mode can be taken off.
+
+    The tracer would inline the mode's handler at each attribute of a tensor.
+    """
+    modes = function_modes()
+    if not modes or any(type(mode) is not kind for mode in modes):
+        return function(*args, **kwargs)
+    with torch._C.DisableTorchFunction():
+        return function(*args, **kwargs)
 
 
 # Looked up here, since the tracer of torch.compile follows it under its own name only.

@@ -25,7 +25,9 @@ def row_group_size(width: int, group_size: int) -> int | None:
     """
     if width < GROUP_SIZES[0]:
         return None
-    return min([group_size, *[size for size in GROUP_SIZES if size >= width]])
+    if width >= group_size:
+        return group_size
+    return min([size for size in GROUP_SIZES if size >= width])
 
 
 class Grouping(NamedTuple):
