@@ -22,13 +22,20 @@ import packlight.inverted.rules
 import packlight.sketch.rules  # noqa: F401
 from packlight import _swap, integrations
 from packlight._checks import is_supported
+from packlight._classes import joined
 from packlight._seeds import start_rounding
 from packlight.calls import swap_for_calls
 from packlight.conversion import Conversion, Replaced, Skipped
-from packlight.errors import CannotConvertError, InputError, NothingMatchedError
+from packlight.errors import (
+    CannotConvertError,
+    InputError,
+    NothingMatchedError,
+    PacklightError,
+)
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
+from packlight.head.modules import Head, heads_of, why_no_head
 from packlight.method import Calls, Method, NotConverted, Swap, find_rule
 from packlight.selectors import (
     Layer,
@@ -55,6 +62,7 @@ def convert(
     *,
     strict: bool = True,
     functional: bool = False,
+    head: bool | Selector = False,
 ) -> Conversion:
     """Have layers of a model keep less for the backward pass; `revert` undoes it.
 
@@ -93,13 +101,19 @@ def convert(
             docs/convert.md. Of the methods that a module's selector gives, the first that has a
             rule for the function counts; of all methods given, if no selector picks the module. The
             calls of a module whose selector gives None stay torch's.
+        head: whether losses of heads are computed by chunks, without all logits: True for the
+            output embeddings of models of transformers, or a selector of `torch.nn.Linear` layers.
+            A head then gives `packlight.head.LazyLogits` in training. A cross-entropy of them
+            computes and keeps no logits; whatever else is done with them computes them. The loss is
+            exact, and so are gradients, but for a pack of the head's input where a quantiser
+            converts the head. docs/convert.md says what it costs.
 
     Raises:
         NothingMatchedError: no layer would change, or a pattern or predicate matched no module; the
             message lists what there is.
         CannotConvertError: a layer cannot be converted though the method has a rule for it, for
             instance since its forward was replaced; or a selector picked only layers without a
-            rule.
+            rule, or heads that are no Linear layers.
         InputError: arguments of the wrong kind.
 
     >>> import torch, packlight
@@ -110,6 +124,8 @@ def convert(
     [('0',)]
     """
     _check(model, methods)
+    if not (isinstance(head, (bool, str)) or callable(head)):
+        raise InputError(f"head={head!r} is neither True, False nor a selector, such as 'lm_head'")
     _load_integrations()
     layers = layers_of(model)
     plan = _Plan(methods)
@@ -117,6 +133,8 @@ def convert(
         plan.add(layer)
     if functional:
         plan.cover_calls(layers)
+    if head is not False:
+        plan.add_heads(model, layers, head)
     if strict:
         plan.check(layers)
     plan.check_not_empty(layers)
@@ -124,6 +142,7 @@ def convert(
     changed += [
         _swap.convert(layer.module, swap, *methods) for layer, swap, methods in plan.covered
     ]
+    changed += [_swap.convert(layer.module, swap) for layer, swap in plan.heads]
     if any(changed):
         start_rounding()
     return plan.conversion(model)
@@ -238,6 +257,10 @@ class _Plan:
         # Modules whose calls are covered. If there are any, modules that are excluded are here too,
         # without methods.
         self.covered: list[tuple[Layer, Swap, tuple[Method, ...]]] = []
+        # Heads that no method converts, and the names of all heads.
+        self.heads: list[tuple[Layer, Swap]] = []
+        self.head_names: list[str] = []
+        self.no_heads: PacklightError | None = None  # why there are none, though asked for
         self.skipped: list[Skipped] = []
         self.refused: list[str] = []  # layers that have a rule and cannot be converted
         self.matched: set[Selector] = set()
@@ -312,6 +335,37 @@ class _Plan:
         if not any(methods for _, _, methods in self.covered):
             self.covered.clear()
 
+    def add_heads(self, model: nn.Module, layers: list[Layer], head: bool | Selector) -> None:
+        """Plans to have heads give lazy logits, converted ones included."""
+        if isinstance(head, bool):
+            found = {id(module) for module in heads_of(model)}
+            heads = [layer for layer in layers if id(layer.module) in found]
+        else:
+            heads = [layer for layer in layers if layer.matches(head)]
+        reasons = [why_no_head(layer.module) or _class_changed(layer.module) for layer in heads]
+        if not heads:
+            self.no_heads = NothingMatchedError(
+                "head=True finds no output embeddings of a model of transformers; give a selector,"
+                f" such as head='lm_head'. {inventory(layers)}"
+                if head is True
+                else f"head: {near_misses([head], layers)}. {inventory(layers)}"  # type: ignore[list-item]
+            )
+        elif all(reasons):
+            found = [f"{layer}: {reason}" for layer, reason in zip(heads, reasons, strict=True)]
+            self.no_heads = CannotConvertError(f"no head can be converted: {_first(found)}")
+        changes = {change.layer.module: index for index, change in enumerate(self.changes)}
+        for layer, reason in zip(heads, reasons, strict=True):
+            if reason:
+                continue
+            self.head_names.append(layer.names[0])
+            index = changes.get(layer.module)
+            if index is None:
+                self.heads.append((layer, Swap(joined(Head, layer.kind))))
+                continue
+            change = self.changes[index]
+            swap = change.swap._replace(kind=joined(Head, change.swap.kind))
+            self.changes[index] = change._replace(swap=swap)
+
     def _skip(self, layer: Layer, reason: str, always: bool = False) -> Skipped:
         """Records that the layer stays as it is; a container only if a rule says so."""
         skipped = Skipped(layer.names, layer.kind.__name__, reason)
@@ -325,6 +379,8 @@ class _Plan:
 
     def check(self, layers: list[Layer]) -> None:
         """Raises for what is likely a mistake."""
+        if self.no_heads is not None:
+            raise self.no_heads
         if self.refused:
             raise CannotConvertError(
                 f"{_first(self.refused)}. To leave such layers as they are, pick them with None at"
@@ -345,7 +401,7 @@ class _Plan:
                 )
 
     def check_not_empty(self, layers: list[Layer]) -> None:
-        if self.changes or self.covered:
+        if self.changes or self.covered or self.heads:
             return
         parts = [f"no layer would be converted. {inventory(layers)}"]
         if unmatched := self.unmatched():
@@ -364,12 +420,20 @@ class _Plan:
             )
             for change in self.changes
         )
+        skipped = tuple(row for row in self.skipped if row.names[0] not in self.head_names)
         unmatched = tuple(text_of(selector) for selector in self.unmatched())
         kind = kind_of(model).__name__
         covered = tuple(layer.names[0] for layer, _, methods in self.covered if methods)
         bits = _other_bits(self.all_methods) if covered else {}
         return Conversion(
-            kind, replaced, tuple(self.skipped), unmatched, covered, bits, converted=model
+            kind,
+            replaced,
+            skipped,
+            unmatched,
+            covered,
+            bits,
+            heads=tuple(self.head_names),
+            converted=model,
         )
 
 

@@ -142,6 +142,12 @@ FAKES = Capability(
     "torch._subclasses.fake_tensor:unset_fake_temporarily",
 )
 
+HOLLOW = Capability(
+    "makes tensors without memory",
+    "heads give all logits, as plain ones do",
+    "torch:Tensor._make_wrapper_subclass",
+)
+
 TRITON = Capability(
     "launches compiled Triton kernels directly",
     "Triton launches them itself, which takes the CPU longer",
@@ -163,5 +169,6 @@ CAPABILITIES = (
     CURRENT_DEVICE,
     FUSED_ATTENTION,
     FAKES,
+    HOLLOW,
     TRITON,
 )

@@ -1,0 +1,80 @@
+"""A head that hands out lazy logits in training, and which modules of a model are heads."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight import _torch
+from packlight._checks import autocasts, is_plain, is_taken
+from packlight.head.lazy import lazy_logits
+from packlight.layers.twin import Twin
+from packlight.quantiser import Quantiser
+from packlight.selectors import kind_of
+
+
+class Head(Twin):
+    """A `torch.nn.Linear` whose output in training is `LazyLogits`.
+
+    The class before it keeps by a method, or is the plain layer. `row_losses` says what the loss
+    keeps of the input; logits that are asked for keep it as that class does.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def training_forward(self, input: Tensor) -> Tensor:
+        if not _may_wait(self, input):
+            plain: Any = super()
+            forward = getattr(plain, "training_forward", super(Twin, self).forward)
+            y: Tensor = forward(input)
+            return y
+        method = getattr(self, "method", None)
+        method = method if isinstance(method, Quantiser) else None
+        return lazy_logits(input, self.weight, self.bias, method)
+
+
+def _may_wait(head: Head, x: Tensor) -> bool:
+    """Whether the logits can be computed later: nothing takes away, or traces, what they are of."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _torch.HOLLOW:
+        return False
+    weight, bias = head.weight, head.bias
+    if not all(is_plain(one) and is_taken(one) for one in (x, weight, bias) if one is not None):
+        return False
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    # A head that is a unit of FSDP2, or of DeepSpeed's stage 3, has its weight while it runs.
+    if hasattr(weight, "ds_id") or isinstance(head, getattr(fsdp, "FSDPModule", ())):
+        return False
+    same = autocasts(x.device.type) or all(
+        one.dtype == x.dtype for one in (weight, bias) if one is not None
+    )
+    fits = x.dim() > 0 and x.shape[-1] == weight.shape[-1] and x.device == weight.device
+    return same and fits
+
+
+def heads_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The output embeddings of the models of transformers within this one, and of wrapped ones."""
+    for module in model.modules():
+        find = getattr(type(module), "get_output_embeddings", None)
+        if find is None:
+            continue
+        try:
+            head = find(module)
+        except (AttributeError, NotImplementedError):  # a model without a head
+            continue
+        if isinstance(head, nn.Module):
+            # PEFT trains a copy of a head beside the original.
+            copies = getattr(head, "modules_to_save", None)
+            found = [head] if copies is None else [head.original_module, *copies.values()]
+            yield from found
+
+
+def why_no_head(module: nn.Module) -> str | None:
+    """Why a module cannot hand out lazy logits; None if it can."""
+    if kind_of(module) is not nn.Linear:
+        return f"a {kind_of(module).__name__} and no torch.nn.Linear"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance; convert before that"
+    return None
