@@ -38,6 +38,7 @@ NAMES = {
     "fewbit",
     "fit_codebook",
     "groupquant",
+    "head",
     "inverted",
     "load_methods",
     "manual_seed",

@@ -51,6 +51,7 @@ from packlight._torch.modes import (
     without_torch_functions,
 )
 from packlight._torch.tracer import (
+    always_untraced,
     ask,
     can_ask,
     constant_while_traced,
@@ -77,6 +78,7 @@ __all__ = [
     "TRACER",
     "TRANSFORMS",
     "TRITON",
+    "always_untraced",
     "ask",
     "at_end_of_backward",
     "attention_backend",

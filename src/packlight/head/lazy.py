@@ -141,7 +141,7 @@ class _Logits:
                 self.values = self.step(self.before.values)
 
 
-class _Node(torch.autograd.Function):
+class _LazyLogits(torch.autograd.Function):
     """The place of lazy logits in the graph, for what no torch function shows.
 
     The state is an attribute and nothing is saved: hooks would copy the input for every view.
@@ -172,7 +172,7 @@ def _made(state: _Logits) -> "LazyLogits":
     state.root.members = [one for one in state.root.members if one() is not None]
     state.root.members.append(weakref.ref(state))
     with torch.set_grad_enabled(state.records), _torch.without_torch_functions():
-        made: LazyLogits = _Node.apply(state, *state.inputs)
+        made: LazyLogits = _LazyLogits.apply(state, *state.inputs)
     return made
 
 
@@ -205,37 +205,49 @@ class LazyLogits(Tensor):
     def __torch_function__(
         cls, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _FACTS:
-            with _torch.without_torch_functions():
-                return func(*args, **kwargs)
-        found = list(_lazy_in(args)) + list(_lazy_in(kwargs))
-        if not all(map(_is_own, found)):
-            # Someone's Function has had them in its hands: the graph goes through that one.
-            with _torch.without_torch_functions():
-                return func(*args, **kwargs)
-        first = args[0] if args else None
-        follow = _FOLLOWED.get(func)
-        if follow is not None and isinstance(first, LazyLogits) and first._state.values is None:
-            result = follow(first, func, args, kwargs)
-            if result is not None:
-                return result
-        if func in _WATCHING and any(lazy._state.root.gave_loss for lazy in found):
-            if _watches_for_torch(args):
-                with _torch.without_torch_functions():
-                    return func(*args, **kwargs)
-            raise InputError(
-                f"{func.__name__} of logits whose loss was computed by chunks: the gradient of the"
-                " loss does not go through them; call it before the loss, or convert without"
-                " head=True"
-            )
-        return func(*_mapped(_computed, args), **_mapped(_computed, kwargs))
+        return _call(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return func(*_mapped(_values, args), **_mapped(_values, kwargs or {}))
+        return _dispatch(func, args, kwargs or {})
+
+
+@_torch.always_untraced
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """What `func` gives for arguments with lazy logits among them."""
+    kwargs = kwargs or {}
+    if func in _FACTS:
+        with _torch.without_torch_functions():
+            return func(*args, **kwargs)
+    found = list(_lazy_in(args)) + list(_lazy_in(kwargs))
+    if not all(map(_is_own, found)):
+        # Someone's Function has had them in its hands: the graph goes through that one.
+        with _torch.without_torch_functions():
+            return func(*args, **kwargs)
+    first = args[0] if args else None
+    follow = _FOLLOWED.get(func)
+    if follow is not None and isinstance(first, LazyLogits) and first._state.values is None:
+        result = follow(first, func, args, kwargs)
+        if result is not None:
+            return result
+    if func in _WATCHING and any(lazy._state.root.gave_loss for lazy in found):
+        if _watches_for_torch(args):
+            with _torch.without_torch_functions():
+                return func(*args, **kwargs)
+        raise InputError(
+            f"{func.__name__} of logits whose loss was computed by chunks: the gradient of the"
+            " loss does not go through them; call it before the loss, or convert without"
+            " head=True"
+        )
+    return func(*_mapped(_computed, args), **_mapped(_computed, kwargs))
+
+
+@_torch.always_untraced
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation below autograd gives: it sees the values."""
+    return func(*_mapped(_values, args), **_mapped(_values, kwargs))
 
 
 def _is_own(lazy: LazyLogits) -> bool:
@@ -403,7 +415,8 @@ def _to(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | Non
         elif isinstance(value, (str, torch.device)):
             device = torch.device(value)
             if device.type != state.x.device.type or device.index not in (
-                None, state.x.device.index
+                None,
+                state.x.device.index,
             ):
                 return None
         elif not (value is None or isinstance(value, (bool, torch.memory_format))):

@@ -78,7 +78,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
-class _Rows(torch.autograd.Function):
+class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -138,9 +138,7 @@ class _Rows(torch.autograd.Function):
         for columns in _chunks(weight.shape[0], x.shape[0], x.device):
             w = weight[columns].to(ctx.dtype)
             z = _product(x, w, None if bias is None else bias[columns].to(ctx.dtype))
-            ops.gradient_(
-                z, logsumexp, targets, gradient, columns.start, *ctx.shares, *ctx.curve
-            )
+            ops.gradient_(z, logsumexp, targets, gradient, columns.start, *ctx.shares, *ctx.curve)
             if dweight is not None:
                 if dweight.dtype == z.dtype:
                     torch.mm(z.t(), x, out=dweight[columns])
@@ -162,7 +160,7 @@ def bent(z: Tensor, curve: Curve) -> Tensor:
     return torch.tanh(u) * curve.cap if curve.cap else u
 
 
-_apply: Callable[..., Tensor] = _Rows.apply
+_apply: Callable[..., Tensor] = _RowLosses.apply
 
 
 def row_losses(
@@ -197,4 +195,3 @@ def row_losses(
 
 def _itself(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x
-
