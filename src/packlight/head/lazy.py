@@ -74,11 +74,11 @@ class _Root:
                 " to torch: convert without head=True"
             )
 
-    def logits(self) -> Tensor:
+    def logits(self, records: bool) -> Tensor:
         """The logits as the plain head gives them."""
         self.check()
-        with torch.set_grad_enabled(self.records), self._as_called():
-            if self.method is not None:
+        with torch.set_grad_enabled(records), self._as_called():
+            if self.method is not None and records:
                 return linear(self.x, self.weight, self.bias, method=self.method)
             return F.linear(self.x, self.weight, self.bias)
 
@@ -103,7 +103,10 @@ class _Logits:
     before: "_Logits | None" = None
     step: Callable[[Tensor], Tensor] | None = None  # from the logits before to these
     added: tuple[Tensor, ...] = ()  # biases from outside of the head
+    # Whether classes are the second dimension, as for torch's loss of rows of several dimensions.
+    moved: bool = False
     values: Tensor | None = None
+    bare: Tensor | None = None  # values without a graph, for what runs below autograd
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -113,7 +116,8 @@ class _Logits:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.x.shape[:-1], self.weight.shape[0])
+        rows, classes = tuple(self.x.shape[:-1]), self.weight.shape[0]
+        return (rows[0], classes, *rows[1:]) if self.moved else (*rows, classes)
 
     def computed(self) -> Tensor:
         """The logits, computed once. With them, all that stand for logits of the same head.
@@ -133,12 +137,25 @@ class _Logits:
         if self.values is not None:
             return
         if self.before is None or self.step is None:
-            self.values = self.root.logits()
+            self.values = self.root.logits(self.root.records)
         else:
             self.before._compute()
             assert self.before.values is not None
             with torch.set_grad_enabled(self.records):
                 self.values = self.step(self.before.values)
+
+
+    def without_graph(self) -> Tensor:
+        """The logits for an operation below autograd, where no graph can be made."""
+        if self.bare is None:
+            if self.values is not None:
+                self.bare = self.values.detach()
+            elif self.before is None or self.step is None:
+                self.bare = self.root.logits(False)
+            else:
+                with torch.no_grad():
+                    self.bare = self.step(self.before.without_graph())
+        return self.bare
 
 
 class _LazyLogits(torch.autograd.Function):
@@ -218,7 +235,8 @@ class LazyLogits(Tensor):
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """What `func` gives for arguments with lazy logits among them."""
     kwargs = kwargs or {}
-    if func in _FACTS:
+    is_fact = func in _FACTS and isinstance(args[0], LazyLogits) and args[0]._state.values is None
+    if is_fact or func is Tensor.__hash__:
         with _torch.without_torch_functions():
             return func(*args, **kwargs)
     found = list(_lazy_in(args)) + list(_lazy_in(kwargs))
@@ -228,6 +246,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> An
             return func(*args, **kwargs)
     first = args[0] if args else None
     follow = _FOLLOWED.get(func)
+    if isinstance(first, LazyLogits) and first._state.moved and follow is not _cross_entropy:
+        follow = None
     if follow is not None and isinstance(first, LazyLogits) and first._state.values is None:
         result = follow(first, func, args, kwargs)
         if result is not None:
@@ -284,34 +304,27 @@ def _computed(lazy: LazyLogits) -> Tensor:
 
 
 def _values(lazy: LazyLogits) -> Tensor:
-    return lazy._state.computed().detach()
+    return lazy._state.without_graph()
 
 
-# What is known of logits without computing them. A size in bytes and a version are of the object.
+# What is known of logits without computing them.
+_ATTRIBUTES = (
+    "_backward_hooks", "_base", "_version", "device", "dtype", "grad_fn", "is_cpu", "is_cuda",
+    "is_leaf", "is_meta", "is_mkldnn", "is_mps", "is_nested", "is_quantized", "is_sparse", "is_xpu",
+    "itemsize", "layout", "ndim", "output_nr", "requires_grad", "shape",
+)  # fmt: skip
+_METHODS = (
+    "__len__", "_is_view", "dim", "element_size", "get_device", "is_complex", "is_contiguous",
+    "is_floating_point", "is_inference", "is_signed", "ndimension", "nelement", "numel", "size",
+    "storage_offset", "stride",
+)  # fmt: skip
 _FACTS = frozenset(
     (
-        *(
-            getattr(Tensor, name).__get__
-            for name in (
-                "shape", "dtype", "device", "ndim", "requires_grad", "grad_fn", "is_leaf", "layout",
-                "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested",
-                "itemsize", "_version", "_backward_hooks", "is_xpu", "is_mps", "is_mkldnn",
-                "output_nr",
-            )
-        ),
-        *(
-            getattr(Tensor, name)
-            for name in (
-                "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride",
-                "is_floating_point", "is_complex", "is_contiguous", "get_device", "is_inference",
-                "is_signed", "__len__", "__hash__", "storage_offset",
-            )
-        ),
-        torch.is_floating_point,
-        torch.is_complex,
-        torch.numel,
+        *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES if hasattr(Tensor, name)),
+        *(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)),
+        *(torch.is_floating_point, torch.is_complex, torch.numel),
     )
-)  # fmt: skip
+)
 
 # ---- what watches the gradient of logits ---------------------------------------------------------
 
@@ -341,6 +354,7 @@ def _after(
         before=state,
         step=lambda logits: func(logits, *args[1:], **kwargs),
         values=None,
+        bare=None,
         **{"records": state.records and torch.is_grad_enabled(), **changes},
     )
     return _made(made)
@@ -484,6 +498,20 @@ def _choose(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits |
     return _after(lazy, func, args, kwargs, x=x)
 
 
+def _move(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | None:
+    """Classes as the second of three dimensions."""
+    given = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    if kwargs or len(lazy._state.shape) != 3 or not all(type(one) is int for one in given):
+        return None
+    places = [one % 3 for one in given]
+    swaps = sorted(places) == [1, 2] and func not in _PERMUTES
+    if swaps or (places == [0, 2, 1] and func in _PERMUTES):
+        return _after(lazy, func, args, kwargs, moved=True)
+    return None
+
+
+_PERMUTES = (torch.permute, Tensor.permute)
+
 # ---- losses --------------------------------------------------------------------------------------
 
 
@@ -520,16 +548,16 @@ def _loss(
         and is_plain(target)
         and target.dtype == torch.int64
         and target.device == state.x.device
-        and target.dim() == 1
-        and target.shape == state.shape[:-1]
+        and target.dim() == (2 if state.moved else 1)
+        and target.shape == state.x.shape[:-1]
         and (weight is None or (isinstance(weight, Tensor) and is_plain(weight)))
-        and (weight is None or weight.shape == state.shape[-1:])
+        and (weight is None or weight.shape == state.weight.shape[:1])
         and not (weight is not None and (label_smoothing or weight.requires_grad))
         and size_average is None
         and reduce is None
         and reduction in ("none", "mean", "sum")
         and 0.0 <= label_smoothing <= 1.0
-        and state.shape[-1] > 0
+        and state.weight.shape[0] > 0
     )
     if not known:
         return None
@@ -538,13 +566,14 @@ def _loss(
             state.x,
             state.weight,
             state.bias,
-            target,
+            target.reshape(-1),
             weight=weight,
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             **_how(state),
         )
+        loss = loss.view(target.shape) if reduction == "none" else loss
         return loss.to(_result_dtype(state))
 
 
@@ -589,5 +618,6 @@ _FOLLOWED: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.flatten, torch.flatten), _shape),
     **dict.fromkeys((Tensor.squeeze, torch.squeeze), _shape),
     **dict.fromkeys((Tensor.unsqueeze, torch.unsqueeze), _shape),
+    **dict.fromkeys((torch.transpose, Tensor.transpose, *_PERMUTES), _move),
     Tensor.__getitem__: _choose,
 }

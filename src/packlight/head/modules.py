@@ -73,8 +73,9 @@ def heads_of(model: nn.Module) -> Iterator[nn.Module]:
 
 def why_no_head(module: nn.Module) -> str | None:
     """Why a module cannot hand out lazy logits; None if it can."""
-    if kind_of(module) is not nn.Linear:
-        return f"a {kind_of(module).__name__} and no torch.nn.Linear"
+    kind = kind_of(module)
+    if kind is not nn.Linear:
+        return f"it is a {kind.__module__}.{kind.__qualname__} and no torch.nn.Linear"
     if "forward" in vars(module):
         return "its forward was replaced on the instance; convert before that"
     return None
