@@ -22,7 +22,6 @@ import packlight.inverted.rules
 import packlight.sketch.rules  # noqa: F401
 from packlight import _swap, integrations
 from packlight._checks import is_supported
-from packlight._classes import joined
 from packlight._seeds import start_rounding
 from packlight.calls import swap_for_calls
 from packlight.conversion import Conversion, Replaced, Skipped
@@ -35,7 +34,7 @@ from packlight.errors import (
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
-from packlight.head.modules import Head, heads_of, why_no_head
+from packlight.head.modules import head_kind, heads_of, why_no_head
 from packlight.method import Calls, Method, NotConverted, Swap, find_rule
 from packlight.selectors import (
     Layer,
@@ -360,10 +359,10 @@ class _Plan:
             self.head_names.append(layer.names[0])
             index = changes.get(layer.module)
             if index is None:
-                self.heads.append((layer, Swap(joined(Head, layer.kind))))
+                self.heads.append((layer, Swap(head_kind(layer.kind))))
                 continue
             change = self.changes[index]
-            swap = change.swap._replace(kind=joined(Head, change.swap.kind))
+            swap = change.swap._replace(kind=head_kind(change.swap.kind))
             self.changes[index] = change._replace(swap=swap)
 
     def _skip(self, layer: Layer, reason: str, always: bool = False) -> Skipped:

@@ -84,7 +84,9 @@ WAYS = {
 @pytest.mark.usefixtures("small_chunks", "poison")
 def test_loss_and_gradients_are_as_near_the_truth_as_torchs(dtype, way, trained):
     x, w, b, target = problem(dtype=dtype, trained=trained)
-    found = gradients(ours, x, w, b, target.clamp(min=0) if way == "ignored" else target, **WAYS[way])
+    found = gradients(
+        ours, x, w, b, target.clamp(min=0) if way == "ignored" else target, **WAYS[way]
+    )
     wide = [one.detach().double().requires_grad_(one.requires_grad) for one in (x, w, b)]
     target = target.clamp(min=0) if way == "ignored" else target
     truth = gradients(plain, *wide, target, **WAYS[way])
@@ -126,7 +128,9 @@ def test_weighted_classes_and_rows_of_any_shape():
     found = gradients(ours, x, w, b, target, weight=weight)
     truth = gradients(plain, x, w, b, target, weight=weight)
     torch.testing.assert_close(found, truth)
-    some = linear_cross_entropy(x[:50].view(5, 10, WIDTH), w, target[:50].view(5, 10), reduction="none")
+    some = linear_cross_entropy(
+        x[:50].view(5, 10, WIDTH), w, target[:50].view(5, 10), reduction="none"
+    )
     assert some.shape == (5, 10)
     all_ignored = linear_cross_entropy(x, w, torch.full_like(target, -100))
     assert all_ignored.isnan()  # as torch's

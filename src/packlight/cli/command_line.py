@@ -138,8 +138,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         const=True,
         default=False,
         metavar="SELECTOR",
-        help="losses of heads by chunks, without all logits: of the output embeddings of a model of "
-        "transformers, or of the Linear layers that SELECTOR picks",
+        help="losses of heads by chunks, without all logits: of the output embeddings of a model "
+        "of transformers, or of the Linear layers that SELECTOR picks",
     )
     parser.add_argument(
         "--no-strict",

@@ -144,7 +144,6 @@ class _Logits:
             with torch.set_grad_enabled(self.records):
                 self.values = self.step(self.before.values)
 
-
     def without_graph(self) -> Tensor:
         """The logits for an operation below autograd, where no graph can be made."""
         if self.bare is None:
@@ -309,9 +308,9 @@ def _values(lazy: LazyLogits) -> Tensor:
 
 # What is known of logits without computing them.
 _ATTRIBUTES = (
-    "_backward_hooks", "_base", "_version", "device", "dtype", "grad_fn", "is_cpu", "is_cuda",
-    "is_leaf", "is_meta", "is_mkldnn", "is_mps", "is_nested", "is_quantized", "is_sparse", "is_xpu",
-    "itemsize", "layout", "ndim", "output_nr", "requires_grad", "shape",
+    "_backward_hooks", "_base", "_version", "device", "dtype", "grad", "grad_fn", "is_cpu",
+    "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_mps", "is_nested", "is_quantized",
+    "is_sparse", "is_xpu", "itemsize", "layout", "ndim", "output_nr", "requires_grad", "shape",
 )  # fmt: skip
 _METHODS = (
     "__len__", "_is_view", "dim", "element_size", "get_device", "is_complex", "is_contiguous",
@@ -423,7 +422,7 @@ def _to(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | Non
     dtype = state.dtype
     for value in (*args[1:], *kwargs.values()):
         if isinstance(value, Tensor) and is_plain(value):
-            value, dtype = value.device, value.dtype  # noqa: PLW2901
+            value, dtype = value.device, value.dtype
         if isinstance(value, torch.dtype):
             dtype = value
         elif isinstance(value, (str, torch.device)):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from packlight import _torch
 from packlight._checks import autocasts, is_plain, is_taken
+from packlight._classes import joined
 from packlight.head.lazy import lazy_logits
 from packlight.layers.twin import Twin
 from packlight.quantiser import Quantiser
@@ -16,24 +17,38 @@ from packlight.selectors import kind_of
 
 
 class Head(Twin):
-    """A `torch.nn.Linear` whose output in training is `LazyLogits`.
-
-    The class before it keeps by a method, or is the plain layer. `row_losses` says what the loss
-    keeps of the input; logits that are asked for keep it as that class does.
-    """
+    """A `torch.nn.Linear` whose output in training is `LazyLogits`."""
 
     weight: Tensor
     bias: Tensor | None
 
     def training_forward(self, input: Tensor) -> Tensor:
         if not _may_wait(self, input):
-            plain: Any = super()
-            forward = getattr(plain, "training_forward", super(Twin, self).forward)
-            y: Tensor = forward(input)
-            return y
+            return self._logits(input)
         method = getattr(self, "method", None)
         method = method if isinstance(method, Quantiser) else None
         return lazy_logits(input, self.weight, self.bias, method)
+
+    def _logits(self, input: Tensor) -> Tensor:
+        y: Tensor = super(Twin, self).forward(input)
+        return y
+
+
+class ConvertedHead(Head):
+    """The same of a Linear that keeps its input by a method.
+
+    `row_losses` says what a loss keeps of it. Logits that are asked for keep it as the Linear does.
+    """
+
+    def _logits(self, input: Tensor) -> Tensor:
+        converted: Any = super(Head, self)
+        y: Tensor = converted.training_forward(input)
+        return y
+
+
+def head_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a head whose class was this one."""
+    return joined(ConvertedHead if issubclass(kind, Twin) else Head, kind)
 
 
 def _may_wait(head: Head, x: Tensor) -> bool:
