@@ -165,7 +165,7 @@ def test_the_heads_pack_is_fine_and_its_gradients_nearly_exact():
     _, found = step(model, inputs)
     assert 0 < worst_error({"w": found["lm_head.weight"]}, {"w": true["lm_head.weight"]}) < 0.02
     layer = "model.layers.0.mlp.up_proj.weight"
-    assert worst_error({"w": found[layer]}, {"w": true[layer]}) < 0.02
+    assert worst_error({"w": found[layer]}, {"w": true[layer]}) < 0.04
 
 
 @pytest.mark.parametrize("copies", [None, ["lm_head"]], ids=["frozen head", "trained copy"])
