@@ -135,8 +135,8 @@ class Conversion:
             )
             yield Text(f"calls of torch functions are covered in {modules}{bits}")
         if self.heads:
-            names = ", ".join(condensed(self.heads))
-            yield Text(f"losses of {names} are computed by chunks, without all logits")
+            heads = ", ".join(condensed(self.heads))
+            yield Text(f"losses of {heads} are computed by chunks, without all logits")
         if self.unmatched:
             yield Text(f"selectors that matched nothing: {', '.join(self.unmatched)}")
 

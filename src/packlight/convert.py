@@ -350,8 +350,8 @@ class _Plan:
                 else f"head: {near_misses([head], layers)}. {inventory(layers)}"  # type: ignore[list-item]
             )
         elif all(reasons):
-            found = [f"{layer}: {reason}" for layer, reason in zip(heads, reasons, strict=True)]
-            self.no_heads = CannotConvertError(f"no head can be converted: {_first(found)}")
+            told = [f"{layer}: {reason}" for layer, reason in zip(heads, reasons, strict=True)]
+            self.no_heads = CannotConvertError(f"no head can be converted: {_first(told)}")
         changes = {change.layer.module: index for index, change in enumerate(self.changes)}
         for layer, reason in zip(heads, reasons, strict=True):
             if reason:

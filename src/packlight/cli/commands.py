@@ -76,7 +76,7 @@ def profile(arguments: argparse.Namespace) -> None:
     chosen = chosen_methods(arguments.method, arguments.methods)
     answer = _loaded(arguments)
     answer.before = _predicted(answer, arguments)
-    if chosen:
+    if chosen or arguments.head:
         answer.conversion = _converted(answer, chosen, arguments)
         answer.after = _predicted(answer, arguments)
     _write_html(answer, arguments.html)

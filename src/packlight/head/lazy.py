@@ -184,12 +184,14 @@ class _LazyLogits(torch.autograd.Function):
         return None, *found
 
 
+_apply: Callable[..., "LazyLogits"] = _LazyLogits.apply
+
+
 def _made(state: _Logits) -> "LazyLogits":
     state.root.members = [one for one in state.root.members if one() is not None]
     state.root.members.append(weakref.ref(state))
     with torch.set_grad_enabled(state.records), _torch.without_torch_functions():
-        made: LazyLogits = _LazyLogits.apply(state, *state.inputs)
-    return made
+        return _apply(state, *state.inputs)
 
 
 def lazy_logits(
@@ -224,7 +226,7 @@ class LazyLogits(Tensor):
         return _call(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # of a function of C
         cls, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return _dispatch(func, args, kwargs or {})
@@ -361,7 +363,7 @@ def _after(
 
 def _number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
     """The second argument if it is all that there is, and a usual number."""
-    value = args[1] if len(args) == 2 and not kwargs else None
+    value: Any = args[1] if len(args) == 2 and not kwargs else None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) and value != 0 else None
 
@@ -422,7 +424,7 @@ def _to(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | Non
     dtype = state.dtype
     for value in (*args[1:], *kwargs.values()):
         if isinstance(value, Tensor) and is_plain(value):
-            value, dtype = value.device, value.dtype
+            dtype, value = value.dtype, value.device
         if isinstance(value, torch.dtype):
             dtype = value
         elif isinstance(value, (str, torch.device)):

@@ -53,7 +53,8 @@ def head_kind(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _may_wait(head: Head, x: Tensor) -> bool:
     """Whether the logits can be computed later: nothing takes away, or traces, what they are of."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _torch.HOLLOW:
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if torch.compiler.is_compiling() or traced or not _torch.HOLLOW:
         return False
     weight, bias = head.weight, head.bias
     if not all(is_plain(one) and is_taken(one) for one in (x, weight, bias) if one is not None):
