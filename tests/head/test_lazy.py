@@ -1,7 +1,9 @@
 """Lazy logits stand for the logits: whatever is done with them gives what it gives with those."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -451,3 +453,38 @@ def test_what_is_no_head_is_told():
     assert type(model.head) is nn.Linear
     conversion = packlight.convert(model, {nn.Linear: GroupQuant()}, head=True, strict=False)
     assert conversion.heads == ()
+
+
+def test_nothing_outlives_the_logits():
+    """Without the collector: no cycle holds the input, and no step holds logits that are gone."""
+    _, lazy = models()
+    x, target = inputs()
+    gc.collect()
+    gc.disable()
+    try:
+        h = lazy.body(x)
+        z = lazy.head(h)
+        loss = F.cross_entropy(flat(z.float()), target.view(-1))
+        alive = [weakref.ref(one) for one in (h, z, z._state)]
+        del h, z
+        loss.backward()
+        del loss
+        assert [one() for one in alive] == [None, None, None]
+
+        z = lazy.head(lazy.body(x))
+        state = weakref.ref(z._state)
+        z = z / 2.0
+        z.sum()
+        assert state() is None
+    finally:
+        gc.enable()
+
+
+def test_in_inference_mode():
+    plain, lazy = models()
+    x, target = inputs()
+    with torch.inference_mode():
+        z = lazy(x)
+        loss = F.cross_entropy(flat(z), target.view(-1))
+        assert torch.equal(z + 0, plain(x))
+    torch.testing.assert_close(loss, F.cross_entropy(flat(plain(x)), target.view(-1)).detach())

@@ -143,6 +143,7 @@ class _Logits:
             assert self.before.values is not None
             with torch.set_grad_enabled(self.records):
                 self.values = self.step(self.before.values)
+            self.before = self.step = None  # which may hold more logits that nobody has
 
     def without_graph(self) -> Tensor:
         """The logits for an operation below autograd, where no graph can be made."""
@@ -349,11 +350,11 @@ def _after(
     lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **changes: Any
 ) -> LazyLogits:
     """The logits after a call, which is the step to them where they are computed."""
-    state = lazy._state
+    state, rest = lazy._state, args[1:]
     made = dataclasses.replace(
         state,
         before=state,
-        step=lambda logits: func(logits, *args[1:], **kwargs),
+        step=lambda logits: func(logits, *rest, **kwargs),
         values=None,
         bare=None,
         **{"records": state.records and torch.is_grad_enabled(), **changes},

@@ -63,9 +63,9 @@ def _may_wait(head: Head, x: Tensor) -> bool:
     # A head that is a unit of FSDP2, or of DeepSpeed's stage 3, has its weight while it runs.
     if hasattr(weight, "ds_id") or isinstance(head, getattr(fsdp, "FSDPModule", ())):
         return False
-    same = autocasts(x.device.type) or all(
-        one.dtype == x.dtype for one in (weight, bias) if one is not None
-    )
+    dtypes = {one.dtype for one in (x, weight, bias) if one is not None}
+    casts = autocasts(x.device.type) and torch.float64 not in dtypes
+    same = casts or len(dtypes) == 1
     fits = x.dim() > 0 and x.shape[-1] == weight.shape[-1] and x.device == weight.device
     return same and fits
 
