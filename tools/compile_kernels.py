@@ -39,7 +39,7 @@ POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "logits_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "scale", "offset", "low", "eps", "momentum", *LIMITS)
-FLOATS += ("cap", "on_target", "on_all")
+FLOATS += ("cap",)
 FLOATS += tuple(f"up_{name}" for name in LIMITS)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
@@ -385,7 +385,7 @@ def compile_kernel(
             special["moments_ptr"] = special["norms_ptr"] = "*fp32"
             special |= dict.fromkeys(("index_ptr", "places_ptr", "chosen_ptr"), "*i32")
             special["draws_ptr"] = special["targets_ptr"] = "*i64"
-            names = ("logsumexp_ptr", "total_ptr", "coefficients_ptr")
+            names = ("logsumexp_ptr", "total_ptr", "on_softmax_ptr", "on_target_ptr", "on_all_ptr")
             special |= dict.fromkeys(names, "*fp32")
             special |= dict.fromkeys(("mask_ptr", "mask1_ptr", "mask2_ptr", "mask3_ptr"), "*u8")
             special |= dict.fromkeys(("codes1_ptr", "codes2_ptr", "codes3_ptr"), "*u8")

@@ -98,6 +98,14 @@ LOSSES = {
         F.cross_entropy(flat(z), t.view(-1))
         + F.cross_entropy(flat(z[:, 1:].contiguous()), t[:, 1:].flatten())
     ),
+    "log-probabilities": lambda z, t: F.nll_loss(F.log_softmax(flat(z), -1), t.view(-1)),
+    "at given tokens": lambda z, t: (
+        z.log_softmax(-1).gather(-1, t.clamp(min=0).unsqueeze(-1)).squeeze(-1)[t != -100].sum()
+    ),
+    "smoothed as by the Trainer": lambda z, t: transformers_smoothing(z, t),
+    "the sum first": lambda z, t: (lambda p: p.sum(-1).mean() + gathered(p, t))(
+        torch.log_softmax(z.float() * 0.5, dim=2)
+    ),
     "nothing but sizes": lambda z, t: (
         F.cross_entropy(flat(z), t.view(-1).to(z.device))
         * z.size(0)
@@ -114,7 +122,14 @@ LOSSES = {
 USES = {
     "sum of squares": lambda z, t: z.square().sum(),
     "probabilities": lambda z, t: z.softmax(-1)[..., 3].sum(),
-    "log-probabilities": lambda z, t: F.nll_loss(F.log_softmax(flat(z), -1), t.view(-1)),
+    "entropy": lambda z, t: (lambda p: -(p.exp() * p).sum())(F.log_softmax(z, -1)),
+    "logarithms along rows": lambda z, t: F.log_softmax(z, 1).sum(-1).square().sum(),
+    "scaled logarithms": lambda z, t: gathered(F.log_softmax(z, -1) * 2.0, t),
+    "all logarithms": lambda z, t: F.log_softmax(z, -1).sum(),
+    "some logits": lambda z, t: gathered(z, t),
+    "minus logits": lambda z, t: F.cross_entropy(flat(-z), t.view(-1)),
+    "a sum of logits": lambda z, t: z.sum(-1).square().sum(),
+    "a loss of minus logarithms": lambda z, t: F.nll_loss(-F.log_softmax(flat(z), -1), t.view(-1)),
     "soft targets": lambda z, t: F.cross_entropy(flat(z), torch.full_like(flat(z), 1 / CLASSES)),
     "a scalar tensor": lambda z, t: F.cross_entropy(flat(z * torch.tensor(0.3)), t.view(-1)),
     "tanh twice": lambda z, t: F.cross_entropy(flat(z.tanh().tanh()), t.view(-1)),
@@ -145,6 +160,16 @@ USES = {
         1
     ],
 }
+
+
+def gathered(p, t):
+    return p.gather(2, t.clamp(min=0)[..., None]).mean()
+
+
+def transformers_smoothing(z, t):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    return LabelSmoother(epsilon=0.2)({"logits": z}, t, shift_labels=True)
 
 
 def written(z, t):

@@ -36,7 +36,7 @@ def linear_cross_entropy(
 
     Keeps, for a trained head, the input in the dtype of the product, or with `method` a pack of it
     as fine as `method.for_scores()` (8 bits an element for `GroupQuant`), which is shared with the
-    norm that made the input if that one's pack is as fine; and 20 bytes a row. For a frozen head it
+    norm that made the input if that one's pack is as fine; and 13 bytes a row. For a frozen head it
     keeps the finished gradient of the input, in the dtype of the product, and nothing of the head.
 
     Gradients are exact without a method. With one, logits of the backward pass are of the rebuilt

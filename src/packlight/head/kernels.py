@@ -62,16 +62,16 @@ def _row_sums_kernel(
 
 
 @quick
-@triton.jit(do_not_specialize=["start", "on_target", "on_all", "scale", "cap"])
+@triton.jit(do_not_specialize=["start", "scale", "cap"])
 def _gradient_kernel(
     logits_ptr,  # [n, width]
     logsumexp_ptr,  # [n]
     targets_ptr,  # [n]
-    coefficients_ptr,  # [n]
+    on_softmax_ptr,  # [n]
+    on_target_ptr,  # [n]
+    on_all_ptr,  # [n]
     width,
     start,
-    on_target,
-    on_all,
     scale,
     cap,
     CAPPED: tl.constexpr,
@@ -83,12 +83,12 @@ def _gradient_kernel(
     place = logits_ptr + row * width + column
     u = _bent(tl.load(place, mask=inside, other=0.0), scale, cap, CAPPED)
     target = tl.load(targets_ptr + row) - start
-    g = tl.exp(u - tl.load(logsumexp_ptr + row)) - on_all
-    g = tl.where(column == target, g - on_target, g)
-    g *= tl.load(coefficients_ptr + row) * scale
+    g = tl.exp(u - tl.load(logsumexp_ptr + row)) * tl.load(on_softmax_ptr + row)
+    g += tl.load(on_all_ptr + row)
+    g = tl.where(column == target, g + tl.load(on_target_ptr + row), g)
     if CAPPED:
         g *= cap - u * (u / cap)
-    tl.store(place, g, mask=inside)
+    tl.store(place, g * scale, mask=inside)
 
 
 def row_sums(logits: Tensor, scale: float, cap: float) -> tuple[Tensor, Tensor]:
@@ -109,10 +109,10 @@ def gradient_(
     logits: Tensor,
     logsumexp: Tensor,
     targets: Tensor,
-    coefficients: Tensor,
+    on_softmax: Tensor,
+    on_target: Tensor,
+    on_all: Tensor,
     start: int,
-    on_target: float,
-    on_all: float,
     scale: float,
     cap: float,
 ) -> None:
@@ -120,7 +120,7 @@ def gradient_(
     rows, width = logits.shape
     if rows and width:
         _gradient_kernel[(rows, triton.cdiv(width, _BLOCK))](
-            logits, logsumexp, targets, coefficients, width, start,
-            on_target, on_all, scale, cap,
+            logits, logsumexp, targets, on_softmax, on_target, on_all,
+            width, start, scale, cap,
             CAPPED=bool(cap), BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip

@@ -6,7 +6,8 @@ place in the graph, and without memory. Torch shows every function that is calle
 
 - Those between a head and its loss are followed: views and choices of rows, casts, a factor, a
   softcap, a bias. The result is `LazyLogits` again, of rows of the head's input.
-- `cross_entropy` and `logsumexp` of them are computed by chunks (`rows.py`).
+- `cross_entropy` and `logsumexp` of them are computed by chunks (`rows.py`), and of the logarithms of
+  probabilities those at given classes, and their sum.
 - Anything else computes the logits, as the plain head and torch's own functions do, and goes on
   with those. They are computed once, and from then on the object stands for them, in-place writes
   included. So nothing can be wrong for not being known; it only costs the memory.
@@ -35,7 +36,7 @@ from packlight._checks import autocasts, is_plain
 from packlight._torch.attributes import version
 from packlight.errors import InputError, ModifiedWeightError
 from packlight.head import functional
-from packlight.head.rows import Curve, Shares, row_losses
+from packlight.head.rows import Curve, Shares, row_losses, row_losses_and_sums
 from packlight.layers.linear import linear
 from packlight.quantiser import Quantiser
 
@@ -105,6 +106,9 @@ class _Logits:
     added: tuple[Tensor, ...] = ()  # biases from outside of the head
     # Whether classes are the second dimension, as for torch's loss of rows of several dimensions.
     moved: bool = False
+    # 0 for logits; 1 for their logarithms of probabilities, u - logsumexp(u), -1 for minus those.
+    sign: int = 0
+    sums: tuple[Tensor, Tensor] | None = None  # logsumexp and sum of each row, once known
     values: Tensor | None = None
     bare: Tensor | None = None  # values without a graph, for what runs below autograd
 
@@ -248,9 +252,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> An
             return func(*args, **kwargs)
     first = args[0] if args else None
     follow = _FOLLOWED.get(func)
-    if isinstance(first, LazyLogits) and first._state.moved and follow is not _cross_entropy:
-        follow = None
-    if follow is not None and isinstance(first, LazyLogits) and first._state.values is None:
+    if follow is not None and isinstance(first, LazyLogits) and _may_follow(first._state, follow):
         result = follow(first, func, args, kwargs)
         if result is not None:
             return result
@@ -270,6 +272,15 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> An
 def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation below autograd gives: it sees the values."""
     return func(*_mapped(_values, args), **_mapped(_values, kwargs))
+
+
+def _may_follow(state: _Logits, follow: Any) -> bool:
+    """Whether logits, or what else the state is of, are followed through such a function."""
+    if state.values is not None:
+        return False
+    if state.moved:
+        return follow is _cross_entropy
+    return follow not in (_OF_LOGITS if state.sign else _OF_LOGARITHMS)
 
 
 def _is_own(lazy: LazyLogits) -> bool:
@@ -357,6 +368,7 @@ def _after(
         step=lambda logits: func(logits, *rest, **kwargs),
         values=None,
         bare=None,
+        sums=None,
         **{"records": state.records and torch.is_grad_enabled(), **changes},
     )
     return _made(made)
@@ -600,8 +612,105 @@ def _log_of_sum(state: _Logits, dim: Any = None, keepdim: bool = False) -> Tenso
         return found.to(_result_dtype(state)).view(*rows, *((1,) if keepdim else ()))
 
 
+# ---- logarithms of probabilities -----------------------------------------------------------------
+
+
+def _is_last(state: _Logits, dim: Any) -> bool:
+    return type(dim) is int and dim in (-1, len(state.shape) - 1)
+
+
+def _log_softmax(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | None:
+    return _logarithms(lazy, func, args, kwargs, *args[1:], **kwargs)
+
+
+def _logarithms(
+    lazy: LazyLogits,
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    dim: Any = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> LazyLogits | None:
+    state = lazy._state
+    dtype = _result_dtype(state) if dtype is None else dtype
+    # Where autocast widens, the steps would have to be computed under autocast too.
+    if not _is_last(state, dim) or (dtype != state.dtype and "dtype" not in kwargs):
+        return None
+    return _after(lazy, func, args, kwargs, sign=1, dtype=dtype)
+
+
+def _negate(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | None:
+    return _after(lazy, func, args, kwargs, sign=-lazy._state.sign)
+
+
+def _gather(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    return _logarithms_at(lazy._state, *args[1:], **kwargs)
+
+
+def _logarithms_at(state: _Logits, dim: Any = None, index: Any = None) -> Tensor | None:
+    known = (
+        _is_last(state, dim)
+        and isinstance(index, Tensor)
+        and is_plain(index)
+        and index.dtype == torch.int64
+        and index.device == state.x.device
+        and index.shape == (*state.shape[:-1], 1)
+    )
+    if not known:
+        return None
+    losses = _losses_and_sums(state, index.reshape(-1), Shares())
+    return (losses * -state.sign).to(state.dtype).view(index.shape)
+
+
+def _sum(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    return _sum_of_logarithms(lazy._state, *args[1:], **kwargs)
+
+
+def _sum_of_logarithms(
+    state: _Logits, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    if not _is_last(state, dim):
+        return None
+    if state.sums is None or state.sums[0].requires_grad != torch.is_grad_enabled():
+        rows = math.prod(state.shape[:-1])
+        targets = torch.zeros(rows, dtype=torch.int64, device=state.x.device)
+        _losses_and_sums(state, targets, Shares(0.0, 0.0))
+    assert state.sums is not None
+    logsumexp, total = state.sums
+    found = (total - logsumexp * state.shape[-1]) * state.sign
+    found = found.to(state.dtype if dtype is None else dtype)
+    return found.view(*state.shape[:-1], *((1,) if keepdim else ()))
+
+
+def _losses_and_sums(state: _Logits, targets: Tensor, shares: Shares) -> Tensor:
+    how = _how(state)
+    with torch.set_grad_enabled(state.records and torch.is_grad_enabled()):
+        losses, *sums = row_losses_and_sums(
+            state.x, state.weight, state.bias, targets,
+            how["curve"], shares, how["method"], how["dtype"],
+        )  # fmt: skip
+    state.sums = sums[0], sums[1]
+    return losses
+
+
+def _nll_loss(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    return _loss(lazy._state, *args[1:], **kwargs) if lazy._state.sign == 1 else None
+
+
+# What is followed of the one alone.
+_OF_LOGITS = (
+    _cross_entropy, _logsumexp, _multiply, _divide, _tanh, _add, _move, _log_softmax
+)  # fmt: skip
+_OF_LOGARITHMS = (_negate, _gather, _sum, _nll_loss)
+
 _FOLLOWED: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
+    F.nll_loss: _nll_loss,
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+    **dict.fromkeys((torch.neg, Tensor.neg, Tensor.__neg__), _negate),
+    **dict.fromkeys((torch.gather, Tensor.gather), _gather),
+    **dict.fromkeys((torch.sum, Tensor.sum), _sum),
     **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), _logsumexp),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
     **dict.fromkeys((torch.multiply, Tensor.multiply), _multiply),

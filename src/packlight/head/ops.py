@@ -23,10 +23,10 @@ row_sums = define_op(
 )
 
 # Overwrites columns of logits, those from `start`, with
-# coefficients (e^(u - logsumexp) - on_target [column is target] - on_all) du/dz.
+# (on_softmax e^(u - logsumexp) + on_target [column is target] + on_all) du/dz; all are [n].
 gradient_ = define_op(
-    "head_gradient(Tensor(a!) logits, Tensor logsumexp, Tensor targets, Tensor coefficients,"
-    " int start, float on_target, float on_all, float scale, float cap) -> ()",
+    "head_gradient(Tensor(a!) logits, Tensor logsumexp, Tensor targets, Tensor on_softmax,"
+    " Tensor on_target, Tensor on_all, int start, float scale, float cap) -> ()",
     reference=reference.gradient_,
     fake=lambda *_: None,
     kernel=f"{_KERNELS}:gradient_",

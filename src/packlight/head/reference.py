@@ -24,24 +24,23 @@ def gradient_(
     logits: Tensor,
     logsumexp: Tensor,
     targets: Tensor,
-    coefficients: Tensor,
+    on_softmax: Tensor,
+    on_target: Tensor,
+    on_all: Tensor,
     start: int,
-    on_target: float,
-    on_all: float,
     scale: float,
     cap: float,
 ) -> None:
-    """coefficients (e^(u - logsumexp) - on_target [column is target] - on_all) du/dz."""
+    """(on_softmax e^(u - logsumexp) + on_target [column is target] + on_all) du/dz."""
     u = bent(logits, scale, cap)
     g = (u - logsumexp[:, None]).exp_()
-    if on_all:
-        g -= on_all
-    if on_target:
-        columns = targets - start
-        here = (columns >= 0) & (columns < g.shape[1])
-        share = here.to(g.dtype) * -on_target
-        g.scatter_add_(1, torch.where(here, columns, 0)[:, None], share[:, None])
-    g *= coefficients[:, None] * scale
+    g.mul_(on_softmax[:, None]).add_(on_all[:, None])
+    columns = targets - start
+    here = (columns >= 0) & (columns < g.shape[1])
+    share = torch.where(here, on_target, 0.0)
+    g.scatter_add_(1, torch.where(here, columns, 0)[:, None], share[:, None])
     if cap:
         g *= cap - u * (u / cap)
+    if scale != 1.0:
+        g *= scale
     logits.copy_(g)

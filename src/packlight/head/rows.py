@@ -79,6 +79,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _RowLosses(torch.autograd.Function):
+    """The losses of rows, and with `keeps_sums` the logsumexp and the sum of each row beside."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -88,49 +90,62 @@ class _RowLosses(torch.autograd.Function):
         targets: Tensor,
         curve: Curve,
         shares: Shares,
-        rebuild: Callable[..., Tensor] | None,
+        keeps_sums: bool,
+        rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
-    ) -> Tensor:
+    ) -> Any:
         w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        is_frozen = not (needs_weight or needs_bias)
+        # The gradient in the forward pass is of the losses alone.
+        is_frozen = not (needs_weight or needs_bias or keeps_sums)
         wide = compute_dtype(x)
         logsumexp = x.new_empty(x.shape[0], dtype=wide)
-        losses = torch.empty_like(logsumexp)
+        total, losses = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
         dx = torch.empty_like(x) if is_frozen and needs_x else None
-        one = logsumexp.new_ones(()).expand_as(logsumexp).contiguous() if dx is not None else None
+        ons = _coefficients(torch.ones_like(losses), None, None, shares)
         for rows in _chunks(x.shape[0], weight.shape[0], x.device):
             z = _product(x[rows], w, b)
-            sums, total = ops.row_sums(z, *curve)
-            logsumexp[rows] = losses[rows] = sums
+            logsumexp[rows], total[rows] = ops.row_sums(z, *curve)
+            losses[rows] = logsumexp[rows]
             if shares.on_target:
                 u = bent(z.gather(1, targets[rows, None])[:, 0].to(wide), curve)
                 losses[rows].sub_(u, alpha=shares.on_target)
             if shares.on_all:
-                losses[rows].sub_(total, alpha=shares.on_all)
-            if dx is not None and one is not None:
-                ops.gradient_(z, sums, targets[rows], one[rows], 0, *shares, *curve)
+                losses[rows].sub_(total[rows], alpha=shares.on_all)
+            if dx is not None:
+                some = [on[rows] for on in ons]
+                ops.gradient_(z, logsumexp[rows], targets[rows], *some, 0, *curve)
                 torch.mm(z, w, out=dx[rows])
         ctx.is_frozen, ctx.curve, ctx.shares, ctx.rebuild = is_frozen, curve, shares, rebuild
         ctx.dtype, ctx.shape = x.dtype, x.shape
+        ctx.set_materialize_grads(False)
         if is_frozen:
             ctx.save_for_backward(dx)
         else:
             ctx.save_for_backward(weight, bias, logsumexp, targets, *tensors)
-        return losses
+        return (losses, logsumexp.clone(), total) if keeps_sums else losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(
+        ctx: Any,
+        gradient: Tensor | None,
+        of_logsumexp: Tensor | None = None,
+        of_total: Tensor | None = None,
+    ) -> Any:
         refuse_second_derivative("no logits")
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rest = [None] * (len(ctx.needs_input_grad) - 3)
+        given = [one for one in (gradient, of_logsumexp, of_total) if one is not None]
+        if not given:
+            return None, None, None, *rest
         if ctx.is_frozen:
             (dx,) = ctx.saved_tensors
-            scaled = None if dx is None else (dx * gradient[:, None]).to(ctx.dtype)
+            scaled = None if dx is None else (dx * given[0][:, None]).to(ctx.dtype)
             return scaled, None, None, *rest
         weight, bias, logsumexp, targets, *tensors = saved_with_weight(ctx)
         x = ctx.rebuild(ctx.dtype, *tensors).reshape(ctx.shape)
-        gradient = gradient.contiguous()
+        gradient = torch.zeros_like(given[0]) if gradient is None else gradient
+        ons = _coefficients(gradient, of_logsumexp, of_total, ctx.shares)
         wide = compute_dtype(x)
         dx = x.new_zeros(x.shape, dtype=wide) if needs_x else None
         dweight = torch.empty_like(weight) if needs_weight else None
@@ -138,7 +153,7 @@ class _RowLosses(torch.autograd.Function):
         for columns in _chunks(weight.shape[0], x.shape[0], x.device):
             w = weight[columns].to(ctx.dtype)
             z = _product(x, w, None if bias is None else bias[columns].to(ctx.dtype))
-            ops.gradient_(z, logsumexp, targets, gradient, columns.start, *ctx.shares, *ctx.curve)
+            ops.gradient_(z, logsumexp, targets, *ons, columns.start, *ctx.curve)
             if dweight is not None:
                 if dweight.dtype == z.dtype:
                     torch.mm(z.t(), x, out=dweight[columns])
@@ -154,13 +169,22 @@ class _RowLosses(torch.autograd.Function):
         return None if dx is None else dx.to(ctx.dtype), dweight, dbias, *rest
 
 
+def _coefficients(
+    losses: Tensor, logsumexp: Tensor | None, total: Tensor | None, shares: Shares
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What softmax, target and all u of a row are multiplied by, of the gradients of its sums."""
+    on_softmax = losses.contiguous() if logsumexp is None else losses + logsumexp
+    on_all = losses * -shares.on_all
+    return on_softmax, losses * -shares.on_target, on_all if total is None else on_all + total
+
+
 def bent(z: Tensor, curve: Curve) -> Tensor:
     """u of logits in float32 or float64; see `Curve`."""
     u = z * curve.scale
     return torch.tanh(u) * curve.cap if curve.cap else u
 
 
-_apply: Callable[..., Tensor] = _RowLosses.apply
+_apply: Callable[..., Any] = _RowLosses.apply
 
 
 def row_losses(
@@ -179,8 +203,32 @@ def row_losses(
     see the head of the file. With a method, a head that is trained keeps a pack of x as fine as
     the method's for scores, since logits are exponents of a softmax; it shares one that is there.
     """
+    losses: Tensor = _rows(x, weight, bias, targets, curve, shares, method, dtype, False)
+    return losses
+
+
+def row_losses_and_sums(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `row_losses`; beside the losses the logsumexp and the sum of u of each row.
+
+    A frozen head keeps what a trained one does, and computes its logits again.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = _rows(*given, True)
+    return found
+
+
+def _rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    curve: Curve,
+    shares: Shares,
+    method: Quantiser | None,
+    dtype: torch.dtype,
+    keeps_sums: bool,
+) -> Any:
     is_trained = torch.is_grad_enabled() and (
-        weight.requires_grad or (bias is not None and bias.requires_grad)
+        keeps_sums or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     cast = x if x.dtype == dtype else sharing.cast_of(x, dtype)
     cast = x.to(dtype) if cast is None else cast
@@ -191,7 +239,7 @@ def row_losses(
         kept = pack_input(x, method.for_scores())
         rebuild, tensors = kept.rebuild, kept.tensors
     with without_autocast(x.device.type):
-        return _apply(rows, weight, bias, targets, curve, shares, rebuild, *tensors)
+        return _apply(rows, weight, bias, targets, curve, shares, keeps_sums, rebuild, *tensors)
 
 
 def _itself(dtype: torch.dtype, x: Tensor) -> Tensor:
