@@ -6,6 +6,7 @@ of which a cross-entropy is computed by chunks; whatever else is done with them 
 `linear_cross_entropy` is the loss itself, for code that calls it.
 """
 
+import packlight.head.following  # noqa: F401  writes the table of what is followed
 from packlight.head.functional import linear_cross_entropy
 from packlight.head.lazy import LazyLogits
 

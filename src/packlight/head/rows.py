@@ -203,20 +203,21 @@ def row_losses(
     see the head of the file. With a method, a head that is trained keeps a pack of x as fine as
     the method's for scores, since logits are exponents of a softmax; it shares one that is there.
     """
-    losses: Tensor = _rows(x, weight, bias, targets, curve, shares, method, dtype, False)
+    losses: Tensor = _rows(False, x, weight, bias, targets, curve, shares, method, dtype)
     return losses
 
 
-def row_losses_and_sums(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def row_losses_and_sums(*given: Any, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As `row_losses`; beside the losses the logsumexp and the sum of u of each row.
 
     A frozen head keeps what a trained one does, and computes its logits again.
     """
-    found: tuple[Tensor, Tensor, Tensor] = _rows(*given, True)
+    found: tuple[Tensor, Tensor, Tensor] = _rows(True, *given, **how)
     return found
 
 
 def _rows(
+    keeps_sums: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -225,7 +226,6 @@ def _rows(
     shares: Shares,
     method: Quantiser | None,
     dtype: torch.dtype,
-    keeps_sums: bool,
 ) -> Any:
     is_trained = torch.is_grad_enabled() and (
         keeps_sums or weight.requires_grad or (bias is not None and bias.requires_grad)
