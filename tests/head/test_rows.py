@@ -262,3 +262,13 @@ def test_gradients_by_the_kernel(dtype, device, curve, width):
     reference.gradient_(truth, wide[0], targets, *wide[1:], 7, scale, cap)
     kernels.gradient_(z, logsumexp, targets, *ons, 7, scale, cap)
     torch.testing.assert_close(z.double(), truth, rtol=EPSILON[dtype], atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13")
+def test_gradients_that_torchs_own_hides_are_counted():
+    x, w, _, target = problem(bias=False)
+    options = torch.nn.LinearCrossEntropyOptions()
+    report = packlight.profile(
+        lambda: F.linear_cross_entropy(x, w, target.clamp(min=0), options=options)
+    )
+    assert report.activation_bytes == w.nbytes + x.nbytes  # their gradients
