@@ -155,6 +155,10 @@ USES = {
     "values and loss": lambda z, t: z.square().mean() + F.cross_entropy(flat(z), t.view(-1)),
     "someone's Function": lambda z, t: Square.apply(z).sum(),
     "a view in someone's Function": lambda z, t: Square.apply(flat(z * 0.5)).sum(),
+    "values and someone's Function": lambda z, t: z.square().sum() + Square.apply(z * 0.5).sum(),
+    "written, then someone's Function": lambda z, t: Square.apply(written_to(z)).sum(),
+    "a trained bias": lambda z, t: trained_bias(z, t),
+    "a bias changed later": lambda z, t: changed_later(z, t),
     "loss behind someone's Function": lambda z, t: F.cross_entropy(
         flat(Double.apply(z)), t.view(-1)
     ),
@@ -163,6 +167,25 @@ USES = {
         1
     ],
 }
+
+
+def written_to(z):
+    z[..., 3:9] = 2.0
+    return z
+
+
+def trained_bias(z, t):
+    bias = torch.linspace(-1, 1, CLASSES).requires_grad_()
+    loss = F.cross_entropy(flat(z + bias), t.view(-1))
+    assert torch.autograd.grad(loss, bias, retain_graph=True)[0].norm() > 0
+    return loss
+
+
+def changed_later(z, t):
+    bias, mask = torch.linspace(-1, 1, CLASSES), t != -100
+    biased, targets = (z + bias)[mask], t[mask]
+    bias.zero_()
+    return biased.square().sum() + F.cross_entropy(biased, targets)
 
 
 def gathered(p, t):

@@ -30,8 +30,8 @@ def _after(
     state, rest = lazy._state, args[1:]
     after = dataclasses.replace(
         state,
+        steps=(*state.steps, lambda logits: func(logits, *rest, **kwargs)),
         before=state,
-        step=lambda logits: func(logits, *rest, **kwargs),
         values=None,
         bare=None,
         sums=None,
@@ -75,7 +75,7 @@ def _tanh(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | N
 
 
 def _add(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | None:
-    """A bias for each class, as the `final_logits_bias` of BART."""
+    """A bias of each class that is not trained, as the `final_logits_bias` of BART."""
     state = lazy._state
     other = args[1] if len(args) == 2 and not kwargs else None
     if not isinstance(other, Tensor) or not is_plain(other) or state.curve != Curve():
@@ -84,11 +84,12 @@ def _add(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | No
     classes = state.weight.shape[0]
     if not same or other.dim() > len(state.shape) or other.shape[-1:] != (classes,):
         return None
-    if other.numel() != classes:
+    if other.numel() != classes or other.requires_grad:
         return None
+    other = other.clone()  # as it is now
     flat = other.reshape(classes)
     bias = flat if state.bias is None else state.bias.to(flat.dtype) + flat
-    return _after(lazy, func, args, kwargs, bias=bias, added=(*state.added, other))
+    return _after(lazy, func, (lazy, other), kwargs, bias=bias)
 
 
 def _cast_to(name: torch.dtype) -> Callable[..., LazyLogits | None]:
@@ -153,6 +154,9 @@ def _choose(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits |
         return None
     state, index = lazy._state, args[1]
     parts = list(index) if isinstance(index, tuple) else [index]
+    # As they are now: the logits may be computed later.
+    parts = [part.clone() if isinstance(part, Tensor) else part for part in parts]
+    index = tuple(parts) if isinstance(index, tuple) else parts[0]
     taken = 0
     for part in parts:
         if isinstance(part, Tensor) and is_plain(part):
@@ -177,7 +181,7 @@ def _choose(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits |
         x = state.x[index]
     except (IndexError, RuntimeError):
         return None
-    return _after(lazy, func, args, kwargs, x=x)
+    return _after(lazy, func, (lazy, index), kwargs, x=x)
 
 
 def _move(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | None:

@@ -71,13 +71,25 @@ class _Root:
                 " to torch: convert without head=True"
             )
 
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.weight, self.bias
+
     def logits(self, records: bool) -> Tensor:
-        """The logits as the plain head gives them."""
+        """The logits as the head gives them that is not lazy."""
         self.check()
         with torch.set_grad_enabled(records), self._as_called():
             if self.method is not None and records:
                 return linear(self.x, self.weight, self.bias, method=self.method)
             return F.linear(self.x, self.weight, self.bias)
+
+    def product(self, *inputs: Tensor | None) -> Tensor:
+        """The plain head's logits of other inputs."""
+        self.check()
+        with self._as_called():
+            plain: Any = F.linear
+            logits: Tensor = plain(*inputs)
+            return logits
 
     def _as_called(self) -> contextlib.AbstractContextManager[Any]:
         kind = self.x.device.type
@@ -97,22 +109,17 @@ class Logits:
     curve: Curve
     dtype: torch.dtype
     records: bool
+    # What was done to the head's logits, and the logits before the last of it.
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
     before: "Logits | None" = None
-    step: Callable[[Tensor], Tensor] | None = None  # from the logits before to these
-    added: tuple[Tensor, ...] = ()  # biases from outside of the head
     # Whether classes are the second dimension, as for torch's loss of rows of several dimensions.
     moved: bool = False
     # 0 for logits; 1 for their logarithms of probabilities, u - logsumexp(u), -1 for minus those.
     sign: int = 0
     sums: tuple[Tensor, Tensor] | None = None  # logsumexp and sum of each row, once known
     values: Tensor | None = None
+    version: int = 0  # of the values as they were computed
     bare: Tensor | None = None  # values without a graph, for what runs below autograd
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """Where the gradient of these logits goes."""
-        root = self.root
-        return tuple(t for t in (root.x, root.weight, root.bias, *self.added) if t is not None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -136,26 +143,34 @@ class Logits:
     def _compute(self) -> None:
         if self.values is not None:
             return
-        if self.before is None or self.step is None:
+        if self.before is None:
             self.values = self.root.logits(self.root.records)
         else:
             self.before._compute()
             assert self.before.values is not None
             with torch.set_grad_enabled(self.records):
-                self.values = self.step(self.before.values)
-            self.before = self.step = None  # which may hold more logits that nobody has
+                self.values = self.steps[-1](self.before.values)
+            self.before = None  # which may hold more logits that nobody has
+        self.version = version(self.values)
 
     def without_graph(self) -> Tensor:
         """The logits for an operation below autograd, where no graph can be made."""
         if self.bare is None:
             if self.values is not None:
                 self.bare = self.values.detach()
-            elif self.before is None or self.step is None:
+            elif self.before is None:
                 self.bare = self.root.logits(False)
             else:
                 with torch.no_grad():
-                    self.bare = self.step(self.before.without_graph())
+                    self.bare = self.steps[-1](self.before.without_graph())
         return self.bare
+
+    def again(self, *inputs: Tensor | None) -> Tensor:
+        """The logits of other inputs of the head, computed anew."""
+        logits = self.root.product(*inputs)
+        for step in self.steps:
+            logits = step(logits)
+        return logits
 
 
 class _LazyLogits(torch.autograd.Function):
@@ -165,7 +180,7 @@ class _LazyLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, state: Logits, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, state: Logits, *inputs: Tensor | None) -> Tensor:
         ctx.state = state
         lazy = _torch.hollow(LazyLogits, state.shape, state.dtype, state.x.device)
         lazy._state = state
@@ -174,15 +189,22 @@ class _LazyLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         state: Logits = ctx.state
-        places = [place for place, tensor in enumerate(state.inputs) if tensor.requires_grad]
-        wanted = [state.inputs[place] for place in places]
-        found: list[Tensor | None] = [None] * len(state.inputs)
+        inputs = state.root.inputs
+        written = state.values is not None and version(state.values) != state.version
         with torch.enable_grad():
-            logits = state.computed()
-        given = torch.autograd.grad(logits, wanted, gradient, retain_graph=True, allow_unused=True)
-        for place, part in zip(places, given, strict=True):
-            found[place] = part
-        return None, *found
+            if written:
+                logits = state.computed()
+            else:  # in a graph of its own: other uses of the values may have freed theirs
+                inputs = tuple(
+                    None if one is None else one.detach().requires_grad_(one.requires_grad)
+                    for one in inputs
+                )
+                logits = state.again(*inputs)
+        wanted = [one for one in inputs if one is not None and one.requires_grad]
+        given = iter(torch.autograd.grad(logits, wanted, gradient, allow_unused=True))
+        return None, *(
+            next(given) if one is not None and one.requires_grad else None for one in inputs
+        )
 
 
 _apply: Callable[..., "LazyLogits"] = _LazyLogits.apply
@@ -193,7 +215,7 @@ def made(state: Logits) -> "LazyLogits":
     state.root.members = [one for one in state.root.members if one() is not None]
     state.root.members.append(weakref.ref(state))
     with torch.set_grad_enabled(state.records), _torch.without_torch_functions():
-        return _apply(state, *state.inputs)
+        return _apply(state, *state.root.inputs)
 
 
 def lazy_logits(
