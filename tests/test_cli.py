@@ -249,9 +249,10 @@ def run_for_real(
 
 
 METHODS = {
-    "default": (["default"], False),
-    "functional": (["default"], True),
-    "mixed": (["Linear=Sketch(rows=0.25, min_rows=1)", "*=GroupQuant(8), FewBit(2)"], False),
+    "default": (["default"], []),
+    "functional": (["default"], ["functional"]),
+    "head": (["default"], ["head", "functional"]),
+    "mixed": (["Linear=Sketch(rows=0.25, min_rows=1)", "*=GroupQuant(8), FewBit(2)"], []),
 }
 
 
@@ -268,14 +269,14 @@ def test_the_prediction_is_what_a_run_keeps(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Within 3% is promised; on a CPU it is to the byte on these models but for a few casts."""
-    methods, functional = METHODS[kind]
+    methods, options = METHODS[kind]
     dtype = "bf16" if mode == "bf16" else "fp32"
     line = ["profile", text, "--dtype", dtype, "--no-strict", "--device", device]
     line += [f"--method={method}" for method in methods]
     line += [f"--config={setting}" for setting in SMALL[text].split()]
     line += ["--input=batch=2,sequence=48"] if text.startswith("hf:") else []
     line += ["--autocast=bf16"] if mode == "autocast" else []
-    line += ["--functional"] if functional else []
+    line += [f"--{option}" for option in options]
     answer = answered(line, capsys)
     before, after = report(answer["before"]), report(answer["after"])
 
@@ -289,7 +290,7 @@ def test_the_prediction_is_what_a_run_keeps(
 
     assert before.activation_bytes == pytest.approx(kept(), rel=0.03)
     chosen = chosen_methods(methods, None)
-    packlight.convert(model, chosen, strict=False, functional=functional)
+    packlight.convert(model, chosen, strict=False, **dict.fromkeys(options, True))
     assert after.activation_bytes == pytest.approx(kept(), rel=0.03)
     assert after.activation_bytes < before.activation_bytes
 
@@ -319,6 +320,15 @@ def test_json_holds_the_reports(net: None, capsys: pytest.CaptureFixture[str]) -
     # Codes, and a byte that says whether all is finite.
     assert report(both["after"]).activation_bytes == 8 * 128 * 4 + 8 * 128 * 2 // 8 + 1
     assert [row["names"] for row in both["conversion"]["replaced"]] == [["1"]]
+
+
+def test_heads_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["profile", "hf:llama", "--config", "num_hidden_layers=1", "--input", "sequence=64"]
+    answer = answered([*line, "--head"], capsys)
+    assert answer["conversion"]["heads"] == ["lm_head"]
+    before, after = report(answer["before"]), report(answer["after"])
+    assert before.activation_bytes - after.activation_bytes > 0.9 * 64 * 32000 * 4
+    assert answered([*line, "--head", "lm_*"], capsys)["after"] == answer["after"]
 
 
 def test_levels_of_modules(capsys: pytest.CaptureFixture[str]) -> None:

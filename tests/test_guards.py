@@ -15,6 +15,7 @@ from packlight.groupquant import kernels as group
 from packlight.groupquant import norm_kernels as group_norm
 from packlight.groupquant.fixed_point import kernels as fixed
 from packlight.groupquant.fixed_point import residual_kernels
+from packlight.head import kernels as head
 from packlight.inverted import kernels as inverted
 from packlight.inverted import norm_kernels as inverted_norm
 from packlight.packing import kernels as packing
@@ -136,6 +137,14 @@ def sketches(guards, tokens, features, rows):
     sketch.gather(x, index, None, values(guards, rows, features))
 
 
+def heads(guards, rows, classes):
+    z = values(guards, rows, classes)
+    logsumexp, _ = head.row_sums(z, 0.5, 4.0)
+    targets = torch.arange(rows)
+    ons = (values(guards, rows) for _ in range(3))
+    head.gradient_(z, logsumexp, targets, *ons, 1, 0.5, 4.0)
+
+
 RUNS = {
     "masks": (masks, [(4096,), (4173,), (1,)]),
     "few bits": (few_bits, [(4096,), (4173,)]),
@@ -150,6 +159,7 @@ RUNS = {
         batch_norms,
         [((4, 8, 8, 16), 4, False), ((3, 5, 7, 3), 4, False), ((3, 5, 7, 3), 8, True)],
     ),
+    "heads": (heads, [(4, 2048), (3, 2050), (1, 1)]),
     "sketches": (sketches, [(128, 32, 32), (101, 33, 30), (20, 5, 4)]),
 }
 CASES = [

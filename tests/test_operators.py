@@ -5,7 +5,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from packlight import _seeds, fewbit, groupquant, sketch
+from packlight import _seeds, fewbit, groupquant, head, sketch
 from packlight._library import _LIBRARY
 from packlight.fewbit import ops as few_bit_ops
 from packlight.packing.ops import pack_mask, unpack_mask
@@ -43,7 +43,9 @@ def without_values(x):
 def described(results):
     """All that code which sees no values can read of them."""
     return [
-        (t.shape, t.dtype, t.device, t.stride(), t.storage_offset()) for t in tree_leaves(results)
+        (t.shape, t.dtype, t.device, t.stride(), t.storage_offset())
+        for t in tree_leaves(results)
+        if t is not None  # what an operator returns that only writes
     ]
 
 
@@ -128,9 +130,18 @@ def masks():
     unpack_mask(packed, mask.shape, mask.stride())
 
 
+def heads():
+    target = torch.arange(5)
+    for dtype in DTYPES:
+        w = torch.randn(40, 8, dtype=dtype, requires_grad=True)
+        both_ways(
+            lambda x, w=w: head.linear_cross_entropy(x, w, target), torch.randn(5, 8).to(dtype)
+        )
+
+
 PASSES = (
     activations, dropouts, pools, inverted_norms, group_quantised_norms, group_quantised_products,
-    residual_blocks, sketches, masks,
+    residual_blocks, sketches, masks, heads,
 )  # fmt: skip
 
 

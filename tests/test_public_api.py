@@ -40,6 +40,7 @@ NAMES = {
     "fit_codebook",
     "graphed",
     "groupquant",
+    "head",
     "inverted",
     "launched",
     "load_methods",

@@ -29,15 +29,17 @@ from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
 from packlight.groupquant.fixed_point import residual_kernels
 from packlight.groupquant.grouping import Grouping
+from packlight.head import kernels as head_kernels
 from packlight.inverted import kernels as inverted_kernels
 from packlight.inverted import norm_kernels
 from packlight.sketch import kernels as sketch_kernels
 from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
-POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
+POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "logits_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "scale", "offset", "low", "eps", "momentum", *LIMITS)
+FLOATS += ("cap",)
 FLOATS += tuple(f"up_{name}" for name in LIMITS)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
@@ -344,6 +346,15 @@ def sketch_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]
             yield f"sketch gather {dtype}, weight {weighted}", kernel, constants, dtype, 4, columns
 
 
+def head_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `norm_variants`: what is computed of a chunk of logits."""
+    for dtype, capped in itertools.product(DIGITS, (False, True)):
+        constants = {"CAPPED": capped, "BLOCK": head_kernels._BLOCK}
+        for kernel in (head_kernels._row_sums_kernel, head_kernels._gradient_kernel):
+            label = f"head {kernel.__name__} {dtype}, capped {capped}"
+            yield label, kernel, constants, dtype, head_kernels._WARPS, head_kernels._BLOCK
+
+
 def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
     """Constants of the activations' forward kernel."""
     return {
@@ -373,7 +384,9 @@ def compile_kernel(
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
             special["moments_ptr"] = special["norms_ptr"] = "*fp32"
             special |= dict.fromkeys(("index_ptr", "places_ptr", "chosen_ptr"), "*i32")
-            special["draws_ptr"] = "*i64"
+            special["draws_ptr"] = special["targets_ptr"] = "*i64"
+            names = ("logsumexp_ptr", "total_ptr", "on_softmax_ptr", "on_target_ptr", "on_all_ptr")
+            special |= dict.fromkeys(names, "*fp32")
             special |= dict.fromkeys(("mask_ptr", "mask1_ptr", "mask2_ptr", "mask3_ptr"), "*u8")
             special |= dict.fromkeys(("codes1_ptr", "codes2_ptr", "codes3_ptr"), "*u8")
             special |= dict.fromkeys(("table1_ptr", "table2_ptr", "table3_ptr"), "*fp32")
@@ -446,6 +459,7 @@ def main() -> None:
         *group_variants(),
         *norm_variants(),
         *sketch_variants(),
+        *head_variants(),
     ):
         if options.match not in name:
             continue

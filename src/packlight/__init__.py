@@ -1,6 +1,6 @@
 """packlight: train and fine-tune PyTorch models with a fraction of the activation memory."""
 
-from packlight import fewbit, groupquant, inverted, sketch
+from packlight import fewbit, groupquant, head, inverted, sketch
 from packlight._library import use_reference
 from packlight._seeds import manual_seed
 from packlight._version import __version__
@@ -56,6 +56,7 @@ __all__ = [
     "fit_codebook",
     "graphed",
     "groupquant",
+    "head",
     "inverted",
     "launched",
     "load_methods",

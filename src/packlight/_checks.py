@@ -1,5 +1,6 @@
 """Checks that every function of a layer makes before any work."""
 
+import contextlib
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -17,6 +18,11 @@ _STRIDED = torch.strided
 def is_supported(x: Tensor) -> bool:
     """Whether it is a dense tensor of a floating dtype that the kernels know."""
     return x.dtype in _DTYPES and x.layout is _STRIDED and not x.is_nested
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is no instance of a tensor subclass, which may define torch functions itself."""
+    return type(tensor) in (Tensor, nn.Parameter) or _torch.is_fake(tensor)
 
 
 def is_taken(x: Tensor) -> bool:
@@ -112,7 +118,7 @@ def autocast_dtype(
     are not repeated here. The answer is remembered for functions with a name.
     """
     kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch has no autocast on meta
+    if not autocasts(kind):
         return x.dtype
     if name is None or torch.compiler.is_dynamo_compiling():
         return _probed(x, probe)
@@ -126,6 +132,16 @@ def autocast_dtype(
 def _probed(x: Tensor, probe: Callable[[Tensor], Tensor]) -> torch.dtype:
     with torch.no_grad():  # a checkpoint counts what is saved, and its passes must agree
         return probe(x.detach().new_empty(0)).dtype
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a type of device; torch has none on meta."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """A context for products whose dtypes are settled: autocast would round their operands."""
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
 
 
 def needs_gradient(x: Tensor) -> bool:

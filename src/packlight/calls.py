@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from packlight import _torch
-from packlight._checks import is_taken
+from packlight._checks import is_plain, is_taken
 from packlight._classes import derivation, origin
 from packlight.method import Call, Calls, Method, Swap
 
@@ -85,15 +85,10 @@ def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
         if name not in call.names:
             return False
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and not _is_plain(value):
+        if isinstance(value, Tensor) and not is_plain(value):
             return False
     x = args[0] if args else kwargs.get(call.names[0])
     return isinstance(x, Tensor) and is_taken(x)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is no instance of a tensor subclass, which may define torch functions itself."""
-    return type(tensor) in (Tensor, nn.Parameter) or _torch.is_fake(tensor)
 
 
 # ---- who calls -----------------------------------------------------------------------------------

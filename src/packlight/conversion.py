@@ -47,6 +47,7 @@ class Conversion:
       have neither parameters nor work of their own, are in neither.
     - `unmatched`: selectors that matched no module.
     - `functional`: the modules in whose own code calls of torch functions are covered.
+    - `heads`: the heads whose losses are computed by chunks of logits.
     - `functional_bits`: those of these functions that keep other bits than the methods say.
     """
 
@@ -56,6 +57,7 @@ class Conversion:
     unmatched: tuple[str, ...] = ()
     functional: tuple[str, ...] = ()
     functional_bits: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    heads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     converted: nn.Module = dataclasses.field(kw_only=True, compare=False)
 
     def bytes(self, *inputs: Any, loss: Any = None, **kwargs: Any) -> MemoryDifference:
@@ -92,6 +94,7 @@ class Conversion:
             "unmatched": list(self.unmatched),
             "functional": list(self.functional),
             "functional_bits": dict(self.functional_bits),
+            "heads": list(self.heads),
         }
 
     def __repr__(self) -> str:
@@ -131,6 +134,9 @@ class Conversion:
                 f"; {name} packs at {bits} bits" for name, bits in self.functional_bits.items()
             )
             yield Text(f"calls of torch functions are covered in {modules}{bits}")
+        if self.heads:
+            heads = ", ".join(condensed(self.heads))
+            yield Text(f"losses of {heads} are computed by chunks, without all logits")
         if self.unmatched:
             yield Text(f"selectors that matched nothing: {', '.join(self.unmatched)}")
 

@@ -23,10 +23,16 @@ from packlight._checks import is_supported
 from packlight._seeds import start_rounding
 from packlight.calls import swap_for_calls, without_calls
 from packlight.conversion import Conversion, Replaced, Skipped
-from packlight.errors import CannotConvertError, InputError, NothingMatchedError
+from packlight.errors import (
+    CannotConvertError,
+    InputError,
+    NothingMatchedError,
+    PacklightError,
+)
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
+from packlight.head.modules import head_kind, heads_of, why_no_head, without_head
 from packlight.method import Calls, Method, NotConverted, Swap, check_is_value, find_rule
 from packlight.selectors import (
     Layer,
@@ -53,6 +59,7 @@ def convert(
     *,
     strict: bool = True,
     functional: bool = False,
+    head: bool | Selector = False,
 ) -> Conversion:
     """Have layers of a model keep less for the backward pass; `revert` undoes it.
 
@@ -95,13 +102,19 @@ def convert(
             docs/convert.md. Of the methods that a module's selector gives, the first that has a
             rule for the function counts; of all methods given, if no selector picks the module. The
             calls of a module whose selector gives None stay torch's.
+        head: whether losses of heads are computed by chunks, without all logits: True for the
+            output embeddings of models of transformers, or a selector of `torch.nn.Linear` layers.
+            A head then gives `packlight.head.LazyLogits` in training. A cross-entropy of them
+            computes and keeps no logits; whatever else is done with them computes them. The loss is
+            exact, and so are gradients, but for a pack of the head's input where a quantiser
+            converts the head. docs/convert.md says what it costs.
 
     Raises:
         NothingMatchedError: no layer would change, or a pattern or predicate matched no module; the
             message lists what there is.
         CannotConvertError: a layer cannot be converted though the method has a rule for it, for
             instance since its forward was replaced; or a selector picked only layers without a
-            rule.
+            rule, or heads that are no Linear layers.
         InputError: arguments of the wrong kind.
 
     >>> import torch, packlight
@@ -112,12 +125,16 @@ def convert(
     [('0',)]
     """
     _check(model, methods)
+    if not (isinstance(head, (bool, str)) or callable(head)):
+        raise InputError(f"head={head!r} is neither True, False nor a selector, such as 'lm_head'")
     integrations.load()
     with graphs.set_aside(model):
-        return _convert(model, methods, strict, functional)
+        return _convert(model, methods, strict, functional, head)
 
 
-def _convert(model: nn.Module, methods: Methods, strict: bool, functional: bool) -> Conversion:
+def _convert(
+    model: nn.Module, methods: Methods, strict: bool, functional: bool, head: bool | Selector
+) -> Conversion:
     layers = layers_of(model)
     plan = _Plan(methods)
     for layer in layers:
@@ -125,6 +142,8 @@ def _convert(model: nn.Module, methods: Methods, strict: bool, functional: bool)
     if functional:
         plan.cover_calls(layers)
     plan.undo(layers)
+    if head is not False:
+        plan.add_heads(model, layers, head)
     if strict:
         plan.check(layers)
     plan.check_not_empty(layers)
@@ -137,6 +156,7 @@ def _convert(model: nn.Module, methods: Methods, strict: bool, functional: bool)
     changed += [
         _swap.convert(layer.module, swap, *methods) for layer, swap, methods in plan.covered
     ]
+    changed += [_swap.convert(layer.module, swap) for layer, swap in plan.heads]
     if any(changed):
         start_rounding()
     return plan.conversion(model)
@@ -251,6 +271,10 @@ class _Plan:
         self.covered: list[tuple[Layer, Swap, tuple[Method, ...]]] = []
         # What earlier conversions made of other layers, where that ends, and what is left of it.
         self.undone: list[tuple[Layer, Swap | None, tuple[Method, ...]]] = []
+        # Heads that no method converts, and the names of all heads.
+        self.heads: list[tuple[Layer, Swap]] = []
+        self.head_names: list[str] = []
+        self.no_heads: PacklightError | None = None  # why there are none, though asked for
         self.skipped: dict[nn.Module, Skipped] = {}
         self.refused: list[str] = []  # layers that have a rule and cannot be converted
         self.matched: set[Selector] = set()
@@ -350,12 +374,43 @@ class _Plan:
         selector = self.selected.get(layer.module)
         if was is None or (selector is not None and not self._methods_of(selector)):
             return None
-        swap = without_calls(was.swap)
+        swap = without_head(without_calls(was.swap))
         return swap if swap.attributes or swap.kind is not was.kind else None
 
     def _refuse(self, layer: Layer, reason: object) -> None:
         self._skip(layer, str(reason), always=True)
         self.refused.append(f"{layer}: {reason}")
+
+    def add_heads(self, model: nn.Module, layers: list[Layer], head: bool | Selector) -> None:
+        """Plans to have heads give lazy logits, converted ones included."""
+        if isinstance(head, bool):
+            found = {id(module) for module in heads_of(model)}
+            heads = [layer for layer in layers if id(layer.module) in found]
+        else:
+            heads = [layer for layer in layers if layer.matches(head)]
+        reasons = [why_no_head(layer.module) or _class_changed(layer.module) for layer in heads]
+        if not heads:
+            self.no_heads = NothingMatchedError(
+                "head=True finds no output embeddings of a model of transformers; give a selector,"
+                f" such as head='lm_head'. {inventory(layers)}"
+                if head is True
+                else f"head: {near_misses([head], layers)}. {inventory(layers)}"  # type: ignore[list-item]
+            )
+        elif all(reasons):
+            told = [f"{layer}: {reason}" for layer, reason in zip(heads, reasons, strict=True)]
+            self.no_heads = CannotConvertError(f"no head can be converted: {_first(told)}")
+        changes = {change.layer.module: index for index, change in enumerate(self.changes)}
+        for layer, reason in zip(heads, reasons, strict=True):
+            if reason:
+                continue
+            self.head_names.append(layer.names[0])
+            index = changes.get(layer.module)
+            if index is None:
+                self.heads.append((layer, Swap(head_kind(layer.kind))))
+                continue
+            change = self.changes[index]
+            swap = change.swap._replace(kind=head_kind(change.swap.kind))
+            self.changes[index] = change._replace(swap=swap)
 
     def _skip(self, layer: Layer, reason: str, always: bool = False) -> Skipped:
         """Records that the layer stays as it is; a container only if a rule says so."""
@@ -372,6 +427,8 @@ class _Plan:
 
     def check(self, layers: list[Layer]) -> None:
         """Raises for what is likely a mistake."""
+        if self.no_heads is not None:
+            raise self.no_heads
         if self.refused:
             raise CannotConvertError(
                 f"{_first(self.refused)}. To leave such layers as they are, pick them with None at"
@@ -392,7 +449,7 @@ class _Plan:
                 )
 
     def check_not_empty(self, layers: list[Layer]) -> None:
-        if self.changes or self.covered or self.undone:
+        if self.changes or self.covered or self.undone or self.heads:
             return
         parts = [f"no layer would be converted. {inventory(layers)}"]
         if unmatched := self.unmatched():
@@ -415,8 +472,18 @@ class _Plan:
         kind = kind_of(model).__name__
         covered = tuple(layer.names[0] for layer, _, methods in self.covered if methods)
         bits = _other_bits(self.all_methods) if covered else {}
-        skipped = tuple(self.skipped.values())
-        return Conversion(kind, replaced, skipped, unmatched, covered, bits, converted=model)
+        rows = self.skipped.values()
+        skipped = tuple(row for row in rows if row.names[0] not in self.head_names)
+        return Conversion(
+            kind,
+            replaced,
+            skipped,
+            unmatched,
+            covered,
+            bits,
+            heads=tuple(self.head_names),
+            converted=model,
+        )
 
 
 def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:

@@ -5,7 +5,6 @@ Every layer of `packlight.layers` works by those two alone. Where a method has o
 work of a layer in one pass over memory, `fused` names them.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from packlight import sharing
+from packlight._checks import without_autocast
 from packlight._seeds import Seed, rounding_seed
 from packlight.calls import uncovered
 from packlight.method import Method
@@ -73,7 +73,7 @@ class Quantiser(Method, abstract=True):
 
     def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
         """`keep` of all values of `x`, in the order of its memory."""
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             kept: tuple[Tensor, ...] = uncovered(self.keep, memory_order(x, dense_stride(x)), seed)
         return tuple(kept)
 
@@ -81,7 +81,7 @@ class Quantiser(Method, abstract=True):
         self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
     ) -> Tensor:
         """`restore` as a tensor of this shape and dense strides, those of `dense_stride(x)`."""
-        with _without_autocast(kept[0].device.type):
+        with without_autocast(kept[0].device.type):
             flat: Tensor = uncovered(self.restore, dtype, math.prod(shape), *kept)
         return flat.as_strided(shape, stride)
 
@@ -103,13 +103,6 @@ class Quantiser(Method, abstract=True):
     def seed(self, x: Tensor) -> Seed:
         """A seed for the rounding of `x`; None where nothing is drawn."""
         return rounding_seed(x) if self.stochastic else None
-
-
-def _without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
-    """What a pack holds is not to be rounded on its way, as autocast does to a matrix product."""
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one

@@ -19,6 +19,7 @@ from packlight._torch.autograd import (
 from packlight._torch.backends import (
     attention_backend,
     batch_norm,
+    hollow,
     is_current_device,
     is_fake,
     launches_directly,
@@ -33,6 +34,7 @@ from packlight._torch.capabilities import (
     DISPATCH,
     FAKES,
     FUSED_ATTENTION,
+    HOLLOW,
     HOOK_STACK,
     HOOKS,
     MODE_STACK,
@@ -56,6 +58,7 @@ from packlight._torch.modes import (
     without_torch_functions,
 )
 from packlight._torch.tracer import (
+    always_untraced,
     ask,
     can_ask,
     constant_while_traced,
@@ -72,6 +75,7 @@ __all__ = [
     "DISPATCH",
     "FAKES",
     "FUSED_ATTENTION",
+    "HOLLOW",
     "HOOKS",
     "HOOK_STACK",
     "MODES",
@@ -84,6 +88,7 @@ __all__ = [
     "TRANSFORMS",
     "TREES",
     "TRITON",
+    "always_untraced",
     "applied",
     "ask",
     "at_end_of_backward",
@@ -96,6 +101,7 @@ __all__ = [
     "function_modes",
     "give_own_code",
     "has_storage",
+    "hollow",
     "in_transform",
     "is_current_device",
     "is_fake",

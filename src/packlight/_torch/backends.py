@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from packlight._torch.capabilities import (
     CURRENT_DEVICE,
     FAKES,
     FUSED_ATTENTION,
+    HOLLOW,
     TESTED_TRITON,
     TRITON,
     look_up,
@@ -33,6 +34,18 @@ def with_values() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[Any] = FAKES.values[2]()
     return context
+
+
+_Hollow = TypeVar("_Hollow", bound=Tensor)
+
+
+def hollow(
+    kind: type[_Hollow], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> _Hollow:
+    """A tensor of a subclass that has a shape and no memory; needs `HOLLOW`."""
+    assert HOLLOW.values is not None
+    made: _Hollow = HOLLOW.values[0](kind, shape, dtype=dtype, device=device)
+    return made
 
 
 # ---- layouts and norms ---------------------------------------------------------------------------

@@ -160,6 +160,11 @@ STORAGE_USES = Capability(
     "graphed models copy their gradients",
     "torch._C:_storage_Use_Count",
 )
+HOLLOW = Capability(
+    "makes tensors without memory",
+    "heads give all logits, as plain ones do",
+    "torch:Tensor._make_wrapper_subclass",
+)
 
 TRITON = Capability(
     "launches compiled Triton kernels directly",
@@ -185,5 +190,6 @@ CAPABILITIES = (
     FAKES,
     TREES,
     STORAGE_USES,
+    HOLLOW,
     TRITON,
 )

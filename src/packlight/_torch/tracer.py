@@ -3,6 +3,7 @@
 Nothing here imports the tracer, which takes a second, before it is used.
 """
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -99,6 +100,20 @@ def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
         return function
     disabled: Callable[_P, _T] = torch.compiler.disable(function)
     return disabled
+
+
+def always_untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`untraced` for a function that is there before anything is compiled."""
+    disabled: Callable[_P, _T] | None = None
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        nonlocal disabled
+        if disabled is None and "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(function)
+        return function(*args, **kwargs) if disabled is None else disabled(*args, **kwargs)
+
+    return call
 
 
 def run_as_written(function: Callable[..., Any]) -> None:

@@ -133,6 +133,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="calls of torch functions in the model's own code as well",
     )
     parser.add_argument(
+        "--head",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="SELECTOR",
+        help="losses of heads by chunks, without all logits: of the output embeddings of a model "
+        "of transformers, or of the Linear layers that SELECTOR picks",
+    )
+    parser.add_argument(
         "--no-strict",
         dest="strict",
         action="store_false",

@@ -76,7 +76,7 @@ def profile(arguments: argparse.Namespace) -> None:
     chosen = chosen_methods(arguments.method, arguments.methods)
     answer = _loaded(arguments)
     answer.before = _predicted(answer, arguments)
-    if chosen:
+    if chosen or arguments.head:
         answer.conversion = _converted(answer, chosen, arguments)
         answer.after = _predicted(answer, arguments)
     _write_html(answer, arguments.html)
@@ -130,6 +130,7 @@ def _print_conversion(answer: Answer, arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         print(f"{arguments.out} written; in training:")
         options = ", functional=True" if arguments.functional else ""
+        options += f", head={arguments.head!r}" if arguments.head else ""
         options += "" if arguments.strict else ", strict=False"
         print(f'packlight.convert(model, packlight.load_methods("{arguments.out}"){options})')
 
@@ -216,11 +217,13 @@ def _converted(answer: Answer, chosen: Chosen, arguments: argparse.Namespace) ->
             chosen,
             strict=arguments.strict,
             functional=arguments.functional,
+            head=arguments.head,
         )
     except PacklightError as error:
         # The option has another name here than in Python.
         text = str(error).replace("strict=False", "--no-strict")
-        raise type(error)(text.replace("functional=True", "--functional")) from error
+        text = text.replace("functional=True", "--functional").replace("head=True", "--head")
+        raise type(error)(text) from error
 
 
 def _device(text: str | None) -> torch.device:

@@ -5,7 +5,7 @@ from torch import nn
 from packlight.conversion import Conversion
 from packlight.convert import DEFAULT_METHODS, convert
 from packlight.integrations._measure import KeptBytes
-from packlight.selectors import Methods
+from packlight.selectors import Methods, Selector
 
 
 class Converting:
@@ -17,6 +17,7 @@ class Converting:
         *,
         strict: bool = True,
         functional: bool = False,
+        head: bool | Selector = False,
         revert_at_end: bool = False,
         measure: bool = True,
     ) -> None:
@@ -25,6 +26,7 @@ class Converting:
             methods: as for `packlight.convert`.
             strict: as for `packlight.convert`.
             functional: as for `packlight.convert`.
+            head: as for `packlight.convert`.
             revert_at_end: whether the model is as it was before when training has ended.
             measure: False for no measurement.
 
@@ -38,6 +40,7 @@ class Converting:
         self.methods = methods
         self.strict = strict
         self.functional = functional
+        self.head = head
         self.revert_at_end = revert_at_end
         self.measure = measure
         self.conversion: Conversion | None = None
@@ -46,7 +49,11 @@ class Converting:
 
     def _convert(self, model: nn.Module) -> None:
         self.conversion = convert(
-            model, self.methods, strict=self.strict, functional=self.functional
+            model,
+            self.methods,
+            strict=self.strict,
+            functional=self.functional,
+            head=self.head,
         )
 
     def _start_measuring(self, model: nn.Module) -> None:
