@@ -10,9 +10,11 @@ import pickle
 import random
 import warnings
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 import packlight
@@ -582,3 +584,92 @@ def test_a_graphed_part_within_a_graphed_model():
     near(passes(model, x, labels)[1], passes(plain, x, labels)[1])
     assert (outer.replays, inner.replays) == (2, 2)
     assert packlight.launched(model) == 1
+
+
+# ---- models of transformers ----------------------------------------------------------------------
+
+
+def llama(**options):
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=128, **options,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).train()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head", [False, True])
+def test_a_language_model(device, head):
+    model = llama(use_cache=False).to(device)
+    plain = copy.deepcopy(model)
+    packlight.convert(model, packlight.GroupQuant(8), functional=True, head=head)
+    recorder = graphed(model)
+    for _ in range(2):
+        ids = torch.randint(3, 120, (2, 16), device=device)
+        ours = passes(model, input_ids=ids, labels=ids)
+        theirs = passes(plain, input_ids=ids, labels=ids)
+        torch.testing.assert_close(ours[0], theirs[0])
+        for name, exact in theirs[1].items():
+            error = (ours[1][name] - exact).norm() / exact.norm()
+            assert error < 0.1, (name, error)
+    assert (recorder.recordings, recorder.replays) == (1, 4)
+    found = model(input_ids=ids, labels=ids)
+    if head:
+        with pytest.raises(AttributeError, match="gives no logits"):
+            found.logits.argmax(-1)
+    else:
+        torch.testing.assert_close(found.logits, plain(input_ids=ids).logits)
+    model.eval()
+    torch.testing.assert_close(
+        model(input_ids=ids).logits.float(), plain.eval()(input_ids=ids).logits.float()
+    )
+
+
+def test_a_cache_is_refused_with_a_hint():
+    model = llama()
+    graphed(model)
+    ids = torch.randint(3, 120, (2, 16))
+    with pytest.warns(UserWarning, match="set use_cache=False"):
+        passes(model, input_ids=ids, labels=ids)
+
+
+def test_masks_are_those_of_a_launched_pass(monkeypatch):
+    """A pass that is captured makes a mask of its own accord, which the faster kernels lack."""
+    masks = []
+
+    def attention(query, key, value, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return plain_attention(query, key, value, attn_mask=attn_mask, **options)
+
+    plain_attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    ids = torch.randint(3, 120, (2, 16))
+    model = packlight.graphed(llama(use_cache=False))
+    vars(model)["_packlight_graphs"].recorder = Again()
+    given = [{}, {"attention_mask": torch.ones_like(ids)}, {"position_ids": ids}]
+    for more in given:
+        masks.clear()
+        passes(model, input_ids=ids, labels=ids, **more)
+        recorded = masks[:4]  # two layers, warmed up and recorded; then the stand-in replays
+        assert all((mask is None) == (not more) for mask in recorded), more
+
+
+def test_a_trainer_and_an_adapter(tmp_path):
+    """A Trainer's steps are those of a launched model; PEFT's adapters are trained alone."""
+    settings = {
+        "output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "max_steps": 3, "seed": 3,
+        "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no",
+        "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": 1,
+    }  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 120, (64, 16))]
+    models = [peft.get_peft_model(llama(use_cache=False), peft.LoraConfig()) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        packlight.convert(model, packlight.GroupQuant(8, rounding="nearest"), functional=True)
+    recorder = graphed(models[0])
+    for model in models:
+        arguments = transformers.TrainingArguments(**settings)
+        transformers.Trainer(model, arguments, train_dataset=rows).train()
+    near(models[0].state_dict(), models[1].state_dict())
+    assert (recorder.recordings, recorder.replays) == (1, 12)

@@ -19,6 +19,7 @@ from packlight.graphs.state import (
     refuse_hooks,
     state_of,
 )
+from packlight.head.lazy import LazyLogits
 
 # What other packages need while a pass of a module is recorded.
 _contexts: list[Callable[..., contextlib.AbstractContextManager[None]]] = []
@@ -120,8 +121,10 @@ class Recording:
                     " would not do"
                 )
         results, self.structure = _torch.flatten(self.result)
-        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in results]
-        self.output_places = [i for i, leaf in enumerate(results) if isinstance(leaf, Tensor)]
+        self.constants = [NotComputed() if isinstance(x, LazyLogits) else x for x in results]
+        self.output_places = [i for i, x in enumerate(self.constants) if isinstance(x, Tensor)]
+        for place in self.output_places:
+            self.constants[place] = None
         self.outputs = [x.detach() for x in self.outputs if x is not None]
         if not recorder.runs_again:
             del self.result  # the graph of autograd; the memory of what it saves is the pool's
@@ -182,6 +185,16 @@ class Recording:
             None if x is None else x.clone() if i < copied else x.detach()
             for i, x in enumerate(self.gradients)
         ]
+
+
+class NotComputed:
+    """Stands for the logits that a head has not computed, in the results of a replayed pass."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            "a replayed pass of a model with head=True gives no logits, as what they are computed"
+            " of is overwritten; packlight.launched(model) gives them, and so does eval()"
+        )
 
 
 class _Turn:
@@ -280,7 +293,7 @@ def _tensors(result: Any) -> list[Tensor | None]:
                 f"the result has a {type(leaf).__name__}, neither a tensor nor a plain value"
                 + ("; set use_cache=False" if "Cache" in type(leaf).__name__ else "")
             )
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, LazyLogits)]
 
 
 def _without_autocast_cache() -> Any:
