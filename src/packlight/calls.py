@@ -203,6 +203,8 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
         calls = getattr(self, _ATTRIBUTE, _NONE) if self.training else _NONE
         if _covered_now() is calls:
             return kind.forward(self, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():  # a mode within one that is off would be off too
+            return _cover(calls, kind.forward, self, *args, **kwargs)
         return _torch.without_mode(_Covering, _cover, calls, kind.forward, self, *args, **kwargs)
 
     _torch.give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
