@@ -19,6 +19,7 @@ from packlight.head import kernels as head
 from packlight.inverted import kernels as inverted
 from packlight.inverted import norm_kernels as inverted_norm
 from packlight.packing import kernels as packing
+from packlight.rotary import kernels as rotary
 from packlight.sketch import kernels as sketch
 from tests.guards import BYTES, Guards
 
@@ -145,6 +146,13 @@ def heads(guards, rows, classes):
     head.gradient_(z, logsumexp, targets, *ons, 1, 0.5, 4.0)
 
 
+def rotations(guards, batch, heads, groups, length, size):
+    q, k = (values(guards, batch, length, n, size) for n in (heads, groups))
+    angles = [values(guards, 1, length, size) for _ in range(2)]
+    for back in (False, True):
+        rotary.rotary(q.transpose(1, 2), k.transpose(1, 2), *angles, back)
+
+
 RUNS = {
     "masks": (masks, [(4096,), (4173,), (1,)]),
     "few bits": (few_bits, [(4096,), (4173,)]),
@@ -159,6 +167,7 @@ RUNS = {
         batch_norms,
         [((4, 8, 8, 16), 4, False), ((3, 5, 7, 3), 4, False), ((3, 5, 7, 3), 8, True)],
     ),
+    "rotations": (rotations, [(2, 4, 2, 4, 64), (1, 3, 1, 3, 18)]),
     "heads": (heads, [(4, 2048), (3, 2050), (1, 1)]),
     "sketches": (sketches, [(128, 32, 32), (101, 33, 30), (20, 5, 4)]),
 }
