@@ -32,11 +32,13 @@ from packlight.groupquant.grouping import Grouping
 from packlight.head import kernels as head_kernels
 from packlight.inverted import kernels as inverted_kernels
 from packlight.inverted import norm_kernels
+from packlight.rotary import kernels as rotary
 from packlight.sketch import kernels as sketch_kernels
 from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "logits_ptr")
+POINTERS += ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "scale", "offset", "low", "eps", "momentum", *LIMITS)
 FLOATS += ("cap",)
@@ -355,6 +357,14 @@ def head_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
             yield label, kernel, constants, dtype, head_kernels._WARPS, head_kernels._BLOCK
 
 
+def rotary_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `norm_variants`: 32 heads and 8 of 128 numbers each."""
+    for dtype, back in itertools.product(DIGITS, (False, True)):
+        sizes = {"Q_HEADS": 32, "K_HEADS": 8, "Q_BLOCK": 32, "K_BLOCK": 8, "SIZE": 128, "WIDTH": 64}
+        constants = {**sizes, "TRANSPOSED": back}
+        yield f"rotary {dtype}, back {back}", rotary._rotary_kernel, constants, dtype, 4, 40 * 128
+
+
 def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
     """Constants of the activations' forward kernel."""
     return {
@@ -460,6 +470,7 @@ def main() -> None:
         *norm_variants(),
         *sketch_variants(),
         *head_variants(),
+        *rotary_variants(),
     ):
         if options.match not in name:
             continue
