@@ -129,12 +129,18 @@ KEEPS = "a quantised tensor"
 
 
 def pack_input(x: Tensor, method: Quantiser) -> Pack:
-    """The pack of `x`: one as good that is kept of it already, else a new one, which is noted."""
+    """The pack of `x`: one as good that is kept of it already, else a new one, which is noted.
+
+    A new one is of what `x` is a cast of, where that is known: other casts share it.
+    """
     kept = sharing.pack_of(x, method.grade)
     if kept is not None:
         return kept
-    kept = new_pack(x.detach(), method)
-    sharing.note_pack(x, kept)
+    source = sharing.source_of(x)
+    kept = new_pack(source.detach(), method)
+    sharing.note_pack(source, kept)
+    if source is not x:  # which may live longer
+        sharing.note_pack(x, kept)
     return kept
 
 

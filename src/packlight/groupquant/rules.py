@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from packlight.groupquant import conv_modules, fixed_point, modules
 from packlight.layers import channel_norms, functional, norms
 from packlight.layers.attention import scaled_dot_product_attention
+from packlight.layers.casts import CASTS
 from packlight.layers.convolution import CONVOLUTIONS, TRANSPOSED
 from packlight.layers.linear import linear
 from packlight.layers.product import mul
@@ -120,3 +121,5 @@ call_rule(
     Quantiser,
     {F.relu: fixed_point.relu, Tensor.relu: fixed_point.relu, torch.relu: fixed_point.relu},
 )
+
+call_rule(Quantiser, CASTS)
