@@ -7,12 +7,14 @@ buffers, hooks, flags, names, optimizer state and every reference to it stay as 
 import importlib
 import pkgutil
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrize
 
 import packlight.fewbit.rules
@@ -77,6 +79,10 @@ def convert(
     The model can be copied, pickled and saved. Forward results are torch's, but for the random
     numbers of dropout.
 
+    **What comes later.** Adapters of PEFT that are added to a converted model are converted as it
+    was, by the selector that picks them or else by that of the layer that they adapt. What else is
+    put into the model stays as it is until `convert` is called again.
+
     **What stays torch's**, and is reported with the reason: layers without a rule, subclasses of
     torch's layers (their forward may differ), parametrized and lazy modules. A layer that is
     converted already is converted anew from what it was.
@@ -120,12 +126,9 @@ def convert(
     if strict:
         plan.check(layers)
     plan.check_not_empty(layers)
-    changed = [_swap.convert(layer.module, swap, method) for layer, swap, method in plan.changes]
-    changed += [
-        _swap.convert(layer.module, swap, *methods) for layer, swap, methods in plan.covered
-    ]
-    if any(changed):
+    if plan.carry_out():
         start_rounding()
+    _follow(layers, plan, methods, functional)
     return plan.conversion(model)
 
 
@@ -134,7 +137,7 @@ def revert(model: nn.Module) -> int:
 
     A model without converted modules stays as it is. Raises `CannotConvertError`, before anything
     is changed, if something else has changed a module's class since: a parametrization, or FSDP's
-    `fully_shard`.
+    `fully_shard`. Adapters that are added later stay as they are.
 
     >>> import torch, packlight
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
@@ -148,6 +151,8 @@ def revert(model: nn.Module) -> int:
     for layer in converted:
         if reason := _class_changed(layer.module):
             raise CannotConvertError(f"{layer} cannot be reverted: {reason}")
+    for module in model.modules():
+        _followed.pop(module, None)
     return sum(_swap.restore(layer.module) for layer in converted)
 
 
@@ -245,12 +250,15 @@ class _Plan:
         self.obeyed: set[Selector] = set()  # selectors that convert a layer, or give None for one
         self.without_rule: dict[Selector, list[Skipped]] = {}  # picked layers without a rule
 
-    def add(self, layer: Layer) -> None:
+    def add(self, layer: Layer, otherwise: Selector | None = None) -> None:
+        """Plans for a layer; where no selector matches, by one that is given."""
         if self.selectors is None:
             self._decide(layer, self.methods, None)
             return
         matching = [selector for selector in self.selectors if layer.matches(selector)]
         self.matched.update(matching)
+        if not matching and otherwise is not None:
+            matching = [otherwise]
         if not matching:
             self._skip(layer, "no selector picks it")
             return
@@ -311,6 +319,16 @@ class _Plan:
                 self.obeyed.add(selector)
         if not any(methods for _, _, methods in self.covered):
             self.covered.clear()
+
+    def carry_out(self) -> bool:
+        """Changes the modules; whether there was anything to change."""
+        changed = [
+            _swap.convert(layer.module, swap, method) for layer, swap, method in self.changes
+        ]
+        changed += [
+            _swap.convert(layer.module, swap, *methods) for layer, swap, methods in self.covered
+        ]
+        return any(changed)
 
     def _skip(self, layer: Layer, reason: str, always: bool = False) -> Skipped:
         """Records that the layer stays as it is; a container only if a rule says so."""
@@ -443,6 +461,73 @@ def _class_changed(module: nn.Module) -> str | None:
         f"its class has become {type(module).__name__} since it was converted (a parametrization or"
         " fully_shard?); undo that first"
     )
+
+
+# ---- what comes later ----------------------------------------------------------------------------
+
+
+class _Given(NamedTuple):
+    """How a module's model was converted."""
+
+    methods: Methods
+    functional: bool
+    names: tuple[str, ...]
+    selector: Selector | None
+    adapts: bool  # whether it is an adapter, or part of one
+
+
+# Not on the modules: methods may be given by functions, which neither copy nor pickle.
+_followed: "weakref.WeakKeyDictionary[nn.Module, _Given]" = weakref.WeakKeyDictionary()
+_following: list[Any] = []  # the handle of our hook, once there is one
+
+
+def _follow(layers: list[Layer], plan: _Plan, methods: Methods, functional: bool) -> None:
+    """Remembers how modules were converted, for the adapters that come into them."""
+    adapters = tuple(f"{layer.names[0]}." for layer in layers if _adapts(layer.module))
+    for layer in layers:
+        name = layer.names[0]
+        inside = _adapts(layer.module) or name.startswith(adapters)
+        inside = inside and "base_layer" not in name.split(".")
+        given = (layer.names, plan.selected.get(layer.module), inside)
+        _followed[layer.module] = _Given(methods, functional, *given)
+    if not _following:
+        _following.append(register_module_module_registration_hook(_on_registration))
+
+
+def _adapts(module: nn.Module) -> bool:
+    """Whether this is a layer of PEFT around another layer."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
+def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Converts an adapter that is put into a converted model, or a further one into an adapter."""
+    given = _followed.get(parent)
+    if given is None or module is None or module in _followed:
+        return
+    if not (given.adapts or _adapts(module)):
+        return
+    _load_integrations()
+    adapted = _followed.get(parent._modules.get(name) or parent)
+    selector = given.selector if adapted is None else adapted.selector
+    layers = [
+        layer._replace(
+            names=tuple(_joined(first, name, last) for first in given.names for last in layer.names)
+        )
+        for layer in layers_of(module)
+        if layer.module not in _followed  # the adapted layer, which stays as it is
+    ]
+    plan = _Plan(given.methods)
+    for layer in layers:
+        plan.add(layer, selector)
+    if given.functional:
+        plan.cover_calls(layers)
+    plan.carry_out()
+    _follow(layers, plan, given.methods, given.functional)
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
 
 
 # ---- words ---------------------------------------------------------------------------------------
