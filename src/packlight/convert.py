@@ -7,6 +7,7 @@ buffers, hooks, flags, names, optimizer state and every reference to it stay as 
 import importlib
 import pkgutil
 import sys
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,12 +27,13 @@ from packlight import _swap, integrations
 from packlight._checks import is_supported
 from packlight._seeds import start_rounding
 from packlight.calls import swap_for_calls
-from packlight.conversion import Conversion, Replaced, Skipped
+from packlight.conversion import Conversion, Replaced, Skipped, condensed
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
-from packlight.method import Calls, Method, NotConverted, Swap, find_rule
+from packlight.method import Calls, Method, NotConverted, Swap, find_patch_rule, find_rule
+from packlight.quantiser import before_first_pack
 from packlight.selectors import (
     Layer,
     Methods,
@@ -403,17 +405,23 @@ def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:
 
 def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
     """The change by the first method that can convert the layer. Raises the reason if none can."""
-    rules = [(rule, method) for method in methods if (rule := find_rule(method, layer.kind))]
+    plain = _swap.plain(layer.module)
+    forward = vars(plain).get("forward")  # as patches put it there
+    known: list[tuple[Any, Method]] = []
+    if forward is not None:
+        known = [(rule, method) for method in methods if (rule := find_patch_rule(method, forward))]
+    rules = known or [
+        (rule, method) for method in methods if (rule := find_rule(method, layer.kind))
+    ]
     if not rules:
         raise _NoRule(_why_no_rule(layer, methods))
-    if "forward" in vars(layer.module):
+    if forward is not None and not known:
         raise CannotConvertError(
             "its forward was replaced on the instance (accelerate's hooks and patches do so), which"
             " another class would not change; convert before that"
         )
     if reason := _class_changed(layer.module):
         raise CannotConvertError(reason)
-    plain = _swap.plain(layer.module)
     if reason := _why_not_taken(plain):
         raise NotConverted(reason)
     refusals: list[Exception] = []
@@ -490,6 +498,8 @@ def _follow(layers: list[Layer], plan: _Plan, methods: Methods, functional: bool
         inside = inside and "base_layer" not in name.split(".")
         given = (layer.names, plan.selected.get(layer.module), inside)
         _followed[layer.module] = _Given(methods, functional, *given)
+    if _warn_of_patches not in before_first_pack:
+        before_first_pack.append(_warn_of_patches)
     if not _following:
         _following.append(register_module_module_registration_hook(_on_registration))
 
@@ -524,6 +534,25 @@ def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> 
         plan.cover_calls(layers)
     plan.carry_out()
     _follow(layers, plan, given.methods, given.functional)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a converted module has been given a forward of Liger's since, which runs instead."""
+    forward = vars(module).get("forward")
+    of_liger = getattr(forward, "__module__", "").startswith("liger_kernel.")
+    return of_liger and _swap.former(module) is not None
+
+
+def _warn_of_patches() -> None:
+    """Says which converted layers keep what Liger's keep."""
+    names = [given.names[0] for module, given in _followed.items() if is_patched(module)]
+    if names:
+        warnings.warn(
+            f"Liger-Kernel was applied to {len(names)} layers after packlight.convert"
+            f" ({_first(condensed(names))}): they run Liger's code and keep what it keeps; move"
+            " packlight.convert(model, ...) behind the line that applies Liger-Kernel to the model",
+            stacklevel=2,
+        )
 
 
 def _joined(*names: str) -> str:
