@@ -152,10 +152,11 @@ def test_which_products_are_torch_s():
     packed = groupquant.silu(plain(8, 64), bits=8, rounding="nearest")
     ours = "_MultiplicationBackward"
     assert name(packed, plain(8, 64)) == name(plain(8, 64), packed) == name(packed, packed) == ours
-    for other in (
-        2.0, plain(64), plain(1, 64), plain(8, 64, dtype=torch.bfloat16), torch.randn(8, 64)
-    ):  # fmt: skip
+    others = (2.0, plain(8, 1), plain(8, 64, dtype=torch.bfloat16), torch.randn(8, 64))
+    for other in (*others, torch.randn(64)):
         assert name(packed, other) == "MulBackward0"
+    for vector in (plain(64), plain(1, 64)):  # tests/test_scales.py
+        assert name(packed, vector) == "_ScalingBackward"
     assert name(packed, plain(8, 64), group_size=1024) == "MulBackward0"
     assert name(packed, plain(8, 64), group_size=512) == ours
     assert name(plain(8, 64), plain(8, 64)) == "MulBackward0"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
+from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
@@ -28,6 +28,8 @@ from packlight.packing.layout import dense_stride
 from packlight.quantiser import KEEPS, Quantiser, Restore, worth_packing
 from packlight.selectors import kind_of
 from packlight.sharing import Pack
+
+VARIANT_KWARG_KEYS: Any = getattr(lora_layer, "VARIANT_KWARG_KEYS", None)  # since peft 0.18
 
 # --- The code that is known, as PEFT has it. Never run: `is_copy` compares with it.
 
