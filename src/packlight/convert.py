@@ -439,16 +439,31 @@ def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
 def _why_not_taken(module: nn.Module) -> str | None:
     """Why the layer stays torch's because of its parameters; None if it need not."""
     for name, parameter in module.named_parameters(recurse=False):
+        if package := _quantises(type(parameter)):
+            return _QUANTISED.format(package)
         if not is_supported(parameter):
             kind = parameter.dtype if parameter.layout is torch.strided else parameter.layout
             return f"its {name} is {kind}; layers of packlight take dense floating tensors"
     return None
 
 
+# Packages whose layers, or whose tensors as weights, hold quantised numbers.
+_QUANTISING = ("bitsandbytes", "torchao")
+_QUANTISED = "its weights are quantised by {}: it stays as it is, and adapters keep packs around it"
+
+
+def _quantises(kind: type) -> str | None:
+    """The package that quantises, if it is of one."""
+    package = kind.__module__.partition(".")[0]
+    return package if package in _QUANTISING else None
+
+
 def _why_no_rule(layer: Layer, methods: tuple[Method, ...]) -> str:
     kind = layer.kind
     if kind.__module__.startswith("packlight."):
         return "a layer of packlight already"
+    if package := _quantises(kind):
+        return _QUANTISED.format(package)
     if issubclass(kind, LazyModuleMixin):
         return "not initialised yet; run one forward pass first"
     if parametrize.is_parametrized(layer.module):

@@ -373,7 +373,9 @@ def test_nothing_else_that_comes_is_converted():
 
 
 class Linear4bit(nn.Linear):
-    """As bitsandbytes has it, in name: weights of bytes."""
+    """A stand-in for that of bitsandbytes, which has no wheel that runs here: weights of bytes."""
+
+    __module__ = "bitsandbytes.nn.modules"
 
     def __init__(self, layer):
         super().__init__(layer.in_features, layer.out_features, bias=False)
@@ -384,12 +386,25 @@ class Linear4bit(nn.Linear):
         return torch.nn.functional.linear(x, self.codes.to(x.dtype) / 100)
 
 
-def test_a_quantised_base_is_reported_as_what_it_is():
-    """Its own layers stay, the adapters around them keep packs."""
+class Int4Tensor(torch.Tensor):
+    """A stand-in for a weight of torchao."""
+
+    __module__ = "torchao.quantization"
+
+
+def with_weight_of_torchao(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Int4Tensor), False)
+    return layer
+
+
+@pytest.mark.parametrize("make_layer", [Linear4bit, with_weight_of_torchao])
+def test_a_quantised_base_is_reported_as_what_it_is(make_layer):
     model = make("llama")
     for layer in model.model.layers:
-        layer.mlp.down_proj = Linear4bit(layer.mlp.down_proj)
+        layer.mlp.down_proj = make_layer(layer.mlp.down_proj)
     conversion = packlight.convert(model)
-    skipped = [row for row in conversion.skipped if row.kind == "Linear4bit"]
+    package = "bitsandbytes" if make_layer is Linear4bit else "torchao"
+    skipped = [row for row in conversion.skipped if f"quantised by {package}" in row.reason]
     assert len(skipped) == 2
-    assert "a subclass of Linear" in skipped[0].reason
+    assert all("down_proj" in row.names[0] for row in skipped)
+    assert "quantised by" in str(conversion).replace("\n", " ")
