@@ -527,6 +527,8 @@ def _adapts(module: nn.Module) -> bool:
 
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Converts an adapter that is put into a converted model, or a further one into an adapter."""
+    if torch.compiler.is_compiling():
+        return  # code that sets a module is traced, and would be guarded by all that is followed
     given = _followed.get(parent)
     if given is None or module is None or module in _followed:
         return

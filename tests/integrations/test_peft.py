@@ -263,7 +263,7 @@ def test_under_autocast(kind):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's, where PEFT's code breaks the graph
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa"])
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "AdaLoRA", "LoHa"])
 def test_compiled(kind, fresh_compiler):
     inputs = batch("llama")
     model = adapted(kind)
