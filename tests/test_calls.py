@@ -33,6 +33,7 @@ from packlight import method as rules
 from packlight._classes import joined
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.layers import product
+from packlight.layers.casts import CASTS
 from packlight.method import _call_rules
 from packlight.quantiser import Quantiser
 from packlight.sketch import Sketch
@@ -151,10 +152,11 @@ def test_which_products_are_torch_s():
     packed = groupquant.silu(plain(8, 64), bits=8, rounding="nearest")
     ours = "_MultiplicationBackward"
     assert name(packed, plain(8, 64)) == name(plain(8, 64), packed) == name(packed, packed) == ours
-    for other in (
-        2.0, plain(64), plain(1, 64), plain(8, 64, dtype=torch.bfloat16), torch.randn(8, 64)
-    ):  # fmt: skip
+    others = (2.0, plain(8, 1), plain(8, 64, dtype=torch.bfloat16), torch.randn(8, 64))
+    for other in (*others, torch.randn(64)):
         assert name(packed, other) == "MulBackward0"
+    for vector in (plain(64), plain(1, 64)):  # tests/test_scales.py
+        assert name(packed, vector) == "_ScalingBackward"
     assert name(packed, plain(8, 64), group_size=1024) == "MulBackward0"
     assert name(packed, plain(8, 64), group_size=512) == ours
     assert name(plain(8, 64), plain(8, 64)) == "MulBackward0"
@@ -675,6 +677,9 @@ ARGUMENTS = {
     Tensor.add: lambda x: (x, x * 2),
     Tensor.add_: lambda x: (x, x * 2),
     Tensor.mul: lambda x: (torch.sigmoid(x), x),
+    Tensor.to: lambda x: (x, torch.bfloat16),
+    Tensor.type: lambda x: (x, torch.bfloat16),
+    Tensor.type_as: lambda x: (x, torch.ones(1, dtype=torch.bfloat16)),
     torch.add: lambda x: (x, x * 2),
     torch.mul: lambda x: (torch.tanh(x), x),
 }
@@ -721,13 +726,16 @@ def test_every_function_gives_torch_s_results(method, function):
         for module in (plain, model):
             x = X.clone().requires_grad_()
             y = module(x)
-            y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+            y.backward(dy.to(y.dtype))
             results.append((y.detach(), x.grad))
         (y, grad), (ours, our_grad) = results
+        assert ours.dtype == y.dtype
         assert torch.equal(ours, y)
         assert (our_grad - grad).norm() <= 0.08 * grad.norm()  # elu and selu jump at 0
         name = getattr(function, "__name__", "")
-        same = name in ("linear", "dropout", "add", "add_")  # an addition keeps nothing either way
+        # Additions and casts keep nothing either way.
+        same = name in ("linear", "dropout", "add", "add_") or function in CASTS
         x = X.clone().requires_grad_()
         assert same or operations(model, x) != operations(plain, x)
 

@@ -21,7 +21,7 @@ class Former:
     """What a module was, and what it became."""
 
     kind: type[nn.Module]
-    values: dict[str, Any]  # of the attributes that the swap replaced
+    values: dict[str, Any]  # of the attributes that the swap replaced or removed
     swap: Swap
     methods: tuple[Method, ...]
 
@@ -64,11 +64,13 @@ def copied(
 def convert(module: nn.Module, swap: Swap, *methods: Method) -> bool:
     """Gives a module its other class, from what it was; whether it changed."""
     was = former(module)
-    if was is not None and (was.swap, was.methods) == (swap, methods):
+    put_back = any(name in vars(module) for name in swap.removed)
+    if was is not None and (was.swap, was.methods) == (swap, methods) and not put_back:
         return False  # what the layer has learnt of its weights stays
     restore(module)
     present = vars(module)
-    values = {name: present[name] for name in swap.attributes if name in present}
+    named = (*swap.attributes, *swap.removed)
+    values = {name: present.pop(name) for name in named if name in present}
     present.update(swap.attributes)
     present[_ATTRIBUTE] = Former(type(module), values, swap, methods)
     module.__class__ = swap.kind

@@ -5,12 +5,15 @@ buffers, hooks, flags, names, optimizer state and every reference to it stay as 
 """
 
 import sys
+import warnings
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrize
 
 import packlight.fewbit.rules
@@ -22,7 +25,7 @@ from packlight import _swap, graphs, integrations
 from packlight._checks import is_supported
 from packlight._seeds import start_rounding
 from packlight.calls import swap_for_calls, without_calls
-from packlight.conversion import Conversion, Replaced, Skipped
+from packlight.conversion import Conversion, Replaced, Skipped, condensed
 from packlight.errors import (
     CannotConvertError,
     InputError,
@@ -33,7 +36,16 @@ from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
 from packlight.head.modules import head_kind, heads_of, why_no_head, without_head
-from packlight.method import Calls, Method, NotConverted, Swap, check_is_value, find_rule
+from packlight.method import (
+    Calls,
+    Method,
+    NotConverted,
+    Swap,
+    check_is_value,
+    find_patch_rule,
+    find_rule,
+)
+from packlight.quantiser import before_first_pack
 from packlight.selectors import (
     Layer,
     Methods,
@@ -81,6 +93,10 @@ def convert(
     modules stay shared and tied parameters tied, optimizers go on, and checkpoints go both ways.
     The model can be copied, pickled and saved. Forward results are torch's, but for the random
     numbers of dropout.
+
+    **What comes later.** Adapters of PEFT that are added to a converted model are converted as it
+    was, by the selector that picks them or else by that of the layer that they adapt. What else is
+    put into the model stays as it is until `convert` is called again.
 
     **What stays torch's**, and is reported with the reason: layers without a rule, subclasses of
     torch's layers (their forward may differ), parametrized and lazy modules.
@@ -147,18 +163,9 @@ def _convert(
     if strict:
         plan.check(layers)
     plan.check_not_empty(layers)
-    for layer, swap, methods in plan.undone:
-        if swap is None:
-            _swap.restore(layer.module)
-        else:
-            _swap.convert(layer.module, swap, *methods)
-    changed = [_swap.convert(layer.module, swap, method) for layer, swap, method in plan.changes]
-    changed += [
-        _swap.convert(layer.module, swap, *methods) for layer, swap, methods in plan.covered
-    ]
-    changed += [_swap.convert(layer.module, swap) for layer, swap in plan.heads]
-    if any(changed):
+    if plan.carry_out():
         start_rounding()
+    _follow(layers, plan, methods, functional)
     return plan.conversion(model)
 
 
@@ -169,7 +176,7 @@ def revert(model: nn.Module) -> int:
 
     A model without converted modules stays as it is. Raises `CannotConvertError`, before anything
     is changed, if something else has changed a module's class since: a parametrization, or FSDP's
-    `fully_shard`.
+    `fully_shard`. Adapters that are added later stay as they are.
 
     >>> import torch, packlight
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
@@ -184,6 +191,8 @@ def revert(model: nn.Module) -> int:
     for layer in converted:
         if reason := _class_changed(layer.module):
             raise CannotConvertError(f"{layer} cannot be reverted: {reason}")
+    for module in model.modules():
+        _followed.pop(module, None)
     return sum(_swap.restore(layer.module) for layer in converted)
 
 
@@ -282,12 +291,15 @@ class _Plan:
         self.obeyed: set[Selector] = set()  # selectors that convert a layer, or give None for one
         self.without_rule: dict[Selector, list[Skipped]] = {}  # picked layers without a rule
 
-    def add(self, layer: Layer) -> None:
+    def add(self, layer: Layer, otherwise: Selector | None = None) -> None:
+        """Plans for a layer; where no selector matches, by one that is given."""
         if self.selectors is None:
             self._decide(layer, self.methods, None)
             return
         matching = [selector for selector in self.selectors if layer.matches(selector)]
         self.matched.update(matching)
+        if not matching and otherwise is not None:
+            matching = [otherwise]
         if not matching:
             self._skip(layer, "no selector picks it")
             return
@@ -412,6 +424,22 @@ class _Plan:
             swap = change.swap._replace(kind=head_kind(change.swap.kind))
             self.changes[index] = change._replace(swap=swap)
 
+    def carry_out(self) -> bool:
+        """Changes the modules; whether there was anything to change."""
+        for layer, left, methods in self.undone:
+            if left is None:
+                _swap.restore(layer.module)
+            else:
+                _swap.convert(layer.module, left, *methods)
+        changed = [
+            _swap.convert(layer.module, swap, method) for layer, swap, method in self.changes
+        ]
+        changed += [
+            _swap.convert(layer.module, swap, *methods) for layer, swap, methods in self.covered
+        ]
+        changed += [_swap.convert(layer.module, swap) for layer, swap in self.heads]
+        return any(changed)
+
     def _skip(self, layer: Layer, reason: str, always: bool = False) -> Skipped:
         """Records that the layer stays as it is; a container only if a rule says so."""
         if self._left(layer) is not None:
@@ -498,17 +526,23 @@ def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:
 
 def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
     """The change by the first method that can convert the layer. Raises the reason if none can."""
-    rules = [(rule, method) for method in methods if (rule := find_rule(method, layer.kind))]
+    plain = _swap.plain(layer.module)
+    forward = vars(plain).get("forward")  # as patches put it there
+    known: list[tuple[Any, Method]] = []
+    if forward is not None:
+        known = [(rule, method) for method in methods if (rule := find_patch_rule(method, forward))]
+    rules = known or [
+        (rule, method) for method in methods if (rule := find_rule(method, layer.kind))
+    ]
     if not rules:
         raise _NoRule(_why_no_rule(layer, methods))
-    if "forward" in vars(layer.module):
+    if forward is not None and not known:
         raise CannotConvertError(
             "its forward was replaced on the instance (accelerate's hooks and patches do so), which"
             " another class would not change; convert before that"
         )
     if reason := _class_changed(layer.module):
         raise CannotConvertError(reason)
-    plain = _swap.plain(layer.module)
     if reason := _why_not_taken(plain):
         raise NotConverted(reason)
     refusals: list[Exception] = []
@@ -526,16 +560,31 @@ def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
 def _why_not_taken(module: nn.Module) -> str | None:
     """Why the layer stays torch's because of its parameters; None if it need not."""
     for name, parameter in module.named_parameters(recurse=False):
+        if package := _quantises(type(parameter)):
+            return _QUANTISED.format(package)
         if not is_supported(parameter):
             kind = parameter.dtype if parameter.layout is torch.strided else parameter.layout
             return f"its {name} is {kind}; layers of packlight take dense floating tensors"
     return None
 
 
+# Packages whose layers, or whose tensors as weights, hold quantised numbers.
+_QUANTISING = ("bitsandbytes", "torchao")
+_QUANTISED = "its weights are quantised by {}: it stays as it is, and adapters keep packs around it"
+
+
+def _quantises(kind: type) -> str | None:
+    """The package that quantises, if it is of one."""
+    package = kind.__module__.partition(".")[0]
+    return package if package in _QUANTISING else None
+
+
 def _why_no_rule(layer: Layer, methods: tuple[Method, ...]) -> str:
     kind = layer.kind
     if kind.__module__.startswith("packlight."):
         return "a layer of packlight already"
+    if package := _quantises(kind):
+        return _QUANTISED.format(package)
     if issubclass(kind, LazyModuleMixin):
         return "not initialised yet; run one forward pass first"
     if parametrize.is_parametrized(layer.module):
@@ -556,6 +605,96 @@ def _class_changed(module: nn.Module) -> str | None:
         f"its class has become {type(module).__name__} since it was converted (a parametrization or"
         " fully_shard?); undo that first"
     )
+
+
+# ---- what comes later ----------------------------------------------------------------------------
+
+
+class _Given(NamedTuple):
+    """How a module's model was converted."""
+
+    methods: Methods
+    functional: bool
+    names: tuple[str, ...]
+    selector: Selector | None
+    adapts: bool  # whether it is an adapter, or part of one
+
+
+# Not on the modules: methods may be given by functions, which neither copy nor pickle.
+_followed: "weakref.WeakKeyDictionary[nn.Module, _Given]" = weakref.WeakKeyDictionary()
+_following: list[Any] = []  # the handle of our hook, once there is one
+
+
+def _follow(layers: list[Layer], plan: _Plan, methods: Methods, functional: bool) -> None:
+    """Remembers how modules were converted, for the adapters that come into them."""
+    adapters = tuple(f"{layer.names[0]}." for layer in layers if _adapts(layer.module))
+    for layer in layers:
+        name = layer.names[0]
+        inside = _adapts(layer.module) or name.startswith(adapters)
+        inside = inside and "base_layer" not in name.split(".")
+        given = (layer.names, plan.selected.get(layer.module), inside)
+        _followed[layer.module] = _Given(methods, functional, *given)
+    if _warn_of_patches not in before_first_pack:
+        before_first_pack.append(_warn_of_patches)
+    if not _following:
+        _following.append(register_module_module_registration_hook(_on_registration))
+
+
+def _adapts(module: nn.Module) -> bool:
+    """Whether this is a layer of PEFT around another layer."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
+def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Converts an adapter that is put into a converted model, or a further one into an adapter."""
+    if torch.compiler.is_compiling():
+        return  # code that sets a module is traced, and would be guarded by all that is followed
+    given = _followed.get(parent)
+    if given is None or module is None or module in _followed:
+        return
+    if not (given.adapts or _adapts(module)):
+        return
+    integrations.load()
+    adapted = _followed.get(parent._modules.get(name) or parent)
+    selector = given.selector if adapted is None else adapted.selector
+    layers = [
+        layer._replace(
+            names=tuple(_joined(first, name, last) for first in given.names for last in layer.names)
+        )
+        for layer in layers_of(module)
+        if layer.module not in _followed  # the adapted layer, which stays as it is
+    ]
+    plan = _Plan(given.methods)
+    for layer in layers:
+        plan.add(layer, selector)
+    if given.functional:
+        plan.cover_calls(layers)
+    plan.carry_out()
+    _follow(layers, plan, given.methods, given.functional)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a converted module has been given a forward of Liger's since, which runs instead."""
+    forward = vars(module).get("forward")
+    of_liger = getattr(forward, "__module__", "").startswith("liger_kernel.")
+    return of_liger and _swap.former(module) is not None
+
+
+def _warn_of_patches() -> None:
+    """Says which converted layers keep what Liger's keep."""
+    names = [given.names[0] for module, given in _followed.items() if is_patched(module)]
+    if names:
+        warnings.warn(
+            f"Liger-Kernel was applied to {len(names)} layers after packlight.convert"
+            f" ({_first(condensed(names))}): they run Liger's code and keep what it keeps; move"
+            " packlight.convert(model, ...) behind the line that applies Liger-Kernel to the model",
+            stacklevel=2,
+        )
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
 
 
 # ---- words ---------------------------------------------------------------------------------------

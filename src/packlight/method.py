@@ -99,11 +99,13 @@ class Swap(NamedTuple):
     """What a module becomes: the same object with another class and some attributes.
 
     So parameters, buffers, hooks, flags, names, and every reference to the module stay as they are.
-    `kind` reads the attributes that the module has, and the attributes given here.
+    `kind` reads the attributes that the module has, and the attributes given here. Attributes that
+    are `removed` would stand before the class's: a forward that was put on the instance.
     """
 
     kind: type[nn.Module]
     attributes: dict[str, Any] = {}  # noqa: RUF012  never written to
+    removed: tuple[str, ...] = ()
 
 
 # A rule looks at a module and never changes it. If this one module cannot take the method, the rule
@@ -153,6 +155,24 @@ def find_rule(method: Method, kind: type[nn.Module]) -> Rule | None:
         if found is not None:
             return found
     return next((rule for find in _finders if (rule := find(type(method), kind))), None)
+
+
+# Looks for the rule of a module on which another package has put a forward of its own.
+PatchFinder = Callable[[type[Method], Callable[..., Any]], Rule | None]
+
+_patch_finders: list[PatchFinder] = []
+
+
+def patch_finder(function: PatchFinder) -> PatchFinder:
+    """Registers the decorated function, which may know forwards that stand on instances."""
+    _patch_finders.append(function)
+    return function
+
+
+def find_patch_rule(method: Method, forward: Callable[..., Any]) -> Rule | None:
+    """The rule by which `method` converts a module with this forward, whatever its class."""
+    kind = type(method)
+    return next((rule for find in _patch_finders if (rule := find(kind, forward))), None)
 
 
 class Call(NamedTuple):

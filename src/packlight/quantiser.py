@@ -121,14 +121,28 @@ class Restore:
 KEEPS = "a quantised tensor"
 
 
+# What is to be called before the next tensor is packed that a layer reads, once.
+before_first_pack: list[Callable[[], None]] = []
+
+
 def pack_input(x: Tensor, method: Quantiser) -> Pack:
-    """The pack of `x`: one as good that is kept of it already, else a new one, which is noted."""
-    grade = method.grade
-    kept = sharing.pack_of(x, grade)
+    """The pack of `x`: one as good that is kept of it already, else a new one, which is noted.
+
+    A new one is of what `x` is a cast of, where that is known: other casts share it.
+    """
+    if before_first_pack and not torch.compiler.is_dynamo_compiling():
+        calls = before_first_pack[:]
+        before_first_pack.clear()
+        for call in calls:
+            call()
+    kept = sharing.pack_of(x, method.grade)
     if kept is not None:
         return kept
-    kept = new_pack(x.detach(), method)
-    sharing.note_pack(x, kept)
+    source = sharing.source_of(x)
+    kept = new_pack(source.detach(), method)
+    sharing.note_pack(source, kept)
+    if source is not x:  # which may live longer
+        sharing.note_pack(x, kept)
     return kept
 
 

@@ -11,6 +11,9 @@ copy of the tensor and in no file, and it goes when the tensor goes.
   library's kernel) is not seen here either.
 - **Views**: a view of a whole tensor with all its elements in the order of their memory, such as a
   reshape or a transposition, shares the note of its base; any other view has no note.
+- **Casts**: a copy in another dtype of as large a range (`note_copy`) has the elements of its
+  source. While both are unchanged and the source is alive, packs are of the source and serve all
+  its casts. A pack that the source had when the cast was made goes on serving the cast.
 - **Grade**: a reader takes the pack that is there if the pack is as fine and as unbiased as the
   reader asks for. Otherwise the reader saves a pack of its own, which later readers find.
 - **Lifetime**: a note refers to the pack weakly, and the graph holds the pack. So an input, an
@@ -124,13 +127,23 @@ class _Facts(NamedTuple):
     sketch: Pack | _WeakPack | None = None
     exact: Any = None  # weakly, an object of the operation that saves the tensor itself
     filled: bool = False  # some elements were filled with an infinity or a huge number
+    source: Any = None  # what the tensor is a cast of: a `_Note` of it, or traced a `_Source`
 
     def with_those_of(self, other: "_Facts", same_tensor: bool) -> "_Facts":
         """These facts, completed by those of `other`."""
         cast = other.cast if self.cast is None and same_tensor else self.cast
         pack = other.pack if self.pack is None else self.pack
         sketch = other.sketch if self.sketch is None else self.sketch
-        return _Facts(cast, pack, sketch, self.exact or other.exact, self.filled or other.filled)
+        source = other.source if self.source is None else self.source
+        exact, filled = self.exact or other.exact, self.filled or other.filled
+        return _Facts(cast, pack, sketch, exact, filled, source)
+
+
+class _Source(NamedTuple):
+    """A traced tensor that was cast, and its version then."""
+
+    tensor: Tensor
+    version: int
 
 
 # How the tensor that carries a note is related to the tensor asked about: one object; one shape and
@@ -153,9 +166,56 @@ def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     if relation != "itself" or facts.cast is None or facts.cast.dtype != dtype:
         return None
     # A hook on the tensor would not see a gradient that goes to the cast instead.
-    if not torch.compiler.is_compiling() and tensor._backward_hooks:
+    if not torch.compiler.is_dynamo_compiling() and tensor._backward_hooks:
         return None
     return facts.cast
+
+
+# By dtype: a cast to one of a smaller number may overflow, and a pack of the source does not.
+_RANGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 1, torch.float64: 2}
+
+
+def note_copy(copy: Tensor, source: Tensor) -> None:
+    """Records that `copy` has the elements of `source` in another dtype, in the same layout.
+
+    A reader of `copy` then shares what stands for `source`. A wider dtype holds the same numbers;
+    a narrower one rounds them by less than a step of 8 bits, so the grade of a pack stays. Nothing
+    is recorded of a cast that may overflow, and of one that changed the layout.
+    """
+    if _RANGE.get(copy.dtype, -1) < _RANGE.get(source.dtype, len(_RANGE)) or copy is source:
+        return
+    source = source_of(source)
+    if torch.compiler.is_dynamo_compiling():
+        if not _torch.ask("have_one_layout", False, copy, source):
+            return
+        link: Any = _Source(source, _torch.ask("version_of", 0, source))
+    else:
+        alike = copy.shape == source.shape and copy.stride() == source.stride()
+        if not (alike and copy.device == source.device and _may_be_noted(source)):
+            return
+        link = _Note(source, _NOTHING, _torch.saved_tensor_hooks())
+    kept, sketch = pack_of(source), sketch_of(source)
+    facts = _Facts(pack=kept, sketch=sketch, filled=is_filled(source), source=link)
+    _write(copy, facts, holds=_takes_packs_away(copy))
+
+
+def source_of(tensor: Tensor) -> Tensor:
+    """What the tensor is a cast of, where both are unchanged since; else the tensor itself."""
+    relation, facts = _read(tensor)
+    source = _source(facts) if relation in ("itself", "alike") else None
+    return tensor if source is None else source
+
+
+def _source(facts: _Facts) -> Tensor | None:
+    """What a tensor with these facts is a cast of, if it is unchanged and alive."""
+    link = facts.source
+    if link is None:
+        return None
+    if torch.compiler.is_dynamo_compiling():
+        source: Tensor = link.tensor
+        return source if _torch.ask("version_of", -1, source) == link.version else None
+    found: Tensor | None = link.reference()
+    return found if found is not None and link.holds(found) else None
 
 
 def note_pack(tensor: Tensor, pack: Pack) -> None:
@@ -207,7 +267,10 @@ def pack_of(tensor: Tensor, asked: Grade | None = None) -> Pack | None:
     relation, facts = _read(tensor)
     pack = _alive(facts.pack)
     if pack is None or (asked is not None and not pack.grade.serves(asked)):
-        return None
+        source = _source(facts)
+        pack = None if source is None else pack_of(source, asked)
+        if pack is None:
+            return None
     if relation in ("itself", "alike"):
         return pack
     shape = tuple(tensor.shape)
@@ -221,7 +284,11 @@ def sketch_of(tensor: Tensor) -> Pack | None:
     A view shares the sketch of its base if both are contiguous and have rows of one width.
     """
     relation, facts = _read(tensor)
-    return None if relation == "view" else _alive(facts.sketch)
+    if relation == "view":
+        return None
+    sketch = _alive(facts.sketch)
+    source = _source(facts) if sketch is None else None
+    return sketch if source is None else sketch_of(source)
 
 
 def _alive(pack: Pack | _WeakPack | None) -> Pack | None:
@@ -253,8 +320,8 @@ def _write(tensor: Tensor, facts: _Facts, holds: bool) -> None:
         _torch.ask("keep_note", None, tensor, facts)
         return
     if not holds:
-        cast, pack, sketch, exact, filled = facts
-        facts = _Facts(cast, _weakly(pack), _weakly(sketch), exact, filled)
+        cast, pack, sketch, *rest = facts
+        facts = _Facts(cast, _weakly(pack), _weakly(sketch), *rest)
     if known is not _NOTHING and relation in ("itself", "alike"):
         facts = facts.with_those_of(known, relation == "itself")
     if _may_be_noted(tensor):
@@ -411,6 +478,18 @@ def keep_note(tracer: Any, tensor: Any, facts: Any) -> None:
     graph = tracer.output.current_tracer
     note = _TracedNote(node, facts, fake_of(tensor)._version, graph)
     graph_facts(tracer, _NOTES)[node, graph] = note
+
+
+@question
+def have_one_layout(tracer: Any, copy: Any, source: Any) -> bool:
+    a, b = fake_of(copy), fake_of(source)
+    return a.device == b.device and _known_equal((*a.shape, *a.stride()), (*b.shape, *b.stride()))
+
+
+@question
+def version_of(tracer: Any, tensor: Any) -> int:
+    version: int = fake_of(tensor)._version
+    return version
 
 
 @question

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 import packlight
-from packlight import FewBit, GroupQuant
+import packlight.groupquant as gq
+from packlight import FewBit, GroupQuant, Sketch
+from packlight.integrations.peft import adalora, made, scaled
+from packlight.integrations.peft.adapters import Adapter
 from tests.integrations.models import BATCH, LENGTH, WIDTH, batch, make, step, worst_error
 
 EIGHT = (GroupQuant(bits=8, group_size=32, rounding="nearest"), FewBit(bits=8))
@@ -55,10 +58,10 @@ def test_lora_on_a_converted_model(name):
     ours, actual = step(converted, inputs)
     torch.testing.assert_close(ours.logits, output.logits, rtol=1e-5, atol=1e-5)
     assert worst_error(actual, expected) < 0.05
-    # The new matrices are plain layers, until they are converted too.
+    # The new matrices were converted as the model was: nothing is left to convert.
     before = packlight.profile(converted, **inputs).activation_bytes
     packlight.convert(converted, EIGHT)
-    assert packlight.profile(converted, **inputs).activation_bytes < before
+    assert packlight.profile(converted, **inputs).activation_bytes == before
     assert worst_error(step(converted, inputs)[1], expected) < 0.05
 
 
@@ -152,3 +155,256 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
     assert torch.equal(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+# ---- every kind of adapter -----------------------------------------------------------------------
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = {
+    "LoRA": lambda: peft.LoraConfig(r=4, target_modules=ALL, init_lora_weights=False),
+    "DoRA": lambda: peft.LoraConfig(
+        r=4, target_modules=ALL, use_dora=True, init_lora_weights=False
+    ),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(
+        init_r=4, target_r=2, target_modules=ALL, total_step=100, lora_dropout=0.0,
+        init_lora_weights=False,
+    ),
+    "IA3": lambda: peft.IA3Config(
+        target_modules=ALL, feedforward_modules=["down_proj"], init_ia3_weights=False
+    ),
+    "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=16, target_modules=ALL, init_weights=False),
+    "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=ALL, init_weights=False),
+    "LoKr": lambda: peft.LoKrConfig(r=4, target_modules=ALL, init_weights=False),
+}  # fmt: skip
+MIXINS = {
+    "LoRA": scaled.DoraLayer,  # LoRA's layers, whose adapters may be of either kind
+    "DoRA": scaled.DoraLayer,
+    "AdaLoRA": adalora.AdaLoraLayer,
+    "IA3": scaled.ScaledLayer,
+    "OFT": made.MadeRotation,
+    "LoHa": made.MadeDelta,
+    "LoKr": made.MadeDelta,
+}
+
+
+def adapted(kind, dtype=torch.float32, **changes):
+    """A Llama with random adapters; the same ones every time."""
+    model = make("llama", **changes).to(dtype)
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(model, KINDS[kind]())
+    packlight.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "oft_R" in name or "lokr" in name:
+                parameter.normal_(0, 0.05)
+            elif kind == "AdaLoRA" and "lora_" in name:  # else scores are in the thousands
+                parameter.normal_(0, 0.3)
+            elif "ia3" in name:
+                parameter.normal_(1, 0.2)
+    return wrapped.train()
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_results(kind, functional):
+    inputs = batch("llama")
+    plain = adapted(kind)
+    output, expected = step(plain, inputs)
+    model = adapted(kind)
+    packlight.convert(model, EIGHT, functional=functional)
+    assert sum(isinstance(module, MIXINS[kind]) for module in model.modules()) == 14
+    ours, actual = step(model, inputs)
+    torch.testing.assert_close(ours.logits, output.logits, rtol=1e-5, atol=1e-5)
+    assert worst_error(actual, expected) < 0.05
+    packlight.revert(model)
+    for name, gradient in step(model, inputs)[1].items():
+        assert torch.equal(gradient, expected[name])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "LoRA"])
+def test_every_kind_keeps_about_what_lora_keeps(kind):
+    sizes = {"hidden_size": 128, "intermediate_size": 352}
+    inputs = batch("llama")
+    inputs = {"input_ids": inputs["input_ids"].repeat(2, 4)}
+    kept = {}
+    for name in ("LoRA", kind):
+        model = adapted(name, torch.bfloat16, **sizes)
+        before = packlight.profile(model.base_model.model.model, **inputs).activation_bytes
+        packlight.convert(model)
+        after = packlight.profile(model.base_model.model.model, **inputs).activation_bytes
+        assert before > 4 * after
+        kept[name] = after
+    assert kept[kind] < 1.5 * kept["LoRA"]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "OFT", "AdaLoRA", "IA3"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_in_checkpoints(kind, reentrant):
+    inputs = batch("llama")
+    model = adapted(kind)
+    nearest = (GroupQuant(bits=8, group_size=32, rounding="nearest"),)
+    packlight.convert(model, nearest, functional=True)
+    expected = step(model, inputs)[1]
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    actual = step(model, inputs)[1]
+    assert worst_error(actual, expected) < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast(kind):
+    inputs = batch("llama")
+    model = adapted(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = step(model, inputs)[1]
+        packlight.convert(model, EIGHT)
+        actual = step(model, inputs)[1]
+    assert worst_error(actual, expected) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's, where PEFT's code breaks the graph
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "AdaLoRA", "LoHa"])
+def test_compiled(kind, fresh_compiler):
+    inputs = batch("llama")
+    model = adapted(kind)
+    expected = step(model, inputs)[1]
+    packlight.convert(model, EIGHT)
+    run = torch.compile(model, backend="aot_eager")
+    assert worst_error(step(run, inputs)[1], {f"_orig_mod.{k}": v for k, v in expected.items()}) < (
+        0.05
+    )
+
+
+def test_a_sketch_of_the_input_serves_all_adapters():
+    inputs = batch("llama")
+    model = adapted("LoRA", torch.bfloat16)
+    packlight.convert(model, {nn.Linear: Sketch(rows=16, min_rows=1), _is_adapter: Sketch()})
+    assert any(type(module).__mro__[1] is Adapter for module in model.modules())
+    rows = packlight.profile(model, **inputs).rows
+    sketches = [row for row in rows if "lora_A" in row.module and "layers.1.mlp" in row.module]
+    assert {row.module.split(".")[-3] for row in sketches} == {"gate_proj", "down_proj"}
+
+
+def _is_adapter(name, module):
+    return hasattr(module, "base_layer")
+
+
+def test_a_dropout_keeps_a_bit_an_element_and_shares_the_pack():
+    inputs = batch("llama")
+    model = peft.get_peft_model(
+        make("llama").to(torch.bfloat16),
+        peft.LoraConfig(r=4, target_modules=ALL, lora_dropout=0.1),
+    )
+    packlight.convert(model)
+    rows = [
+        row
+        for row in packlight.profile(model, **inputs).rows
+        if "layers.1" in row.module and "lora_" in row.module and "lora_B" not in row.module
+    ]
+    bits = BATCH * LENGTH // 8
+    assert {row.module.split(".")[-2] for row in rows} == {"lora_dropout"}
+    assert sum(row.bytes for row in rows) == bits * (6 * WIDTH + 160)
+
+
+# ---- adapters that come later --------------------------------------------------------------------
+
+
+def kinds_of(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_or_after_is_the_same(kind, functional):
+    after = adapted(kind)
+    packlight.convert(after, functional=functional)
+    model = make("llama")
+    packlight.convert(model, functional=functional)
+    before = peft.get_peft_model(model, KINDS[kind]())
+    ours, theirs = kinds_of(before.base_model.model), kinds_of(after.base_model.model)
+    assert ours == theirs
+    inputs = batch("llama")
+    kept = [packlight.profile(m, **inputs).activation_bytes for m in (before, after)]
+    assert kept[0] == kept[1]
+
+
+def test_further_adapters_are_converted_too():
+    for first in ("before", "after"):
+        model = make("llama")
+        if first == "before":
+            packlight.convert(model)
+        model = peft.get_peft_model(model, KINDS["LoRA"]())
+        if first == "after":
+            packlight.convert(model)
+        model.add_adapter("second", KINDS["LoRA"]())
+        layer = model.base_model.model.model.layers[0].mlp.up_proj
+        assert type(layer.lora_A["second"]) is type(layer.lora_A["default"]) is gq.Linear
+        assert packlight.revert(model) > 0
+        model.add_adapter("third", KINDS["LoRA"]())
+        assert type(layer.lora_A["third"]) is type(layer.lora_A["second"]) is nn.Linear
+
+
+def test_an_adapter_has_the_selector_of_its_layer():
+    for methods in (
+        {"*.up_proj": GroupQuant(bits=2), "*.q_proj": None, "*_proj": GroupQuant(bits=8)},
+        {"*.lora_*": GroupQuant(bits=2), "*.q_proj": None, "*_proj": GroupQuant(bits=8)},
+    ):
+        model = make("llama")
+        packlight.convert(model, methods, strict=False)
+        model = peft.get_peft_model(model, KINDS["LoRA"]())
+        layer = model.base_model.model.model.layers[0]
+        assert layer.mlp.up_proj.lora_A["default"].method.bits == 2
+        named = "*.lora_*" in methods
+        assert layer.mlp.gate_proj.lora_A["default"].method.bits == (2 if named else 8)
+        alone = layer.self_attn.q_proj.lora_A["default"]
+        assert type(alone) is (gq.Linear if named else nn.Linear)
+
+
+def test_nothing_else_that_comes_is_converted():
+    model = make("llama")
+    packlight.convert(model)
+    model.lm_head = nn.Linear(WIDTH, 8)
+    model.model.layers[0].mlp.up_proj = nn.Sequential(nn.Linear(WIDTH, 160))
+    assert type(model.lm_head) is nn.Linear
+    assert type(model.model.layers[0].mlp.up_proj[0]) is nn.Linear
+
+
+# ---- a quantised base ----------------------------------------------------------------------------
+
+
+class Linear4bit(nn.Linear):
+    """A stand-in for that of bitsandbytes, which has no wheel that runs here: weights of bytes."""
+
+    __module__ = "bitsandbytes.nn.modules"
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.codes = nn.Parameter((layer.weight.detach() * 100).to(torch.int8), False)
+        del self.weight
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.codes.to(x.dtype) / 100)
+
+
+class Int4Tensor(torch.Tensor):
+    """A stand-in for a weight of torchao."""
+
+    __module__ = "torchao.quantization"
+
+
+def with_weight_of_torchao(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Int4Tensor), False)
+    return layer
+
+
+@pytest.mark.parametrize("make_layer", [Linear4bit, with_weight_of_torchao])
+def test_a_quantised_base_is_reported_as_what_it_is(make_layer):
+    model = make("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = make_layer(layer.mlp.down_proj)
+    conversion = packlight.convert(model)
+    package = "bitsandbytes" if make_layer is Linear4bit else "torchao"
+    skipped = [row for row in conversion.skipped if f"quantised by {package}" in row.reason]
+    assert len(skipped) == 2
+    assert all("down_proj" in row.names[0] for row in skipped)
+    assert "quantised by" in str(conversion).replace("\n", " ")

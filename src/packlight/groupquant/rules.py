@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from packlight.groupquant import conv_modules, modules
 from packlight.layers import channel_norms, functional, norms
 from packlight.layers.attention import scaled_dot_product_attention
+from packlight.layers.casts import CASTS
 from packlight.layers.convolution import CONVOLUTIONS, TRANSPOSED
 from packlight.layers.linear import linear
 from packlight.layers.product import mul
-from packlight.method import rows
+from packlight.method import call_rule, rows
 from packlight.quantiser import Quantiser
 
 
@@ -76,3 +77,5 @@ rows(
     {(F.scaled_dot_product_attention,): (scaled_dot_product_attention,)},
     lambda method: {"method": method.for_scores()},
 )
+
+call_rule(Quantiser, CASTS)

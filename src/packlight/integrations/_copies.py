@@ -7,6 +7,7 @@ mixin joined with the module's own class (`packlight._classes.joined`).
 
 import dis
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,17 +38,20 @@ def is_copy(function: object, known: Callable[..., Any]) -> bool:
     neither has variables of a surrounding function, as a decorated one would.
     """
     code = _torch.code_of(function)
-    if code is None or code.co_freevars or code.co_cellvars:
+    if code is None or code.co_freevars:
         return False
-    return _instructions(function) == _instructions(known)
+    ours: Any = _torch.code_of(known)
+    return _instructions(code, function) == _instructions(ours, known)
 
 
-def _instructions(function: Any) -> list[tuple[str, object]]:
-    code: Any = _torch.code_of(function)
+def _instructions(code: types.CodeType, function: Any) -> list[tuple[str, object]]:
+    """Of the code of a function, or of a function within it."""
     names = {name: f"variable {index}" for index, name in enumerate(code.co_varnames)}
 
     def meant(instruction: dis.Instruction) -> object:
         value = instruction.argval
+        if isinstance(value, types.CodeType):
+            return _instructions(value, function)
         if instruction.opname == "LOAD_GLOBAL":  # None for what is built in
             return value, id(function.__globals__.get(value))
         if "FAST" not in instruction.opname:
@@ -55,4 +59,4 @@ def _instructions(function: Any) -> list[tuple[str, object]]:
         parts = value if isinstance(value, tuple) else (value,)  # two at once since Python 3.13
         return [names.get(part, part) for part in parts]
 
-    return [(each.opname, meant(each)) for each in dis.get_instructions(function)]
+    return [(each.opname, meant(each)) for each in dis.get_instructions(code)]

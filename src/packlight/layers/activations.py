@@ -247,10 +247,76 @@ class _Gated(torch.autograd.Function):
 _apply_gated: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Gated)
 
 
+@dataclasses.dataclass  # not frozen, as above
+class PackedFactors:
+    """f(gate) up of packs that are kept of both factors already."""
+
+    rebuilds: tuple[Callable[..., Tensor], Callable[..., Tensor]]
+    name: str
+    parts: int  # of the pack of gate
+
+    def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        gate, up = self.factors(torch.float32, *tensors)
+        return (FUNCTIONS[self.name](gate) * up).to(dtype)
+
+    def factors(self, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        gate = self.rebuilds[0](dtype, *tensors[: self.parts])
+        return gate, self.rebuilds[1](dtype, *tensors[self.parts :])
+
+
+class _GatedOfPacks(torch.autograd.Function):
+    """y = f(gate) up; keeps the packs that there are of both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        plain: Callable[..., Tensor],
+        factors: PackedFactors,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.factors = factors
+        return plain(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        tensors, dtype, name = ctx.saved_tensors, compute_dtype(grad_output), ctx.factors.name
+        gate, up = ctx.factors.factors(dtype, *tensors)
+        dy = grad_output.to(dtype)
+        dgate, dup = BACKWARD[name](dy * up, gate), dy * FUNCTIONS[name](gate)
+        dgate, dup = dgate.to(grad_output.dtype), dup.to(grad_output.dtype)
+        return dgate, dup, None, None, *[None] * len(tensors)
+
+
+_apply_to_packs: Callable[..., Tensor] = _GatedOfPacks.apply
+
+
+def _gated_of_packs(
+    gate: Tensor, up: Tensor, name: str, method: Quantiser, plain: Callable[..., Tensor]
+) -> Tensor | None:
+    """The unit where packs as good are kept of both factors already; None elsewhere."""
+    one = sharing.pack_of(gate, method.grade)
+    two = None if one is None else sharing.pack_of(up, method.grade)
+    if one is None or two is None:
+        return None
+    factors = PackedFactors((one.rebuild, two.rebuild), name, len(one.tensors))
+    tensors = (*one.tensors, *two.tensors)
+    y = _apply_to_packs(gate, up, plain, factors, *tensors)
+    pack = Pack(factors, tuple(y.shape), tensors, one.grade.and_of(two.grade))
+    sharing.note_pack(y, pack)
+    return y
+
+
 def gated(
     gate: Tensor, up: Tensor, name: str, method: Quantiser, plain: Callable[..., Tensor]
 ) -> Tensor:
-    """f(gate) up, by its name and by torch's functions. Keeps packs of gate and up; biased."""
+    """f(gate) up, by its name and by torch's functions. Keeps packs of gate and up; biased.
+
+    Packs that are kept of both already serve, as behind scales that are trained.
+    """
     check_tensor(gate, name)
     check_tensor(up, name)
     if gate.shape != up.shape or gate.device != up.device:
@@ -263,6 +329,10 @@ def gated(
         return plain(gate, up)
     if torch.compiler.is_dynamo_compiling():
         up = _tracer.apart(up, gate)
+    else:
+        of_packs = _gated_of_packs(gate, up, name, method, plain)
+        if of_packs is not None:
+            return of_packs
     fused = "gated" in method.fused  # one seed serves both
     seeds = (method.seed(gate), None if fused else method.seed(gate))
     y, *packs = _apply_gated(gate, up, name, method, *seeds)

@@ -1,4 +1,7 @@
-"""The product of two tensors of which one is packed already, as of an activation and a gate."""
+"""Products: of two tensors of which one is packed already, and of rows and a vector.
+
+The former is an activation and its gate, the latter the scale of a layer or an adapter.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from packlight import _torch, _tracer, sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
+from packlight._gradients import column_sums
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.layers.activations import UNITS, Applied, GatedProduct, gated, how, unit_of
 from packlight.quantiser import KEEPS, Quantiser, Restore, pack_input, worth_packing
@@ -75,8 +79,13 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
 
     Keeps the pack of each factor: the one that is kept of it already, as for the output of an
     activation, else a new one. Where neither is packed, and where shapes or dtypes differ or a
-    factor needs no gradient, this is torch's product, which keeps both factors.
+    factor needs no gradient, this is torch's product, which keeps both factors; but one with a
+    vector that is trained is `scale`.
     """
+    if _is_scale(input, other, method):
+        return scale(input, other, method=method)
+    if _is_scale(other, input, method):
+        return scale(other, input, method=method)
     if not _is_gate(input, other, method):
         return torch.mul(input, other)
     if torch.compiler.is_dynamo_compiling():
@@ -106,6 +115,99 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
         grade = one.grade.and_of(two.grade)
         sharing.note_pack(y, Pack(product, tuple(y.shape), tensors, grade))
     return y
+
+
+@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
+class Scaled:
+    """What the pack of rows and a vector stand for: their product, and a shift if there is one."""
+
+    rebuild: Callable[..., Tensor]
+    parts: int  # of the pack
+
+    def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        x = self.rebuild(torch.float32, *tensors[: self.parts])
+        vector, *shift = tensors[self.parts :]
+        assert vector is not None
+        y = x * vector
+        for each in shift:
+            y = y if each is None else y + each
+        return y.to(dtype)
+
+
+class _Scaling(torch.autograd.Function):
+    """y = x v; keeps v and the pack of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        vector: Tensor,
+        values: Tensor,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        """`values` is the vector without its history."""
+        ctx.save_for_backward(values, *tensors)
+        ctx.rebuild, ctx.dtype = rebuild, x.dtype
+        return x * vector
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        vector, *tensors = ctx.saved_tensors
+        dx = dvector = None
+        if ctx.needs_input_grad[0]:
+            dx = (grad_output * vector).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            dvector = vector_gradient(grad_output, ctx.rebuild(grad_output.dtype, *tensors), vector)
+        return dx, dvector, None, None, *[None] * len(tensors)
+
+
+_scale: Callable[..., Tensor] = _Scaling.apply
+
+
+def vector_gradient(grad_output: Tensor, x: Tensor, vector: Tensor) -> Tensor:
+    """The sum of dy x over all rows, as the vector is."""
+    rows = (grad_output * x).reshape(-1, vector.numel())
+    wide = torch.promote_types(rows.dtype, vector.dtype)
+    return column_sums(rows, wide).to(vector.dtype).view(vector.shape)
+
+
+def scale(x: Tensor, vector: Tensor, *, method: Quantiser) -> Tensor:
+    """x v for rows x [..., n] and a vector v of n elements.
+
+    Keeps v and a pack of x, or nothing of x where it is packed already; readers of the product
+    share it. dx is exact, dv is of the packed x, unbiased where the method is.
+    """
+    kept, values = pack_input(x, method), vector.detach()
+    y = _scale(x, vector, values, kept.rebuild, *kept.tensors)
+    note_scaled(y, kept, values)
+    return y
+
+
+def note_scaled(y: Tensor, kept: Pack, *vectors: Tensor | None) -> None:
+    """Records that y is what `kept` stands for times a vector, and shifted by another if given.
+
+    The graph saves these very tensors.
+    """
+    tensors = (*kept.tensors, *vectors)
+    rebuild = Scaled(kept.rebuild, len(kept.tensors))
+    sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tensors, kept.grade))
+
+
+def _is_scale(x: object, vector: object, method: Quantiser) -> bool:
+    """Whether this is a product of rows and a vector that is trained, and smaller than they are."""
+    if not (isinstance(x, Tensor) and isinstance(vector, Tensor)):
+        return False
+    if x.dim() < 2 or vector.dim() > x.dim() or x.numel() <= vector.numel():
+        return False
+    return (
+        vector.shape[-1:] == x.shape[-1:]
+        and vector.numel() == x.shape[-1]
+        and x.is_floating_point()
+        and needs_gradient(vector)
+        and worth_packing(x, method)
+    )
 
 
 def _unit(f: Tensor, up: Tensor, method: Quantiser) -> Tensor | None:

@@ -31,6 +31,7 @@ from torch.utils.weak import TensorWeakRef
 
 from packlight import _torch, sharing
 from packlight._torch import graph
+from packlight.layers.casts import CASTS, noted
 from packlight.quantiser import Quantiser
 from packlight.saving import activations, lossless, norms, packing, tensors
 from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting
@@ -129,6 +130,8 @@ class Saver:
             if torch.is_grad_enabled():
                 thread.before, thread.last = call.start, _torch.next_node_number()
         tensors.note_filling(name, arguments, result)
+        if func in CASTS and type(result) is Tensor and type(arguments[0]) is Tensor:
+            noted(result, arguments[0])
         return result
 
     def pack(self, tensor: Tensor) -> Holder:
@@ -169,6 +172,9 @@ class Saver:
             return holder
         call = thread.running
         owner, is_cast = tensors.owner_of(tensor, () if call is None else call.arguments)
+        source = sharing.source_of(owner)
+        if source is not owner:
+            owner, is_cast = source, True
         is_new = call is None and number > thread.last
         if is_new:
             self._find((tensor,))  # what was saved before, and may have led to this tensor

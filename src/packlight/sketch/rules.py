@@ -3,7 +3,8 @@
 from torch import nn
 
 from packlight.errors import CannotConvertError, InputError
-from packlight.method import Swap, rule
+from packlight.layers.casts import CASTS
+from packlight.method import Swap, call_rule, rule
 from packlight.sketch import modules
 from packlight.sketch.functional import check_pointwise
 from packlight.sketch.method import Sketch
@@ -22,3 +23,6 @@ def _convolution(method: Sketch, module: nn.Conv1d | nn.Conv2d) -> Swap:
     except InputError as error:
         raise CannotConvertError(str(error)) from error
     return Swap(getattr(modules, name), {"method": method})
+
+
+call_rule(Sketch, CASTS)

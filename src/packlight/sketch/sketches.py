@@ -1,6 +1,7 @@
 """Making and finding sketches, what they give, and how far from the truth it lies."""
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,14 +52,17 @@ def sketch_input(
     """The sketch of `x`: the one that is kept of it already, else a new one, noted for the next.
 
     `tokens` are the rows of `x`, and `layout` tells the ways to see a tensor as rows apart. A pack
-    of another method is not used, though it would do: it may be biased, and a sketch is not.
+    of another method is not used, though it would do: it may be biased, and a sketch is not. Casts
+    of one tensor share a sketch where their layers compute in one dtype, as adapters do.
     """
     found = sharing.sketch_of(x)
     if found is not None and found.shape == layout:
-        return found
+        gradient: Any = found.rebuild
+        if gradient.dtype == dtype:
+            return found
     kept = ops.keep(tokens.detach(), rounding_tensor(x), kind, rows, dtype)
     sketch = Pack(WeightGradient(kind, rows, tokens.shape[1], dtype), layout, (kept,))
-    sharing.note_sketch(x, sketch)
+    sharing.note_sketch(sharing.source_of(x), sketch)
     return sketch
 
 

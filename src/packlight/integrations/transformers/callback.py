@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from packlight._seeds import rounding_state, set_rounding_state
-from packlight.convert import revert
+from packlight.convert import is_patched, revert
 from packlight.integrations._converting import Converting
 
 _ROUNDING = "PacklightRounding"
@@ -73,6 +73,7 @@ class PacklightCallback(Converting, TrainerCallback):
             self._converted = None
 
     def _convert(self, model: nn.Module) -> None:
-        if self._converted is not model:
+        # A `Trainer` with `use_liger_kernel=True` applies Liger-Kernel when training begins.
+        if self._converted is not model or any(map(is_patched, model.modules())):
             super()._convert(model)
             self._converted = model
