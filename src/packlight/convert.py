@@ -677,7 +677,7 @@ def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> 
 def is_patched(module: nn.Module) -> bool:
     """Whether a converted module has been given a forward of Liger's since, which runs instead."""
     forward = vars(module).get("forward")
-    of_liger = getattr(forward, "__module__", "").startswith("liger_kernel.")
+    of_liger = (getattr(forward, "__module__", None) or "").startswith("liger_kernel.")
     return of_liger and _swap.former(module) is not None
 
 

@@ -407,4 +407,4 @@ def test_a_quantised_base_is_reported_as_what_it_is(make_layer):
     skipped = [row for row in conversion.skipped if f"quantised by {package}" in row.reason]
     assert len(skipped) == 2
     assert all("down_proj" in row.names[0] for row in skipped)
-    assert "quantised by" in str(conversion).replace("\n", " ")
+    assert "quantised" in str(conversion)

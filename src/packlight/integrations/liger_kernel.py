@@ -76,7 +76,7 @@ class GroupQuantLigerLayerNorm(Quantised):
 
 def _owner(forward: Any) -> str:
     """The class of Liger's that a forward is of; nothing for any other forward."""
-    if not getattr(forward, "__module__", "").startswith("liger_kernel."):
+    if not (getattr(forward, "__module__", None) or "").startswith("liger_kernel."):
         return ""
     name: str = getattr(forward, "__qualname__", "").removesuffix(".forward")
     return name
