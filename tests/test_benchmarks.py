@@ -290,7 +290,7 @@ def test_a_choice_has_a_process_and_what_fails_is_a_row(tmp_path, capfd):
     assert ": " in found["liger"]["error"]  # Liger-Kernel is not here, or its kernels need a GPU
     user.main([*words.split(), "--missing"])
     assert len(rows.read(out)) == 2
-    assert "Traceback" in capfd.readouterr().err
+    assert "Error" in capfd.readouterr().err
 
 
 # What a worker says, without what it measures; what it does meanwhile is told to a file.
@@ -542,14 +542,6 @@ def test_the_tables_of_the_docs_are_those_of_the_rows():
     assert table.filled(text) == text
     shown = {name for name, made in table.TABLES.items() if len(made().splitlines()) > 2}
     assert {f"<!-- table {name} -->" for name in shown} <= set(text.splitlines())
-
-
-def test_the_readme_shows_lines_of_the_table_of_steps():
-    readme = (table.DOCS.parents[1] / "README.md").read_text(encoding="utf-8")
-    shown = readme.partition("**Whole steps**")[2].partition("**Kernels**")[0].splitlines()
-    lines = [line for line in shown if line.startswith("| ") and "---" not in line]
-    assert len(lines) > 10
-    assert set(lines) <= set(table.DOCS.read_text(encoding="utf-8").splitlines())
 
 
 def test_a_table_of_steps():

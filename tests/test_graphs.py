@@ -25,6 +25,9 @@ from packlight.graphs.recorder import CudaRecorder
 from tests.blocks import EncoderBlock
 from tests.helpers import DEVICES
 
+# On a thread of autograd that has run nothing on the device before.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
+
 
 class Again:
     """A recorder without a device."""
@@ -35,6 +38,9 @@ class Again:
 
     def anew(self):
         return Again()
+
+    def restart(self):
+        pass
 
     def is_recording(self):
         return False

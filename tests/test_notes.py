@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import packlight
 from packlight import GroupQuant, Inverted, sharing
 from packlight import groupquant as gq
-from packlight.sharing import Grade, Pack, note_pack, pack_of
+from packlight.pack import EXACT, Grade, Pack
+from packlight.sharing import note_pack, pack_of
 from tests.helpers import kept_bytes, relative_error
 
 NEAREST = {"bits": 8, "rounding": "nearest"}
@@ -340,7 +341,7 @@ def test_a_note_holds_under_the_hooks_under_which_it_was_written():
         (Grade(4, 64, True), Grade(4, 128, True), True),
         (Grade(8, 1024, True), Grade(4, 32, True), True),
         (Grade(8, 128, False), Grade(4, 128, True), False),
-        (sharing.EXACT, Grade(8, 32, True), True),
+        (EXACT, Grade(8, 32, True), True),
     ],
 )
 def test_a_pack_serves_those_that_ask_for_no_better(offered, asked, serves):

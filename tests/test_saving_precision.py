@@ -91,6 +91,7 @@ def test_slices_that_hardly_vary_have_gradients(make, shape, axis, layout, dtype
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("make", "shape", "axis", "layout"), NORMS.values(), ids=NORMS.keys())
 def test_slices_that_hardly_vary_on_a_device(make, shape, axis, layout, dtype):

@@ -17,8 +17,14 @@ Rows = Sequence[Row]
 
 # The columns of the README; a table of all is as wide as there are choices.
 README = (
-    *("eager", "checkpoint", "compile", "liger+checkpoint"),
-    *("default", "default+head", "default+compile"),
+    "eager",
+    "checkpoint",
+    "liger+checkpoint",
+    "compile",
+    "default",
+    "default+head",
+    "default+graphed",
+    "head+graphed",
 )
 
 

@@ -22,11 +22,11 @@ from packlight.groupquant import FixedPoint, GroupQuant
 from packlight.inverted import Inverted
 from packlight.method import Method
 from packlight.method_files import load_methods, save_methods
+from packlight.pack import Grade
 from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
 from packlight.quantiser import Quantiser
 from packlight.saving import saving
-from packlight.sharing import Grade
 from packlight.sketch import Sketch
 
 __all__ = [

@@ -18,8 +18,8 @@ from packlight._checks import without_autocast
 from packlight._seeds import Seed, rounding_seed
 from packlight.calls import uncovered
 from packlight.method import Method
+from packlight.pack import Grade, Pack
 from packlight.packing.layout import dense_stride, memory_order
-from packlight.sharing import Grade, Pack
 
 
 class Fused(NamedTuple):

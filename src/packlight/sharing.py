@@ -30,101 +30,26 @@ copy of the tensor and in no file, and it goes when the tensor goes.
   of its graph, and is not read.
 """
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 from packlight import _torch
 from packlight._torch import HOOKS, STORAGES, question
 from packlight._tracer import fake_of, graph_facts, node_of
+from packlight.pack import Grade, Pack, View, WeakPack
 from packlight.packing.layout import is_dense
-
-
-class Grade(NamedTuple):
-    """How near a pack is to its tensor: what a reader asks for, and what a pack offers."""
-
-    bits: int
-    group_size: int
-    unbiased: bool
-
-    def serves(self, asked: "Grade") -> bool:
-        """Whether a pack of this grade is what a reader asks for, or better."""
-        finer = self.bits > asked.bits
-        fine = finer or (self.bits == asked.bits and self.group_size <= asked.group_size)
-        return fine and (self.unbiased or not asked.unbiased)
-
-    def and_of(self, other: "Grade") -> "Grade":
-        """The grade of a result that is computed from two packs."""
-        return Grade(
-            min(self.bits, other.bits),
-            max(self.group_size, other.group_size),
-            self.unbiased and other.unbiased,
-        )
-
-
-# The tensor itself up to rounding, or with an error for which its method is chosen.
-EXACT = Grade(64, 1, True)
-
-
-class Pack(NamedTuple):
-    """Saved tensors, and how to rebuild the tensor of this shape that they stand for.
-
-    `rebuild(dtype, *tensors)` returns that tensor, in its memory order.
-    """
-
-    rebuild: Callable[..., Tensor]
-    shape: tuple[int, ...]
-    tensors: tuple[Tensor | None, ...]
-    grade: Grade = EXACT
-
-
-@dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
-class _View:
-    """Rebuilds a view of a packed tensor: all its elements, in the order of their memory."""
-
-    rebuild: Callable[..., Tensor]
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
-        return self.rebuild(dtype, *tensors).as_strided(self.shape, self.stride)
-
-
-class _WeakPack(NamedTuple):
-    """A `Pack` that does not keep its tensors alive."""
-
-    rebuild: Callable[..., Tensor]
-    shape: tuple[int, ...]
-    references: tuple[TensorWeakRef | None, ...]
-    grade: Grade
-
-    @staticmethod
-    def of(pack: Pack) -> "_WeakPack":
-        rebuild, shape, tensors, grade = pack
-        references = [None if kept is None else TensorWeakRef(kept) for kept in tensors]
-        return _WeakPack(rebuild, shape, tuple(references), grade)
-
-    def pack(self) -> Pack | None:
-        tensors: list[Tensor | None] = []
-        for reference in self.references:  # no generator: this runs at every reader
-            tensor = None if reference is None else reference()
-            if tensor is None and reference is not None:
-                return None
-            tensors.append(tensor)
-        return Pack(self.rebuild, self.shape, tuple(tensors), self.grade)
 
 
 class _Facts(NamedTuple):
     """What a note says about a tensor."""
 
     cast: Tensor | None = None
-    pack: Pack | _WeakPack | None = None
-    sketch: Pack | _WeakPack | None = None
+    pack: Pack | WeakPack | None = None
+    sketch: Pack | WeakPack | None = None
     exact: Any = None  # weakly, an object of the operation that saves the tensor itself
     filled: bool = False  # some elements were filled with an infinity or a huge number
     source: Any = None  # what the tensor is a cast of: a `_Note` of it, or traced a `_Source`
@@ -274,7 +199,7 @@ def pack_of(tensor: Tensor, asked: Grade | None = None) -> Pack | None:
     if relation in ("itself", "alike"):
         return pack
     shape = tuple(tensor.shape)
-    view = _View(pack.rebuild, shape, tensor.stride())
+    view = View(pack.rebuild, shape, tensor.stride())
     return Pack(view, shape, pack.tensors, pack.grade)
 
 
@@ -291,12 +216,12 @@ def sketch_of(tensor: Tensor) -> Pack | None:
     return sketch if source is None else sketch_of(source)
 
 
-def _alive(pack: Pack | _WeakPack | None) -> Pack | None:
-    return pack.pack() if isinstance(pack, _WeakPack) else pack
+def _alive(pack: Pack | WeakPack | None) -> Pack | None:
+    return pack.pack() if isinstance(pack, WeakPack) else pack
 
 
-def _weakly(pack: Pack | _WeakPack | None) -> _WeakPack | None:
-    return _WeakPack.of(pack) if isinstance(pack, Pack) else pack
+def _weakly(pack: Pack | WeakPack | None) -> WeakPack | None:
+    return WeakPack.of(pack) if isinstance(pack, Pack) else pack
 
 
 def _takes_packs_away(tensor: Tensor) -> bool:

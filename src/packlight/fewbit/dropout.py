@@ -24,9 +24,9 @@ from packlight._checks import (
 from packlight._seeds import Seed, mask_seed, operands
 from packlight.errors import InputError
 from packlight.fewbit import ops
+from packlight.pack import Pack
 from packlight.packing.layout import compute_dtype, dense_stride
 from packlight.packing.ops import pack_mask
-from packlight.sharing import Pack
 
 
 class _Dropout(torch.autograd.Function):

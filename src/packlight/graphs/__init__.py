@@ -158,6 +158,7 @@ class Graphs:
         self.modules: list[nn.Module] = []
         self.pending: Any = None  # a weak reference to what lives until a backward pass has run
         self.warned: set[str] = set()
+        self.recorder.restart()
 
     def __deepcopy__(self, memo: Any) -> "Graphs":
         return Graphs(self.shapes, self.recorder.anew())
@@ -218,6 +219,8 @@ class Graphs:
             recording = Recording(key, module, forward, args, kwargs, self.recorder)
         except CannotGraphError as error:
             self.refused.append((key, str(error)))
+            if not self.recordings:
+                self.recorder.restart()
             raise
         self.recordings.append(recording)
         return recording

@@ -24,6 +24,10 @@ class CudaRecorder:
     def anew(self) -> "CudaRecorder":
         return CudaRecorder()
 
+    def restart(self) -> None:
+        """No recording is left: a pool ends with its last graph."""
+        self.pool = None
+
     def is_recording(self) -> bool:
         return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 

@@ -18,9 +18,9 @@ from packlight.groupquant.grouping import (
     Rounding,
     row_group_size,
 )
+from packlight.pack import Grade
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import Quantiser
-from packlight.sharing import Grade
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from packlight.elementwise.derivatives import BACKWARD, FUNCTIONS
 from packlight.elementwise.limits import unmarked_limits, within
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
+from packlight.pack import Pack
 from packlight.packing.layout import compute_dtype, dense_stride, laid_out
 from packlight.quantiser import KEEPS, Fused, Quantiser
-from packlight.sharing import Pack
 
 # ---- what a method without operators of its own does ---------------------------------------------
 

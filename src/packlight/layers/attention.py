@@ -18,9 +18,9 @@ from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_sec
 from packlight._seeds import Seed
 from packlight._torch.hooks import unseen_by_hooks
 from packlight._tracer import fake_of
+from packlight.pack import Pack
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import KEEPS, Quantiser, Restore
-from packlight.sharing import Pack
 
 _aten = torch.ops.aten
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from packlight import _torch, sharing
 from packlight._checks import autocast, check_tensor, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed
+from packlight.pack import Pack
 from packlight.packing.layout import compute_dtype, dense_stride, laid_out
 from packlight.quantiser import KEEPS, Fused, Quantiser
-from packlight.sharing import Pack
 
 # Below so many values a channel, what is kept of the channel outweighs what codes save.
 MIN_VALUES = 16

@@ -26,8 +26,8 @@ from packlight._checks import (
 from packlight._gradients import recast
 from packlight._overwrite import writable
 from packlight.errors import InputError
+from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
-from packlight.sharing import Pack
 
 Size = int | Sequence[int]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from packlight import _torch, sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
 from packlight._seeds import Seed
+from packlight.pack import Pack
 from packlight.packing.layout import compute_dtype
 from packlight.quantiser import KEEPS, Fused, Quantiser
-from packlight.sharing import Pack
 
 # ---- what a method without operators of its own does ---------------------------------------------
 

@@ -15,8 +15,8 @@ from packlight._checks import needs_gradient, refuse_second_derivative
 from packlight._gradients import column_sums
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.layers.activations import UNITS, Applied, GatedProduct, gated, how, unit_of
+from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, Restore, pack_input, worth_packing
-from packlight.sharing import Pack
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one

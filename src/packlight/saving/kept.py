@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from packlight.errors import DoubleBackwardError
+from packlight.pack import Pack
 from packlight.packing.layout import dense_stride, laid_out, memory_order
 from packlight.packing.ops import pack_mask, unpack_mask
-from packlight.sharing import Pack
 
 
 class Kept(Protocol):

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from packlight import sharing
+from packlight.pack import Pack
 from packlight.packing.layout import dense_stride, memory_order
 from packlight.quantiser import Quantiser, Restore
 from packlight.saving.kept import Packed
 from packlight.saving.tensors import repeats
-from packlight.sharing import Pack
 
 
 def pack(

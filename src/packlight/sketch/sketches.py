@@ -10,8 +10,8 @@ from torch import Tensor
 from packlight import sharing
 from packlight._seeds import rounding_tensor
 from packlight.errors import InputError
+from packlight.pack import Pack
 from packlight.packing.layout import compute_dtype
-from packlight.sharing import Pack
 from packlight.sketch import ops, reference
 from packlight.sketch.method import ROW_KINDS, TRANSFORMS, Blocks, Kind, Sketch
 

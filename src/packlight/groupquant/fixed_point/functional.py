@@ -18,7 +18,7 @@ from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.method import FixedPoint, check_bits
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, grade
 from packlight.layers import channel_norms
-from packlight.sharing import Pack
+from packlight.pack import Pack
 
 _DEFAULT = FixedPoint()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.residual_ops import residual
-from packlight.sharing import Grade
+from packlight.pack import Grade
 
 
 def grade(bits: int) -> Grade:

@@ -14,8 +14,8 @@ from packlight._overwrite import overwrite
 from packlight.fewbit import ops as few_bit
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, ResidualRebuild
+from packlight.pack import Pack
 from packlight.packing.layout import dense_stride
-from packlight.sharing import Pack
 
 
 class _CodedReLU(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packlight import sharing
 from packlight.groupquant.fixed_point.packs import Rebuild, ResidualRebuild
-from packlight.sharing import Pack
+from packlight.pack import Pack
 
 # Batch norms that a sum is rebuilt from. To rebuild the end of the k-th block of a chain costs k
 # links, so that a longer chain would cost more time than the pack of one sum in eight is worth.

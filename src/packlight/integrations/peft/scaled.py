@@ -24,10 +24,10 @@ from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations.peft.adapters import Adapter, knows, trains
 from packlight.layers.casts import to
 from packlight.layers.product import note_scaled, scale, vector_gradient
+from packlight.pack import Pack
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import KEEPS, Quantiser, Restore, worth_packing
 from packlight.selectors import kind_of
-from packlight.sharing import Pack
 
 VARIANT_KWARG_KEYS: Any = getattr(lora_layer, "VARIANT_KWARG_KEYS", None)  # since peft 0.18
 

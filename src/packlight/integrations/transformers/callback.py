@@ -6,7 +6,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from packlight._seeds import rounding_state, set_rounding_state
-from packlight.convert import is_patched, revert
+from packlight.convert import revert
+from packlight.following import is_patched
 from packlight.integrations._converting import Converting
 
 _ROUNDING = "PacklightRounding"

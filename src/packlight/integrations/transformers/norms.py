@@ -30,8 +30,8 @@ from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import InvertedNorm
 from packlight.layers.norms import as_rows, own_parameters, rms_norm, row_norm_of
 from packlight.method import Method, Rule, Swap, rule_finder
+from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser
-from packlight.sharing import Pack
 
 _SHORT = (torch.bfloat16, torch.float16)
 

@@ -1,0 +1,113 @@
+"""What comes into a converted model later: adapters, and forwards of Liger's.
+
+Adapters of PEFT that are put into a converted model are converted as the model was. A forward that
+Liger-Kernel puts on a converted layer runs in place of ours, and is warned of.
+"""
+
+import sys
+import warnings
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from packlight import _swap, integrations
+from packlight.conversion import condensed
+from packlight.plan import Plan, first_few
+from packlight.quantiser import before_first_pack
+from packlight.selectors import Layer, Methods, Selector, layers_of
+
+
+class _Given(NamedTuple):
+    """How a module's model was converted."""
+
+    methods: Methods
+    functional: bool
+    names: tuple[str, ...]
+    selector: Selector | None
+    adapts: bool  # whether it is an adapter, or part of one
+
+
+# Not on the modules: methods may be given by functions, which neither copy nor pickle.
+_followed: "weakref.WeakKeyDictionary[nn.Module, _Given]" = weakref.WeakKeyDictionary()
+_following: list[Any] = []  # the handle of our hook, once there is one
+
+
+def follow(layers: list[Layer], plan: Plan, methods: Methods, functional: bool) -> None:
+    """Remembers how modules were converted, for the adapters that come into them."""
+    adapters = tuple(f"{layer.names[0]}." for layer in layers if _adapts(layer.module))
+    for layer in layers:
+        name = layer.names[0]
+        inside = _adapts(layer.module) or name.startswith(adapters)
+        inside = inside and "base_layer" not in name.split(".")
+        given = (layer.names, plan.selected.get(layer.module), inside)
+        _followed[layer.module] = _Given(methods, functional, *given)
+    if _warn_of_patches not in before_first_pack:
+        before_first_pack.append(_warn_of_patches)
+    if not _following:
+        _following.append(register_module_module_registration_hook(_on_registration))
+
+
+def _adapts(module: nn.Module) -> bool:
+    """Whether this is a layer of PEFT around another layer."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
+def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Converts an adapter that is put into a converted model, or a further one into an adapter."""
+    if torch.compiler.is_compiling():
+        return  # code that sets a module is traced, and would be guarded by all that is followed
+    given = _followed.get(parent)
+    if given is None or module is None or module in _followed:
+        return
+    if not (given.adapts or _adapts(module)):
+        return
+    integrations.load()
+    adapted = _followed.get(parent._modules.get(name) or parent)
+    selector = given.selector if adapted is None else adapted.selector
+    layers = [
+        layer._replace(
+            names=tuple(_joined(first, name, last) for first in given.names for last in layer.names)
+        )
+        for layer in layers_of(module)
+        if layer.module not in _followed  # the adapted layer, which stays as it is
+    ]
+    plan = Plan(given.methods)
+    for layer in layers:
+        plan.add(layer, selector)
+    if given.functional:
+        plan.cover_calls(layers)
+    plan.carry_out()
+    follow(layers, plan, given.methods, given.functional)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a converted module has been given a forward of Liger's since, which runs instead."""
+    forward = vars(module).get("forward")
+    of_liger = (getattr(forward, "__module__", None) or "").startswith("liger_kernel.")
+    return of_liger and _swap.former(module) is not None
+
+
+def _warn_of_patches() -> None:
+    """Says which converted layers keep what Liger's keep."""
+    names = [given.names[0] for module, given in _followed.items() if is_patched(module)]
+    if names:
+        warnings.warn(
+            f"Liger-Kernel was applied to {len(names)} layers after packlight.convert"
+            f" ({first_few(condensed(names))}): they run Liger's code and keep what it keeps; move"
+            " packlight.convert(model, ...) behind the line that applies Liger-Kernel to the model",
+            stacklevel=2,
+        )
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def forget(model: nn.Module) -> None:
+    """What comes into the model from here on stays as it is."""
+    for module in model.modules():
+        _followed.pop(module, None)
