@@ -102,6 +102,7 @@ CHOICES = {
     "checkpoint": Choice("checkpoint", (checkpoint,)),
     "default": Choice("packlight default", (default,)),
     "default+head": Choice("packlight default, head", (_head,), kind="head"),
+    "graphed": Choice("graph", (graphed,)),
     "default+graphed": Choice("packlight default, graph", (default, graphed)),
     "head+graphed": Choice("packlight default, head, graph", (_head, graphed), kind="head"),
     "liger+checkpoint": Choice("Liger, checkpoint", (liger, checkpoint), kind="liger"),
