@@ -437,7 +437,7 @@ def test_pages_are_written(net: None, capsys: pytest.CaptureFixture[str]) -> Non
         ("convert net:mlp --input 8x32 --out /dev/null", "cannot be written: Is a device"),
         ("demo --layers 1" + "0" * 30, "is too large; expected at most"),
         ("profile net:mlp --method GELU=FewBitt(3)", "unknown method 'FewBitt' (near: FewBit)"),
-        ("profile net:mlp --method GELU=Few", "FewBit, FixedPoint, GroupQuant, Inverted"),
+        ("profile net:mlp --method GELU=Few", "FewBit, FixedPoint"),
         ("profile net:mlp --method GELU=FewBit(9)", "FewBit(9): bits=9 is not a whole number"),
         ("profile net:mlp --method GELU=FewBit(", "'(' was never closed"),
         ("profile net:mlp --method =FewBit(3)", "has no selector; write 'GELU=FewBit(3)'"),

@@ -9,6 +9,7 @@ from packlight import _seeds, fewbit, groupquant, head, sketch
 from packlight._library import _LIBRARY
 from packlight.fewbit import ops as few_bit_ops
 from packlight.packing.ops import pack_mask, unpack_mask
+from packlight.rotary import rotate
 from packlight.sketch.method import KINDS
 from tests.groupquant.test_residual import basic, converted, images
 from tests.inverted.norm_layers import LAYERS as NORMS
@@ -139,9 +140,17 @@ def heads():
         )
 
 
+def rotations():
+    for dtype in DTYPES:
+        q, k = (torch.randn(2, 5, n, 8, dtype=dtype).transpose(1, 2) for n in (4, 2))
+        angles = torch.randn(1, 5, 8, dtype=dtype)
+        for x in (q, q.contiguous()):
+            both_ways(lambda x, k=k, angles=angles: rotate(x, k, angles, angles)[0], x)
+
+
 PASSES = (
     activations, dropouts, pools, inverted_norms, group_quantised_norms, group_quantised_products,
-    residual_blocks, sketches, masks, heads,
+    residual_blocks, sketches, masks, heads, rotations,
 )  # fmt: skip
 
 
