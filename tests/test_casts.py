@@ -114,7 +114,8 @@ def test_a_pack_that_its_maker_noted_serves_the_casts():
         if not keeps_source:
             del y
             gc.collect()
-        assert linear(wide).grad_fn.saved_tensors[1] is pack.tensors[0]
+        z = linear(wide)
+        assert z.grad_fn.saved_tensors[1] is pack.tensors[0]
 
 
 def test_a_pack_of_a_cast_serves_its_source_and_casts_of_a_cast():
