@@ -52,6 +52,8 @@ class _Covering(TorchFunctionMode):
     def __init__(self, calls: Calls) -> None:
         super().__init__()
         self.calls = calls
+        if torch.compiler.is_dynamo_compiling():
+            _torch.ask("enters_mode", None)
         self.hooks = None if torch.compiler.is_compiling() else _torch.saved_tensor_hooks()
 
     def holds(self) -> bool:
@@ -106,6 +108,15 @@ def _called_by_a_layer() -> bool:
             return name.startswith(_LAYERS)
         frame = frame.f_back
     return False
+
+
+@_torch.question
+def enters_mode(tracer: Any) -> None:
+    """Where tracing gives up, the handler runs as it is written.
+
+    The compiler would make one frame of it for all functions, which it does not tell apart.
+    """
+    _torch.run_as_written(_Covering.__torch_function__)
 
 
 @_torch.question

@@ -96,10 +96,13 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     shape = tuple(input.shape)
     one, two = pack_input(input, method), pack_input(other, method)
     shared = any(tensor is kept for tensor in one.tensors for kept in two.tensors)
-    if torch.compiler.is_dynamo_compiling() and _tracer.are_one(input, other):
-        other = other.view_as(other)  # as `_tracer.apart` says
-        aliases = tuple(x if x is None else x.view_as(x) for x in two.tensors)
-        two = Pack(two.rebuild, two.shape, aliases)
+    if torch.compiler.is_dynamo_compiling():
+        # Also of two views, or two casts, of one tensor; see `_tracer.apart`.
+        other = _tracer.apart(other, input)
+        shared = _tracer.are_one(_codes(one), _codes(two))
+        if shared:
+            aliases = tuple(x if x is None else x.view_as(x) for x in two.tensors)
+            two = Pack(two.rebuild, two.shape, aliases)
     product: _Product | GatedProduct | None = _gated_product(one, two, shape)
     if product is None:
         product = _gated_product(two, one, shape)
@@ -115,6 +118,13 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
         grade = one.grade.and_of(two.grade)
         sharing.note_pack(y, Pack(product, tuple(y.shape), tensors, grade))
     return y
+
+
+def _codes(pack: Pack) -> Tensor:
+    """A tensor that no other pack has."""
+    first = pack.tensors[0]
+    assert first is not None
+    return first
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
