@@ -23,6 +23,7 @@ from packlight import (
     FixedPoint,
     GroupQuant,
     Inverted,
+    _tracer,
     calls,
     convert,
     groupquant,
@@ -1002,3 +1003,50 @@ def test_a_rule_s_part_of_a_class_stays_without_its_calls(monkeypatch):
     assert "told" not in vars(model[0])
     assert revert(model) == 2  # and the Linear inside
     assert type(model[0].inner) is nn.Linear
+
+
+# ---- where tracing gives up ----------------------------------------------------------------------
+
+SQUARES = {
+    "views": lambda h: h.view(8, 64) * h.view(8, 64),
+    "a view": lambda h: h * h.view_as(h),
+    "casts": lambda h: h.double().float() * h.float(),
+    "rms": lambda h: h * (h.float() * h.float()).mean(-1, keepdim=True).rsqrt(),
+}
+
+
+class Sums(nn.Module):
+    """A sum behind a product of two aliases of one tensor."""
+
+    def __init__(self, square):
+        super().__init__()
+        self.layer, self.square = nn.Linear(64, 64), square
+
+    def forward(self, x):
+        u = self.layer(x)
+        p = self.square(u)
+        return u + p
+
+
+@pytest.mark.parametrize("square", SQUARES)
+def test_a_compiled_product_of_two_aliases(square, fresh_compiler):
+    model = Sums(SQUARES[square])
+    convert(model, GroupQuant(8, rounding="nearest"), functional=True)
+    x, dy = torch.randn(8, 64), torch.randn(8, 64)
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        y = run(x)
+        y.backward(dy)
+        results.append((y.detach(), model.layer.weight.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_where_tracing_gives_up_each_function_is_itself(monkeypatch, fresh_compiler):
+    """The compiler made one frame of the mode's handler, and `u + p` was computed as `u * p`."""
+    monkeypatch.setattr(_tracer, "apart", lambda tensor, *_: tensor)
+    monkeypatch.setattr(_tracer, "are_one", lambda *_: False)
+    model = Sums(SQUARES["views"])
+    convert(model, GroupQuant(8, rounding="nearest"), functional=True)
+    x = torch.randn(8, 64)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))

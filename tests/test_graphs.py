@@ -495,6 +495,26 @@ def test_hooks_of_parts_are_refused_and_others_run():
     assert recorder.replays == 4
 
 
+def test_parts_that_are_replaced_and_hooks_that_come_later_are_seen():
+    model = mlp()
+    recorder = graphed(model)
+    x = torch.randn(8, 32)
+    passes(model, x)
+    model[2] = nn.Linear(64, 4)
+    plain = copy.deepcopy(model)
+    packlight.launched(plain)
+    near(passes(model, x)[1], passes(plain, x)[1])
+    assert (recorder.recordings, recorder.replays) == (2, 4)
+    calls = []
+    handle = model[1].register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="1 has hooks"):
+        passes(model, x)
+    assert (calls, recorder.replays) == ([1], 4)
+    handle.remove()
+    passes(model, x)
+    assert recorder.replays == 6
+
+
 def test_an_argument_that_is_no_value():
     model = Loss(mlp())
     graphed(model)

@@ -1,5 +1,6 @@
 """LoRA and packlight, in either order."""
 
+import contextlib
 import copy
 import re
 
@@ -408,3 +409,33 @@ def test_a_quantised_base_is_reported_as_what_it_is(make_layer):
     assert len(skipped) == 2
     assert all("down_proj" in row.names[0] for row in skipped)
     assert "quantised" in str(conversion)
+
+
+@pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.LoKrConfig, peft.OFTConfig])
+@pytest.mark.parametrize("what", ["scaled", "disabled", "another adapter"])
+def test_what_is_made_again_is_of_the_forward_pass(kind, what):
+    """An adapter may be scaled or frozen between the passes, as for the loss of another one."""
+    options = {"oft_block_size": 16} if kind is peft.OFTConfig else {"r": 4}
+    config = kind(target_modules=["0"], **options)
+    plain = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64), nn.GELU()), config).train()
+    plain.add_adapter("other", copy.deepcopy(config))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.normal_(std=0.1)
+    model = copy.deepcopy(plain)
+    packlight.convert(model, GroupQuant(bits=8, rounding="nearest"))
+    x = torch.randn(4, 64, 64)
+    for m in (plain, model):
+        layer = m.base_model.model[0]
+        loss = m(x).square().mean()
+        if what == "scaled" and kind is not peft.OFTConfig:
+            layer.scale_layer(0.5)
+        elif what == "another adapter":
+            m.set_adapter("other")
+        with m.disable_adapter() if what == "disabled" else contextlib.nullcontext():
+            loss.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.requires_grad == theirs.requires_grad
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.05, atol=1e-4)

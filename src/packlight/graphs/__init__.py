@@ -198,8 +198,11 @@ class Graphs:
         self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Recording | None:
         """The recording of such a pass, made now if it is the first; None if there are enough."""
-        if not self.modules:
-            self.modules = list(module.modules())
+        key = key_of(self.modules or [module], args, kwargs)
+        for recording in self.recordings:
+            if recording.key == key:
+                return recording
+        self.modules = list(module.modules())  # some may be others since
         key = key_of(self.modules, args, kwargs)
         for recording in self.recordings:
             if recording.key == key:
@@ -213,8 +216,6 @@ class Graphs:
                 " launched; pad inputs to fewer shapes, or raise shapes="
             )
             return None
-        self.modules = list(module.modules())  # some may have been replaced
-        key = key_of(self.modules, args, kwargs)
         try:
             recording = Recording(key, module, forward, args, kwargs, self.recorder)
         except CannotGraphError as error:

@@ -50,17 +50,27 @@ def _kind_of(leaf: Any) -> tuple[Any, ...]:
     )
 
 
-def state_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """Plain attributes of modules, `training` among them, and where their tensors are."""
+def state_of(modules: Sequence[nn.Module]) -> list[Any]:
+    """Plain attributes of modules, `training` among them, their parts, and where tensors are.
+
+    Hooks of the first, the model itself, are its own: they run around its forward, as ever.
+    """
     found: list[Any] = []
     for module in modules:
         own = vars(module)
         found += [value for value in own.values() if type(value) in _PLAIN]
+        found += map(id, own["_modules"].values())
+        found.append(_hooks(module) if module is not modules[0] else 0)
         for tensors in (own["_parameters"], own["_buffers"]):
             for tensor in tensors.values():
                 if tensor is not None:
                     found.append((id(tensor), tensor.data_ptr(), tensor.requires_grad))
     return found
+
+
+def _hooks(module: nn.Module) -> int:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return sum(map(len, hooks))
 
 
 def changed_attributes(modules: Iterable[nn.Module], before: list[list[Any]]) -> list[str]:
@@ -78,8 +88,7 @@ def refuse_hooks(module: nn.Module) -> None:
     Those of the module itself run around its forward, as ever.
     """
     for name, part in module.named_modules():
-        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
-        if part is not module and any(hooks):
+        if part is not module and _hooks(part):
             raise CannotGraphError(f"{name} has hooks, which a graph would not call; remove them")
 
 

@@ -5,7 +5,8 @@ has a weight as large as the layer's own. Plain autograd keeps it, and what it w
 way; here the parameters alone are kept, with a pack of the input.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,13 +83,15 @@ class _Made(torch.autograd.Function):
         needed = ctx.needs_input_grad[6 : 6 + count]
         # torch has no autocast for meta tensors.
         kind, wide = ctx.autocast or (grad_output.device.type, None)
-        if ctx.autocast is None and not (kind != "meta" and torch.is_autocast_enabled(kind)):
-            with torch.enable_grad():
-                weight = make()
-        else:
-            on = ctx.autocast is not None
-            with torch.enable_grad(), torch.autocast(kind, wide, enabled=on):
-                weight = make()
+        wanted = [p for p, is_needed in zip(parameters, needed, strict=True) if is_needed]
+        with _requiring_gradients(wanted):
+            if ctx.autocast is None and not (kind != "meta" and torch.is_autocast_enabled(kind)):
+                with torch.enable_grad():
+                    weight = make()
+            else:
+                on = ctx.autocast is not None
+                with torch.enable_grad(), torch.autocast(kind, wide, enabled=on):
+                    weight = make()
         dx = None
         if ctx.needs_input_grad[0]:
             dx = products.of_input(grad_output, weight.detach().to(grad_output.dtype)).to(dtype)
@@ -96,10 +99,23 @@ class _Made(torch.autograd.Function):
         if any(needed):
             x = rebuild(grad_output.dtype, *tensors)
             dweight = products.of_weight(grad_output, x).to(weight.dtype)
-            wanted = [p for p, is_needed in zip(parameters, needed, strict=True) if is_needed]
-            grads = iter(torch.autograd.grad(weight, wanted, dweight, allow_unused=True))
+            with _requiring_gradients(wanted):
+                grads = iter(torch.autograd.grad(weight, wanted, dweight, allow_unused=True))
             found = [next(grads) if is_needed else None for is_needed in needed]
         return dx, *[None] * 5, *found, *[None] * len(tensors)
+
+
+@contextlib.contextmanager
+def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters that were frozen since the forward pass are no leaves of W otherwise."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_()
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 _apply: Callable[..., Tensor] = _Made.apply

@@ -88,6 +88,7 @@ class MadeDelta(Adapter):
 
     method: Quantiser
     rank_dropout: dict[str, float]
+    scaling: dict[str, float]
     adapter_layer_names: tuple[str, ...]
 
     def _get_delta_activations(
@@ -103,8 +104,15 @@ class MadeDelta(Adapter):
             )
             return plain
 
+        scale = self.scaling[adapter_name]
+
         def make() -> Tensor:
-            weight: Tensor = self.get_delta_weight(adapter_name)  # type: ignore[operator]
+            # Whoever scales the adapter after the forward pass means later ones.
+            present, self.scaling[adapter_name] = self.scaling[adapter_name], scale
+            try:
+                weight: Tensor = self.get_delta_weight(adapter_name)  # type: ignore[operator]
+            finally:
+                self.scaling[adapter_name] = present
             return weight
 
         with torch.no_grad():
