@@ -80,7 +80,8 @@ def is_result_and_no_view(tracer: Any, tensor: Any) -> bool:
 
 @question
 def is_one_node(tracer: Any, a: Any, b: Any) -> bool:
-    return node_of(a) is node_of(b)
+    # A cast to the dtype that is there makes a node, and no tensor.
+    return node_of(a) is node_of(b) or fake_of(a) is fake_of(b)
 
 
 @question
