@@ -1040,11 +1040,23 @@ def test_a_compiled_product_of_two_aliases(square, fresh_compiler):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor:UserWarning")  # torch's own
 def test_where_tracing_gives_up_each_function_is_itself(monkeypatch, fresh_compiler):
     """The compiler made one frame of the mode's handler, and `u + p` was computed as `u * p`."""
     monkeypatch.setattr(_tracer, "apart", lambda tensor, *_: tensor)
     monkeypatch.setattr(_tracer, "are_one", lambda *_: False)
-    model = Sums(SQUARES["views"])
-    convert(model, GroupQuant(8, rounding="nearest"), functional=True)
-    x = torch.randn(8, 64, requires_grad=True)
+
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            u = self.layer(x)
+            p = x.view(32, 64) * x.view(32, 64)
+            return u + p
+
+    model = Written()
+    convert(model, GroupQuant(8), functional=True)
+    x = torch.randn(32, 64, requires_grad=True)
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))

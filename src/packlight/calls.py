@@ -122,8 +122,10 @@ def enters_mode(tracer: Any) -> None:
 @_torch.question
 def by_a_layer(tracer: Any) -> bool:
     handler = _torch.code_of(_Covering.__torch_function__)
-    while tracer.f_code is not handler:
-        tracer = tracer.parent
+    while tracer is not None and tracer.f_code is not handler:
+        tracer = getattr(tracer, "parent", None)
+    if tracer is None:  # a frame behind a break, of which the callers are not traced
+        return True
     names = []
     while (tracer := getattr(tracer, "parent", None)) is not None:
         names.append(tracer.f_globals.get("__name__", ""))
