@@ -526,6 +526,14 @@ def test_an_argument_that_is_no_value():
         model(torch.randn(2, 32), scale=Cache())
 
 
+def test_a_torch_that_does_not_take_arguments_apart(monkeypatch):
+    from packlight import _torch
+
+    monkeypatch.setattr(_torch.TREES, "values", None)
+    with pytest.raises(CannotGraphError, match="take arguments apart"):
+        packlight.graphed(mlp())
+
+
 def test_wrong_arguments():
     with pytest.raises(InputError, match=r"expected an nn\.Module"):
         packlight.graphed(torch.ones(1))

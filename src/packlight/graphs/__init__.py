@@ -74,6 +74,8 @@ def graphed(model: _Module, *sample: Any, shapes: int = 8, **named: Any) -> _Mod
         raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
     if type(shapes) is not int or shapes < 1:
         raise InputError(f"shapes={shapes!r} is not a whole number above 0")
+    if not _torch.TREES:
+        raise CannotGraphError("this release of torch does not take arguments apart")
     integrations.load()
     graphs = replay(model, Graphs(shapes, CudaRecorder()))
     if sample or named:
