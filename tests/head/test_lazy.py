@@ -342,6 +342,26 @@ def test_what_comes_too_late_is_told():
         F.cross_entropy(flat(z), target.view(-1))
 
 
+def test_logits_of_a_head_of_another_dtype_since():
+    layer = nn.Linear(8, 4)
+    packlight.convert(layer, {nn.Linear: packlight.GroupQuant(8)}, head="*")
+    logits = layer(torch.randn(3, 8))
+    layer.to(torch.float64)
+    with pytest.raises(packlight.ModifiedWeightError, match="use them before"):
+        logits.sum()
+
+
+def test_a_loss_that_nothing_records_lets_hooks_be_set():
+    layer = nn.Linear(8, 4)
+    packlight.convert(layer, {nn.Linear: packlight.GroupQuant(8)}, head="*")
+    logits, seen = layer(torch.randn(3, 8)), []
+    with torch.no_grad():
+        F.cross_entropy(logits, torch.zeros(3, dtype=torch.long))
+    logits.register_hook(seen.append)
+    logits.square().mean().backward()
+    assert len(seen) == 1
+
+
 def test_the_input_written_to_is_told():
     _, lazy = models()
     h = torch.randn(ROWS, WIDTH)

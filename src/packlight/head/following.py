@@ -203,7 +203,8 @@ _PERMUTES = (torch.permute, Tensor.permute)
 
 def _how(state: Logits) -> dict[str, Any]:
     state.root.check()
-    state.root.gave_loss = True
+    if torch.is_grad_enabled():
+        state.root.gave_loss = True
     method, dtype = state.root.method, state.root.dtype
     return {"curve": state.curve, "method": method, "dtype": dtype}
 

@@ -57,8 +57,9 @@ class _Root:
         self.members: list[weakref.ref[Logits]] = []
         self.gave_loss = False
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(version(t) for t in (self.x, self.weight, self.bias) if t is not None)
+    def _versions(self) -> tuple[object, ...]:
+        given = (t for t in (self.x, self.weight, self.bias) if t is not None)
+        return tuple((version(t), t.dtype, t.device) for t in given)
 
     def check(self) -> None:
         """Raises where logits computed now would not be those of the head's call."""
