@@ -667,6 +667,19 @@ def test_a_cache_is_refused_with_a_hint():
         passes(model, input_ids=ids, labels=ids)
 
 
+class Wrapped(nn.Module):
+    """Packs two sequences into a row, which the arguments of the whole do not say."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels):
+        half = torch.arange(input_ids.shape[1] // 2)
+        positions = torch.cat([half, half]).expand_as(input_ids)
+        return self.model(input_ids=input_ids, labels=labels, position_ids=positions)
+
+
 def test_masks_are_those_of_a_launched_pass(monkeypatch):
     """A pass that is captured makes a mask of its own accord, which the faster kernels lack."""
     masks = []
@@ -687,6 +700,13 @@ def test_masks_are_those_of_a_launched_pass(monkeypatch):
         passes(model, input_ids=ids, labels=ids, **more)
         recorded = masks[:4]  # two layers, warmed up and recorded; then the stand-in replays
         assert all((mask is None) == (not more) for mask in recorded), more
+    adapted = peft.get_peft_model(llama(use_cache=False), peft.LoraConfig())
+    for model, is_free in ((adapted, True), (Wrapped(llama(use_cache=False)), False)):
+        packlight.graphed(model)
+        vars(model)["_packlight_graphs"].recorder = Again()
+        masks.clear()
+        passes(model, input_ids=ids, labels=ids)
+        assert all((mask is None) == is_free for mask in masks[:4]), type(model)
 
 
 def test_a_trainer_and_an_adapter(tmp_path):

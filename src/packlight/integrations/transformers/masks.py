@@ -2,7 +2,8 @@
 
 A launched pass looks at the values of its mask and its positions, and leaves out a mask that masks
 nothing: the kernels without one are faster. A pass that is captured may not look, and makes a mask
-always. Where the caller gives neither, there is nothing to look at: all is as it is launched.
+always. Where the caller of a model of transformers gives neither, there is nothing to look at: all
+is as it is launched. Code of the user's around such a model may give it either, which nobody sees.
 """
 
 import contextlib
@@ -21,14 +22,8 @@ _FUNCTIONS = ("is_tracing", "find_packed_sequence_indices")
 @while_recording
 @contextlib.contextmanager
 def _as_launched(module: Any, args: Any, kwargs: Any) -> Iterator[None]:
-    parts = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
-    # A model that wraps one, as PEFT's do, has the arguments of the outermost.
-    given = set(kwargs)
-    if parts and args:
-        given |= set(inspect.signature(parts[0].forward).bind_partial(*args).arguments)
-    values = {name for name in _LOOKED_AT if name in given and kwargs.get(name, 0) is not None}
     present = {name: getattr(masking_utils, name, None) for name in _FUNCTIONS}
-    if not parts or values or None in present.values():
+    if None in present.values() or not _gives_neither(module, args, kwargs):
         yield
         return
     is_tracing: Any = present["is_tracing"]
@@ -45,6 +40,21 @@ def _as_launched(module: Any, args: Any, kwargs: Any) -> Iterator[None]:
     finally:
         for name, function in present.items():
             setattr(there, name, function)
+
+
+def _gives_neither(module: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a model of transformers, alone or within PEFT's, is called without what it looks at.
+
+    A model of PEFT has the arguments of the one within.
+    """
+    code = inspect.unwrap(type(module).forward).__module__
+    parts = (part for part in module.modules() if isinstance(part, PreTrainedModel))
+    model = next(parts, None)
+    if model is None or not code.startswith(("transformers.", "peft.")):
+        return False
+    given = set(inspect.signature(model.forward).bind_partial(*args).arguments)
+    given |= {name for name, value in kwargs.items() if value is not None}
+    return given.isdisjoint(_LOOKED_AT)
 
 
 def _one_sequence(position_ids: Any) -> None:
