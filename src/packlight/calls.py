@@ -139,7 +139,7 @@ def by_a_layer(tracer: Any) -> bool:
 
 
 def uncovered(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function with the mode off. Where it is traced, `by_a_layer` says so."""
+    """Calls a function with the mode off. Traced below another mode, `by_a_layer` says so."""
     return _torch.without_mode(_Covering, function, *args)
 
 

@@ -87,7 +87,7 @@ def graphed(model: _Module, *sample: Any, shapes: int = 8, **named: Any) -> _Mod
 
 def launched(model: nn.Module) -> int:
     """Undo `graphed`: passes of the model and of its parts are launched; how many were graphed."""
-    found = [module for module in model.modules() if _ATTRIBUTE in vars(module)]
+    found = _graphed_in(model)
     kinds = [_kind_of(module) for module in found]
     for module, kind in zip(found, kinds, strict=True):
         del vars(module)[_ATTRIBUTE]
@@ -98,11 +98,7 @@ def launched(model: nn.Module) -> int:
 @contextlib.contextmanager
 def set_aside(model: nn.Module) -> Iterator[None]:
     """Within, no module is graphed; after it those that were are, without what was recorded."""
-    found = [
-        (module, vars(module)[_ATTRIBUTE])
-        for module in model.modules()
-        if _ATTRIBUTE in vars(module)
-    ]
+    found = [(module, vars(module)[_ATTRIBUTE]) for module in _graphed_in(model)]
     launched(model)
     try:
         yield
@@ -110,6 +106,10 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         for module, graphs in found:
             graphs.forget()
             replay(module, graphs)
+
+
+def _graphed_in(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _ATTRIBUTE in vars(module)]
 
 
 def _kind_of(module: nn.Module) -> Any:
@@ -200,15 +200,14 @@ class Graphs:
         self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Recording | None:
         """The recording of such a pass, made now if it is the first; None if there are enough."""
-        key = key_of(self.modules or [module], args, kwargs)
-        for recording in self.recordings:
-            if recording.key == key:
-                return recording
+        known = self._known(key_of(self.modules or [module], args, kwargs))
+        if known is not None:
+            return known
         self.modules = list(module.modules())  # some may be others since
         key = key_of(self.modules, args, kwargs)
-        for recording in self.recordings:
-            if recording.key == key:
-                return recording
+        known = self._known(key)
+        if known is not None:
+            return known
         for refused, reason in self.refused:
             if refused == key:
                 raise CannotGraphError(reason)
@@ -227,6 +226,9 @@ class Graphs:
             raise
         self.recordings.append(recording)
         return recording
+
+    def _known(self, key: Key) -> Recording | None:
+        return next((recording for recording in self.recordings if recording.key == key), None)
 
     def warn_once(self, text: str) -> None:
         if text not in self.warned:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from packlight import _torch
 from packlight.errors import CannotGraphError
 from packlight.graphs.state import (
+    PLAIN,
     Key,
     autocast,
     changed_attributes,
@@ -79,7 +80,7 @@ class Recording:
             return list(_tensors(self.result))
 
         def run_backward() -> list[Tensor | None]:
-            found = [x for x in _tensors(self.result) if x is not None]
+            found = _tensors(self.result)
             differentiated = [found[i] for i in self.differentiated]
             gradients = torch.autograd.grad(
                 differentiated, self.wanted, self.grad_outputs, allow_unused=True
@@ -132,7 +133,7 @@ class Recording:
 
     def _choose(self) -> None:
         """Which outputs a backward pass starts from: scalars, if there are some; else all."""
-        found = [x for x in _tensors(self.result) if x is not None]
+        found = _tensors(self.result)
         able = [i for i, x in enumerate(found) if x.requires_grad]
         if not able:
             raise CannotGraphError("no result of the pass requires a gradient")
@@ -283,12 +284,11 @@ def _copy(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_(x.requires_grad)
 
 
-def _tensors(result: Any) -> list[Tensor | None]:
+def _tensors(result: Any) -> list[Tensor]:
     """The tensors in a result. Raises `CannotGraphError` for what a graph cannot give again."""
     leaves, _ = _torch.flatten(result)
-    plain = (bool, int, float, str, type(None))
     for leaf in leaves:
-        if not isinstance(leaf, (Tensor, *plain)):
+        if not isinstance(leaf, (Tensor, *PLAIN)):
             raise CannotGraphError(
                 f"the result has a {type(leaf).__name__}, neither a tensor nor a plain value"
                 + ("; set use_cache=False" if "Cache" in type(leaf).__name__ else "")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from packlight import _torch
 from packlight.errors import CannotGraphError
 
-# Attributes of modules, and arguments, that are compared by value.
-_PLAIN = (bool, int, float, str, type(None))
-_CONSTANTS = (*_PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+# Attributes of modules, arguments and results that are values.
+PLAIN = (bool, int, float, str, type(None))
+_CONSTANTS = (*PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 
 
 class Key(NamedTuple):
@@ -58,7 +58,7 @@ def state_of(modules: Sequence[nn.Module]) -> list[Any]:
     found: list[Any] = []
     for module in modules:
         own = vars(module)
-        found += [value for value in own.values() if type(value) in _PLAIN]
+        found += [value for value in own.values() if type(value) in PLAIN]
         found += map(id, own["_modules"].values())
         found.append(_hooks(module) if module is not modules[0] else 0)
         for tensors in (own["_parameters"], own["_buffers"]):
