@@ -3,12 +3,14 @@
 import argparse
 from typing import Any
 
-from benchmarks import groupquant, kernels, norms, rows, sketch
+from benchmarks import groupquant, head, kernels, norms, rows, sketch
 
 
 def cases(options: argparse.Namespace) -> list[rows.Case]:
     return [
-        case for module in (kernels, norms, groupquant, sketch) for case in module.cases(options)
+        case
+        for module in (kernels, norms, groupquant, sketch, head)
+        for case in module.cases(options)
     ]
 
 
