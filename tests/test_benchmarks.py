@@ -348,6 +348,20 @@ def test_processes_take_turns_and_all_others_are_stopped(tmp_path, monkeypatch):
             assert not [tick for tick in ticks if row["from"] < tick < row["until"]]
 
 
+def test_eager_has_its_room_where_it_is_ready_last(tmp_path, monkeypatch):
+    """Others wait for its turn, so it must not wait for theirs."""
+    fake = FAKE.replace("FOLDER", f"pathlib.Path({str(tmp_path)!r})")
+    slow = fake.replace(
+        'state("ready")', 'time.sleep(0.8 * (job["choice"] == "eager"))\nstate("ready")'
+    )
+    monkeypatch.setattr(runner, "COMMAND", [runner.sys.executable, "-c", slow])
+    jobs = runner.jobs(["llama1b"], ["eager", "default"], runner.Job("", "", "cuda"))
+    found = []
+    turns = runner.Turns(jobs, 2, 30.0, 20.0, str(tmp_path))  # room for one of 28 GiB
+    assert turns.run(15, lambda job, row: found.append(job.choice)) == []
+    assert found == ["eager", "default"]
+
+
 def test_jobs_that_there_was_no_time_for_are_returned(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "COMMAND", [runner.sys.executable, "-c", "input()"])
     jobs = runner.jobs(["llama1b"], ["eager", "default"], runner.Job("", "", "cuda"))

@@ -61,6 +61,10 @@ class Worker:
         said.put((self, None))
 
     @property
+    def name(self) -> str:
+        return f"{self.job.scenario}/{self.job.choice}"
+
+    @property
     def on_device(self) -> bool:
         return self.state not in ("imports", "ready")
 
@@ -137,6 +141,10 @@ class Turns:
             for worker in [worker for worker in self.workers if "ms" in worker.row]:
                 worker.end()
                 self.ended(worker, done)
+            now = time.monotonic()
+            for worker in self.workers:
+                busy = f"{worker.state}, {worker.busy_s(now):.0f} s of its own so far"
+                print(f"{worker.name}: {busy}; {worker.words(2)}", file=sys.stderr, flush=True)
             return [worker.job for worker in self.workers] + self.waiting
         finally:
             for worker in self.workers:
@@ -153,14 +161,17 @@ class Turns:
         return max(job.limit, job.task.gib)
 
     def admit(self) -> None:
-        """Lets those that are ready onto the device, in their order, while there is room."""
+        """Lets those that are ready onto the device, in their order, while there is room.
+
+        Room for those that are not ready yet is left: eager, for which others wait, is the first.
+        """
         present = [worker for worker in self.workers if worker.on_device]
         taken = sum(self.needs(worker.job) for worker in present)
         for worker in self.workers:
             if worker.on_device:
                 continue
             needs = self.needs(worker.job)
-            if present and taken + needs > self.gib:
+            if taken and taken + needs > self.gib:
                 break
             if worker.state == "ready":
                 worker.tell("go", "warms")
