@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import packlight
 from packlight import _torch, layers, predict, profile
-from tests.helpers import DTYPES, crossing, dtype_name, kept_bytes
+from tests.helpers import DTYPES, EPSILON, crossing, dtype_name, every_device, kept_bytes
 from tests.resnets import preactivation_resnet
 
 # Arguments behind the input, by function and by the dimensions that it pools or pads.
@@ -113,6 +113,59 @@ def test_every_bit_is_torch_s(axes, name, arguments, dtype, autocast):
             assert ours == expected
             continue
         assert_same(ours, expected)
+
+
+@every_case
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_no_value_of_the_empty_tensor_is_read(axes, name, arguments, device, dtype, monkeypatch):
+    if device == "cpu" and dtype != torch.float32:
+        return  # the test above
+    empty = torch.empty
+
+    def poisoned(*args, **options):
+        y = empty(*args, **options)
+        return y.fill_(torch.nan) if y.is_floating_point() else y
+
+    for x in INPUTS[axes]:
+        x = x.to(device, dtype)
+        expected = result(getattr(F, name), x, arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", poisoned)
+            ours = result(getattr(layers, name), x, arguments)
+        if isinstance(expected[0], type):
+            assert ours == expected
+            continue
+        *outputs, dx = zip(ours, expected, strict=True)
+        for one, other in outputs:
+            assert one.stride() == other.stride()
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        # Windows that overlap are summed in any order on a device.
+        near = 0.0 if device == "cpu" else 10 * EPSILON[dtype]
+        assert dx[0].stride() == dx[1].stride()
+        torch.testing.assert_close(*dx, rtol=near, atol=near, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["avg_pool2d", "adaptive_avg_pool2d", "pad"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_memory_on_a_device(name, layout):
+    """The input is freed after the forward pass; the backward pass has no more at once."""
+    arguments = {"avg_pool2d": (2,), "adaptive_avg_pool2d": (56,), "pad": ((1,) * 4, "reflect")}
+    peaks = []
+    for where in (F, layers):
+        x = torch.randn(32, 64, 112, 112, device="cuda").to(memory_format=layout).requires_grad_()
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        y = getattr(where, name)(x * 1, *arguments[name])
+        held = torch.cuda.memory_allocated() - start - y.nbytes
+        y.backward(torch.ones_like(y))
+        peaks.append((held, torch.cuda.max_memory_allocated() - start))
+        del x, y
+    (torch_held, torch_peak), (held, peak) = peaks
+    assert torch_held >= 32 * 64 * 112 * 112 * 4
+    assert held < 1 << 20
+    assert peak <= torch_peak
 
 
 @every_case
