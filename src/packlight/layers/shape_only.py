@@ -337,7 +337,7 @@ def interpolate(
     fits = axes in _AREA and (not isinstance(given, Sequence) or len(given) == axes)
     is_area = mode == "area" and fits and (size is None) != (scale_factor is None)
     if not is_area or any(others) or not _keeps_shape(input, "interpolate"):
-        return F.interpolate(input, size, scale_factor, mode, *others)  # type: ignore[arg-type]
+        return F.interpolate(input, size, scale_factor, mode, *others)
     if scale_factor is not None:
         many = isinstance(scale_factor, Sequence)
         scales: Any = scale_factor if many else [scale_factor] * axes
