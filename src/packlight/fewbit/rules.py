@@ -45,5 +45,6 @@ rows(
         (nn.ReLU6, F.relu6): (modules.ReLU6, functional.relu6),
         (nn.Softshrink, F.softshrink): (modules.Softshrink, functional.softshrink),
         (nn.Threshold, F.threshold): (modules.Threshold, functional.threshold),
+        (torch.abs, torch.absolute, Tensor.abs, Tensor.absolute): (functional.abs,),
     },
 )
