@@ -257,6 +257,17 @@ def test_without_the_operator_the_pooling_is_torch_s(monkeypatch):
     assert kept_bytes(lambda: layers.adaptive_avg_pool2d(x, 3)) == x.nbytes
 
 
+def test_a_subclass_of_tensors_is_left_to_torch():
+    class Own(torch.Tensor):
+        pass
+
+    x = IMAGES.clone().as_subclass(Own).requires_grad_()
+    pool = layers.AvgPool2d(2)
+    assert type(pool(x)) is Own
+    assert torch.equal(pool(x), F.avg_pool2d(x, 2))
+    assert kept_bytes(lambda: pool(x)) == x.nbytes
+
+
 def test_a_trained_exponent_is_torch_s():
     p = torch.tensor(3.0, requires_grad=True)
     x = torch.rand(2, 4, 8, 8, requires_grad=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import _torch
-from packlight._checks import check_tensor, needs_gradient, numbers
+from packlight._checks import check_tensor, is_plain, needs_gradient, numbers
 
 Size = int | Sequence[int]
 # One number, or one an axis, and None for the size of the input; torch's annotations lack None.
@@ -66,9 +66,9 @@ _apply: Callable[..., Any] = _torch.applied(_ShapeOnly)
 
 
 def _keeps_shape(x: Tensor, name: str) -> bool:
-    """Whether a backward pass may come, so that torch would keep the input."""
+    """Whether torch would keep the input; instances of tensor subclasses are left to torch."""
     check_tensor(x, name)
-    return needs_gradient(x)
+    return needs_gradient(x) and is_plain(x)
 
 
 # ---- average pooling -----------------------------------------------------------------------------
