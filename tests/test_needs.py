@@ -389,7 +389,6 @@ FUNCTIONS_ABOVE = {
     "nll_loss": "the input, which a log-softmax before it keeps anyway",
 }
 OPERATIONS_ABOVE = {
-    "clamp": "the input",
     "cummax": "the input beside the indices",
     "masked_fill": "a byte an element, of the model's own mask",
     "maximum": "both inputs",

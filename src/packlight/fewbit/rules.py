@@ -46,5 +46,8 @@ rows(
         (nn.Softshrink, F.softshrink): (modules.Softshrink, functional.softshrink),
         (nn.Threshold, F.threshold): (modules.Threshold, functional.threshold),
         (torch.abs, torch.absolute, Tensor.abs, Tensor.absolute): (functional.abs,),
+        (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip): (functional.clamp,),
+        (torch.clamp_max, Tensor.clamp_max): (functional.clamp_max,),
+        (torch.clamp_min, Tensor.clamp_min): (functional.clamp_min,),
     },
 )
