@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from packlight import groupquant
@@ -123,3 +124,36 @@ def resnet50(kit: Kit, pool: nn.Module, width: int = 64) -> nn.Sequential:
         pool,
     ]
     return _resnet(kit, Bottleneck, [3, 4, 6, 3], width, stem)
+
+
+class PreActivation(nn.Module):
+    """A pre-activation block whose shortcut is a pooled input, with zeros for further channels."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.relu = nn.ReLU()
+        self.pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride)
+        self.more = width - channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(self.relu(self.norm1(x)))
+        y = self.conv2(self.relu(self.norm2(y)))
+        return y + F.pad(self.pool(x), (0, 0, 0, 0, 0, self.more))
+
+
+def preactivation_resnet(depth: int, width: int = 32) -> nn.Sequential:
+    """The residual network of approximate activations for 32x32 images: three stages.
+
+    `width` 32 is twice that of the smallest. Source: Chakrabarti and Moseley, NeurIPS 2019.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False)]
+    channels = width
+    for stage in range(3):
+        for i in range(depth):
+            layers.append(PreActivation(channels, width << stage, 2 if stage and i == 0 else 1))
+            channels = width << stage
+    layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(channels, 10))

@@ -17,6 +17,15 @@ ROWS, IMAGES = (32, 64), (4, 16, 8, 8)
 VOLUMES, SIGNALS = (2, 16, 4, 4, 4), (4, 16, 32)
 
 _SAMPLES: dict[type[nn.Module], Sample] = {
+    nn.AdaptiveAvgPool1d: (lambda: nn.AdaptiveAvgPool1d(5), SIGNALS),
+    nn.AdaptiveAvgPool2d: (lambda: nn.AdaptiveAvgPool2d((3, None)), IMAGES),
+    nn.AdaptiveAvgPool3d: (lambda: nn.AdaptiveAvgPool3d(3), VOLUMES),
+    nn.AdaptiveMaxPool1d: (lambda: nn.AdaptiveMaxPool1d(5), SIGNALS),
+    nn.AdaptiveMaxPool2d: (lambda: nn.AdaptiveMaxPool2d((3, None)), IMAGES),
+    nn.AdaptiveMaxPool3d: (lambda: nn.AdaptiveMaxPool3d(3), VOLUMES),
+    nn.AvgPool1d: (lambda: nn.AvgPool1d(3, 2, ceil_mode=True), SIGNALS),
+    nn.AvgPool2d: (lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), IMAGES),
+    nn.AvgPool3d: (lambda: nn.AvgPool3d(2, divisor_override=3), VOLUMES),
     nn.BatchNorm1d: (lambda: nn.BatchNorm1d(16), SIGNALS),
     nn.BatchNorm2d: (lambda: nn.BatchNorm2d(16, momentum=None), IMAGES),
     nn.BatchNorm3d: (lambda: nn.BatchNorm3d(16, eps=1e-3), VOLUMES),
@@ -29,6 +38,8 @@ _SAMPLES: dict[type[nn.Module], Sample] = {
     nn.ConvTranspose3d: (lambda: nn.ConvTranspose3d(16, 8, 2), VOLUMES),
     nn.Dropout: (lambda: nn.Dropout(0.3), ROWS),
     nn.ELU: (lambda: nn.ELU(), ROWS),
+    nn.FractionalMaxPool2d: (lambda: nn.FractionalMaxPool2d(2, 3), IMAGES),
+    nn.FractionalMaxPool3d: (lambda: nn.FractionalMaxPool3d(2, output_ratio=0.5), VOLUMES),
     nn.GELU: (lambda: nn.GELU("tanh"), ROWS),
     nn.GLU: (lambda: nn.GLU(-1), ROWS),
     nn.GroupNorm: (lambda: nn.GroupNorm(4, 16, eps=1e-3), IMAGES),
@@ -39,6 +50,9 @@ _SAMPLES: dict[type[nn.Module], Sample] = {
     nn.InstanceNorm1d: (lambda: nn.InstanceNorm1d(16, affine=True), SIGNALS),
     nn.InstanceNorm2d: (lambda: nn.InstanceNorm2d(16, affine=True), IMAGES),
     nn.InstanceNorm3d: (lambda: nn.InstanceNorm3d(16, affine=True), VOLUMES),
+    nn.LPPool1d: (lambda: nn.LPPool1d(2, 3, 2), SIGNALS),
+    nn.LPPool2d: (lambda: nn.LPPool2d(2, (2, 3), ceil_mode=True), IMAGES),
+    nn.LPPool3d: (lambda: nn.LPPool3d(4, 2), VOLUMES),
     nn.LayerNorm: (lambda: nn.LayerNorm(64, eps=1e-4), ROWS),
     nn.LeakyReLU: (lambda: nn.LeakyReLU(0.2), ROWS),
     nn.Linear: (lambda: nn.Linear(64, 48), ROWS),
@@ -48,6 +62,13 @@ _SAMPLES: dict[type[nn.Module], Sample] = {
     nn.MaxPool3d: (lambda: nn.MaxPool3d(2), VOLUMES),
     nn.Mish: (lambda: nn.Mish(), ROWS),
     nn.RMSNorm: (lambda: nn.RMSNorm(64), ROWS),
+    nn.RReLU: (lambda: nn.RReLU(0.1, 0.3), ROWS),
+    nn.ReflectionPad1d: (lambda: nn.ReflectionPad1d(2), SIGNALS),
+    nn.ReflectionPad2d: (lambda: nn.ReflectionPad2d((1, 2, 0, 1)), IMAGES),
+    nn.ReflectionPad3d: (lambda: nn.ReflectionPad3d(1), VOLUMES),
+    nn.ReplicationPad1d: (lambda: nn.ReplicationPad1d(2), SIGNALS),
+    nn.ReplicationPad2d: (lambda: nn.ReplicationPad2d((1, 2, 0, 1)), IMAGES),
+    nn.ReplicationPad3d: (lambda: nn.ReplicationPad3d(1), VOLUMES),
     nn.ReLU: (lambda: nn.ReLU(), ROWS),
     nn.ReLU6: (lambda: nn.ReLU6(), ROWS),
     nn.SELU: (lambda: nn.SELU(), ROWS),
@@ -59,6 +80,7 @@ _SAMPLES: dict[type[nn.Module], Sample] = {
     nn.Tanh: (lambda: nn.Tanh(), ROWS),
     nn.Tanhshrink: (lambda: nn.Tanhshrink(), ROWS),
     nn.Threshold: (lambda: nn.Threshold(0.1, -1.0), ROWS),
+    nn.Upsample: (lambda: nn.Upsample(scale_factor=0.6, mode="area"), IMAGES),
 }
 
 # Where a method takes only some layers of a type.
@@ -74,6 +96,7 @@ METHODS: dict[type[Method], Method] = {
     Quantiser: GroupQuant(bits=8, group_size=32, rounding="nearest"),
     Inverted: Inverted(),
     Sketch: Sketch(rows=8, min_rows=1),
+    Method: FewBit(bits=8),  # what any method makes of a layer
 }
 
 # Every rule for a layer of torch.nn; those of other packages are tested with them.

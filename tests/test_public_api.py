@@ -43,6 +43,7 @@ NAMES = {
     "head",
     "inverted",
     "launched",
+    "layers",
     "load_methods",
     "manual_seed",
     "predict",
@@ -63,6 +64,7 @@ def test_public_names():
         packlight.inverted,
         packlight.groupquant,
         fixed_point,
+        packlight.layers,
         packlight.sketch,
     )
     for module in (packlight, *methods):

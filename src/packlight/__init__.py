@@ -1,6 +1,6 @@
 """packlight: train and fine-tune PyTorch models with a fraction of the activation memory."""
 
-from packlight import fewbit, groupquant, head, inverted, sketch
+from packlight import fewbit, groupquant, head, inverted, layers, sketch
 from packlight._library import use_reference
 from packlight._seeds import manual_seed
 from packlight._version import __version__
@@ -59,6 +59,7 @@ __all__ = [
     "head",
     "inverted",
     "launched",
+    "layers",
     "load_methods",
     "manual_seed",
     "predict",

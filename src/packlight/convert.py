@@ -12,6 +12,7 @@ import packlight.fewbit.rules
 import packlight.groupquant.fixed_point.rules
 import packlight.groupquant.rules
 import packlight.inverted.rules
+import packlight.layers.rules
 import packlight.sketch.rules  # noqa: F401
 from packlight import _swap, graphs, integrations
 from packlight._seeds import start_rounding

@@ -93,6 +93,7 @@ LAYERS = [
     _continuous("tanh", "Tanh", few_bit.tanh, torch.tanh),
     _continuous("tanhshrink", "Tanhshrink", few_bit.tanhshrink, F.tanhshrink),
     _exact("abs", None, few_bit.abs, torch.abs, bits=2),
+    _exact("clamp", None, few_bit.clamp, torch.clamp, -0.5, 1.25),
     _exact("hardshrink", "Hardshrink", few_bit.hardshrink, F.hardshrink, 0.375),
     _exact("hardsigmoid", "Hardsigmoid", few_bit.hardsigmoid, F.hardsigmoid, inplace=True),
     _exact("hardtanh", "Hardtanh", few_bit.hardtanh, F.hardtanh, -0.5, 1.25, inplace=True),

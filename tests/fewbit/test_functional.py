@@ -186,6 +186,18 @@ def test_wrong_types_raise(call):
         call(torch.randn(4, requires_grad=True))
 
 
+def test_a_clamp_of_other_bounds_is_torch_s():
+    x = torch.randn(64, requires_grad=True)
+    low = torch.zeros(64, requires_grad=True)
+    for bounds in ((low, None), (0.0, torch.ones(())), (torch.nan, 1.0)):
+        ours, plain = few_bit.clamp(x, *bounds), torch.clamp(x, *bounds)
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
+        grads = [torch.autograd.grad(y.sum(), x)[0] for y in (ours, plain)]
+        assert torch.equal(*grads)
+    with pytest.raises(RuntimeError, match="must not be None"):
+        few_bit.clamp(x)
+
+
 def test_solving_a_book_is_unseen_by_hooks_around_the_call():
     x = torch.randn(64, requires_grad=True)
     assert kept_bytes(lambda: few_bit.elu(x, 0.123456, bits=2)) == 64 * 2 // 8 + 1
@@ -200,6 +212,10 @@ def test_solving_a_book_is_unseen_by_hooks_around_the_call():
         (few_bit.hardshrink, F.hardshrink, (0.3,)),
         (few_bit.softshrink, F.softshrink, (0.3,)),
         (few_bit.hardtanh, F.hardtanh, (-0.3, 1.1)),
+        (few_bit.clamp, torch.clamp, (-0.3, 1.1)),
+        (few_bit.clamp, torch.clamp, (1.1, -0.3)),
+        (few_bit.clamp_min, torch.clamp_min, (0.3,)),
+        (few_bit.clamp_max, torch.clamp_max, (0.3,)),
         (few_bit.threshold, F.threshold, (0.3, 7.0)),
         (few_bit.threshold, F.threshold, (-0.7, 7.0)),
     ],

@@ -102,6 +102,28 @@ LOSSES = {
     "at given tokens": lambda z, t: (
         z.log_softmax(-1).gather(-1, t.clamp(min=0).unsqueeze(-1)).squeeze(-1)[t != -100].sum()
     ),
+    "iterated": lambda z, t: torch.stack(
+        [F.cross_entropy(a, b, reduction="sum") for a, b in zip(z, t, strict=True)]
+    ).sum(),
+    "in chunks": lambda z, t: sum(
+        F.cross_entropy(a, b, reduction="sum")
+        for a, b in zip(flat(z).chunk(4), t.view(-1).chunk(4), strict=True)
+    ),
+    "split and bound again": lambda z, t: sum(
+        F.cross_entropy(row, b, reduction="sum")
+        for a, c in zip(z.split(2, dim=1), t.split(2, dim=1), strict=True)
+        for row, b in zip(torch.unbind(a), c, strict=True)
+    ),
+    "narrowed": lambda z, t: F.cross_entropy(
+        flat(z.narrow(1, 1, 4).select(0, 1).type(torch.float64)), t[1, 1:5]
+    ),
+    "selected": lambda z, t: F.cross_entropy(
+        flat(torch.index_select(z, 1, torch.tensor([2, 5]))), t[:, [2, 5]].flatten()
+    ),
+    "some logits": lambda z, t: gathered(z, t),
+    "some scaled and capped logits": lambda z, t: gathered(torch.tanh(z * 0.5) * 3.0, t),
+    "minus logsumexps, as by TRL": lambda z, t: trl(z / 0.7, t),
+    "by rows, as by TRL": lambda z, t: trl_by_rows(z / 0.7, t),
     "smoothed as by the Trainer": lambda z, t: transformers_smoothing(z, t),
     "the sum first": lambda z, t: (lambda p: p.sum(-1).mean() + gathered(p, t))(
         torch.log_softmax(z.float() * 0.5, dim=2)
@@ -126,7 +148,10 @@ USES = {
     "logarithms along rows": lambda z, t: F.log_softmax(z, 1).sum(-1).square().sum(),
     "scaled logarithms": lambda z, t: gathered(F.log_softmax(z, -1) * 2.0, t),
     "all logarithms": lambda z, t: F.log_softmax(z, -1).sum(),
-    "some logits": lambda z, t: gathered(z, t),
+    "logits at several tokens": lambda z, t: z.gather(-1, t[..., :2, None].clamp(min=0)).mean(),
+    "parts of the classes": lambda z, t: sum(z.chunk(2, -1)[0].square().sum() for _ in range(2)),
+    "a row iterated": lambda z, t: torch.stack(list(z[0, 0])[:3]).sum(),
+    "a mask of classes": lambda z, t: z.masked_select(z > 0).sum(),
     "minus logits": lambda z, t: F.cross_entropy(flat(-z), t.view(-1)),
     "other bytes": lambda z, t: z.view(torch.int32).float().sum() * 0 + z.square().sum(),
     "logarithms in a dtype": lambda z, t: torch.log_softmax(z, -1, torch.float64).sum(-1).mean(),
@@ -145,9 +170,6 @@ USES = {
         flat(z), t.view(-1), torch.linspace(0.1, 2, CLASSES), label_smoothing=0.1
     ),
     "stacked": lambda z, t: torch.stack([z, z * 2]).pow(2).sum(),
-    "iterated": lambda z, t: torch.stack(
-        [F.cross_entropy(a, b) for a, b in zip(z, t, strict=True)]
-    ).sum(),
     "einsum": lambda z, t: torch.einsum("btv,btv->", z, z),
     "written in place": lambda z, t: written(z, t),
     "scaled in place": lambda z, t: F.cross_entropy(flat(z.mul_(0.5)), t.view(-1)),
@@ -188,6 +210,19 @@ def changed_later(z, t):
     return biased.square().sum() + F.cross_entropy(biased, targets)
 
 
+def trl(z, t):
+    selected = z.gather(-1, t.clamp(min=0)[..., None]).squeeze(-1)
+    return (selected - torch.stack([torch.logsumexp(row, dim=-1) for row in z])).mean()
+
+
+def trl_by_rows(z, t):
+    found = [
+        F.log_softmax(row, dim=-1).gather(dim=-1, index=at.clamp(min=0)[:, None]).squeeze(-1)
+        for row, at in zip(z, t, strict=True)
+    ]
+    return torch.stack(found).mean()
+
+
 def gathered(p, t):
     return p.gather(2, t.clamp(min=0)[..., None]).mean()
 
@@ -203,6 +238,23 @@ def written(z, t):
     view, double = flat(z), z * 2
     z[:, :, :5] = -9.0
     return F.cross_entropy(view, t.view(-1)) + F.cross_entropy(flat(double), t.view(-1))
+
+
+class InPlaceLoss(torch.autograd.Function):
+    """Cross-entropy that leaves its gradient where the logits were, as fused losses do."""
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        loss = F.cross_entropy(logits, target)
+        gradient = logits.softmax(-1)
+        gradient[torch.arange(len(target)), target] -= 1.0
+        logits.copy_(gradient / len(target))
+        ctx.save_for_backward(logits.detach())
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.saved_tensors[0] * g, None
 
 
 class Square(torch.autograd.Function):
@@ -240,8 +292,37 @@ def test_gradients_are_those_of_the_plain_head(use):
     assert torch.equal(z.detach().clone() + 0, expected)
 
 
+@pytest.mark.parametrize("write", [lambda z: z, written_to], ids=["as it is", "written to"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tied_head_and_a_loss_that_writes_into_the_logits(write, bias):
+    """The input of the head is made of its weight, too."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(CLASSES, WIDTH)
+            self.head = nn.Linear(WIDTH, CLASSES, bias=bias)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.embedding(x)))
+
+    torch.manual_seed(0)
+    plain = Tied()
+    lazy = copy.deepcopy(plain)
+    packlight.convert(lazy, {}, head="head")
+    tokens = torch.randint(CLASSES, (ROWS, LENGTH))
+    for model in (plain, lazy):
+        z = flat(write(model(tokens)) * 0.5)
+        InPlaceLoss.apply(z, tokens.flatten()).backward()
+    for ours, theirs in zip(lazy.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("use", ["flat", "shifted", "capped", "z loss"])
+@pytest.mark.parametrize(
+    "use", ["flat", "shifted", "capped", "z loss", "minus logsumexps, as by TRL"]
+)
 def test_dtypes_are_those_of_the_plain_head(use, dtype):
     plain, lazy = models(dtype)
     _, true_loss, true_grads = step(plain, LOSSES[use], dtype)
@@ -274,11 +355,14 @@ def test_autocast_is_that_of_the_heads_call(inside):
     assert torch.equal(lazy_z + 0, z)
 
 
-def test_nothing_of_the_vocabulary_is_kept():
+@pytest.mark.parametrize(
+    "use", ["flat", "in chunks", "minus logsumexps, as by TRL", "by rows, as by TRL"]
+)
+def test_nothing_of_the_vocabulary_is_kept(use):
     plain, lazy = models()
     x, target = inputs()
     logits = 4 * ROWS * LENGTH * CLASSES
-    loss = LOSSES["flat"]
+    loss = LOSSES[use]
     bytes_of = [kept_bytes(lambda m=m: loss(m(x), target)) for m in (plain, lazy)]
     assert bytes_of[0] - bytes_of[1] > 0.8 * logits
 
@@ -330,9 +414,9 @@ def test_what_comes_too_late_is_told():
     z = lazy(x)
     loss = F.cross_entropy(flat(z), target.view(-1))
     for watch in (z.retain_grad, lambda: z.register_hook(print)):
-        with pytest.raises(packlight.InputError, match="call it before the loss"):
+        with pytest.raises(packlight.InputError, match="before the loss"):
             watch()
-    with pytest.raises(packlight.InputError, match="call it before the loss"):
+    with pytest.raises(packlight.InputError, match="before the loss"):
         torch.autograd.grad(loss, z)
     loss.backward()
     torch.optim.SGD(lazy.parameters(), 0.1).step()

@@ -199,3 +199,19 @@ def test_models_of_torchvision(torchvision, name):
         # nn.MultiheadAttention calls kernels of torch's that keep what they keep: exact.
         size, times_less = 32, 2.2
     check_model(makers[name](), torch.randn(4, 3, size, size), times_less=times_less)
+
+
+def test_transitions_of_a_densenet_keep_nothing(torchvision):
+    """They pool the output of a convolution, which torch keeps for its shape."""
+    x = torch.randn(2, 3, 64, 64)
+    kept, pooled = [], []
+    for excluded in ({nn.AvgPool2d: None}, {}):
+        packlight.manual_seed(0)
+        model = torchvision.models.DenseNet(12, (4, 4, 4), 24, num_classes=8)
+        for module in model.modules():
+            if isinstance(module, nn.AvgPool2d):
+                module.register_forward_hook(lambda _, args, y: pooled.append(args[0].nbytes))
+        packlight.convert(model, {**excluded, "*": packlight.DEFAULT_METHODS}, strict=False)
+        kept.append(packlight.profile(model, x).activation_bytes)
+    assert kept[0] - kept[1] == sum(pooled[:2]) > 0
+    assert kept[0] > 1.35 * kept[1]

@@ -17,6 +17,7 @@ from packlight._torch.autograd import (
     storage_reference,
 )
 from packlight._torch.backends import (
+    adaptive_avg_pool_gradient,
     attention_backend,
     batch_norm,
     hollow,
@@ -88,6 +89,7 @@ __all__ = [
     "TRANSFORMS",
     "TREES",
     "TRITON",
+    "adaptive_avg_pool_gradient",
     "always_untraced",
     "applied",
     "ask",

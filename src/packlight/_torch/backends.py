@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -48,10 +49,13 @@ def hollow(
     return made
 
 
-# ---- layouts and norms ---------------------------------------------------------------------------
+# ---- layouts, norms and pooling ------------------------------------------------------------------
 
 _suggested_format = look_up("torch._prims_common:suggest_memory_format")
 _batch_norm = look_up("torch:_batch_norm_impl_index")
+_adaptive_gradients = {
+    axes: look_up(f"torch:ops.aten._adaptive_avg_pool{axes}d_backward") for axes in (2, 3)
+}
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -73,6 +77,15 @@ def batch_norm(*arguments: Any) -> tuple[Tensor, ...]:
     else:
         found = _batch_norm(*arguments)
     return found
+
+
+def adaptive_avg_pool_gradient(axes: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The gradient of an adaptive average pooling over two or three axes, by dy and the input.
+
+    It reads the shape of the input and its memory format. None where torch does not name it.
+    """
+    gradient: Callable[[Tensor, Tensor], Tensor] | None = _adaptive_gradients[axes]
+    return gradient
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------

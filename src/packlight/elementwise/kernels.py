@@ -311,6 +311,7 @@ def _threshold(x, threshold, value, DIGITS: tl.constexpr):
 FORWARD = {
     "abs": _abs,
     "celu": _celu,
+    "clamp": _hardtanh,
     "elu": _elu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,

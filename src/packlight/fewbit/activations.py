@@ -116,6 +116,8 @@ EXACT: dict[str, Exact] = {
         lambda: (-1.0, 0.0, 1.0),
         mask=False,
     ),
+    # Unlike hardtanh's, the derivative is 1 at the bounds themselves.
+    "clamp": Exact(torch.clamp, 1, _band, _zero_one, rounds=EVERYWHERE),
     "hardshrink": Exact(
         F.hardshrink, 1, lambda x, lambd: ~_band(x, -lambd, lambd), _zero_one, rounds=EVERYWHERE
     ),

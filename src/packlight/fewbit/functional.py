@@ -23,6 +23,7 @@ outside 1 to 8. Source: Novikov et al., ICML 2023, arXiv 2202.00441.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -392,6 +393,28 @@ def activation(f: Callable[[Tensor], Tensor], codebook: Codebook) -> Callable[[T
 def abs(input: Tensor) -> Tensor:
     """|x|. Keeps 2 bits an element; exact, with torch's gradient 0 at 0."""
     return _exact(input, "abs")
+
+
+def clamp(input: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    """min(max(x, min), max), of which one bound may be None. Keeps 1 bit an element; exact.
+
+    Bounds that are tensors or NaN are left to torch.
+    """
+    low, high = -math.inf if min is None else min, math.inf if max is None else max
+    known = all(isinstance(bound, (int, float)) and bound == bound for bound in (low, high))
+    if not known or (min is None and max is None):
+        return torch.clamp(input, min, max)
+    return _exact(input, "clamp", (float(low), float(high)))
+
+
+def clamp_min(input: Tensor, min: Any) -> Tensor:
+    """max(x, min); see `clamp`."""
+    return clamp(input, min=min)
+
+
+def clamp_max(input: Tensor, max: Any) -> Tensor:
+    """min(x, max); see `clamp`."""
+    return clamp(input, max=max)
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:

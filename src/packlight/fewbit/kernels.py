@@ -47,6 +47,11 @@ def _code_band(x, lambd, _):
 
 
 @triton.jit
+def _code_clamp(x, low, high):
+    return tl.where((x >= low) & (x <= high), 1, 0)
+
+
+@triton.jit
 def _code_hardsigmoid(x, _a, _b):
     return tl.where((x > -3.0) & (x < 3.0), 1, 0)
 
@@ -78,6 +83,7 @@ def _code_threshold(x, threshold, _):
 
 CODE = {
     "abs": _code_abs,
+    "clamp": _code_clamp,
     "hardshrink": _code_band,
     "hardsigmoid": _code_hardsigmoid,
     "hardtanh": _code_hardtanh,

@@ -45,5 +45,9 @@ rows(
         (nn.ReLU6, F.relu6): (modules.ReLU6, functional.relu6),
         (nn.Softshrink, F.softshrink): (modules.Softshrink, functional.softshrink),
         (nn.Threshold, F.threshold): (modules.Threshold, functional.threshold),
+        (torch.abs, torch.absolute, Tensor.abs, Tensor.absolute): (functional.abs,),
+        (torch.clamp, torch.clip, Tensor.clamp, Tensor.clip): (functional.clamp,),
+        (torch.clamp_max, Tensor.clamp_max): (functional.clamp_max,),
+        (torch.clamp_min, Tensor.clamp_min): (functional.clamp_min,),
     },
 )

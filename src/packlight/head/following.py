@@ -20,7 +20,7 @@ from torch import Tensor
 from packlight._checks import autocasts, is_plain
 from packlight.head import functional
 from packlight.head.lazy import FOLLOWED, Follow, LazyLogits, Logits, made
-from packlight.head.rows import Curve, Shares, row_losses, row_losses_and_sums
+from packlight.head.rows import Curve, Shares, logits_at, row_losses, row_losses_and_sums
 
 
 def _after(
@@ -184,6 +184,49 @@ def _choose(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits |
     return _after(lazy, func, (lazy, index), kwargs, x=x)
 
 
+def _along(place: int) -> Callable[..., Any]:
+    """What takes rows along a dimension, which is the argument at this place: one part or many."""
+
+    def along(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> Any:
+        dim = kwargs.get("dim", args[place] if len(args) > place else 0)
+        dims = len(lazy._state.shape)
+        if type(dim) is not int or not -dims <= dim < dims or dim % dims == dims - 1:
+            return None
+        rest = [part.clone() if isinstance(part, Tensor) else part for part in args[1:]]
+        try:
+            found = func(lazy._state.x, *rest, **kwargs)
+        except (RuntimeError, TypeError, IndexError):
+            return None  # torch says so of the logits themselves
+        if isinstance(found, Tensor):
+            return _after(lazy, func, (lazy, *rest), kwargs, x=found)
+        return tuple(
+            _after(lazy, _part(func, number), (lazy, *rest), kwargs, x=x)
+            for number, x in enumerate(found)
+        )
+
+    return along
+
+
+def _part(func: Any, number: int) -> Callable[..., Tensor]:
+    def part(*args: Any, **kwargs: Any) -> Tensor:
+        found: Tensor = func(*args, **kwargs)[number]
+        return found
+
+    return part
+
+
+def _iterate(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> Any:
+    """`for row in logits`, as of the losses of TRL that go over a batch."""
+    if len(lazy._state.shape) < 2:
+        return None
+    return iter(torch.unbind(lazy))
+
+
+def _type(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | None:
+    known = len(args) == 2 and not kwargs and isinstance(args[1], torch.dtype)
+    return _to(lazy, func, args, kwargs) if known else None
+
+
 def _move(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits | None:
     """Classes as the second of three dimensions."""
     given = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
@@ -324,25 +367,37 @@ def _negate(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> LazyLogits |
 
 
 def _gather(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-    return _logarithms_at(lazy._state, *args[1:], **kwargs)
+    at = _logarithms_at if lazy._state.sign else _logits_at
+    return at(lazy._state, *args[1:], **kwargs)
 
 
 def _logarithms_at(
     state: Logits, dim: Any = None, index: Any = None, **unknown: Any
 ) -> Tensor | None:
-    known = (
-        not unknown
-        and _is_last(state, dim)
+    if unknown or not _is_of_rows(state, dim, index):
+        return None
+    losses = _losses_and_sums(state, index.reshape(-1), Shares())
+    return (losses * -state.sign).to(state.dtype).view(index.shape)
+
+
+def _logits_at(state: Logits, dim: Any = None, index: Any = None, **unknown: Any) -> Tensor | None:
+    if unknown or not _is_of_rows(state, dim, index):
+        return None
+    with torch.set_grad_enabled(state.records and torch.is_grad_enabled()):
+        found = logits_at(state.x, state.weight, state.bias, index.reshape(-1), **_how(state))
+        return found.to(state.dtype).view(index.shape)
+
+
+def _is_of_rows(state: Logits, dim: Any, index: Any) -> bool:
+    """Whether an index is of one class for each row."""
+    return (
+        _is_last(state, dim)
         and isinstance(index, Tensor)
         and is_plain(index)
         and index.dtype == torch.int64
         and index.device == state.x.device
         and index.shape == (*state.shape[:-1], 1)
     )
-    if not known:
-        return None
-    losses = _losses_and_sums(state, index.reshape(-1), Shares())
-    return (losses * -state.sign).to(state.dtype).view(index.shape)
 
 
 def _sum(lazy: LazyLogits, func: Any, args: Any, kwargs: Any) -> Tensor | None:
@@ -405,7 +460,6 @@ _follow(("logits", "moved"), (_cross_entropy, (F.cross_entropy,)))
 _follow(
     ("logarithms",),
     (_negate, (torch.neg, Tensor.neg, Tensor.__neg__)),
-    (_gather, (torch.gather, Tensor.gather)),
     (_sum, (torch.sum, Tensor.sum)),
     (_nll_loss, (F.nll_loss,)),
 )
@@ -420,5 +474,11 @@ _follow(
     (_detach, (Tensor.detach, torch.detach)),
     (_shape, (Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten)),
     (_shape, (Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze)),
+    (_gather, (torch.gather, Tensor.gather)),
     (_choose, (Tensor.__getitem__,)),
+    (_along(1), (torch.narrow, Tensor.narrow, torch.select, Tensor.select)),
+    (_along(1), (torch.index_select, Tensor.index_select, torch.unbind, Tensor.unbind)),
+    (_along(2), (torch.chunk, Tensor.chunk, torch.split, Tensor.split)),
+    (_iterate, (Tensor.__iter__,)),
+    (_type, (Tensor.type,)),
 )

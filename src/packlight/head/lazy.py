@@ -30,6 +30,7 @@ from torch import Tensor
 
 from packlight import _torch
 from packlight._checks import autocasts
+from packlight._overwrite import writable
 from packlight._torch.attributes import version
 from packlight.errors import InputError, ModifiedWeightError
 from packlight.head.rows import Curve
@@ -56,6 +57,8 @@ class _Root:
         self.dtype = self.autocast if casts and self.autocast is not None else x.dtype
         self.members: list[weakref.ref[Logits]] = []
         self.gave_loss = False
+        # Where the graph of computed logits begins: before what writes to them in place.
+        self.edge: Any = None
 
     def _versions(self) -> tuple[object, ...]:
         given = (t for t in (self.x, self.weight, self.bias) if t is not None)
@@ -81,8 +84,14 @@ class _Root:
         self.check()
         with torch.set_grad_enabled(records), self._as_called():
             if self.method is not None and records:
-                return linear(self.x, self.weight, self.bias, method=self.method)
-            return F.linear(self.x, self.weight, self.bias)
+                logits = linear(self.x, self.weight, self.bias, method=self.method)
+            else:
+                logits = F.linear(self.x, self.weight, self.bias)
+            if logits.requires_grad:
+                # A view would be written to through what it is a view of, behind the edge.
+                logits = writable(logits)
+                self.edge = torch.autograd.graph.get_gradient_edge(logits)
+            return logits
 
     def product(self, *inputs: Tensor | None) -> Tensor:
         """The plain head's logits of other inputs."""
@@ -190,17 +199,23 @@ class _LazyLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         state: Logits = ctx.state
-        inputs = state.root.inputs
-        written = state.values is not None and version(state.values) != state.version
+        root, again = state.root, state.again
+        if state.values is not None and version(state.values) != state.version:
+            # Back to where the head gave them, and no further: its weight may be tied to what its
+            # input is made of.
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                state.values, [root.edge], gradient, retain_graph=True, allow_unused=True
+            )
+            if found[0] is None:  # all of them were overwritten
+                return None, None, None, None
+            gradient, again = found[0], root.product
+        # In a graph of its own: other uses of the values may have freed theirs.
+        inputs = tuple(
+            None if one is None else one.detach().requires_grad_(one.requires_grad)
+            for one in root.inputs
+        )
         with torch.enable_grad():
-            if written:
-                logits = state.computed()
-            else:  # in a graph of its own: other uses of the values may have freed theirs
-                inputs = tuple(
-                    None if one is None else one.detach().requires_grad_(one.requires_grad)
-                    for one in inputs
-                )
-                logits = state.again(*inputs)
+            logits = again(*inputs)
         wanted = [one for one in inputs if one is not None and one.requires_grad]
         given = iter(torch.autograd.grad(logits, wanted, gradient, allow_unused=True))
         return None, *(
@@ -297,8 +312,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> An
                 return func(*args, **kwargs)
         raise InputError(
             f"{func.__name__} of logits whose loss was computed by chunks: the gradient of the"
-            " loss does not go through them; call it before the loss, or convert without"
-            " head=True"
+            " loss does not go through them; call logits.retain_grad() before the loss, which has"
+            " them computed, or convert without head=True"
         )
     return func(*_mapped(_computed, args), **_mapped(_computed, kwargs))
 

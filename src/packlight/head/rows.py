@@ -227,20 +227,98 @@ def _rows(
     method: Quantiser | None,
     dtype: torch.dtype,
 ) -> Any:
-    is_trained = torch.is_grad_enabled() and (
-        keeps_sums or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    cast = x if x.dtype == dtype else sharing.cast_of(x, dtype)
-    cast = x.to(dtype) if cast is None else cast
-    rows = cast.reshape(-1, x.shape[-1])
-    rebuild: Callable[..., Tensor] = _itself
-    tensors: tuple[Tensor | None, ...] = (rows.detach(),)
-    if is_trained and method is not None and worth_packing(x, method):
-        kept = pack_input(x, method.for_scores())
-        rebuild, tensors = kept.rebuild, kept.tensors
+    is_trained = keeps_sums or _is_trained(weight, bias)
+    rows, rebuild, tensors = _input(x, dtype, method, is_trained)
     with without_autocast(x.device.type):
         return _apply(rows, weight, bias, targets, curve, shares, keeps_sums, rebuild, *tensors)
 
 
+def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _input(
+    x: Tensor, dtype: torch.dtype, method: Quantiser | None, is_trained: bool
+) -> tuple[Tensor, Callable[..., Tensor], tuple[Tensor | None, ...]]:
+    """The rows of x as the product takes them, and what is kept of them with what rebuilds them."""
+    cast = x if x.dtype == dtype else sharing.cast_of(x, dtype)
+    cast = x.to(dtype) if cast is None else cast
+    rows = cast.reshape(-1, x.shape[-1])
+    if is_trained and torch.is_grad_enabled() and method is not None and worth_packing(x, method):
+        kept = pack_input(x, method.for_scores())
+        return rows, kept.rebuild, kept.tensors
+    return rows, _itself, (rows.detach(),)
+
+
 def _itself(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x
+
+
+# ---- one logit of each row -----------------------------------------------------------------------
+
+
+class _RowLogits(torch.autograd.Function):
+    """The logit of each row at its target: a product of x and one row of the head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [N, width], in the dtype of the product
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        wide = compute_dtype(x)
+        z = torch.linalg.vecdot(x.to(wide), weight[targets].to(x.dtype).to(wide))
+        if bias is not None:
+            z = z + bias[targets].to(x.dtype)
+        ctx.rebuild, ctx.dtype, ctx.shape = rebuild, x.dtype, x.shape
+        kept = tensors if ctx.needs_input_grad[1] else [None] * len(tensors)
+        ctx.save_for_backward(weight, bias, targets, *kept)
+        rounded: Tensor = z.to(x.dtype)  # as the plain head rounds it
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        refuse_second_derivative("no logits")
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        weight, bias, targets, *tensors = saved_with_weight(ctx)
+        dx = dweight = dbias = None
+        if needs_x:
+            dx = weight[targets].to(ctx.dtype) * gradient[:, None]
+        if needs_weight:
+            x = ctx.rebuild(ctx.dtype, *tensors).reshape(ctx.shape)
+            wide = compute_dtype(x)
+            terms = x.to(wide) * gradient[:, None].to(wide)
+            dweight = weight.new_zeros(weight.shape, dtype=wide).index_add_(0, targets, terms)
+            dweight = dweight.to(weight.dtype)
+        if needs_bias:
+            wide = compute_dtype(gradient)
+            dbias = bias.new_zeros(bias.shape, dtype=wide)
+            dbias = dbias.index_add_(0, targets, gradient.to(wide)).to(bias.dtype)
+        return dx, dweight, dbias, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+_apply_logits: Callable[..., Tensor] = _RowLogits.apply
+
+
+def logits_at(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    curve: Curve,
+    method: Quantiser | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """u [N] of rows x [..., width] at targets [N], one class a row; in float32 or float64.
+
+    Keeps x, or a pack of it with a method, where the head is trained, and the targets. Exact but
+    for the pack. The gradient of the head is a tensor of its size while it is added up.
+    """
+    rows, rebuild, tensors = _input(x, dtype, method, weight.requires_grad)
+    with without_autocast(x.device.type):
+        z = _apply_logits(rows, weight, bias, targets, rebuild, *tensors)
+        return bent(z.to(compute_dtype(z)), curve)

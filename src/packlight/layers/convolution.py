@@ -26,6 +26,7 @@ from packlight._checks import (
 from packlight._gradients import recast
 from packlight._overwrite import writable
 from packlight.errors import InputError
+from packlight.layers import shape_only
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
 
@@ -183,52 +184,6 @@ def convolve(
 # --- Padding, which a rebuilt input repeats.
 
 
-class _Pad(torch.autograd.Function):
-    """The padded x; keeps nothing, where torch keeps x for its shape."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, widths: tuple[int, ...], mode: str) -> Tensor:
-        ctx.shape, ctx.widths, ctx.mode = x.shape, widths, mode
-        return F.pad(x, widths, mode)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        # Linear, but reflected and replicated edges have no formula for a second derivative here.
-        refuse_second_derivative("the shape of its input only")
-        return _pad_backward(grad_output, ctx.shape, ctx.widths, ctx.mode), None, None
-
-
-_apply_pad: Callable[..., Tensor] = _torch.applied(_Pad)
-
-
-def _pad_backward(
-    grad_output: Tensor, shape: torch.Size, widths: Sequence[int], mode: str
-) -> Tensor:
-    if mode == "constant":
-        return F.pad(grad_output, [-width for width in widths])
-    axes = len(widths) // 2
-    if mode == "circular":
-        return _unwrap(grad_output, shape, widths)
-    kind = {"reflect": "reflection", "replicate": "replication"}[mode]
-    backward = getattr(torch.ops.aten, f"{kind}_pad{axes}d_backward")
-    like = grad_output.new_empty(1).expand(shape)  # for its shape
-    dx: Tensor = backward(grad_output, like, list(widths))
-    return dx
-
-
-def _unwrap(grad_output: Tensor, shape: torch.Size, widths: Sequence[int]) -> Tensor:
-    """Adds the gradient of what was wrapped around to that of what it is a copy of."""
-    dx = grad_output
-    for axis in range(len(widths) // 2):
-        dim, (before, after) = len(shape) - 1 - axis, widths[2 * axis : 2 * axis + 2]
-        size = shape[dim]
-        inner = dx.narrow(dim, before, size).clone()
-        inner.narrow(dim, size - before, before).add_(dx.narrow(dim, 0, before))
-        inner.narrow(dim, 0, after).add_(dx.narrow(dim, before + size, after))
-        dx = inner
-    return dx
-
-
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class PaddedRebuild:
     """The padded x from what is kept of x."""
@@ -248,11 +203,11 @@ def pad(x: Tensor, weight: Tensor, widths: Sequence[int], mode: str, method: Qua
 
     The pack is of x, not of the padded tensor, so that others who read x share it.
     """
+    padded = shape_only.pad(x, tuple(widths), mode)
     if not _is_packed(x, weight, method):
-        return F.pad(x, list(widths), mode)
+        return padded
     kept = pack_input(x, method)
     rebuild = PaddedRebuild(kept.rebuild, tuple(x.shape), tuple(widths), mode)
-    padded = _apply_pad(x, tuple(widths), mode)
     # Until the convolution reads the padded tensor, nothing else holds a new pack.
     sharing.note_held(padded, Pack(rebuild, tuple(padded.shape), kept.tensors, kept.grade))
     return padded
