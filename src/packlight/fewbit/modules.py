@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from packlight.fewbit import functional as few_bit
-from packlight.fewbit.codebook import Codebook, check_codebook
+from packlight.fewbit.codebook import Codebook, Weighted, check_bits, check_codebook
 from packlight.fewbit.dropout import dropout
 from packlight.fewbit.functional import DEFAULT_BITS
-from packlight.fewbit.method import check_bits
 from packlight.fewbit.pooling import max_pool1d, max_pool2d, max_pool3d
 from packlight.layers import plain
 from packlight.layers.twin import Twin
@@ -24,7 +23,7 @@ class Coded(Twin):
     """What layers with a codebook share: `bits`, and a `codebook` that overrides it."""
 
     bits: int
-    codebook: Codebook | None
+    codebook: Codebook | Weighted | None  # `Weighted` by a conversion alone
 
     def __init__(
         self,
@@ -42,7 +41,8 @@ class Coded(Twin):
         return {"bits": self.bits, "codebook": self.codebook}
 
     def _shown(self) -> dict[str, Any]:
-        return {"bits": self.bits} | ({} if self.codebook is None else {"codebook": "custom"})
+        kind = "weighted" if isinstance(self.codebook, Weighted) else "custom"
+        return {"bits": self.bits} | ({} if self.codebook is None else {"codebook": kind})
 
 
 # --- Continuous activations.

@@ -66,6 +66,11 @@ def checked_slope(slope: Curve) -> Curve:
     return checked
 
 
+def shifted(curve: Curve, center: float) -> Curve:
+    """The curve as a function of t = x - c."""
+    return (lambda t: curve(center + t)) if center else curve
+
+
 def array(values: Any) -> Array:
     if isinstance(values, torch.Tensor):
         values = values.detach().to("cpu", torch.float64).numpy()
