@@ -61,11 +61,16 @@ from packlight.fewbit.modules import (
 )
 from packlight.fewbit.pooling import max_pool1d, max_pool2d, max_pool3d
 
+# Last, since it runs models: it imports what imports the modules above.
+from packlight.fewbit.calibration import CalibratedLayer, Calibration, calibrate  # isort: skip
+
 __all__ = [
     "CELU",
     "ELU",
     "GELU",
     "SELU",
+    "CalibratedLayer",
+    "Calibration",
     "Codebook",
     "Dropout",
     "FewBit",
@@ -93,6 +98,7 @@ __all__ = [
     "Threshold",
     "abs",
     "activation",
+    "calibrate",
     "celu",
     "dropout",
     "elu",
