@@ -53,9 +53,11 @@ def fit_codebook(
 ) -> Codebook:
     """The codebook of 2^bits levels that minimises E = integral of w (f' - q)^2 over the domain.
 
-    f: an elementwise torch function that takes float64. f' comes from autograd, or from
-        `derivative`, a function of a NumPy array or of a tensor. A kink of f' is integrated best
-        at 0; jumps of f' are found wherever they are.
+    f: any callable that takes a float64 tensor of one dimension and gives one of that shape,
+        elementwise: a function, a layer. f' comes from autograd, or from `derivative`, a function
+        of a NumPy array or of a tensor, and is finite on the domain. A kink of f' is integrated
+        best at 0; jumps of f' are found wherever they are. `fewbit.activation(f, codebook)` then
+        computes f and keeps codes.
     domain: by default (-10, 10); with a histogram or samples the least (-m, m) that holds them.
     weight: w(x) as
         - "uniform", w = 1;
@@ -70,8 +72,8 @@ def fit_codebook(
         one next to the "derivative" book, and its E is larger.
     parity: see `Codebook`; f' is examined about the middle of the domain, so domain=(c - m, c + m)
         for a function that is symmetric about c. "auto" takes "even" if f' is so, which never costs
-        and mostly saves error under any weight: all levels are on one side; "odd" if f' is so and
-        the weight is symmetric, for the smaller table: the error is the same; else "none".
+        and mostly saves error under any weight: all levels are on one side; "odd" if f' is so, the
+        weight is symmetric, and E is the same, for the smaller table; else "none".
     pin_tails: True fixes the outermost levels at the limits of f' (0 and 1 for GELU), so that
         saturated units get exact gradients; "where_bounded" leaves a side without a limit free.
 
@@ -81,6 +83,30 @@ def fit_codebook(
     weight that is negative, not finite or zero everywhere; f' not finite on the domain; a parity or
     a limit that f' lacks; an unknown name.
     """
+    if parity == "auto":
+        book = _fit(f, bits, domain, weight, objective, parity, pin_tails, derivative)
+        if book.parity != "odd":
+            return book
+        # Where f' goes up and down, the best intervals need not mirror each other.
+        free = _fit(f, bits, domain, weight, objective, "none", pin_tails, derivative)
+        return book if book.error <= free.error * ODD_MAY_COST else free
+    return _fit(f, bits, domain, weight, objective, parity, pin_tails, derivative)
+
+
+# By what factor E of mirrored intervals may be larger: as much as a neighbouring optimum of 8 bits.
+ODD_MAY_COST = 1.003
+
+
+def _fit(
+    f: Callable[[torch.Tensor], torch.Tensor],
+    bits: int,
+    domain: tuple[float, float] | None,
+    weight: Weight,
+    objective: Objective,
+    parity: Parity | Literal["auto"],
+    pin_tails: PinTails,
+    derivative: Callable[[Any], Any] | None,
+) -> Codebook:
     check_bits(bits)
     check_choice("objective", objective, get_args(Objective))
     check_choice("parity", parity, ("auto", *get_args(Parity)))

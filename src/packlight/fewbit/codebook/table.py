@@ -165,18 +165,31 @@ class Codebook:
                 "Codebook.plot needs matplotlib, which is not installed; "
                 "run: pip install 'packlight[plot]'"
             ) from error
-        x = np.linspace(*self.domain, 2001)
-        figure, axes = plt.subplots()
+        x = np.linspace(*self._shown(), 2001)
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         if f is not None:
-            axes.plot(x, by_autograd(f)(x), color="0.6", label="f'")
-        axes.plot(x, self.derivative(x), label=f"{self.bits}-bit codes")
+            axes.plot(x, by_autograd(f)(x), color="0.72", linewidth=4, label="f'")
+        axes.plot(x, self.derivative(x), color="#0b62c4", label=f"q, {self.bits}-bit codes")
         axes.set_xlabel("x")
-        axes.legend()
+        axes.legend(frameon=False)
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
         if path is not None:
             with replaced(path) as beside:
                 figure.savefig(beside)
             plt.close(figure)
         return figure
+
+    def _shown(self) -> tuple[float, float]:
+        """The part of the domain around the borders, with as much again to both sides."""
+        low, high = self.domain
+        if not self.borders:
+            return low, high
+        left = self.borders[0] if self.parity == "none" else -self.borders[-1]
+        margin = max((self.borders[-1] - left) / 2, 1e-2 * (high - low))
+        first, last = self.center + left - margin, self.center + self.borders[-1] + margin
+        return max(low, first), min(high, last)
 
 
 def check_codebook(codebook: object) -> Codebook:
