@@ -6,10 +6,11 @@ Every method sees the same weights, batches and schedule for a seed. A row a run
 `results/cifar.jsonl`: loss and test accuracy an epoch, bytes kept for the backward pass of one
 batch, peak memory, seconds. `few-bit 3, calibrated` fits its codebooks to what the activations read
 (`packlight.fewbit.calibrate`) after the first epoch and after every fifth; its row has the mean
-error of the gradient with the default codebooks and with the calibrated ones. Reads `cifar10/train-*.parquet` and `cifar10/test.parquet` with columns
-`image` (an encoded image) and `label`, for which it needs pyarrow and pillow, or `cifar10.npz`,
-which needs pillow only: `python -m benchmarks.cifar shared/data/cifar10 cifar10.npz` writes it. On
-a GPU: bf16 autocast, channels last, each step a CUDA graph.
+error of the gradient with the default codebooks and with the calibrated ones. Reads
+`cifar10/train-*.parquet` and `cifar10/test.parquet` with columns `image` (an encoded image) and
+`label`, for which it needs pyarrow and pillow, or `cifar10.npz`, which needs pillow only: `python
+-m benchmarks.cifar shared/data/cifar10 cifar10.npz` writes it. On a GPU: bf16 autocast, channels
+last, each step a CUDA graph.
 """
 
 import argparse

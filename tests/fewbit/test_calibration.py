@@ -170,7 +170,7 @@ def test_outliers_and_what_is_not_finite_cost_nothing():
     assert constant.error < 1e-3
     zeros = calibrate(nn.Sequential(nn.Tanhshrink()), [torch.zeros(3)])
     assert zeros.layers[0].error == 0
-    with pytest.raises(InputError, match="layer '0' .* read no finite value"):
+    with pytest.raises(InputError, match=r"layer '0' .* read no finite value"):
         calibrate(net, [torch.full((3,), math.nan)])
 
 

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from packlight.cli.models.python import imported
 from packlight.errors import InputError, PacklightError
 from packlight.fewbit.activations import CONTINUOUS, EXACT
 from packlight.fewbit.codebook import Codebook, Weight, fit_codebook
+from packlight.fewbit.codebook.curves import Array
 from packlight.fewbit.method import FewBit
 from packlight.method_files import format_methods, shortened
 
@@ -98,7 +100,8 @@ def _weight(text: str) -> Weight:
             f"--weight {shortened(text)}: expected uniform, normal:SIGMA, or a .npy file of samples"
         )
     try:
-        return np.load(text, allow_pickle=False).reshape(-1)
+        samples: Array = np.load(text, allow_pickle=False).reshape(-1)
+        return samples
     except (OSError, ValueError) as error:
         raise InputError(f"{text} cannot be read as samples: {error}") from error
 
@@ -116,7 +119,7 @@ def _text(book: Codebook, arguments: argparse.Namespace) -> str:
     if book.parity != "none":
         t = sorted({-border for border in t} | {*t} | ({0.0} if book.parity == "odd" else set()))
     ends = [low, *(book.center + border for border in t), high]
-    for left, right in zip(ends, ends[1:], strict=False):
+    for left, right in itertools.pairwise(ends):
         level = float(book.derivative((left + right) / 2))
         lines.append(f"{left:10.4f} {right:10.4f} {level:10.4f}")
     return "\n".join(lines)

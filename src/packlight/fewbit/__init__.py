@@ -50,6 +50,7 @@ from packlight.fewbit.modules import (
     ReLU,
     ReLU6,
     ReLUSquared,
+    RReLU,
     Sigmoid,
     SiLU,
     Softplus,
@@ -60,6 +61,7 @@ from packlight.fewbit.modules import (
     Threshold,
 )
 from packlight.fewbit.pooling import max_pool1d, max_pool2d, max_pool3d
+from packlight.fewbit.slopes import rrelu
 
 # Last, since it runs models: it imports what imports the modules above.
 from packlight.fewbit.calibration import CalibratedLayer, Calibration, calibrate  # isort: skip
@@ -85,6 +87,7 @@ __all__ = [
     "MaxPool3d",
     "Mish",
     "QuickGELU",
+    "RReLU",
     "ReLU",
     "ReLU6",
     "ReLUSquared",
@@ -118,6 +121,7 @@ __all__ = [
     "relu",
     "relu6",
     "relu_squared",
+    "rrelu",
     "selu",
     "sigmoid",
     "silu",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import math
 import sys
@@ -136,7 +137,7 @@ def calibrate(
     nothing finite.
     """
     check_bits(bits)
-    if not isinstance(default_share, int | float) or not 0 <= default_share <= 1:
+    if not 0 <= default_share <= 1:
         raise InputError(f"default_share={default_share!r} is no share, from 0 to 1")
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
@@ -147,7 +148,7 @@ def calibrate(
             f"{type(model).__name__} has no activation layer with a codebook; of calls of functions"
             " in its own code FewBit(bits, weight=samples) takes the weight of all"
         )
-    counts = _counted(model, layers, batches, run or (lambda batch: _call(model, batch)))
+    counts = _counted(model, layers, batches, run or functools.partial(_call, model))
     found = [(layer, counts[layer.module]) for layer in layers if layer.module in counts]
     if not found:
         raise InputError("no batch reached an activation layer; give at least one batch")
@@ -274,4 +275,4 @@ def _mixed(counts: Array, edges: Array, default_share: float) -> tuple[Array, Ar
 
 def _quantiles(one: CalibratedLayer, *shares: float) -> list[float]:
     below = np.concatenate(([0.0], np.cumsum(one.counts)))
-    return np.interp(shares, below / below[-1], one.edges).tolist()  # type: ignore[no-any-return]
+    return [float(value) for value in np.interp(shares, below / below[-1], one.edges)]

@@ -15,6 +15,7 @@ from packlight.fewbit.codebook import Codebook, Weighted, check_bits, check_code
 from packlight.fewbit.dropout import dropout
 from packlight.fewbit.functional import DEFAULT_BITS
 from packlight.fewbit.pooling import max_pool1d, max_pool2d, max_pool3d
+from packlight.fewbit.slopes import rrelu
 from packlight.layers import plain
 from packlight.layers.twin import Twin
 
@@ -210,6 +211,30 @@ class Threshold(Twin, nn.Threshold):
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.threshold(input, self.threshold, self.value, self.inplace)
+
+
+# --- Drawn slopes.
+
+
+class CodedSlopes(Twin):
+    """What layers share that keep codes of slopes: `bits`."""
+
+    bits: int
+
+    def __init__(self, *args: Any, bits: int = DEFAULT_BITS, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bits = check_bits(bits)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"bits": self.bits}
+
+
+class RReLU(CodedSlopes, nn.RReLU):
+    """`torch.nn.RReLU`; keeps `bits` bits an element, unbiased."""
+
+    def training_forward(self, input: Tensor) -> Tensor:
+        return rrelu(input, self.lower, self.upper, True, self.inplace, **self.options)
 
 
 # --- Dropout and pooling. Constructors are torch's.

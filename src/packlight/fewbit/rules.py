@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 from packlight import _torch
 from packlight.errors import CannotConvertError
-from packlight.fewbit import functional, modules, pooling
+from packlight.fewbit import functional, modules, pooling, slopes
 from packlight.fewbit.codebook import why_of_another
 from packlight.fewbit.dropout import dropout_as_torch
 from packlight.fewbit.method import FewBit
+from packlight.groupquant.method import GroupQuant
+from packlight.groupquant.modules import PReLU
+from packlight.layers.prelu import prelu
 from packlight.method import rows
 
 
@@ -55,6 +58,24 @@ rows(
     },
     lambda method: method.options,
     check_codebook_is_of,
+)
+
+rows(
+    FewBit,
+    {(nn.RReLU, F.rrelu, torch.rrelu): (modules.RReLU, slopes.rrelu)},
+    lambda method: {"bits": method.bits},
+)
+
+
+def _for_slopes(method: FewBit) -> GroupQuant:
+    """What keeps the input of a PReLU for the gradient of its slopes: a sum over many elements."""
+    return GroupQuant(next(bits for bits in (2, 4, 8) if bits >= method.bits))
+
+
+rows(
+    FewBit,
+    {(nn.PReLU, F.prelu, torch.prelu, Tensor.prelu): (PReLU, prelu)},
+    lambda method: {"method": _for_slopes(method)},
 )
 
 # Exact, whatever the bits.

@@ -12,13 +12,12 @@ from packlight.fewbit.activations import CONTINUOUS
 from packlight.fewbit.codebook.fitting import fit_codebook
 from packlight.fewbit.codebook.symmetry import PinTails
 from packlight.fewbit.codebook.table import Codebook, check_bits
-from packlight.fewbit.codebook.weights import Weight
 
 
 class Rule(TypedDict):
     """How default codebooks weigh inputs and treat tails; the arguments of `fit_codebook`."""
 
-    weight: Weight
+    weight: tuple[str, float]
     pin_tails: PinTails
 
 
