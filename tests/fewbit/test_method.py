@@ -104,6 +104,16 @@ def test_each_function_has_a_codebook_of_its_own_under_a_weight():
         torch.testing.assert_close(gradient(layer, x)[1], expected)
 
 
+def test_a_layer_takes_what_the_method_takes():
+    x = sample(5, 6)
+    for options in ({"codebook": BOOK}, {"bits": 2, "weight": ("normal", 1.0)}):
+        layer = packlight.fewbit.GELU(**options)
+        assert layer.bits == 2
+        assert torch.equal(gradient(layer, x)[1], gradient(lambda x: gelu(x, codebook=BOOK), x)[1])
+    with pytest.raises(InputError, match="a weight or a codebook"):
+        packlight.fewbit.GELU(weight="uniform", codebook=BOOK)
+
+
 def test_calls_are_covered_with_the_codebook_and_with_the_weight():
     class Net(nn.Module):
         def forward(self, x):
