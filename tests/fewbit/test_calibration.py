@@ -150,6 +150,17 @@ def test_batches_are_called_as_they_are():
     assert net.act.codebook == one.layers[0].codebook
 
 
+@pytest.mark.gpu
+def test_a_model_on_a_device_reads_and_converts_as_on_the_cpu():
+    on_cpu = calibrate(model().eval(), batches())
+    net = model().eval().cuda()
+    found = calibrate(net, [batch.cuda() for batch in batches()])
+    for ours, theirs in zip(found.layers, on_cpu.layers, strict=True):
+        assert ours.error == pytest.approx(theirs.error, rel=0.02)
+    packlight.convert(net.train(), found)
+    net(batches()[0].cuda()).sum().backward()
+
+
 def test_names_that_look_like_patterns():
     net = nn.Module()
     net.add_module("[a]*", nn.GELU())

@@ -10,7 +10,7 @@ from packlight import FewBit
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.fewbit import RReLU, rrelu
 from packlight.packing.layout import packed_bytes
-from tests.helpers import kept_bytes, sample
+from tests.helpers import every_device, kept_bytes, sample
 
 
 def run(function, x, dy=None, **options):
@@ -20,10 +20,11 @@ def run(function, x, dy=None, **options):
     return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y) if dy is None else dy)[0]
 
 
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
-def test_slopes_are_torch_s_and_gradients_in_the_middle_of_their_part(bits, dtype):
-    x = sample(40, 50, dtype=dtype)
+def test_slopes_are_torch_s_and_gradients_in_the_middle_of_their_part(bits, dtype, device):
+    x = sample(40, 50, dtype=dtype).to(device)
     y, dx = run(F.rrelu, x)
     ours, our_dx = run(rrelu, x, bits=bits)
     assert torch.equal(ours, y)

@@ -10,7 +10,7 @@ from packlight import FewBit, GroupQuant
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import PReLU, prelu
 from packlight.packing.layout import packed_bytes
-from tests.helpers import kept_bytes, sample
+from tests.helpers import every_device, kept_bytes, sample
 
 SHAPES = [(64,), (4, 16), (4, 16, 8, 8), (2, 16, 5)]
 
@@ -28,15 +28,16 @@ def assert_near(dweight, expected, x, dy):
     assert ((dweight - expected).double().abs() <= tolerance).all()
 
 
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("slopes", [1, 16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_input_s_gradient_is_exact_and_the_slopes_s_near(shape, slopes, dtype):
+def test_the_input_s_gradient_is_exact_and_the_slopes_s_near(shape, slopes, dtype, device):
     if slopes > 1 and len(shape) < 2:
         return
     packlight.manual_seed(0)
-    x, dy = sample(*shape, dtype=dtype), torch.randn(shape).to(dtype)
-    weight = (torch.rand(slopes) - 0.5).to(dtype)
+    x, dy = sample(*shape, dtype=dtype).to(device), torch.randn(shape).to(device, dtype)
+    weight = (torch.rand(slopes) - 0.5).to(device, dtype)
     y, dx, dweight = gradients(F.prelu, x, weight, dy)
     ours, our_dx, our_dweight = gradients(lambda x, w: prelu(x, w, bits=8), x, weight, dy)
     assert torch.equal(ours, y)

@@ -64,7 +64,9 @@ class Calibration(Mapping[str, FewBit]):
     def __init__(self, layers: Iterable[CalibratedLayer]) -> None:
         self.layers = tuple(layers)
         # A name may hold what a pattern of names takes for a sign.
-        self._methods = {glob.escape(one.name): FewBit(codebook=one.codebook) for one in layers}
+        self._methods = {
+            glob.escape(one.name): FewBit(codebook=one.codebook) for one in self.layers
+        }
 
     def __getitem__(self, name: str) -> FewBit:
         return self._methods[name]
