@@ -4,10 +4,13 @@
 
 Every method sees the same weights, batches and schedule for a seed. A row a run goes to
 `results/cifar.jsonl`: loss and test accuracy an epoch, bytes kept for the backward pass of one
-batch, peak memory, seconds. Reads `cifar10/train-*.parquet` and `cifar10/test.parquet` with columns
-`image` (an encoded image) and `label`, for which it needs pyarrow and pillow, or `cifar10.npz`,
-which needs pillow only: `python -m benchmarks.cifar shared/data/cifar10 cifar10.npz` writes it. On
-a GPU: bf16 autocast, channels last, each step a CUDA graph.
+batch, peak memory, seconds. `few-bit 3, calibrated` fits its codebooks to what the activations read
+(`packlight.fewbit.calibrate`) after the first epoch and after every fifth; its row has the mean
+error of the gradient with the default codebooks and with the calibrated ones. Reads
+`cifar10/train-*.parquet` and `cifar10/test.parquet` with columns `image` (an encoded image) and
+`label`, for which it needs pyarrow and pillow, or `cifar10.npz`, which needs pillow only: `python
+-m benchmarks.cifar shared/data/cifar10 cifar10.npz` writes it. On a GPU: bf16 autocast, channels
+last, each step a CUDA graph.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import functools
 import io
 import itertools
 import pathlib
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +39,7 @@ from packlight import (
     profile,
 )
 from packlight.cli import Parser
+from packlight.fewbit import calibrate
 from packlight.selectors import Methods
 from tests.blocks import PreNormBlock, Stack
 from tests.graphs import captured
@@ -70,6 +75,9 @@ VIT_CONVERSIONS: dict[str, Methods] = {
     **{name: method for name, method in CONVERSIONS.items() if name != "default"},
     "sketch 0.2": {nn.Linear: Sketch(0.2)},
 }
+CALIBRATED = "few-bit 3, calibrated"
+VIT_CONVERSIONS[CALIBRATED] = FewBit(3)  # in the first epoch
+CALIBRATE_EVERY = 5  # epochs, and once after the first
 RUNS = {"resnet18": [*KITS, *CONVERSIONS], "vit": ["exact", *VIT_CONVERSIONS]}
 BATCH = 256
 # The images at hand are JPEG copies of CIFAR-10, which cost about 3 points: 40 epochs end at 91.4%.
@@ -224,6 +232,25 @@ def replayed(
     return replay
 
 
+def calibrated(model: nn.Module, samples: Sequence[Tensor], epoch: int) -> dict[str, Any]:
+    """Converts the model anew by codebooks of what its activations read, and says what that gains.
+
+    The samples are augmented images.
+    """
+    calibration = calibrate(model, samples)
+    convert(model, {**calibration, "*": FewBit(3)}, functional=True)
+    layers = calibration.layers
+    return {
+        "epoch": epoch,
+        "default_error": statistics.fmean(layer.default_error for layer in layers),
+        "error": statistics.fmean(layer.error for layer in layers),
+    }
+
+
+def is_calibrated_before(epoch: int, method: str) -> bool:
+    return method == CALIBRATED and epoch > 0 and (epoch == 1 or epoch % CALIBRATE_EVERY == 0)
+
+
 def train(name: str, method: str, seed: int, data: Data, epochs: int) -> dict[str, Any]:
     """Trains once and returns what goes into the row."""
     device = data.train.device.type
@@ -257,14 +284,23 @@ def train(name: str, method: str, seed: int, data: Data, epochs: int) -> dict[st
         loss.backward()
         return loss.detach()
 
+    def started_run() -> Callable[[Tensor, Tensor], Tensor]:
+        return replayed(gradients, images, labels) if device == "cuda" else gradients
+
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        gradients = replayed(gradients, images, labels)
-    losses, accuracies, seconds = [], [], 0.0
+    run = started_run()
+    losses, accuracies, calibrations, seconds = [], [], [], 0.0
     for epoch in range(epochs):
+        if is_calibrated_before(epoch, method):
+            some = batches(data, BATCH, torch.Generator(device).manual_seed(seed + epoch))
+            with in_bf16:
+                samples = [batch for batch, _ in itertools.islice(some, 4)]
+                calibrations.append(calibrated(model, samples, epoch))
+            run = started_run()
         started, total, count = time.perf_counter(), torch.zeros((), device=device), 0
         for images, labels in batches(data, BATCH, generator):
-            total += gradients(images, labels)
+            total += run(images, labels)
             optimizer.step()
             schedule.step()
             count += 1
@@ -277,6 +313,7 @@ def train(name: str, method: str, seed: int, data: Data, epochs: int) -> dict[st
             flush=True,
         )
     return {
+        **({"calibrations": calibrations} if calibrations else {}),
         "lr": rate,
         "loss": losses,
         "accuracy": accuracies,
@@ -293,7 +330,7 @@ def data_of(folder: pathlib.Path, device: str, limit: int | None) -> Data:
 
 
 def cases(options: argparse.Namespace) -> list[rows.Case]:
-    """Every method for both networks, seed by seed. `--limit` tries it out: one epoch."""
+    """Every method for both networks, seed by seed. `--limit` tries it out: two epochs."""
 
     def run(name: str, method: str, seed: int, epochs: int) -> dict[str, Any]:
         return train(
@@ -302,7 +339,7 @@ def cases(options: argparse.Namespace) -> list[rows.Case]:
 
     found = []
     for seed, name in itertools.product(options.seeds, RUNS):
-        epochs = 1 if options.limit else EPOCHS[name]
+        epochs = 2 if options.limit else EPOCHS[name]
         for method in RUNS[name]:
             key = {"model": name, "method": method, "seed": seed}
             key |= {"epochs": epochs, "batch": BATCH, "limit": options.limit}

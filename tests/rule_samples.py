@@ -61,14 +61,15 @@ _SAMPLES: dict[type[nn.Module], Sample] = {
     nn.MaxPool2d: (lambda: nn.MaxPool2d(3, stride=2, padding=1), IMAGES),
     nn.MaxPool3d: (lambda: nn.MaxPool3d(2), VOLUMES),
     nn.Mish: (lambda: nn.Mish(), ROWS),
+    nn.PReLU: (lambda: nn.PReLU(16, 0.2), IMAGES),
     nn.RMSNorm: (lambda: nn.RMSNorm(64), ROWS),
-    nn.RReLU: (lambda: nn.RReLU(0.1, 0.3), ROWS),
     nn.ReflectionPad1d: (lambda: nn.ReflectionPad1d(2), SIGNALS),
     nn.ReflectionPad2d: (lambda: nn.ReflectionPad2d((1, 2, 0, 1)), IMAGES),
     nn.ReflectionPad3d: (lambda: nn.ReflectionPad3d(1), VOLUMES),
     nn.ReplicationPad1d: (lambda: nn.ReplicationPad1d(2), SIGNALS),
     nn.ReplicationPad2d: (lambda: nn.ReplicationPad2d((1, 2, 0, 1)), IMAGES),
     nn.ReplicationPad3d: (lambda: nn.ReplicationPad3d(1), VOLUMES),
+    nn.RReLU: (lambda: nn.RReLU(0.1, 0.6), ROWS),
     nn.ReLU: (lambda: nn.ReLU(), ROWS),
     nn.ReLU6: (lambda: nn.ReLU6(), ROWS),
     nn.SELU: (lambda: nn.SELU(), ROWS),
@@ -96,7 +97,7 @@ METHODS: dict[type[Method], Method] = {
     Quantiser: GroupQuant(bits=8, group_size=32, rounding="nearest"),
     Inverted: Inverted(),
     Sketch: Sketch(rows=8, min_rows=1),
-    Method: FewBit(bits=8),  # what any method makes of a layer
+    Method: Sketch(rows=8, min_rows=1),  # what any method makes of a layer
 }
 
 # Every rule for a layer of torch.nn; those of other packages are tested with them.

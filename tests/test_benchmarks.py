@@ -222,7 +222,7 @@ def test_a_gpt_trains_by_a_method(tmp_path, monkeypatch):
     [
         ("cifar", "", "arguments are required: source, target"),
         ("cifar", "nowhere out.npz", "nowhere holds no train-*.parquet"),
-        ("glue", "", "--repack --speed --monitor --roberta is required"),
+        ("glue", "", "--repack --speed --monitor --model --roberta is required"),
         ("glue", "--speed", "--data says where"),
         ("glue", "--speed --roberta", "not allowed with"),
         ("glue", "--speed --data nowhere", "nowhere is not what --repack writes"),
@@ -246,6 +246,40 @@ def test_networks_of_cifar_are_converted(name):
         kinds = {type(module).__module__.split(".")[0] for module in model.modules()}
         assert ("packlight" in kinds) == (method != "exact")
     assert isinstance(model, nn.Module)
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages; a user sees them too
+def test_a_roberta_of_a_directory_is_fine_tuned(tmp_path, capsys):
+    """As `--model roberta-base` does where the hub can be reached."""
+    import pyarrow
+    import pyarrow.parquet
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizerFast
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *ByteLevel.alphabet()]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    model, data = tmp_path / "model", tmp_path / "data"
+    data.mkdir()
+    RobertaTokenizerFast(vocab=vocabulary, merges=[]).save_pretrained(model)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"vocab_size": len(words), "intermediate_size": 64, "max_position_embeddings": 140}
+    plain = RobertaModel(RobertaConfig(**shape, type_vocab_size=1))
+    plain.save_pretrained(model)
+    for split, count in (("train", 32), ("dev", 8)):
+        rows_of = {"sentence": ["a sentence"] * count, "label": [i % 2 for i in range(count)]}
+        pyarrow.parquet.write_table(pyarrow.table(rows_of), data / f"cola-{split}.parquet")
+    glue = train_suite.glue
+    loaded = glue.Store(glue.tokenised(data, str(model), ["cola"])).model(0)
+    for name, weight in plain.encoder.state_dict().items():
+        assert torch.equal(loaded.roberta.encoder.state_dict()[name], weight)
+    options = ["--tasks", "cola", "--seeds", "5", "--methods", "exact", "gelu3", "--commit", "abc"]
+    out = tmp_path / "rows.jsonl"
+    glue.main(["--model", str(model), "--data", str(data), *options, "--out", str(out)])
+    found = rows.read(out)
+    assert [row["method"] for row in found] == ["exact", "gelu3"]
+    assert found[1]["kept_bytes"] < found[0]["kept_bytes"]
+    assert {row["model"] for row in found} == {str(model)}
+    assert "cola, gelu3, seed 5" in capsys.readouterr().out
 
 
 # ---- a user's step -------------------------------------------------------------------------------

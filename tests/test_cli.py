@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ from packlight import MemoryReport, __version__
 from packlight.cli import demo, main
 from packlight.cli.commands import chosen_methods
 from packlight.cli.models import DTYPES, load_model, parse_inputs
+from packlight.fewbit.codebook import default_codebook
+from packlight.method_files import parse_methods
 
 ARGUMENTS = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --device cpu"
 TINY = ARGUMENTS.split()
@@ -571,3 +574,94 @@ def test_the_page_shows_a_file_of_methods(tmp_path: Path) -> None:
     (text,) = re.findall(r"```toml\n(.*?)```", PAGES[1].read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "methods.toml").write_text(text)
     assert list(packlight.load_methods(tmp_path / "methods.toml")) == ["lm_head", "*.fc2", "*"]
+
+
+# ---- packlight codebook --------------------------------------------------------------------------
+
+OWN = """
+import torch
+
+
+def snake(x):
+    return x + torch.sin(x) ** 2
+
+
+def fails(x):
+    raise ValueError("no")
+
+
+def summed(x):
+    return x.sum()
+
+
+value = 3
+"""
+
+
+@pytest.fixture
+def own_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own_functions.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_functions", raising=False)
+    return tmp_path
+
+
+def test_a_codebook_is_printed_as_a_table_and_as_a_method(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["codebook", "gelu", "--bits", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    book = default_codebook("gelu", 2)
+    assert lines[0].endswith(f"is {book.error:g}; f' is odd")
+    assert [float(line.split()[-1]) for line in lines[2:6]] == pytest.approx(
+        [book.levels[code] for code in (3, 2, 0, 1)], abs=1e-4
+    )
+    assert parse_methods(lines[-1]) == packlight.FewBit(codebook=book)
+
+
+def test_a_codebook_of_a_function_of_one_s_own_as_json_and_as_a_picture(
+    own_functions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save("samples.npy", np.linspace(0, 3, 50))
+    options = ["--weight", "samples.npy", "--domain", "-1", "4", "--bits", "3"]
+    main(["codebook", "own_functions:snake", *options, "--plot", "book.png", "--json"])
+    data = json.loads(capsys.readouterr().out)
+    assert data.pop("function") == "own_functions:snake"
+    assert data.pop("weight") == "samples.npy"
+    method = parse_methods(data.pop("method"))
+    book = packlight.Codebook.from_dict(data)
+    assert method == packlight.FewBit(codebook=book)
+    weight = np.linspace(0, 3, 50)
+    assert book == packlight.fit_codebook(
+        lambda x: x + torch.sin(x) ** 2, 3, weight=weight, domain=(-1, 4)
+    )
+    assert (own_functions / "book.png").read_bytes().startswith(b"\x89PNG")
+    main(["codebook", "torch.nn:GELU", "--weight", "uniform", "--pin-tails", "--bits", "1"])
+    assert "1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("gelo", "unknown function 'gelo' (near: gelu); expected one of celu, "),
+        ("relu", "step function: it is kept exactly in 1 bit"),
+        ("gelu --bits 9", "bits=9"),
+        ("gelu --bits many", "invalid int value: 'many'"),
+        ("gelu --weight normal", "--weight 'normal' has no number"),
+        ("gelu --weight normal:-1", "positive standard deviation"),
+        ("gelu --weight heavy", "expected uniform, normal:SIGMA, or a .npy file"),
+        ("gelu --weight none.npy", "none.npy cannot be read"),
+        ("gelu --domain 3 1", "expected two finite numbers, low < high"),
+        ("nowhere:f", "no module 'nowhere'"),
+        ("own_functions:snik", "own_functions has no 'snik' (near: snake)"),
+        ("own_functions:value", "is a int; expected a function"),
+        ("own_functions:fails", "failed on a float64 tensor of one dimension: ValueError: no"),
+        ("own_functions:summed", "few-bit codes need an elementwise function"),
+        ("torch.nn:Linear", "cannot be made without arguments"),
+    ],
+)
+@pytest.mark.usefixtures("own_functions")
+def test_wrong_arguments_of_codebook_are_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(["codebook", *arguments.split()], capsys)

@@ -42,7 +42,7 @@ def test_texts(text, expected):
         ("", "no method"),
         ("()", r"'\(\)' is no method; expected None, default, or a method"),
         ("3", "'3' is no method"),
-        ("FewBit", r"lacks its parentheses: FewBit\(bits=3\)"),
+        ("FewBit", r"lacks its parentheses: FewBit\(bits=3, weight=None, codebook=None\)"),
         ("FewBit(3", r"'\(' was never closed"),
         (
             "FewBitt(3)",
@@ -50,7 +50,7 @@ def test_texts(text, expected):
             r" another package is known once .* imported, or installed .* group packlight.methods$",
         ),
         ("FewBit(9)", r"FewBit\(9\): bits=9 is not a whole number from 1 to 8"),
-        ("FewBit(3, 4)", r"does not fit FewBit\(bits=3\)"),
+        ("FewBit(3, None, None, 4)", r"does not fit FewBit\(bits=3, weight=None, codebook=None\)"),
         ("GroupQuant(b=3)", r"does not fit GroupQuant\(bits=4, group_size=128, rounding='stoch"),
         ("FewBit(bits)", "bits is no plain value"),
         ("FewBit(*[3])", "no plain value"),

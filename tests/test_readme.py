@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from packlight.cli import main
 from packlight.method import Method
 
 ROOT = Path(__file__).parent.parent
@@ -18,12 +19,33 @@ def examples(page: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("example", examples("README.md"))
-def test_an_example_of_the_readme_runs(example, capsys):
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_examples_of_the_readme_run_one_after_the_other(capsys):
+    names = {}
+    for example in examples("README.md"):
+        exec(compile(example, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "GELU" in printed
     assert "saved" in printed
+    assert type(names["model"][1]).__module__ == "packlight.fewbit.modules"
+
+
+def test_the_examples_on_few_bit_derivatives_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for example in examples("docs/fewbit.md"):
+        exec(compile(example, "docs/fewbit.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "even 2.0" in printed
+    assert "x less" in printed
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+    assert (tmp_path / "calibrated.toml").exists()
+
+
+def test_the_table_of_the_page_on_few_bit_derivatives_is_what_the_command_prints(capsys):
+    page = (ROOT / "docs/fewbit.md").read_text(encoding="utf-8")
+    main(["codebook", "gelu", "--bits", "3"])
+    printed = capsys.readouterr().out
+    assert printed[: printed.index("as a method")] in page
 
 
 @pytest.mark.parametrize("example", examples("docs/how-to-choose.md"))

@@ -41,7 +41,9 @@ def method_arguments(kind):
     if kind.__module__.startswith(("packlight.groupquant.modules", "packlight.groupquant.conv")):
         return dataclasses.asdict(GroupQuant())
     if kind.__module__.startswith("packlight.fewbit") and issubclass(kind, fewbit.modules.Coded):
-        return dataclasses.asdict(FewBit()) | {"codebook": None}
+        return dataclasses.asdict(FewBit())
+    if kind is fewbit.RReLU:
+        return {"bits": FewBit().bits}
     return {}
 
 
@@ -101,7 +103,7 @@ def test_arguments_are_checked_as_torch_and_the_method_check_them():
         (groupquant.GELU, {"inplace": True}),
         (groupquant.SwiGLU, {"approximate": "none"}),
         (fewbit.Tanh, {"group_size": 32}),
-        (fewbit.ReLU, {"bits": 2}),
+        (fewbit.RReLU, {"codebook": None}),
         (sketch.Conv1d, {"kernel_size": 1}),
     ):
         with pytest.raises(TypeError):

@@ -40,7 +40,7 @@ POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "logits_ptr")
 POINTERS += ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
-FLOATS = ("a", "b", "scale", "offset", "low", "eps", "momentum", *LIMITS)
+FLOATS = ("a", "b", "center", "scale", "offset", "low", "eps", "momentum", *LIMITS)
 FLOATS += ("cap",)
 FLOATS += tuple(f"up_{name}" for name in LIMITS)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -81,7 +81,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], str]]:
                 constants,
                 "fp32",
             )
-    encode = {"BITS": 3, "PARITY": 1, "BINS": True, "FULL": True, "POISON": 5}
+    encode = {"BITS": 3, "PARITY": 1, "SHIFTED": True, "BINS": True, "FULL": True, "POISON": 5}
     encode = {**forward("silu", "fp16", **encode), "FORWARD": None}
     yield "encode fp16", kernels._forward_kernel, encode, "fp16"
     for full in (False, True):
@@ -372,6 +372,7 @@ def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
         "CODE": kernels.CODE.get(name),
         "DIGITS": DIGITS[dtype],
         "BLOCK": kernels.BLOCK,
+        "SHIFTED": False,
         **constants,
     }
 

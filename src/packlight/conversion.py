@@ -114,10 +114,10 @@ class Conversion:
             for column in ("converted", "to", "by", "names"):
                 table.add_column(column)
             for (kind, becomes, method), names in _grouped(
-                ((row.kind, row.becomes, row.method), row.names[0]) for row in self.replaced
+                ((row.kind, row.becomes, _brief(row.method)), row.names[0]) for row in self.replaced
             ):
                 to = becomes.removeprefix("packlight.")
-                table.add_row(f"{len(names)} x {kind}", to, _brief(method), _names(names))
+                table.add_row(f"{len(names)} x {kind}", to, Text(method), _names(names))
             yield table
         if self.skipped:
             table = new_table()
@@ -155,15 +155,20 @@ def _names(names: list[str]) -> Text:
     return cell(", ".join(condensed(names)))
 
 
-def _brief(method: Method) -> Text:
+# Characters of a field of a method. A codebook has hundreds, and is another for each layer.
+_LONGEST = 40
+
+
+def _brief(method: Method) -> str:
     """The method with its first field, and those that are not as usual."""
-    fields = dataclasses.fields(method)
-    shown = [
-        f"{field.name}={getattr(method, field.name)!r}"
-        for index, field in enumerate(fields)
-        if index == 0 or getattr(method, field.name) != field.default
-    ]
-    return Text(f"{type(method).__name__}({', '.join(shown)})")
+    shown = []
+    for index, field in enumerate(dataclasses.fields(method)):
+        value = getattr(method, field.name)
+        if index == 0 or value != field.default:
+            text = repr(value)
+            text = text if len(text) <= _LONGEST else f"{type(value).__name__}(...)"
+            shown.append(f"{field.name}={text}")
+    return f"{type(method).__name__}({', '.join(shown)})"
 
 
 def condensed(names: Iterable[str]) -> list[str]:

@@ -219,12 +219,13 @@ def rows(
     method: type[Method],
     table: Mapping[tuple[Any, ...], tuple[Any, ...]],
     settings: Callable[[Any], dict[str, Any]] = lambda _: {},
+    check: Callable[[Any, nn.Module], None] = lambda *_: None,
 ) -> None:
     """Registers rules for layers and for calls of functions: what computes the same is a row.
 
     A row has a layer of torch's, functions of torch's, or both, and behind them what they become:
     our layer, our function, or both. `settings` turns the method into the attributes of our layer
-    and the keywords of our function.
+    and the keywords of our function. `check` raises for a layer that cannot take the method.
     """
     layers: dict[type[nn.Module], type[nn.Module]] = {}
     functions: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -235,6 +236,7 @@ def rows(
 
     @rule(method, *layers)
     def swap(method: Method, module: nn.Module) -> Swap:
+        check(method, module)
         return Swap(layers[type(module)], settings(method))
 
     call_rule(method, functions, settings)

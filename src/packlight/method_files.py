@@ -25,6 +25,7 @@ from torch import nn
 from packlight._files import read_text, write_text
 from packlight.convert import DEFAULT_METHODS
 from packlight.errors import InputError
+from packlight.fewbit.codebook import Codebook
 from packlight.method import ELSEWHERE, Method, method_kinds
 from packlight.selectors import Choice, Methods, Selector
 
@@ -58,8 +59,8 @@ def parse_methods(text: str) -> Choice:
         raise InputError(f"{shortened(text)} is no method ({error}); {_expected()}") from error
 
 
-# Characters of a text. Methods take a few dozen.
-_LONGEST = 10_000
+# Characters of a text. Methods take a few dozen, an 8-bit codebook or a histogram six thousand.
+_LONGEST = 100_000
 
 
 def _is_too_large(node: ast.AST) -> bool:
@@ -70,8 +71,9 @@ def is_beyond_64_bits(value: object) -> bool:
     return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
-def shortened(text: str) -> str:
-    return repr(text if len(text) <= 100 else text[:97] + "...")
+def shortened(text: str, quotes: str = "'") -> str:
+    text = text if len(text) <= 100 else text[:97] + "..."
+    return repr(text) if quotes else text
 
 
 def _choice(tree: ast.expr, text: str) -> Choice:
@@ -111,14 +113,19 @@ def _method(tree: ast.expr) -> Method:
     kind = _kind(called.id)
     if not isinstance(tree, ast.Call):
         raise InputError(f"{text!r} lacks its parentheses: {_signature(kind)}")
+    made: Method = _called(kind, tree, text)
+    return made
+
+
+def _called(kind: type[Any], tree: ast.Call, text: str) -> Any:
     values = [_value(node, text) for node in tree.args]
     fields = {str(node.arg): _value(node.value, text) for node in tree.keywords}
     try:
         return kind(*values, **fields)
     except TypeError as error:
-        raise InputError(f"{text} does not fit {_signature(kind)}") from error
+        raise InputError(f"{shortened(text, '')} does not fit {_signature(kind)}") from error
     except InputError as error:
-        raise InputError(f"{text}: {error}") from error
+        raise InputError(f"{shortened(text, '')}: {error}") from error
 
 
 def _kind(name: str) -> type[Method]:
@@ -130,19 +137,25 @@ def _kind(name: str) -> type[Method]:
     return kind
 
 
-def _signature(kind: type[Method]) -> str:
+def _signature(kind: type[Any]) -> str:
     parameters = inspect.signature(kind).parameters.values()
     shown = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
     return f"{kind.__name__}({', '.join(map(str, shown))})"
 
 
+# What an argument of a method may be, beside plain values.
+_VALUES = {"Codebook": Codebook}
+
+
 def _value(tree: ast.expr, text: str) -> Any:
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in _VALUES:
+        return _called(_VALUES[tree.func.id], tree, ast.unparse(tree))
     try:
         return ast.literal_eval(tree)
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{text}: {ast.unparse(tree)} is no plain value; expected a number, a text in quotes,"
-            " True, False or None"
+            f"{shortened(text, '')}: {shortened(ast.unparse(tree), '')} is no plain value; expected"
+            " a number, a text in quotes, True, False or None"
         ) from error
 
 

@@ -54,7 +54,8 @@ def integrated_error(book, f, weight=lambda x: 1.0, breaks=()):
     low, high = book.domain
     derivative = slope(f)
     mirrored = [-border for border in book.borders] if book.parity != "none" else []
-    ends = np.unique([low, high, 0.0, *book.borders, *mirrored, *breaks])
+    inner = [book.center + border for border in (*book.borders, *mirrored)]
+    ends = np.unique([low, high, 0.0, *inner, *breaks])
     ends = ends[(ends >= low) & (ends <= high)]
 
     def loss(x):
@@ -112,7 +113,7 @@ def test_parities_found():
     none = {"celu", "elu", "mish", "relu_squared", "selu"}
     assert {name for name, parity in found.items() if parity == "even"} == even
     assert {name for name, parity in found.items() if parity == "none"} == none
-    assert set(found.values()) == {"even", "none", "complement"}
+    assert set(found.values()) == {"even", "none", "odd"}
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
@@ -318,7 +319,7 @@ def test_parity_folds_an_asymmetric_weight():
     assert even.error <= fit_codebook(torch.tanh, 3, weight=weight, parity="none").error
     assert even.error == pytest.approx(integrated_error(even, torch.tanh, weight), rel=1e-5)
     assert fit_codebook(F.gelu, 3, weight=weight).parity == "none"
-    folded = fit_codebook(F.gelu, 3, weight=weight, parity="complement")
+    folded = fit_codebook(F.gelu, 3, weight=weight, parity="odd")
     assert folded.error == pytest.approx(integrated_error(folded, F.gelu, weight), rel=1e-5)
 
 
@@ -466,17 +467,18 @@ def test_codes_follow_the_rule():
     assert line.encode(x).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 0]
     even = Codebook(2, (0.5, 1.0, 1.5), (1.0, 0.5, 0.2, 0.0), parity="even")
     assert even.encode(x).tolist() == [3, 3, 1, 0, 0, 0, 0, 1, 3, 3, 0]
-    signed = Codebook(2, (1.0,), (0.75, 1.0, 0.25, 0.0), parity="complement")
+    signed = Codebook(2, (1.0,), (0.75, 1.0, 0.25, 0.0), parity="odd")
     assert signed.encode(x[:-1]).tolist() == [3, 3, 2, 2, 2, 0, 0, 0, 1, 1]
     assert signed.derivative(2.0) == 1
     assert line.encode(x).dtype == np.uint8
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_complement_is_exact(bits):
+def test_the_sides_of_an_odd_book_mirror_each_other(bits):
     book = default_codebook("gelu", bits)
     half = 2 ** (bits - 1)
-    assert all(book.levels[half + i] == 1 - book.levels[i] for i in range(half))
+    sums = [book.levels[half + i] + book.levels[i] for i in range(half)]
+    assert sums == pytest.approx([1.0] * half, rel=1e-11)
 
 
 def test_plot(tmp_path, monkeypatch):
@@ -498,10 +500,10 @@ def test_plot(tmp_path, monkeypatch):
         ({"borders": (math.inf,)}, "border inf"),
         ({"levels": (0.0,)}, "1 levels"),
         ({"levels": (0.0, math.inf)}, "finite"),
-        ({"parity": "odd"}, "parity='odd'"),
+        ({"parity": "complement"}, "parity='complement'"),
         ({"parity": "even", "borders": (-1.0,)}, "border -1.0"),
-        ({"parity": "complement", "borders": (), "levels": (0.9, 0.2)}, "1 - levels"),
         ({"domain": (1.0, -1.0)}, "domain"),
+        ({"center": math.nan}, "center=nan must be finite"),
     ],
 )
 def test_bad_tables(fields, message):
@@ -515,9 +517,11 @@ def test_unsorted_borders(borders):
         Codebook(2, borders, (0.0, 0.1, 0.9, 1.0))
 
 
-def test_complement_borders_are_positive():
+def test_odd_tables():
+    with pytest.raises(InputError, match=r"the same levels\[i\] \+ levels\[2 \+ i\]"):
+        Codebook(2, (1.0,), (0.75, 1.0, 0.25, 0.1), parity="odd")
     with pytest.raises(InputError, match=r"border 0\.0"):
-        Codebook(2, (0.0,), (0.75, 1.0, 0.25, 0.0), parity="complement")
+        Codebook(2, (0.0,), (0.75, 1.0, 0.25, 0.0), parity="odd")
 
 
 def test_bad_dict():
@@ -579,9 +583,9 @@ def test_weight_outside_the_domain():
     ("arguments", "message"),
     [
         ({"objective": "both"}, "objective='both'"),
-        ({"parity": "odd"}, "parity='odd'"),
+        ({"parity": "complement"}, "parity='complement'"),
         ({"parity": "even"}, "does not hold"),
-        ({"parity": "complement", "domain": (-1, 2)}, "needs"),
+        ({"parity": "odd", "domain": (-1, 2)}, r"whose middle is c = 0\.5; choose a domain around"),
         ({"pin_tails": "left"}, "pin_tails='left'"),
         ({"pin_tails": 1}, "pin_tails=1"),
     ],
@@ -637,12 +641,43 @@ def test_parameters():
     small = default_codebook("elu", 3, (0.3,))
     assert small is default_codebook("elu", 3, (0.3,))
     assert small == fit_codebook(lambda x: F.elu(x, 0.3), 3, weight=DEFAULT_RULE["weight"])
-    assert default_codebook("softplus", 3, (2.0, 20.0)).parity == "complement"
+    assert default_codebook("softplus", 3, (2.0, 20.0)).parity == "odd"
 
 
 def test_solved_under_inference_mode_and_a_default_device():
     with torch.inference_mode(), torch.device("meta"):
         assert default_codebook("celu", 2, (0.7,)).bits == 2
+
+
+SHIFTED = {
+    "even": lambda x: torch.sigmoid(x - 2.5),
+    "odd": lambda x: torch.log(torch.cosh(x + 1.5)),  # f' = tanh, odd about a value that is not 1/2
+}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize(("parity", "center"), [("even", 2.5), ("odd", -1.5)])
+def test_parity_about_another_point(parity, center, bits):
+    f = SHIFTED[parity]
+    book = fit_codebook(f, bits, domain=(center - 10, center + 10))
+    assert (book.parity, book.center) == (parity, center)
+    at_zero = fit_codebook(lambda t: f(t + center), bits)
+    assert (book.borders, book.levels) == (at_zero.borders, at_zero.levels)
+    x = np.linspace(-9, 9, 101)
+    assert np.array_equal(book.derivative(x + center), at_zero.derivative(x))
+    free = fit_codebook(f, bits, domain=book.domain, parity="none")
+    assert book.error == pytest.approx(integrated_error(book, f, breaks=(center,)), rel=1e-4)
+    assert book.error < (0.5 * free.error if parity == "even" else 1.0001 * free.error)
+    assert fit_codebook(f, bits).parity == "none"  # about 0
+    primitive = fit_codebook(f, bits, domain=book.domain, objective="primitive")
+    assert primitive.error >= book.error
+
+
+def test_odd_parity_where_it_costs_nothing():
+    """cos, whose derivative goes up and down: at 2 bits mirrored intervals are a fifth worse."""
+    books = {bits: fit_codebook(torch.cos, bits) for bits in (2, 3)}
+    assert {bits: book.parity for bits, book in books.items()} == {2: "none", 3: "odd"}
+    assert books[2].error < 0.9 * fit_codebook(torch.cos, 2, parity="odd").error
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -123,7 +123,7 @@ def test_operators_pass_opcheck(layer):
     if layer.bits is None:
         book = default_codebook(layer.name, bits, layer.parameters)
         borders, parity = book.short_borders, book.parity
-    coding = (bits, list(borders), parity, poison)
+    coding = (bits, list(borders), parity, 0.0, poison)
     for x in (
         sample(3, 7),
         sample(4, 6).t(),

@@ -235,3 +235,15 @@ def test_a_bound_is_rounded_where_torch_rounds_it(
     assert torch.equal(dx, expected)
     if backend == "reference" or device == "cuda":
         assert torch.equal(y, expected_y)
+
+
+def test_exact_layers_say_that_they_need_no_bits():
+    for make in (few_bit.ReLU, few_bit.Hardtanh, few_bit.Dropout):
+        with pytest.raises(
+            InputError, match=r"exact gradient whatever the bits.* leave out bits=3"
+        ):
+            make(bits=3)
+    with pytest.raises(InputError, match="MaxPool2d keeps the exact gradient"):
+        few_bit.MaxPool2d(2, bits=3)
+    with pytest.raises(TypeError, match="colour"):
+        few_bit.ReLU(colour=3)

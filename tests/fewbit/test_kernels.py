@@ -40,12 +40,12 @@ def coding(layer, bits=3):
     if layer.bits is not None:
         from packlight.fewbit.activations import EXACT
 
-        return (layer.bits, (), "none", 0), EXACT[layer.name].levels(*layer.parameters)
+        return (layer.bits, (), "none", 0.0, 0), EXACT[layer.name].levels(*layer.parameters)
     from packlight.fewbit.activations import CONTINUOUS
 
     book = default_codebook(layer.name, bits, layer.parameters)
     poison = CONTINUOUS[layer.name].poison
-    return (book.bits, book.short_borders, book.parity, poison), book.levels
+    return (book.bits, book.short_borders, book.parity, book.center, poison), book.levels
 
 
 @every_device
@@ -124,7 +124,7 @@ def test_bins_count_the_borders_below(numbers, unit, folded):
 @pytest.mark.parametrize("bits", range(3, 9))
 def test_shipped_books_fit_bins(layer, bits):
     book = default_codebook(layer.name, bits, layer.parameters)
-    if bits - (book.parity == "complement") > 2:
+    if bits - (book.parity == "odd") > 2:
         borders = np.asarray(book.short_borders, dtype=np.float32)
         assert kernels._bins(borders, book.parity != "none") is not None
 
@@ -140,6 +140,23 @@ def test_encode_alone_gives_the_same_codes(dtype, device):
 
 
 @every_device
+@every_kernel_dtype
+@pytest.mark.parametrize("bits", [1, 2, 3, 5])
+@pytest.mark.parametrize("parity", ["even", "odd"])
+def test_codes_about_another_point_equal_the_reference(parity, bits, dtype, device):
+    x = (torch.randn(700, device=device) * 3).to(dtype)
+    x[0] = 1.75
+    count = 2 ** (bits - (parity == "odd")) - 1
+    borders = tuple(0.25 * (i + 1) for i in range(count))
+    for center in (1.75, -0.3):
+        arguments = (x, bits, borders, parity, center, 0, (1,))
+        codes = [
+            unpack(encode(*arguments), bits, 700) for encode in (kernels.encode, reference.encode)
+        ]
+        assert torch.equal(*codes)
+
+
+@every_device
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize("poison", range(1, 8))
 @pytest.mark.parametrize("bits", [2, 3])
@@ -147,7 +164,7 @@ def test_every_poison_raises_the_flag_of_the_reference(bits, poison, value, devi
     x = torch.randn(100, device=device)
     x[50] = value
     borders = tuple(float(i) for i in range(2**bits - 1))
-    arguments = (bits, borders, "none", poison, (1,))
+    arguments = (bits, borders, "none", 0.0, poison, (1,))
     assert kernels.encode(x, *arguments)[-1] == reference.encode(x, *arguments)[-1]
 
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"packlight {__version__}")
     # A subcommand's parser has the class of this one.
     subcommands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    for add in (_add_profile, _add_convert, _add_demo, _add_env):
+    for add in (_add_profile, _add_convert, _add_codebook, _add_demo, _add_env):
         add(subcommands)
     arguments = parser.parse_args(argv)
     try:
@@ -186,6 +186,62 @@ _TASKS = (
     "token-classification",
     "question-answering",
 )
+
+
+# ---- packlight codebook --------------------------------------------------------------------------
+
+
+def _add_codebook(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "codebook",
+        help="fit few-bit codes to the derivative of a function, and print or draw them",
+        description=(
+            "Fit the borders and levels that stand for the derivative of an elementwise function "
+            "in a few bits, and print them as a table and as a method."
+        ),
+    )
+    parser.add_argument(
+        "function",
+        metavar="FUNCTION",
+        help="gelu, silu, tanh, ... or MODULE:NAME, a Python function of a float64 tensor that "
+        "autograd can differentiate",
+    )
+    parser.add_argument("--bits", type=int, default=3, metavar="K", help="1 to 8 (default: 3)")
+    parser.add_argument(
+        "--weight",
+        default="normal:3",
+        metavar="W",
+        help="where the derivative is to be near: uniform, normal:SIGMA, or a .npy file of samples "
+        "(default: normal:3, as of the codebooks that packlight ships)",
+    )
+    parser.add_argument(
+        "--domain",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="default: -10 10, or what holds the samples; symmetries are looked for about its "
+        "middle",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=("derivative", "primitive"),
+        default="derivative",
+        help="what is to be near: the derivative, or the function itself (default: derivative)",
+    )
+    parser.add_argument(
+        "--pin-tails",
+        action="store_true",
+        help="fix the outermost levels at the limits of the derivative, where it has some",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .png, .svg, .pdf")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_codebook)
+
+
+def _codebook(arguments: argparse.Namespace) -> None:
+    from packlight.cli import codebook
+
+    codebook.codebook(arguments)
 
 
 # ---- packlight demo ------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from packlight.fewbit.modules import (
     ReLU,
     ReLU6,
     ReLUSquared,
+    RReLU,
     Sigmoid,
     SiLU,
     Softplus,
@@ -63,12 +64,18 @@ from packlight.fewbit.modules import (
     Threshold,
 )
 from packlight.fewbit.pooling import max_pool1d, max_pool2d, max_pool3d
+from packlight.fewbit.slopes import rrelu
+
+# Last, since it runs models: it imports what imports the modules above.
+from packlight.fewbit.calibration import CalibratedLayer, Calibration, calibrate  # isort: skip
 
 __all__ = [
     "CELU",
     "ELU",
     "GELU",
     "SELU",
+    "CalibratedLayer",
+    "Calibration",
     "Codebook",
     "Dropout",
     "FewBit",
@@ -83,6 +90,7 @@ __all__ = [
     "MaxPool3d",
     "Mish",
     "QuickGELU",
+    "RReLU",
     "ReLU",
     "ReLU6",
     "ReLUSquared",
@@ -96,6 +104,7 @@ __all__ = [
     "Threshold",
     "abs",
     "activation",
+    "calibrate",
     "celu",
     "clamp",
     "clamp_max",
@@ -118,6 +127,7 @@ __all__ = [
     "relu",
     "relu6",
     "relu_squared",
+    "rrelu",
     "selu",
     "sigmoid",
     "silu",

@@ -49,8 +49,14 @@ from packlight.fewbit.activations import (
     NAN,
     nonfinite_derivative,
 )
-from packlight.fewbit.codebook import Codebook, check_codebook, default_codebook
-from packlight.fewbit.method import check_bits
+from packlight.fewbit.codebook import (
+    Codebook,
+    Weighted,
+    check_bits,
+    check_codebook,
+    default_codebook,
+    why_of_another,
+)
 from packlight.packing.layout import dense_stride
 
 DEFAULT_BITS = 3
@@ -63,27 +69,37 @@ class _Coding(NamedTuple):
     borders: tuple[float, ...]
     levels: tuple[float, ...]
     parity: str
+    center: float
     poison: int
     mask: bool
 
 
 @constant_while_traced
 def _continuous_coding(
-    name: str, parameters: tuple[float, ...], bits: int, codebook: Codebook | None
+    name: str, parameters: tuple[float, ...], bits: int, codebook: Codebook | Weighted | None
 ) -> tuple[Any, ...]:
     return _look_up(name, parameters, bits, codebook)
 
 
 @functools.lru_cache(maxsize=4096)  # on the path of every call
 def _look_up(
-    name: str, parameters: tuple[float, ...], bits: int, codebook: Codebook | None
+    name: str, parameters: tuple[float, ...], bits: int, codebook: Codebook | Weighted | None
 ) -> tuple[Any, ...]:
     """As a plain tuple, which older versions of torch.compile can take as a constant."""
     # What autograd keeps while a book is solved is no business of hooks around the call.
     with unseen_by_hooks():
-        if codebook is None:
-            codebook = default_codebook(name, bits, parameters)
+        if not isinstance(codebook, Codebook):
+            codebook = default_codebook(name, bits, parameters, codebook)
+        elif reason := of_another(codebook, name, parameters):
+            raise InputError(f"the codebook is not of {name}: {reason}")
         return tuple(_of_codebook(codebook, _poison(name, parameters)))
+
+
+def of_another(codebook: Codebook, name: str, parameters: tuple[float, ...]) -> str | None:
+    """Why the codebook cannot be one of this function; None if it can be."""
+    function = CONTINUOUS[name].function
+    with _torch.with_values():
+        return why_of_another(codebook, lambda x: function(x, *parameters))
 
 
 def _poison(name: str, parameters: tuple[float, ...]) -> int:
@@ -96,13 +112,13 @@ def _poison(name: str, parameters: tuple[float, ...]) -> int:
 
 
 def _of_codebook(codebook: Codebook, poison: int) -> _Coding:
-    borders = codebook.short_borders
-    return _Coding(codebook.bits, borders, codebook.levels, codebook.parity, poison, mask=False)
+    symmetry = codebook.parity, codebook.center
+    return _Coding(codebook.bits, codebook.short_borders, codebook.levels, *symmetry, poison, False)
 
 
 def _exact_coding(name: str, parameters: tuple[float, ...]) -> _Coding:
     exact = EXACT[name]
-    return _Coding(exact.bits, (), exact.levels(*parameters), "none", 0, exact.mask)
+    return _Coding(exact.bits, (), exact.levels(*parameters), "none", 0.0, 0, exact.mask)
 
 
 class _Activation(torch.autograd.Function):
@@ -117,14 +133,15 @@ class _Activation(torch.autograd.Function):
         inplace: bool,
         coding: tuple[Any, ...],
     ) -> Tensor:
-        bits, borders, levels, parity, poison, mask = coding
+        bits, borders, levels, parity, center, poison, mask = coding
+        how = (bits, borders, parity, center, poison)
         if inplace:
-            codes = ops.activation_(x, name, parameters, bits, borders, parity, poison)
+            codes = ops.activation_(x, name, parameters, *how)
             y = x
             ctx.mark_dirty(x)
             ctx.stride = dense_stride(x)
         else:
-            y, codes = ops.activation(x, name, parameters, bits, borders, parity, poison)
+            y, codes = ops.activation(x, name, parameters, *how)
             ctx.stride = y.stride()
         ctx.save_for_backward(codes)
         ctx.decoding = (bits, levels, mask)
@@ -148,7 +165,7 @@ class _Custom(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], coding: tuple[Any, ...]
     ) -> Tensor:
-        bits, borders, levels, parity, poison, mask = coding
+        bits, borders, levels, parity, center, poison, mask = coding
         y = function(x)
         if y.shape != x.shape:
             raise InputError(
@@ -156,7 +173,8 @@ class _Custom(torch.autograd.Function):
                 " few-bit codes need an elementwise function"
             )
         ctx.stride = dense_stride(x)
-        ctx.save_for_backward(ops.encode(x, bits, borders, parity, poison, ctx.stride))
+        codes = ops.encode(x, bits, borders, parity, center, poison, ctx.stride)
+        ctx.save_for_backward(codes)
         ctx.decoding = (bits, levels, mask)
         return y
 
@@ -180,13 +198,13 @@ def _continuous(
     x: Tensor,
     name: str,
     bits: int,
-    codebook: Codebook | None,
+    codebook: Codebook | Weighted | None,
     parameters: tuple[float, ...] = (),
     inplace: bool = False,
 ) -> Tensor:
     check_tensor(x, name)
     check_numbers(name, **dict(zip(CONTINUOUS[name].parameters, parameters, strict=True)))
-    if codebook is None:
+    if codebook is None or isinstance(codebook, Weighted):
         check_bits(bits)
     else:
         check_codebook(codebook)

@@ -155,9 +155,9 @@ def _code_search(t, borders_ptr, DEPTH: tl.constexpr):
 # --- The two kernels.
 
 # The parities of a codebook as compile-time constants.
-PARITY = {"none": 0, "even": 1, "complement": 2}
+PARITY = {"none": 0, "even": 1, "odd": 2}
 NONE = tl.constexpr(0)
-COMPLEMENT = tl.constexpr(2)
+ODD = tl.constexpr(2)
 
 ANY_NONFINITE = tl.constexpr(NON_FINITE)
 
@@ -176,6 +176,7 @@ def _forward_kernel(
     groups,
     a,
     b,
+    center,
     scale,
     offset,
     low,
@@ -183,6 +184,7 @@ def _forward_kernel(
     FORWARD: tl.constexpr,  # None: codes only
     CODE: tl.constexpr,  # None: code by the borders
     PARITY: tl.constexpr,
+    SHIFTED: tl.constexpr,  # coded is x - center, where center is not 0
     POISON: tl.constexpr,
     BITS: tl.constexpr,
     BINS: tl.constexpr,
@@ -190,7 +192,7 @@ def _forward_kernel(
     FULL: tl.constexpr,  # every program has BLOCK whole groups, so nothing is masked
     BLOCK: tl.constexpr,
 ):
-    DEPTH: tl.constexpr = BITS - 1 if PARITY == COMPLEMENT else BITS
+    DEPTH: tl.constexpr = BITS - 1 if PARITY == ODD else BITS
     start = tl.program_id(0).to(tl.int64) * BLOCK
     groups = groups.to(tl.int64)
     n = tl.full([], n, tl.int64)  # Triton passes 1 as a constant, which has no `to`
@@ -218,7 +220,11 @@ def _forward_kernel(
         if CODE is not None:
             word |= CODE(x, a, b).to(word.dtype) << (j * BITS)
         else:
-            t = x if PARITY == NONE else tl.abs(x)
+            if SHIFTED:
+                s = x - center
+            else:
+                s = x
+            t = s if PARITY == NONE else tl.abs(s)
             if DEPTH <= TREE_DEPTH:
                 word |= _code_tree(t, borders, DEPTH, j * BITS)
             elif BINS:
@@ -226,8 +232,8 @@ def _forward_kernel(
                 word |= code.to(word.dtype) << (j * BITS)
             else:
                 word |= _code_search(t, table_ptr, DEPTH).to(word.dtype) << (j * BITS)
-            if PARITY == COMPLEMENT:
-                sign = x.to(tl.int32, bitcast=True)
+            if PARITY == ODD:
+                sign = s.to(tl.int32, bitcast=True)
                 if BITS <= 4:
                     word |= (sign >> (32 - (j + 1) * BITS)) & _bit((j + 1) * BITS - 1)
                 else:
@@ -374,6 +380,7 @@ def _forward_launch(
     b: float,
     bits: int,
     parity: str,
+    center: float,
     poison: int,
     bins: bool,
     *entry: float,
@@ -386,10 +393,12 @@ def _forward_launch(
         groups,
         a,
         b,
+        center,
         *entry,
         FORWARD=None if name is None else FORWARD[name],
         CODE=CODE.get(coded),
         PARITY=PARITY[parity],
+        SHIFTED=center != 0,
         POISON=poison,
         BITS=bits,
         BINS=bins,
@@ -408,6 +417,7 @@ def _launch_forward(
     bits: int,
     borders: Sequence[float],
     parity: str,
+    center: float,
     poison: int,
 ) -> Tensor:
     """Runs over flat `x` into flat `y` (which may be `x`, or None) and returns the codes."""
@@ -420,10 +430,11 @@ def _launch_forward(
     if name in EXACT:
         parameters = EXACT[name].compared(parameters, x)
     a, b = map(float, (*parameters, 0.0, 0.0)[:2])
-    depth = bits - (parity == "complement")
+    depth = bits - (parity == "odd")
     table, *entry = _borders(tuple(borders), depth, parity != "none", x.device)
     function = None if y is None else name
-    launch = _forward_launch(n, x.dtype, function, name, a, b, bits, parity, poison, *entry)
+    how = (bits, parity, float(center), poison, *entry)
+    launch = _forward_launch(n, x.dtype, function, name, a, b, *how)
     launch(x, x if y is None else y, codes, table)
     return codes
 
@@ -435,11 +446,13 @@ def activation(
     bits: int,
     borders: Sequence[float],
     parity: str,
+    center: float,
     poison: int,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
     flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
-    return y, _launch_forward(flat_x, flat_y, name, parameters, bits, borders, parity, poison)
+    how = (bits, borders, parity, center, poison)
+    return y, _launch_forward(flat_x, flat_y, name, parameters, *how)
 
 
 def activation_(
@@ -449,20 +462,28 @@ def activation_(
     bits: int,
     borders: Sequence[float],
     parity: str,
+    center: float,
     poison: int,
 ) -> Tensor:
     stride = dense_stride(x)
     flat = memory_order(x, stride)
-    codes = _launch_forward(flat, flat, name, parameters, bits, borders, parity, poison)
+    how = (bits, borders, parity, center, poison)
+    codes = _launch_forward(flat, flat, name, parameters, *how)
     write_back(x, flat, stride)
     return codes
 
 
 def encode(
-    x: Tensor, bits: int, borders: Sequence[float], parity: str, poison: int, stride: Sequence[int]
+    x: Tensor,
+    bits: int,
+    borders: Sequence[float],
+    parity: str,
+    center: float,
+    poison: int,
+    stride: Sequence[int],
 ) -> Tensor:
     flat = memory_order(x, stride)
-    return _launch_forward(flat, None, "", (), bits, borders, parity, poison)
+    return _launch_forward(flat, None, "", (), bits, borders, parity, center, poison)
 
 
 @functools.lru_cache(LAUNCHES)

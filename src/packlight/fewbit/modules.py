@@ -10,39 +10,42 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from packlight.errors import InputError
 from packlight.fewbit import functional as few_bit
-from packlight.fewbit.codebook import Codebook, check_codebook
+from packlight.fewbit.codebook import Codebook, Weight, Weighted, check_bits
 from packlight.fewbit.dropout import dropout
 from packlight.fewbit.functional import DEFAULT_BITS
-from packlight.fewbit.method import check_bits
+from packlight.fewbit.method import FewBit
 from packlight.fewbit.pooling import max_pool1d, max_pool2d, max_pool3d
+from packlight.fewbit.slopes import rrelu
 from packlight.layers import plain
 from packlight.layers.twin import Twin
 
 
 class Coded(Twin):
-    """What layers with a codebook share: `bits`, and a `codebook` that overrides it."""
+    """What layers with a codebook share: the arguments of `FewBit`."""
 
     bits: int
-    codebook: Codebook | None
+    codebook: Codebook | Weighted | None
 
     def __init__(
         self,
         *args: Any,
         bits: int = DEFAULT_BITS,
+        weight: Weight | None = None,
         codebook: Codebook | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.bits = check_bits(bits) if codebook is None else check_codebook(codebook).bits
-        self.codebook = codebook
+        vars(self).update(FewBit(bits, weight, codebook).options)
 
     @property
     def options(self) -> dict[str, Any]:
         return {"bits": self.bits, "codebook": self.codebook}
 
     def _shown(self) -> dict[str, Any]:
-        return {"bits": self.bits} | ({} if self.codebook is None else {"codebook": "custom"})
+        kind = "weighted" if isinstance(self.codebook, Weighted) else "custom"
+        return {"bits": self.bits} | ({} if self.codebook is None else {"codebook": kind})
 
 
 # --- Continuous activations.
@@ -156,73 +159,109 @@ class Tanhshrink(Coded, nn.Tanhshrink):
 # --- Exact activations. Constructors are torch's.
 
 
-class Hardshrink(Twin, nn.Hardshrink):
+class Exact(Twin):
+    """What exact layers share: they keep what the exact gradient takes, so they take no bits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "bits" in kwargs:  # as fewbit's layers have it
+            raise InputError(
+                f"{type(self).__name__} keeps the exact gradient whatever the bits, mostly in 1 bit"
+                f" an element: leave out bits={kwargs['bits']!r}"
+            )
+        super().__init__(*args, **kwargs)
+
+
+class Hardshrink(Exact, nn.Hardshrink):
     """`torch.nn.Hardshrink`; keeps 1 bit an element, exact."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.hardshrink(input, self.lambd)
 
 
-class Hardsigmoid(Twin, nn.Hardsigmoid):
+class Hardsigmoid(Exact, nn.Hardsigmoid):
     """`torch.nn.Hardsigmoid`; keeps 1 bit an element, exact."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.hardsigmoid(input, self.inplace)
 
 
-class Hardtanh(Twin, nn.Hardtanh):
+class Hardtanh(Exact, nn.Hardtanh):
     """`torch.nn.Hardtanh`; keeps 1 bit an element, exact."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
-class LeakyReLU(Twin, nn.LeakyReLU):
+class LeakyReLU(Exact, nn.LeakyReLU):
     """`torch.nn.LeakyReLU`; keeps 1 bit an element, exact."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.leaky_relu(input, self.negative_slope, self.inplace)
 
 
-class ReLU(Twin, nn.ReLU):
+class ReLU(Exact, nn.ReLU):
     """`torch.nn.ReLU`; keeps 1 bit an element, exact."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.relu(input, self.inplace)
 
 
-class ReLU6(Twin, nn.ReLU6):
+class ReLU6(Exact, nn.ReLU6):
     """`torch.nn.ReLU6`; keeps 1 bit an element, exact."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.relu6(input, self.inplace)
 
 
-class Softshrink(Twin, nn.Softshrink):
+class Softshrink(Exact, nn.Softshrink):
     """`torch.nn.Softshrink`; keeps 1 bit an element, exact."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.softshrink(input, self.lambd)
 
 
-class Threshold(Twin, nn.Threshold):
+class Threshold(Exact, nn.Threshold):
     """`torch.nn.Threshold`; keeps 1 bit an element, exact."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return few_bit.threshold(input, self.threshold, self.value, self.inplace)
 
 
+# --- Drawn slopes.
+
+
+class CodedSlopes(Twin):
+    """What layers share that keep codes of slopes: `bits`."""
+
+    bits: int
+
+    def __init__(self, *args: Any, bits: int = DEFAULT_BITS, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bits = check_bits(bits)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"bits": self.bits}
+
+
+class RReLU(CodedSlopes, nn.RReLU):
+    """`torch.nn.RReLU`; keeps `bits` bits an element, unbiased."""
+
+    def training_forward(self, input: Tensor) -> Tensor:
+        return rrelu(input, self.lower, self.upper, True, self.inplace, **self.options)
+
+
 # --- Dropout and pooling. Constructors are torch's.
 
 
-class Dropout(Twin, nn.Dropout):
+class Dropout(Exact, nn.Dropout):
     """`torch.nn.Dropout`; keeps 1 bit an element, exact."""
 
     def training_forward(self, input: Tensor) -> Tensor:
         return dropout(input, self.p, True, self.inplace)
 
 
-class _MaxPool(Twin, nn.modules.pooling._MaxPoolNd):
+class _MaxPool(Exact, nn.modules.pooling._MaxPoolNd):
     """What the poolings share."""
 
     def _pool(self, function: Callable[..., Any], input: Tensor) -> Any:

@@ -21,6 +21,7 @@ def _fake_activation(
     bits: int,
     borders: Sequence[float],
     parity: str,
+    center: float,
     poison: int,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), _fake_codes(x, bits, poison)
@@ -28,7 +29,7 @@ def _fake_activation(
 
 activation = define_op(
     "few_bit_activation(Tensor x, str name, float[] parameters, int bits, float[] borders,"
-    " str parity, int poison) -> (Tensor, Tensor)",
+    " str parity, float center, int poison) -> (Tensor, Tensor)",
     reference=reference.activation,
     fake=_fake_activation,
     kernel="packlight.fewbit.kernels:activation",
@@ -36,17 +37,19 @@ activation = define_op(
 
 activation_ = define_op(
     "few_bit_activation_(Tensor(a!) x, str name, float[] parameters, int bits, float[] borders,"
-    " str parity, int poison) -> Tensor",
+    " str parity, float center, int poison) -> Tensor",
     reference=reference.activation_,
-    fake=lambda x, name, parameters, bits, borders, parity, poison: _fake_codes(x, bits, poison),
+    fake=lambda x, name, parameters, bits, borders, parity, center, poison: _fake_codes(
+        x, bits, poison
+    ),
     kernel="packlight.fewbit.kernels:activation_",
 )
 
 encode = define_op(
-    "few_bit_encode(Tensor x, int bits, float[] borders, str parity, int poison,"
+    "few_bit_encode(Tensor x, int bits, float[] borders, str parity, float center, int poison,"
     " SymInt[] stride) -> Tensor",
     reference=reference.encode,
-    fake=lambda x, bits, borders, parity, poison, stride: _fake_codes(x, bits, poison),
+    fake=lambda x, bits, borders, parity, center, poison, stride: _fake_codes(x, bits, poison),
     kernel="packlight.fewbit.kernels:encode",
 )
 

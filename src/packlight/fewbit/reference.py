@@ -29,9 +29,10 @@ from packlight.packing.layout import (
 )
 
 
-def _interval(x: Tensor, bits: int, borders: Sequence[float], parity: str) -> Tensor:
-    """uint8 codes of flat `x`: the number of borders below x, or below |x| and the sign of x."""
+def _interval(x: Tensor, bits: int, borders: Sequence[float], parity: str, center: float) -> Tensor:
+    """uint8 codes of flat `x`: the number of borders below x, or below |x - c| and its sign."""
     x = x.to(compute_dtype(x))
+    x = x - center if center else x
     t = x if parity == "none" else x.abs()
     if len(borders) < 16:  # so many compares still cost less than a search
         code = torch.zeros_like(x, dtype=torch.uint8)
@@ -40,7 +41,7 @@ def _interval(x: Tensor, bits: int, borders: Sequence[float], parity: str) -> Te
     else:
         table = torch.tensor(borders, dtype=x.dtype, device=x.device)
         code = torch.bucketize(t, table, out_int32=True).to(torch.uint8)
-    if parity == "complement":
+    if parity == "odd":
         code |= torch.signbit(x).to(torch.uint8) << (bits - 1)
     return code
 
@@ -57,11 +58,17 @@ def _poisoned(x: Tensor, poison: int) -> Tensor:
 
 
 def encode(
-    x: Tensor, bits: int, borders: Sequence[float], parity: str, poison: int, stride: Sequence[int]
+    x: Tensor,
+    bits: int,
+    borders: Sequence[float],
+    parity: str,
+    center: float,
+    poison: int,
+    stride: Sequence[int],
 ) -> Tensor:
     """Packed codes of `x` in the memory order of `stride`, and the flag byte where there is one."""
     flat = memory_order(x, stride)
-    return _pack(flat, _interval(flat, bits, borders, parity), bits, poison)
+    return _pack(flat, _interval(flat, bits, borders, parity, center), bits, poison)
 
 
 def _pack(flat: Tensor, codes: Tensor, bits: int, poison: int) -> Tensor:
@@ -80,6 +87,7 @@ def activation(
     bits: int,
     borders: Sequence[float],
     parity: str,
+    center: float,
     poison: int,
 ) -> tuple[Tensor, Tensor]:
     """y = f(x), bit-equal to torch's, and the packed codes of f'(x) in y's memory order."""
@@ -93,7 +101,7 @@ def activation(
         return y, _pack(flat, codes, bits, poison=0)
     # Of torch's functions only logsigmoid returns other strides than its input's.
     y = laid_out(CONTINUOUS[name].function(x, *parameters), stride)
-    return y, encode(x, bits, borders, parity, poison, stride)
+    return y, encode(x, bits, borders, parity, center, poison, stride)
 
 
 def activation_(
@@ -103,10 +111,11 @@ def activation_(
     bits: int,
     borders: Sequence[float],
     parity: str,
+    center: float,
     poison: int,
 ) -> Tensor:
     """As `activation`, with the output written over `x`; the codes are in the order of `x`."""
-    y, codes = activation(x, name, parameters, bits, borders, parity, poison)
+    y, codes = activation(x, name, parameters, bits, borders, parity, center, poison)
     x.copy_(y)
     return codes
 

@@ -1,13 +1,43 @@
 """What `FewBit` makes of the layers of torch.nn, and of calls of torch's functions."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packlight.fewbit import functional, modules, pooling
+from packlight import _torch
+from packlight.errors import CannotConvertError
+from packlight.fewbit import functional, modules, pooling, slopes
+from packlight.fewbit.codebook import why_of_another
 from packlight.fewbit.dropout import dropout_as_torch
 from packlight.fewbit.method import FewBit
+from packlight.groupquant.method import GroupQuant
+from packlight.groupquant.modules import PReLU
+from packlight.layers.prelu import prelu
 from packlight.method import rows
+
+
+def function_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What an activation layer computes, without hooks, and with nothing written in place."""
+    return lambda x: type(module).forward(module, x * 1)
+
+
+def check_codebook_is_of(method: FewBit, module: nn.Module) -> None:
+    """Raises `CannotConvertError` where the method's codebook is not one of what a layer computes.
+
+    A layer would raise at its first forward pass else.
+    """
+    if method.codebook is None:
+        return
+    with _torch.with_values():
+        reason = why_of_another(method.codebook, function_of(module))
+    if reason is not None:
+        raise CannotConvertError(
+            f"the codebook of the method is not of {type(module).__name__}: {reason}; select the "
+            "layers that it is of, {nn.GELU: FewBit(codebook=book)}"
+        )
+
 
 rows(
     FewBit,
@@ -26,7 +56,26 @@ rows(
         (nn.Tanh, torch.tanh, Tensor.tanh): (modules.Tanh, functional.tanh),
         (nn.Tanhshrink, F.tanhshrink): (modules.Tanhshrink, functional.tanhshrink),
     },
-    lambda method: {"bits": method.bits, "codebook": None},
+    lambda method: method.options,
+    check_codebook_is_of,
+)
+
+rows(
+    FewBit,
+    {(nn.RReLU, F.rrelu, torch.rrelu): (modules.RReLU, slopes.rrelu)},
+    lambda method: {"bits": method.bits},
+)
+
+
+def _for_slopes(method: FewBit) -> GroupQuant:
+    """What keeps the input of a PReLU for the gradient of its slopes: a sum over many elements."""
+    return GroupQuant(next(bits for bits in (2, 4, 8) if bits >= method.bits))
+
+
+rows(
+    FewBit,
+    {(nn.PReLU, F.prelu, torch.prelu, Tensor.prelu): (PReLU, prelu)},
+    lambda method: {"method": _for_slopes(method)},
 )
 
 # Exact, whatever the bits.

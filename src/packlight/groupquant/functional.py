@@ -25,6 +25,7 @@ from packlight.layers import attention
 from packlight.layers import functional as layers
 from packlight.layers import linear as layers_linear
 from packlight.layers import norms as layers_norms
+from packlight.layers.prelu import prelu as layers_prelu
 
 _DEFAULT = GroupQuant()
 _SCORES = _DEFAULT.for_scores()
@@ -293,6 +294,19 @@ def tanhshrink(
 ) -> Tensor:
     """x - tanh(x). Keeps a pack of x; biased."""
     return layers.tanhshrink(input, method=GroupQuant(bits, group_size, rounding))
+
+
+def prelu(
+    input: Tensor,
+    weight: Tensor,
+    *,
+    bits: int = _DEFAULT.bits,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+) -> Tensor:
+    """x for x > 0, else a x, with slopes a [1] or [channels]. Keeps 1 bit and, where the slopes
+    train, a pack of x; the gradient of x is exact, that of a unbiased."""
+    return layers_prelu(input, weight, method=GroupQuant(bits, group_size, rounding))
 
 
 # ---- gated units ---------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from packlight.groupquant.method import GroupQuant
 from packlight.layers import functional, norms, plain
 from packlight.layers.activations import activation, gated, gelu_name
 from packlight.layers.linear import linear
+from packlight.layers.prelu import prelu
 from packlight.layers.twin import Twin
 from packlight.quantiser import Quantiser
 
@@ -194,6 +195,13 @@ class Tanhshrink(Quantised, nn.Tanhshrink):
 
     def training_forward(self, input: Tensor) -> Tensor:
         return activation(input, "tanhshrink", self.method)
+
+
+class PReLU(Quantised, nn.PReLU):
+    """`torch.nn.PReLU`; keeps 1 bit and, where its slopes train, a pack of its input."""
+
+    def training_forward(self, input: Tensor) -> Tensor:
+        return prelu(input, self.weight, method=self.method)
 
 
 class SwiGLU(Quantised, plain.SwiGLU):

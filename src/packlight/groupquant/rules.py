@@ -12,6 +12,7 @@ from packlight.layers.attention import scaled_dot_product_attention
 from packlight.layers.casts import CASTS
 from packlight.layers.convolution import CONVOLUTIONS, TRANSPOSED
 from packlight.layers.linear import linear
+from packlight.layers.prelu import prelu
 from packlight.layers.product import mul
 from packlight.method import call_rule, rows
 from packlight.quantiser import Quantiser
@@ -45,6 +46,7 @@ rows(
         (nn.Hardswish, F.hardswish): (modules.Hardswish, _inplace(functional.hardswish)),
         (nn.LogSigmoid, F.logsigmoid): (modules.LogSigmoid, functional.logsigmoid),
         (nn.Mish, F.mish): (modules.Mish, _inplace(functional.mish)),
+        (nn.PReLU, F.prelu, torch.prelu, Tensor.prelu): (modules.PReLU, prelu),
         (nn.SELU, F.selu): (modules.SELU, _inplace(functional.selu)),
         (nn.Sigmoid, torch.sigmoid, Tensor.sigmoid): (modules.Sigmoid, functional.sigmoid),
         (nn.SiLU, F.silu): (modules.SiLU, _inplace(functional.silu)),

@@ -9,6 +9,7 @@ from packlight._classes import joined
 from packlight.fewbit import functional as few_bit
 from packlight.fewbit.method import FewBit
 from packlight.fewbit.modules import Coded
+from packlight.fewbit.rules import check_codebook_is_of
 from packlight.groupquant.modules import Quantised
 from packlight.inverted import functional as inverted
 from packlight.inverted.inverses import INVERSES
@@ -66,8 +67,9 @@ def register(functions: Mapping[type[nn.Module], str]) -> None:
 
     @rule(FewBit, *functions)
     def coded_activation(method: FewBit, module: Any) -> Swap:
+        check_codebook_is_of(method, module)
         kind = type(module)
-        attributes = {"bits": method.bits, "codebook": None, "packed_function": functions[kind]}
+        attributes = {**method.options, "packed_function": functions[kind]}
         return Swap(joined(FewBitActivation, kind), attributes)
 
     @rule(Inverted, *functions)

@@ -58,6 +58,12 @@ def _current_directory_importable() -> Iterator[None]:
         sys.path.remove(here)
 
 
+def imported(module: str, name: str) -> Any:
+    """What a module calls so. Raises `InputError` where there is none, or its import fails."""
+    with _current_directory_importable():
+        return _attribute(module, name)
+
+
 def _attribute(module: str, name: str) -> Any:
     try:
         value: Any = importlib.import_module(module)

@@ -14,8 +14,21 @@ Source: Novikov et al., "Few-bit backward", ICML 2023, arXiv 2202.00441, with th
 Ours: parity, the polish to the continuous optimum, weights measured on data, pinned tails.
 """
 
-from packlight.fewbit.codebook.defaults import default_codebook, solve_default
+from packlight.fewbit.codebook.belonging import why_of_another
+from packlight.fewbit.codebook.defaults import Weighted, default_codebook, solve_default
 from packlight.fewbit.codebook.fitting import fit_codebook
-from packlight.fewbit.codebook.table import Codebook, check_codebook
+from packlight.fewbit.codebook.table import Codebook, check_bits, check_codebook
+from packlight.fewbit.codebook.weights import Weight, plain_weight
 
-__all__ = ["Codebook", "check_codebook", "default_codebook", "fit_codebook", "solve_default"]
+__all__ = [
+    "Codebook",
+    "Weight",
+    "Weighted",
+    "check_bits",
+    "check_codebook",
+    "default_codebook",
+    "fit_codebook",
+    "plain_weight",
+    "solve_default",
+    "why_of_another",
+]

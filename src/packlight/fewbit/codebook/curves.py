@@ -29,6 +29,11 @@ def by_autograd(f: Callable[[torch.Tensor], torch.Tensor]) -> Curve:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = _tensor(x).requires_grad_()
             value = f(leaf)
+            if value.shape != leaf.shape:
+                raise InputError(
+                    f"{f!r} turned shape {tuple(leaf.shape)} into {tuple(value.shape)}; few-bit"
+                    " codes need an elementwise function"
+                )
             if not value.requires_grad:
                 raise InputError(f"autograd finds no derivative of {f!r}: pass `derivative`")
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
@@ -64,6 +69,11 @@ def checked_slope(slope: Curve) -> Curve:
         return value
 
     return checked
+
+
+def shifted(curve: Curve, center: float) -> Curve:
+    """The curve as a function of t = x - c."""
+    return (lambda t: curve(center + t)) if center else curve
 
 
 def array(values: Any) -> Array:

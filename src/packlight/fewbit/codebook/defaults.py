@@ -1,24 +1,23 @@
 """The codebooks that layers take where none is given: shipped in codebooks.json, or solved."""
 
+import dataclasses
 import functools
 import importlib.resources
 import json
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from packlight import _torch
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.fewbit.codebook.fitting import fit_codebook
 from packlight.fewbit.codebook.symmetry import PinTails
-from packlight.fewbit.codebook.table import Codebook
-from packlight.fewbit.codebook.weights import Weight
-from packlight.fewbit.method import check_bits
+from packlight.fewbit.codebook.table import Codebook, check_bits
 
 
 class Rule(TypedDict):
     """How default codebooks weigh inputs and treat tails; the arguments of `fit_codebook`."""
 
-    weight: Weight
+    weight: tuple[str, float]
     pin_tails: PinTails
 
 
@@ -32,12 +31,22 @@ class Rule(TypedDict):
 DEFAULT_RULE: Rule = {"weight": ("normal", 3.0), "pin_tails": False}
 
 
-def default_codebook(name: str, bits: int, parameters: tuple[float, ...] = ()) -> Codebook:
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """In place of a codebook: the one of whatever function it is for, fitted under this weight."""
+
+    weight: Any
+
+
+def default_codebook(
+    name: str, bits: int, parameters: tuple[float, ...] = (), weighted: Weighted | None = None
+) -> Codebook:
     """The codebook of a function of `activations.CONTINUOUS` under `DEFAULT_RULE`.
 
-    `parameters` are the function's, in order; empty means its defaults. Default books come from the
-    shipped file; others, say of ELU(alpha=0.3), are solved when first asked for (a fraction of a
-    second) and kept in memory. Raises `InputError` for an unknown name or number of parameters.
+    `weighted` has another weight than the rule. `parameters` are the function's, in order; empty
+    means its defaults. Default books come from the shipped file; others, say of ELU(alpha=0.3), are
+    solved when first asked for (a fraction of a second) and kept in memory. Raises `InputError` for
+    an unknown name or number of parameters.
     """
     check_bits(bits)
     if name not in CONTINUOUS:
@@ -52,19 +61,21 @@ def default_codebook(name: str, bits: int, parameters: tuple[float, ...] = ()) -
             f"{name} with parameters {parameters}; it takes {len(defaults)} "
             f"({', '.join(CONTINUOUS[name].parameters) or 'none'}): pass all of them, or none"
         )
-    if parameters == defaults:
+    if parameters == defaults and weighted is None:
         return _shipped_codebooks()[name, bits]
     with _torch.with_values():  # a model may be built and traced without data
-        return _solved_codebook(name, bits, parameters)
+        return _solved_codebook(name, bits, parameters, weighted)
 
 
-def solve_default(name: str, bits: int, parameters: tuple[float, ...]) -> Codebook:
+def solve_default(
+    name: str, bits: int, parameters: tuple[float, ...], weighted: Weighted | None = None
+) -> Codebook:
     """Solves what `default_codebook` looks up."""
     function = CONTINUOUS[name].function
     return fit_codebook(
         lambda x: function(x, *parameters),
         bits,
-        weight=DEFAULT_RULE["weight"],
+        weight=DEFAULT_RULE["weight"] if weighted is None else weighted.weight,
         pin_tails="where_bounded" if DEFAULT_RULE["pin_tails"] else False,
     )
 

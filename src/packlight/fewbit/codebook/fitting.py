@@ -7,23 +7,30 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from packlight.fewbit.codebook.curves import Array, by_autograd, checked_slope, on_arrays, values_of
+from packlight.fewbit.codebook.curves import (
+    Array,
+    Curve,
+    by_autograd,
+    checked_slope,
+    on_arrays,
+    shifted,
+    values_of,
+)
 from packlight.fewbit.codebook.polish import polish
 from packlight.fewbit.codebook.primitive import match_primitive
 from packlight.fewbit.codebook.problem import Problem, best_levels, error_of, make_problem, samples
 from packlight.fewbit.codebook.search import optimal_intervals
-from packlight.fewbit.codebook.symmetry import PinTails, parity_of, tail_levels
+from packlight.fewbit.codebook.symmetry import PinTails, rounded, symmetry_of, tail_levels
 from packlight.fewbit.codebook.table import (
     DEFAULT_DOMAIN,
     Codebook,
     Parity,
+    check_bits,
     check_choice,
     checked_domain,
-    complement,
     count_pieces,
 )
 from packlight.fewbit.codebook.weights import Weight, fold, weight_of
-from packlight.fewbit.method import check_bits
 
 Objective = Literal["derivative", "primitive"]
 
@@ -46,9 +53,11 @@ def fit_codebook(
 ) -> Codebook:
     """The codebook of 2^bits levels that minimises E = integral of w (f' - q)^2 over the domain.
 
-    f: an elementwise torch function that takes float64. f' comes from autograd, or from
-        `derivative`, a function of a NumPy array or of a tensor. A kink of f' is integrated best
-        at 0; jumps of f' are found wherever they are.
+    f: any callable that takes a float64 tensor of one dimension and gives one of that shape,
+        elementwise: a function, a layer. f' comes from autograd, or from `derivative`, a function
+        of a NumPy array or of a tensor, and is finite on the domain. A kink of f' is integrated
+        best at 0; jumps of f' are found wherever they are. `fewbit.activation(f, codebook)` then
+        computes f and keeps codes.
     domain: by default (-10, 10); with a histogram or samples the least (-m, m) that holds them.
     weight: w(x) as
         - "uniform", w = 1;
@@ -61,9 +70,10 @@ def fit_codebook(
         is continuous, has slopes q, and ends in the limits of f' where these are finite: the idea
         of ReGELU2 and ReSiLU2 (Yang et al., ICML 2024, arXiv 2406.16282). Its minimum is local, the
         one next to the "derivative" book, and its E is larger.
-    parity: see `Codebook`; f' is examined on a domain (-m, m) only. "auto" takes "even" if f' is
-        so, which never costs and mostly saves error under any weight; "complement" if f' is so and
-        the weight is symmetric, for the smaller table; else "none".
+    parity: see `Codebook`; f' is examined about the middle of the domain, so domain=(c - m, c + m)
+        for a function that is symmetric about c. "auto" takes "even" if f' is so, which never costs
+        and mostly saves error under any weight: all levels are on one side; "odd" if f' is so, the
+        weight is symmetric, and E is the same, for the smaller table; else "none".
     pin_tails: True fixes the outermost levels at the limits of f' (0 and 1 for GELU), so that
         saturated units get exact gradients; "where_bounded" leaves a side without a limit free.
 
@@ -73,6 +83,30 @@ def fit_codebook(
     weight that is negative, not finite or zero everywhere; f' not finite on the domain; a parity or
     a limit that f' lacks; an unknown name.
     """
+    if parity == "auto":
+        book = _fit(f, bits, domain, weight, objective, parity, pin_tails, derivative)
+        if book.parity != "odd":
+            return book
+        # Where f' goes up and down, the best intervals need not mirror each other.
+        free = _fit(f, bits, domain, weight, objective, "none", pin_tails, derivative)
+        return book if book.error <= free.error * ODD_MAY_COST else free
+    return _fit(f, bits, domain, weight, objective, parity, pin_tails, derivative)
+
+
+# By what factor E of mirrored intervals may be larger: as much as a neighbouring optimum of 8 bits.
+ODD_MAY_COST = 1.003
+
+
+def _fit(
+    f: Callable[[torch.Tensor], torch.Tensor],
+    bits: int,
+    domain: tuple[float, float] | None,
+    weight: Weight,
+    objective: Objective,
+    parity: Parity | Literal["auto"],
+    pin_tails: PinTails,
+    derivative: Callable[[Any], Any] | None,
+) -> Codebook:
     check_bits(bits)
     check_choice("objective", objective, get_args(Objective))
     check_choice("parity", parity, ("auto", *get_args(Parity)))
@@ -84,28 +118,31 @@ def fit_codebook(
     low, high = domain = checked_domain(domain)
     curve = by_autograd(f) if derivative is None else on_arrays(derivative)
     slope = checked_slope(curve)
-    parity = parity_of(parity, slope, density, domain)
+    parity, center, middle = symmetry_of(parity, slope, density, domain)
+    values: Curve = functools.partial(values_of, f)
     tails = "where_bounded" if objective == "primitive" and not pin_tails else pin_tails
     first, last = tail_levels(curve, tails)
 
     if parity != "none":
-        # q and f' share their symmetry, so E is an integral over |x| with the weights of x and -x.
-        low, first, edges = 0.0, None, abs(edges)
-        density = fold(density)
+        # q and f' share their symmetry, so E is an integral over |x - c|, with the weights of both
+        # sides.
+        low, high, first, edges = 0.0, high - center, None, abs(edges - center)
+        slope, values = shifted(slope, center), shifted(values, center)
+        density = fold(shifted(density, center))
     problem = make_problem(
         slope, density, low, high, edges, count_pieces(bits, parity), first, last
     )
     borders, levels = _solve(problem)
     if objective == "primitive":
-        start = float(values_of(f, np.zeros(1))[0]) if parity == "even" else None
-        borders, levels = match_primitive(problem, functools.partial(values_of, f), borders, start)
+        start = float(values(np.zeros(1))[0]) if parity == "even" else None
+        borders, levels = match_primitive(problem, values, borders, start)
 
     kept_borders, kept_levels = _round_distinct(borders), _round(levels)
     error = error_of(problem, np.asarray(kept_borders), np.asarray(kept_levels))
-    if parity == "complement":
-        kept_levels += complement(kept_levels)
+    if parity == "odd":
+        kept_levels += tuple(rounded(2 * middle - level) for level in kept_levels)
     (error,) = _round([error], ERROR_DIGITS)
-    return Codebook(bits, kept_borders, kept_levels, error, parity, domain)
+    return Codebook(bits, kept_borders, kept_levels, error, parity, domain, center)
 
 
 def _solve(problem: Problem) -> tuple[Array, Array]:

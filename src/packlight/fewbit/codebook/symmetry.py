@@ -1,6 +1,6 @@
 """The symmetry of f', which halves the search, and its limits, which pin the tails."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -14,39 +14,57 @@ PinTails: TypeAlias = bool | Literal["where_bounded"]
 SCAN = 2048
 
 
-def parity_of(
+class Symmetry(NamedTuple):
+    """f' mirrored at `center`: itself where even, 2 `middle` - f' where odd."""
+
+    parity: Parity
+    center: float = 0.0
+    middle: float = 0.0
+
+
+def symmetry_of(
     parity: Parity | Literal["auto"], slope: Curve, density: Curve, domain: tuple[float, float]
-) -> Parity:
-    """The parity to use; raises `InputError` where f' lacks the one asked for."""
+) -> Symmetry:
+    """The symmetry to use, about the middle of the domain.
+
+    Raises `InputError` where f' lacks the one asked for.
+    """
+    none = Symmetry("none")
     if parity == "none":
-        return "none"
-    if domain[0] != -domain[1]:
-        if parity == "auto":
-            return "none"
-        raise InputError(
-            f"domain={domain} with parity {parity!r}, which needs (-m, m): "
-            "choose such a domain, or parity 'none'"
-        )
-    ends = np.linspace(0, domain[1], SCAN)
-    x = (ends[1:] + ends[:-1]) / 2  # Between round numbers, at which f' may jump.
-    left, right = slope(-x), slope(x)
+        return none
+    low, high = domain
+    center = rounded((low + high) / 2)
+    ends = np.linspace(0, (high - low) / 2, SCAN)
+    t = (ends[1:] + ends[:-1]) / 2  # Between round numbers, at which f' may jump.
+    left, right = slope(center - t), slope(center + t)
+    middle = rounded(float((left + right).mean()) / 2)
+    even = Symmetry("even", center)
+    odd = Symmetry("odd", center, middle)
     has = {
         "even": _vanishes(right - left, right),
-        "complement": _vanishes(right + left - 1, np.ones(1)),
+        "odd": _vanishes(right + left - 2 * middle, np.append(right - middle, middle)),
     }
     if parity == "auto":
         if has["even"]:
-            return "even"
-        symmetric = _vanishes(density(x) - density(-x), density(x))
-        return "complement" if has["complement"] and symmetric else "none"
+            return even
+        symmetric = _vanishes(density(center + t) - density(center - t), density(center + t))
+        return odd if has["odd"] and symmetric else none
     if not has[parity]:
-        identity = {"even": "f'(-x) = f'(x)", "complement": "f'(x) + f'(-x) = 1"}[parity]
-        raise InputError(f"parity={parity!r}: {identity} does not hold on {domain}; use 'auto'")
-    return parity
+        identity = {"even": "f'(c - t) = f'(c + t)", "odd": "f'(c - t) + f'(c + t) = 2 f'(c)"}
+        raise InputError(
+            f"parity={parity!r}: {identity[parity]} does not hold for all of {domain}, whose "
+            f"middle is c = {center:g}; choose a domain around the point of symmetry, or 'auto'"
+        )
+    return even if parity == "even" else odd
 
 
 def _vanishes(difference: Array, scale: Array) -> bool:
     return bool(abs(difference).max() <= 1e-7 * abs(scale).max())
+
+
+def rounded(value: float) -> float:
+    """Without the noise of the last digits; + 0.0 drops a sign of 0."""
+    return float(f"{value:.12g}") + 0.0
 
 
 def tail_levels(curve: Curve, pin_tails: PinTails) -> tuple[float | None, float | None]:

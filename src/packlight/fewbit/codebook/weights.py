@@ -29,6 +29,27 @@ def weight_of(weight: Weight, domain: tuple[float, float] | None) -> tuple[Curve
     return _histogram(*_binned(array(weight), domain))
 
 
+def plain_weight(weight: Weight) -> str | tuple[Any, Any]:
+    """The weight as texts and numbers alone, which compare and can be written; samples as counts.
+
+    Raises `InputError` for a function, which cannot, and for what `weight_of` refuses.
+    """
+    if callable(weight):
+        raise InputError(
+            f"weight={weight!r} is a function, and a method has plain values alone: give a "
+            "histogram or samples, or codebook=fit_codebook(f, bits, weight=...)"
+        )
+    weight_of(weight, None)
+    if isinstance(weight, str):
+        return weight
+    if not (isinstance(weight, tuple) and len(weight) == 2):
+        weight = _binned(array(weight), None)
+    elif isinstance(weight[0], str):
+        return weight[0], float(weight[1])
+    counts, edges = (tuple(array(values).tolist()) for values in weight)
+    return counts, edges
+
+
 def _checked_weight(weight: Curve) -> Curve:
     def checked(x: Array) -> Array:
         value = np.broadcast_to(np.asarray(weight(x), dtype=np.float64), np.shape(x))

@@ -52,7 +52,7 @@ class _MaskedReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-        relu = ("relu", (), 1, (), "none", 0)
+        relu = ("relu", (), 1, (), "none", 0.0, 0)
         if inplace:
             y, mask = x, few_bit.activation_(x, *relu)
             ctx.mark_dirty(x)
