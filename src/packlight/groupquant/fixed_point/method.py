@@ -78,9 +78,9 @@ def bin_width(bits: int, window: float | None) -> float:
     if type(bits) is not int or bits not in BITS:
         raise InputError(f"bits={bits!r} is neither 4 nor 8; 4 trains like exact in most nets")
     if window is None:
-        return 2 * WINDOW[bits] / 2**bits
+        return 2 * WINDOW[bits] / (1 << bits)
     if isinstance(window, bool) or not isinstance(window, (int, float)):
         raise InputError(f"window={window!r} is no number of standard deviations, such as 3")
     if not 0 < window < math.inf:
         raise InputError(f"window={window!r} holds nothing; 3 standard deviations are the source's")
-    return 2 * window / 2**bits
+    return 2 * window / (1 << bits)
