@@ -6,7 +6,7 @@ from packlight.sketch.functional import conv1d, conv2d, linear
 from packlight.sketch.method import Sketch
 from packlight.sketch.modules import Conv1d, Conv2d, Linear
 from packlight.sketch.monitor import VarianceMonitor, VarianceSample
-from packlight.sketch.sketches import sample_variance, variance
+from packlight.sketch.variances import correlation, ratio_bound, sample_variance, variance
 
 __all__ = [
     "Conv1d",
@@ -17,7 +17,9 @@ __all__ = [
     "VarianceSample",
     "conv1d",
     "conv2d",
+    "correlation",
     "linear",
+    "ratio_bound",
     "sample_variance",
     "variance",
 ]

@@ -13,7 +13,7 @@ from packlight._files import replaced
 from packlight.errors import InputError, MissingDependencyError
 from packlight.sketch import modules
 from packlight.sketch.method import Sketch
-from packlight.sketch.sketches import sample_variance, variance
+from packlight.sketch.variances import sample_variance, variance
 
 _SKETCHED = (modules.Linear, modules.Conv1d, modules.Conv2d)
 
