@@ -2,6 +2,7 @@
 unbiased.
 """
 
+from packlight.sketch.choosing import ChosenLayer, ChosenRows, choose
 from packlight.sketch.functional import conv1d, conv2d, linear
 from packlight.sketch.method import Sketch
 from packlight.sketch.modules import Conv1d, Conv2d, Linear
@@ -9,12 +10,15 @@ from packlight.sketch.monitor import VarianceMonitor, VarianceSample
 from packlight.sketch.variances import correlation, ratio_bound, sample_variance, variance
 
 __all__ = [
+    "ChosenLayer",
+    "ChosenRows",
     "Conv1d",
     "Conv2d",
     "Linear",
     "Sketch",
     "VarianceMonitor",
     "VarianceSample",
+    "choose",
     "conv1d",
     "conv2d",
     "correlation",

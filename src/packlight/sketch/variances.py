@@ -197,8 +197,8 @@ def _squared_product(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _expected_of_transform(x: Tensor, g: Tensor, kind: Kind, length: int, number: int) -> Tensor:
-    """E[V_k], the same for every block k of L places: the variance is the sum of c_k E[V_k] over the
-    `number` blocks, with q_k rows kept and c_k = (L - q_k) / ((L - 1) q_k). There
+    """E[V_k], the same for every block k of L places: the variance is the sum of c_k E[V_k] over
+    the `number` blocks, with q_k rows kept and c_k = (L - q_k) / ((L - 1) q_k). There
 
         V_k = L sum_ab W_ab n_a m_b + 2 L sum_{a != b} W_ab <x_a, x_b> <g_a, g_b> - |M_k|^2
 

@@ -36,11 +36,9 @@ def watch(module: nn.Module, begin: Callable[[Tensor], Taker | None]) -> Removab
 
 def _features_axis(module: nn.Module) -> int:
     """The axis of the features of input and output."""
-    return {nn.Conv1d: -2, nn.Conv2d: -3}.get(_convolution(module), -1)
-
-
-def _convolution(module: nn.Module) -> type[nn.Module] | None:
-    return next((kind for kind in (nn.Conv1d, nn.Conv2d) if isinstance(module, kind)), None)
+    if isinstance(module, nn.Conv2d):
+        return -3
+    return -2 if isinstance(module, nn.Conv1d) else -1
 
 
 def _take_later(taker: Taker, read: Tensor, output: Tensor, axis: int) -> None:
