@@ -18,6 +18,7 @@ if not (Path(__file__).parents[1] / "benchmarks").is_dir():
 from benchmarks import kernel_suite, plot, rows, run, step, table, train_suite
 from benchmarks.user import __main__ as user
 from benchmarks.user import runner, show, worker
+from tests.resnets import preactivation_resnet
 
 ROW = {
     "device": "a device",
@@ -246,6 +247,27 @@ def test_networks_of_cifar_are_converted(name):
         kinds = {type(module).__module__.split(".")[0] for module in model.modules()}
         assert ("packlight" in kinds) == (method != "exact")
     assert isinstance(model, nn.Module)
+
+
+def test_the_network_of_the_paper_on_approximate_activations():
+    """164 layers and 1.7 million parameters, as published; at 4 bits codes are most of what is kept
+    but for the average-pooled shortcuts, and the first and the last layer are exact."""
+    whole = preactivation_resnet(18)
+    weighted = [m for m in whole.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(weighted) == 164
+    assert sum(p.numel() for p in whole.parameters()) == pytest.approx(1.7e6, rel=0.03)
+    images = torch.randn(8, 3, 32, 32)
+    exact, coded = (train_suite.cifar.network("preact29", name) for name in ("exact", "fixed4"))
+    assert type(coded[0]) is nn.Conv2d
+    assert type(coded[-1]) is nn.Linear
+    coded.load_state_dict(exact.state_dict())
+    torch.testing.assert_close(coded(images), exact(images))
+
+    def kept(model):
+        rows = packlight.predict(model, images).rows
+        return sum(row.bytes for row in rows if "pool" not in row.module)
+
+    assert kept(exact) / kept(coded) > 14
 
 
 # ---- a user's step -------------------------------------------------------------------------------

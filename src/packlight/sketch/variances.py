@@ -65,11 +65,11 @@ def ratio_bound(x: Tensor, grad_output: Tensor, rows: int) -> Tensor:
 
         variance / sample_variance <= (B - 1) / p (1 + alpha) / alpha
 
-    for `gaussian`, `rademacher` and `srht`. It is that of Bershatsky et al. 2022, theorem 2.3, and
-    holds where B s >= 2 |X^T G|^2, s = sum |x_k|^2 |g_k|^2: where the noise of one token is no less
-    than the mean over the tokens. Infinite where that is not so: of x = (1, 2) and g = (1, 1/2)
-    alpha is 0.64 and the noise of the batch 0, and nothing bounds the ratio. Arguments, result and
-    errors are otherwise those of `variance`.
+    for `gaussian`, `rademacher` and `srht`. It is that of Bershatsky et al. 2022, and holds where
+    B s >= 2 |X^T G|^2, s = sum |x_k|^2 |g_k|^2: where the noise of one token is no less than the
+    mean over the tokens. Infinite where that is not so: of x = (1, 2) and g = (1, 1/2) alpha is
+    0.64 and the noise of the batch 0, and nothing bounds the ratio. Arguments, result and errors
+    are otherwise those of `variance`.
     """
     return Variances(x, grad_output).ratio_bound(rows)
 
