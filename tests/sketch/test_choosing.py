@@ -269,6 +269,17 @@ def test_other_models_and_batches():
     assert [layer.method for layer in again.layers] == [layer.method for layer in chosen.layers]
 
 
+def test_under_autocast_bytes_are_those_of_16_bits():
+    model = Attention()
+    batches = batches_of(1)
+    wide = sketch.choose(model, batches, loss=loss_of(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = sketch.choose(model, batches, loss=loss_of(model))
+    for layer, half in zip(wide.layers, narrow.layers, strict=True):
+        assert half.exact_bytes == layer.exact_bytes / 2
+        assert half.ratio == pytest.approx(layer.ratio, rel=0.1)
+
+
 def test_bad_arguments_raise():
     model, batches = Attention(), batches_of(1)
     for ratio in (0, -1.0, float("nan"), float("inf")):

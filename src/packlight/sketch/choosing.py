@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import Tensor, nn
 
-from packlight import _swap, integrations, sharing
+from packlight import _swap, graphs, integrations, sharing
 from packlight.errors import CannotConvertError, InputError
 from packlight.method import NotConverted, find_rule
 from packlight.profile.restoring import left_as_found
@@ -118,8 +118,8 @@ def choose(
     depends on them.
 
     Looked at are the layers that `Sketch` has a rule for, in training mode, whose weights take
-    gradients; also of a model that is converted already. Parameters' `.grad`, buffers and random
-    numbers are left as they were.
+    gradients; also of a model that is converted or graphed already. Parameters' `.grad`, buffers
+    and random numbers are left as they were.
 
     Args:
         model: in training mode.
@@ -148,10 +148,32 @@ def choose(
     for kind in kinds:
         Sketch(kind=kind)
     integrations.load()
-    seen = {name: _Seen(kinds) for name in _names_of_layers(model)}
-    groups = _Groups(seen)
-    handles = [watch(model.get_submodule(name), _reading(name, seen, groups)) for name in seen]
+    with graphs.set_aside(model):
+        seen = {name: _Seen(kinds) for name in _names_of_layers(model)}
+        groups = _Groups(seen)
+        count = _look(model, batches, loss, seen, groups)
+    if not any(layer.passes for layer in seen.values()):
+        raise InputError(
+            f"no gradient came to a layer of {type(model).__name__} in {count} batches that a"
+            " sketch can serve: a Linear or a pointwise convolution in training mode whose weight"
+            " takes gradients, outside of compiled code"
+        )
+    return ChosenRows(ratio, tuple(_chosen(seen, groups, ratio * _EXCESS, count)))
+
+
+# --- What is seen.
+
+
+def _look(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor] | None,
+    seen: dict[str, "_Seen"],
+    groups: "_Groups",
+) -> int:
+    """Runs the batches under hooks; how many there were."""
     count = 0
+    handles = [watch(model.get_submodule(name), _reading(name, seen, groups)) for name in seen]
     try:
         for batch in batches:
             scene = scene_of(model, None, (batch,), {})
@@ -164,16 +186,7 @@ def choose(
     finally:
         for handle in handles:
             handle.remove()
-    if not any(layer.passes for layer in seen.values()):
-        raise InputError(
-            f"no gradient came to a layer of {type(model).__name__} in {count} batches that a"
-            " sketch can serve: a Linear or a pointwise convolution in training mode whose weight"
-            " takes gradients, outside of compiled code"
-        )
-    return ChosenRows(ratio, tuple(_chosen(seen, groups, ratio * _EXCESS, count)))
-
-
-# --- What is seen.
+    return count
 
 
 def _names_of_layers(model: nn.Module) -> list[str]:

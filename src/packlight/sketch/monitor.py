@@ -1,15 +1,20 @@
 """`VarianceMonitor`: is a sketch harmless on these layers, in this training run?"""
 
 import csv
+import math
 import os
+import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from packlight._files import replaced
 from packlight.errors import InputError, MissingDependencyError
+from packlight.report.printing import cell, new_table, render
 from packlight.sketch import modules
 from packlight.sketch.method import Sketch
 from packlight.sketch.variances import Variances
@@ -29,7 +34,9 @@ class VarianceSample(NamedTuple):
     sketch_variance: float
     sample_variance: float
     alpha: float  # `packlight.sketch.correlation`
-    bound: float  # `packlight.sketch.ratio_bound`, of the ratio, where one is known
+    bound: (
+        float  # `packlight.sketch.ratio_bound`: on the ratio of a Gaussian sketch of as many rows
+    )
 
     @property
     def ratio(self) -> float:
@@ -42,14 +49,15 @@ class VarianceMonitor:
 
         with packlight.sketch.VarianceMonitor(model, every=100) as monitor:
             train(model)
-        print(monitor.ratios())
+        print(monitor)
         monitor.plot("variance.png")
 
     Every `every` forward passes of a layer with gradient it takes, when the layer's output gradient
     arrives, `variance(x, grad_output, kind, rows)` and `sample_variance(x, grad_output)`. The ratio
     says how much a sketch adds to the noise that the weight gradient has anyway because a batch is
-    a sample: at 0.1, its standard deviation grows by 5%. Beside it stand alpha and the bound on the
-    ratio that follows from alpha alone. Between samples nothing but a counter runs. A sample holds
+    a sample: at 0.1, its standard deviation grows by 5%. Beside it stand alpha and the bound that
+    follows from alpha alone, on the ratio of a Gaussian sketch of as many rows. Printed, a monitor
+    is a table of them by layer. Between samples nothing but a counter runs. A sample holds
     the layer's input until then, and costs a few times the layer's exact weight gradient, with no
     synchronisation; nothing of the training changes.
 
@@ -102,11 +110,32 @@ class VarianceMonitor:
 
     def ratios(self) -> dict[str, float]:
         """By layer, the mean sketch variance over the mean sample variance."""
-        sums: dict[str, tuple[float, float]] = {}
+        return {layer: _ratio(own) for layer, own in self._by_layer().items()}
+
+    def _by_layer(self) -> dict[str, list[VarianceSample]]:
+        found: dict[str, list[VarianceSample]] = {}
         for sample in self.samples:
-            ours, own = sums.get(sample.layer, (0.0, 0.0))
-            sums[sample.layer] = ours + sample.sketch_variance, own + sample.sample_variance
-        return {layer: ours / own if own else float("nan") for layer, (ours, own) in sums.items()}
+            found.setdefault(sample.layer, []).append(sample)
+        return found
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        by_layer = self._by_layer()
+        yield Text(f"{len(by_layer)} layers, {len(self._taken)} samples; means over samples")
+        table = new_table()
+        for column in ("layer", "kind", "rows", "ratio", "alpha", "bound"):
+            table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
+        for layer, own in by_layer.items():
+            last = own[-1]
+            alpha, bound = (
+                statistics.fmean(getattr(sample, name) for sample in own)
+                for name in ("alpha", "bound")
+            )
+            numbers = (f"{value:.3g}" for value in (_ratio(own), alpha, bound))
+            table.add_row(cell(layer), last.kind, f"{last.rows} of {last.tokens}", *numbers)
+        yield table
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the samples, a line each, under the names of `VarianceSample` and `ratio`."""
@@ -145,6 +174,13 @@ class VarianceMonitor:
             return take
 
         return begin
+
+
+def _ratio(samples: list[VarianceSample]) -> float:
+    """The mean sketch variance over the mean sample variance."""
+    own = math.fsum(sample.sample_variance for sample in samples)
+    ours = math.fsum(sample.sketch_variance for sample in samples)
+    return ours / own if own else float("nan")
 
 
 def _method_of(module: nn.Module, given: Sketch | None) -> Sketch | None:
