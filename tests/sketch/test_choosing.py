@@ -164,16 +164,15 @@ def test_layers_that_read_one_tensor_have_one_sketch():
 
 
 def test_layers_that_no_rows_serve_are_left_exact():
-    """One token with all of the gradient: a Gaussian sketch of all rows is noisier than that."""
+    """A Gaussian sketch of nearly all rows is about as noisy as the batch."""
     model = Attention()
-    ones = [(torch.ones(4, 60, WIDTH), torch.zeros(240, dtype=torch.long))]
-    chosen = sketch.choose(model, ones, loss=loss_of(model), kinds=["gaussian"])
+    chosen = sketch.choose(model, batches_of(1), 0.5, loss=loss_of(model), kinds=["gaussian"])
     assert all(layer.method is None for layer in chosen.layers)
     assert {layer.rows for layer in chosen.layers} == {240}
-    assert "left exact: nearly all rows do not reach the ratio" in " ".join(str(chosen).split())
+    assert "left exact, since nearly all rows do not reach the ratio: q, k, v, out" in str(chosen)
     few = batches_of(1, 12)
     chosen = sketch.choose(model, few, loss=loss_of(model))
-    assert {layer.note for layer in chosen.layers} == {"left exact: it has no more than 16 tokens"}
+    assert {layer.note for layer in chosen.layers} == {"left exact, with no more than 16 tokens"}
     with pytest.raises(packlight.NothingMatchedError):
         packlight.convert(model, chosen)
 
@@ -200,8 +199,8 @@ def test_one_exact_reader_leaves_the_others_exact():
     chosen = sketch.choose(model, x, loss=loss)
     a, b, c = chosen.layers
     assert a.method is b.method is c.method is None  # a view counts as what it is a view of
-    assert a.note == "left exact, as others are that read its input"
-    assert b.note == "left exact: its gradient has no noise in these batches"
+    assert a.note == "left exact, as others are that read the same input"
+    assert b.note == "left exact, since the gradient has no noise in these batches"
 
 
 def test_a_mapping_for_convert_and_for_files(tmp_path):
@@ -221,6 +220,7 @@ def test_a_mapping_for_convert_and_for_files(tmp_path):
     assert "4 of 4 layers sketched, with at most 1 times the variance of the batch" in table
     for layer in chosen.layers:
         assert f"{layer.rows} of {layer.tokens}" in table
+    assert table.count("shared") == 2
 
 
 def test_everything_is_left_as_it_was():

@@ -10,11 +10,12 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from packlight import _swap, graphs, integrations, sharing
+from packlight.conversion import condensed
 from packlight.errors import CannotConvertError, InputError
 from packlight.method import NotConverted, find_rule
 from packlight.profile.restoring import left_as_found
 from packlight.profile.scene import scene_of
-from packlight.report.printing import cell, new_table, render
+from packlight.report.printing import new_table, render
 from packlight.report.words import human_bytes
 from packlight.selectors import Choice, Selector, kind_of, name_selector
 from packlight.sketch.method import Kind, Sketch
@@ -76,16 +77,22 @@ class ChosenRows(Mapping[Selector, Choice]):
             " the variance of the batch"
         )
         table = new_table()
-        for column in ("layer", "kind", "rows", "ratio", "input", "kept", ""):
-            numeric = column in ("rows", "ratio", "input", "kept")
-            table.add_column(column, justify="right" if numeric else "left")
+        for column in ("layer", "kind", "rows", "ratio", "input", "kept"):
+            table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
+        exact: dict[str, list[str]] = {}
         for layer in self.layers:
             kind = "exact" if layer.method is None else layer.method.kind
+            ratio = f"{layer.ratio:.3g}" if math.isfinite(layer.ratio) else ""
+            sizes = [human_bytes(layer.exact_bytes), human_bytes(layer.kept_bytes)]
+            if layer.tokens and not layer.exact_bytes:
+                sizes = ["", "shared"]
+            if layer.method is None:
+                exact.setdefault(layer.note, []).append(layer.name)
             rows = f"{layer.rows} of {layer.tokens}"
-            sizes = human_bytes(layer.exact_bytes), human_bytes(layer.kept_bytes)
-            ratio = f"{layer.ratio:.3g}"
-            table.add_row(cell(layer.name), kind, rows, ratio, *sizes, Text(layer.note))
+            table.add_row(Text(layer.name), kind, rows, ratio, *sizes)
         yield table
+        for note, names in exact.items():
+            yield Text(f"{note}: {', '.join(condensed(names))}")
         before = sum(layer.exact_bytes for layer in self.layers)
         after = sum(layer.kept_bytes for layer in self.layers)
         yield Text(f"inputs of these layers: {human_bytes(before)}, kept: {human_bytes(after)}")
@@ -343,11 +350,11 @@ def _chosen(
 
 def _why_exact(ratios: Tensor, limit: float, layer: _Seen) -> str:
     if not layer.passes:
-        return "left exact: no gradient came to it in these batches"
+        return "left exact, since no gradient came in these batches"
     if layer.rows[-1] >= layer.all_tokens:
-        return f"left exact: it has no more than {Sketch().min_rows} tokens"
+        return f"left exact, with no more than {Sketch().min_rows} tokens"
     if ratios.min() == math.inf:
-        return "left exact: its gradient has no noise in these batches"
+        return "left exact, since the gradient has no noise in these batches"
     if not (ratios <= limit).any():
-        return "left exact: nearly all rows do not reach the ratio"
-    return "left exact, as others are that read its input"
+        return "left exact, since nearly all rows do not reach the ratio"
+    return "left exact, as others are that read the same input"

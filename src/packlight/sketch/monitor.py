@@ -20,8 +20,6 @@ from packlight.sketch.method import Sketch
 from packlight.sketch.variances import Variances
 from packlight.sketch.watching import Taker, watch
 
-_SKETCHED = (modules.Linear, modules.Conv1d, modules.Conv2d)
-
 
 class VarianceSample(NamedTuple):
     """What one layer showed at one step; the variances are those of `packlight.sketch`."""
@@ -184,7 +182,7 @@ def _ratio(samples: list[VarianceSample]) -> float:
 
 
 def _method_of(module: nn.Module, given: Sketch | None) -> Sketch | None:
-    if isinstance(module, _SKETCHED):
+    if isinstance(module, modules.Sketched):
         return module.method
     return given if type(module) is nn.Linear else None
 
