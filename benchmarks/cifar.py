@@ -333,7 +333,7 @@ def cases(options: argparse.Namespace) -> list[rows.Case]:
                     "cifar.jsonl",
                     key,
                     functools.partial(run, name, method, seed, epochs),
-                    90,
+                    1.5 * epochs,
                 )
             )
     return found
