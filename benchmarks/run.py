@@ -135,6 +135,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--data", type=pathlib.Path, help="folder with cifar10/ and glue.npz")
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     group.add_argument("--limit", type=int, help="images of CIFAR-10, to try things out")
+    group.add_argument("--epochs", type=int, help="on CIFAR-10, in place of each network's own")
     return parser.parse_args(words)
 
 

@@ -125,6 +125,7 @@ METHODS = {
     "sketch 0.2": "sketch, a fifth of the tokens",
     **{f"group{bits}": f"GroupQuant, {bits} bits" for bits in (8, 4, 2)},
     **{f"fixed{bits}": f"fixed point, {bits} bits" for bits in (8, 4)},
+    **{f"fixed{bits} window 3": f"fixed point of the paper, {bits} bits" for bits in (8, 4)},
 }
 
 

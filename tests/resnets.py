@@ -126,34 +126,56 @@ def resnet50(kit: Kit, pool: nn.Module, width: int = 64) -> nn.Sequential:
     return _resnet(kit, Bottleneck, [3, 4, 6, 3], width, stem)
 
 
-class PreActivation(nn.Module):
-    """A pre-activation block whose shortcut is a pooled input, with zeros for further channels."""
+# --- With activations before convolutions, as in the paper on approximate activations.
 
-    def __init__(self, channels: int, width: int, stride: int) -> None:
+
+class PreActivation(nn.Sequential):
+    """A batch norm, its ReLU and the convolution that reads it."""
+
+    def __init__(self, channels: int, width: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(
+            nn.BatchNorm2d(channels, eps=1e-3),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False),
+        )
+
+
+class PreActivationBottleneck(nn.Module):
+    """1x1, 3x3 and 1x1; what passes by is average-pooled and has channels of zeros added.
+
+    In the first block of a network the batch norm and its ReLU stand before both ways.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int, is_first: bool) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(width)
-        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.relu = nn.ReLU()
-        self.pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride)
-        self.more = width - channels
+        self.is_first = is_first
+        self.reduce = PreActivation(channels, width, 1, stride)
+        self.conv = PreActivation(width, width, 3)
+        self.expand = PreActivation(width, 4 * width, 1)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.added = (4 * width - channels) // 2  # on either side
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(self.relu(self.norm1(x)))
-        y = self.conv2(self.relu(self.norm2(y)))
-        return y + F.pad(self.pool(x), (0, 0, 0, 0, 0, self.more))
+        norm, relu, conv = self.reduce
+        read = relu(norm(x))
+        y = self.expand(self.conv(conv(read)))
+        x = self.pool(read if self.is_first else x)
+        if self.added:
+            x = F.pad(x, (0, 0, 0, 0, self.added, self.added))
+        return y + x
 
 
-def preactivation_resnet(depth: int, width: int = 32) -> nn.Sequential:
-    """The residual network of approximate activations for 32x32 images: three stages.
-
-    `width` 32 is twice that of the smallest. Source: Chakrabarti and Moseley, NeurIPS 2019.
+def preactivation_resnet(blocks: int, width: int = 1) -> nn.Sequential:
+    """The CIFAR network of Chakrabarti and Moseley: 9 blocks + 2 layers, 164 of them with 18 blocks
+    in each of three stages of 16, 32 and 64 times `width` channels.
     """
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False)]
-    channels = width
+    channels = 16 * width
+    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
     for stage in range(3):
-        for i in range(depth):
-            layers.append(PreActivation(channels, width << stage, 2 if stage and i == 0 else 1))
-            channels = width << stage
-    layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(channels, 10))
+        for i in range(blocks):
+            stride = 2 if stage and i == 0 else 1
+            is_first = stage == i == 0
+            layers.append(PreActivationBottleneck(channels, 16 * width << stage, stride, is_first))
+            channels = 4 * 16 * width << stage
+    layers += [nn.BatchNorm2d(channels, eps=1e-3), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))

@@ -18,6 +18,7 @@ if not (Path(__file__).parents[1] / "benchmarks").is_dir():
 from benchmarks import kernel_suite, plot, rows, run, step, table, train_suite
 from benchmarks.user import __main__ as user
 from benchmarks.user import runner, show, worker
+from tests.resnets import preactivation_resnet
 
 ROW = {
     "device": "a device",
@@ -280,6 +281,24 @@ def test_a_roberta_of_a_directory_is_fine_tuned(tmp_path, capsys):
     assert found[1]["kept_bytes"] < found[0]["kept_bytes"]
     assert {row["model"] for row in found} == {str(model)}
     assert "cola, gelu3, seed 5" in capsys.readouterr().out
+
+
+def test_the_network_of_the_paper_on_approximate_activations():
+    """164 layers and 1.7 million parameters, as published; at 4 bits codes are most of what is
+    kept, and the first and the last layer are exact."""
+    whole = preactivation_resnet(18)
+    weighted = [m for m in whole.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(weighted) == 164
+    assert sum(p.numel() for p in whole.parameters()) == pytest.approx(1.7e6, rel=0.03)
+    images = torch.randn(8, 3, 32, 32)
+    exact, coded = (train_suite.cifar.network("preact29", name) for name in ("exact", "fixed4"))
+    assert type(coded[0]) is nn.Conv2d
+    assert type(coded[-1]) is nn.Linear
+    coded.load_state_dict(exact.state_dict())
+    torch.testing.assert_close(coded(images), exact(images))
+
+    before, after = (packlight.predict(model, images) for model in (exact, coded))
+    assert before.activation_bytes / after.activation_bytes > 14
 
 
 # ---- a user's step -------------------------------------------------------------------------------

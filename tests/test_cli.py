@@ -334,6 +334,18 @@ def test_heads_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert answered([*line, "--head", "lm_*"], capsys)["after"] == answer["after"]
 
 
+def test_exact_ends(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = ["hf:llama", "--config", "num_hidden_layers=1", "--input", "sequence=64"]
+    line += ["--method", "Linear=GroupQuant(4)", "--exact-ends"]
+    answer = answered(["profile", *line], capsys)
+    replaced = {name for row in answer["conversion"]["replaced"] for name in row["names"]}
+    assert "model.layers.0.self_attn.k_proj" in replaced
+    assert not {"model.layers.0.self_attn.q_proj", "lm_head"} & replaced
+    path = tmp_path / "methods.toml"
+    said = printed(["convert", *line, "--out", str(path)], capsys)
+    assert f'load_methods("{path}"), exact_ends=True)' in said
+
+
 def test_levels_of_modules(capsys: pytest.CaptureFixture[str]) -> None:
     line = ["profile", "hf:bert", "--input", "sequence=16", "--config", "num_hidden_layers=2"]
     text = printed([*line, "--depth", "2"], capsys)

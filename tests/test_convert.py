@@ -84,6 +84,30 @@ def state(model):
 # --- Which layers.
 
 
+@pytest.mark.parametrize(
+    "methods", [NEAREST, [FewBit(), NEAREST], {"head": NEAREST, nn.Linear: NEAREST}], ids=str
+)
+def test_the_first_and_the_last_layer_exact(methods):
+    model = Net()
+    conversion = convert(model, methods, exact_ends=True)
+    linears = {name for name, kind in names(conversion).items() if kind.endswith(".Linear")}
+    assert linears == {"blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2"}
+    assert reasons(conversion)["head"] == "left alone, as asked"
+    assert type(model.blocks[0].fc1) is type(model.head) is nn.Linear
+    convert(model, methods)
+    assert convert(model, methods, exact_ends=True)  # what was converted is torch's again
+    assert type(model.head) is nn.Linear
+
+
+def test_exact_ends_of_layers_with_odd_names():
+    """A name stands for itself, be it a pattern or the name of a type."""
+    layers = {"Linear": nn.Linear(4, 4), "[a]*": nn.Conv1d(4, 4, 1), "a": nn.Linear(4, 4)}
+    model = nn.ModuleDict({**layers, "b?": nn.Linear(4, 4), "bc": nn.LayerNorm(4)})
+    assert set(names(convert(model, NEAREST, exact_ends=True))) == {"[a]*", "a", "bc"}
+    one = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    assert set(names(convert(one, NEAREST, exact_ends=True))) == {"1"}
+
+
 def test_one_method_converts_every_layer_that_it_has_a_rule_for():
     model = Net()
     conversion = convert(model, FewBit(bits=3))

@@ -15,6 +15,7 @@ from packlight.groupquant import kernels as group
 from packlight.groupquant import norm_kernels as group_norm
 from packlight.groupquant.fixed_point import kernels as fixed
 from packlight.groupquant.fixed_point import residual_kernels
+from packlight.groupquant.fixed_point.method import bin_width
 from packlight.head import kernels as head
 from packlight.inverted import kernels as inverted
 from packlight.inverted import norm_kernels as inverted_norm
@@ -118,7 +119,9 @@ def batch_norms(guards, shape, bits, stride):
     x = values(guards, *shape)
     x = guards.of(x.contiguous(memory_format=torch.channels_last)) if stride else x
     weight, bias, mean, var = (values(guards, shape[1]) for _ in range(4))
-    y, codes, table = fixed.batch_norm(x, weight, bias, mean, var.abs_(), 0.1, 1e-5, bits)
+    y, codes, table = fixed.batch_norm(
+        x, weight, bias, mean, var.abs_(), 0.1, 1e-5, bits, bin_width(bits, None)
+    )
     layout = (tuple(shape), y.stride(), bits, FP32)
     fixed.batch_norm_backward(x, codes, table, y.stride(), bits)
     fixed.relu_backward(x, codes, table, y.stride(), bits)

@@ -60,6 +60,17 @@ def test_an_example_of_the_guide_runs(example):
     assert all(stepped) if stepped else all(grad is not None for grad in grads)
 
 
+def test_the_examples_of_the_page_on_sketches_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for example in examples("docs/sketch.md"):
+        exec(compile(example, "docs/sketch.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "tensor(999.6" in printed
+    assert "2 of 2 layers sketched" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"variance.csv", "methods.toml"}
+
+
 def test_the_page_on_quantisers_of_one_s_own_runs_and_its_class_keeps_the_contract(monkeypatch):
     monkeypatch.setattr(Method, "_kinds", dict(Method._kinds))  # it has another BlockFloat
     page = types.ModuleType("page_on_own_methods")

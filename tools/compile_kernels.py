@@ -28,6 +28,7 @@ from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
 from packlight.groupquant.fixed_point import residual_kernels
+from packlight.groupquant.fixed_point.method import bin_width
 from packlight.groupquant.grouping import Grouping
 from packlight.head import kernels as head_kernels
 from packlight.inverted import kernels as inverted_kernels
@@ -200,6 +201,7 @@ def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int,
     kernels = fixed_point_kernels
     for bits in (4, 8):
         sizes = {"WEIGHT": True, "BIAS": True, "BITS": bits}
+        width = {"WIDTH": bin_width(bits, None)}
         for dtype, regular in itertools.product(("fp32", "bf16"), (True, False)):
             # Whole blocks of one channel a word, channels last; or none of it.
             block = {**sizes, "SAME": regular, "FULL": regular, "BLOCK": kernels.BLOCK}
@@ -207,12 +209,13 @@ def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int,
                 block["inner"] = 1
             label = f"fixed point {dtype} {bits} bits, regular {regular}"
             elements = 8 * kernels.BLOCK
-            yield f"{label}, forward", kernels._forward_kernel, block, dtype, 4, elements
+            forward = block | width
+            yield f"{label}, forward", kernels._forward_kernel, forward, dtype, 4, elements
             for mode in range(3):
                 decode = {**block, "MODE": mode}
                 yield f"{label}, decode {mode}", kernels._decode_kernel, decode, dtype, 4, elements
         running = {"RUNNING_MEAN": True, "RUNNING_VAR": True, "PARTS": 1024, "BLOCK": 8}
-        table, label = sizes | running, f"fixed point table {bits} bits"
+        table, label = sizes | width | running, f"fixed point table {bits} bits"
         yield label, kernels._table_kernel, table, "fp32", 8, kernels.ENDING
     ending = {"PARTS": 1024, "BLOCK": 8}
     yield "fixed point finish", kernels._finish_kernel, ending, "fp32", 8, kernels.ENDING

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import cifar
-from packlight.groupquant.fixed_point.method import BIN
+from packlight.groupquant import fixed_point
 from tests.resnets import KITS, resnet18
 
 WIDTHS = {4: (5, 6, 7, 8, 9, 10, 12, 16), 8: (6, 8, 10, 12, 16, 20, 24, 32)}
@@ -64,7 +64,9 @@ def main() -> None:
     for bits, widths in WIDTHS.items():
         model = resnet18(KITS[f"fixed{bits}"], 16)
         for width in widths:
-            BIN[bits] = width / 2**bits
+            for layer in model.modules():
+                if isinstance(layer, fixed_point.BatchNorm2d):
+                    layer.window = width / 2
             model.load_state_dict(exact.state_dict())
             found = gradients(model, *batch)
             print(

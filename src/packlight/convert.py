@@ -24,7 +24,7 @@ from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
 from packlight.method import Method, check_is_value
 from packlight.plan import Plan, class_changed
-from packlight.selectors import Methods, Selector, layers_of, text_of
+from packlight.selectors import Methods, Selector, layers_of, text_of, with_exact_ends
 
 __all__ = ["DEFAULT_METHODS", "convert", "revert"]
 
@@ -41,6 +41,7 @@ def convert(
     strict: bool = True,
     functional: bool = False,
     head: bool | Selector = False,
+    exact_ends: bool = False,
 ) -> Conversion:
     """Have layers of a model keep less for the backward pass; `revert` undoes it.
 
@@ -93,6 +94,9 @@ def convert(
             computes and keeps no logits; whatever else is done with them computes them. The loss is
             exact, and so are gradients, but for a pack of the head's input where a quantiser
             converts the head. docs/convert.md says what it costs.
+        exact_ends: whether the first and the last Linear or convolution, in the order of
+            `model.named_modules()`, stay torch's, as if a mapping began with None for both: what
+            papers on quantised training call exact first and last layers.
 
     Raises:
         NothingMatchedError: no layer would change, or a pattern or predicate matched no module; the
@@ -114,13 +118,20 @@ def convert(
         raise InputError(f"head={head!r} is neither True, False nor a selector, such as 'lm_head'")
     integrations.load()
     with graphs.set_aside(model):
-        return _convert(model, methods, strict, functional, head)
+        return _convert(model, methods, strict, functional, head, exact_ends)
 
 
 def _convert(
-    model: nn.Module, methods: Methods, strict: bool, functional: bool, head: bool | Selector
+    model: nn.Module,
+    methods: Methods,
+    strict: bool,
+    functional: bool,
+    head: bool | Selector,
+    exact_ends: bool,
 ) -> Conversion:
     layers = layers_of(model)
+    if exact_ends:
+        methods = with_exact_ends(methods, layers)
     plan = Plan(methods)
     for layer in layers:
         plan.add(layer)

@@ -1,6 +1,7 @@
 """Selectors: how a type, a text or a predicate picks layers, and the message if none matches."""
 
 import difflib
+import glob
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,6 +61,28 @@ def _is_called(kind: type[nn.Module], text: str) -> bool:
         text in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
         or getattr(sys.modules.get(place), name, None) is kind
     )
+
+
+def name_selector(name: str) -> str:
+    """The pattern that matches a module of this name and nothing else, no type of that name too."""
+    pattern = glob.escape(name)
+    return f"[{name[0]}]{name[1:]}" if name.isidentifier() and name[0].isupper() else pattern
+
+
+# Layers that multiply what they read by their weight, and need both for their gradients.
+_WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+
+
+def with_exact_ends(methods: Methods, layers: Sequence[Layer]) -> Methods:
+    """These methods, with None for the first and the last Linear or convolution before them."""
+    weighted = [layer for layer in layers if isinstance(layer.module, _WEIGHTED)]
+    found: dict[Selector, Choice] = {
+        name_selector(layer.names[0]): None for layer in (*weighted[:1], *weighted[-1:])
+    }
+    others = methods if isinstance(methods, Mapping) else {"*": methods}
+    for selector, choice in others.items():
+        found.setdefault(selector, choice)
+    return found
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import packlight
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import FixedPoint, fixed_point
 from packlight.groupquant.fixed_point import kernels, ops, reference
-from packlight.groupquant.fixed_point.method import BIN
+from packlight.groupquant.fixed_point.method import bin_width
 from packlight.method import Method
 from packlight.packing.layout import dense_stride, packed_bytes
 from packlight.packing.reference import unpack
@@ -44,9 +46,10 @@ def backend(request, monkeypatch):
     return request.param
 
 
-def codes_of(x, weight, bias, bits, batch_norm=reference.batch_norm):
+def codes_of(x, weight, bias, bits, batch_norm=reference.batch_norm, window=None, eps=1e-5):
     """y, the codes as a tensor like x, and the table."""
-    y, packed, table = batch_norm(x, weight, bias, None, None, 0.1, 1e-5, bits)
+    width = bin_width(bits, window)
+    y, packed, table = batch_norm(x, weight, bias, None, None, 0.1, eps, bits, width)
     codes = torch.empty_like(y, dtype=torch.uint8)
     codes.as_strided((y.numel(),), (1,)).copy_(unpack(packed, bits, y.numel()))
     return y, codes, table
@@ -70,7 +73,7 @@ def test_codes_follow_the_source(bits):
 
     There 6 / K stands for the width of a bin.
     """
-    count, width = 2**bits, BIN[bits]
+    count, width = 2**bits, bin_width(bits, None)
     x = torch.randn(8, 6, 20, 20, dtype=torch.float64)
     gamma = torch.tensor([1.0, 0.5, 2.0, 1.5, 0.1, 3.0], dtype=torch.float64)
     beta = gamma * torch.tensor([0.0, 0.3, -0.7, 1.9, -2.5, 2.4], dtype=torch.float64)
@@ -90,6 +93,57 @@ def test_codes_follow_the_source(bits):
     torch.testing.assert_close(x_rebuilt / channels(unit), a_rebuilt - channels(beta / gamma))
     y_rebuilt = channels(table[reference.STEP]) * codes + channels(table[reference.LOW])
     torch.testing.assert_close(y_rebuilt, channels(gamma) * a_rebuilt)
+
+
+def published(act, bias, bits):
+    """Codes, mask and values of the source's `tf_quant(bits, act, bias)`, both over gamma."""
+    nbins = 2**bits
+    shift = torch.clamp(nbins // 2 - torch.floor(bias * nbins / 6.0), min=1.0)
+    codes = torch.clamp(torch.floor((act - 1e-6) * nbins / 6.0) + shift, 0, nbins - 1)
+    return codes, codes >= shift, (codes + (0.5 - shift)) * 6.0 / nbins
+
+
+@every_bits
+@pytest.mark.parametrize("seed", range(5))
+def test_a_window_of_three_is_the_source(bits, seed, backend):
+    """Code by code, mask by mask and value by value, with biases up to the window's last bin."""
+    torch.manual_seed(seed)
+    channels_, end = 24, 3 - 6 / 2**bits
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    x = torch.randn(8, channels_, 12, 12, dtype=dtype) * 2 + 1
+    gamma = torch.rand(channels_, dtype=dtype) + 0.2
+    beta = gamma * (torch.rand(channels_, dtype=dtype) * 2 - 1) * end
+    run = reference.batch_norm if backend == "reference" else kernels.batch_norm
+    _, codes, table = codes_of(x, gamma, beta, bits, run, window=3, eps=1e-30)
+    x_hat = F.batch_norm(x.double(), None, None, None, None, True, eps=1e-30)
+    bias = channels(beta.double() / gamma.double())
+    expected, mask, values = published(x_hat + bias, bias, bits)
+    # Within a rounding of an edge of a bin, or of the 1e-6, either side is right.
+    place = (x_hat + bias - 1e-6) * 2**bits / 6
+    clear = ((place - place.round()).abs() > 1e-4) & ((x_hat + bias).abs() > 1e-5)
+    assert clear.double().mean() > 0.999
+    assert torch.equal(codes[clear], expected[clear].to(torch.uint8))
+    assert torch.equal((codes >= channels(table[reference.SHIFT]))[clear], mask[clear])
+    rebuilt = channels(table[reference.STEP]) * codes + channels(table[reference.LOW])
+    error = rebuilt.double() / channels(gamma.double()) - values
+    assert error[clear].abs().max() < 1e-5
+
+
+@every_bits
+def test_a_layer_keeps_by_the_window_that_it_is_given(bits):
+    x = torch.randn(64, 3, 8, 8)
+    dy = torch.randn_like(x)
+    gradients = {}
+    for window in (None, 3.0, 4.0, 8.0):
+        layer = fixed_point.BatchNorm2d(3, bits=bits, window=window)
+        converted = nn.Sequential(nn.BatchNorm2d(3))
+        packlight.convert(converted, FixedPoint(bits, window=window))
+        leaf = x.clone().requires_grad_()
+        (gradients[window],) = torch.autograd.grad(layer(leaf), leaf, dy)
+        assert torch.equal(gradients[window], torch.autograd.grad(converted(leaf), leaf, dy)[0])
+    own = {4: 4.0, 8: 8.0}[bits]
+    assert torch.equal(gradients[None], gradients[own])
+    assert len({gradient.sum().item() for gradient in gradients.values()}) == 3
 
 
 # gamma and beta: ordinary, negative, window at its ends and far outside, zero, tiny, huge.
@@ -127,11 +181,11 @@ def test_every_case_of_gamma_and_beta(case, bits, backend):
     assert torch.equal(codes >= channels(shift), y > 0)
     x_hat = F.batch_norm(x, None, None, None, None, True)
     x_rebuilt = channels(table[reference.UNIT]) * (codes - channels(table[reference.CENTRE]))
-    half = BIN[bits] / 2
+    half = bin_width(bits, None) / 2
     # The window's ends lie at whole bins of a, and one code may be set aside for a rare side of 0.
     sure = x_hat.abs() < count * half - 4 * half
     assert (x_rebuilt - x_hat).abs()[sure].max() <= half * (1 + 1e-3)
-    packed = run(x, gamma, beta, None, None, 0.1, 1e-5, bits)[1]
+    packed = run(x, gamma, beta, None, None, 0.1, 1e-5, bits, 2 * half)[1]
     rebuilt = ops.rebuild(packed, table, y.shape, y.stride(), bits, torch.float32, True)
     assert not rebuilt[y <= 0].any()
     allowed = 2 * half * abs(case[0]) + 1e-6 * abs(case[1])
@@ -312,6 +366,13 @@ def test_the_method_is_a_value():
     for bits in (2, 3, 16, "4", True, None, 4.5):
         with pytest.raises(InputError, match="neither 4 nor 8"):
             FixedPoint(bits=bits)
+    assert Method.from_dict(FixedPoint(8, window=3).to_dict()) == FixedPoint(8, window=3.0)
+    for window in (0, -3.0, math.inf, math.nan):
+        with pytest.raises(InputError, match="holds nothing"):
+            FixedPoint(window=window)
+    for window in ("3", True, [3]):
+        with pytest.raises(InputError, match="no number of standard deviations"):
+            FixedPoint(window=window)
 
 
 def test_refusals():
@@ -332,11 +393,11 @@ def test_refusals():
 def test_modules_are_drop_in(axes, options):
     name = f"BatchNorm{axes}d"
     plain = getattr(torch.nn, name)(4, **options)
-    ours = getattr(fixed_point, name)(4, **options, bits=8)
+    ours = getattr(fixed_point, name)(4, **options, bits=8, window=3)
     assert isinstance(ours, type(plain))
     ours.load_state_dict(plain.state_dict())
     ours = pickle.loads(pickle.dumps(ours))
-    assert repr(ours) == repr(plain)[:-1] + ", bits=8)"
+    assert repr(ours) == repr(plain)[:-1] + ", bits=8, window=3)"
     for _ in range(3):
         x = torch.randn(
             32, 4, *[3] * (axes - 1) if axes > 1 else [], *[2] * (axes > 1), requires_grad=True
@@ -379,7 +440,7 @@ def test_kernels_equal_the_reference(device, dtype, layout, bits):
         running = [torch.zeros(count, device=device), torch.ones(count, device=device)]
         # On the CPU: for float16 in some layouts torch's CUDA statistics are those of float16.
         given = [tensor.cpu().clone() for tensor in (x, weight, bias, *running)]
-        arguments = (0.1, 1e-5, bits)
+        arguments = (0.1, 1e-5, bits, bin_width(bits, None))
         y, codes, table = kernels.batch_norm(x, weight, bias, *running, *arguments)
         made = reference.batch_norm(*given, *arguments)
         plain, expected, expected_table = (tensor.to(device) for tensor in made)
@@ -434,7 +495,7 @@ def check(x):
     count = x.shape[1]
     weight, bias = torch.randn(2, count, device=x.device)
     running = [torch.zeros(count, device=x.device), torch.ones(count, device=x.device)]
-    y, codes, table = kernels.batch_norm(x, weight, bias, *running, 1.0, 1e-5, 4)
+    y, codes, table = kernels.batch_norm(x, weight, bias, *running, 1.0, 1e-5, 4, 0.5)
     others = [i for i in range(x.dim()) if i != 1]
     var, mean = torch.var_mean(x.double(), others)
     torch.testing.assert_close(running[0].double(), mean, rtol=1e-6, atol=1e-6)
@@ -466,7 +527,7 @@ def test_sums_of_many_values(device, layout):
     """Within 1e-5 of the sums in float64, of a few digits that cancel too."""
     side = 48 if device == "cpu" else 400  # the interpreter is slow
     x = layout(torch.randn(16, 2, side, side, device=device))
-    y, codes, table = kernels.batch_norm(x, None, None, None, None, 0.1, 1e-5, 8)
+    y, codes, table = kernels.batch_norm(x, None, None, None, None, 0.1, 1e-5, 8, 1 / 16)
     for shift in (0.1, 1.0, 100.0):
         dy = y + shift
         _, *ours = kernels.batch_norm_backward(dy, codes, table, y.stride(), 8)
@@ -484,7 +545,7 @@ def test_statistics_where_the_mean_is_large(device, layout):
     x[0, 2, 0, 0] = 1e5
     x = layout(x.to(device))
     running = [torch.zeros(3, device=device) for _ in range(2)]
-    kernels.batch_norm(x, None, None, *running, 1.0, 1e-5, 4)
+    kernels.batch_norm(x, None, None, *running, 1.0, 1e-5, 4, 0.5)
     var, mean = torch.var_mean(x.double(), (0, 2, 3))
     torch.testing.assert_close(running[0].double(), mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(running[1].double(), var, rtol=1e-5, atol=0)
@@ -506,6 +567,7 @@ def test_running_statistics(device, dtype, given):
         0.3,
         1e-5,
         4,
+        0.5,
     )
     expected = [t.to(torch.float32, copy=True) for t in plain]
     F.batch_norm(x, *expected, training=True, momentum=0.3)
@@ -519,7 +581,7 @@ def test_running_statistics(device, dtype, given):
 @every_layout
 def test_nonfinite_gradients_stay_in_their_channel(device, layout):
     x = layout(torch.randn(8, 16, 4, 4, device=device))
-    y, codes, table = kernels.batch_norm(x, None, None, None, None, 0.1, 1e-5, 4)
+    y, codes, table = kernels.batch_norm(x, None, None, None, None, 0.1, 1e-5, 4, 0.5)
     for value in (math.nan, math.inf):
         dy = torch.randn_like(y)
         dy[2, 3, 1, 1] = value
@@ -534,7 +596,7 @@ def test_nonfinite_gradients_stay_in_their_channel(device, layout):
 @every_device
 def test_gradients_of_any_stride(device):
     x = channels_last(torch.randn(8, 16, 4, 4, device=device))
-    y, codes, table = kernels.batch_norm(x, None, None, None, None, 0.1, 1e-5, 4)
+    y, codes, table = kernels.batch_norm(x, None, None, None, None, 0.1, 1e-5, 4, 0.5)
     for dy in (
         torch.randn(16, 1, 1, device=device).expand(8, 16, 4, 4),
         torch.randn(8, 16, 4, 4, device=device),
@@ -559,7 +621,7 @@ def test_captured_in_a_graph():
     running = [torch.zeros(16, device="cuda"), torch.ones(16, device="cuda")]
 
     def step():
-        y, codes, table = kernels.batch_norm(x, None, None, *running, 0.1, 1e-5, 4)
+        y, codes, table = kernels.batch_norm(x, None, None, *running, 0.1, 1e-5, 4, 0.5)
         return kernels.batch_norm_backward(x, codes, table, y.stride(), 4)[0]
 
     expected = step()
@@ -581,9 +643,9 @@ def test_opcheck():
         LAYOUTS["channels-last"](torch.randn(4, 3, 5, 5)),
     ):
         running = (torch.zeros(3), torch.ones(3))
-        forward = (x, torch.ones(3), torch.zeros(3), *running, 0.1, 1e-5, 4)
+        forward = (x, torch.ones(3), torch.zeros(3), *running, 0.1, 1e-5, 4, 0.5)
         torch.library.opcheck(operators.fixed_point_batch_norm.default, forward)
-        forward = (x, None, None, None, None, 0.1, 1e-5, 4)
+        forward = (x, None, None, None, None, 0.1, 1e-5, 4, 0.5)
         torch.library.opcheck(operators.fixed_point_batch_norm.default, forward)
         y, codes, table = operators.fixed_point_batch_norm(*forward)
         kept = (y, codes, table, list(y.stride()), 4)
@@ -598,7 +660,7 @@ def test_parts_of_a_few_channels_side_by_side_stay_apart(device):
     """A tile is wider than the channels are, and several parts lie after each other."""
     x = torch.randn(11, 5, 10, 10, device=device).contiguous(memory_format=torch.channels_last)
     weight, bias = (torch.randn(5, device=device) for _ in range(2))
-    arguments = (x, weight, bias, None, None, 0.1, 1e-5, 4)
+    arguments = (x, weight, bias, None, None, 0.1, 1e-5, 4, 0.5)
     _, codes, table = kernels.batch_norm(*arguments)
     torch.testing.assert_close(table, reference.batch_norm(*arguments)[2], rtol=1e-4, atol=1e-4)
     backward = (torch.randn_like(x), codes, table, x.stride(), 4)

@@ -14,6 +14,7 @@ import packlight
 from packlight import DEFAULT_METHODS, FixedPoint, GroupQuant, sharing
 from packlight.groupquant import fixed_point
 from packlight.groupquant.fixed_point import reference, residual, residual_kernels, residual_ops
+from packlight.groupquant.fixed_point.method import bin_width
 from packlight.groupquant.fixed_point.packs import ResidualRebuild
 from packlight.layers import product
 from packlight.packing.layout import packed_bytes
@@ -488,7 +489,9 @@ def chain_of(shape, dtype, masked, bits, layout, device="cpu"):
     for has_mask in masked:
         x = layout(torch.randn(shape, device=device).to(dtype))
         weight, bias = torch.randn(2, shape[1], device=device)
-        y, codes, table = reference.batch_norm(x, weight, bias, None, None, 0.1, 1e-5, bits)
+        y, codes, table = reference.batch_norm(
+            x, weight, bias, None, None, 0.1, 1e-5, bits, bin_width(bits, None)
+        )
         stride = y.stride()
         tensors += (codes, table)
         if has_mask:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from packlight import groupquant, inverted
 from packlight.groupquant import fixed_point
 from packlight.groupquant.fixed_point import kernels, ops
+from packlight.groupquant.fixed_point.method import bin_width
 
 # Deviations of the channels' values: none, far below sqrt(eps) = 0.003, near it, ordinary.
 DEVIATIONS = (0.0, 1e-5, 1e-3, 1.0)
@@ -85,7 +86,7 @@ def test_channels_without_variance(norm, plain, shape, layout):
 def test_kernels_and_reference_agree_on_channels_of_any_variance(bits):
     x = torch.randn(16, 8, 4, 4) * torch.tensor(DEVIATIONS * 2).view(-1, 1, 1) + 0.5
     weight, bias = torch.randn(8), torch.randn(8)
-    forward = (x, weight, bias, None, None, 0.1, 1e-5, bits)
+    forward = (x, weight, bias, None, None, 0.1, 1e-5, bits, bin_width(bits, None))
     ours, theirs = kernels.batch_norm(*forward), ops.batch_norm(*forward)
     torch.testing.assert_close(ours[2][:, 2:4], theirs[2][:, 2:4], rtol=1e-3, atol=1e-3)
     dy = torch.randn_like(x) + 1
@@ -122,7 +123,9 @@ def test_what_is_rebuilt_of_a_channel_without_variance_is_its_bias(bits):
     x = torch.randn(16, 8, 4, 4)
     x[:, :2] = 0.25
     weight, bias = torch.rand(8) + 0.5, torch.randn(8)
-    y, codes, table = ops.batch_norm(x, weight, bias, None, None, 0.1, 1e-5, bits)
+    y, codes, table = ops.batch_norm(
+        x, weight, bias, None, None, 0.1, 1e-5, bits, bin_width(bits, None)
+    )
     for relu in (False, True):
         rebuilt = ops.rebuild(codes, table, x.shape, x.stride(), bits, torch.float32, relu)
         expected = y.relu() if relu else y

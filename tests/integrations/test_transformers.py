@@ -296,6 +296,29 @@ def test_dropout_behind_a_sketch_of_conv1d_is_alike_in_both_passes_of_a_checkpoi
     torch.testing.assert_close(actual, expected)
 
 
+def test_rows_of_sketches_are_chosen_for_a_model_with_its_own_loss_and_watched():
+    model, inputs = make("gpt2"), batch("gpt2")
+    chosen = packlight.sketch.choose(model, [inputs])
+    names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    assert {*names, "lm_head"} == {layer.name for layer in chosen.layers}
+    packlight.convert(model, chosen)
+    with packlight.sketch.VarianceMonitor(model, every=1) as monitor:
+        model(**inputs).loss.backward()
+    assert set(monitor.ratios()) == {layer.name for layer in chosen.layers}
+    for layer in chosen.layers:
+        assert monitor.ratios()[layer.name] == pytest.approx(layer.ratio, rel=1e-3)
+
+
+def test_projections_of_one_tensor_share_the_chosen_sketch():
+    model, inputs = make("bert"), batch("bert")
+    chosen = packlight.sketch.choose(model, [inputs], kinds=["srht"])
+    layers = {layer.name.removeprefix("bert.encoder.layer.0."): layer for layer in chosen.layers}
+    query, key, value = (layers[f"attention.self.{name}"] for name in ("query", "key", "value"))
+    assert query.method == key.method == value.method
+    assert query.exact_bytes > query.kept_bytes > 0 == key.exact_bytes == value.kept_bytes
+    assert layers["classifier"].method is None
+
+
 def test_inverted_conv1d_reads_the_cast_of_an_inverted_norm():
     model = nn.Sequential(nn.LayerNorm(WIDTH), Conv1D(48, WIDTH))
     plain = copy.deepcopy(model)

@@ -38,7 +38,19 @@ def test_samples_are_the_variances():
         assert sample.sketch_variance == sketch.variance(x, seen[step], "srht", 16).item()
         assert sample.sample_variance == sketch.sample_variance(x, seen[step]).item()
         assert sample.ratio == sample.sketch_variance / sample.sample_variance
+        assert sample.alpha == sketch.correlation(x, seen[step]).item()
+        assert sample.bound == sketch.ratio_bound(x, seen[step], 16).item()
     assert list(monitor.ratios()) == ["0"]
+    (line,) = [line.split() for line in str(monitor).splitlines() if "srht" in line]
+    assert line[:5] == ["0", "srht", "16", "of", "40"]
+    expected = (
+        monitor.ratios()["0"],
+        *(
+            sum(getattr(sample, name) for sample in monitor.samples) / 3
+            for name in ("alpha", "bound")
+        ),
+    )
+    assert line[5:] == [f"{value:.3g}" for value in expected]
     train(model, 3, x)  # the hooks are gone
     assert len(monitor.samples) == 3
 
@@ -92,6 +104,7 @@ def test_what_is_not_sampled():
         model[0].weight.requires_grad_(False)
         train(model, 1)
     assert monitor.samples == []
+    assert "0 layers, 0 samples" in str(monitor)
     with pytest.raises(InputError, match="nothing was sampled"):
         monitor.plot("never.png")
 
@@ -106,6 +119,8 @@ def test_files(tmp_path, monkeypatch):
         lines = list(csv.DictReader(file))
     assert [float(line["ratio"]) for line in lines] == [s.ratio for s in monitor.samples]
     assert lines[0]["layer"] == monitor.samples[0].layer
+    assert [float(line["bound"]) for line in lines] == [s.bound for s in monitor.samples]
+    assert float(lines[0]["alpha"]) == monitor.samples[0].alpha
 
     with SummaryWriter(tmp_path) as writer:
         monitor.to_tensorboard(writer)

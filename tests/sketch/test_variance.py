@@ -70,6 +70,48 @@ def test_closed_forms_are_those_of_the_papers():
     torch.testing.assert_close(sketch.variance(x, g, "srht", p), one_block)
 
 
+def test_the_sign_of_the_gaussian_s_variance():
+    """(|X|^2 |G|^2 + |X^T G|^2) / p: 1024 where a minus would say 0."""
+    packlight.manual_seed(0)
+    x = torch.ones(128, 1)
+    errors = simulated(x, x, "gaussian", 32, 4000) - 128
+    assert sketch.variance(x, x, "gaussian", 32) == 1024
+    assert errors.square().mean().item() == pytest.approx(1024, rel=0.1)
+
+
+def test_alpha():
+    x, g = example(64)
+    expected = (x.t() @ g).square().sum() / x.square().sum() / g.square().sum()
+    torch.testing.assert_close(sketch.correlation(x, g), expected)
+    one, other = torch.randn(40, 1).double(), torch.randn(3).double()
+    parallel = one * other  # every token's term is the same but for its size
+    torch.testing.assert_close(sketch.correlation(parallel, one), torch.ones_like(expected))
+    # Terms of tokens that cancel.
+    assert sketch.correlation(torch.ones(4, 2), torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])) == 0
+
+
+def test_the_bound_on_the_ratio():
+    """It holds for the kinds that it is of, wherever it is finite, and is infinite otherwise."""
+    packlight.manual_seed(0)
+    finite = 0
+    for count in (2, 5, 40):
+        for trial in range(60):
+            spread = torch.randn(count, 1).mul(trial % 4).exp().double()
+            x = torch.randn(count, 3).double() * spread + trial % 3
+            g = torch.randn(count, 2).double() / spread + trial % 5
+            rows = max(1, count // 3)
+            bound = sketch.ratio_bound(x, g, rows)
+            own = sketch.sample_variance(x, g)
+            finite += int(bound.isfinite())
+            for kind in ("gaussian", "rademacher", "srht"):
+                assert sketch.variance(x, g, kind, rows) <= own * bound * (1 + 1e-9)
+    assert finite > 60
+    x, g = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [0.5]])
+    assert sketch.correlation(x, g).item() == pytest.approx(0.64)
+    assert sketch.sample_variance(x, g) == 0
+    assert sketch.ratio_bound(x, g, 1) == float("inf")
+
+
 def test_blocks_cost_nothing():
     """In blocks the variance is that of one transform over all rows, ordered tokens or not."""
     packlight.manual_seed(0)

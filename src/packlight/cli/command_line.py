@@ -142,6 +142,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "of transformers, or of the Linear layers that SELECTOR picks",
     )
     parser.add_argument(
+        "--exact-ends",
+        action="store_true",
+        help="the first and the last Linear or convolution stay as they are",
+    )
+    parser.add_argument(
         "--no-strict",
         dest="strict",
         action="store_false",

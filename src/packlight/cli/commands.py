@@ -131,6 +131,7 @@ def _print_conversion(answer: Answer, arguments: argparse.Namespace) -> None:
         print(f"{arguments.out} written; in training:")
         options = ", functional=True" if arguments.functional else ""
         options += f", head={arguments.head!r}" if arguments.head else ""
+        options += ", exact_ends=True" if arguments.exact_ends else ""
         options += "" if arguments.strict else ", strict=False"
         print(f'packlight.convert(model, packlight.load_methods("{arguments.out}"){options})')
 
@@ -218,6 +219,7 @@ def _converted(answer: Answer, chosen: Chosen, arguments: argparse.Namespace) ->
             strict=arguments.strict,
             functional=arguments.functional,
             head=arguments.head,
+            exact_ends=arguments.exact_ends,
         )
     except PacklightError as error:
         # The option has another name here than in Python.

@@ -18,6 +18,7 @@ class Converting:
         strict: bool = True,
         functional: bool = False,
         head: bool | Selector = False,
+        exact_ends: bool = False,
         revert_at_end: bool = False,
         measure: bool = True,
     ) -> None:
@@ -27,6 +28,7 @@ class Converting:
             strict: as for `packlight.convert`.
             functional: as for `packlight.convert`.
             head: as for `packlight.convert`.
+            exact_ends: as for `packlight.convert`.
             revert_at_end: whether the model is as it was before when training has ended.
             measure: False for no measurement.
 
@@ -41,6 +43,7 @@ class Converting:
         self.strict = strict
         self.functional = functional
         self.head = head
+        self.exact_ends = exact_ends
         self.revert_at_end = revert_at_end
         self.measure = measure
         self.conversion: Conversion | None = None
@@ -54,6 +57,7 @@ class Converting:
             strict=self.strict,
             functional=self.functional,
             head=self.head,
+            exact_ends=self.exact_ends,
         )
 
     def _start_measuring(self, model: nn.Module) -> None:

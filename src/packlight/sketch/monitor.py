@@ -1,21 +1,24 @@
 """`VarianceMonitor`: is a sketch harmless on these layers, in this training run?"""
 
 import csv
+import math
 import os
+import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from packlight._files import replaced
 from packlight.errors import InputError, MissingDependencyError
+from packlight.report.printing import cell, new_table, render
 from packlight.sketch import modules
 from packlight.sketch.method import Sketch
-from packlight.sketch.sketches import sample_variance, variance
-
-_SKETCHED = (modules.Linear, modules.Conv1d, modules.Conv2d)
+from packlight.sketch.variances import Variances
+from packlight.sketch.watching import Taker, watch
 
 
 class VarianceSample(NamedTuple):
@@ -28,6 +31,10 @@ class VarianceSample(NamedTuple):
     rows: int
     sketch_variance: float
     sample_variance: float
+    alpha: float  # `packlight.sketch.correlation`
+    bound: (
+        float  # `packlight.sketch.ratio_bound`: on the ratio of a Gaussian sketch of as many rows
+    )
 
     @property
     def ratio(self) -> float:
@@ -40,15 +47,17 @@ class VarianceMonitor:
 
         with packlight.sketch.VarianceMonitor(model, every=100) as monitor:
             train(model)
-        print(monitor.ratios())
+        print(monitor)
         monitor.plot("variance.png")
 
     Every `every` forward passes of a layer with gradient it takes, when the layer's output gradient
     arrives, `variance(x, grad_output, kind, rows)` and `sample_variance(x, grad_output)`. The ratio
     says how much a sketch adds to the noise that the weight gradient has anyway because a batch is
-    a sample: at 0.1, its standard deviation grows by 5%. Between samples nothing but a counter
-    runs. A sample holds the layer's input until then, and costs a few times the layer's exact
-    weight gradient, with no synchronisation; nothing of the training changes.
+    a sample: at 0.1, its standard deviation grows by 5%. Beside it stand alpha and the bound that
+    follows from alpha alone, on the ratio of a Gaussian sketch of as many rows. Printed, a monitor
+    is a table of them by layer. Between samples nothing but a counter runs. A sample holds
+    the layer's input until then, and costs a few times the layer's exact weight gradient, with no
+    synchronisation; nothing of the training changes.
 
     Args:
         model: its layers of `packlight.sketch` are watched.
@@ -65,13 +74,12 @@ class VarianceMonitor:
             raise InputError(f"every={every!r} is not a number of forward passes, 1 or more")
         self.every = every
         self._passes: dict[str, int] = {}
-        self._taken: list[tuple[int, str, str, int, int, Tensor, Tensor]] = []
+        self._taken: list[tuple[tuple[int, str, str, int, int], tuple[Tensor, ...]]] = []
         self._handles: list[RemovableHandle] = []
         for name, module in model.named_modules():
             own = _method_of(module, method)
             if own is not None:
-                hook = self._hook(name, own)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                self._handles.append(watch(module, self._sampling(name, own)))
         if not self._handles:
             raise InputError(
                 f"{type(model).__name__} has no layer of packlight.sketch to watch; convert some,"
@@ -93,15 +101,39 @@ class VarianceMonitor:
     @property
     def samples(self) -> list[VarianceSample]:
         """All samples so far. Waits for the device."""
-        return [VarianceSample(*row[:5], row[5].item(), row[6].item()) for row in self._taken]
+        return [
+            VarianceSample(*where, *(value.item() for value in values))
+            for where, values in self._taken
+        ]
 
     def ratios(self) -> dict[str, float]:
         """By layer, the mean sketch variance over the mean sample variance."""
-        sums: dict[str, tuple[float, float]] = {}
+        return {layer: _ratio(own) for layer, own in self._by_layer().items()}
+
+    def _by_layer(self) -> dict[str, list[VarianceSample]]:
+        found: dict[str, list[VarianceSample]] = {}
         for sample in self.samples:
-            ours, own = sums.get(sample.layer, (0.0, 0.0))
-            sums[sample.layer] = ours + sample.sketch_variance, own + sample.sample_variance
-        return {layer: ours / own if own else float("nan") for layer, (ours, own) in sums.items()}
+            found.setdefault(sample.layer, []).append(sample)
+        return found
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        by_layer = self._by_layer()
+        yield Text(f"{len(by_layer)} layers, {len(self._taken)} samples; means over samples")
+        table = new_table()
+        for column in ("layer", "kind", "rows", "ratio", "alpha", "bound"):
+            table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
+        for layer, own in by_layer.items():
+            last = own[-1]
+            alpha, bound = (
+                statistics.fmean(getattr(sample, name) for sample in own)
+                for name in ("alpha", "bound")
+            )
+            numbers = (f"{value:.3g}" for value in (_ratio(own), alpha, bound))
+            table.add_row(cell(layer), last.kind, f"{last.rows} of {last.tokens}", *numbers)
+        yield table
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the samples, a line each, under the names of `VarianceSample` and `ratio`."""
@@ -123,50 +155,34 @@ class VarianceMonitor:
         """
         _draw(self.samples, self.ratios(), path, limit)
 
-    def _hook(self, name: str, method: Sketch) -> Callable[..., None]:
-        def after_forward(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> None:
-            weight = module.weight
-            if torch.compiler.is_compiling() or not module.training:
-                return
-            if not (isinstance(weight, Tensor) and weight.requires_grad and output.requires_grad):
-                return
+    def _sampling(self, name: str, method: Sketch) -> Callable[[Tensor], Taker | None]:
+        def begin(_: Tensor) -> Taker | None:
             step = self._passes.get(name, 0)
             self._passes[name] = step + 1
-            if step % self.every == 0:
-                x: Tensor = args[0] if args else kwargs["input"]
-                axis = -3 if isinstance(module, modules.Conv2d) else -1
-                axis = -2 if isinstance(module, modules.Conv1d) else axis
-                self._sample_later(name, method, step, x.detach().movedim(axis, -1), output, axis)
+            return sample_of(step) if step % self.every == 0 else None
 
-        return after_forward
+        def sample_of(step: int) -> Taker:
+            def take(x: Tensor, grad_output: Tensor) -> None:
+                of = Variances(x, grad_output)
+                rows = min(method.row_count(of.tokens), of.tokens)
+                values = of.of(method.kind)(rows), of.of_sample, of.correlation
+                where = step, name, method.kind, of.tokens, rows
+                self._taken.append((where, (*values, of.ratio_bound(rows))))
 
-    def _sample_later(
-        self, name: str, method: Sketch, step: int, x: Tensor, output: Tensor, axis: int
-    ) -> None:
-        """Takes a sample when the gradient of `output` arrives, if `x` is still what was read.
+            return take
 
-        x [..., features]; the features of the output are its axis `axis`.
-        """
-        version = x._version
-        tokens = x.shape[:-1].numel()
-        rows = min(method.row_count(tokens), tokens)
+        return begin
 
-        def on_gradient(grad_output: Tensor) -> None:
-            if x._version != version:
-                return
-            g = grad_output.movedim(axis, -1)
-            with torch.no_grad():
-                ours = variance(x, g, method.kind, rows)
-                own = sample_variance(x, g)
-            self._taken.append((step, name, method.kind, tokens, rows, ours, own))
 
-        output.register_hook(on_gradient)
+def _ratio(samples: list[VarianceSample]) -> float:
+    """The mean sketch variance over the mean sample variance."""
+    own = math.fsum(sample.sample_variance for sample in samples)
+    ours = math.fsum(sample.sketch_variance for sample in samples)
+    return ours / own if own else float("nan")
 
 
 def _method_of(module: nn.Module, given: Sketch | None) -> Sketch | None:
-    if isinstance(module, _SKETCHED):
+    if isinstance(module, modules.Sketched):
         return module.method
     return given if type(module) is nn.Linear else None
 

@@ -1,8 +1,8 @@
 """Batch norm that keeps a fixed-point code of its normalised value.
 
-`batch_norm` has torch.nn.functional's arguments, plus `bits`. A `relu` that reads its output keeps
-nothing of its own, and its gradient is exact; a convolution or a Linear that reads either rebuilds
-its input from the same code.
+`batch_norm` has torch.nn.functional's arguments, plus `bits` and `window`. A `relu` that reads its
+output keeps nothing of its own, and its gradient is exact; a convolution or a Linear that reads
+either rebuilds its input from the same code.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 from packlight import _torch, sharing
 from packlight._checks import check_tensor, refuse_second_derivative
 from packlight.groupquant.fixed_point import ops
-from packlight.groupquant.fixed_point.method import FixedPoint, check_bits
+from packlight.groupquant.fixed_point.method import FixedPoint, bin_width
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, grade
 from packlight.layers import channel_norms
 from packlight.pack import Pack
@@ -37,9 +37,10 @@ class _BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
         bits: int,
+        width: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, codes, table = ops.batch_norm(
-            x, weight, bias, running_mean, running_var, momentum, eps, bits
+            x, weight, bias, running_mean, running_var, momentum, eps, bits, width
         )
         ctx.mark_non_differentiable(codes, table)
         ctx.set_materialize_grads(False)
@@ -63,7 +64,7 @@ class _BatchNorm(torch.autograd.Function):
                 dbias = dbeta.to(ctx.bias_dtype)
             if not needs_input:
                 dx = None
-        return dx, dweight, dbias, None, None, None, None, None
+        return dx, dweight, dbias, *[None] * 6
 
 
 _apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _torch.applied(_BatchNorm)
@@ -80,6 +81,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     bits: int = _DEFAULT.bits,
+    window: float | None = _DEFAULT.window,
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) gamma + beta over [N, C, ...], statistics over all but C.
 
@@ -93,10 +95,11 @@ def batch_norm(
     torch's function.
     """
     check_tensor(input, "batch_norm")
-    check_bits(bits)
+    width = bin_width(bits, window)
     if not training or not channel_norms.worth_packing(input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    y, codes, table = _apply(input, weight, bias, running_mean, running_var, momentum, eps, bits)
+    running = (running_mean, running_var)
+    y, codes, table = _apply(input, weight, bias, *running, momentum, eps, bits, width)
     shape = tuple(y.shape)
     rebuild = Rebuild(shape, y.stride(), bits)
     sharing.note_pack(y, Pack(rebuild, shape, (codes, table), grade(bits)))

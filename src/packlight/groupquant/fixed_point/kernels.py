@@ -22,7 +22,7 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight.groupquant.fixed_point import reference
-from packlight.groupquant.fixed_point.method import BIN, EDGE
+from packlight.groupquant.fixed_point.method import EDGE
 from packlight.layers import channel_norms
 from packlight.packing.kernels import (
     code_at,
@@ -44,7 +44,6 @@ SCALE = tl.constexpr(reference.SCALE)
 FAR = tl.constexpr(reference.FAR)
 LEAST = tl.constexpr(channel_norms.LEAST)
 EDGE_ = tl.constexpr(EDGE)
-BIN_OF_4, BIN_OF_8 = tl.constexpr(BIN[4]), tl.constexpr(BIN[8])
 
 # What `_decode_kernel` makes of a code.
 VALUE = tl.constexpr(0)
@@ -140,12 +139,12 @@ def _table_kernel(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
+    WIDTH: tl.constexpr,  # of a bin, in standard deviations
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Statistics, the running ones, and the table of a batch norm, as `reference.channel_table`."""
     COUNT: tl.constexpr = 1 << BITS
-    WIDTH: tl.constexpr = BIN_OF_4 if BITS == 4 else BIN_OF_8
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = channel < channels
     part = tl.arange(0, PARTS)[:, None].to(tl.int64)
@@ -229,13 +228,13 @@ def _forward_kernel(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
+    WIDTH: tl.constexpr,  # of a bin, in standard deviations
     SAME: tl.constexpr,  # the eight elements of a word are of one channel
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """y = (x - mean) rstd gamma + beta, and its codes."""
     COUNT: tl.constexpr = 1 << BITS
-    WIDTH: tl.constexpr = BIN_OF_4 if BITS == 4 else BIN_OF_8
     start = tl.program_id(0).to(tl.int64) * BLOCK
     groups = groups.to(tl.int64)
     n = tl.full([], n, tl.int64)  # Triton passes 1 as a constant, which has no `to`
@@ -586,6 +585,7 @@ def _table_launch(
     weight: bool,
     bias: bool,
     bits: int,
+    width: float,
     device: torch.device,
 ) -> Launch:
     grid, ending = _ending(device, channels)
@@ -602,6 +602,7 @@ def _table_launch(
         WEIGHT=weight,
         BIAS=bias,
         BITS=bits,
+        WIDTH=width,
         **ending,
         num_warps=END_WARPS,
     )
@@ -609,10 +610,11 @@ def _table_launch(
 
 @functools.lru_cache(LAUNCHES)
 def _forward_launch(
-    n: int, channels: int, inner: int, weight: bool, bias: bool, bits: int
+    n: int, channels: int, inner: int, weight: bool, bias: bool, bits: int, width: float
 ) -> Launch:
     grid, numbers, constants = _words(n, channels, inner)
-    return _forward_kernel.prepare(grid, *numbers, WEIGHT=weight, BIAS=bias, BITS=bits, **constants)
+    given = {"WEIGHT": weight, "BIAS": bias, "BITS": bits, "WIDTH": width}
+    return _forward_kernel.prepare(grid, *numbers, **given, **constants)
 
 
 def batch_norm(
@@ -624,10 +626,12 @@ def batch_norm(
     momentum: float,
     eps: float,
     bits: int,
+    width: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, channels, device = x.numel(), x.shape[1], x.device
     if n == 0:
-        return reference.batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, bits)
+        running = (running_mean, running_var)
+        return reference.batch_norm(x, weight, bias, *running, momentum, eps, bits, width)
     y = torch.empty_like(x)
     stride = y.stride()
     x = laid_out(x, stride)
@@ -644,13 +648,14 @@ def batch_norm(
     new_mean, new_var = _whole(running_mean, moments), _whole(running_var, moments)
     _table_launch(
         n // channels, channels, share, parts, float(momentum), float(eps),
-        running_mean is not None, running_var is not None, *given, bits, device,
+        running_mean is not None, running_var is not None, *given, bits, float(width), device,
     )(statistics, new_mean, new_var, weight, bias, moments, table)  # fmt: skip
     if running_mean is not None and running_mean is not new_mean:
         running_mean.copy_(new_mean)
     if running_var is not None and running_var is not new_var:
         running_var.copy_(new_var)
-    _forward_launch(n, channels, inner, *given, bits)(x, y, codes, moments, weight, bias, table)
+    launch = _forward_launch(n, channels, inner, *given, bits, float(width))
+    launch(x, y, codes, moments, weight, bias, table)
     return y, codes, table
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from packlight.groupquant.fixed_point.functional import batch_norm
-from packlight.groupquant.fixed_point.method import FixedPoint, check_bits
+from packlight.groupquant.fixed_point.method import FixedPoint, bin_width
 from packlight.groupquant.fixed_point.relu import relu
 from packlight.layers.twin import Twin, start_batch
 
@@ -20,18 +20,29 @@ class _BatchNorm(Twin, nn.modules.batchnorm._NormBase):
     """What the batch norms share."""
 
     bits: int
+    window: float | None
 
-    def __init__(self, *args: Any, bits: int = _DEFAULT.bits, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        bits: int = _DEFAULT.bits,
+        window: float | None = _DEFAULT.window,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.bits = check_bits(bits)
+        bin_width(bits, window)
+        self.bits, self.window = bits, window
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"bits": self.bits}
+        return {"bits": self.bits, "window": self.window}
+
+    def _shown(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if value is not None}
 
     def training_forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        return batch_norm(input, **start_batch(self), bits=self.bits)
+        return batch_norm(input, **start_batch(self), **self.options)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

@@ -24,6 +24,7 @@ def _fake_batch_norm(
     momentum: float,
     eps: float,
     bits: int,
+    width: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     codes = x.new_empty(packed_bytes(x.numel(), bits), dtype=torch.uint8)
     table = x.new_empty(reference.ROWS, x.shape[1], dtype=compute_dtype(x))
@@ -39,7 +40,8 @@ def _fake_batch_norm_backward(
 
 batch_norm = define_op(
     "fixed_point_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, float momentum, float eps, int bits) -> (Tensor, Tensor, Tensor)",
+    " Tensor(b!)? running_var, float momentum, float eps, int bits, float width)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=reference.batch_norm,
     fake=_fake_batch_norm,
     kernel=f"{_KERNELS}:batch_norm",

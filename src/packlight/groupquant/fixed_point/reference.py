@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from packlight.groupquant.fixed_point.method import BIN, EDGE
+from packlight.groupquant.fixed_point.method import EDGE
 from packlight.layers.channel_norms import along_channels, deviation
 from packlight.packing import reference as packing
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
@@ -27,21 +27,27 @@ FAR = 2.0**16
 
 
 def channel_table(
-    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    bits: int,
+    width: float,
 ) -> Tensor:
     """The table of a batch norm with these statistics and parameters, [channels] each."""
     count = 2**bits
     gamma = torch.ones_like(rstd) if weight is None else weight.to(rstd.dtype)
     beta = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype)
-    width = BIN[bits] * deviation(rstd, eps)
+    widths = width * deviation(rstd, eps)
     # Left of everything where gamma and beta are both 0: y is 0, and not positive.
-    position = (beta / gamma.abs() / width).nan_to_num(-FAR, FAR, -FAR)
+    position = (beta / gamma.abs() / widths).nan_to_num(-FAR, FAR, -FAR)
     whole = position.floor()
     phase = torch.where(position.abs() < FAR, position - whole, 0.0)
     # A channel that is not finite comes back as NaN: x_hat is NaN throughout.
     centre = phase + (count - 1) / 2 + 0.0 * (mean + rstd)
-    step = gamma.abs() * width
-    unit = torch.where(gamma < 0, -width, width)
+    step = gamma.abs() * widths
+    unit = torch.where(gamma < 0, -widths, widths)
     rows = {
         STEP: step,
         LOW: beta - step * centre,
@@ -60,11 +66,13 @@ def _unpack(codes: Tensor, shape: Sequence[int], stride: Sequence[int], bits: in
     return x
 
 
-def encode(x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, bits: int) -> Tensor:
+def encode(
+    x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, bits: int, width: float
+) -> Tensor:
     """Packed codes of the normalised `x`, in the memory order of `y`, which is its batch norm."""
     count = 2**bits
     x_hat = (x.to(table.dtype) - along_channels(mean, x)) * along_channels(rstd, x)
-    offset = table[CENTRE] + (0.5 - EDGE / BIN[bits])
+    offset = table[CENTRE] + (0.5 - EDGE / width)
     code = (
         (x_hat * along_channels(1 / table[UNIT], x) + along_channels(offset, x))
         .floor()
@@ -86,8 +94,12 @@ def batch_norm(
     momentum: float,
     eps: float,
     bits: int,
+    width: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, bit-equal to torch's in training, codes and table; updates the running statistics."""
+    """y, bit-equal to torch's in training, codes and table; updates the running statistics.
+
+    `width` is that of a bin, in standard deviations.
+    """
     y, mean, rstd = torch.native_batch_norm(
         x, weight, bias, running_mean, running_var, True, momentum, eps
     )
@@ -95,8 +107,8 @@ def batch_norm(
     if y.stride() != stride:
         y = y.new_empty_strided(y.shape, stride).copy_(y)
     mean, rstd = mean.to(compute_dtype(x)), rstd.to(compute_dtype(x))
-    table = channel_table(mean, rstd, weight, bias, eps, bits)
-    return y, encode(x, y, mean, rstd, table, bits), table
+    table = channel_table(mean, rstd, weight, bias, eps, bits, width)
+    return y, encode(x, y, mean, rstd, table, bits, width), table
 
 
 def batch_norm_backward(
