@@ -183,6 +183,7 @@ def _user(which: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: steps(rows.read(rows.RESULTS / step.OUT)),
+    "preact29": _cifar("preact29"),
     "resnet18": _cifar("resnet18"),
     "vit": _cifar("vit"),
     "user": lambda: _user("steps"),
