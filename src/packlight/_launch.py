@@ -78,26 +78,33 @@ class Launch:
         self.grid = (*grid, 1, 1)[:3]
         self.numbers = numbers
         self.constants = constants
+        # By what differs between calls: the compiled kernel, and the arguments after the tensors.
         self.found: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
     def __call__(self, *arguments: Any) -> None:
         plain: list[Any] = []
         key: list[Any] = []
+        bits = 0
         for argument in arguments:
             if type(argument) is int:
                 plain.append(argument)
                 key.append(-(2**31) <= argument < 2**31)
             else:
                 plain.append(address := argument.data_ptr())
+                bits |= address
                 key.append(argument.dtype)
-                if address & 15:
-                    key.append(-len(plain))  # of the argument that is not aligned
+        if bits & 15:  # which arguments are not aligned; seeds are told apart by no more than above
+            key += [
+                type(argument) is not int and address & 15 != 0
+                for argument, address in zip(arguments, plain, strict=True)
+            ]
         device = arguments[0].get_device()
         key.append(device)
         found = self.found.get(tuple(key))
         if found is not None:
             compiled, rest = found
-            _run(compiled, self.grid, device, plain + rest)
+            plain += rest
+            _run(compiled, self.grid, device, plain)
             return
         launched = self.kernel.launch(self.grid, (*arguments, *self.numbers), self.constants)
         if launched is not None:
