@@ -118,16 +118,22 @@ def _run(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]
 
     `device` is that of the tensors, which is the current one: see `define_op`.
     """
-    if not _torch.launches_directly() or _is_watched():
+    launcher = _launcher(compiled)
+    if launcher is None or _is_watched():
         compiled[grid](*arguments)
         return
-    launch, settings = _launcher(compiled)
+    launch, settings = launcher
     launch(*grid, _stream()(device), *settings, *arguments)
 
 
 @functools.cache
-def _launcher(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """What launches a compiled kernel, and its arguments between the stream and the kernel's."""
+def _launcher(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
+    """What launches a compiled kernel, and its arguments between the stream and the kernel's.
+
+    None where the launchers of this Triton are not known.
+    """
+    if not _torch.launches_directly():
+        return None
     run = compiled.run
     common = (compiled.packed_metadata, None, None, None)
     own = _torch.own_launch(run)
@@ -141,8 +147,10 @@ def _is_watched() -> bool:
     """Whether a profiler has hooks on launches; an empty chain of them is called all the same."""
     assert _torch.TRITON.values is not None
     runtime = _torch.TRITON.values[0]
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", hook):
+            return True
+    return False
 
 
 @functools.cache

@@ -30,7 +30,9 @@ class Reading:
         self.left -= 1
         if (x is None and self.left <= 0) or torch.compiler.is_compiling():
             return self.rebuild(dtype, *tensors)
-        stream = _torch.current_stream(tensors[0])
+        first = tensors[0]
+        assert first is not None
+        stream = _torch.current_stream(first)
         if x is None or x.dtype != dtype or stream != self.stream:
             x = self.rebuild(dtype, *tensors)
         if self.left > 0 and stream is not None and _torch.at_end_of_backward(self.let_go):

@@ -133,7 +133,7 @@ def _whole(query: Tensor, key: Tensor, value: Tensor, method: Quantiser) -> Tens
 
 def _place(x: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Shape, strides and offset of a view of a contiguous tensor."""
-    return tuple(x.shape), x.stride(), x.storage_offset() - whole.storage_offset()
+    return tuple(x.shape), x.stride(), int(x.storage_offset() - whole.storage_offset())
 
 
 # --- What torch calls, and what it does before.

@@ -1,7 +1,7 @@
 """Linear layers that keep a pack of their input, or nothing where something stands for it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,21 +43,38 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         weight, *tensors = saved_with_weight(ctx)
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        if needs_input:
-            weight = recast(weight, grad_output)
-        rows = grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1])
-        dx = dweight = dbias = None
-        if needs_input:
-            dx = as_dtype(rows.mm(weight).view(*grad_output.shape[:-1], -1), x_dtype)
-        if needs_weight:
-            x = ctx.rebuild(grad_output.dtype, *tensors)
-            dweight = product(rows.t(), x.reshape(rows.shape[0], -1), weight_dtype)
-        if needs_bias:
-            wide = torch.promote_types(rows.dtype, bias_dtype)
-            dbias = as_dtype(column_sums(rows, wide), bias_dtype)
-        return dx, dweight, dbias, None, *[None] * len(tensors)
+        needs = ctx.needs_input_grad[:3]
+        gradients = linear_gradients(grad_output, weight, ctx.rebuild, tensors, needs, ctx.dtypes)
+        return *gradients, None, *[None] * len(tensors)
+
+
+def linear_gradients(
+    grad_output: Tensor,
+    weight: Tensor,
+    rebuild: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needs: tuple[bool, bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias, those that are needed, each in its dtype.
+
+    The input comes from what `tensors` keep of it.
+    """
+    needs_input, needs_weight, needs_bias = needs
+    x_dtype, weight_dtype, bias_dtype = dtypes
+    if needs_input:
+        weight = recast(weight, grad_output)
+    rows = grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1])
+    dx = dweight = dbias = None
+    if needs_input:
+        dx = as_dtype(rows.mm(weight).view(*grad_output.shape[:-1], -1), x_dtype)
+    if needs_weight:
+        x = rebuild(grad_output.dtype, *tensors)
+        dweight = product(rows.t(), x.reshape(rows.shape[0], -1), weight_dtype)
+    if needs_bias:
+        wide = torch.promote_types(rows.dtype, bias_dtype)
+        dbias = as_dtype(column_sums(rows, wide), bias_dtype)
+    return dx, dweight, dbias
 
 
 _apply: Callable[..., Tensor] = _torch.applied(_Linear)

@@ -33,9 +33,24 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def dense_stride(x: Tensor) -> tuple[int, ...]:
     """The strides of an elementwise result of `x`: its own if it is dense, else the nearest."""
-    if x.is_contiguous():  # the common case, without making a tensor
+    if x.is_contiguous() or _is_permuted(x):  # without making a tensor
         return x.stride()
     return torch.empty_like(x, device="meta").stride()
+
+
+def _is_permuted(x: Tensor) -> bool:
+    """Whether `x` is a contiguous tensor with its dimensions in another order.
+
+    A compiler is not asked, nor where a dimension of one element may have any stride.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if stride != expected or size < 2:
+            return False
+        expected *= size
+    return True
 
 
 def is_dense(x: Tensor) -> bool:

@@ -100,9 +100,10 @@ class LoraLayer(Adapter):
         names = [name for name in self.active_adapters if name in lora.lora_A]
         if len(names) != 1 or names[0] in lora.lora_variant:
             return None
-        name, base = names[0], self.base_layer
+        name, base = names[0], lora.base_layer
         first, second = lora.lora_A[name], lora.lora_B[name]
-        if type(lora.lora_dropout[name]) is not nn.Identity or not isinstance(first, Linear):
+        packs = isinstance(first, Linear)
+        if not packs or type(lora.lora_dropout[name]) is not nn.Identity:
             return None
         for layer in (base, first, second):
             if kind_of(layer) is not nn.Linear or not is_bare(layer):
