@@ -1,10 +1,11 @@
-"""Known layers of transformers that run as one function, beside their parts one by one."""
+"""Known layers of transformers and timm that run as one function, beside their parts."""
 
 import copy
 
 import pytest
 import torch
 import transformers
+from timm.layers import Mlp
 from torch import nn
 from transformers.models.bert.modeling_bert import BertOutput
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -30,7 +31,12 @@ def mlp():
     return LlamaMLP(transformers.LlamaConfig(**sizes))
 
 
+def plain_mlp():
+    return Mlp(WIDTH, MIDDLE)
+
+
 KINDS = {
+    "plain mlp": (plain_mlp, (WIDTH,), "_MLPBackward"),
     "output": (output, (WIDTH, WIDTH), "_PostNormBackward"),
     "mlp": (mlp, (WIDTH,), "_GatedMLPBackward"),
 }
@@ -41,13 +47,13 @@ def inputs(widths, shape=(3, 7), dtype=torch.float32):
     return [torch.randn(*shape, width).to(dtype).requires_grad_() for width in widths]
 
 
-def converted(make, methods=(NEAREST, FewBit(bits=8))):
+def converted(make):
     torch.manual_seed(0)
     module = make()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.2)
     plain = copy.deepcopy(module)
-    packlight.convert(module, methods)
+    packlight.convert(module, (NEAREST, FewBit(bits=8)))
     return module, plain
 
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packlight._checks import is_taken, needs_gradient
 from packlight._classes import joined
-from packlight.calls import is_bare, uncovered
-from packlight.groupquant.modules import Linear, Quantised
+from packlight.calls import uncovered
+from packlight.groupquant.modules import Quantised
 from packlight.integrations._copies import is_copy, once_a_class
+from packlight.integrations._parts import parameters_of, takes
 from packlight.integrations.transformers.activations import function_of
 from packlight.layers import functional
 from packlight.layers.mlp import gated_mlp
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
-from packlight.quantiser import Quantiser, worth_packing
+from packlight.quantiser import Quantiser
 
 _GATES = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -101,20 +101,11 @@ class GroupQuantGatedMLP(_Gated):
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """The result by one function; None where the projections are to run one by one."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        parameters: list[tuple[Tensor, Tensor | None]] = []
-        for part in (gate, up, down):
-            if not isinstance(part, Linear) or not part.training or not is_bare(part):
-                return None
-            weight = part.weight
-            if not needs_gradient(weight):
-                return None
-            parameters.append((weight, part.bias))
-        method = self.method
-        alike = gate.method == up.method == down.method == method
-        if not (alike and x.dim() > 1 and is_taken(x) and worth_packing(x, method)):
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        parameters = parameters_of(projections, self.method)
+        if parameters is None or not takes(x, self.method):
             return None
-        return gated_mlp(x, parameters, self.packed_function, method)
+        return gated_mlp(x, parameters, self.packed_function, self.method)
 
 
 class GroupQuantFusedGatedMLP(_Gated):
