@@ -30,8 +30,8 @@ from packlight.selectors import kind_of
 class _Lora(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T; keeps W, A, B, x A^T and the pack of x.
 
-    A, B and what is computed with them have a dtype of their own. The sum is rounded once, to that
-    of x W^T.
+    A, B and what is computed with them have a dtype of their own. x A^T is kept in the dtype of x.
+    The sum is rounded once, to that of x W^T.
     """
 
     @staticmethod
@@ -49,7 +49,7 @@ class _Lora(torch.autograd.Function):
         hidden = F.linear(as_dtype(x, first.dtype), first)
         y = F.linear(x, weight, bias).add_(F.linear(hidden, second), alpha=scaling)
         kept_weight = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(kept_weight, first, second, hidden, *tensors)
+        ctx.save_for_backward(kept_weight, first, second, as_dtype(hidden, x.dtype), *tensors)
         ctx.settings = (scaling, rebuild)
         return writable(y, of_linear=True)
 
@@ -63,7 +63,8 @@ class _Lora(torch.autograd.Function):
         wide = as_dtype(rows, first.dtype)
         dx = dfirst = dsecond = None
         if needs_second:
-            dsecond = wide.t().mm(hidden.flatten(0, -2)).mul_(scaling)
+            hidden = as_dtype(hidden.flatten(0, -2), first.dtype)
+            dsecond = wide.t().mm(hidden).mul_(scaling)
         dhidden = wide.mm(second).mul_(scaling)
         if needs_first:
             x = rebuild(first.dtype, *tensors)
@@ -78,7 +79,7 @@ _apply: Callable[..., Tensor] = _torch.applied(_Lora)
 
 
 class LoraLayer(Adapter):
-    """f(x) + s B A x; keeps a pack of x, as all adapters of x do together, and A x exactly."""
+    """f(x) + s B A x; keeps a pack of x, as all adapters of x do together, and A x."""
 
     method: Quantiser
     base_layer: nn.Module
