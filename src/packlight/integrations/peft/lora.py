@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from packlight import _torch
-from packlight._checks import is_taken, refuse_second_derivative, saved_with_weight
+from packlight._checks import (
+    autocasts,
+    is_taken,
+    refuse_second_derivative,
+    saved_with_weight,
+)
 from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight.calls import is_bare, uncovered
@@ -95,7 +100,7 @@ class LoraLayer(Adapter):
 
     def _adapted(self, x: Tensor) -> Tensor | None:
         """The result by one function; None where PEFT's code is to run."""
-        if not trains(self) or not is_taken(x) or torch.is_autocast_enabled(x.device.type):
+        if not trains(self) or not is_taken(x) or autocasts(x.device.type):
             return None
         lora: Any = self
         names = [name for name in self.active_adapters if name in lora.lora_A]
