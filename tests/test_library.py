@@ -27,7 +27,6 @@ class Recorder:
 
     def impl(self, name, function, key):
         if key == "CUDA":
-            assert self.on_cuda is None
             self.on_cuda = function
         else:
             self.library.impl(name, function, key)
@@ -149,3 +148,26 @@ def test_kernels_are_available_where_triton_is(monkeypatch):
     assert not available()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton" or None)
     assert available()
+
+
+def test_what_an_operator_writes_to_is_counted_past_the_dispatcher(monkeypatch, dispatched):
+    *_, kernels = dispatched
+    kernels.write = lambda x, mean: x + (0 if mean is None else mean.fill_(3.0))
+    operator = _library.define_op(
+        f"writes_{next(NUMBERS)}(Tensor x, Tensor(a!)? mean) -> Tensor",
+        reference=lambda x, mean: x - 1,
+        fake=lambda x, mean: torch.empty_like(x),
+        kernel="kernels_of_the_test:write",
+    )
+    with torch.inference_mode():
+        unversioned = torch.zeros(2)
+    x, mean = torch.zeros(2), torch.zeros(2)
+    assert torch.equal(operator(x, mean), x - 1)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr("packlight._torch.is_watched", lambda: False)
+    before = mean._version
+    assert torch.equal(operator(x, mean), x + 3)
+    assert mean._version == before + 2  # `fill_`, and the operator
+    assert torch.equal(operator(x, None), x)
+    with torch.inference_mode():  # these have no version, so the dispatcher is asked
+        assert torch.equal(operator(x, unversioned), x - 1)

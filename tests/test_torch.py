@@ -16,7 +16,8 @@ from packlight._torch.capabilities import Capability, warn_if_untested
 from packlight.profile import recording
 from tests.helpers import relative_error
 
-CPU_HAS = [cap for cap in _torch.CAPABILITIES if cap is not _torch.CURRENT_DEVICE]
+CUDA_HAS = (_torch.CURRENT_DEVICE, _torch.CURRENT_STREAM)
+CPU_HAS = [cap for cap in _torch.CAPABILITIES if cap not in CUDA_HAS]
 
 
 def model_and_twin():

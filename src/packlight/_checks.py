@@ -40,7 +40,8 @@ def is_taken(x: Tensor) -> bool:
 def numbers(value: Any, axes: int, name: str) -> tuple[int, ...]:
     """`value`, one whole number or one an axis, as one an axis."""
     try:
-        found = tuple(map(operator.index, value if isinstance(value, Sequence) else [value]))
+        several = isinstance(value, (tuple, list, Sequence))  # the last is slow to ask
+        found = tuple(map(operator.index, value if several else [value]))
     except TypeError:
         raise InputError(f"{name}={value!r} is neither a whole number nor several") from None
     if len(found) == 1:

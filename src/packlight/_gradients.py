@@ -6,6 +6,7 @@ Each is what the line of plain PyTorch in it says.
 import torch
 from torch import Tensor
 
+from packlight import _torch
 from packlight._library import define_op
 from packlight.packing.layout import compute_dtype
 
@@ -30,6 +31,11 @@ def recast(x: Tensor, like: Tensor) -> Tensor:
     if x.dtype == like.dtype:
         return x
     return _recast(x, like) if torch.compiler.is_dynamo_compiling() else x.to(like.dtype)
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, without the call where there is nothing to cast."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _adds_up_in_32(x: Tensor) -> bool:
@@ -57,7 +63,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32:
         return _wide_mm(a, b) if torch.compiler.is_dynamo_compiling() else _mm(a, b)
-    return a.mm(b).to(dtype)
+    return as_dtype(a.mm(b), dtype)
 
 
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,5 +83,24 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
                 chunks: Tensor = x.unflatten(0, (-1, chunk)).sum(1, dtype=wide)
                 return chunks.sum(0).to(dtype)
     elif x.dtype.itemsize == 2 and dtype.itemsize <= 4 and _adds_up_in_32(x):
-        return _mm(x.new_ones(1, x.shape[0]), x)[0].to(dtype)
+        sums = _mm(_row_of_ones(x), x)[0]
+        return as_dtype(sums, dtype)
     return x.sum(0, dtype=dtype)
+
+
+# For each stream, which alone is sure to have written them when it reads them, and each dtype.
+_ones: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+
+def _row_of_ones(x: Tensor) -> Tensor:
+    """[1, rows] of ones for `x` [rows, columns], made once and long enough for what has come."""
+    count, stream = x.shape[0], _torch.current_stream(x)
+    if stream is None:
+        return x.new_ones(1, count)
+    key = (x.get_device(), stream, x.dtype)
+    found = _ones.get(key)
+    if found is None or found.shape[1] < count:
+        if torch.cuda.is_current_stream_capturing():  # what is recorded is not written yet
+            return x.new_ones(1, count)
+        found = _ones[key] = x.new_ones(1, 1 << (count - 1).bit_length())
+    return found[:, :count]

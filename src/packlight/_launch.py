@@ -78,26 +78,33 @@ class Launch:
         self.grid = (*grid, 1, 1)[:3]
         self.numbers = numbers
         self.constants = constants
+        # By what differs between calls: the compiled kernel, and the arguments after the tensors.
         self.found: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
     def __call__(self, *arguments: Any) -> None:
         plain: list[Any] = []
         key: list[Any] = []
+        bits = 0
         for argument in arguments:
             if type(argument) is int:
                 plain.append(argument)
                 key.append(-(2**31) <= argument < 2**31)
             else:
                 plain.append(address := argument.data_ptr())
+                bits |= address
                 key.append(argument.dtype)
-                if address & 15:
-                    key.append(-len(plain))  # of the argument that is not aligned
+        if bits & 15:  # which arguments are not aligned; seeds are told apart by no more than above
+            key += [
+                type(argument) is not int and address & 15 != 0
+                for argument, address in zip(arguments, plain, strict=True)
+            ]
         device = arguments[0].get_device()
         key.append(device)
         found = self.found.get(tuple(key))
         if found is not None:
             compiled, rest = found
-            _run(compiled, self.grid, device, plain + rest)
+            plain += rest
+            _run(compiled, self.grid, device, plain)
             return
         launched = self.kernel.launch(self.grid, (*arguments, *self.numbers), self.constants)
         if launched is not None:
@@ -111,16 +118,22 @@ def _run(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]
 
     `device` is that of the tensors, which is the current one: see `define_op`.
     """
-    if not _torch.launches_directly() or _is_watched():
+    launcher = _launcher(compiled)
+    if launcher is None or _is_watched():
         compiled[grid](*arguments)
         return
-    launch, settings = _launcher(compiled)
+    launch, settings = launcher
     launch(*grid, _stream()(device), *settings, *arguments)
 
 
 @functools.cache
-def _launcher(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """What launches a compiled kernel, and its arguments between the stream and the kernel's."""
+def _launcher(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
+    """What launches a compiled kernel, and its arguments between the stream and the kernel's.
+
+    None where the launchers of this Triton are not known.
+    """
+    if not _torch.launches_directly():
+        return None
     run = compiled.run
     common = (compiled.packed_metadata, None, None, None)
     own = _torch.own_launch(run)
@@ -134,8 +147,10 @@ def _is_watched() -> bool:
     """Whether a profiler has hooks on launches; an empty chain of them is called all the same."""
     assert _torch.TRITON.values is not None
     runtime = _torch.TRITON.values[0]
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", hook):
+            return True
+    return False
 
 
 @functools.cache

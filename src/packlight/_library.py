@@ -71,7 +71,7 @@ def define_op(
 
     module_name, _, function_name = kernel.partition(":")
     launch: Callable[..., Any] | None = None
-    places, first = _tensor_places(schema)
+    places, written, first = _tensor_places(schema)
 
     def on_cuda(*args: Any) -> Any:
         nonlocal launch
@@ -79,9 +79,11 @@ def define_op(
             tensor = args[place]
             if tensor is not None and tensor.dtype is torch.float64:
                 return reference(*args)
-        if _reference_depth or not kernels_available():
+        if _reference_depth:
             return reference(*args)
         if launch is None:
+            if not kernels_available():
+                return reference(*args)
             launch = getattr(importlib.import_module(module_name), function_name)
         tensor = args[first]
         if _torch.is_current_device(tensor):  # contexts cost more
@@ -90,24 +92,33 @@ def define_op(
             return launch(*args)
 
     _LIBRARY.impl(name, on_cuda, "CUDA")
-    if "!" in schema:  # the dispatcher counts what is written to
-        return operator
 
     def call(*args: Any) -> Any:
         """The operator, past the dispatcher where nothing looks on: that takes the CPU less."""
         if torch.compiler.is_dynamo_compiling():
             return operator(*args)
         tensor = args[first]
-        if type(tensor) is torch.Tensor and tensor.is_cuda and not _torch.is_watched():
+        if type(tensor) is not torch.Tensor or not tensor.is_cuda or _torch.is_watched():
+            return operator(*args)
+        if not written:
             return on_cuda(*args)
-        return operator(*args)
+        changed = [args[place] for place in written if args[place] is not None]
+        for tensor in changed:
+            if tensor.is_inference():  # it has no version
+                return operator(*args)
+        result = on_cuda(*args)
+        torch.autograd.graph.increment_version(changed)  # as the dispatcher does
+        return result
 
     return call
 
 
-def _tensor_places(schema: str) -> tuple[list[int], int]:
-    """Which arguments of a schema are tensors, or None, and the first that is never None."""
+def _tensor_places(schema: str) -> tuple[list[int], list[int], int]:
+    """Which arguments of a schema are tensors, or None, which are written to, and the first that
+    is never None.
+    """
     arguments = re.split(r",\s*", schema[schema.index("(") + 1 : schema.rindex(") ->")])
     kinds = [re.sub(r"\(\w!\)", "", argument).split(" ")[0] for argument in arguments]
     places = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
-    return places, kinds.index("Tensor")
+    written = [i for i in places if "!" in arguments[i]]
+    return places, written, kinds.index("Tensor")

@@ -21,9 +21,10 @@ def writable(output: Tensor, of_linear: bool = False) -> Tensor:
     Torch makes some as views of others (of a Linear in more than two dimensions), and autograd
     lets nobody write to a view that a Function made.
     """
-    # A traced tensor does not say whether it is a view.
-    traced = torch.compiler.is_dynamo_compiling()
-    if not (of_linear and output.dim() > 2 if traced else output._is_view()):
-        return output
-    alone: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    alone: Tensor = output
+    if not torch.compiler.is_dynamo_compiling():
+        if output._is_view():
+            (alone,) = torch.unsafe_chunk(output, 1)  # a third of the time of `_unsafe_view`
+    elif of_linear and output.dim() > 2:  # a traced tensor does not say whether it is a view
+        alone = torch.ops.aten._unsafe_view(output, output.shape)
     return alone

@@ -62,7 +62,9 @@ class _Covering(TorchFunctionMode):
         The hooks of a checkpoint of a function run the function again with the mode off. A compiled
         checkpoint is part of the graph in both passes.
         """
-        return torch.compiler.is_compiling() or self.hooks == _torch.saved_tensor_hooks()
+        if torch.compiler.is_dynamo_compiling():
+            return True
+        return self.hooks == _torch.saved_tensor_hooks() or torch.compiler.is_compiling()
 
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -160,10 +162,40 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
         # A module inside may be the user's, and its calls are covered like those of any module.
         if self._modules:
             return either(self, *args, **kwargs)
-        return _torch.without_mode(_Covering, either, self, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return _torch.without_mode(_Covering, either, self, *args, **kwargs)
+        mode = _torch.take_off(_Covering)
+        try:
+            return either(self, *args, **kwargs)
+        finally:
+            if mode is not None:
+                _torch.put_on(mode)
 
     _torch.give_own_code(alone, f"alone_{owner.__module__}.{owner.__qualname__}")
     return alone
+
+
+_GLOBAL_BACKWARD_HOOKS = (
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+# Dictionaries of hooks that a module has.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward and nothing else, as hooks are.
+
+    So that a layer around it may do its work for it. Hooks of `profile` only look on.
+    """
+    own = vars(module)
+    if any(_GLOBAL_HOOKS) or any(_GLOBAL_BACKWARD_HOOKS):
+        return False
+    for name in _HOOKS:
+        for hook in own[name].values() if own[name] else ():
+            if not getattr(hook, "only_looks_on", False):
+                return False
+    return "forward" not in own and own.get("_compiled_call_impl") is None
 
 
 # ---- which modules -------------------------------------------------------------------------------
@@ -252,10 +284,8 @@ _NONE = Calls.of(())
 
 def _covered_now() -> Calls:
     """The calls that are covered at present."""
-    for mode in reversed(_torch.function_modes()):
-        if isinstance(mode, _Covering):
-            return mode.calls if mode.holds() else _NONE
-    return _NONE
+    mode = _torch.innermost(_Covering)
+    return mode.calls if isinstance(mode, _Covering) and mode.holds() else _NONE
 
 
 def covers_now() -> bool:

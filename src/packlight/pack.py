@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from packlight.reading import Reading
+
 
 class Grade(NamedTuple):
     """How near a pack is to its tensor: what a reader asks for, and what a pack offers."""
@@ -45,6 +47,7 @@ class Pack(NamedTuple):
     shape: tuple[int, ...]
     tensors: tuple[Tensor | None, ...]
     grade: Grade = EXACT
+    reading: Reading | None = None  # of layers that read the tensor one after the other
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
@@ -66,12 +69,13 @@ class WeakPack(NamedTuple):
     shape: tuple[int, ...]
     references: tuple[TensorWeakRef | None, ...]
     grade: Grade
+    reading: Reading | None
 
     @staticmethod
     def of(pack: Pack) -> "WeakPack":
-        rebuild, shape, tensors, grade = pack
+        rebuild, shape, tensors, grade, reading = pack
         references = [None if kept is None else TensorWeakRef(kept) for kept in tensors]
-        return WeakPack(rebuild, shape, tuple(references), grade)
+        return WeakPack(rebuild, shape, tuple(references), grade, reading)
 
     def pack(self) -> Pack | None:
         tensors: list[Tensor | None] = []
@@ -80,4 +84,4 @@ class WeakPack(NamedTuple):
             if tensor is None and reference is not None:
                 return None
             tensors.append(tensor)
-        return Pack(self.rebuild, self.shape, tuple(tensors), self.grade)
+        return Pack(self.rebuild, self.shape, tuple(tensors), self.grade, self.reading)

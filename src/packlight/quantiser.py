@@ -20,6 +20,7 @@ from packlight.calls import uncovered
 from packlight.method import Method
 from packlight.pack import Grade, Pack
 from packlight.packing.layout import dense_stride, memory_order
+from packlight.reading import reading_of
 
 
 class Fused(NamedTuple):
@@ -150,7 +151,8 @@ def new_pack(x: Tensor, method: Quantiser) -> Pack:
     """A pack of all values of `x`."""
     tensors = method.pack(x, method.seed(x))
     shape = tuple(x.shape)
-    return Pack(Restore(method, shape, dense_stride(x)), shape, tensors, method.grade)
+    rebuild = Restore(method, shape, dense_stride(x))
+    return Pack(rebuild, shape, tensors, method.grade, reading_of(rebuild))
 
 
 def worth_packing(x: Tensor, method: Quantiser) -> bool:

@@ -121,7 +121,7 @@ def note_copy(copy: Tensor, source: Tensor) -> None:
         link = _Note(source, _NOTHING, _torch.saved_tensor_hooks())
     kept, sketch = pack_of(source), sketch_of(source)
     facts = _Facts(pack=kept, sketch=sketch, filled=is_filled(source), source=link)
-    _write(copy, facts, holds=_takes_packs_away(copy))
+    _write(copy, facts, holds=None)
 
 
 def source_of(tensor: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def _source(facts: _Facts) -> Tensor | None:
 
 def note_pack(tensor: Tensor, pack: Pack) -> None:
     """Records a layer's pack of a tensor; the layer made the tensor or reads it."""
-    _write(tensor, _Facts(pack=pack), holds=_takes_packs_away(tensor))
+    _write(tensor, _Facts(None, pack), holds=None)
 
 
 def note_held(tensor: Tensor, pack: Pack) -> None:
@@ -163,7 +163,7 @@ def note_sketch(tensor: Tensor, sketch: Pack) -> None:
 
     `sketch.rebuild` gives the weight gradient, not the tensor.
     """
-    _write(tensor, _Facts(sketch=sketch), holds=_takes_packs_away(tensor))
+    _write(tensor, _Facts(sketch=sketch), holds=None)
 
 
 def note_exact(tensor: Tensor, holder: object) -> None:
@@ -190,6 +190,8 @@ def is_filled(tensor: Tensor) -> bool:
 def pack_of(tensor: Tensor, asked: Grade | None = None) -> Pack | None:
     """The pack that is saved of `tensor` already; None if none is valid and of this grade."""
     relation, facts = _read(tensor)
+    if facts is _NOTHING:
+        return None
     pack = _alive(facts.pack)
     if pack is None or (asked is not None and not pack.grade.serves(asked)):
         source = _source(facts)
@@ -221,39 +223,38 @@ def _alive(pack: Pack | WeakPack | None) -> Pack | None:
 
 
 def _weakly(pack: Pack | WeakPack | None) -> WeakPack | None:
+    if pack is None:
+        return None
     return WeakPack.of(pack) if isinstance(pack, Pack) else pack
 
 
-def _takes_packs_away(tensor: Tensor) -> bool:
-    """Whether saved-tensor hooks take away what the graph saves of this intermediate result."""
-    if torch.compiler.is_dynamo_compiling():
-        return True
-    return tensor.grad_fn is not None and _torch.saved_tensor_hooks() is not None
-
-
-def _write(tensor: Tensor, facts: _Facts, holds: bool) -> None:
+def _write(tensor: Tensor, facts: _Facts, holds: bool | None) -> None:
     """Adds facts to the note about this version of the tensor.
 
-    With `holds` the note keeps the packs alive; otherwise something else does.
+    With `holds` the note keeps the packs alive; otherwise something else does. With None it does
+    where saved-tensor hooks take away what the graph saves of an intermediate result.
     """
-    traced = torch.compiler.is_dynamo_compiling()
-    new = not traced and id(tensor) not in _notes and tensor._base is None
-    relation, known = (None, _NOTHING) if new else _read(tensor)
-    if traced:
+    if torch.compiler.is_dynamo_compiling():
+        relation, known = _read(tensor)
         if relation in ("itself", "alike"):
             facts = facts.with_those_of(known, relation == "itself")
         _torch.ask("keep_note", None, tensor, facts)
         return
+    if not _may_be_noted(tensor):
+        return
+    hooks = _torch.saved_tensor_hooks()
+    if holds is None:
+        holds = hooks is not None and tensor.grad_fn is not None
     if not holds:
         cast, pack, sketch, *rest = facts
         facts = _Facts(cast, _weakly(pack), _weakly(sketch), *rest)
-    if known is not _NOTHING and relation in ("itself", "alike"):
-        facts = facts.with_those_of(known, relation == "itself")
-    if _may_be_noted(tensor):
-        hooks = _torch.saved_tensor_hooks()
-        _notes[id(tensor)] = note = _Note(tensor, facts, hooks)
-        if holds and hooks is not None and tensor.grad_fn is not None:
-            note.drop_later(tensor)
+    if id(tensor) in _notes or tensor._base is not None:
+        relation, known = _read(tensor)
+        if known is not _NOTHING and relation in ("itself", "alike"):
+            facts = facts.with_those_of(known, relation == "itself")
+    _notes[id(tensor)] = note = _Note(tensor, facts, hooks)
+    if holds and hooks is not None and tensor.grad_fn is not None:
+        note.drop_later(tensor)
 
 
 def _read(tensor: Tensor) -> tuple[_Relation | None, _Facts]:
@@ -347,7 +348,7 @@ class _Note:
             return False
         now = _torch.saved_tensor_hooks()
         if now is None or self.hooks is None:
-            return now is None and self.hooks is None
+            return now is self.hooks
         hook = self.hooks() if isinstance(self.hooks, weakref.ref) else self.hooks
         return hook is now[0]
 

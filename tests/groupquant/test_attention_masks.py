@@ -295,3 +295,71 @@ def test_dropout_of_attention_draws_alike_with_and_without_gradients(dtype, mask
         results.append((y.detach(), torch.cuda.get_rng_state()))
     torch.testing.assert_close(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+# ---- query, key and value as parts of one tensor -------------------------------------------------
+
+
+def _timm(made):
+    """As timm and GPT-2 cut the output of one projection: heads side by side."""
+    parts = made.view(BATCH, QUERIES, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
+    return parts.unbind(0)
+
+
+def _split(made):
+    parts = made.split(HEADS * WIDTH, dim=-1)
+    return [part.view(BATCH, QUERIES, HEADS, WIDTH).transpose(1, 2) for part in parts]
+
+
+def _by_head(made):
+    """As GPT-NeoX cuts it: each head has its query, key and value side by side."""
+    parts = made.view(BATCH, QUERIES, HEADS, 3 * WIDTH).transpose(1, 2)
+    return parts.chunk(3, dim=-1)
+
+
+def _two_of_three(made):
+    query, key, _ = _timm(made)
+    return query, key, key * 1.0
+
+
+@pytest.mark.parametrize(
+    ("cut", "packs"), [(_timm, 2), (_split, 2), (_by_head, 4), (_two_of_three, 4)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_one_projection_makes_has_one_pack(cut, packs, dtype, monkeypatch):
+    packed = []
+    plain = packlight.GroupQuant.pack
+
+    def pack(self, x, seed):
+        packed.append(tuple(x.shape))
+        return plain(self, x, seed)
+
+    monkeypatch.setattr(packlight.GroupQuant, "pack", pack)
+    made = torch.randn(BATCH, QUERIES, 3 * HEADS * WIDTH, dtype=dtype, requires_grad=True)
+    dy = torch.randn(BATCH, HEADS, QUERIES, WIDTH, dtype=dtype)
+
+    def gradient(function, **options):
+        out = function(*cut(made * 1.0), **options)
+        return out, *torch.autograd.grad(out, made, dy)
+
+    y, dmade = gradient(scaled_dot_product_attention, **OPTIONS)
+    assert len(packed) == packs
+    expected, truth = gradient(F.scaled_dot_product_attention)
+    assert torch.equal(y, expected)
+    assert relative_error(dmade, truth) < 0.02
+
+
+def test_a_part_that_was_given_other_memory_is_packed_by_itself():
+    made = torch.randn(BATCH, QUERIES, 3 * HEADS * WIDTH)
+    query, key, value = _timm(made * 1.0)
+    method = packlight.GroupQuant(**OPTIONS)
+    assert attention._whole(query, key, value, method) is not None
+    key.data = key.detach().clone()
+    assert attention._whole(query, key, value, method) is None
+
+
+def test_groups_do_not_lie_across_two_of_them():
+    made = torch.randn(BATCH, QUERIES, 3 * HEADS * 8) * 1.0
+    parts = made.view(BATCH, QUERIES, 3, HEADS, 8).permute(2, 0, 3, 1, 4).unbind(0)
+    assert attention._whole(*parts, packlight.GroupQuant(group_size=32)) is not None
+    assert attention._whole(*parts, packlight.GroupQuant(group_size=64)) is None

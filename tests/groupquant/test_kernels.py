@@ -113,6 +113,19 @@ def test_norms_equal_the_reference(width, center, dtype, device):
 
 
 @every_device
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (2, 0, 64)])
+def test_norms_take_any_shape_of_rows(shape, device):
+    x = torch.randn(shape, device=device)
+    rest = (64, torch.ones(64, device=device), None, 1e-5, True, (4, 32), None, 5)
+    for backend in (norm_kernels, norm_reference):
+        y, *others = backend.norm(x, *rest)
+        flat, *expected = backend.norm(x.view(-1, 64), *rest)
+        assert y.shape == x.shape
+        assert torch.equal(y.view(-1, 64), flat)
+        assert all(map(torch.equal, others, expected))
+
+
+@every_device
 @every_bits
 @pytest.mark.parametrize("width", [32, 40, 96, 768])  # 40: a ragged group ends each row
 @pytest.mark.parametrize("has_bias", [True, False])

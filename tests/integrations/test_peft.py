@@ -14,6 +14,7 @@ import packlight.groupquant as gq
 from packlight import FewBit, GroupQuant, Sketch
 from packlight.integrations.peft import adalora, made, scaled
 from packlight.integrations.peft.adapters import Adapter
+from tests.helpers import relative_error
 from tests.integrations.models import BATCH, LENGTH, WIDTH, batch, make, step, worst_error
 
 EIGHT = (GroupQuant(bits=8, group_size=32, rounding="nearest"), FewBit(bits=8))
@@ -76,13 +77,10 @@ def test_a_frozen_layer_keeps_nothing_of_its_own():
     x = torch.randn(BATCH * LENGTH, WIDTH, requires_grad=True)
     rows = packlight.profile(wrapped, x).rows
     pack = x.numel() // 2
-    assert sum(row.bytes for row in rows if row.dtype == "uint8") == pack + _small_pack()
+    assert sum(row.bytes for row in rows if row.dtype == "uint8") == pack
+    adapter = [row for row in rows if row.module.endswith("q_proj")]
+    assert sum(row.bytes for row in adapter) == BATCH * LENGTH * 4 * 4  # A x, of rank 4, exactly
     assert not any("base_layer" in row.module for row in rows)
-
-
-def _small_pack():
-    """What A gives, which B reads: four values a token, at 4 bits."""
-    return BATCH * LENGTH * 4 // 2
 
 
 class _Chain(nn.Module):
@@ -156,6 +154,101 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(make("llama"), tmp_path)
     assert torch.equal(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("scaling", [2.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5), (16,), (0,), (2, 0, 4)])
+def test_one_function_for_a_layer_and_its_adapter(base, adapter, scaling, bias, shape):
+    """As PEFT's own operations, up to one rounding where they make three."""
+    wide = torch.float64
+    layer, x, dy = _adapted_linear(base, adapter, scaling, bias, shape)
+    truth, wide_x = copy.deepcopy(layer).to(wide), x.detach().to(wide).requires_grad_()
+    packlight.convert(layer, GroupQuant(bits=8, group_size=32))
+    y = layer(x)
+    assert y.dtype == base
+    if x.numel() >= 32:
+        assert y.grad_fn.name() == "_LoraBackward"
+        y.add_(0.0)  # it may be written to
+    y.backward(dy)
+    expected = truth(wide_x)
+    expected.backward(dy.to(wide))
+    near = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+    torch.testing.assert_close(y, expected.to(base), rtol=near[base], atol=near[base])
+    torch.testing.assert_close(x.grad, wide_x.grad.to(base), rtol=near[base], atol=4 * near[base])
+    (first, second), (wide_first, wide_second) = (
+        (model.lora_A["default"].weight.grad, model.lora_B["default"].weight.grad)
+        for model in (layer, truth)
+    )
+    assert first.dtype == second.dtype == adapter
+    if x.numel() >= 32:
+        assert relative_error(second, wide_second) < near[base]
+        assert relative_error(first, wide_first) < 0.02
+
+
+def _adapted_linear(base, adapter, scaling, bias, shape=(3, 5)):
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH, bias=bias)).to(base)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=4 * scaling, target_modules=["0"], init_lora_weights=False
+    )
+    layer = peft.get_peft_model(model, config).base_model.model[0]
+    for part in (layer.lora_A, layer.lora_B):
+        part.to(adapter)
+    x = torch.randn(*shape, WIDTH, dtype=base).requires_grad_()
+    return layer, x, torch.randn(*shape, 2 * WIDTH, dtype=base)
+
+
+def _hook(layer):
+    layer.lora_A["default"].register_forward_hook(lambda *_: None)
+
+
+def _dropout(layer):
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+
+
+def _own_forward(layer):
+    layer.base_layer.forward = layer.base_layer.forward
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _hook,
+        _dropout,
+        _own_forward,
+        lambda layer: layer.base_layer.requires_grad_(True),
+        lambda layer: layer.lora_A.requires_grad_(False),
+        lambda layer: layer.enable_adapters(False),
+        lambda layer: layer.lora_A["default"].eval(),
+    ],
+)
+def test_elsewhere_the_code_of_peft_runs(change):
+    layer, x, _ = _adapted_linear(torch.float32, torch.float32, 2.0, True)
+    packlight.convert(layer, GroupQuant(bits=8, group_size=32))
+    assert layer(x).grad_fn.name() == "_LoraBackward"
+    change(layer)
+    assert layer(x).grad_fn.name() != "_LoraBackward"
+
+
+def test_the_function_refuses_what_layers_refuse():
+    layer, x, dy = _adapted_linear(torch.float32, torch.float32, 2.0, True)
+    packlight.convert(layer, GroupQuant(bits=8, group_size=32))
+    with pytest.raises(packlight.DoubleBackwardError):
+        torch.autograd.grad(layer(x), x, dy, create_graph=True)
+    y = layer(x)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.mul_(2)
+    with pytest.raises(packlight.ModifiedWeightError):
+        y.backward(dy)
 
 
 # ---- every kind of adapter -----------------------------------------------------------------------

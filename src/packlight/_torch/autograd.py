@@ -39,12 +39,23 @@ def next_node_number() -> int:
     return number
 
 
-def at_end_of_backward(function: Callable[[], Any]) -> None:
-    """Calls the function when the backward pass that runs has ended; not at all where none runs."""
-    if BACKWARD.values is not None:
-        running, engine = BACKWARD.values
-        if running() != -1:
-            engine.queue_callback(function)
+def at_end_of_backward(function: Callable[[], Any]) -> bool:
+    """Calls the function when the backward pass that runs has ended, and whether it will.
+
+    It is not called where none runs.
+    """
+    if BACKWARD.values is None:
+        return False
+    running, engine = BACKWARD.values
+    if running() == -1:
+        return False
+    engine.queue_callback(function)
+    return True
+
+
+def share_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that are alive lie in one memory."""
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def storage_reference(tensor: Tensor) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from packlight._torch.capabilities import (
     CURRENT_DEVICE,
+    CURRENT_STREAM,
     FAKES,
     FUSED_ATTENTION,
     HOLLOW,
@@ -99,6 +100,16 @@ def is_current_device(tensor: Tensor) -> bool:
     if CURRENT_DEVICE.values is None:
         return False
     return bool(tensor.get_device() == CURRENT_DEVICE.values[0]())
+
+
+def current_stream(tensor: Tensor) -> int | None:
+    """A number of the stream on which work on the tensor is queued, 0 on a CPU; None if unknown."""
+    if not tensor.is_cuda:
+        return 0
+    if CURRENT_STREAM.values is None:
+        return None
+    stream: int = CURRENT_STREAM.values[0](tensor.get_device())
+    return stream
 
 
 # ---- attention -----------------------------------------------------------------------------------

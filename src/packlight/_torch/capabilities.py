@@ -87,9 +87,9 @@ MODES = Capability(
     "takes a function mode off",
     "layers run their own code with the mode on, which is slower",
     "torch._C:_len_torch_function_stack",
-    "torch.overrides:_get_current_function_mode",
-    "torch.overrides:_pop_mode",
-    "torch.overrides:_push_mode",
+    "torch._C:_get_function_stack_at",
+    "torch._C:_pop_torch_function_stack",
+    "torch._C:_push_on_torch_function_stack",
 )
 DISPATCH = Capability(
     "sees who looks at operators",
@@ -135,6 +135,11 @@ CURRENT_DEVICE = Capability(
     "reads the current CUDA device",
     "each kernel switches devices, which is slower",
     "torch._C:_cuda_getDevice",
+)
+CURRENT_STREAM = Capability(
+    "reads the current CUDA stream",
+    "layers that read one tensor rebuild it each, and each bias gradient makes a row of ones",
+    "torch._C:_cuda_getCurrentRawStream",
 )
 FUSED_ATTENTION = Capability(
     "asks which attention kernel torch takes",
@@ -186,6 +191,7 @@ CAPABILITIES = (
     TRANSFORMS,
     NODES,
     CURRENT_DEVICE,
+    CURRENT_STREAM,
     FUSED_ATTENTION,
     FAKES,
     TREES,

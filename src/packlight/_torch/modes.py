@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from packlight._torch.capabilities import DISPATCH, MODE_STACK, MODES, TRANSFORMS
+from packlight._torch.capabilities import DISPATCH, MODE_STACK, MODES, TRANSFORMS, look_up
 
 
 def without_mode(
@@ -16,16 +16,47 @@ def without_mode(
     """Calls the function with the innermost function mode off, if it is of this very kind."""
     if torch.compiler.is_dynamo_compiling():
         return _traced_without(kind, function, *args, **kwargs)
-    if MODES.values is None:
+    mode = take_off(kind)
+    if mode is None:
         return function(*args, **kwargs)
-    depth, current, pop, push = MODES.values
-    if not depth() or type(current()) is not kind:
-        return function(*args, **kwargs)
-    mode = pop()
     try:
         return function(*args, **kwargs)
     finally:
-        push(mode)
+        put_on(mode)
+
+
+def take_off(kind: type[TorchFunctionMode]) -> TorchFunctionMode | None:
+    """Takes the innermost function mode off, if it is of this very kind; `put_on` ends that.
+
+    For code that is not traced.
+    """
+    if MODES.values is None:
+        return None
+    depth, at, pop, _ = MODES.values
+    last = depth() - 1
+    if last < 0 or type(at(last)) is not kind:
+        return None
+    mode: TorchFunctionMode = pop()
+    return mode
+
+
+# What torch pushes a mode with, itself: a function of Python around it would be called each time.
+put_on: Callable[[Any], None] = look_up("torch._C:_push_on_torch_function_stack")
+
+
+def innermost(kind: type[TorchFunctionMode]) -> TorchFunctionMode | None:
+    """The innermost function mode that is on and of this kind."""
+    if MODES.values is None or torch.compiler.is_dynamo_compiling():
+        for mode in reversed(function_modes()):
+            if isinstance(mode, kind):
+                return mode
+        return None
+    depth, at, *_ = MODES.values
+    for place in range(depth() - 1, -1, -1):  # without the list
+        if isinstance(at(place), kind):
+            found: TorchFunctionMode = at(place)
+            return found
+    return None
 
 
 def _traced_without(

@@ -61,7 +61,7 @@ class _Dropout(torch.autograd.Function):
         dx = None
         if grad_output is not None:
             (codes,) = ctx.saved_tensors
-            dx = _dropped(grad_output, codes, ctx.p, ctx.stride)
+            dx = masked(grad_output, codes, ctx.p, ctx.stride)
         return dx, None, None, None
 
 
@@ -73,7 +73,8 @@ def _torch_dropout(x: Tensor, p: float, inplace: bool) -> tuple[Tensor, Tensor]:
     return x.mul_(noise) if inplace else x * noise, noise != 0
 
 
-def _dropped(x: Tensor, codes: Tensor, p: float, stride: tuple[int, ...]) -> Tensor:
+def masked(x: Tensor, codes: Tensor, p: float, stride: tuple[int, ...]) -> Tensor:
+    """`x` by a packed mask and 1 / (1 - p)."""
     y: Tensor = ops.decode_backward(x, codes, 1, (0.0, 1 / (1 - p)), False, stride)
     return y
 
@@ -127,7 +128,7 @@ class _DroppedRebuild:
 
     def __call__(self, dtype: torch.dtype, codes: Tensor, *tensors: Tensor | None) -> Tensor:
         x = self.input(dtype, *tensors).reshape(self.shape)
-        return _dropped(x, codes, self.p, self.stride)
+        return masked(x, codes, self.p, self.stride)
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

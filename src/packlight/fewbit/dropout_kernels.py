@@ -11,7 +11,7 @@ from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.fewbit.dropout_reference import drop_below
 from packlight.packing.kernels import empty_word, load_rows, store_row, store_word
-from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes, write_back
+from packlight.packing.layout import dense_stride, laid_out, lanes, packed_bytes, write_back
 
 BLOCK = 512
 
@@ -125,13 +125,11 @@ def dropout(
     x: Tensor, seed: Tensor | None, number: int, p: float, keep_codes: bool
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
-    flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
-    return y, _launch(flat_x, flat_y, seed, number, p, keep_codes)
+    return y, _launch(laid_out(x, y.stride()), y, seed, number, p, keep_codes)
 
 
 def dropout_(x: Tensor, seed: Tensor | None, number: int, p: float, keep_codes: bool) -> Tensor:
-    stride = dense_stride(x)
-    flat = memory_order(x, stride)
-    codes = _launch(flat, flat, seed, number, p, keep_codes)
-    write_back(x, flat, stride)
+    dense = laid_out(x, dense_stride(x))
+    codes = _launch(dense, dense, seed, number, p, keep_codes)
+    write_back(x, dense)
     return codes

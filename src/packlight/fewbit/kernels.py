@@ -31,7 +31,7 @@ from packlight.packing.kernels import (
     store_row,
     store_word,
 )
-from packlight.packing.layout import dense_stride, lanes, memory_order, packed_bytes, write_back
+from packlight.packing.layout import dense_stride, laid_out, lanes, packed_bytes, write_back
 
 # --- Codes of the exact activations, as in activations.EXACT.
 
@@ -420,7 +420,7 @@ def _launch_forward(
     center: float,
     poison: int,
 ) -> Tensor:
-    """Runs over flat `x` into flat `y` (which may be `x`, or None) and returns the codes."""
+    """Runs over `x` into `y` (of the same layout; may be `x`, or None) and returns the codes."""
     n = x.numel()
     codes = x.new_empty(packed_bytes(n, bits) + int(poison != 0), dtype=torch.uint8)
     if poison:
@@ -450,9 +450,8 @@ def activation(
     poison: int,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
-    flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
-    how = (bits, borders, parity, center, poison)
-    return y, _launch_forward(flat_x, flat_y, name, parameters, *how)
+    dense, how = laid_out(x, y.stride()), (bits, borders, parity, center, poison)
+    return y, _launch_forward(dense, y, name, parameters, *how)
 
 
 def activation_(
@@ -465,11 +464,9 @@ def activation_(
     center: float,
     poison: int,
 ) -> Tensor:
-    stride = dense_stride(x)
-    flat = memory_order(x, stride)
-    how = (bits, borders, parity, center, poison)
-    codes = _launch_forward(flat, flat, name, parameters, *how)
-    write_back(x, flat, stride)
+    dense, how = laid_out(x, dense_stride(x)), (bits, borders, parity, center, poison)
+    codes = _launch_forward(dense, dense, name, parameters, *how)
+    write_back(x, dense)
     return codes
 
 
@@ -482,8 +479,8 @@ def encode(
     poison: int,
     stride: Sequence[int],
 ) -> Tensor:
-    flat = memory_order(x, stride)
-    return _launch_forward(flat, None, "", (), bits, borders, parity, center, poison)
+    dense = laid_out(x, stride)
+    return _launch_forward(dense, None, "", (), bits, borders, parity, center, poison)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -516,5 +513,5 @@ def decode_backward(
         return grad_input
     launch = _backward_launch(n, bits, codes.numel() > packed_bytes(n, bits), mask)
     table = _levels(tuple(levels), bits, codes.device)
-    launch(memory_order(grad_output, stride), codes, table, grad_input)
+    launch(laid_out(grad_output, stride), codes, table, grad_input)
     return grad_input

@@ -30,7 +30,7 @@ from packlight.elementwise.kernels import DIGITS, FORWARD, PTX, clamp
 from packlight.elementwise.limits import limits
 from packlight.groupquant.grouping import Grouping, Groups
 from packlight.groupquant.reference import ROUNDS, SIGN, TINY
-from packlight.packing.layout import memory_order
+from packlight.packing.layout import laid_out
 
 INFINITY = tl.constexpr(float("inf"))
 WHOLE = tl.constexpr(8388608.0)
@@ -658,6 +658,13 @@ def tile_of(grouping: Grouping, block: int) -> tuple[int, int, bool]:
     return nq, -(-bundles // nq), grouping.width % (nq * bundle) == 0
 
 
+@functools.lru_cache(LAUNCHES)
+def sized(rows: int, width: int, bits: int, group_size: int) -> tuple[Grouping, int, int]:
+    """A grouping, and how many bytes of codes and how many scales it has."""
+    grouping = Grouping(rows, width, bits, group_size)
+    return grouping, grouping.code_bytes, grouping.groups
+
+
 def _greatest(dtype: torch.dtype) -> float:
     """The greatest number that a code of such a tensor may stand for."""
     return limits(dtype).highest
@@ -709,9 +716,10 @@ def _pack(
     x: Tensor, y: Tensor | None, name: str, parameters: Sequence[float], width: int,
     groups: Groups, seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grouping = Grouping(x.numel() // width if width else 0, width, *groups)
-    codes, scales = grouping.empty_pack(x)
-    if x.numel() == 0:
+    n = x.numel()
+    grouping, size, count = sized(n // width if width else 0, width, *groups)
+    codes, scales = x.new_empty(size, dtype=torch.uint8), x.new_empty(count, dtype=torch.int32)
+    if n == 0:
         return codes, scales
     launch = _quantize_launch(grouping, x.dtype, name, tuple(parameters), seed_kind(seed, number))
     launch(x, x if y is None else y, codes, scales, seed_argument(seed, number))
@@ -721,8 +729,7 @@ def _pack(
 def quantize(
     x: Tensor, stride: Sequence[int], groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor]:
-    flat = memory_order(x, stride)
-    return _pack(flat, None, "", (), flat.numel(), groups, seed, number)
+    return _pack(laid_out(x, stride), None, "", (), x.numel(), groups, seed, number)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -774,9 +781,10 @@ def dequantize(
     bias: Tensor | None,
 ) -> Tensor:
     y = codes.new_empty_strided(shape, stride, dtype=dtype)
-    if y.numel() == 0:
+    n = y.numel()
+    if n == 0:
         return y
-    grouping = Grouping(y.numel() // width, width, *groups)
+    grouping, *_ = sized(n // width, width, *groups)
     given = (weight is not None, bias is not None)
     launch = _dequantize_launch(grouping, dtype, name, *_two(parameters), *given)
     launch(codes, scales, y, y if weight is None else weight, y if bias is None else bias)
@@ -788,9 +796,8 @@ def activation(
     seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = torch.empty_like(x)
-    flat_x, flat_y = memory_order(x, y.stride()), memory_order(y, y.stride())
     n = x.numel()
-    return y, *_pack(flat_x, flat_y, name, parameters, n, groups, seed, number)
+    return y, *_pack(laid_out(x, y.stride()), y, name, parameters, n, groups, seed, number)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -823,9 +830,9 @@ def activation_backward(
     n = dx.numel()
     if n == 0:
         return dx
-    grouping = Grouping(1, n, *groups)
+    grouping, *_ = sized(1, n, *groups)
     launch = _activation_backward_launch(grouping, name, *_two(parameters))
-    launch(memory_order(grad_output, stride), codes, scales, dx)
+    launch(laid_out(grad_output, stride), codes, scales, dx)
     return dx
 
 
@@ -856,12 +863,15 @@ def gated(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(gate)
     n = y.numel()
-    grouping = Grouping(1, n, *groups)
-    gate_pack, up_pack = grouping.empty_pack(gate), grouping.empty_pack(gate)
+    grouping, size, count = sized(1, n, *groups)
+    gate_pack, up_pack = (
+        (gate.new_empty(size, dtype=torch.uint8), gate.new_empty(count, dtype=torch.int32))
+        for _ in range(2)
+    )
     if n:
         _gated_launch(grouping, gate.dtype, name, seed_kind(seed, number))(
-            memory_order(gate, y.stride()),
-            memory_order(up, y.stride()),
+            laid_out(gate, y.stride()),
+            laid_out(up, y.stride()),
             y,
             *gate_pack,
             *up_pack,
@@ -908,9 +918,9 @@ def gated_backward(
     n = dgate.numel()
     packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:
-        grouping = Grouping(1, n, *groups)
+        grouping, *_ = sized(1, n, *groups)
         launch = _gated_backward_launch(grouping, dgate.dtype, name, False, through)
-        launch(memory_order(grad_output, stride), *packs, dgate, dup)
+        launch(laid_out(grad_output, stride), *packs, dgate, dup)
     return dgate, dup
 
 
@@ -929,6 +939,7 @@ def gated_product(
     n = y.numel()
     packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:
-        launch = _gated_backward_launch(Grouping(1, n, *groups), dtype, name, True, True)
+        grouping, *_ = sized(1, n, *groups)
+        launch = _gated_backward_launch(grouping, dtype, name, True, True)
         launch(y, *packs, y, y)
     return y

@@ -18,6 +18,7 @@ from packlight.groupquant.kernels import (
     load_codes,
     load_tile,
     random_tile,
+    sized,
     store_codes,
     store_tile,
     tile_offsets,
@@ -235,13 +236,14 @@ def norm(
     seed: Tensor | None,
     number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = x.shape[0]
-    grouping = Grouping(rows, width, *groups)
+    n = x.numel()
+    rows = n // width
+    grouping, size, count = sized(rows, width, *groups)
     y = torch.empty_like(x)
-    codes, scales = grouping.empty_pack(x)
+    codes, scales = x.new_empty(size, dtype=torch.uint8), x.new_empty(count, dtype=torch.int32)
     rstd = x.new_empty(rows, dtype=torch.float32)
     copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
-    if x.numel() == 0:
+    if n == 0:
         for copy, parameter in zip(copies, (weight, bias), strict=True):
             if parameter is not None:
                 copy.copy_(parameter)
@@ -303,7 +305,7 @@ def norm_backward(
     if dx.numel() == 0:
         zeros = rstd.new_zeros(width)
         return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
-    grouping = Grouping(rows, width, *groups)
+    grouping, *_ = sized(rows, width, *groups)
     needs = (need_weight, need_bias)
     launch, programs = _backward_launch(grouping, center, weight is not None, *needs)
     dweight = rstd.new_empty(programs, width) if need_weight else nothing

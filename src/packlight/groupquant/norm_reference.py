@@ -28,7 +28,7 @@ def norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, bit-equal to torch's, codes and scales of x_hat, rstd [rows], copies of the parameters.
 
-    `x` is [rows, width]. The copies are empty where there is no weight or bias.
+    `x` is [..., width], contiguous. The copies are empty where there is no weight or bias.
     """
     if center:
         y = F.layer_norm(x, (width,), weight, bias, eps)

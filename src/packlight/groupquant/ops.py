@@ -128,7 +128,7 @@ def _fake_norm(
     seed: Tensor | None,
     number: int,
 ) -> tuple[Tensor, ...]:
-    rows = x.shape[0]
+    rows = x.numel() // width
     rstd = x.new_empty(rows, dtype=compute_dtype(x))
     copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
     return torch.empty_like(x), *Grouping(rows, width, *groups).empty_pack(x), rstd, *copies

@@ -7,6 +7,7 @@
 | LayerNorm | the layer norm: `GroupQuant`, `Inverted` |
 | LayerNorm2d | the layer norm over channels: `GroupQuant` |
 | RmsNorm | the RMS norm: `GroupQuant`, `Inverted` |
+| Mlp | W_2 f(W_1 x) as one function, where its parts are `GroupQuant`'s and no dropout is on |
 
 The dropout and the activation of BatchNormAct2d are modules of their own and converted as such.
 What timm builds of torch.nn has torch's rules; its attention calls
@@ -16,20 +17,27 @@ its own are left alone.
 
 from typing import Any
 
+import torch
 from timm import layers
 from torch import Tensor, nn
 
 from packlight._classes import joined
+from packlight.calls import is_bare, uncovered
+from packlight.groupquant import modules
 from packlight.groupquant.fixed_point import functional as fixed_point
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.modules import Quantised
-from packlight.integrations._activations import register
+from packlight.integrations._activations import GroupQuantActivation, register
+from packlight.integrations._copies import is_copy, once_a_class
+from packlight.integrations._parts import parameters_of, takes
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import InvertedNorm
 from packlight.layers import channel_norms, norms
+from packlight.layers.activations import gelu_name
+from packlight.layers.mlp import mlp
 from packlight.layers.twin import Twin, start_batch
-from packlight.method import NotConverted, Swap, rule
+from packlight.method import Method, NotConverted, Rule, Swap, rule, rule_finder
 from packlight.quantiser import Quantiser
 
 register({layers.GELU: "gelu", layers.GELUTanh: "gelu_tanh", layers.QuickGELU: "quick_gelu"})
@@ -67,6 +75,63 @@ class GroupQuantBatchNormAct2d(Quantised):
         y = channel_norms.batch_norm(x, **start_batch(self), method=self.method)
         activated: Tensor = self.act(self.drop(y))
         return activated
+
+
+# --- Feed-forward layers.
+
+
+def _mlp(self: Any, x: Any) -> Any:
+    """As timm has it. Never run: `is_copy` compares with it."""
+    x = self.fc1(x)
+    x = self.act(x)
+    x = self.drop1(x)
+    x = self.norm(x)
+    x = self.fc2(x)
+    x = self.drop2(x)
+    return x  # noqa: RET504  as it is there
+
+
+class GroupQuantMlp(nn.Module):
+    """fc2(act(fc1(x))); keeps packs of x and of what fc1 gives, as its parts do one by one."""
+
+    method: Quantiser
+    fc1: nn.Module
+    act: nn.Module
+    drop1: nn.Module
+    norm: nn.Module
+    fc2: nn.Module
+    drop2: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor | None = None
+        if self.training and not torch.compiler.is_compiling():
+            y = uncovered(self._at_once, x)
+        if y is None:
+            y = super().forward(x)
+        return y
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The result by one function; None where the parts are to run one by one."""
+        first, act, last = self.fc1, self.act, self.fc2
+        for dropout in (self.drop1, self.drop2):
+            if not isinstance(dropout, nn.Dropout) or dropout.p or not is_bare(dropout):
+                return None
+        if type(self.norm) is not nn.Identity or not is_bare(self.norm):
+            return None
+        parameters = parameters_of((first, last), self.method)
+        function = _function_of(act)
+        if parameters is None or function is None or not takes(x, self.method):
+            return None
+        if act.method != self.method or not act.training or not is_bare(act):
+            return None
+        return mlp(x, parameters, function, self.method)
+
+
+def _function_of(act: nn.Module) -> str | None:
+    """What an activation that keeps packs computes, where that is a GELU."""
+    if isinstance(act, modules.GELU):
+        return gelu_name(act.approximate)
+    return act.packed_function if isinstance(act, GroupQuantActivation) else None
 
 
 # --- Norms of rows.
@@ -188,6 +253,20 @@ def _inverted(method: Inverted, module: Any) -> Swap:
     _check(module)
     kind = type(module)
     return Swap(joined(_INVERTED[kind], kind), {"offset_limit": None, "_seen": None})
+
+
+@once_a_class
+def _is_mlp(kind: type[nn.Module]) -> bool:
+    return is_copy(vars(kind).get("forward"), _mlp)
+
+
+@rule_finder
+def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
+    return _parts if issubclass(method, Quantiser) and _is_mlp(kind) else None
+
+
+def _parts(method: Quantiser, module: nn.Module) -> Swap:
+    return Swap(joined(GroupQuantMlp, type(module)), {"method": method})
 
 
 @rule(FixedPoint, layers.BatchNormAct2d)

@@ -35,7 +35,6 @@ from packlight.packing.layout import (
     dense_stride,
     laid_out,
     lanes,
-    memory_order,
     packed_bytes,
     write_back,
 )
@@ -326,10 +325,9 @@ def activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def activation_(x: Tensor, name: str) -> Tensor:
-    stride = dense_stride(x)
-    flat = memory_order(x, stride)
-    bits = _launch_forward(flat, flat, name)
-    write_back(x, flat, stride)
+    dense = laid_out(x, dense_stride(x))
+    bits = _launch_forward(dense, dense, name)
+    write_back(x, dense)
     return bits
 
 

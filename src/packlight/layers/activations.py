@@ -77,6 +77,12 @@ def _rebuild(y: Tensor, name: str, parameters: tuple[float, ...], method: Quanti
 
 _PLAIN = Fused(_forward, _backward, _rebuild)
 
+
+def activation_of(method: Quantiser) -> Fused:
+    """How the method keeps the input of an activation."""
+    return method.fused.get("activation", _PLAIN)
+
+
 # ---- activations ---------------------------------------------------------------------------------
 
 
@@ -92,7 +98,7 @@ class _Activation(torch.autograd.Function):
         method: Quantiser,
         seed: Seed,
     ) -> tuple[Tensor, ...]:
-        fused = method.fused.get("activation", _PLAIN)
+        fused = activation_of(method)
         y, *kept = fused.forward(x, name, parameters, method, seed)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
@@ -124,7 +130,7 @@ def activation(
         return function(x, *parameters)
     x = autocast(x, name, lambda empty: function(empty, *parameters))
     y, *kept = _activate(x, name, parameters, method, method.seed(x))
-    rebuild = method.fused.get("activation", _PLAIN).rebuild(y, name, parameters, method)
+    rebuild = activation_of(method).rebuild(y, name, parameters, method)
     sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))
     if torch.compiler.is_dynamo_compiling() and name in UNITS:
         _tracer.note_source(y, x, how(name, method))

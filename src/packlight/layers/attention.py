@@ -45,32 +45,39 @@ class _Attention(torch.autograd.Function):
         kernel: _Kernel,
         flags: _Flags,
         method: Quantiser,
+        whole: Tensor | None,
         *seeds: Seed,
     ) -> tuple[Tensor, ...]:
+        """`whole` is what query, key and value are parts of, where they are all of it."""
         out, tensors, sizes = _run((query, key, value, mask), kernel, flags)
-        own = (query, key, value, out)
+        inputs = (query, key, value)
+        own = (*inputs, out) if whole is None else (whole, out)
         packs = [method.pack(x, seed) for x, seed in zip(own, seeds, strict=True)]
-        ctx.mark_non_differentiable(*packs[3])
+        ctx.mark_non_differentiable(*packs[-1])
         ctx.set_materialize_grads(False)
         ctx.rebuilds = [Restore(method, tuple(x.shape), dense_stride(x)) for x in own]
+        ctx.places = None if whole is None else [_place(x, whole) for x in inputs]
         # The mask as it was given: a bias made of it would be four times as large, for each layer.
         ctx.save_for_backward(*[part for pack in packs for part in pack], mask, *tensors)
-        ctx.settings = (query.dtype, kernel, flags, sizes, len(packs[3]))
-        return out, *packs[3]
+        ctx.settings = (query.dtype, kernel, flags, sizes, len(packs[-1]))
+        return out, *packs[-1]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
         if grad_output is None:
-            return (None,) * 11
+            return (None,) * len(ctx.needs_input_grad)
         dtype, kernel, (*flags, scale), sizes, parts = ctx.settings
         backend, repeats = kernel
         saved = ctx.saved_tensors
-        query, key, value, out = (
+        *inputs, out = [
             rebuild(dtype, *saved[parts * i : parts * (i + 1)])
             for i, rebuild in enumerate(ctx.rebuilds)
-        )
-        mask, statistic, *tensors = saved[4 * parts :]
+        ]
+        if ctx.places is not None:
+            inputs = [inputs[0].as_strided(*place) for place in ctx.places]
+        query, key, value = inputs
+        mask, statistic, *tensors = saved[len(ctx.rebuilds) * parts :]
         bias = _bias(mask, query, key, backend)
         qkv = (query, _repeated(key, repeats), _repeated(value, repeats))
         common = (grad_output, *qkv, out, statistic)
@@ -93,7 +100,40 @@ class _Attention(torch.autograd.Function):
                 [*ctx.needs_input_grad[:3], False], is_causal, scale=scale,
             )  # fmt: skip
         dq, dk, dv = grads[:3]
-        return dq, _summed(dk, repeats), _summed(dv, repeats), *[None] * 8
+        others = len(ctx.needs_input_grad) - 3
+        return dq, _summed(dk, repeats), _summed(dv, repeats), *[None] * others
+
+
+# --- Query, key and value as parts of one tensor.
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, method: Quantiser) -> Tensor | None:
+    """The tensor that the three are views of, if they are all of it: one pack serves them.
+
+    As where one projection makes all three. Each would be copied out of it to be packed by itself.
+    None where groups of a pack would lie across two of them.
+    """
+    whole = query._base
+    if whole is None or key._base is not whole or value._base is not whole:
+        return None
+    _, heads, _, size = query.shape
+    fits = (
+        query.shape == key.shape
+        and whole.numel() == 3 * query.numel()
+        and whole.is_contiguous()
+        and heads * size % method.grade.group_size == 0
+    )
+    if not fits:
+        return None
+    for x in (query, key, value):  # heads side by side, in the memory that the tensor has now
+        if x.stride()[1::2] != (size, 1) or not _torch.share_storage(x, whole):
+            return None
+    return whole.detach()
+
+
+def _place(x: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shape, strides and offset of a view of a contiguous tensor."""
+    return tuple(x.shape), x.stride(), int(x.storage_offset() - whole.storage_offset())
 
 
 # --- What torch calls, and what it does before.
@@ -306,8 +346,10 @@ def attend(inputs: _Inputs, flags: _Flags, enable_gqa: bool, method: Quantiser) 
         return _run(inputs, kernel, flags)[0]
     if torch.compiler.is_dynamo_compiling():
         key, value = _tracer.apart(key, query), _tracer.apart(value, query, key)
-    seeds = [method.seed(query) for _ in range(4)]
-    out, *kept = _attend(query, key, value, mask, kernel, flags, method, *seeds)
+    traced = torch.compiler.is_dynamo_compiling()
+    whole = None if traced else _whole(query, key, value, method)
+    seeds = [method.seed(query) for _ in range(4 if whole is None else 2)]
+    out, *kept = _attend(query, key, value, mask, kernel, flags, method, whole, *seeds)
     shape = tuple(out.shape)
     rebuild = Restore(method, shape, out.stride())
     sharing.note_pack(out, Pack(rebuild, shape, tuple(kept), method.grade))

@@ -29,6 +29,7 @@ from packlight.errors import InputError
 from packlight.layers import shape_only
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
+from packlight.reading import reader
 
 Size = int | Sequence[int]
 
@@ -178,7 +179,8 @@ def convolve(
     if not _is_packed(x, weight, method):
         return geometry.forward(x, weight, bias)
     kept = pack_input(x, method)
-    return _apply(x, weight, bias, geometry, kept.rebuild, *kept.tensors)
+    rebuild = reader(kept.reading, kept.rebuild)
+    return _apply(x, weight, bias, geometry, rebuild, *kept.tensors)
 
 
 # --- Padding, which a rebuilt input repeats.

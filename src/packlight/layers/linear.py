@@ -1,7 +1,7 @@
 """Linear layers that keep a pack of their input, or nothing where something stands for it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from packlight._checks import (
     refuse_second_derivative,
     saved_with_weight,
 )
-from packlight._gradients import column_sums, product, recast
+from packlight._gradients import as_dtype, column_sums, product, recast
 from packlight._overwrite import writable
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
+from packlight.reading import reader
 
 
 class _Linear(torch.autograd.Function):
@@ -35,27 +36,45 @@ class _Linear(torch.autograd.Function):
         y = writable(F.linear(x, weight, bias), of_linear=True)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
         ctx.rebuild = rebuild
-        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         weight, *tensors = saved_with_weight(ctx)
-        if ctx.needs_input_grad[0]:
-            weight = recast(weight, grad_output)
-        rows = grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1])
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = rows.mm(weight).view(*grad_output.shape[:-1], -1).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            x = ctx.rebuild(grad_output.dtype, *tensors)
-            dweight = product(rows.t(), x.reshape(rows.shape[0], -1), ctx.weight_dtype)
-        if ctx.needs_input_grad[2]:
-            wide = torch.promote_types(rows.dtype, ctx.bias_dtype)
-            dbias = column_sums(rows, wide).to(ctx.bias_dtype)
-        return dx, dweight, dbias, None, *[None] * len(tensors)
+        needs = ctx.needs_input_grad[:3]
+        gradients = linear_gradients(grad_output, weight, ctx.rebuild, tensors, needs, ctx.dtypes)
+        return *gradients, None, *[None] * len(tensors)
+
+
+def linear_gradients(
+    grad_output: Tensor,
+    weight: Tensor,
+    rebuild: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needs: tuple[bool, bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias, those that are needed, each in its dtype.
+
+    The input comes from what `tensors` keep of it.
+    """
+    needs_input, needs_weight, needs_bias = needs
+    x_dtype, weight_dtype, bias_dtype = dtypes
+    if needs_input:
+        weight = recast(weight, grad_output)
+    rows = grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1])
+    dx = dweight = dbias = None
+    if needs_input:
+        dx = as_dtype(rows.mm(weight).view(*grad_output.shape[:-1], -1), x_dtype)
+    if needs_weight:
+        x = rebuild(grad_output.dtype, *tensors)
+        dweight = product(rows.t(), x.reshape(rows.shape[0], -1), weight_dtype)
+    if needs_bias:
+        wide = torch.promote_types(rows.dtype, bias_dtype)
+        dbias = as_dtype(column_sums(rows, wide), bias_dtype)
+    return dx, dweight, dbias
 
 
 _apply: Callable[..., Tensor] = _torch.applied(_Linear)
@@ -73,4 +92,5 @@ def linear(
     if not (needs_gradient(weight) and worth_packing(input, method)):
         return F.linear(input, weight, bias)
     kept = pack_input(input, method)
-    return _apply(input, weight, bias, kept.rebuild, *kept.tensors)
+    rebuild = reader(kept.reading, kept.rebuild)
+    return _apply(input, weight, bias, rebuild, *kept.tensors)

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from packlight import _torch, sharing
 from packlight._checks import autocast, check_tensor, refuse_second_derivative
+from packlight._gradients import as_dtype
 from packlight._seeds import Seed
 from packlight.pack import Pack
 from packlight.packing.layout import compute_dtype
 from packlight.quantiser import KEEPS, Fused, Quantiser
+from packlight.reading import reading_of
 
 # ---- what a method without operators of its own does ---------------------------------------------
 
@@ -84,7 +86,7 @@ def _forward(
     method: Quantiser,
     seed: Seed,
 ) -> tuple[Tensor, Tensor, list[Tensor], tuple[Tensor, ...]]:
-    """y and rstd of `x` [rows, width], copies of the parameters, and tensors that stand for x_hat.
+    """y and rstd of `x` [..., width], copies of the parameters, and tensors that stand for x_hat.
 
     The copies are empty where there is no parameter.
     """
@@ -146,7 +148,7 @@ class _Norm(torch.autograd.Function):
         method: Quantiser,
         seed: Seed,
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, width).contiguous()
+        rows = norm_rows(x, width)
         fused = row_norm_of(method)
         y, rstd, copies, kept = fused.forward(rows, weight, bias, eps, center, method, seed)
         if torch.compiler.is_dynamo_compiling():
@@ -166,14 +168,14 @@ class _Norm(torch.autograd.Function):
             return (None,) * 8
         rstd, weight, _, *kept = ctx.saved_tensors  # the bias is the readers'
         width, center, method = ctx.settings
-        _, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx, dweight, dbias = ctx.differentiate(
             as_rows(grad_output, width), kept, rstd, weight, center, need_weight, need_bias, method
         )
         return (
-            dx.view(grad_output.shape) if ctx.needs_input_grad[0] else None,
-            dweight.to(ctx.dtypes[0]) if need_weight else None,
-            dbias.to(ctx.dtypes[1]) if need_bias else None,
+            dx.view(grad_output.shape) if need_input else None,
+            as_dtype(dweight, ctx.dtypes[0]) if need_weight else None,
+            as_dtype(dbias, ctx.dtypes[1]) if need_bias else None,
             *[None] * 5,
         )
 
@@ -188,7 +190,17 @@ def own_parameters(
     if not copies:
         return parameters
     pairs = zip(copies, parameters, strict=True)
-    return tuple(None if parameter is None else copy for copy, parameter in pairs)
+    return tuple([None if parameter is None else copy for copy, parameter in pairs])
+
+
+def norm_rows(x: Tensor, width: int) -> Tensor:
+    """A contiguous input of a norm as [..., width]: in its own shape where it can be.
+
+    The result is then no view. A compiler gets [rows, width].
+    """
+    if x.shape[-1] == width and not torch.compiler.is_dynamo_compiling():
+        return x.contiguous()
+    return x.reshape(-1, width).contiguous()
 
 
 def as_rows(grad_output: Tensor, width: int) -> Tensor:
@@ -210,6 +222,8 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 
 def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
     """`y.view(shape)`, but a tensor of its own: views of it are views of what carries the note."""
+    if y.shape == shape and not torch.compiler.is_dynamo_compiling():
+        return y
     shaped: Tensor = torch.ops.aten._unsafe_view(y, shape)
     return shaped
 
@@ -245,7 +259,9 @@ def _norm(
         parameters = own_parameters(kept[:2], *parameters)
         kept = kept[2:]
     rebuild = row_norm_of(method).rebuild(y, width, method)
-    sharing.note_pack(y, Pack(rebuild, tuple(y.shape), (*kept, *parameters), method.grade))
+    tensors = (*kept, *parameters)
+    pack = Pack(rebuild, tuple(y.shape), tensors, method.grade, reading_of(rebuild))
+    sharing.note_pack(y, pack)
     return y
 
 

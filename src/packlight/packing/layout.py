@@ -33,9 +33,24 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def dense_stride(x: Tensor) -> tuple[int, ...]:
     """The strides of an elementwise result of `x`: its own if it is dense, else the nearest."""
-    if x.is_contiguous():  # the common case, without making a tensor
+    if x.is_contiguous() or _is_permuted(x):  # without making a tensor
         return x.stride()
     return torch.empty_like(x, device="meta").stride()
+
+
+def _is_permuted(x: Tensor) -> bool:
+    """Whether `x` is a contiguous tensor with its dimensions in another order.
+
+    A compiler is not asked, nor where a dimension of one element may have any stride.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if stride != expected or size < 2:
+            return False
+        expected *= size
+    return True
 
 
 def is_dense(x: Tensor) -> bool:
@@ -48,10 +63,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def write_back(x: Tensor, flat: Tensor, stride: Sequence[int]) -> None:
-    """Puts `flat` = `memory_order(x, stride)`, since overwritten, into `x` where it is a copy."""
-    if x.stride() != tuple(stride):
-        x.copy_(flat.as_strided(x.shape, tuple(stride)))
+def write_back(x: Tensor, dense: Tensor) -> None:
+    """Puts `dense`, which `laid_out` made of `x` and which was overwritten since, into `x`."""
+    if dense is not x:
+        x.copy_(dense)
 
 
 def laid_out(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -65,7 +80,7 @@ def laid_out(x: Tensor, stride: Sequence[int]) -> Tensor:
 def memory_order(x: Tensor, stride: Sequence[int]) -> Tensor:
     """The elements of `x` as a flat tensor, in the memory order of dense strides `stride`.
 
-    A view when `x` has these strides, a copy otherwise. A kernel reads `laid_out` alike.
+    A view when `x` has these strides, a copy otherwise. A kernel is given `laid_out` itself.
     """
     return laid_out(x, stride).as_strided((x.numel(),), (1,))
 

@@ -116,6 +116,8 @@ class Recorder:
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._move(module, self.scene.places[module])
 
+    _enter.only_looks_on = True  # type: ignore[attr-defined]  # see `calls.is_bare`
+
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         # Down to the module, not by one: a module above it may have been left by an exception.
         for depth in range(len(self.stack) - 1, 0, -1):
@@ -123,6 +125,8 @@ class Recorder:
                 del self.stack[depth:]
                 break
         self.moves.append((_sequence(), self.stack[-1][1]))
+
+    _leave.only_looks_on = True  # type: ignore[attr-defined]
 
     @contextmanager
     def _watching_modules(self) -> Iterator[None]:

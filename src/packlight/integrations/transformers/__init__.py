@@ -25,6 +25,7 @@ if int(transformers.__version__.partition(".")[0]) >= _OLDEST:
         linear,
         masks,
         norms,
+        outputs,
     )
 else:
     warnings.warn(

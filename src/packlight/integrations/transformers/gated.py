@@ -17,8 +17,10 @@ from packlight._classes import joined
 from packlight.calls import uncovered
 from packlight.groupquant.modules import Quantised
 from packlight.integrations._copies import is_copy, once_a_class
+from packlight.integrations._parts import parameters_of, takes
 from packlight.integrations.transformers.activations import function_of
 from packlight.layers import functional
+from packlight.layers.mlp import gated_mlp
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
 
@@ -90,8 +92,20 @@ class GroupQuantGatedMLP(_Gated):
         if not self.training:
             plain: Tensor = super().forward(x)
             return plain
-        y: Tensor = self.down_proj(self._gate(self.gate_proj(x), self.up_proj(x)))
+        y: Tensor | None = None
+        if not torch.compiler.is_compiling():
+            y = uncovered(self._at_once, x)
+        if y is None:
+            y = self.down_proj(self._gate(self.gate_proj(x), self.up_proj(x)))
         return y
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The result by one function; None where the projections are to run one by one."""
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        parameters = parameters_of(projections, self.method)
+        if parameters is None or not takes(x, self.method):
+            return None
+        return gated_mlp(x, parameters, self.packed_function, self.method)
 
 
 class GroupQuantFusedGatedMLP(_Gated):

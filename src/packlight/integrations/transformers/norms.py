@@ -28,10 +28,11 @@ from packlight.integrations._copies import is_copy, once_a_class
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import InvertedNorm
-from packlight.layers.norms import as_rows, own_parameters, rms_norm, row_norm_of
+from packlight.layers.norms import as_rows, norm_rows, own_parameters, rms_norm, row_norm_of
 from packlight.method import Method, Rule, Swap, rule_finder
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser
+from packlight.reading import reading_of
 
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -92,7 +93,7 @@ class _RoundedNorm(torch.autograd.Function):
         method: Quantiser,
         seed: Seed,
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, weight.numel()).contiguous()
+        rows = norm_rows(x, weight.numel())
         if dtype.itemsize > rows.dtype.itemsize:
             rows = rows.to(dtype)
         keeping = row_norm_of(method)
@@ -163,7 +164,8 @@ class GroupQuantRMSNorm(Quantised):
         if not torch.compiler.is_compiling():
             weight, *kept = kept
         rebuild = row_norm_of(method).rebuild(y, weight.numel(), method)
-        pack = Pack(rebuild, tuple(y.shape), (*kept, weight, None), method.grade)
+        tensors = (*kept, weight, None)
+        pack = Pack(rebuild, tuple(y.shape), tensors, method.grade, reading_of(rebuild))
         sharing.note_pack(y, pack)
         return y
 

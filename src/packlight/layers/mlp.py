@@ -1,0 +1,176 @@
+"""Feed-forward layers as one function: W_2 f(W_1 x), and the gated W_down (f(W_gate x) W_up x).
+
+Apart, they are three functions and four, with notes between them that nothing else reads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight import _torch
+from packlight._checks import autocast, refuse_second_derivative, saved_with_weight
+from packlight._gradients import as_dtype
+from packlight._overwrite import writable
+from packlight._seeds import Seed
+from packlight.fewbit.activations import CONTINUOUS
+from packlight.layers.activations import activation_of, unit_of
+from packlight.layers.linear import linear_gradients
+from packlight.quantiser import KEEPS, Quantiser, pack_input
+from packlight.reading import reader
+
+# Weight and bias of a Linear.
+Parameters = tuple[Tensor, Tensor | None]
+
+
+class _MLP(torch.autograd.Function):
+    """The output; keeps the weights, the pack of x and that of the input of f."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        last_weight: Tensor,
+        last_bias: Tensor | None,
+        name: str,
+        method: Quantiser,
+        seed: Seed,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        h = F.linear(x, weight, bias)
+        ctx.h = h.dtype
+        h = autocast(h, name, CONTINUOUS[name].function)
+        fused = activation_of(method)
+        middle, *kept = fused.forward(h, name, (), method, seed)
+        y = writable(F.linear(middle, last_weight, last_bias), of_linear=True)
+        ctx.save_for_backward(weight, last_weight, *kept, *tensors)
+        ctx.middle = fused.rebuild(middle, name, (), method)
+        ctx.differentiate, ctx.f = fused.backward, (name, (), middle.stride(), method)
+        ctx.rebuild, ctx.kept = rebuild, len(kept)
+        given = (x, weight, bias, middle, last_weight, last_bias)
+        ctx.dtypes = [None if each is None else each.dtype for each in given]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        weight, last_weight, *saved = saved_with_weight(ctx)
+        kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
+        dmiddle, *last = linear_gradients(
+            grad_output, last_weight, ctx.middle, kept, (True, *needs[3:5]), dtypes[3:]
+        )
+        dh = as_dtype(ctx.differentiate(dmiddle, kept, *ctx.f), ctx.h)
+        del dmiddle
+        first = linear_gradients(dh, weight, ctx.rebuild, tensors, needs[:3], dtypes[:3])
+        return *first, *last, *[None] * (len(needs) - 5)
+
+
+_apply: Callable[..., Tensor] = _torch.applied(_MLP)
+
+
+def mlp(x: Tensor, projections: Sequence[Parameters], name: str, method: Quantiser) -> Tensor:
+    """W_2 f(W_1 x), f by its name. `projections` are those of W_1 and W_2.
+
+    In eager mode, in training, with gradients; the checks are the caller's. Keeps a pack of x, or
+    nothing where x is packed already, and a pack of W_1 x. Gradients are those of the layers one by
+    one.
+    """
+    kept = pack_input(x, method)
+    rebuild = reader(kept.reading, kept.rebuild)
+    parameters = [each for projection in projections for each in projection]
+    return _apply(x, *parameters, name, method, method.seed(x), rebuild, *kept.tensors)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """The output; keeps the weights, the pack of x, and those of gate and up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_weight: Tensor,
+        gate_bias: Tensor | None,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        name: str,
+        method: Quantiser,
+        seeds: tuple[Seed, Seed],
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+        fused = unit_of(method)
+        product, *packs = fused.forward(gate, up, name, method, *seeds)
+        y = writable(F.linear(product, down_weight, down_bias), of_linear=True)
+        ctx.save_for_backward(gate_weight, up_weight, down_weight, *packs, *tensors)
+        ctx.product = fused.rebuild(tuple(product.shape), product.stride(), name, method)
+        ctx.differentiate, ctx.f = fused.backward, (name, product.stride(), method)
+        ctx.rebuild, ctx.packs, ctx.middle = rebuild, len(packs), product.dtype
+        parameters = (gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias)
+        ctx.dtypes = [None if each is None else each.dtype for each in (x, *parameters)]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        gate_weight, up_weight, down_weight, *saved = saved_with_weight(ctx)
+        packs, tensors = saved[: ctx.packs], saved[ctx.packs :]
+        dproduct, *down = linear_gradients(
+            grad_output, down_weight, ctx.product, packs, (True, *needs[5:7]),
+            (ctx.middle, *dtypes[5:]),
+        )  # fmt: skip
+        dgate, dup = ctx.differentiate(dproduct, packs, *ctx.f)
+        del dproduct
+        x = _once(ctx.rebuild)
+        dx, *gate = linear_gradients(dgate, gate_weight, x, tensors, needs[:3], dtypes[:3])
+        del dgate
+        other, *up = linear_gradients(
+            dup, up_weight, x, tensors, (needs[0], *needs[3:5]), (dtypes[0], *dtypes[3:5])
+        )
+        if dx is not None and other is not None:
+            dx.add_(other)
+        return dx, *gate, *up, *down, *[None] * (len(needs) - 7)
+
+
+_apply_gated: Callable[..., Tensor] = _torch.applied(_GatedMLP)
+
+
+def _once(rebuild: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What rebuilds a tensor when it is first asked for, and gives it again after that."""
+    found: list[Tensor] = []
+
+    def rebuilt(dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        if not found:
+            found.append(rebuild(dtype, *tensors))
+        return found[0]
+
+    return rebuilt
+
+
+def gated_mlp(
+    x: Tensor,
+    projections: Sequence[Parameters],
+    name: str,
+    method: Quantiser,
+) -> Tensor:
+    """W_down (f(W_gate x) W_up x), f by its name. `projections` are those of gate, up and down.
+
+    In eager mode, in training, with gradients; the checks are the caller's. Keeps a pack of x, or
+    nothing where x is packed already, and packs of W_gate x and W_up x. Gradients are those of the
+    layers one by one.
+    """
+    kept = pack_input(x, method)
+    rebuild = reader(kept.reading, kept.rebuild)
+    # One seed serves both factors where operators of the method's own pack them.
+    seeds = (method.seed(x), None if "gated" in method.fused else method.seed(x))
+    parameters = [each for projection in projections for each in projection]
+    return _apply_gated(x, *parameters, name, method, seeds, rebuild, *kept.tensors)

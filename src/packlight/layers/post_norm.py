@@ -1,0 +1,136 @@
+"""The end of a sub-layer with its norm behind the sum: layer_norm(dropout(x W^T + b) + residual).
+
+As BERT has it. Apart, the four are three functions and a sum, with notes between them that nothing
+else reads.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight import _torch, sharing
+from packlight._checks import autocast_dtype, refuse_second_derivative, saved_with_weight
+from packlight._gradients import as_dtype
+from packlight._seeds import Seed, mask_seed, operands
+from packlight.fewbit import ops
+from packlight.fewbit.dropout import masked
+from packlight.layers.linear import linear_gradients
+from packlight.layers.norms import as_rows, own_parameters, row_norm_of
+from packlight.pack import Pack
+from packlight.quantiser import KEEPS, Quantiser, pack_input
+from packlight.reading import reader, reading_of
+
+# Weight and bias of the norm, its eps, and the dtype in which torch runs it.
+_Norm = tuple[Tensor, Tensor | None, float]
+
+
+class _PostNorm(torch.autograd.Function):
+    """y, the tensors that stand for x_hat, and copies of the norm's parameters.
+
+    Keeps W, the pack of x, the mask of the dropout, rstd, and all of these but y.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        gamma: Tensor,
+        beta: Tensor | None,
+        settings: tuple[float, float, Quantiser],
+        seeds: tuple[Seed, Seed],
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        p, eps, method = settings
+        mask_of, rounding = seeds
+        y = F.linear(x, weight, bias)
+        ctx.branch, mask = y.dtype, None
+        if p:
+            y, mask = ops.dropout(y, *operands(mask_of), p, True)
+        total = (y + residual).contiguous()
+        total = as_dtype(total, _norm_dtype(total, gamma, beta))
+        fused = row_norm_of(method)
+        y, rstd, copies, kept = fused.forward(total, gamma, beta, eps, True, method, rounding)
+        ctx.mark_non_differentiable(*copies, *kept)
+        ctx.set_materialize_grads(False)
+        # The graph holds the copy of beta for readers.
+        parameters = own_parameters(copies, gamma, beta)
+        ctx.save_for_backward(weight, mask, rstd, *parameters, *kept, *tensors)
+        ctx.rebuild, ctx.differentiate, ctx.kept = rebuild, fused.backward, len(kept)
+        ctx.settings = (p, method)
+        given = (x, weight, bias, residual, gamma, beta)
+        ctx.dtypes = [None if each is None else each.dtype for each in given]
+        return y, *copies, *kept
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        if grad_output is None:
+            return (None,) * len(needs)
+        weight, mask, rstd, gamma, _, *saved = saved_with_weight(ctx)
+        kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
+        p, method = ctx.settings
+        dy = as_rows(grad_output, grad_output.shape[-1])
+        total, dgamma, dbeta = ctx.differentiate(
+            dy, kept, rstd, gamma, True, needs[4], needs[5], method
+        )
+        branch = as_dtype(total, ctx.branch)
+        if mask is not None:
+            branch = masked(branch, mask, p, branch.stride())
+        gradients = linear_gradients(branch, weight, ctx.rebuild, tensors, needs[:3], dtypes[:3])
+        return (
+            *gradients,
+            as_dtype(total, dtypes[3]) if needs[3] else None,
+            as_dtype(dgamma, dtypes[4]) if needs[4] else None,
+            as_dtype(dbeta, dtypes[5]) if needs[5] else None,
+            *[None] * (len(needs) - 6),
+        )
+
+
+_apply: Callable[..., tuple[Tensor, ...]] = _torch.applied(_PostNorm)
+
+
+def _norm_dtype(x: Tensor, gamma: Tensor, beta: Tensor | None) -> torch.dtype:
+    """That in which torch's layer norm runs."""
+
+    def plain(empty: Tensor) -> Tensor:
+        return F.layer_norm(empty.view(0, gamma.numel()), gamma.shape, gamma, beta)
+
+    return autocast_dtype(x, ("layer_norm", gamma.dtype), plain)
+
+
+def post_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: _Norm,
+    p: float,
+    method: Quantiser,
+    norm_method: Quantiser,
+) -> Tensor:
+    """layer_norm(dropout(x W^T + b, p) + residual), x [..., in], residual [..., out].
+
+    In eager mode, in training, with gradients; the checks are the caller's. Keeps a pack of x, or
+    nothing where x is packed already, one bit an element of the dropout, a pack of x_hat, which
+    readers of y share, and rstd. Gradients are those of the layers one by one: exact but for the
+    packs.
+    """
+    kept = pack_input(x, method)
+    rebuild = reader(kept.reading, kept.rebuild)
+    gamma, beta, eps = norm
+    seeds = (mask_seed(x) if p else None, norm_method.seed(x))
+    given = (x, weight, bias, residual, gamma, beta, (p, eps, norm_method), seeds)
+    y, *made = _apply(*given, rebuild, *kept.tensors)
+    tensors = (*made[2:], *own_parameters(made[:2], gamma, beta))
+    stands_for = row_norm_of(norm_method).rebuild(y, y.shape[-1], norm_method)
+    reading = reading_of(stands_for)
+    sharing.note_pack(y, Pack(stands_for, tuple(y.shape), tensors, norm_method.grade, reading))
+    return y

@@ -1,0 +1,174 @@
+"""Known layers of transformers and timm that run as one function, beside their parts."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from timm.layers import Mlp
+from torch import nn
+from transformers.models.bert.modeling_bert import BertOutput
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.roberta.modeling_roberta import RobertaSelfOutput
+
+import packlight
+from packlight import DoubleBackwardError, FewBit, GroupQuant, ModifiedWeightError
+from tests.helpers import relative_error
+
+NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
+WIDTH, MIDDLE = 64, 96
+
+
+def output(kind=RobertaSelfOutput, p=0.0):
+    config = transformers.RobertaConfig(
+        hidden_size=WIDTH, intermediate_size=MIDDLE, hidden_dropout_prob=p
+    )
+    return kind(config)
+
+
+def mlp():
+    sizes = {"hidden_size": WIDTH, "intermediate_size": MIDDLE}
+    return LlamaMLP(transformers.LlamaConfig(**sizes))
+
+
+def plain_mlp():
+    return Mlp(WIDTH, MIDDLE)
+
+
+KINDS = {
+    "plain mlp": (plain_mlp, (WIDTH,), "_MLPBackward"),
+    "output": (output, (WIDTH, WIDTH), "_PostNormBackward"),
+    "mlp": (mlp, (WIDTH,), "_GatedMLPBackward"),
+}
+
+
+def inputs(widths, shape=(3, 7), dtype=torch.float32):
+    torch.manual_seed(1)
+    return [torch.randn(*shape, width).to(dtype).requires_grad_() for width in widths]
+
+
+def converted(make):
+    torch.manual_seed(0)
+    module = make()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    plain = copy.deepcopy(module)
+    packlight.convert(module, (NEAREST, FewBit(bits=8)))
+    return module, plain
+
+
+def one_by_one(module):
+    """A hook on a part has the parts run by themselves."""
+    part = next(iter(module.children()))
+    part.register_forward_hook(lambda *_: None)
+    return module
+
+
+def run(module, given, dy, autocast):
+    packlight.manual_seed(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = module(*given)
+    y.backward(dy.to(y.dtype))
+    gradients = [x.grad for x in given] + [p.grad for p in module.parameters()]
+    for x in given:
+        x.grad = None
+    return y, gradients
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 7), (5,), (2, 0)])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_same_as_part_by_part(name, shape, dtype, autocast):
+    make, widths, node = KINDS[name]
+    module, _ = converted(lambda: make().to(dtype))
+    given, dy = inputs(widths, shape, dtype), torch.randn(*shape, WIDTH)
+    y, gradients = run(module, given, dy, autocast)
+    if 0 not in shape:
+        assert y.grad_fn.name() == node
+    parts = one_by_one(copy.deepcopy(module))
+    expected, others = run(parts, given, dy, autocast)
+    assert expected.grad_fn.name() != node
+    assert torch.equal(y, expected)
+    near = 1e-5 if dtype == torch.float32 and not autocast else 2e-2
+    for a, b in zip(gradients, others, strict=True):
+        assert a.dtype == b.dtype
+        assert not b.numel() or relative_error(a, b) <= near
+
+
+@pytest.mark.parametrize("kind", [RobertaSelfOutput, BertOutput])
+def test_a_dropout_draws_as_its_layer_does(kind):
+    widths = (MIDDLE if kind is BertOutput else WIDTH, WIDTH)
+    module, plain = converted(lambda: output(kind, 0.3))
+    given, dy = inputs(widths), torch.randn(3, 7, WIDTH)
+    y, gradients = run(module, given, dy, False)
+    assert y.grad_fn.name() == "_PostNormBackward"
+    expected, others = run(one_by_one(copy.deepcopy(module)), given, dy, False)
+    assert torch.equal(y, expected)
+    for a, b in zip(gradients, others, strict=True):
+        assert relative_error(a, b) < 1e-5
+    with torch.no_grad():  # the pass of a checkpoint without gradients
+        packlight.manual_seed(2)
+        assert torch.equal(module(*given), y)
+    module.eval()
+    assert torch.equal(module(*given), plain.eval()(*given))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_keeps_no_more_and_its_readers_share(name):
+    make, widths, _ = KINDS[name]
+    module, _ = converted(make)
+    tail = nn.Linear(WIDTH, WIDTH)
+    packlight.convert(tail, NEAREST)
+
+    class Both(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            self.first, self.tail = first, tail
+
+        def forward(self, *given):
+            return self.tail(self.first(*given))
+
+    given = inputs(widths, (16, 8))
+    kept = packlight.profile(Both(module), *given).activation_bytes
+    parts = packlight.profile(Both(one_by_one(module)), *given).activation_bytes
+    assert kept <= parts
+
+
+def _frozen(module):
+    next(module.parameters()).requires_grad_(False)
+
+
+def _part_in_eval(module):
+    next(iter(module.children())).eval()
+
+
+def _plain_part(module):
+    packlight.revert(next(iter(module.children())))
+
+
+@pytest.mark.parametrize("change", [_frozen, _part_in_eval, one_by_one, _plain_part])
+@pytest.mark.parametrize("name", KINDS)
+def test_elsewhere_the_parts_run(name, change):
+    make, widths, node = KINDS[name]
+    module, _ = converted(make)
+    assert module(*inputs(widths)).grad_fn.name() == node
+    change(module)
+    assert module(*inputs(widths)).grad_fn.name() != node
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_layers_refuse_is_refused(name):
+    make, widths, _ = KINDS[name]
+    module, _ = converted(make)
+    given = inputs(widths)
+    with pytest.raises(DoubleBackwardError):
+        torch.autograd.grad(module(*given).sum(), given, create_graph=True)
+    y = module(*given)
+    with torch.no_grad():
+        next(module.parameters()).mul_(2)
+    with pytest.raises(ModifiedWeightError):
+        y.sum().backward()
+    y = module(*given)
+    y.add_(1.0)  # it may be written to
+    y.sum().backward()
