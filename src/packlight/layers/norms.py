@@ -149,7 +149,7 @@ class _Norm(torch.autograd.Function):
         rows = x.reshape(-1, width).contiguous()
         fused = row_norm_of(method)
         y, rstd, copies, kept = fused.forward(rows, weight, bias, eps, center, method, seed)
-        if torch.compiler.is_dynamo_compiling():
+        if _torch.is_traced():
             copies = []
         ctx.mark_non_differentiable(*copies, *kept)
         ctx.set_materialize_grads(False)
