@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -645,6 +646,24 @@ def test_a_compiled_model_has_no_break_and_its_packs_cross(name, fresh_compiler)
     assert worst_error(actual, expected) < 0.05
     packed, whole = crossing_bytes(model) - parameters, crossing_bytes(plain) - parameters
     assert packed < whole / 2.5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "roberta", "t5", "vit", "mixtral"])
+def test_a_converted_model_compiles_in_as_few_graphs_as_a_plain_one(name, fresh_compiler):
+    plain, inputs = make(name), batch(name)
+    packlight.convert(converted := copy.deepcopy(plain), functional=True)
+    halves = {key: value[: len(value) // 2] for key, value in inputs.items()}
+
+    def graphs(model):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model, backend="eager", dynamic=None)
+        for given in (inputs, halves, inputs):
+            compiled(**given).loss.backward()
+        assert not counters["graph_break"]
+        return counters["stats"]["unique_graphs"], counters["frames"]["total"]
+
+    assert graphs(converted) == graphs(plain)
 
 
 # ---- predictions ---------------------------------------------------------------------------------
