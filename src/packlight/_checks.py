@@ -161,7 +161,7 @@ def refuse_second_derivative(keeps: str = "codes of its derivative") -> None:
     `keeps` says what the layer keeps, for the message.
     """
     # Under torch.compile the tracer records with gradients on, and refuses double backward itself.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not _torch.is_traced():
         raise DoubleBackwardError(
             f"this layer keeps {keeps} and cannot be differentiated twice; use the torch layer"
             " here (model.eval() does so too), or drop create_graph=True"

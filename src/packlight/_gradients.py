@@ -30,7 +30,7 @@ def recast(x: Tensor, like: Tensor) -> Tensor:
     """
     if x.dtype == like.dtype:
         return x
-    return _recast(x, like) if torch.compiler.is_dynamo_compiling() else x.to(like.dtype)
+    return _recast(x, like) if _torch.is_traced() else x.to(like.dtype)
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,7 +62,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     A matmul of 16 bits adds up in 32 and can write those: no rounding, and no kernel to widen it.
     """
     if a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32:
-        return _wide_mm(a, b) if torch.compiler.is_dynamo_compiling() else _mm(a, b)
+        return _wide_mm(a, b) if _torch.is_traced() else _mm(a, b)
     return as_dtype(a.mm(b), dtype)
 
 
@@ -73,7 +73,7 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     matrix, which adds up in 32 bits, reads it at three quarters and more. Inductor's sums are as
     fast where they are of chunks of rows, and then of those; of its own it makes too few.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if _torch.is_traced():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         wide = torch.promote_types(compute_dtype(x), dtype)

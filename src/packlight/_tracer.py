@@ -7,6 +7,7 @@ one that costs memory and never a gradient (`_torch.ask`).
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from packlight import _torch
@@ -71,6 +72,54 @@ def graph_facts(tracer: Any, name: str) -> dict[Any, Any]:
     """A dictionary of ours that lives as long as the graph that is traced."""
     found: dict[Any, Any] = vars(tracer.output).setdefault(name, {})
     return found
+
+
+# Functions and methods that make masks of positions: none draws, none writes to what it reads.
+_PURE = {
+    "__and__", "__eq__", "__or__", "add", "and_", "arange", "bool", "cumsum", "diff", "eq",
+    "expand", "float", "ge", "getitem", "gt", "int", "invert", "le", "long", "lt", "mul", "ne",
+    "new_ones", "ones", "or_", "reshape", "sub", "to", "unsqueeze", "view",
+}  # fmt: skip
+
+
+def constant_of(node: Any) -> Tensor | None:
+    """The values of a node that depends on no input, on the CPU; None where they are not known."""
+    known: dict[Any, Any] = {}
+
+    def value(part: Any) -> Any:
+        if isinstance(part, torch.fx.Node):
+            if part not in known:
+                known[part] = computed(part)
+            return known[part]
+        if isinstance(part, (tuple, list)):
+            return type(part)(map(value, part))
+        if isinstance(part, slice):
+            return slice(value(part.start), value(part.stop), value(part.step))
+        return torch.device("cpu") if isinstance(part, torch.device) else part
+
+    def computed(part: Any) -> Any:
+        method = part.op == "call_method"
+        name = part.target if method else getattr(part.target, "__name__", None)
+        fake = part.meta.get("example_value")
+        if part.op not in ("call_function", "call_method") or name not in _PURE:
+            raise _NotConstantError
+        if not isinstance(fake, Tensor) or fake._version:  # written to since
+            raise _NotConstantError
+        args = [value(argument) for argument in part.args]
+        kwargs = {key: value(argument) for key, argument in part.kwargs.items()}
+        function = getattr(Tensor, name) if method else part.target
+        return function(*args, **kwargs)
+
+    try:
+        with _torch.with_values():
+            found: Tensor = value(node)
+            return found
+    except _NotConstantError:
+        return None
+
+
+class _NotConstantError(Exception):
+    """A node depends on an input, or on something that is not known."""
 
 
 @question

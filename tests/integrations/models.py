@@ -90,6 +90,8 @@ _MAKERS = {
     "qwen3": _decoder("Qwen3", head_dim=32),
     "gemma": _decoder("Gemma", head_dim=16),
     "phi3": _decoder("Phi3"),
+    # The experts by one product of all: the other ways look at how many tokens each gets.
+    "mixtral": _decoder("Mixtral", num_local_experts=4, experts_implementation="batched_mm"),
     "t5": _t5,
     "vit": _vit,
 }

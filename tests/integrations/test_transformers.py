@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+import operator
 import pickle
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +20,7 @@ import packlight
 from packlight import FewBit, GroupQuant, Inverted, Sketch
 from packlight._classes import joined
 from packlight.integrations._copies import is_copy
-from packlight.integrations.transformers import attention, norms
+from packlight.integrations.transformers import attention, masks, norms
 from tests.helpers import crossing, dtype_name, kept_bytes, relative_error, ulps
 from tests.integrations.models import (
     BATCH,
@@ -668,6 +670,82 @@ def test_a_compiled_model_has_no_break_and_its_packs_cross(name, fresh_compiler)
     assert worst_error(actual, expected) < 0.05
     packed, whole = crossing_bytes(model) - parameters, crossing_bytes(plain) - parameters
     assert packed < whole / 2.5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "roberta", "t5", "vit", "mixtral"])
+def test_a_converted_model_compiles_in_as_few_graphs_as_a_plain_one(name, fresh_compiler):
+    plain, inputs = make(name), batch(name)
+    packlight.convert(converted := copy.deepcopy(plain), functional=True)
+    halves = {key: value[: len(value) // 2] for key, value in inputs.items()}
+
+    def graphs(model):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model, backend="eager", dynamic=None)
+        for given in (inputs, halves, inputs):
+            compiled(**given).loss.backward()
+        assert not counters["graph_break"]
+        return counters["stats"]["unique_graphs"], counters["frames"]["total"]
+
+    assert graphs(converted) == graphs(plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_a_model_compiled_whole_keeps_no_more_than_uncompiled(name, fresh_compiler):
+    model, inputs = make(name), batch(name)
+    packlight.convert(model, functional=True)
+    kept = packlight.profile(model, **inputs).activation_bytes
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert packlight.profile(compiled, **inputs).activation_bytes <= kept
+
+
+def _positions(x):
+    return torch.arange(4)[None, None, :, None], torch.arange(4)[None, None, None, :]
+
+
+def _written(x):
+    q, k = _positions(x)
+    mask = q >= k
+    mask[..., 0] = False
+    return mask
+
+
+_MASKS = {
+    "causal": (lambda x: operator.ge(*_positions(x)).expand(2, 1, 4, 4), "causal"),
+    "nothing": (lambda x: torch.ones(2, 1, 4, 4, dtype=torch.bool), "nothing"),
+    "window": (lambda x: (q := _positions(x))[0].ge(q[1]) & (q[0] < q[1] + 2), None),
+    "more keys": (lambda x: torch.arange(2)[None, None, :, None] >= torch.arange(4), None),
+    "numbers": (lambda x: operator.ge(*_positions(x)).float(), None),
+    "of an input": (lambda x: (x > 0).expand(2, 1, 4, 4), None),
+    "drawn": (lambda x: torch.rand(2, 1, 4, 4) > 0.5, None),
+    "written to": (_written, None),
+}
+
+
+@pytest.mark.parametrize("case", _MASKS)
+def test_which_masks_are_known_while_traced(case, fresh_compiler):
+    make_mask, expected = _MASKS[case]
+    assert masks.kind_of_traced(make_mask(torch.ones(4, 4))) is None  # uncompiled
+
+    def run(x):
+        return x + {None: 0, "causal": 1, "nothing": 2}[masks.kind_of_traced(make_mask(x))]
+
+    x = torch.ones(4, 4)
+    found = torch.compile(run, backend="eager", fullgraph=True)(x)
+    assert found[0, 0] - 1 == [None, "causal", "nothing"].index(expected)
+
+
+@pytest.mark.parametrize("given", ["window", "sequences"])
+def test_masks_that_say_more_stay_in_compiled_code(given, fresh_compiler):
+    model, inputs = make("mistral", sliding_window=8 if given == "window" else None), batch("llama")
+    if given == "sequences":  # two in each row
+        inputs["position_ids"] = (torch.arange(LENGTH) % (LENGTH // 2)).expand(BATCH, -1)
+    packlight.convert(model, EIGHT, functional=True)
+    output, expected = step(model, inputs)
+    ours, actual = step(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
+    torch.testing.assert_close(ours.logits, output.logits, rtol=1e-5, atol=1e-5)
+    actual = {key.removeprefix("_orig_mod."): value for key, value in actual.items()}
+    assert worst_error(actual, expected) < 1e-3
 
 
 # ---- predictions ---------------------------------------------------------------------------------

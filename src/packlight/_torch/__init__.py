@@ -9,7 +9,6 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 
 from packlight._torch.attributes import flatten, parameters, storage_uses, unflatten
 from packlight._torch.autograd import (
-    applied,
     at_end_of_backward,
     has_storage,
     next_node_number,
@@ -38,6 +37,7 @@ from packlight._torch.capabilities import (
     DISPATCH,
     FAKES,
     FUSED_ATTENTION,
+    GRAPH_NODES,
     HOLLOW,
     HOOK_STACK,
     HOOKS,
@@ -64,11 +64,13 @@ from packlight._torch.modes import (
     without_mode,
     without_torch_functions,
 )
+from packlight._torch.nodes import applied
 from packlight._torch.tracer import (
     always_untraced,
     ask,
     can_ask,
     constant_while_traced,
+    is_traced,
     is_traced_or_between,
     question,
     run_as_written,
@@ -83,6 +85,7 @@ __all__ = [
     "DISPATCH",
     "FAKES",
     "FUSED_ATTENTION",
+    "GRAPH_NODES",
     "HOLLOW",
     "HOOKS",
     "HOOK_STACK",
@@ -116,6 +119,7 @@ __all__ = [
     "innermost",
     "is_current_device",
     "is_fake",
+    "is_traced",
     "is_traced_or_between",
     "is_watched",
     "launches_directly",

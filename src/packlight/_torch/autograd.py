@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from packlight._torch.capabilities import BACKWARD, HOOKS, NODES, STORAGES
@@ -17,19 +16,6 @@ def saved_tensor_hooks() -> Hooks | None:
         return None
     hooks: Any = HOOKS.values[0](True)
     return None if hooks is None else tuple(hooks)
-
-
-def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply`, without its looks at transforms of torch.func, which layers have had."""
-    plain: Callable[..., Any] = function.apply
-    base: Any = super(torch.autograd.Function, function)
-    direct: Callable[..., Any] = base.apply
-
-    def apply(*args: Any) -> Any:
-        # The tracer knows the plain one.
-        return plain(*args) if torch.compiler.is_dynamo_compiling() else direct(*args)
-
-    return apply
 
 
 def next_node_number() -> int:

@@ -83,6 +83,19 @@ TRACER = Capability(
     "._i_will_not_complain_if_bc_breaks_InstructionTranslator",
     "torch._dynamo.variables.base:VariableTracker",
 )
+TRACING = Capability(
+    "knows that a region is compiled",
+    "compiled backward passes fuse less",
+    "torch._guards:TracingContext.try_get",
+)
+GRAPH_NODES = Capability(
+    "puts calls into the graph of torch.compile",
+    "the tracer follows every layer's backward pass, and compiling takes longer",
+    "torch._dynamo.variables.builder:wrap_fx_proxy",
+    "torch._dynamo.exc:Unsupported",
+    "torch._dynamo.variables.tensor:TensorVariable",
+    "torch._dynamo.variables.tensor:SymNodeVariable",
+)
 MODES = Capability(
     "takes a function mode off",
     "layers run their own code with the mode on, which is slower",
@@ -185,6 +198,8 @@ CAPABILITIES = (
     BACKWARD,
     STORAGES,
     TRACER,
+    TRACING,
+    GRAPH_NODES,
     MODES,
     MODE_STACK,
     DISPATCH,

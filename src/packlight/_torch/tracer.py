@@ -3,15 +3,17 @@
 Nothing here imports the tracer, which takes a second, before it is used.
 """
 
+import contextlib
 import functools
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from packlight._torch.capabilities import TRACER
+from packlight._torch.capabilities import TRACER, TRACING
 from packlight._torch.code import code_of
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -80,6 +82,32 @@ def _answer(context: Any) -> None:
 
 
 # ---- what torch.compile runs ----
+
+
+class _Nodes(threading.local):
+    """Whether a node of a compiled graph runs on this thread (`nodes.py`)."""
+
+    run = False
+
+
+_nodes = _Nodes()
+
+
+@contextlib.contextmanager
+def running_a_node() -> Iterator[None]:
+    """What runs is part of a compiled graph, also where a graph runs as it was traced."""
+    before, _nodes.run = _nodes.run, True
+    try:
+        yield
+    finally:
+        _nodes.run = before
+
+
+def is_traced() -> bool:
+    """Whether what runs becomes compiled code: the tracer follows it, or what comes behind it."""
+    if torch.compiler.is_dynamo_compiling() or _nodes.run:
+        return True
+    return TRACING.values is not None and TRACING.values[0]() is not None
 
 
 def is_traced_or_between() -> bool:

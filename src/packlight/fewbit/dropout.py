@@ -144,7 +144,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     Raises `InputError` when p is outside 0 to 1.
     """
     if _is_trivial(input, p, training):
-        return F.dropout(input, p, training, inplace)
+        return _trivially(input, p, training, inplace)
     seed = mask_seed(input)
     if needs_gradient(input) and inplace:
         check_inplace(input)
@@ -179,7 +179,9 @@ def dropout_as_torch(
     """
     if torch.compiler.is_compiling():
         return dropout(input, p, training, inplace)
-    if _is_trivial(input, p, training) or not needs_gradient(input) or not input.numel():
+    if _is_trivial(input, p, training):
+        return _trivially(input, p, training, inplace)
+    if not needs_gradient(input) or not input.numel():
         return F.dropout(input, p, training, inplace)
     if inplace:
         check_inplace(input)
@@ -197,6 +199,11 @@ def _is_trivial(input: Tensor, p: float, training: bool) -> bool:
     if not 0.0 <= p <= 1.0:
         raise InputError(f"p={p!r} is not a probability from 0 to 1")
     return not training or p in (0.0, 1.0)
+
+
+def _trivially(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    # torch gives its very input where nothing is dropped; traced, a tensor that has no notes.
+    return F.dropout(input, p, training, inplace) if training and p == 1.0 else input
 
 
 def _noted(y: Tensor, codes: Tensor, p: float, kept: Pack | None) -> Tensor:

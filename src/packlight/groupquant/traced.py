@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packlight import _torch
 from packlight.groupquant import norm_reference, ops
 from packlight.groupquant.grouping import Groups
 from packlight.layers.norms import normalise
@@ -37,7 +38,7 @@ def operators(width: int, groups: Groups) -> tuple[Callable[..., Any], Callable[
     Rows with a ragged group are the operators' also there.
     """
     _, group_size = groups
-    if torch.compiler.is_compiling() and width % group_size == 0:
+    if _torch.is_traced() and width % group_size == 0:
         return norm, norm_reference.norm_backward
     return ops.norm, ops.norm_backward
 

@@ -151,7 +151,7 @@ class _Norm(torch.autograd.Function):
         rows = norm_rows(x, width)
         fused = row_norm_of(method)
         y, rstd, copies, kept = fused.forward(rows, weight, bias, eps, center, method, seed)
-        if torch.compiler.is_dynamo_compiling():
+        if _torch.is_traced():
             copies = []
         ctx.mark_non_differentiable(*copies, *kept)
         ctx.set_materialize_grads(False)

@@ -25,6 +25,7 @@ from packlight._classes import joined
 from packlight.calls import uncovered
 from packlight.groupquant.method import GroupQuant
 from packlight.integrations._copies import once_a_class
+from packlight.integrations.transformers import masks
 from packlight.integrations.transformers.rotary import use_one_kernel
 from packlight.layers.attention import attend
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
@@ -54,6 +55,9 @@ def attention_forward(
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    kind = masks.kind_of_traced(attention_mask)
+    if kind is not None:
+        attention_mask, is_causal = None, kind == "causal"
     causal = query.shape[2] > 1 and attention_mask is None and is_causal
     biased = kwargs.get("position_bias") is not None
     output = None

@@ -1,9 +1,16 @@
-"""Attention masks of transformers while a pass is recorded as a CUDA graph.
+"""Attention masks of transformers in compiled code, and while a pass is recorded as a CUDA graph.
 
 A launched pass looks at the values of its mask and its positions, and leaves out a mask that masks
-nothing: the kernels without one are faster. A pass that is captured may not look, and makes a mask
-always. Where the caller of a model of transformers gives neither, there is nothing to look at: all
-is as it is launched. Code of the user's around such a model may give it either, which nobody sees.
+nothing: the kernels without one are faster. A pass that is compiled or captured may not look, and
+makes a mask always.
+
+**Compiled**: a mask that depends on no input, as where the caller gives neither mask nor positions,
+has values that can be had while the region is traced. If it is that of causal attention, or masks
+nothing, attention does without, and the compiled code does not make it. Of sizes that vary nothing
+is known, and the mask stays.
+
+**Captured**: where the caller gives neither, there is nothing to look at: all is as it is launched.
+Code of the user's around such a model may give it either, which nobody sees.
 """
 
 import contextlib
@@ -11,9 +18,46 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 
+from packlight import _torch, _tracer
 from packlight.graphs.recording import while_recording
+
+# ---- compiled ------------------------------------------------------------------------------------
+
+
+def kind_of_traced(mask: Tensor | None) -> str | None:
+    """What a traced mask of booleans is known to be: "causal", "nothing" masked, else None."""
+    if mask is None or not torch.compiler.is_dynamo_compiling():
+        return None
+    kind: str | None = _torch.ask("kind_of_mask", None, mask)
+    return kind
+
+
+@_torch.question
+def kind_of_mask(tracer: Any, mask: Any) -> str | None:
+    node = _tracer.node_of(mask)
+    kinds = _tracer.graph_facts(tracer, "_packlight_masks")  # every layer asks
+    if node not in kinds:
+        values = _tracer.constant_of(node)
+        kinds[node] = None if values is None else _kind(values)
+    found: str | None = kinds[node]
+    return found
+
+
+def _kind(mask: Tensor) -> str | None:
+    if mask.dtype != torch.bool or mask.dim() != 4 or not mask.numel():
+        return None
+    if mask.all():
+        return "nothing"
+    queries, keys = mask.shape[-2:]
+    causal = torch.ones(queries, keys, dtype=torch.bool).tril()
+    return "causal" if queries == keys and (mask == causal).all() else None
+
+
+# ---- captured ------------------------------------------------------------------------------------
 
 _LOOKED_AT = ("attention_mask", "position_ids")
 _FUNCTIONS = ("is_tracing", "find_packed_sequence_indices")

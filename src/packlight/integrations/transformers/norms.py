@@ -98,7 +98,7 @@ class _RoundedNorm(torch.autograd.Function):
             rows = rows.to(dtype)
         keeping = row_norm_of(method)
         x_hat, rstd, _, kept = keeping.forward(rows, None, None, eps, False, method, seed)
-        copies = [] if torch.compiler.is_compiling() else [weight.clone()]
+        copies = [] if _torch.is_traced() else [weight.clone()]
         ctx.mark_non_differentiable(*copies, *kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rstd, *own_parameters(copies, weight), *kept)
