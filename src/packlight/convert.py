@@ -120,7 +120,7 @@ def _convert(
     model: nn.Module, methods: Methods, strict: bool, functional: bool, head: bool | Selector
 ) -> Conversion:
     layers = layers_of(model)
-    plan = Plan(methods)
+    plan = Plan(methods, layers)
     for layer in layers:
         plan.add(layer)
     if functional:

@@ -39,6 +39,8 @@ def follow(layers: list[Layer], plan: Plan, methods: Methods, functional: bool) 
     """Remembers how modules were converted, for the adapters that come into them."""
     adapters = tuple(f"{layer.names[0]}." for layer in layers if _adapts(layer.module))
     for layer in layers:
+        if layer.module in plan.tiled:
+            continue  # adapters in there stay as they are too
         name = layer.names[0]
         inside = _adapts(layer.module) or name.startswith(adapters)
         inside = inside and "base_layer" not in name.split(".")

@@ -26,12 +26,9 @@ from packlight._files import read_text, write_text
 from packlight.convert import DEFAULT_METHODS
 from packlight.errors import InputError
 from packlight.method import ELSEWHERE, Method, method_kinds
-from packlight.selectors import Choice, Methods, Selector
+from packlight.selectors import EVERYTHING, Choice, Methods, Selector
 
 __all__ = ["load_methods", "parse_methods", "save_methods"]
-
-EVERYTHING = "*"
-
 
 def parse_methods(text: str) -> Choice:
     """The methods that a text names.
