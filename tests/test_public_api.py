@@ -17,6 +17,7 @@ NAMES = {
     "DEFAULT_METHODS",
     "CannotConvertError",
     "CannotGraphError",
+    "Checkpoint",
     "Codebook",
     "Conversion",
     "DoubleBackwardError",
@@ -34,6 +35,7 @@ NAMES = {
     "PacklightError",
     "Quantiser",
     "Sketch",
+    "Tiles",
     "__version__",
     "convert",
     "fewbit",
@@ -47,6 +49,7 @@ NAMES = {
     "manual_seed",
     "predict",
     "profile",
+    "recompute",
     "revert",
     "save_methods",
     "saving",
@@ -64,6 +67,7 @@ def test_public_names():
         packlight.groupquant,
         fixed_point,
         packlight.sketch,
+        packlight.recompute,
     )
     for module in (packlight, *methods):
         assert len(set(module.__all__)) == len(module.__all__)

@@ -113,9 +113,9 @@ class _Run(torch.autograd.Function):
         tensors = keep.saved_tensors
         if ctx.versions != ctx.body.versions():
             raise ModifiedWeightError(
-                "a parameter of a module that runs in tiles was modified, as by an optimizer's"
-                " step, between the module's forward and its backward pass, which computes it"
-                " again; step after the backward pass, or run the forward pass again after the step"
+                "a parameter of a module that runs in tiles was modified or replaced, as by an"
+                " optimizer's step, between the module's forward and its backward pass, which runs"
+                " it again; step after the backward pass, or run the forward pass again afterwards"
             )
         x = keep.rebuild(ctx.dtype, *tensors)
         with ctx.setting.again():
@@ -180,10 +180,16 @@ class _Body:
 
     def __init__(self, module: nn.Module, forward: Forward, tokens: int) -> None:
         self.module, self.forward, self.tokens = module, forward, tokens
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
 
-    def versions(self) -> list[int]:
-        return [p._version for p in self.module.parameters() if not p.is_inference()]
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained. They are not held here: that would look like a saved tensor."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def versions(self) -> list[tuple[int, int]]:
+        """Which parameters there are, and how often each was written to."""
+        parameters = self.module.parameters()
+        return [(id(p), 0 if p.is_inference() else p._version) for p in parameters]
 
     def tiles(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The same tile of tensors of as many positions, as views."""
@@ -222,8 +228,9 @@ class _Body:
         if wanted[0]:
             dx = rows if may_write or rows is not x else torch.empty_like(rows)
         several = rows.numel() > self.tokens * rows.shape[-1]
-        sums = [_Sum(p, several) for p in self.parameters]
-        with self._stand_ins() as leaves, torch.enable_grad():
+        parameters = self.parameters
+        sums = [_Sum(p, several) for p in parameters]
+        with self._stand_ins(parameters) as leaves, torch.enable_grad():
             leaves = [leaf for leaf, want in zip(leaves, wanted[1:], strict=True) if want]
             needed = [one for one, want in zip(sums, wanted[1:], strict=True) if want]
             for tile, dy_tile, *into in self.tiles(rows, dy, *([] if dx is None else [dx])):
@@ -244,20 +251,15 @@ class _Body:
         return [dx, *(one.result() for one in sums)]
 
     @contextlib.contextmanager
-    def _stand_ins(self) -> Iterator[list[nn.Parameter]]:
-        """Other leaves in the places of the parameters, whose hooks are to see one gradient."""
-        made = {id(p): nn.Parameter(p.detach()) for p in self.parameters}
+    def _stand_ins(self, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """Other leaves in the places of parameters, whose hooks are to see one gradient."""
+        made = {id(p): nn.Parameter(p.detach()) for p in parameters}
         places = [
             (module._parameters, name, p)
             for module in self.module.modules()
             for name, p in module._parameters.items()
             if p is not None and id(p) in made
         ]
-        if len({id(p) for *_, p in places}) != len(made):
-            raise ModifiedWeightError(
-                "a parameter of a module that runs in tiles was replaced between the module's"
-                " forward and its backward pass; run the forward pass again"
-            )
         try:
             for holder, name, p in places:
                 holder[name] = made[id(p)]
