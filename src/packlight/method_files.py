@@ -127,6 +127,10 @@ def _kind(name: str) -> type[Method]:
     return kind
 
 
+def _is_kind(name: str) -> bool:
+    return name in method_kinds(name)
+
+
 def _signature(kind: type[Method]) -> str:
     parameters = inspect.signature(kind).parameters.values()
     shown = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
@@ -134,6 +138,8 @@ def _signature(kind: type[Method]) -> str:
 
 
 def _value(tree: ast.expr, text: str) -> Any:
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and _is_kind(tree.func.id):
+        return _method(tree)
     try:
         return ast.literal_eval(tree)
     except (ValueError, TypeError) as error:

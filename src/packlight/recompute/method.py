@@ -10,16 +10,15 @@ from packlight.quantiser import Quantiser
 
 @dataclasses.dataclass(frozen=True)
 class Recompute(Method, abstract=True):
-    """Base of the methods whose modules keep nothing but their input, by the quantiser `keep`."""
+    """Base of the methods whose modules keep nothing but their input."""
 
-    keep: Quantiser | None
 
-    def __post_init__(self) -> None:
-        if not (self.keep is None or isinstance(self.keep, Quantiser)):
-            raise InputError(
-                f"keep={self.keep!r} is neither a quantiser, such as GroupQuant(bits=8), nor None,"
-                " which keeps the input exactly"
-            )
+def _check_keep(keep: object) -> None:
+    if not (keep is None or isinstance(keep, Quantiser)):
+        raise InputError(
+            f"keep={keep!r} is neither a quantiser, such as GroupQuant(bits=8), nor None, which"
+            " keeps the input exactly"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,9 @@ class Checkpoint(Recompute):
     """
 
     keep: Quantiser | None = GroupQuant(bits=8)
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,6 @@ class Tiles(Recompute):
     keep: Quantiser | None = GroupQuant(bits=4)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_keep(self.keep)
         if type(self.tokens) is not int or self.tokens < 1:
             raise InputError(f"tokens={self.tokens!r} is not a whole number of at least 1")
