@@ -30,6 +30,7 @@ from packlight.selectors import EVERYTHING, Choice, Methods, Selector
 
 __all__ = ["load_methods", "parse_methods", "save_methods"]
 
+
 def parse_methods(text: str) -> Choice:
     """The methods that a text names.
 

@@ -353,9 +353,7 @@ def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:
     return {name: bits for name, bits in found.items() if bits is not None and bits not in given}
 
 
-def _change_for(
-    layer: Layer, methods: tuple[Method, ...], given: tuple[Method, ...]
-) -> _Change:
+def _change_for(layer: Layer, methods: tuple[Method, ...], given: tuple[Method, ...]) -> _Change:
     """The change by the first method that can convert the layer. Raises the reason if none can.
 
     `given` are these methods and those that are not for this layer.

@@ -38,10 +38,12 @@ def checkpoint(
     >>> layer, x = torch.nn.Linear(64, 64), torch.randn(32, 64, requires_grad=True)
     >>> packlight.recompute.checkpoint(layer, x, keep=packlight.GroupQuant(bits=4)).sum().backward()
     """
+    plain = torch.utils.checkpoint.checkpoint
+    if torch.compiler.is_compiling():
+        return plain(function, *args, use_reentrant=False, **kwargs)
     if not callable(function):
         raise InputError(f"function={function!r} cannot be called")
-    plain = torch.utils.checkpoint.checkpoint
-    if keep is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if keep is None or not torch.is_grad_enabled():
         return plain(function, *args, use_reentrant=False, **kwargs)
     # The checkpoint keeps positional arguments by way of hooks, and others as they are.
     named = {name: value for name, value in kwargs.items() if _needs_gradient(value)}

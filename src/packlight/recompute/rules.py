@@ -192,4 +192,3 @@ def _outcome(module: nn.Module, first: nn.Module) -> str | None:
     except Exception as error:  # noqa: BLE001  it is code of the user's, called in its own way
         return f"it does not run on a tensor {tuple(x.shape)}: {type(error).__name__}: {error}"
     return None
-

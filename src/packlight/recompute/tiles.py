@@ -1,9 +1,9 @@
 """Modules that work on each position by itself, in tiles of positions.
 
-Two Functions share the work. `_Keep` is the identity, and keeps x. `_Run` computes y, keeps nothing,
-and asks `_Keep`, the node before it in the graph, for x when its gradient has come. So x is kept
-before anything is computed, and a checkpoint around the module, which recomputes up to the last
-tensor that was kept, stops there.
+Two Functions share the work. `_Keep` is the identity, and keeps x. `_Run` computes y, keeps
+nothing, and asks `_Keep`, the node before it in the graph, for x when its gradient has come. So x
+is kept before anything is computed, and a checkpoint around the module, which recomputes up to the
+last tensor that was kept, stops there.
 """
 
 import contextlib
@@ -94,9 +94,7 @@ class _Run(torch.autograd.Function):
     """y = f(x) by tiles; keeps nothing but how f was called."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, body: "_Body", wants_dx: bool, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, body: "_Body", wants_dx: bool, *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.body, ctx.wants_dx, ctx.dtype = body, wants_dx, x.dtype
         ctx.setting = _Setting(x, body.module)

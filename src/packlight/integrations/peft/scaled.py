@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from packlight._checks import is_taken, refuse_second_derivative
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations.peft.adapters import Adapter, knows, trains
+from packlight.integrations.peft.lora import LoraLayer
 from packlight.layers.casts import to
 from packlight.layers.product import note_scaled, scale, vector_gradient
 from packlight.pack import Pack
@@ -244,12 +245,10 @@ class _Dora(torch.autograd.Function):
 _dora_result: Callable[..., tuple[Tensor, ...]] = _Dora.apply
 
 
-class DoraLayer(Adapter):
+class DoraLayer(LoraLayer):
     """LoRA's layer, with DoRA's magnitude; keeps a pack of what the magnitude scales."""
 
     method: Quantiser
-    base_layer: nn.Module
-    active_adapters: list[str]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if kwargs.get("adapter_names") else self._alone()
