@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from packlight import _torch
 from packlight._checks import is_taken
+from packlight.calls import uncovered
 from packlight.integrations.peft.adapters import Adapter, trains
 
 # Of a tile: 64 MiB in float32.
@@ -61,7 +62,7 @@ class LoraLayer(Adapter):
         result: Tensor = self.base_layer(x)
         low = first(lora.lora_dropout[name](self._cast_input_dtype(x, first.weight.dtype)))
         delta: Tensor = second(low)
-        y: Tensor = _sum(result, delta, lora.scaling[name])
+        y: Tensor = uncovered(_sum, result, delta, lora.scaling[name])
         return y
 
     def _only_adapter(self) -> str | None:
