@@ -74,9 +74,9 @@ class Plan:
         self.selected: dict[nn.Module, Selector] = {}  # the selector that decides for a module
         self.obeyed: set[Selector] = set()  # selectors that convert a layer, or give None for one
         self.without_rule: dict[Selector, list[Skipped]] = {}  # picked layers without a rule
-        # Modules that run in tiles and those that are checkpointed, each with all modules within.
-        self.tiled: set[nn.Module] = set()
-        self.checkpointed: set[nn.Module] = set()
+        # Modules within one that runs in tiles, and within one that is checkpointed.
+        self.in_tiles: set[nn.Module] = set()
+        self.in_checkpoints: set[nn.Module] = set()
         self.blocks: set[nn.Module] = set()
         if any(isinstance(method, Checkpoint) for method in self.all_methods):
             self.blocks = blocks_of(layers)
@@ -94,9 +94,9 @@ class Plan:
         changed = decided is not None and decided.layer.module is layer.module
         swap = decided.swap if decided is not None and changed else self._left(layer)
         if swap is not None and issubclass(swap.kind, Tiled):
-            self.tiled.update(layer.module.modules())
+            self.in_tiles.update(set(layer.module.modules()) - {layer.module})
         if swap is not None and is_checkpointed(swap):
-            self.checkpointed.update(layer.module.modules())
+            self.in_checkpoints.update(layer.module.modules())
 
     def _select(self, layer: Layer, otherwise: Selector | None) -> None:
         assert self.selectors is not None
@@ -130,7 +130,7 @@ class Plan:
         def is_meant(method: Method) -> bool:
             if isinstance(method, Checkpoint):
                 asked = selector not in (None, EVERYTHING) or layer.module in self.blocks
-                return asked and layer.module not in self.checkpointed
+                return asked and layer.module not in self.in_checkpoints
             if isinstance(method, Tiles) and selector in (None, EVERYTHING):
                 return why_not_by_position(_swap.plain(layer.module)) is None
             return True
@@ -138,7 +138,7 @@ class Plan:
         return tuple(method for method in methods if is_meant(method))
 
     def _decide(self, layer: Layer, methods: tuple[Method, ...], selector: Selector | None) -> None:
-        if layer.module in self.tiled:
+        if layer.module in self.in_tiles:
             self._skip(layer, "within a module that runs in tiles, which keeps nothing inside")
             return
         try:
@@ -167,7 +167,7 @@ class Plan:
         for layer in layers:
             index = changes.get(layer.module)
             change = None if index is None else self.changes[index]
-            if layer.module in self.tiled:
+            if layer.module in self.in_tiles:
                 continue
             selector = self.selected.get(layer.module)
             methods = self.all_methods if selector is None else self._methods_of(selector)
@@ -211,7 +211,7 @@ class Plan:
         """What an earlier conversion made of the layer and this one does not end, calls apart."""
         was = _swap.former(layer.module)
         selector = self.selected.get(layer.module)
-        if layer.module in self.tiled and not (was and issubclass(was.swap.kind, Tiled)):
+        if layer.module in self.in_tiles:
             return None
         if was is None or (selector is not None and not self._methods_of(selector)):
             return None

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 import packlight
 from packlight import DEFAULT_METHODS, Checkpoint, GroupQuant, Tiles
 from packlight.integrations.transformers import PacklightCallback
-from tests.helpers import pack_bytes
+from tests.helpers import pack_bytes, peak_bytes
 from tests.integrations.models import BATCH, LENGTH, WIDTH, batch, make, step, worst_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -153,6 +153,47 @@ def test_lora_with_packs_and_a_head():
                 part.p = 0.0
     inputs = batch("llama")
     assert total_error(step(model, inputs)[1], step(plain, inputs)[1]) < 0.03
+
+
+def test_the_sum_of_lora_is_that_of_peft_bit_for_bit(monkeypatch):
+    monkeypatch.setattr("packlight.integrations.peft.lora._ELEMENTS", 3 * WIDTH)
+    layer = torch.nn.Linear(WIDTH, 48).bfloat16()
+    plain = peft.tuners.lora.Linear(layer, "default", r=4, lora_alpha=9, init_lora_weights=False)
+    model = copy.deepcopy(plain)
+    packlight.convert(model, {"*": (GroupQuant(8),)})
+    x = torch.randn(2, 5, WIDTH).bfloat16()
+    found = []
+    for one in (plain, model):
+        leaf = x.clone().requires_grad_()
+        y = one(leaf)
+        y.backward(torch.ones_like(y))
+        grads = {"input": leaf.grad, "B": one.lora_B["default"].weight.grad}
+        found.append((y, {**grads, "A": one.lora_A["default"].weight.grad}))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1]["input"], found[1][1]["input"])
+    assert worst_error(found[1][1], found[0][1]) < 0.02
+
+
+def test_what_is_alive_at_the_peak():
+    """Of each token, in widths of the model at 16 bits, beyond what all tokens share."""
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def per_token(methods) -> float:
+        model = llama(use_cache=False, intermediate_size=7 * WIDTH // 2, num_hidden_layers=2)
+        model = peft.get_peft_model(model.bfloat16(), config).train()
+        packlight.convert(model, methods, functional=True, head=True)
+
+        def step(length):
+            ids = torch.randint(3, 128, (1, length))
+            return peak_bytes(lambda: model(input_ids=ids, labels=ids).loss.backward())
+
+        step(64)
+        return (step(512) - step(256)) / 256 / (2 * WIDTH)
+
+    blocks = Checkpoint(keep=None)
+    plain, tiled = (per_token((blocks, *more, GroupQuant(4))) for more in ((), (Tiles(32),)))
+    assert tiled < 0.6 * plain
+    assert tiled < 20
 
 
 class Rows(torch.utils.data.Dataset):
