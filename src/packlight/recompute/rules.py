@@ -41,7 +41,7 @@ def blocks_of(layers: Iterable[Layer]) -> set[nn.Module]:
     for layer in layers:
         children = list(layer.module.children()) if isinstance(layer.module, _LISTS) else []
         kinds = {kind_of(child) for child in children}
-        if len(children) > 1 and len(kinds) == 1 and _may_be_a_block(*kinds, children[0]):
+        if len(children) > 1 and len(kinds) == 1 and _may_be_a_block(kinds.pop(), children[0]):
             found.update(dict.fromkeys(children))
     inner = {part for block in found for part in block.modules() if part is not block}
     return set(found) - inner
