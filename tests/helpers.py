@@ -1,10 +1,13 @@
 """What tests of several folders need: samples, gradients, what is kept, distances."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import packlight
 from packlight.groupquant.grouping import Grouping
@@ -92,6 +95,38 @@ def kept_bytes(function: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return sum(storages.values())
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_tensor(t)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes and key not in given:
+                self.sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, key)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most bytes of tensors made by `function` that are alive at once, backward included."""
+    with _Alive() as alive, torch.autograd.set_multithreading_enabled(False):
+        function()
+    return alive.peak
 
 
 def crossing(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:

@@ -17,6 +17,7 @@ NAMES = {
     "DEFAULT_METHODS",
     "CannotConvertError",
     "CannotGraphError",
+    "Checkpoint",
     "Codebook",
     "Conversion",
     "DoubleBackwardError",
@@ -34,6 +35,7 @@ NAMES = {
     "PacklightError",
     "Quantiser",
     "Sketch",
+    "Tiles",
     "__version__",
     "convert",
     "fewbit",
@@ -48,6 +50,7 @@ NAMES = {
     "manual_seed",
     "predict",
     "profile",
+    "recompute",
     "revert",
     "save_methods",
     "saving",
@@ -66,6 +69,7 @@ def test_public_names():
         fixed_point,
         packlight.layers,
         packlight.sketch,
+        packlight.recompute,
     )
     for module in (packlight, *methods):
         assert len(set(module.__all__)) == len(module.__all__)

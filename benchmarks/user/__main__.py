@@ -33,6 +33,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     # Those that wait are stopped; those that compile want several cores.
     default = max(1, (os.cpu_count() or 1) * 3 // 8)
     run.add_argument("--processes", type=int, default=default, metavar="N", help="side by side")
+    run.add_argument("--length", type=int, default=0, metavar="TOKENS", help="of one sequence")
     limit = run.add_mutually_exclusive_group()
     limit.add_argument("--longest", type=float, metavar="GIB", help="the longest sequence in it")
     limit.add_argument("--largest", type=float, metavar="GIB", help="the largest batch in it")
@@ -72,6 +73,7 @@ def main(words: list[str] | None = None) -> None:
         mode,
         options.longest or options.largest or 0.0,
         options.commit or rows.commit(),
+        options.length,
     )
     known = rows.read(options.out)
     jobs = runner.jobs(scenarios, runner.order(options.choices, CHOICES), base)

@@ -88,6 +88,13 @@ def budget() -> contextlib.AbstractContextManager[Any]:
     return torch._functorch.config.patch(activation_memory_budget=0.5)
 
 
+def recompute(model: nn.Module, bits: int, tiles: bool = True) -> None:
+    """Blocks keep packs of their inputs, MLPs run in tiles, and what is within keeps packs."""
+    methods: list[packlight.Method] = [packlight.Checkpoint(packlight.GroupQuant(bits))]
+    methods += [packlight.Tiles()] * tiles
+    packlight.convert(model, (*methods, *packlight.DEFAULT_METHODS), functional=True, head=True)
+
+
 def packed() -> contextlib.AbstractContextManager[Any]:
     """Inputs of checkpoints as packs of 8 bits."""
     overrides = {"checkpoint": packlight.GroupQuant(8), "*": None}
@@ -110,6 +117,15 @@ CHOICES = {
     "liger": Choice("Liger", (liger,), kind="liger"),
     "default+liger": Choice("packlight default, Liger", (rope_and_head, default), kind="liger"),
     "packed": Choice("packlight checkpoint", (checkpoint,), packed),
+    "tiles": Choice("packlight tiles", (functools.partial(recompute, bits=8),), kind="head"),
+    "tiles4": Choice(
+        "packlight tiles, 4 bits", (functools.partial(recompute, bits=4),), kind="head"
+    ),
+    "checkpoint+packs": Choice(
+        "packlight checkpoint, packs",
+        (functools.partial(recompute, bits=8, tiles=False),),
+        kind="head",
+    ),
     "liger+packed": Choice("packlight checkpoint, Liger", (liger, checkpoint), packed, "liger"),
     "default+compile": Choice("packlight default, compile", (default, compile_blocks)),
     "compile+checkpoint": Choice("compile + checkpoint", (checkpoint, torch.compile)),

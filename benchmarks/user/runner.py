@@ -334,7 +334,7 @@ def jobs(scenarios: list[str], choices: list[str], job: Job) -> list[Job]:
 
     def means_something(scenario: str, choice: str) -> bool:
         kinds, changes = {*SCENARIOS[scenario].kinds, ""}, CHOICES[choice]
-        if job.mode == "longest" and "long" not in kinds:
+        if (job.mode == "longest" or job.length) and "long" not in kinds:
             return False
         if job.mode == "largest" and SCENARIOS[scenario].size.batch == 1:
             return False

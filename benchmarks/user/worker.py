@@ -49,11 +49,16 @@ class Job(NamedTuple):
     mode: str = "step"  # or "longest", "largest"
     limit: float = 0.0
     commit: str | None = None
+    length: int = 0  # of a sequence, where it is not the scenario's
 
     @property
     def task(self) -> Scenario:
         scenario = SCENARIOS[self.scenario]
-        return scenario.tiny if self.tiny else scenario
+        scenario = scenario.tiny if self.tiny else scenario
+        if not self.length:
+            return scenario
+        size = scenario.size._replace(batch=1, length=self.length)
+        return scenario._replace(size=size, gib=float("inf"))  # alone on the device
 
 
 class Device:
@@ -254,9 +259,10 @@ def python_calls(trained: Trained) -> int:
 def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     """The largest batch, or the longest sequence, whose step fits into `job.limit` GiB.
 
-    The peak is taken as linear in the size, from steps of two smaller sizes; a step of the size so
-    found runs with the allocator limited to `job.limit`, of one a thirtieth smaller if it does not
-    fit. What CUDA itself takes of a GPU is not counted.
+    The peak is taken as linear in the size, from steps of two smaller sizes, of which the second
+    is of an eighth of what the first guess says, or larger; a step of the size so found runs with
+    the allocator limited to `job.limit`, of one a thirtieth smaller if it does not fit. What CUDA
+    itself takes of a GPU is not counted.
     """
     task, device = job.task, Device(job.device)
     by = "length" if job.mode == "longest" else "batch"
@@ -279,8 +285,14 @@ def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     small = max(1, largest // 2)
     step(small)  # makes the optimiser's state
     (_, low), (_, high) = step(small), step(largest)
-    slope = (high - low) / (largest - small)
-    count = int((0.985 * job.limit - low) / slope + small) // unit * unit
+
+    def fitting() -> int:
+        slope = (high - low) / (largest - small)
+        return int((0.985 * job.limit - low) / slope + small) // unit * unit
+
+    if (further := fitting() // 8 // unit * unit) > largest:
+        largest, (_, high) = further, step(further)
+    count, slope = fitting(), (high - low) / (largest - small)
     total = torch.cuda.get_device_properties(0).total_memory / GIB
     torch.cuda.set_per_process_memory_fraction(min(1.0, job.limit / total))
     while count > 0:

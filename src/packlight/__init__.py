@@ -1,6 +1,6 @@
 """packlight: train and fine-tune PyTorch models with a fraction of the activation memory."""
 
-from packlight import fewbit, groupquant, head, inverted, layers, sketch
+from packlight import fewbit, groupquant, head, inverted, layers, recompute, sketch
 from packlight._library import use_reference
 from packlight._seeds import manual_seed
 from packlight._version import __version__
@@ -26,6 +26,7 @@ from packlight.pack import Grade
 from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
 from packlight.quantiser import Quantiser
+from packlight.recompute import Checkpoint, Tiles
 from packlight.saving import saving
 from packlight.sketch import Sketch
 
@@ -33,6 +34,7 @@ __all__ = [
     "DEFAULT_METHODS",
     "CannotConvertError",
     "CannotGraphError",
+    "Checkpoint",
     "Codebook",
     "Conversion",
     "DoubleBackwardError",
@@ -50,6 +52,7 @@ __all__ = [
     "PacklightError",
     "Quantiser",
     "Sketch",
+    "Tiles",
     "__version__",
     "convert",
     "fewbit",
@@ -64,6 +67,7 @@ __all__ = [
     "manual_seed",
     "predict",
     "profile",
+    "recompute",
     "revert",
     "save_methods",
     "saving",

@@ -132,7 +132,7 @@ def _convert(
     layers = layers_of(model)
     if exact_ends:
         methods = with_exact_ends(methods, layers)
-    plan = Plan(methods)
+    plan = Plan(methods, layers)
     for layer in layers:
         plan.add(layer)
     if functional:

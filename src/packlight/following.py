@@ -17,6 +17,7 @@ from packlight import _swap, integrations
 from packlight.conversion import condensed
 from packlight.plan import Plan, first_few
 from packlight.quantiser import before_first_pack
+from packlight.recompute.modules import Tiled
 from packlight.selectors import Layer, Methods, Selector, layers_of
 
 
@@ -39,6 +40,8 @@ def follow(layers: list[Layer], plan: Plan, methods: Methods, functional: bool) 
     """Remembers how modules were converted, for the adapters that come into them."""
     adapters = tuple(f"{layer.names[0]}." for layer in layers if _adapts(layer.module))
     for layer in layers:
+        if layer.module in plan.in_tiles or isinstance(layer.module, Tiled):
+            continue  # adapters in there stay as they are too
         name = layer.names[0]
         inside = _adapts(layer.module) or name.startswith(adapters)
         inside = inside and "base_layer" not in name.split(".")

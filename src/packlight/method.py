@@ -4,6 +4,7 @@ A rule says what a method makes of modules of one type, or of calls of one torch
 `packlight.convert` applies the rules.
 """
 
+import copy
 import dataclasses
 import functools
 import importlib.metadata
@@ -32,8 +33,13 @@ class Method:
             Method._kinds[cls.__name__] = cls
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the method's name under `"method"`, and its fields."""
-        return {"method": type(self).__name__, **dataclasses.asdict(self)}
+        """Plain data: the method's name under `"method"`, and its fields, methods among them."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {
+            name: value.to_dict() if isinstance(value, Method) else copy.deepcopy(value)
+            for name, value in values.items()
+        }
+        return {"method": type(self).__name__, **plain}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "Method":
@@ -48,6 +54,9 @@ class Method:
         if unknown := sorted(set(fields) - expected):
             fields_are = ", ".join(sorted(expected))
             raise InputError(f"{name} has no field {', '.join(unknown)}; its fields: {fields_are}")
+        for key, value in fields.items():
+            if isinstance(value, dict) and "method" in value:
+                fields[key] = Method.from_dict(value)
         return kind(**fields)
 
 

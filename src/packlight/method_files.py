@@ -27,11 +27,9 @@ from packlight.convert import DEFAULT_METHODS
 from packlight.errors import InputError
 from packlight.fewbit.codebook import Codebook
 from packlight.method import ELSEWHERE, Method, method_kinds
-from packlight.selectors import Choice, Methods, Selector
+from packlight.selectors import EVERYTHING, Choice, Methods, Selector
 
 __all__ = ["load_methods", "parse_methods", "save_methods"]
-
-EVERYTHING = "*"
 
 
 def parse_methods(text: str) -> Choice:
@@ -137,6 +135,10 @@ def _kind(name: str) -> type[Method]:
     return kind
 
 
+def _is_kind(name: str) -> bool:
+    return name in method_kinds(name)
+
+
 def _signature(kind: type[Any]) -> str:
     parameters = inspect.signature(kind).parameters.values()
     shown = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
@@ -148,8 +150,11 @@ _VALUES = {"Codebook": Codebook}
 
 
 def _value(tree: ast.expr, text: str) -> Any:
-    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in _VALUES:
-        return _called(_VALUES[tree.func.id], tree, ast.unparse(tree))
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
+        if tree.func.id in _VALUES:
+            return _called(_VALUES[tree.func.id], tree, ast.unparse(tree))
+        if _is_kind(tree.func.id):
+            return _method(tree)
     try:
         return ast.literal_eval(tree)
     except (ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
 """What each layer of a model is to become, and the reasons against it; nothing is changed yet."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,11 @@ from packlight.conversion import Conversion, Replaced, Skipped
 from packlight.errors import CannotConvertError, NothingMatchedError, PacklightError
 from packlight.head.modules import head_kind, heads_of, why_no_head, without_head
 from packlight.method import Calls, Method, NotConverted, Swap, find_patch_rule, find_rule
+from packlight.recompute.method import Checkpoint, Recompute, Tiles
+from packlight.recompute.modules import ATTRIBUTE, Tiled
+from packlight.recompute.rules import blocks_of, why_not_by_position
 from packlight.selectors import (
+    EVERYTHING,
     Layer,
     Methods,
     Selector,
@@ -46,7 +50,7 @@ class _NoRule(Exception):
 class Plan:
     """What each layer is to become, and the reasons against it. Changes nothing."""
 
-    def __init__(self, methods: Methods) -> None:
+    def __init__(self, methods: Methods, layers: Sequence[Layer] = ()) -> None:
         self.selectors = dict(methods) if isinstance(methods, Mapping) else None
         # For all layers alike, if there are no selectors.
         self.methods: tuple[Method, ...] = ()
@@ -70,12 +74,32 @@ class Plan:
         self.selected: dict[nn.Module, Selector] = {}  # the selector that decides for a module
         self.obeyed: set[Selector] = set()  # selectors that convert a layer, or give None for one
         self.without_rule: dict[Selector, list[Skipped]] = {}  # picked layers without a rule
+        # Modules within one that runs in tiles, and within one that is checkpointed.
+        self.in_tiles: set[nn.Module] = set()
+        self.in_checkpoints: set[nn.Module] = set()
+        self.blocks: set[nn.Module] = set()
+        if any(isinstance(method, Checkpoint) for method in self.all_methods):
+            self.blocks = blocks_of(layers)
 
     def add(self, layer: Layer, otherwise: Selector | None = None) -> None:
-        """Plans for a layer; where no selector matches, by one that is given."""
+        """Plans for a layer; where no selector matches, by one that is given.
+
+        A module comes before those within it.
+        """
         if self.selectors is None:
             self._decide(layer, self.methods, None)
-            return
+        else:
+            self._select(layer, otherwise)
+        decided = self.changes[-1] if self.changes else None
+        changed = decided is not None and decided.layer.module is layer.module
+        swap = decided.swap if decided is not None and changed else self._left(layer)
+        if swap is not None and issubclass(swap.kind, Tiled):
+            self.in_tiles.update(set(layer.module.modules()) - {layer.module})
+        if swap is not None and is_checkpointed(swap):
+            self.in_checkpoints.update(layer.module.modules())
+
+    def _select(self, layer: Layer, otherwise: Selector | None) -> None:
+        assert self.selectors is not None
         matching = [selector for selector in self.selectors if layer.matches(selector)]
         self.matched.update(matching)
         if not matching and otherwise is not None:
@@ -95,9 +119,30 @@ class Plan:
         choice = (self.selectors or {})[selector]
         return (choice,) if isinstance(choice, Method) else tuple(choice or ())
 
+    def _meant(
+        self, layer: Layer, methods: tuple[Method, ...], selector: Selector | None
+    ) -> tuple[Method, ...]:
+        """The methods without those that recompute, where these are not for the layer.
+
+        They are for what a selector picks, and else for blocks and MLPs; once around a layer.
+        """
+
+        def is_meant(method: Method) -> bool:
+            if isinstance(method, Checkpoint):
+                asked = selector not in (None, EVERYTHING) or layer.module in self.blocks
+                return asked and layer.module not in self.in_checkpoints
+            if isinstance(method, Tiles) and selector in (None, EVERYTHING):
+                return why_not_by_position(_swap.plain(layer.module)) is None
+            return True
+
+        return tuple(method for method in methods if is_meant(method))
+
     def _decide(self, layer: Layer, methods: tuple[Method, ...], selector: Selector | None) -> None:
+        if layer.module in self.in_tiles:
+            self._skip(layer, "within a module that runs in tiles, which keeps nothing inside")
+            return
         try:
-            self.changes.append(_change_for(layer, methods))
+            self.changes.append(_change_for(layer, self._meant(layer, methods, selector), methods))
         except CannotConvertError as error:
             self._refuse(layer, error)
         except (_NoRule, NotConverted) as reason:
@@ -122,6 +167,8 @@ class Plan:
         for layer in layers:
             index = changes.get(layer.module)
             change = None if index is None else self.changes[index]
+            if layer.module in self.in_tiles:
+                continue
             selector = self.selected.get(layer.module)
             methods = self.all_methods if selector is None else self._methods_of(selector)
             before = self._left(layer) if change is None else change.swap
@@ -164,6 +211,8 @@ class Plan:
         """What an earlier conversion made of the layer and this one does not end, calls apart."""
         was = _swap.former(layer.module)
         selector = self.selected.get(layer.module)
+        if layer.module in self.in_tiles:
+            return None
         if was is None or (selector is not None and not self._methods_of(selector)):
             return None
         swap = without_head(without_calls(was.swap))
@@ -304,8 +353,11 @@ def _other_bits(methods: tuple[Method, ...]) -> dict[str, int]:
     return {name: bits for name, bits in found.items() if bits is not None and bits not in given}
 
 
-def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
-    """The change by the first method that can convert the layer. Raises the reason if none can."""
+def _change_for(layer: Layer, methods: tuple[Method, ...], given: tuple[Method, ...]) -> _Change:
+    """The change by the first method that can convert the layer. Raises the reason if none can.
+
+    `given` are these methods and those that are not for this layer.
+    """
     plain = _swap.plain(layer.module)
     forward = vars(plain).get("forward")  # as patches put it there
     known: list[tuple[Any, Method]] = []
@@ -315,7 +367,7 @@ def _change_for(layer: Layer, methods: tuple[Method, ...]) -> _Change:
         (rule, method) for method in methods if (rule := find_rule(method, layer.kind))
     ]
     if not rules:
-        raise _NoRule(_why_no_rule(layer, methods))
+        raise _NoRule(_why_no_rule(layer, given))
     if forward is not None and not known:
         raise CannotConvertError(
             "its forward was replaced on the instance (accelerate's hooks and patches do so), which"
@@ -369,11 +421,17 @@ def _why_no_rule(layer: Layer, methods: tuple[Method, ...]) -> str:
         return "not initialised yet; run one forward pass first"
     if parametrize.is_parametrized(layer.module):
         return "parametrized, which makes a class of its own; convert first, parametrize afterwards"
+    by_type = [method for method in methods if not isinstance(method, Recompute)]
     for base in kind.__mro__[1:]:
-        if any(find_rule(method, base) for method in methods):
+        if any(find_rule(method, base) for method in by_type):
             return f"a subclass of {base.__name__}, whose forward may differ; rules match exactly"
     names = " or ".join(type(method).__name__ for method in methods)
     return f"no rule of {names}"
+
+
+def is_checkpointed(swap: Swap) -> bool:
+    """Whether the module is checkpointed by packlight."""
+    return isinstance(swap.attributes.get(ATTRIBUTE), Checkpoint)
 
 
 def class_changed(module: nn.Module) -> str | None:

@@ -17,6 +17,7 @@ from packlight.method import Method
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Selector: TypeAlias = type[nn.Module] | str | Predicate
 Choice: TypeAlias = Method | Sequence[Method] | None
+EVERYTHING = "*"  # the pattern of all names
 Methods: TypeAlias = Method | Sequence[Method] | Mapping[Selector, Choice]
 
 

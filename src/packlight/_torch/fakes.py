@@ -104,8 +104,9 @@ class Fakes(FakeTensorMode):
         self, func: Any, kinds: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         """For real, unless the result is large: `repeat` makes much of little."""
+        bare_args, bare_kwargs = tree_map_only(Tensor, _without_graph, (args, kwargs))
         try:
-            fake = super().dispatch(func, kinds, args, kwargs)
+            fake = super().dispatch(func, kinds, bare_args, bare_kwargs)
         except NEEDS_VALUES:
             pass  # its result is not larger than what it is computed of
         else:

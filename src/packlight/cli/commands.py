@@ -18,11 +18,11 @@ from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_i
 from packlight.conversion import Conversion
 from packlight.convert import convert
 from packlight.errors import InputError, PacklightError
-from packlight.method_files import EVERYTHING, load_methods, parse_methods, save_methods, shortened
+from packlight.method_files import load_methods, parse_methods, save_methods, shortened
 from packlight.predict import failing_module, predict
 from packlight.report import MemoryReport, check_depth, human_bytes
 from packlight.report.words import times_less
-from packlight.selectors import Choice, Selector
+from packlight.selectors import EVERYTHING, Choice, Selector
 
 # As `convert` takes them, in the order in which they count.
 Chosen = dict[Selector, Choice]

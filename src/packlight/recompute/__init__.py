@@ -1,0 +1,6 @@
+"""Recomputation: blocks, and MLPs by tiles of tokens, keep their input and run again."""
+
+from packlight.recompute.functional import checkpoint
+from packlight.recompute.method import Checkpoint, Tiles
+
+__all__ = ["Checkpoint", "Tiles", "checkpoint"]

@@ -1,0 +1,194 @@
+"""Which modules are checkpointed, and which run in tiles."""
+
+import copy
+import inspect
+import re
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight import _torch
+from packlight._classes import joined
+from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
+from packlight.recompute.functional import checkpoint
+from packlight.recompute.method import Checkpoint, Tiles
+from packlight.recompute.modules import ATTRIBUTE, Checkpointed, Tiled
+from packlight.selectors import Layer, kind_of
+
+
+@rule_finder
+def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
+    if issubclass(method, Checkpoint):
+        return _checkpointed
+    return _tiled if issubclass(method, Tiles) else None
+
+
+# ---- blocks --------------------------------------------------------------------------------------
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_LISTS = (nn.ModuleList, nn.Sequential)
+_BLOCKS_OF_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+def blocks_of(layers: Iterable[Layer]) -> set[nn.Module]:
+    """The blocks of a model: modules of one class in a list, more than one, the outermost."""
+    found: dict[nn.Module, None] = {}
+    for layer in layers:
+        children = list(layer.module.children()) if isinstance(layer.module, _LISTS) else []
+        kinds = {kind_of(child) for child in children}
+        if len(children) > 1 and len(kinds) == 1 and _may_be_a_block(kinds.pop(), children[0]):
+            found.update(dict.fromkeys(children))
+    inner = {part for block in found for part in block.modules() if part is not block}
+    return set(found) - inner
+
+
+def _may_be_a_block(kind: type[nn.Module], module: nn.Module) -> bool:
+    of_torch = kind.__module__.startswith("torch.nn.") and kind not in _BLOCKS_OF_TORCH
+    return not of_torch and any(True for _ in module.children())
+
+
+def _checkpointed(method: Checkpoint, module: nn.Module) -> Swap:
+    if isinstance(module, _CONTAINERS):
+        raise NotConverted("a list of modules, which has no forward; pick the modules in it")
+    if any(isinstance(part, _BATCH_NORMS) for part in module.modules()):
+        raise NotConverted(
+            "it has batch norms, whose running statistics would count each batch twice"
+        )
+    if _checkpoints_itself(module):
+        # With the arguments that it knows not to repeat: caches of keys and values.
+        return Swap(
+            type(module),
+            {
+                "gradient_checkpointing": True,
+                "_gradient_checkpointing_func": _Function(method),
+                ATTRIBUTE: method,
+            },
+        )
+    return Swap(joined(Checkpointed, type(module)), {ATTRIBUTE: method})
+
+
+class _Function:
+    """`checkpoint` as a layer of transformers calls it; copied and pickled with the layer."""
+
+    def __init__(self, method: Checkpoint) -> None:
+        self.method = method
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(function, *args, keep=self.method.keep, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Function) and other.method == self.method
+
+    def __hash__(self) -> int:
+        return hash(self.method)
+
+
+def _checkpoints_itself(module: nn.Module) -> bool:
+    """Whether it is a layer of transformers that is told by an attribute to checkpoint itself."""
+    layers: Any = sys.modules.get("transformers.modeling_layers")
+    return isinstance(module, getattr(layers, "GradientCheckpointingLayer", ()))
+
+
+# ---- tiles ---------------------------------------------------------------------------------------
+
+# By names, as packages have their own: experts are given tokens by what all tokens ask for.
+_ROUTING = re.compile("Mo[eE]$|Mo[eE](Block|Layer|Gate)|SparseMoe|Experts|Router|TopK")
+_BY_SAMPLE = ("DropPath", "StochasticDepth", "Dropout1d", "Dropout2d", "Dropout3d")
+_NORMS = ("LayerNorm", "RMSNorm")
+_ADAPTERS = "peft."
+
+
+def _tiled(method: Tiles, module: nn.Module) -> Swap:
+    if reason := why_not_by_position(module):
+        raise NotConverted(reason)
+    return Swap(joined(Tiled, type(module)), {ATTRIBUTE: method})
+
+
+def why_not_by_position(module: nn.Module) -> str | None:
+    """Why a module is no MLP that works on each position by itself; None if it is one."""
+    if _adapts(module):
+        return "it is an adapter; the MLP around it may run in tiles"
+    for part in module.modules():
+        name = kind_of(part).__name__
+        if _ROUTING.search(name):
+            return f"it has a {name}, which routes tokens to experts; tiles would route by tile"
+        if isinstance(part, _BATCH_NORMS):
+            return f"it has a {name}, which normalises over the batch"
+        if name in _BY_SAMPLE:
+            return f"it has a {name}, which draws by sample or channel, and not by position"
+        own = any(True for _ in part.parameters(recurse=False))
+        if own and not (_is_linear(part) or _adapts(part) or name.endswith(_NORMS)):
+            return f"it has a {name}, which is not known to work on each position by itself"
+    linears = [part for part in module.modules() if _is_linear(part)]
+    if len(linears) < 2:
+        return "it is no MLP of two Linear layers or more"
+    return _tried(module, linears[0])
+
+
+def _adapts(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    # Their parameters may be in dictionaries of torch's.
+    return kind.__module__.startswith(_ADAPTERS) or kind in (nn.ParameterDict, nn.ParameterList)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # A layer of PEFT's is one around another; transformers' `Conv1D` is a Linear by another name.
+    if isinstance(module, nn.Linear):
+        return True
+    kind = kind_of(module)
+    return f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D"
+
+
+# What a class of modules does, by what its modules print: the same code with the same parts.
+_answers: "weakref.WeakKeyDictionary[type[nn.Module], dict[str, str | None]]"
+_answers = weakref.WeakKeyDictionary()
+
+
+def _tried(module: nn.Module, first: nn.Module) -> str | None:
+    """Why a module does not work on each position by itself, tried on two times three of them."""
+    needed = [
+        parameter
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if len(needed) != 1:
+        return f"its forward takes {len(needed)} arguments; tiles are of one tensor"
+    if any(_torch.is_fake(p) or p.is_meta for p in module.parameters()):
+        return None  # no values to try it with
+    answers = _answers.setdefault(kind_of(module), {})
+    text = repr(module)
+    if text not in answers:
+        answers[text] = _outcome(module, first)
+    return answers[text]
+
+
+def _outcome(module: nn.Module, first: nn.Module) -> str | None:
+    width = getattr(first, "in_features", None) or getattr(first, "nx", None)
+    if not isinstance(width, int):
+        return f"the width of its input is not known from its {kind_of(first).__name__}"
+    parameters = {id(p): p for p in module.parameters()}
+    floating = [p for p in parameters.values() if p.is_floating_point()]
+    dtype = floating[0].dtype if floating else torch.float32
+    device = next(iter(parameters.values())).device
+    x = torch.linspace(-1, 1, 6 * width, device=device).sin().mul(2).to(dtype).view(2, 3, width)
+    try:
+        probe = copy.deepcopy(module, parameters).eval()
+        with torch.no_grad():
+            y = probe(x)
+            if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
+                return "its output is not one tensor with the positions of its input"
+            for place in ((0, 0), (1, 1)):
+                others = 1 - 3 * x
+                others[place] = x[place]
+                # Bit for bit: a row of a product is what it is, whatever the other rows hold.
+                if not torch.equal(probe(others)[place], y[place]):
+                    return "its output at one position depends on others"
+    except Exception as error:  # noqa: BLE001  it is code of the user's, called in its own way
+        return f"it does not run on a tensor {tuple(x.shape)}: {type(error).__name__}: {error}"
+    return None
