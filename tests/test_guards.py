@@ -50,9 +50,9 @@ def masks(guards, n):
 
 def few_bits(guards, n):
     x, borders = values(guards, n), (-1.0, 0.0, 1.0)
-    few_bit.encode(x, 2, borders, "none", 1, (1,))
-    few_bit.activation_(guards.of(x), "silu", (), 2, borders, "none", 1)
-    _, codes = few_bit.activation(x, "silu", (), 2, borders, "none", 1)
+    few_bit.encode(x, 2, borders, "none", 0.0, 1, (1,))
+    few_bit.activation_(guards.of(x), "silu", (), 2, borders, "none", 0.0, 1)
+    _, codes = few_bit.activation(x, "silu", (), 2, borders, "none", 0.0, 1)
     few_bit.decode_backward(x, codes, 2, (0.0, 0.1, 0.5, 1.0), False, (1,))
 
 

@@ -36,7 +36,8 @@ def parse_methods(text: str) -> Choice:
     """The methods that a text names.
 
     `FewBit(3)` or `GroupQuant(bits=4)`, several with commas between them, `None` (leave alone) or
-    `default` (`packlight.DEFAULT_METHODS`). The text is read, not run: arguments are plain values.
+    `default` (`packlight.DEFAULT_METHODS`). The text is read, not run: arguments are plain values,
+    and of `FewBit` a codebook with its own, `FewBit(codebook=Codebook(1, (0.0,), (0.0, 1.0)))`.
 
     Raises `InputError` for anything else, naming the methods there are.
     """

@@ -17,6 +17,7 @@ from packlight.fewbit import (
     pooling_reference,
     reference,
 )
+from packlight.fewbit.bins import bins_of
 from packlight.fewbit.codebook import default_codebook
 from packlight.packing.layout import packed_bytes
 from packlight.packing.reference import unpack
@@ -110,7 +111,7 @@ def test_bins_count_the_borders_below(numbers, unit, folded):
         numbers = {abs(number) + 1 for number in numbers}
     borders = np.array(sorted(numbers), dtype=np.float32) * np.float32(unit)
     borders = ((borders.view(np.int32) + 0x80) & ~0xFF).view(np.float32)
-    bins = kernels._bins(borders, folded)
+    bins = bins_of(borders, folded)
     if bins is None:
         return
     edges = np.concatenate([borders, np.nextafter(borders, np.inf), np.nextafter(borders, -np.inf)])
@@ -126,7 +127,7 @@ def test_shipped_books_fit_bins(layer, bits):
     book = default_codebook(layer.name, bits, layer.parameters)
     if bits - (book.parity == "odd") > 2:
         borders = np.asarray(book.short_borders, dtype=np.float32)
-        assert kernels._bins(borders, book.parity != "none") is not None
+        assert bins_of(borders, book.parity != "none") is not None
 
 
 @every_device

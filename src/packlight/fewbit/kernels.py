@@ -23,6 +23,7 @@ from torch import Tensor
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight.elementwise.kernels import DIGITS, FORWARD
 from packlight.fewbit.activations import EXACT, NON_FINITE
+from packlight.fewbit.bins import bins_of
 from packlight.packing.kernels import (
     code_of,
     empty_word,
@@ -129,7 +130,7 @@ def _code_tree(t, borders, DEPTH: tl.constexpr, SHIFT: tl.constexpr):
 
 @triton.jit
 def _code_bins(t, table_ptr, scale, offset, low, last, FOLDED: tl.constexpr):
-    """The code by equal bins with at most one border each, as `_bins` lays them out.
+    """The code by equal bins with at most one border each, as `bins_of` lays them out.
 
     Adding 2^23 rounds to an integer and leaves it in the low bits. An entry is the bin's border
     (inf where there is none), whose low 8 bits are zero, and in these the number of borders below.
@@ -335,39 +336,11 @@ class _Borders(NamedTuple):
 @functools.lru_cache(maxsize=TABLES)
 def _borders(values: tuple[float, ...], depth: int, folded: bool, device: torch.device) -> _Borders:
     """The cheapest form for these borders: registers, bins, or binary search."""
-    if depth > TREE_DEPTH.value and (bins := _bins(np.asarray(values, dtype=np.float32), folded)):
+    if depth > TREE_DEPTH.value and (bins := bins_of(np.asarray(values, dtype=np.float32), folded)):
         entries, scale, offset, low = bins
         table = torch.from_numpy(entries).to(device)
         return _Borders(table, True, scale, offset, low, len(entries) - 1)
     return _Borders(torch.tensor(values or (0.0,), dtype=torch.float32, device=device), False)
-
-
-def _bins(borders: np.ndarray, folded: bool) -> tuple[np.ndarray, float, float, float] | None:
-    """Equal bins over the borders with at most one border in each; None if 2^12 do not suffice.
-
-    The kernel finds t's bin as round(t scale + offset): monotone in t, so borders in lower bins lie
-    below t and those in higher bins above, and only the border in t's own bin is compared.
-    """
-    low, high = 0.0 if folded else float(borders[0]), float(borders[-1])
-    if not 0 < high - low < np.finfo(np.float32).max:
-        return None
-    for count in (int(2 ** (k / 4)) for k in range(20, 49)):
-        scale = np.float32((count - 4) / (high - low))
-        first = 0 if folded else round(low * float(scale)) - 2
-        position = borders.astype(np.float64) * float(scale) - first
-        index = np.rint(position).astype(int)
-        # Where rounding of t scale could go either way, another count is taken.
-        clear = np.abs(position - np.floor(position) - 0.5) > 1e-3
-        if clear.all() and len(set(index)) == len(borders) and index[-1] < count - 1:
-            break
-    else:
-        return None
-    below = np.searchsorted(index, np.arange(count))
-    entries = np.full(count, np.inf, dtype=np.float32).view(np.int32) & -256
-    entries[index] = borders.view(np.int32)
-    width = 1 / float(scale)
-    offset = float(2**23 - first)
-    return (entries | below).astype(np.int32), float(scale), offset, low - width
 
 
 @functools.lru_cache(LAUNCHES)
