@@ -87,6 +87,18 @@ def test_the_current_device_is_that_of_the_tensor(monkeypatch, lost):
     assert backends.is_current_device(x) is False
 
 
+def test_the_current_stream_is_that_of_the_device_of_a_tensor(monkeypatch, lost):
+    x = torch.ones(3)
+    assert backends.current_stream(x) == 0
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(
+        _torch.CURRENT_STREAM, "values", (lambda device: 7 + device,), raising=False
+    )
+    assert backends.current_stream(x) == 7 + x.get_device()
+    lost(_torch.CURRENT_STREAM)
+    assert backends.current_stream(x) is None
+
+
 def test_the_attention_kernel_is_that_which_torch_takes(lost):
     q = torch.randn(1, 2, 8, 16, requires_grad=True)
     backend = backends.attention_backend(q, q, q, None, 0.0, True)
@@ -160,8 +172,19 @@ def test_the_innermost_mode_is_off_where_it_is_of_the_very_kind(lost):
             with pytest.raises(ZeroDivisionError):
                 modes.without_mode(Other, lambda: 1 / 0)
             assert modes.function_modes() == [outer, inner]
+            assert modes.innermost(Mode) is inner  # which derives from it
+            assert modes.innermost(Other) is inner
+            assert modes.take_off(Mode) is None
+            mode = modes.take_off(Other)
+            assert modes.function_modes() == [outer]
+            assert modes.innermost(Other) is None
+            modes.put_on(mode)
+            assert modes.function_modes() == [outer, inner]
         lost(_torch.MODES)
         assert modes.without_mode(Mode, modes.function_modes) == [outer]
+        assert modes.innermost(Mode) is outer
+        assert modes.innermost(Other) is None
+        assert modes.take_off(Mode) is None
     assert modes.function_modes() == []
 
 
@@ -237,20 +260,26 @@ def test_the_leaves_of_an_operation_are_those_of_its_inputs_that_require_gradien
 def test_what_is_to_run_at_the_end_of_a_backward_pass(lost):
     events = []
 
+    def note(event):
+        events.append(event)
+
+    def note_end():
+        note("end")
+
     def backward():
         x = torch.ones(3, requires_grad=True)
         first = x * 1
         second = first * 1
-        second.register_hook(lambda _: autograd.at_end_of_backward(lambda: events.append("end")))
+        second.register_hook(lambda _: note(autograd.at_end_of_backward(note_end)))
         first.register_hook(lambda _: events.append("later"))
         second.sum().backward()
 
-    autograd.at_end_of_backward(lambda: events.append("never"))
+    assert not autograd.at_end_of_backward(lambda: events.append("never"))
     backward()
-    assert events == ["later", "end"]
+    assert events == [True, "later", "end"]
     lost(_torch.BACKWARD)
     backward()
-    assert events == ["later", "end", "later"]
+    assert events == [True, "later", "end", False, "later"]
 
 
 def test_a_storage_is_known_again_and_taken_for_no_other():

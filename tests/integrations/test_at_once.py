@@ -9,7 +9,7 @@ from timm.layers import Mlp
 from torch import nn
 from transformers.models.bert.modeling_bert import BertOutput
 from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.roberta.modeling_roberta import RobertaSelfOutput
+from transformers.models.roberta.modeling_roberta import RobertaIntermediate, RobertaSelfOutput
 
 import packlight
 from packlight import DoubleBackwardError, FewBit, GroupQuant, ModifiedWeightError
@@ -31,11 +31,17 @@ def mlp():
     return LlamaMLP(transformers.LlamaConfig(**sizes))
 
 
+def half():
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH}
+    return RobertaIntermediate(transformers.RobertaConfig(**sizes))
+
+
 def plain_mlp():
     return Mlp(WIDTH, MIDDLE)
 
 
 KINDS = {
+    "half": (half, (WIDTH,), "_ActivatedBackward"),
     "plain mlp": (plain_mlp, (WIDTH,), "_MLPBackward"),
     "output": (output, (WIDTH, WIDTH), "_PostNormBackward"),
     "mlp": (mlp, (WIDTH,), "_GatedMLPBackward"),

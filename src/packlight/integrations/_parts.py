@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from packlight._checks import is_taken, needs_gradient
 from packlight.calls import is_bare
+from packlight.groupquant import modules
 from packlight.groupquant.modules import Linear
+from packlight.integrations._activations import GroupQuantActivation
+from packlight.layers.activations import gelu_name
 from packlight.quantiser import Quantiser, worth_packing
 
 
@@ -27,6 +30,17 @@ def parameters_of(
             return None
         found.append((weight, part.bias))
     return found
+
+
+def function_of_part(part: nn.Module, method: Quantiser) -> str | None:
+    """What an activation computes; None unless it is one of ours that trains by this method."""
+    if isinstance(part, modules.GELU):
+        function = gelu_name(part.approximate)
+    elif isinstance(part, GroupQuantActivation):
+        function = part.packed_function
+    else:
+        return None
+    return function if part.training and is_bare(part) and part.method == method else None
 
 
 def takes(x: Tensor, method: Quantiser) -> bool:

@@ -23,18 +23,16 @@ from torch import Tensor, nn
 
 from packlight._classes import joined
 from packlight.calls import is_bare, uncovered
-from packlight.groupquant import modules
 from packlight.groupquant.fixed_point import functional as fixed_point
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.modules import Quantised
-from packlight.integrations._activations import GroupQuantActivation, register
+from packlight.integrations._activations import register
 from packlight.integrations._copies import is_copy, once_a_class
-from packlight.integrations._parts import parameters_of, takes
+from packlight.integrations._parts import function_of_part, parameters_of, takes
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import InvertedNorm
 from packlight.layers import channel_norms, norms
-from packlight.layers.activations import gelu_name
 from packlight.layers.mlp import mlp
 from packlight.layers.twin import Twin, start_batch
 from packlight.method import Method, NotConverted, Rule, Swap, rule, rule_finder
@@ -119,19 +117,10 @@ class GroupQuantMlp(nn.Module):
         if type(self.norm) is not nn.Identity or not is_bare(self.norm):
             return None
         parameters = parameters_of((first, last), self.method)
-        function = _function_of(act)
+        function = function_of_part(act, self.method)
         if parameters is None or function is None or not takes(x, self.method):
             return None
-        if act.method != self.method or not act.training or not is_bare(act):
-            return None
         return mlp(x, parameters, function, self.method)
-
-
-def _function_of(act: nn.Module) -> str | None:
-    """What an activation that keeps packs computes, where that is a GELU."""
-    if isinstance(act, modules.GELU):
-        return gelu_name(act.approximate)
-    return act.packed_function if isinstance(act, GroupQuantActivation) else None
 
 
 # --- Norms of rows.

@@ -1,6 +1,7 @@
 """Feed-forward layers as one function: W_2 f(W_1 x), and the gated W_down (f(W_gate x) W_up x).
 
-Apart, they are three functions and four, with notes between them that nothing else reads.
+Also f(W x), for models that have the two halves in layers of their own. Apart, they are two to four
+functions, with notes between them that nothing else reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _torch
+from packlight import _torch, sharing
 from packlight._checks import autocast, refuse_second_derivative, saved_with_weight
 from packlight._gradients import as_dtype
 from packlight._overwrite import writable
@@ -18,11 +19,71 @@ from packlight._seeds import Seed
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.layers.activations import activation_of, unit_of
 from packlight.layers.linear import linear_gradients
+from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, pack_input
 from packlight.reading import reader
 
 # Weight and bias of a Linear.
 Parameters = tuple[Tensor, Tensor | None]
+
+
+class _Activated(torch.autograd.Function):
+    """f(W x + b) and the tensors that stand for W x + b; keeps these, W and the pack of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        name: str,
+        method: Quantiser,
+        seed: Seed,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        h = F.linear(x, weight, bias)
+        ctx.h = h.dtype
+        fused = activation_of(method)
+        y, *kept = fused.forward(
+            autocast(h, name, CONTINUOUS[name].function), name, (), method, seed
+        )
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, *kept, *tensors)
+        ctx.differentiate, ctx.f = fused.backward, (name, (), y.stride(), method)
+        ctx.rebuild, ctx.kept = rebuild, len(kept)
+        ctx.dtypes = [None if each is None else each.dtype for each in (x, weight, bias)]
+        return y, *kept
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        needs = ctx.needs_input_grad
+        if grad_output is None:
+            return (None,) * len(needs)
+        weight, *saved = saved_with_weight(ctx)
+        kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
+        dh = as_dtype(ctx.differentiate(grad_output, kept, *ctx.f), ctx.h)
+        gradients = linear_gradients(dh, weight, ctx.rebuild, tensors, needs[:3], ctx.dtypes)
+        return *gradients, *[None] * (len(needs) - 3)
+
+
+_activate: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Activated)
+
+
+def activated(x: Tensor, projection: Parameters, name: str, method: Quantiser) -> Tensor:
+    """f(W x + b), f by its name.
+
+    In eager mode, in training, with gradients; the checks are the caller's. Keeps what `mlp` keeps;
+    readers share the pack of W x + b.
+    """
+    kept = pack_input(x, method)
+    rebuild = reader(kept.reading, kept.rebuild)
+    y, *made = _activate(x, *projection, name, method, method.seed(x), rebuild, *kept.tensors)
+    stands_for = activation_of(method).rebuild(y, name, (), method)
+    sharing.note_pack(y, Pack(stands_for, tuple(y.shape), tuple(made), method.grade))
+    return y
 
 
 class _MLP(torch.autograd.Function):

@@ -169,8 +169,10 @@ class LoraLayer(Adapter):
             if kind_of(layer) is not nn.Linear or not is_bare(layer):
                 return None
         weight, bias, a, b = base.weight, base.bias, first.weight, second.weight
+        scaling = lora.scaling[name]
         fits = (
             first.training
+            and isinstance(scaling, (int, float))
             and first.bias is second.bias is None
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)
@@ -186,4 +188,4 @@ class LoraLayer(Adapter):
             return None
         kept = pack_input(x, first.method)
         rebuild = reader(kept.reading, kept.rebuild)
-        return _apply(x, a, b, weight, bias, lora.scaling[name], rebuild, *kept.tensors)
+        return _apply(x, a, b, weight, bias, scaling, rebuild, *kept.tensors)

@@ -1,8 +1,8 @@
-"""Ends of sub-layers of BERT and its kin as one function, known by their code.
+"""Parts of sub-layers of BERT and its kin as one function each, known by their code.
 
-`LayerNorm(dropout(dense(x)) + residual)`, in eighty classes of transformers. Where its parts are
-converted as by default, without hooks, they run as one function (`layers/post_norm.py`); elsewhere
-one by one.
+`LayerNorm(dropout(dense(x)) + residual)`, in eighty classes of transformers, and `act(dense(x))`
+before it. Where their parts are converted as by default, without hooks, they run as one function
+(`layers/post_norm.py`, `layers/mlp.py`); elsewhere one by one.
 """
 
 from typing import Any
@@ -16,6 +16,8 @@ from packlight._classes import joined
 from packlight.calls import is_bare, uncovered
 from packlight.groupquant import modules
 from packlight.integrations._copies import is_copy, once_a_class
+from packlight.integrations._parts import function_of_part, parameters_of, takes
+from packlight.layers.mlp import activated
 from packlight.layers.post_norm import post_norm
 from packlight.method import Method, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser, worth_packing
@@ -30,9 +32,40 @@ def _bert(self: Any, hidden_states: Any, input_tensor: Any) -> Any:
     return hidden_states  # noqa: RET504  as it is there
 
 
+def _intermediate(self: Any, hidden_states: Any) -> Any:
+    hidden_states = self.dense(hidden_states)
+    hidden_states = self.intermediate_act_fn(hidden_states)
+    return hidden_states  # noqa: RET504  as it is there
+
+
+class GroupQuantIntermediate(nn.Module):
+    """act(dense(x)); keeps a pack of x and one of what dense gives."""
+
+    method: Quantiser
+    dense: nn.Module
+    intermediate_act_fn: nn.Module
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        y: Tensor | None = None
+        if self.training and not torch.compiler.is_compiling():
+            y = uncovered(self._at_once, hidden_states)
+        if y is None:
+            y = super().forward(hidden_states)
+        return y
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The result by one function; None where the parts are to run one by one."""
+        parameters = parameters_of((self.dense,), self.method)
+        function = function_of_part(self.intermediate_act_fn, self.method)
+        if parameters is None or function is None or not takes(x, self.method):
+            return None
+        return activated(x, parameters[0], function, self.method)
+
+
 class GroupQuantOutput(nn.Module):
     """LayerNorm(dropout(dense(x)) + residual); keeps what the three keep."""
 
+    method: Quantiser
     dense: nn.Module
     dropout: nn.Module
     LayerNorm: nn.Module
@@ -82,14 +115,20 @@ class GroupQuantOutput(nn.Module):
 
 
 @once_a_class
-def _is_known(kind: type[nn.Module]) -> bool:
-    return is_copy(vars(kind).get("forward"), _bert)
+def _form(kind: type[nn.Module]) -> type[nn.Module] | None:
+    forward = vars(kind).get("forward")
+    if is_copy(forward, _bert):
+        return GroupQuantOutput
+    return GroupQuantIntermediate if is_copy(forward, _intermediate) else None
 
 
 @rule_finder
 def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
-    return _output if issubclass(method, Quantiser) and _is_known(kind) else None
+    return _parts if issubclass(method, Quantiser) and _form(kind) is not None else None
 
 
-def _output(method: Quantiser, module: nn.Module) -> Swap:
-    return Swap(joined(GroupQuantOutput, type(module)), {})
+def _parts(method: Quantiser, module: nn.Module) -> Swap:
+    kind = type(module)
+    mixin = _form(kind)
+    assert mixin is not None
+    return Swap(joined(mixin, kind), {"method": method})
