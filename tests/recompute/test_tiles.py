@@ -21,7 +21,7 @@ from packlight import (
     NothingMatchedError,
     Tiles,
 )
-from tests.helpers import kept_bytes, pack_bytes, relative_error
+from tests.helpers import every_device, kept_bytes, pack_bytes, relative_error
 
 EXACT = Tiles(tokens=4, keep=None)
 WIDTH = 32
@@ -238,30 +238,51 @@ def test_parameters_that_are_not_used_have_no_gradient():
     assert_same(grads, step(plain, x)[1])
 
 
+@every_device
 @pytest.mark.parametrize(
     "reentrant", [None, False, True], ids=["plain", "checkpoint", "re-entrant"]
 )
-def test_dropout_drops_the_same_in_both_passes(reentrant):
+def test_dropout_drops_the_same_in_both_passes(reentrant, device):
     """The module is linear in x, so <y, dy> = <x, dx> where the masks are the same."""
     mlp = nn.Sequential(
         nn.Linear(WIDTH, 64, bias=False), nn.Dropout(0.5), nn.Linear(64, 16, bias=False)
-    ).double()
+    ).to(device, torch.float64)
     packlight.convert(mlp, EXACT)
-    x = torch.randn(3, 5, WIDTH).double()
+    x = torch.randn(3, 5, WIDTH, device=device).double()
 
     def run(model, x):
         if reentrant is None:
             return model(x)
         return checkpoint(model, x, use_reentrant=reentrant)
 
-    dy = torch.randn(3, 5, 16).double()
+    dy = torch.randn(3, 5, 16, device=device).double()
     y, grads = step(mlp, x, dy, run)
     torch.testing.assert_close((y * dy).sum(), (x * grads["input"]).sum())
-    state = torch.get_rng_state()
+    after = torch.rand(4, device=device)
     packlight.manual_seed(3)
     with torch.no_grad():  # draws what the pass with gradients draws
         assert torch.equal(mlp(x), y)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.rand(4, device=device), after)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recorded_as_a_graph(dropout):
+    torch.manual_seed(0)
+    plain = Block().cuda()
+    plain.mlp.dropout.p = dropout
+    plain, model = pair(plain, {"mlp": EXACT})
+    packlight.graphed(model)
+    x = torch.randn(3, 5, WIDTH, device="cuda")
+    if dropout:  # launched, with the reason, or refused: never other masks
+        with pytest.warns(UserWarning, match="tiles has a dropout"):
+            model(x).sum().backward()
+        return
+    for _ in range(3):
+        _, ours = step(model, x)
+    expected = step(plain, x)[1]
+    for name, grad in ours.items():
+        assert relative_error(grad, expected[name]) < 1e-4, name
 
 
 def test_autocast_is_that_of_the_forward_pass():
