@@ -17,6 +17,7 @@ from packlight.errors import (
     PacklightError,
 )
 from packlight.fewbit import Codebook, FewBit, fit_codebook
+from packlight.gradient_error import gradient_error
 from packlight.graphs import graphed, launched
 from packlight.groupquant import FixedPoint, GroupQuant
 from packlight.inverted import Inverted
@@ -26,6 +27,7 @@ from packlight.pack import Grade
 from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
 from packlight.quantiser import Quantiser
+from packlight.report.gradients import GradientReport
 from packlight.saving import saving
 from packlight.sketch import Sketch
 
@@ -39,6 +41,7 @@ __all__ = [
     "FewBit",
     "FixedPoint",
     "Grade",
+    "GradientReport",
     "GroupQuant",
     "InputError",
     "Inverted",
@@ -54,6 +57,7 @@ __all__ = [
     "convert",
     "fewbit",
     "fit_codebook",
+    "gradient_error",
     "graphed",
     "groupquant",
     "head",

@@ -120,6 +120,16 @@ def set_rounding_state(state: Mapping[str, int | None]) -> None:
         _rounding.start(base, count)
 
 
+@contextlib.contextmanager
+def rounding_left_as_found() -> Iterator[None]:
+    """The stream of rounding goes on afterwards from where it was."""
+    base, count = _rounding.base, _rounding.count
+    try:
+        yield
+    finally:
+        _rounding.base, _rounding.count = base, count
+
+
 # ---- seeds ---------------------------------------------------------------------------------------
 
 

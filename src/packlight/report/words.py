@@ -1,4 +1,4 @@
-"""Bytes and names for reading."""
+"""Bytes, shares and names for reading."""
 
 import re
 from collections import Counter
@@ -23,6 +23,12 @@ def human_bytes(count: int) -> str:
 def times_less(before: int, after: int) -> str:
     """ ", 2.00 times less" for 2 bytes before and 1 after; nothing where there are not fewer."""
     return f", {before / after:.2f} times less" if before > after > 0 else ""
+
+
+def percent(share: float) -> str:
+    """0.123 -> "12%", 0.0123 -> "1.2%"."""
+    digits = 1 if abs(share) < 0.0995 else 0
+    return f"{100 * share:.{digits}f}%"
 
 
 def short_operation(name: str) -> str:
