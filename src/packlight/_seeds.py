@@ -169,6 +169,40 @@ def mask_seed(x: Tensor) -> Tensor | int:
     return int(seed.item()) if x.device.type == "cpu" else seed
 
 
+def can_draw_again(x: Tensor) -> bool:
+    """Whether `drawn_again` can repeat what torch draws on the device of `x` now.
+
+    Not where one set of instructions draws anew at each run, and so has no numbers to go back to.
+    """
+    return x.is_cuda and not torch.compiler.is_compiling() and not _is_captured(x)
+
+
+def draws_at(x: Tensor) -> tuple[int, int] | None:
+    """Where torch's generator of the CUDA device of `x` is; None where `x` has no values."""
+    if _torch.is_fake(x):
+        return None
+    generator: Any = torch.cuda.default_generators[x.get_device()]
+    return generator.initial_seed(), generator.get_offset()
+
+
+@contextlib.contextmanager
+def drawn_again(x: Tensor, place: tuple[int, int]) -> Iterator[None]:
+    """Within, torch draws on the device of `x` what it drew from `place` on. Nothing waits."""
+    generator: Any = torch.cuda.default_generators[x.get_device()]
+    before = generator.initial_seed(), generator.get_offset()
+    try:
+        _set(generator, place)
+        yield
+    finally:
+        _set(generator, before)
+
+
+def _set(generator: Any, place: tuple[int, int]) -> None:
+    seed, offset = place
+    generator.manual_seed(seed)
+    generator.set_offset(offset)
+
+
 def _is_captured(x: Tensor) -> bool:
     return x.is_cuda and (_table is not None or torch.cuda.is_current_stream_capturing())
 

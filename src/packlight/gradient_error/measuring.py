@@ -200,6 +200,8 @@ def _rows(
         weights = tuple(_total(found[key] for key in keys) for found in deviations if keys)
         inputs = [_inputs(found, name) for found in deviations]
         known = [each for each in inputs if each is not None]
+        if not (own or known):
+            continue
         yield LayerGradients(
             name,
             layer.kind.__name__,

@@ -165,6 +165,6 @@ def _sample(gradient: Tensor) -> Sample:
     count = flat.numel()
     if count <= _SAMPLED:
         return Sample(flat.clone(), 1.0)
-    generator = torch.Generator().manual_seed(count)
-    places = torch.randint(count, (_SAMPLED,), generator=generator).to(flat.device)
+    generator = torch.Generator("cpu").manual_seed(count)
+    places = torch.randint(count, (_SAMPLED,), generator=generator, device="cpu").to(flat.device)
     return Sample(flat[places], count / _SAMPLED)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from packlight._files import replaced
 from packlight.errors import InputError
-from packlight.report.plotting import COLOURS, figure_class, shortened
-from packlight.report.words import percent
+from packlight.report.plotting import COLOURS, figure_class
+from packlight.report.words import percent, shortened
 
 if TYPE_CHECKING:
     from packlight.report.gradients import GradientReport, LayerGradients

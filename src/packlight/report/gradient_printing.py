@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packlight.report.printing import LINES, cell, new_table
-from packlight.report.words import percent
+from packlight.report.words import percent, shortened
 
 if TYPE_CHECKING:
     from packlight.report.gradients import GradientReport, LayerGradients
@@ -17,7 +17,8 @@ _EXPLANATION = (
     "error: |g~ - g| / |g| of a layer's weights; noise: of g itself, another batch's for this one's"
 )
 
-_NAME = 24  # characters of a layer's name, however many methods stand beside it
+_NAME = 24  # characters of a layer's name and kind, however many methods stand beside it
+_LONGEST = 32  # characters of a name, of which the end says more than the beginning
 
 
 def gradient_parts(report: "GradientReport", every_layer: bool) -> Iterator[ConsoleRenderable]:
@@ -44,7 +45,9 @@ def _table(report: "GradientReport", limit: int) -> Table:
             table.add_column(title, justify="right", no_wrap=True)
     whole = report.whole
     for row in [whole, *report.lines(limit)]:
-        name = row.layer or (row.kind if row is whole else "(the model itself)")
+        name = shortened(row.layer, _LONGEST) or (
+            row.kind if row is whole else "(the model itself)"
+        )
         kind = f" ({row.kind})" if row.layer else ""
         note = f", {row.note}" if row.note else ""
         indent = "" if row is whole else "  "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from packlight._files import replaced
 from packlight.errors import InputError, MissingDependencyError
-from packlight.report.words import add_up, cut_path, human_bytes, short_operation
+from packlight.report.words import add_up, cut_path, human_bytes, short_operation, shortened
 
 if TYPE_CHECKING:
     from packlight.report.memory import KeptTensor, MemoryReport
@@ -136,11 +136,6 @@ def _axis_unit(largest: int) -> tuple[str, int]:
             break
         unit, scale = name, 1024 * scale
     return unit, scale
-
-
-def shortened(name: str, length: int = 40) -> str:
-    """The end of a long module path, which says more than its beginning."""
-    return name if len(name) <= length else "..." + name[3 - length :]
 
 
 def _bar_name(report: "MemoryReport", path: str) -> str:

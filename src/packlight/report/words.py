@@ -36,6 +36,11 @@ def short_operation(name: str) -> str:
     return re.sub(r"Backward\d*$", "", name) or name
 
 
+def shortened(name: str, length: int = 40) -> str:
+    """The end of a long module path, which says more than its beginning."""
+    return name if len(name) <= length else "..." + name[3 - length :]
+
+
 def cut_path(path: str, depth: int | None) -> str:
     """The first `depth` components of a module path, or all of them."""
     if depth is None:

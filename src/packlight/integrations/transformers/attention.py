@@ -33,7 +33,7 @@ from packlight.quantiser import Quantiser
 NAME = "packlight"
 _REPLACES = "sdpa"
 
-_DEFAULT = GroupQuant().for_scores()
+_DEFAULT = GroupQuant().for_attention()
 
 
 def attention_forward(
@@ -89,7 +89,7 @@ class _Config:
 class GroupQuantAttention(nn.Module):
     """An attention module; keeps packs of query, key, value and output in training.
 
-    By `Quantiser.for_scores`, see `packlight.groupquant.scaled_dot_product_attention`.
+    By `Quantiser.for_attention`, see `packlight.groupquant.scaled_dot_product_attention`.
     Where the model's attention implementation is not "sdpa" it does as ever.
     """
 
@@ -162,5 +162,5 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
             " GroupQuant(bits=8)}) packs them"
         )
     use_one_kernel(type(module))
-    attributes = {"attention_method": method.for_scores(), "model_config": module.config}
+    attributes = {"attention_method": method.for_attention(), "model_config": module.config}
     return Swap(joined(GroupQuantAttention, type(module)), attributes)
