@@ -558,3 +558,24 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main(words)
         assert message in capsys.readouterr().err
+
+
+# ---- on a device ---------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_on_a_device(autocast):
+    model, batch = net()
+    expected = gradient_error(model, batch, NEAREST, loss=mean_loss)
+    model.insert(3, nn.Dropout(0.5))
+    model, batch = model.cuda(), tuple(t.cuda() for t in batch)
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        report = gradient_error(model, batch, NEAREST, loss=mean_loss)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert torch.equal(states[1], torch.cuda.get_rng_state())
+    near = pytest.approx(expected.whole.weights[0].error, rel=0.2 if autocast else 0.01)
+    assert report.whole.weights[0].error == near
+    assert report.whole.noise == pytest.approx(expected.whole.noise, rel=0.05)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -31,11 +31,11 @@ def from_python(
     with _current_directory_importable():
         made = _called(text, _attribute(module, name), config, device)
     parts = made if isinstance(made, tuple) else (made,)
-    model, given, loss = (*parts, None, None)[:3] if len(parts) < 4 else (made, None, None)
+    model, given, loss = (*parts, None, None, None)[:3] if len(parts) < 4 else (made, None, None)
     if not isinstance(model, nn.Module) or not (loss is None or callable(loss)):
         raise InputError(
-            f"{text} returned a {type(made).__name__}; expected an nn.Module, a pair of a module"
-            " and its inputs, or with a loss, a function of both, behind them"
+            f"{text} returned a {type(made).__name__}; expected an nn.Module, or a pair of a module"
+            " and its inputs, with a loss of both behind them if there is one"
         )
     if loss is not None and device == "meta":
         raise InputError(

@@ -1,4 +1,4 @@
-"""Attention modules of transformers that keep packs of query, key, value and output.
+"""Attention modules of transformers that keep packs of query, key and value.
 
 Every attention module of transformers asks its config which implementation to call. A converted one
 is told "packlight" where the config says "sdpa"; the config itself, which all layers share, stays
@@ -87,7 +87,7 @@ class _Config:
 
 
 class GroupQuantAttention(nn.Module):
-    """An attention module; keeps packs of query, key, value and output in training.
+    """An attention module; keeps packs of query, key and value in training.
 
     By `Quantiser.for_attention`, see `packlight.groupquant.scaled_dot_product_attention`.
     Where the model's attention implementation is not "sdpa" it does as ever.
@@ -151,8 +151,8 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
     implementation = module.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in (_REPLACES, NAME):
         raise NotConverted(
-            f"its attention implementation is {implementation!r}; what packs query, key, value and"
-            f' output takes the place of "{_REPLACES}": model.set_attn_implementation("sdpa")'
+            f"its attention implementation is {implementation!r}; what packs query, key and value"
+            f' takes the place of "{_REPLACES}": model.set_attn_implementation("sdpa")'
         )
     code: Any = _torch.code_of(inspect.unwrap(type(module).forward))
     if "position_bias" in code.co_varnames:
