@@ -396,6 +396,28 @@ def test_a_checkpointed_block_and_a_recurrent_layer():
     assert 0 < rows["rnn"].weights[0].error < 0.3
 
 
+class Routed(nn.Module):
+    """A layer that only large batches reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.other = nn.Linear(64, 8), nn.Linear(64, 8)
+
+    def forward(self, x):
+        y = self.linear(x).square().mean()
+        return y + (self.other(x).square().mean() if len(x) > 4 else 0.0)
+
+
+def test_the_noise_of_a_layer_that_no_half_reaches_is_not_known():
+    torch.manual_seed(0)
+    report = gradient_error(Routed(), torch.randn(8, 64), NEAREST)
+    rows = by_name(report)
+    assert rows["other"].squared_noise is None
+    assert rows["other"].of_noise() is None
+    assert rows["other"].weights[0].error > 0
+    assert report.whole.squared_noise == rows["linear"].squared_noise > 0
+
+
 def test_sparse_gradients():
     model = nn.Sequential(nn.Embedding(10, 64, sparse=True), nn.Linear(64, 4))
     x = torch.arange(10)
@@ -446,6 +468,7 @@ def test_refusals():
         ),
         "draws=0": lambda: gradient_error(model, batch, loss=mean_loss, draws=0),
         "cannot be called": lambda: gradient_error(model, batch, loss=3),
+        "neither a method": lambda: gradient_error(model, batch, "GroupQuant(4)", loss=mean_loss),
     }
     for message, call in cases.items():
         with pytest.raises(InputError, match=message):

@@ -108,10 +108,10 @@ def gradient_error(
             names, conversions = ["as converted"], [run.copy()]
         else:
             for choice in methods or (DEFAULT_METHODS,):
-                names.append(_text(choice))
-                conversions.append(run.copy(plain=True))
-                made = conversions[-1]
+                made = run.copy(plain=True)
                 convert(made, choice, strict=strict, functional=functional, head=head)
+                conversions.append(made)
+                names.append(_text(choice))
         layers = _looked_at(model, conversions)
         plain = run.copy(plain=True)
         exact: dict[Key, Sample] = {}
@@ -206,10 +206,17 @@ def _rows(
             name,
             layer.kind.__name__,
             weights,
-            None if noise is None or not keys else sum(noise[key] for key in keys),
+            _noise_of(keys, noise),
             tuple(known) if len(known) == len(inputs) else (),
             note,
         )
+
+
+def _noise_of(keys: list[Key], noise: dict[Key, float] | None) -> float | None:
+    """None where it is not known: a layer may not be reached by a half of the batch."""
+    if noise is None or not keys or any(key not in noise for key in keys):
+        return None
+    return sum(noise[key] for key in keys)
 
 
 def _inputs(found: dict[Key, Deviation], layer: str) -> Deviation | None:

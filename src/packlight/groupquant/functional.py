@@ -115,7 +115,7 @@ def scaled_dot_product_attention(
     the kernel's statistic, 32 bits a row; nothing runs again, and the error is about twice that at
     8 bits, for the statistic is that of exact scores. With dropout in a compiled region or in a
     captured CUDA graph, where masks cannot be drawn again, that is done at 8 bits whatever is asked
-    for. None is what measured best.
+    for. None is the default of all calls, `packlight.layers.attention.RECOMPUTES`.
 
     A mask is kept as it is given, once for all layers that read it; torch keeps a bias made of it
     for each. With `enable_gqa` the heads of key and value are packed once, also where the kernel

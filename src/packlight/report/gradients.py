@@ -109,16 +109,18 @@ class LayerGradients:
 
     @staticmethod
     def together(layer: str, kind: str, rows: "Iterable[LayerGradients]") -> "LayerGradients":
-        """Layers as one: their gradients as one vector."""
+        """Layers as one: their gradients as one vector.
+
+        One whose noise is not known adds none, so that the errors' share of it is rather too large.
+        """
         rows = list(rows)
         weighted = [row for row in rows if row.weights]
-        noises = [row.squared_noise for row in weighted]
-        known = [noise for noise in noises if noise is not None]
+        known = [row.squared_noise for row in weighted if row.squared_noise is not None]
         return LayerGradients(
             layer,
             kind,
             _added(row.weights for row in weighted),
-            sum(known) if known and len(known) == len(noises) else None,
+            sum(known) if known else None,
             _added(row.inputs for row in rows if row.inputs),
             rows[0].note if len({row.note for row in rows}) == 1 else "",
         )
