@@ -111,7 +111,7 @@ TESTS = {
     "inverted/rules.py": "tests/test_rules.py tests/test_convert.py",
     "layers": "tests/test_own_method.py tests/groupquant/test_modules.py",
     "gradient_error": "tests/test_gradient_error.py",
-    "layers/attention_kernels.py": "tests/groupquant/test_attention_masks.py",
+    "layers/attention_backends.py": "tests/groupquant/test_attention_masks.py",
     "layers/attention.py": "tests/groupquant/test_attention.py"
     " tests/groupquant/test_attention_masks.py"
     " tests/test_own_method.py::test_what_a_layer_keeps_has_no_gradient",
@@ -144,7 +144,7 @@ TESTS = {
 # How definitions, statements and expressions begin that no test runs without a GPU.
 DEVICE = {
     "cli/demo/settings.py": ['{"steps": 400,'],
-    "layers/attention_kernels.py": [
+    "layers/attention_backends.py": [
         "int(heads // groups)",
         "elif backend == SDPBackend.FLASH_ATTENTION.value:",
         "if backend == SDPBackend.EFFICIENT_ATTENTION.value:",

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import packlight
 from packlight import _torch, groupquant, profile
 from packlight.groupquant import scaled_dot_product_attention
-from packlight.layers import attention_kernels
+from packlight.layers import attention_backends
 from tests.helpers import every_device, relative_error
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 4, 40, 37, 32  # 37: rows of a bias that are not aligned
@@ -60,7 +60,7 @@ def torch_s(tensors, mask):
     """torch's own output; of repeated heads where it has fused kernels for none but those."""
     q, k, v = tensors
     repeats = q.shape[1] // k.shape[1]
-    if attention_kernels.choose((q, k, v, mask), 0.0, False)[1] == 1:
+    if attention_backends.choose((q, k, v, mask), 0.0, False)[1] == 1:
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=repeats > 1)
     k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask)
@@ -131,7 +131,7 @@ def test_every_kernel_that_takes_masks(recompute, backend, mask, groups):
             pytest.skip(f"torch has no {backend} for this mask and these heads here")
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
         expected = torch.autograd.grad(y, tensors, dy)
-        chosen = attention_kernels.choose((*tensors, mask), 0.0, False)
+        chosen = attention_backends.choose((*tensors, mask), 0.0, False)
         assert chosen == (backend.value, 1)
         options = {"enable_gqa": groups > 1, "recompute": recompute, **OPTIONS}
         ours, actual = gradients(groupquant.scaled_dot_product_attention, tensors, mask, **options)
@@ -210,24 +210,24 @@ def test_a_bias_is_laid_out_as_the_memory_efficient_kernel_reads_it():
         torch.randn(2, 3, 65)[..., :15].view(2, 3, 5, 3)[..., :1], torch.randn(26)[::2],
     )  # fmt: skip
     for mask in (*laid_out, *others):
-        bias = attention_kernels.bias_of(mask, query, key, efficient)
+        bias = attention_backends.bias_of(mask, query, key, efficient)
         assert torch.equal(bias, mask.expand(2, 3, 5, 13))
         assert bias.shape == (2, 3, 5, 13)
         assert bias.stride(-1) == min(1, mask.shape[-1] - 1)
         assert not any(stride % 8 for stride in bias.stride()[:-1])
         assert (bias.data_ptr() == mask.data_ptr()) == any(mask is x for x in laid_out)
-        assert attention_kernels.bias_of(mask, query, key, flash) is mask
-        assert attention_kernels.bias_of(mask, torch.empty(2, 3, 5, 8), key, efficient) is mask
+        assert attention_backends.bias_of(mask, query, key, flash) is mask
+        assert attention_backends.bias_of(mask, torch.empty(2, 3, 5, 8), key, efficient) is mask
 
 
 def test_gradients_of_repeated_heads_are_summed():
     x, dy = torch.randn(2, 3, 5, 8, requires_grad=True), torch.randn(2, 12, 5, 8)
-    repeated = attention_kernels.repeated(x, 4)
+    repeated = attention_backends.repeated(x, 4)
     assert torch.equal(repeated, x.repeat_interleave(4, dim=1))
     (expected,) = torch.autograd.grad(repeated, x, dy)
-    torch.testing.assert_close(attention_kernels.summed(dy, 4), expected)
-    assert attention_kernels.repeated(x, 1) is x
-    assert attention_kernels.summed(dy, 1) is dy
+    torch.testing.assert_close(attention_backends.summed(dy, 4), expected)
+    assert attention_backends.repeated(x, 1) is x
+    assert attention_backends.summed(dy, 1) is dy
 
 
 def test_causal_attention_with_dropout_compiles(fresh_compiler):

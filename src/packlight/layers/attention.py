@@ -26,7 +26,7 @@ from packlight import _torch, _tracer, sharing
 from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight.errors import InputError
-from packlight.layers.attention_kernels import (
+from packlight.layers.attention_backends import (
     FUSED,
     Flags,
     Inputs,
