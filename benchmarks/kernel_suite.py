@@ -3,13 +3,13 @@
 import argparse
 from typing import Any
 
-from benchmarks import groupquant, head, kernels, norms, rows, sketch
+from benchmarks import attention, groupquant, head, kernels, norms, rows, sketch
 
 
 def cases(options: argparse.Namespace) -> list[rows.Case]:
     return [
         case
-        for module in (kernels, norms, groupquant, sketch, head)
+        for module in (kernels, norms, groupquant, sketch, head, attention)
         for case in module.cases(options)
     ]
 

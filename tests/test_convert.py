@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import packlight
 from packlight import FewBit, FixedPoint, GroupQuant, Inverted, convert, fewbit, groupquant, revert
 from packlight.calls import _ATTRIBUTE
-from packlight.conversion import _brief
+from packlight.conversion import brief
 from packlight.errors import CannotConvertError, InputError, NothingMatchedError
 from packlight.method import Method, Swap, rule
 from packlight.sketch import Sketch
@@ -904,7 +904,7 @@ def test_the_conversion_prints_counts_names_and_reasons():
     ],
 )
 def test_a_method_is_printed_with_its_first_field_and_those_not_as_usual(method, text):
-    assert _brief(method).plain == text
+    assert brief(method).plain == text
 
 
 def test_the_conversion_is_plain_data():

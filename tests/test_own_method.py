@@ -131,7 +131,9 @@ LAYERS = {
         x.flatten(0, 1), None, None, training=True, method=Halves()
     ),
     "group_norm": lambda x: channel_norms.group_norm(x.flatten(0, 1), 4, method=Halves()),
-    "attention": lambda x: attention.scaled_dot_product_attention(x, x * 2, x * 3, method=Halves()),
+    "attention": lambda x: attention.scaled_dot_product_attention(
+        x, x * 2, x * 3, method=Halves(), recompute=False
+    ),
 }
 
 

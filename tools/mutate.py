@@ -110,7 +110,10 @@ TESTS = {
     "inverted/ops.py": "tests/test_operators.py",
     "inverted/rules.py": "tests/test_rules.py tests/test_convert.py",
     "layers": "tests/test_own_method.py tests/groupquant/test_modules.py",
-    "layers/attention.py": "tests/groupquant/test_attention_masks.py"
+    "gradient_error": "tests/test_gradient_error.py",
+    "layers/attention_backends.py": "tests/groupquant/test_attention_masks.py",
+    "layers/attention.py": "tests/groupquant/test_attention.py"
+    " tests/groupquant/test_attention_masks.py"
     " tests/test_own_method.py::test_what_a_layer_keeps_has_no_gradient",
     "layers/channel_norms.py": "tests/groupquant/test_batch_norm.py tests/test_own_method.py"
     " tests/groupquant/test_still_channels.py tests/groupquant/test_modules.py",
@@ -122,6 +125,9 @@ TESTS = {
     "profile": "tests/test_profile.py",
     "profile/recording.py": "tests/test_profile.py",
     "report": "tests/test_profile.py tests/test_html.py",
+    "report/gradients.py": "tests/test_gradient_error.py",
+    "report/gradient_plotting.py": "tests/test_gradient_error.py",
+    "report/gradient_printing.py": "tests/test_gradient_error.py",
     "report/page.py": "tests/test_html.py",
     "saving": "tests/test_saving.py",
     "saving/__init__.py": "tests/test_saving.py",
@@ -138,7 +144,7 @@ TESTS = {
 # How definitions, statements and expressions begin that no test runs without a GPU.
 DEVICE = {
     "cli/demo/settings.py": ['{"steps": 400,'],
-    "layers/attention.py": [
+    "layers/attention_backends.py": [
         "int(heads // groups)",
         "elif backend == SDPBackend.FLASH_ATTENTION.value:",
         "if backend == SDPBackend.EFFICIENT_ATTENTION.value:",

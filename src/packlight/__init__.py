@@ -17,6 +17,7 @@ from packlight.errors import (
     PacklightError,
 )
 from packlight.fewbit import Codebook, FewBit, fit_codebook
+from packlight.gradient_error import gradient_error
 from packlight.graphs import graphed, launched
 from packlight.groupquant import FixedPoint, GroupQuant
 from packlight.inverted import Inverted
@@ -27,6 +28,7 @@ from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
 from packlight.quantiser import Quantiser
 from packlight.recompute import Checkpoint, Tiles
+from packlight.report.gradients import GradientReport
 from packlight.saving import saving
 from packlight.sketch import Sketch
 
@@ -41,6 +43,7 @@ __all__ = [
     "FewBit",
     "FixedPoint",
     "Grade",
+    "GradientReport",
     "GroupQuant",
     "InputError",
     "Inverted",
@@ -57,6 +60,7 @@ __all__ = [
     "convert",
     "fewbit",
     "fit_codebook",
+    "gradient_error",
     "graphed",
     "groupquant",
     "head",

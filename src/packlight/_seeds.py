@@ -120,6 +120,16 @@ def set_rounding_state(state: Mapping[str, int | None]) -> None:
         _rounding.start(base, count)
 
 
+@contextlib.contextmanager
+def rounding_left_as_found() -> Iterator[None]:
+    """The stream of rounding goes on afterwards from where it was."""
+    base, count = _rounding.base, _rounding.count
+    try:
+        yield
+    finally:
+        _rounding.base, _rounding.count = base, count
+
+
 # ---- seeds ---------------------------------------------------------------------------------------
 
 
@@ -157,6 +167,40 @@ def mask_seed(x: Tensor) -> Tensor | int:
         return mixed(generator.initial_seed(), offset)
     seed = torch.randint(2**63 - 1, (1,), device=x.device)
     return int(seed.item()) if x.device.type == "cpu" else seed
+
+
+def can_draw_again(x: Tensor) -> bool:
+    """Whether `drawn_again` can repeat what torch draws on the device of `x` now.
+
+    Not where one set of instructions draws anew at each run, and so has no numbers to go back to.
+    """
+    return x.is_cuda and not torch.compiler.is_compiling() and not _is_captured(x)
+
+
+def draws_at(x: Tensor) -> tuple[int, int] | None:
+    """Where torch's generator of the CUDA device of `x` is; None where `x` has no values."""
+    if _torch.is_fake(x):
+        return None
+    generator: Any = torch.cuda.default_generators[x.get_device()]
+    return generator.initial_seed(), generator.get_offset()
+
+
+@contextlib.contextmanager
+def drawn_again(x: Tensor, place: tuple[int, int]) -> Iterator[None]:
+    """Within, torch draws on the device of `x` what it drew from `place` on. Nothing waits."""
+    generator: Any = torch.cuda.default_generators[x.get_device()]
+    before = generator.initial_seed(), generator.get_offset()
+    try:
+        _set(generator, place)
+        yield
+    finally:
+        _set(generator, before)
+
+
+def _set(generator: Any, place: tuple[int, int]) -> None:
+    seed, offset = place
+    generator.manual_seed(seed)
+    generator.set_offset(offset)
 
 
 def _is_captured(x: Tensor) -> bool:

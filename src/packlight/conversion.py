@@ -1,7 +1,6 @@
 """`Conversion`: what `packlight.convert` did to a model, and what it left alone and why."""
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -12,8 +11,8 @@ from torch import nn
 from packlight.method import Method
 from packlight.predict import predict_change
 from packlight.report import MemoryDifference
+from packlight.report.names import condensed
 from packlight.report.printing import cell, new_table, render
-from packlight.report.tree import ranges
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ class Conversion:
             for column in ("converted", "to", "by", "names"):
                 table.add_column(column)
             for (kind, becomes, method), names in _grouped(
-                ((row.kind, row.becomes, _brief(row.method)), row.names[0]) for row in self.replaced
+                ((row.kind, row.becomes, brief(row.method)), row.names[0]) for row in self.replaced
             ):
                 to = becomes.removeprefix("packlight.")
                 table.add_row(f"{len(names)} x {kind}", to, Text(method), _names(names))
@@ -159,7 +158,7 @@ def _names(names: list[str]) -> Text:
 _LONGEST = 40
 
 
-def _brief(method: Method) -> str:
+def brief(method: Method) -> str:
     """The method with its first field, and those that are not as usual."""
     shown = []
     for index, field in enumerate(dataclasses.fields(method)):
@@ -169,25 +168,3 @@ def _brief(method: Method) -> str:
             text = text if len(text) <= _LONGEST else f"{type(value).__name__}(...)"
             shown.append(f"{field.name}={text}")
     return f"{type(method).__name__}({', '.join(shown)})"
-
-
-def condensed(names: Iterable[str]) -> list[str]:
-    """Names that differ in their numbers as one: "layers.0-11.fc1"."""
-    groups: dict[str, list[list[str]]] = {}
-    for name in names:
-        groups.setdefault(without_numbers(name), []).append(re.findall(r"\d+", name))
-    return [_filled(pattern, numbers) for pattern, numbers in groups.items()]
-
-
-def without_numbers(name: str) -> str:
-    """The name with each number replaced by "*"."""
-    return re.sub(r"\d+", "*", name) or "(the model itself)"
-
-
-def _filled(pattern: str, numbers: list[list[str]]) -> str:
-    """Puts the numbers back: one where all agree, a range where nothing else varies."""
-    columns = [sorted({int(number) for number in column}) for column in zip(*numbers, strict=True)]
-    varying = sum(len(column) > 1 for column in columns)
-    texts = [ranges(column) if varying == 1 or len(column) == 1 else "*" for column in columns]
-    remaining = iter(texts)
-    return re.sub(r"\*", lambda _: next(remaining), pattern)

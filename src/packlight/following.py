@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from packlight import _swap, integrations
-from packlight.conversion import condensed
 from packlight.plan import Plan, first_few
 from packlight.quantiser import before_first_pack
 from packlight.recompute.modules import Tiled
+from packlight.report.names import condensed
 from packlight.selectors import Layer, Methods, Selector, layers_of
 
 

@@ -9,7 +9,8 @@ masks, of which models keep none that is all ones.
 import copy
 import importlib
 import traceback
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,11 +76,12 @@ def predict_change(
     **kwargs: Any,
 ) -> MemoryDifference:
     """What a converted model would keep beside what it would keep as it was; see `predict`."""
-    after, before = _predict(model, inputs, kwargs, loss, device, [lambda _: None, _restore_all])
+    after, before = _predict(model, inputs, kwargs, loss, device, [lambda _: None, restore_all])
     return before - after
 
 
-def _restore_all(model: nn.Module) -> None:
+def restore_all(model: nn.Module) -> None:
+    """Makes every module of a copy what it was before a conversion."""
     for module in model.modules():
         restore(module)
 
@@ -132,26 +134,34 @@ def _copied(
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Model and inputs with fake tensors."""
     with _Copying(mode, None if device is None else torch.device(device)) as copying:
-        memo: dict[int, Any] = {}
-        try:
-            fake = _copied_model(model, memo)
-        except InputError:
-            raise
-        except Exception:  # noqa: BLE001 - someone's objects: anything can happen
-            memo = {id(value): value for value in _not_copied(model)}
-            fake = _copied_model(model, memo)
+        fake, memo = copied_model(model)
         copying.keeps_floats = True
         fake_inputs, fake_kwargs = copy.deepcopy((inputs, kwargs), memo)
     return fake, fake_inputs, fake_kwargs
 
 
-def _copied_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    fake = copy.deepcopy(model, memo)
+def copied_model(
+    model: nn.Module, shared: Mapping[int, Any] = types.MappingProxyType({})
+) -> tuple[nn.Module, dict[int, Any]]:
+    """A copy of a model, and what each object in it became, by id, as `copy.deepcopy` has it.
+
+    `shared` has what takes the place of copies, by the id of what it stands for.
+    """
+    try:
+        return _copy(model, dict(shared))
+    except InputError:
+        raise
+    except Exception:  # noqa: BLE001 - someone's objects: anything can happen
+        return _copy(model, {**shared, **{id(value): value for value in _not_copied(model)}})
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, dict[int, Any]]:
+    made = copy.deepcopy(model, memo)
     for module in model.modules():
         copied = memo.get(id(module), module)
         for slot, value in slots(module) if copied is not module else ():
             slot.__set__(copied, copy.deepcopy(value, memo))
-    return fake
+    return made, memo
 
 
 def _not_copied(model: nn.Module) -> Iterator[Any]:

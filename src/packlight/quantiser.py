@@ -94,8 +94,12 @@ class Quantiser(Method, abstract=True):
         return kept
 
     def for_scores(self) -> "Quantiser":
-        """The method for query and key, whose product is the exponent of a softmax."""
+        """The method for what is the exponent of a softmax whose sum is kept exactly."""
         return self
+
+    def for_attention(self) -> "Quantiser":
+        """The method for query, key and value of which attention runs once more."""
+        return self.for_scores()
 
     def keeps_rows(self, width: int) -> bool:
         """Whether rows of this width are worth packing."""

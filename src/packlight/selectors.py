@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeAlias
 from torch import nn
 
 from packlight import _swap
-from packlight.conversion import without_numbers
 from packlight.method import Method
+from packlight.report.names import without_numbers
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Selector: TypeAlias = type[nn.Module] | str | Predicate

@@ -36,7 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"packlight {__version__}")
     # A subcommand's parser has the class of this one.
     subcommands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    for add in (_add_profile, _add_convert, _add_codebook, _add_demo, _add_env):
+    for add in (
+        _add_profile,
+        _add_convert,
+        _add_gradient_error,
+        _add_codebook,
+        _add_demo,
+        _add_env,
+    ):
         add(subcommands)
     arguments = parser.parse_args(argv)
     try:
@@ -100,7 +107,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    """What `profile` and `convert` both take."""
+    """What `profile` and `convert` both take, of models that have no values."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -116,6 +123,27 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="batch=8,sequence=1024 or batch=8,image=384 for transformers (default: batch 1, "
         "sequence 512); for MODULE:NAME without inputs, their shapes: 8x3x224x224 or 8x128:int64",
     )
+    _add_methods(parser)
+    parser.add_argument(
+        "--task",
+        choices=_TASKS,
+        metavar="TASK",
+        help=f"the head of a model of transformers: {', '.join(_TASKS)} (default: what the "
+        "configuration names, or the first of these that there is)",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="where the run is imagined to be; it must be there (default: cuda if there is a GPU)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page to look at in a browser"
+    )
+
+
+def _add_methods(parser: argparse.ArgumentParser) -> None:
+    """What all three take that convert a model."""
     parser.add_argument(
         "--method",
         action="append",
@@ -159,24 +187,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="num_hidden_layers=4: changes the configuration, or is passed to the function",
     )
-    parser.add_argument(
-        "--task",
-        choices=_TASKS,
-        metavar="TASK",
-        help=f"the head of a model of transformers: {', '.join(_TASKS)} (default: what the "
-        "configuration names, or the first of these that there is)",
-    )
     parser.add_argument("--dtype", choices=_DTYPES, help="of the parameters (default: the model's)")
     parser.add_argument("--autocast", choices=("bf16", "fp16"), help="run under torch.autocast")
-    parser.add_argument(
-        "--device",
-        metavar="DEVICE",
-        help="where the run is imagined to be; it must be there (default: cuda if there is a GPU)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page to look at in a browser"
-    )
 
 
 # As in packlight.cli.models, which is not imported for --help; a test compares them.
@@ -247,6 +259,48 @@ def _codebook(arguments: argparse.Namespace) -> None:
     from packlight.cli import codebook
 
     codebook.codebook(arguments)
+
+
+# ---- packlight gradient-error --------------------------------------------------------------------
+
+
+def _add_gradient_error(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "gradient-error",
+        help="print how far methods move a model's gradients on a batch, beside the batch's noise",
+        description=(
+            "Run a model on a batch, exactly, on two halves of the batch, and converted, and print "
+            "for each layer the error of the gradient of its weights beside the noise that the "
+            "batch itself gives it."
+        ),
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODULE:NAME",
+        help="a Python function that returns a module and its batch, or a module, its batch and a "
+        "loss: a function of both",
+    )
+    _add_methods(parser)
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help="'GroupQuant(2)': another conversion, beside that by --method and --methods",
+    )
+    parser.add_argument(
+        "--draws", type=int, default=4, metavar="N", help="passes by each method (default: 4)"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="default: cuda if there is a GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
+    parser.set_defaults(run=_gradient_error)
+
+
+def _gradient_error(arguments: argparse.Namespace) -> None:
+    from packlight.cli import gradients
+
+    gradients.gradients(arguments)
 
 
 # ---- packlight demo ------------------------------------------------------------------------------

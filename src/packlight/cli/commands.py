@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,33 +171,40 @@ def _chosen(text: str) -> tuple[str, Choice]:
 
 
 def _loaded(arguments: argparse.Namespace) -> Answer:
-    device = _device(arguments.device)
+    device = device_of(arguments.device)
+    loaded = load_model(
+        arguments.model,
+        parse_inputs(arguments.input),
+        task=arguments.task,
+        config=parsed_config(arguments.config),
+        dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
+    )
+    return Answer(loaded, device)
+
+
+def parsed_config(texts: Iterable[str]) -> dict[str, Any]:
+    """Values by their names, of texts NAME=VALUE."""
     config: dict[str, Any] = {}
-    for text in arguments.config:
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise InputError(
                 f"--config {shortened(text)} is not NAME=VALUE, such as num_hidden_layers=4"
             )
         config[name] = parse_value(value)
-    loaded = load_model(
-        arguments.model,
-        parse_inputs(arguments.input),
-        task=arguments.task,
-        config=config,
-        dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
-    )
-    return Answer(loaded, device)
+    return config
+
+
+def autocast_of(arguments: argparse.Namespace, device: torch.device) -> AbstractContextManager[Any]:
+    """The context that --autocast asks for."""
+    if arguments.autocast is None:
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[arguments.autocast])
 
 
 def _predicted(answer: Answer, arguments: argparse.Namespace) -> MemoryReport:
     loaded, device = answer.loaded, answer.device
-    autocast = (
-        nullcontext()
-        if arguments.autocast is None
-        else torch.autocast(device.type, DTYPES[arguments.autocast])
-    )
-    with _quiet(), autocast:
+    with quiet(), autocast_of(arguments, device):
         try:
             return predict(loaded.model, *loaded.arguments, device=device, **loaded.keywords)
         except PacklightError:
@@ -222,25 +229,29 @@ def _converted(answer: Answer, chosen: Chosen, arguments: argparse.Namespace) ->
             exact_ends=arguments.exact_ends,
         )
     except PacklightError as error:
-        # The option has another name here than in Python.
-        text = str(error).replace("strict=False", "--no-strict")
-        text = text.replace("functional=True", "--functional").replace("head=True", "--head")
-        raise type(error)(text) from error
+        raise with_options(error) from error
 
 
-def _device(text: str | None) -> torch.device:
+def with_options(error: PacklightError) -> PacklightError:
+    """The error with options by the names that they have here, which are others than in Python."""
+    text = str(error).replace("strict=False", "--no-strict")
+    text = text.replace("functional=True", "--functional").replace("head=True", "--head")
+    return type(error)(text)
+
+
+def device_of(text: str | None) -> torch.device:
     if text is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise InputError(f"unknown device {text!r}; expected cpu or cuda")
     device = torch.device(text)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {text} is not there, and a prediction needs it; try --device cpu")
+        raise InputError(f"device {text} is not there, and this needs it; try --device cpu")
     return device
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what fake tensors and transformers log on the way; errors are reported by us."""
     levels = {FAKES_LOGGER: logging.CRITICAL, "transformers": logging.ERROR}
     before = {name: logging.getLogger(name).level for name in levels}

@@ -28,7 +28,7 @@ from packlight.layers import norms as layers_norms
 from packlight.layers.prelu import prelu as layers_prelu
 
 _DEFAULT = GroupQuant()
-_SCORES = _DEFAULT.for_scores()
+_ATTENTION = _DEFAULT.for_attention()
 
 # ---- matrix products and norms -------------------------------------------------------------------
 
@@ -100,16 +100,23 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    bits: int = _SCORES.bits,
-    group_size: int = _SCORES.group_size,
-    rounding: Rounding = _SCORES.rounding,
+    bits: int = _ATTENTION.bits,
+    group_size: int = _ATTENTION.group_size,
+    rounding: Rounding = _ATTENTION.rounding,
+    recompute: bool | None = None,
 ) -> Tensor:
     """softmax(Q K^T scale) V by torch's fused kernels, q [..., heads, length, head_dim].
 
-    Keeps packs of query, key, value and output, `bits + 32 / group_size` bits an element, and the
-    kernel's statistic, 32 bits a row. Biased: the backward pass recomputes the softmax from packed
-    query and key, with the exact statistic. 8 bits are the default; with 4 the recomputed
-    probabilities are off by a tenth.
+    Keeps packs of query, key and value, `bits + 32 / group_size` bits an element. The backward pass
+    decodes them, runs the kernel forward again, with the same dropout, and backward: the gradient
+    is that of attention of the decoded tensors, biased, since a softmax is not linear in them.
+    8 bits are the default, 4 can be used, 2 raise `InputError`.
+
+    `recompute=False` keeps a pack of the output as well, which serves the linear layer behind, and
+    the kernel's statistic, 32 bits a row; nothing runs again, and the error is about twice that at
+    8 bits, for the statistic is that of exact scores. With dropout in a compiled region or in a
+    captured CUDA graph, where masks cannot be drawn again, that is done at 8 bits whatever is asked
+    for. None is the default of all calls, `packlight.layers.attention.RECOMPUTES`.
 
     A mask is kept as it is given, once for all layers that read it; torch keeps a bias made of it
     for each. With `enable_gqa` the heads of key and value are packed once, also where the kernel
@@ -120,7 +127,9 @@ def scaled_dot_product_attention(
     """
     given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     method = GroupQuant(bits, group_size, rounding)
-    return attention.scaled_dot_product_attention(query, key, value, *given, method=method)
+    return attention.scaled_dot_product_attention(
+        query, key, value, *given, method=method, recompute=recompute
+    )
 
 
 # ---- activations ---------------------------------------------------------------------------------

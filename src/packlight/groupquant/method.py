@@ -22,6 +22,9 @@ from packlight.pack import Grade
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import Quantiser
 
+# The fewest bits that a conversion gives query, key and value of attention.
+ATTENTION_BITS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupQuant(Quantiser):
@@ -118,6 +121,12 @@ class GroupQuant(Quantiser):
     def for_scores(self) -> "GroupQuant":
         """8 bits: with 4 the recomputed probabilities are off by a tenth."""
         return self if self.bits == 8 else dataclasses.replace(self, bits=8)
+
+    def for_attention(self) -> "GroupQuant":
+        """`ATTENTION_BITS` at least."""
+        if self.bits >= ATTENTION_BITS:
+            return self
+        return dataclasses.replace(self, bits=ATTENTION_BITS)
 
     def keeps_rows(self, width: int) -> bool:
         """Whether the smallest group fits: rows narrower than a group have smaller ones."""

@@ -73,11 +73,11 @@ rows(
     lambda method: {"method": method},
 )
 
-# Scores are exponentials of products of two packs.
+# Attention runs once more on its packs.
 rows(
     Quantiser,
     {(F.scaled_dot_product_attention,): (scaled_dot_product_attention,)},
-    lambda method: {"method": method.for_scores()},
+    lambda method: {"method": method.for_attention()},
 )
 
 call_rule(Quantiser, CASTS)

@@ -131,7 +131,7 @@ class Recorder:
     @contextmanager
     def _watching_modules(self) -> Iterator[None]:
         with ExitStack() as handles:
-            for module in _watchable(self.scene.modules()):
+            for module in watchable(self.scene.modules()):
                 before = module.register_forward_pre_hook(self._enter, prepend=True)
                 handles.callback(before.remove)
                 after = module.register_forward_hook(self._leave, always_call=True)
@@ -139,7 +139,7 @@ class Recorder:
             yield
 
 
-def _watchable(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def watchable(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules that take hooks: none inside `torch.compile`, which would compile anew for them,
     and no TorchScript, which refuses them.
     """

@@ -65,7 +65,7 @@ class Scene:
 
 def scene_of(
     model: Callable[..., Any],
-    loss: Callable[[Any], Tensor] | None,
+    loss: Callable[..., Tensor] | None,
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Scene:

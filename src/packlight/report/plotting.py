@@ -2,18 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packlight._files import replaced
 from packlight.errors import InputError, MissingDependencyError
-from packlight.report.words import add_up, cut_path, human_bytes, short_operation
+from packlight.report.words import add_up, cut_path, human_bytes, short_operation, shortened
 
 if TYPE_CHECKING:
     from packlight.report.memory import KeptTensor, MemoryReport
 
 
 # Tableau's ten colours without the grey, which stands for "other".
-_COLOURS = (
+COLOURS = (
     "#4e79a7",
     "#f28e2b",
     "#59a14f",
@@ -40,18 +40,10 @@ def draw(report: "MemoryReport", path: Path, depth: int | None, by: str, limit: 
         raise InputError("nothing is kept for the backward pass, so there is nothing to plot")
     depth = _fitting_depth(report, limit) if depth is None else depth
     bars = _bars(report, depth, limit, keys[by])
-    try:
-        # The figure alone, without pyplot: no global state, no window, nothing to close.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "plotting a report needs matplotlib; install it with: pip install 'packlight[plot]'"
-        ) from error
-
     series = _series(bars)
     unit, scale = _axis_unit(max(sum(bar.values()) for bar in bars.values()))
     height = 1.6 + 0.28 * max(len(bars), 1) + 0.22 * ((len(series) + 3) // 4)
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = figure_class()(figsize=(9, height), layout="constrained")
     axes = figure.add_subplot()
     names = [_bar_name(report, name) for name in bars]
     places = range(len(bars))
@@ -85,6 +77,17 @@ def draw(report: "MemoryReport", path: Path, depth: int | None, by: str, limit: 
         figure.savefig(beside, dpi=150)
 
 
+def figure_class() -> Any:
+    """The figure alone, without pyplot: no global state, no window, nothing to close."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "plotting a report needs matplotlib; install it with: pip install 'packlight[plot]'"
+        ) from error
+    return Figure
+
+
 def _fitting_depth(report: "MemoryReport", limit: int) -> int:
     deepest = max(len(row.module.split(".")) for row in report.rows)
     fitting = (n for n in range(deepest, 1, -1) if len(report.by_module(n)) <= limit)
@@ -115,8 +118,8 @@ def _series(bars: dict[str, dict[str, int]]) -> dict[str, str]:
     """Colour by series, the largest first; what exceeds the palette or is tiny is "other"."""
     totals = add_up(pair for bar in bars.values() for pair in bar.items())
     least = _VISIBLE * sum(totals.values())
-    seen = [name for name, size in totals.items() if size >= least][: len(_COLOURS)]
-    colours = dict(zip(seen, _COLOURS, strict=False))
+    seen = [name for name, size in totals.items() if size >= least][: len(COLOURS)]
+    colours = dict(zip(seen, COLOURS, strict=False))
     return {**colours, "other": _OTHER} if len(seen) < len(totals) else colours
 
 
@@ -135,9 +138,8 @@ def _axis_unit(largest: int) -> tuple[str, int]:
     return unit, scale
 
 
-def _bar_name(report: "MemoryReport", path: str, length: int = 40) -> str:
-    """The end of a long module path, which says more than its beginning, and the module's type."""
-    name = path or report.model
-    name = name if len(name) <= length else "..." + name[3 - length :]
+def _bar_name(report: "MemoryReport", path: str) -> str:
+    """A module's path and its type."""
+    name = shortened(path or report.model)
     kind = report.module_types.get(path, "")
     return f"{name} ({kind})" if kind else name

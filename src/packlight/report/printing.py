@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Long enough for the blocks of a usual model (blocks that are alike share a line), short enough
 # for one screen.
-_LINES = 40
+LINES = 40
 
 # Nothing but ASCII: a report also goes to logs and to consoles that know no box characters.
 _RULES = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
@@ -108,7 +108,7 @@ def _report_table(report: "MemoryReport", depth: int | None) -> Table:
     table.add_column("share", justify="right", no_wrap=True)
     if with_operations:
         table.add_column("kept by operation")
-    for level, node in largest_lines(root, _LINES):
+    for level, node in largest_lines(root, LINES):
         (size,) = node.sizes
         share = _percent(size, report.activation_bytes)
         operation = [cell(node.operation)] if with_operations else []
@@ -124,7 +124,7 @@ def _difference_table(difference: "MemoryDifference", depth: int | None) -> Tabl
     table.add_column("module")
     for title in ("before", "after", "saved", ""):
         table.add_column(title, justify="right", no_wrap=True)
-    for level, node in largest_lines(root, _LINES):
+    for level, node in largest_lines(root, LINES):
         before, after = node.sizes
         saved = before - after
         table.add_row(

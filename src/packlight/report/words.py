@@ -1,4 +1,4 @@
-"""Bytes and names for reading."""
+"""Bytes, shares and names for reading."""
 
 import re
 from collections import Counter
@@ -25,9 +25,20 @@ def times_less(before: int, after: int) -> str:
     return f", {before / after:.2f} times less" if before > after > 0 else ""
 
 
+def percent(share: float) -> str:
+    """0.123 -> "12%", 0.0123 -> "1.2%"."""
+    digits = 1 if abs(share) < 0.0995 else 0
+    return f"{100 * share:.{digits}f}%"
+
+
 def short_operation(name: str) -> str:
     """An autograd node's name for reading: "AddmmBackward0" -> "Addmm"."""
     return re.sub(r"Backward\d*$", "", name) or name
+
+
+def shortened(name: str, length: int = 40) -> str:
+    """The end of a long module path, which says more than its beginning."""
+    return name if len(name) <= length else "..." + name[3 - length :]
 
 
 def cut_path(path: str, depth: int | None) -> str:

@@ -10,11 +10,11 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from packlight import _swap, graphs, integrations, sharing
-from packlight.conversion import condensed
 from packlight.errors import CannotConvertError, InputError
 from packlight.method import NotConverted, find_rule
 from packlight.profile.restoring import left_as_found
 from packlight.profile.scene import scene_of
+from packlight.report.names import condensed
 from packlight.report.printing import new_table, render
 from packlight.report.words import human_bytes
 from packlight.selectors import Choice, Selector, kind_of, name_selector

@@ -1,5 +1,6 @@
 """A model that was loaded, and what is known of it before anything runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,15 @@ from packlight.cli.models.inputs import shape_text, short_dtype
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on the meta device, what it is called with, and the task that a head was made for."""
+    """A model, what it is called with, and the task that a head was made for."""
 
     text: str
     model: nn.Module
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
     task: str | None = None
+    batch: Any = None  # the inputs of a function in Python, as it returned them
+    loss: Callable[..., Tensor] | None = None  # of model and batch, if that function brought one
 
     @property
     def parameters(self) -> int:

@@ -22,8 +22,12 @@ def load_model(
     task: str | None = None,
     config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    device: str = "meta",
 ) -> LoadedModel:
-    """The model that a text stands for, on the meta device, with the inputs to call it with.
+    """The model that a text stands for, with the inputs to call it with.
+
+    On another device than "meta" it has values, and so must have what a text stands for: it is
+    MODULE:NAME then, since configurations have none.
 
     `task` picks the head of a model of transformers (None: the one it is usually trained with);
     labels are among its inputs, so the loss is part of the forward pass. `config` changes its
@@ -34,6 +38,11 @@ def load_model(
     """
     inputs = inputs or Inputs()
     if text.startswith("hf:") or (text and Path(text).is_dir()):
+        if device != "meta":
+            raise InputError(
+                f"{shortened(text)} is a configuration without weights and without a batch; write a"
+                " function that returns a model, its batch and a loss, and give it as MODULE:NAME"
+            )
         return from_transformers(text, inputs, task, config or {}, dtype)
     module, colon, name = text.partition(":")
     if not (colon and re.fullmatch(r"[\w.]+", module) and re.fullmatch(r"[\w.]+", name)):
@@ -43,4 +52,4 @@ def load_model(
         )
     if task is not None:
         raise InputError(f"a task is for models of transformers, and {text} makes its own model")
-    return from_python(text, module, name, inputs, config or {}, dtype)
+    return from_python(text, module, name, inputs, config or {}, dtype, device)

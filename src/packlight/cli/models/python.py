@@ -26,15 +26,24 @@ def from_python(
     inputs: Inputs,
     config: Mapping[str, Any],
     dtype: torch.dtype | None,
+    device: str = "meta",
 ) -> LoadedModel:
     with _current_directory_importable():
-        made = _called(text, _attribute(module, name), config)
-    model, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
+        made = _called(text, _attribute(module, name), config, device)
+    parts = made if isinstance(made, tuple) else (made,)
+    model, given, loss = (*parts, None, None, None)[:3] if len(parts) < 4 else (made, None, None)
+    if not isinstance(model, nn.Module) or not (loss is None or callable(loss)):
         raise InputError(
             f"{text} returned a {type(made).__name__}; expected an nn.Module, or a pair of a module"
-            " and its inputs"
+            " and its inputs, with a loss of both behind them if there is one"
         )
+    if loss is not None and device == "meta":
+        raise InputError(
+            f"{text} brings a loss of model and batch, which gradient-error takes; here a function"
+            " returns the module and its inputs alone"
+        )
+    if device != "meta":
+        model = model.to(device)  # what was made before the call, or inside a context of its own
     if dtype is not None:
         model = model.to(dtype)
     if given is None:
@@ -43,7 +52,9 @@ def from_python(
         raise InputError(f"{text} brings its own inputs, so --input has no use")
     else:
         arguments, keywords = _given_inputs(given, dtype)
-    return LoadedModel(text, model, arguments, keywords)
+    single = given is not None and not isinstance(given, Mapping | tuple | list)
+    batch = keywords or (arguments[0] if single else arguments)
+    return LoadedModel(text, model, arguments, keywords, batch=batch, loss=loss)
 
 
 @contextmanager
@@ -84,7 +95,7 @@ def _attribute(module: str, name: str) -> Any:
     return value
 
 
-def _called(text: str, value: Any, config: Mapping[str, Any]) -> Any:
+def _called(text: str, value: Any, config: Mapping[str, Any], device: str) -> Any:
     if isinstance(value, nn.Module):
         if config:
             raise InputError(f"{text} is a module already, so there is nothing to configure")
@@ -97,9 +108,11 @@ def _called(text: str, value: Any, config: Mapping[str, Any]) -> Any:
         # ValueError: a type of Python's own that tells nothing of its arguments.
         raise InputError(f"{text} cannot be called so: {error}") from error
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return value(**config)
     except Exception as error:  # someone's function: anything can happen
+        if device != "meta":
+            raise InputError(f"{text} cannot be made on {device}: {brief(error)}") from error
         raise InputError(
             f"{text} cannot be made on the meta device: {brief(error)}; what needs values can stand"
             ' inside `with torch.device("cpu"):`'

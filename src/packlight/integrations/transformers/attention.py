@@ -1,4 +1,4 @@
-"""Attention modules of transformers that keep packs of query, key, value and output.
+"""Attention modules of transformers that keep packs of query, key and value.
 
 Every attention module of transformers asks its config which implementation to call. A converted one
 is told "packlight" where the config says "sdpa"; the config itself, which all layers share, stays
@@ -34,7 +34,7 @@ from packlight.quantiser import Quantiser
 NAME = "packlight"
 _REPLACES = "sdpa"
 
-_DEFAULT = GroupQuant().for_scores()
+_DEFAULT = GroupQuant().for_attention()
 
 
 def attention_forward(
@@ -91,9 +91,9 @@ class _Config:
 
 
 class GroupQuantAttention(nn.Module):
-    """An attention module; keeps packs of query, key, value and output in training.
+    """An attention module; keeps packs of query, key and value in training.
 
-    By `Quantiser.for_scores`, see `packlight.groupquant.scaled_dot_product_attention`.
+    By `Quantiser.for_attention`, see `packlight.groupquant.scaled_dot_product_attention`.
     Where the model's attention implementation is not "sdpa" it does as ever.
     """
 
@@ -155,8 +155,8 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
     implementation = module.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in (_REPLACES, NAME):
         raise NotConverted(
-            f"its attention implementation is {implementation!r}; what packs query, key, value and"
-            f' output takes the place of "{_REPLACES}": model.set_attn_implementation("sdpa")'
+            f"its attention implementation is {implementation!r}; what packs query, key and value"
+            f' takes the place of "{_REPLACES}": model.set_attn_implementation("sdpa")'
         )
     code: Any = _torch.code_of(inspect.unwrap(type(module).forward))
     if "position_bias" in code.co_varnames:
@@ -166,5 +166,5 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
             " GroupQuant(bits=8)}) packs them"
         )
     use_one_kernel(type(module))
-    attributes = {"attention_method": method.for_scores(), "model_config": module.config}
+    attributes = {"attention_method": method.for_attention(), "model_config": module.config}
     return Swap(joined(GroupQuantAttention, type(module)), attributes)
