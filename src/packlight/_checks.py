@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packlight import _torch
+from packlight import _torch, _tracer
 from packlight.errors import DoubleBackwardError, InputError, ModifiedWeightError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,11 +30,21 @@ def is_taken(x: Tensor) -> bool:
 
     Those that `check_tensor` refuses, and those of inference mode, which autograd cannot save.
     """
+    if torch.compiler.is_dynamo_compiling():
+        # One question: every layer asks, and the tracer is slow to follow.
+        found: bool | None = _torch.ask("takes", None, x)
+        return is_supported(x) and not is_transformed() if found is None else found
     if not is_supported(x) or is_transformed():
         return False
-    return torch.compiler.is_dynamo_compiling() or not (
-        x.is_inference() and torch.is_grad_enabled()
-    )
+    return not (x.is_inference() and torch.is_grad_enabled())
+
+
+@_torch.question
+def takes(tracer: Any, x: Any) -> bool:
+    """Whether layers take what is traced; False for what is no tensor."""
+    if not issubclass(x.python_type(), Tensor):
+        return False
+    return is_supported(_tracer.fake_of(x)) and not tracer.output.export
 
 
 def numbers(value: Any, axes: int, name: str) -> tuple[int, ...]:
@@ -62,6 +72,8 @@ def is_transformed() -> bool:
 
 def check_tensor(x: object, function: str) -> None:
     """Raises `InputError` unless `x` is a tensor of a floating dtype that the kernels know."""
+    if torch.compiler.is_dynamo_compiling() and _torch.ask("takes", False, x):
+        return
     if not isinstance(x, Tensor):
         raise InputError(f"{function} takes a tensor, got {type(x).__name__}")
     if x.layout is not torch.strided or x.is_nested:

@@ -1,7 +1,7 @@
 """Functions of autograd as one node each of the graph that torch.compile traces.
 
-The tracer follows the forward and the backward pass of a Function through their Python, a third of
-a second for each. What comes behind it, which makes the graphs of both passes, runs what a node of
+The tracer follows the forward and the backward pass of a Function through their Python, which takes
+half of its time. What comes behind it, which makes the graphs of both passes, runs what a node of
 the graph calls, and sees all operations of it again. So in traced code a call of a Function of ours
 becomes a node that calls the Function; the tracer runs it once, on tensors without values.
 
