@@ -54,6 +54,7 @@ from packlight._torch.modes import (
     function_modes,
     in_transform,
     is_watched,
+    with_operators,
     without_mode,
     without_torch_functions,
 )
@@ -121,6 +122,7 @@ __all__ = [
     "untraced",
     "variable_of",
     "warn_if_untested",
+    "with_operators",
     "with_values",
     "without_mode",
     "without_torch_functions",

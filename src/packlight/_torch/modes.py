@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from packlight._torch.capabilities import DISPATCH, MODE_STACK, MODES, TRANSFORMS
+from packlight._torch.capabilities import DISPATCH, MODE_STACK, MODES, TRANSFORMS, look_up
 
 
 def without_mode(
@@ -57,6 +57,31 @@ def without_torch_functions() -> contextlib.AbstractContextManager[Any]:
     """A context in which calls go past the `__torch_function__` of subclasses, not of modes."""
     context: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return context
+
+
+_Dispatch: Any = look_up("torch.utils._python_dispatch:TorchDispatchMode")
+
+
+def with_operators(
+    function: Callable[..., Any], *args: Any
+) -> tuple[Any, list[tuple[Any, tuple[Any, ...]]]] | None:
+    """What the function returns, and which operators it calls with which arguments.
+
+    None where torch has no mode of the dispatcher.
+    """
+    if _Dispatch is None:
+        return None
+    called: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Noting(_Dispatch):  # type: ignore[misc]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            called.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Noting():
+        return function(*args), called
 
 
 def is_watched() -> bool:
