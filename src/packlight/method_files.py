@@ -36,8 +36,9 @@ def parse_methods(text: str) -> Choice:
     """The methods that a text names.
 
     `FewBit(3)` or `GroupQuant(bits=4)`, several with commas between them, `None` (leave alone) or
-    `default` (`packlight.DEFAULT_METHODS`). The text is read, not run: arguments are plain values,
-    and of `FewBit` a codebook with its own, `FewBit(codebook=Codebook(1, (0.0,), (0.0, 1.0)))`.
+    `default` (`packlight.DEFAULT_METHODS`), which may stand among several. The text is
+    read, not run: arguments are plain values, methods, and of `FewBit` a codebook with its own,
+    `FewBit(codebook=Codebook(1, (0.0,), (0.0, 1.0)))`.
 
     Raises `InputError` for anything else, naming the methods there are.
     """
@@ -78,13 +79,17 @@ def shortened(text: str, quotes: str = "'") -> str:
 def _choice(tree: ast.expr, text: str) -> Choice:
     if isinstance(tree, ast.Constant) and tree.value is None:
         return None
-    if isinstance(tree, ast.Name) and tree.id == "default":
-        return DEFAULT_METHODS
     parts = tree.elts if isinstance(tree, ast.Tuple) else [tree]
-    methods = tuple(_method(part) for part in parts)
+    methods = tuple(method for part in parts for method in _methods(part))
     if not methods:
         raise InputError(f"{text!r} is no method; {_expected()}")
     return methods[0] if len(methods) == 1 else methods
+
+
+def _methods(tree: ast.expr) -> tuple[Method, ...]:
+    if isinstance(tree, ast.Name) and tree.id == "default":
+        return DEFAULT_METHODS
+    return (_method(tree),)
 
 
 def format_methods(choice: Choice) -> str:

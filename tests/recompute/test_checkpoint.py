@@ -101,6 +101,13 @@ def test_bytes_and_error_are_those_of_the_packs(bits):
         )
 
 
+def test_predict_counts_what_profile_measures():
+    model, _ = converted(Model(), (Checkpoint(), EIGHT))
+    x = torch.randn(2, 64, WIDTH)
+    measured = packlight.profile(model, x).activation_bytes
+    assert packlight.predict(model, x).activation_bytes == measured
+
+
 def test_nothing_but_the_packs_is_alive():
     x = torch.randn(2, 64, WIDTH, requires_grad=True) * 1
     held = weakref.ref(x)
@@ -286,6 +293,8 @@ def test_texts():
         Tiles(),
         GroupQuant(4),
     )
+    longest = (Checkpoint(), Tiles(), *packlight.DEFAULT_METHODS)
+    assert parse_methods("Checkpoint(), Tiles(), default") == longest
     with pytest.raises(InputError, match="bits=3 is not 2, 4 or 8"):
         parse_methods("Checkpoint(GroupQuant(3))")
     with pytest.raises(InputError, match="keep=4 is neither a quantiser"):

@@ -5,6 +5,7 @@ import itertools
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -508,11 +509,22 @@ def test_attention_is_no_mlp():
         packlight.convert(block, Tiles())
 
 
-def test_a_model_without_values_is_taken_by_its_parts():
+def test_a_model_without_values_is_looked_at_by_its_operators():
     with torch.device("meta"):
-        model = nn.Sequential(nn.LayerNorm(WIDTH), Gated())
-    conversion = packlight.convert(model, {Gated: Tiles()})
-    assert [row.names for row in conversion.replaced] == [("1",)]
+        model = nn.ModuleDict(
+            {
+                "mlp": Gated(),
+                "sequential": MODULES["sequential"](),
+                "mixes": Mixes(),
+                "softmax": nn.Sequential(Gated(), nn.Softmax(1)),
+                "attention": timm.layers.Attention(WIDTH, 4),
+            }
+        )
+    conversion = packlight.convert(model, Tiles())
+    names = [row.names[0] for row in conversion.replaced]
+    assert names == ["mlp", "sequential", "softmax.0"]
+    with pytest.raises(CannotConvertError, match="no values to try it with, and calls mean"):
+        packlight.convert(model, {"mixes": Tiles()})
 
 
 def test_predict_counts_what_profile_measures():

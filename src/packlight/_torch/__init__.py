@@ -61,6 +61,7 @@ from packlight._torch.modes import (
     is_watched,
     put_on,
     take_off,
+    with_operators,
     without_mode,
     without_torch_functions,
 )
@@ -139,6 +140,7 @@ __all__ = [
     "untraced",
     "variable_of",
     "warn_if_untested",
+    "with_operators",
     "with_values",
     "without_mode",
     "without_torch_functions",

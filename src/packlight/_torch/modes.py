@@ -90,6 +90,31 @@ def without_torch_functions() -> contextlib.AbstractContextManager[Any]:
     return context
 
 
+_Dispatch: Any = look_up("torch.utils._python_dispatch:TorchDispatchMode")
+
+
+def with_operators(
+    function: Callable[..., Any], *args: Any
+) -> tuple[Any, list[tuple[Any, tuple[Any, ...]]]] | None:
+    """What the function returns, and which operators it calls with which arguments.
+
+    None where torch has no mode of the dispatcher.
+    """
+    if _Dispatch is None:
+        return None
+    called: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Noting(_Dispatch):  # type: ignore[misc]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            called.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Noting():
+        return function(*args), called
+
+
 def is_watched() -> bool:
     """Whether something wants to see the operators: a mode of the dispatcher, or a profiler."""
     if DISPATCH.values is None:

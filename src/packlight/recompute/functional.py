@@ -84,9 +84,20 @@ class _Inputs:
 
     def pack(self, tensor: Tensor) -> Tensor | _Kept:
         for x, pack in self.packs:
-            if tensor.is_set_to(x):
+            if _is_same(tensor, x):
                 return _Kept(pack, x.dtype)
         return tensor
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the same elements of one storage; fakes cannot be asked `is_set_to`."""
+    return (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.storage_offset() == b.storage_offset()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+    )
 
 
 def _unpack(kept: Tensor | _Kept) -> Tensor:

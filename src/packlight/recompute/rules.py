@@ -5,7 +5,7 @@ import inspect
 import re
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -159,36 +159,76 @@ def _tried(module: nn.Module, first: nn.Module) -> str | None:
     ]
     if len(needed) != 1:
         return f"its forward takes {len(needed)} arguments; tiles are of one tensor"
-    if any(_torch.is_fake(p) or p.is_meta for p in module.parameters()):
-        return None  # no values to try it with
     answers = _answers.setdefault(kind_of(module), {})
-    text = repr(module)
+    hollow = any(_torch.is_fake(p) or p.is_meta for p in module.parameters())
+    text = f"{'no values' if hollow else ''}{module!r}"
     if text not in answers:
-        answers[text] = _outcome(module, first)
+        answers[text] = _outcome(module, first, _by_operators if hollow else _by_values)
     return answers[text]
 
 
-def _outcome(module: nn.Module, first: nn.Module) -> str | None:
+def _outcome(
+    module: nn.Module, first: nn.Module, look: Callable[[nn.Module, Tensor], str | None]
+) -> str | None:
+    """Why a copy of a module, which shares its parameters, does not work by position."""
     width = getattr(first, "in_features", None) or getattr(first, "nx", None)
     if not isinstance(width, int):
         return f"the width of its input is not known from its {kind_of(first).__name__}"
     parameters = {id(p): p for p in module.parameters()}
     floating = [p for p in parameters.values() if p.is_floating_point()]
     dtype = floating[0].dtype if floating else torch.float32
-    device = next(iter(parameters.values())).device
-    x = torch.linspace(-1, 1, 6 * width, device=device).sin().mul(2).to(dtype).view(2, 3, width)
+    one = next(iter(parameters.values())).detach()
     try:
-        probe = copy.deepcopy(module, parameters).eval()
+        x = one.new_ones((2, 3, width), dtype=dtype)
         with torch.no_grad():
-            y = probe(x)
-            if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
-                return "its output is not one tensor with the positions of its input"
-            for place in ((0, 0), (1, 1)):
-                others = 1 - 3 * x
-                others[place] = x[place]
-                # Bit for bit: a row of a product is what it is, whatever the other rows hold.
-                if not torch.equal(probe(others)[place], y[place]):
-                    return "its output at one position depends on others"
+            return look(copy.deepcopy(module, parameters).eval(), x)
     except Exception as error:  # noqa: BLE001  it is code of the user's, called in its own way
-        return f"it does not run on a tensor {tuple(x.shape)}: {type(error).__name__}: {error}"
+        return f"it does not run on a tensor {(2, 3, width)}: {type(error).__name__}: {error}"
+
+
+_NO_POSITIONS = "its output is not one tensor with the positions of its input"
+
+
+def _has_positions(y: object, x: Tensor) -> bool:
+    return isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1]
+
+
+def _by_values(probe: nn.Module, x: Tensor) -> str | None:
+    values = torch.linspace(-1, 1, x.numel(), device=x.device).sin().mul(2)
+    x = values.to(x.dtype).view(x.shape)
+    y = probe(x)
+    if not _has_positions(y, x):
+        return _NO_POSITIONS
+    for place in ((0, 0), (1, 1)):
+        others = 1 - 3 * x
+        others[place] = x[place]
+        # Bit for bit: a row of a product is what it is, whatever the other rows hold.
+        if not torch.equal(probe(others)[place], y[place]):
+            return "its output at one position depends on others"
     return None
+
+
+# Operators of MLPs beside those that work element by element. A mean is one of the last dimension.
+_BY_ROWS = {
+    "_to_copy", "_unsafe_view", "addmm", "alias", "chunk", "clone", "detach", "linear", "mean",
+    "mm", "native_layer_norm", "new_empty", "reshape", "split", "split_with_sizes", "t", "view",
+}  # fmt: skip
+
+
+def _is_by_rows(operator: Any, args: tuple[Any, ...]) -> bool:
+    name = operator.overloadpacket.__name__
+    rows = name in _BY_ROWS and (name != "mean" or list(args[1:2]) == [[-1]])
+    return rows or torch.Tag.pointwise in operator.tags
+
+
+def _by_operators(probe: nn.Module, x: Tensor) -> str | None:
+    """Of a model without values, which cannot be tried: by what its code calls."""
+    found = _torch.with_operators(probe, x)
+    if found is None:
+        return "it has no values to try it with"
+    y, called = found
+    for operator, args in called:
+        if not _is_by_rows(operator, args):
+            name = operator.overloadpacket.__name__
+            return f"it has no values to try it with, and calls {name}"
+    return None if _has_positions(y, x) else _NO_POSITIONS
