@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from packlight import _tracer
+from packlight import _torch, _tracer
 
 
 def overwrite(input: Tensor, output: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def writable(output: Tensor, of_linear: bool = False) -> Tensor:
     lets nobody write to a view that a Function made.
     """
     alone: Tensor = output
-    if not torch.compiler.is_dynamo_compiling():
+    if not _torch.is_traced():
         if output._is_view():
             (alone,) = torch.unsafe_chunk(output, 1)  # a third of the time of `_unsafe_view`
     elif of_linear and output.dim() > 2:  # a traced tensor does not say whether it is a view

@@ -28,7 +28,7 @@ class Reading:
     def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
         x, self.rebuilt = self.rebuilt, None
         self.left -= 1
-        if (x is None and self.left <= 0) or torch.compiler.is_compiling():
+        if (x is None and self.left <= 0) or _torch.is_traced():
             return self.rebuild(dtype, *tensors)
         first = tensors[0]
         assert first is not None
@@ -46,7 +46,7 @@ class Reading:
 
 def reading_of(rebuild: Callable[..., Tensor]) -> Reading | None:
     """That of a new pack; None where a compiler sees what is computed twice."""
-    return None if torch.compiler.is_dynamo_compiling() else Reading(rebuild)
+    return None if _torch.is_traced() else Reading(rebuild)
 
 
 _last: Reading | None = None
@@ -55,7 +55,7 @@ _last: Reading | None = None
 def reader(reading: Reading | None, rebuild: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What a layer rebuilds its input with, called once for each layer, in the forward pass."""
     global _last
-    if torch.compiler.is_dynamo_compiling():
+    if _torch.is_traced():
         return rebuild
     follows, _last = _last is reading, reading
     if reading is None or (reading.left and not follows):

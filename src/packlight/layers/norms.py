@@ -198,7 +198,7 @@ def norm_rows(x: Tensor, width: int) -> Tensor:
 
     The result is then no view. A compiler gets [rows, width].
     """
-    if x.shape[-1] == width and not torch.compiler.is_dynamo_compiling():
+    if x.shape[-1] == width and not _torch.is_traced():
         return x.contiguous()
     return x.reshape(-1, width).contiguous()
 
@@ -222,7 +222,7 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 
 def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
     """`y.view(shape)`, but a tensor of its own: views of it are views of what carries the note."""
-    if y.shape == shape and not torch.compiler.is_dynamo_compiling():
+    if y.shape == shape and not _torch.is_traced():
         return y
     shaped: Tensor = torch.ops.aten._unsafe_view(y, shape)
     return shaped
