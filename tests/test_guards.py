@@ -11,6 +11,7 @@ from packlight._launch import quick
 from packlight._seeds import operands
 from packlight.fewbit import dropout_kernels, pooling_kernels
 from packlight.fewbit import kernels as few_bit
+from packlight.groupquant import gated_kernels as group_gated
 from packlight.groupquant import kernels as group
 from packlight.groupquant import norm_kernels as group_norm
 from packlight.groupquant.fixed_point import kernels as fixed
@@ -101,9 +102,9 @@ def packs(guards, n, bits):
     group.dequantize(*pack, *layout, "", (), None, None)
     group.dequantize(*inputs, *layout, "silu", (), None, None)
     group.activation_backward(x, *inputs, "silu", (), (1,), (bits, 64))
-    _, *both = group.gated(x, x, "silu", (bits, 64), *draw())
-    group.gated_backward(x, *both, "silu", (1,), (bits, 64), True)
-    group.gated_product(*both, "silu", (n,), (1,), (bits, 64), FP32)
+    _, *both = group_gated.gated(x, x, "silu", (bits, 64), *draw())
+    group_gated.gated_backward(x, *both, "silu", (1,), (bits, 64), True)
+    group_gated.gated_product(*both, "silu", (n,), (1,), (bits, 64), FP32)
 
 
 def packed_rows(guards, rows, width, bits):

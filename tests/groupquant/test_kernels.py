@@ -6,13 +6,13 @@ import torch
 from packlight import _seeds
 from packlight._seeds import operands
 from packlight.fewbit import dropout_kernels
-from packlight.groupquant import kernels, norm_kernels, norm_reference, ops, reference
+from packlight.groupquant import gated_kernels, kernels, norm_kernels, norm_reference, ops, reference
 from tests.groupquant.layers import LAYERS
 from tests.helpers import assert_as_near_as_torch, every_device, every_kernel_dtype, many_values
 from tests.layers import TRUTH
 
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
-every_bits = pytest.mark.parametrize("bits", [2, 4, 8])
+every_bits = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 FP32 = torch.float32
 # The interpreter truncates fp32 to bf16; a derivative is good to 1e-4.
 TOLERANCE = {torch.float32: 3e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -60,7 +60,7 @@ def test_gated_units_equal_the_reference(name, dtype, device):
     for count in counts(device):
         gate, up, dy = (torch.randn(count, device=device).to(dtype) * 2 for _ in range(3))
         seed = torch.tensor([11], device=device)
-        ours = kernels.gated(gate, up, name, (4, 128), *operands(seed))
+        ours = gated_kernels.gated(gate, up, name, (4, 128), *operands(seed))
         theirs = reference.gated(gate, up, name, (4, 128), *operands(seed))
         close(ours[0], theirs[0], dtype)
         for i in (1, 3):
@@ -72,11 +72,11 @@ def test_gated_units_equal_the_reference(name, dtype, device):
         for through in (True, False):
             backward = (dy, *theirs[1:], name, (1,), (4, 128), through)
             for a, b in zip(
-                kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
+                gated_kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
             ):
                 close(a, b, dtype)
         product = (*theirs[1:], name, (count,), (1,), (4, 128), dtype)
-        close(kernels.gated_product(*product), reference.gated_product(*product), dtype)
+        close(gated_kernels.gated_product(*product), reference.gated_product(*product), dtype)
 
 
 @every_device
@@ -90,7 +90,7 @@ def test_norms_equal_the_reference(width, center, dtype, device):
     dy = torch.randn(rows, width, device=device).to(dtype)
     bias = bias if center else None
     seed = torch.tensor([3], device=device)
-    for bits in (2, 4, 8):
+    for bits in (2, 3, 4, 8):
         forward = (x, width, weight, bias, 1e-5, center, (bits, 64), *operands(seed))
         ours, theirs = norm_kernels.norm(*forward), norm_reference.norm(*forward)
         close(ours[0], theirs[0], dtype)
@@ -136,7 +136,7 @@ def test_a_seed_that_is_a_number_draws_what_the_same_seed_in_memory_draws(device
     for run in (
         lambda seed: kernels.quantize(x, (640, 1), (4, 64), *seed),
         lambda seed: kernels.activation(x, "gelu", (), (4, 64), *seed),
-        lambda seed: kernels.gated(x, up, "silu", (4, 64), *seed),
+        lambda seed: gated_kernels.gated(x, up, "silu", (4, 64), *seed),
         lambda seed: norm_kernels.norm(x, 640, None, None, 1e-5, True, (4, 64), *seed),
         lambda seed: dropout_kernels.dropout(x, *seed, 0.5, True),
     ):

@@ -9,12 +9,15 @@ Rounding = Literal["stochastic", "nearest"]
 
 ROUNDINGS = get_args(Rounding)
 
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 # Bits a code and values a group: `int[] groups` of operators. What implements them is given a list.
 # The dispatcher takes a microsecond more to read a NamedTuple, a third of its time.
 Groups = tuple[int, int]
+
+# The bits of a code, from the lowest up, by planes: a byte of a plane has 8 / bits elements.
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 def row_group_size(width: int, group_size: int) -> int | None:
@@ -33,10 +36,13 @@ def row_group_size(width: int, group_size: int) -> int | None:
 class Grouping(NamedTuple):
     """Where the codes of a tensor lie: rows of `width` elements, each cut into groups of its own.
 
-    A byte holds the codes of 8 / bits = `parts` elements, which lie group_size / parts apart, and a
-    group is group_size / parts bytes that follow each other. So groups stand by themselves, a
-    thread that packs a byte shifts by constants, and neighbours in a warp read and write
-    neighbouring addresses. The last group of a row may be ragged; its codes take whole bytes.
+    A group is `group_bytes` bytes that follow each other, plane by plane. A byte of a plane of w
+    bits holds those of 8 / w elements, which lie group_size w / 8 apart. So groups stand by
+    themselves, a thread that packs a byte shifts by constants, and neighbours in a warp read and
+    write neighbouring addresses. The last group of a row may be ragged; its codes take whole bytes.
+
+    A thread holds `parts` elements of a group for each of its `size` positions: those of one byte
+    of the narrowest plane.
     """
 
     rows: int
@@ -46,11 +52,15 @@ class Grouping(NamedTuple):
 
     @property
     def parts(self) -> int:
-        return 8 // self.bits
+        return 8 // PLANES[self.bits][-1]
+
+    @property
+    def size(self) -> int:
+        return self.group_size // self.parts
 
     @property
     def group_bytes(self) -> int:
-        return self.group_size // self.parts
+        return self.group_size * self.bits // 8
 
     @property
     def row_groups(self) -> int:

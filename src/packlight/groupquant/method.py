@@ -45,7 +45,7 @@ class GroupQuant(Quantiser):
     feel; `packlight.manual_seed` starts it.
 
     Args:
-        bits: code length: 2, 4 or 8.
+        bits: code length: 2, 3, 4 or 8.
         group_size: values a group, a power of two from 32 to 1024.
         rounding: "stochastic" or "nearest".
     """
@@ -57,7 +57,7 @@ class GroupQuant(Quantiser):
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
-            raise InputError(f"bits={self.bits!r} is not 2, 4 or 8; 4 is a good start")
+            raise InputError(f"bits={self.bits!r} is not 2, 3, 4 or 8; 4 is a good start")
         if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise InputError(
                 f"group_size={self.group_size!r} is not a power of two from 32 to 1024;"

@@ -1,6 +1,6 @@
 """Triton kernels of layer and RMS norm: output, pack and rstd in one pass, backward in one pass.
 
-A program walks over rows, a row a tile (see `kernels.py`), with weights in registers. The backward
+A program walks over rows, a row a tile (see `tile_kernels.py`), with weights in registers. The backward
 adds up its rows' share of the weight and bias gradients in registers as well.
 """
 
@@ -14,14 +14,9 @@ from torch import Tensor
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.groupquant.grouping import Grouping, Groups
-from packlight.groupquant.kernels import (
-    load_codes,
-    load_tile,
-    random_tile,
-    store_codes,
-    store_tile,
-    tile_offsets,
-)
+from packlight.groupquant.kernels import constants
+from packlight.groupquant.pack_kernels import load_codes, store_codes
+from packlight.groupquant.tile_kernels import load_tile, store_tile, tile_offsets
 
 
 @triton.jit
@@ -55,6 +50,7 @@ def _forward_kernel(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
@@ -100,14 +96,9 @@ def _forward_kernel(
             if BIAS:
                 y = y + bias[j]
             store_tile(y_ptr + row * width, y, width, NQ, SIZE, j, FULL)
-        draws = ()
-        if SEED:
-            bundles = tl.arange(0, NQ)
-            draws = random_tile(seed_value(seed, SEED), row, bundles, SIZE, NQ)
-        group = row * row_groups
         store_codes(
-            normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, (), NQ, SIZE, BITS,
-            SEED != 0, 0, None, FULL,
+            normal, codes_ptr, scales_ptr, row * row_groups, seed_value(seed, SEED), row, 0, width,
+            (), NQ, SIZE, PARTS, BITS, SEED, 0, None, FULL,
         )  # fmt: skip
         row += 1
 
@@ -132,6 +123,7 @@ def _backward_kernel(
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
@@ -144,9 +136,7 @@ def _backward_kernel(
     while row < end:
         dy = load_tile(dy_ptr + row * width, width, NQ, SIZE, FULL)
         group = row * row_groups
-        x_hat = load_codes(
-            codes_ptr + group * SIZE, scales_ptr + group, width, NQ, SIZE, BITS, FULL
-        )
+        x_hat = load_codes(codes_ptr, scales_ptr, group, width, NQ, SIZE, PARTS, BITS, FULL)
         rstd = tl.load(rstd_ptr + row)
         if NEED_WEIGHT:
             total = ()
@@ -191,10 +181,10 @@ PROGRAMS = 132 * 8
 
 def _launch_shape(grouping: Grouping) -> tuple[int, bool, int, int, int]:
     """Bundles a row, whether they are whole, warps, programs, and rows a program."""
-    bundle = 8 * grouping.group_bytes
+    bundle = 8 * grouping.size
     bundles = -(-grouping.width // bundle)
     nq = triton.next_power_of_2(bundles)
-    warps = max(1, min(16, nq * grouping.group_bytes // 64))
+    warps = max(1, min(16, nq * grouping.size // 64))
     programs = max(1, min(grouping.rows, PROGRAMS * 4 // warps))
     steps = -(-grouping.rows // programs)
     return nq, grouping.width == nq * bundle, warps, -(-grouping.rows // steps), steps
@@ -215,8 +205,7 @@ def _forward_launch(
         CENTER=center,
         WEIGHT=weight,
         BIAS=bias,
-        SIZE=grouping.group_bytes,
-        BITS=grouping.bits,
+        **constants(grouping),
         SEED=seed,
         FULL=full,
         NQ=nq,
@@ -277,8 +266,7 @@ def _backward_launch(
         WEIGHT=weight,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
-        SIZE=grouping.group_bytes,
-        BITS=grouping.bits,
+        **constants(grouping),
         FULL=full,
         NQ=nq,
         num_warps=warps,
