@@ -6,7 +6,14 @@ import torch
 from packlight import _seeds
 from packlight._seeds import operands
 from packlight.fewbit import dropout_kernels
-from packlight.groupquant import gated_kernels, kernels, norm_kernels, norm_reference, ops, reference
+from packlight.groupquant import (
+    gated_kernels,
+    kernels,
+    norm_kernels,
+    norm_reference,
+    ops,
+    reference,
+)
 from tests.groupquant.layers import LAYERS
 from tests.helpers import assert_as_near_as_torch, every_device, every_kernel_dtype, many_values
 from tests.layers import TRUTH
@@ -72,7 +79,9 @@ def test_gated_units_equal_the_reference(name, dtype, device):
         for through in (True, False):
             backward = (dy, *theirs[1:], name, (1,), (4, 128), through)
             for a, b in zip(
-                gated_kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
+                gated_kernels.gated_backward(*backward),
+                reference.gated_backward(*backward),
+                strict=True,
             ):
                 close(a, b, dtype)
         product = (*theirs[1:], name, (count,), (1,), (4, 128), dtype)

@@ -117,6 +117,7 @@ class _Activation(torch.autograd.Function):
         coding: tuple[Any, ...],
     ) -> Tensor:
         bits, borders, levels, parity, poison, mask = coding
+        ctx.is_relu = name == "relu"
         if inplace:
             codes = ops.activation_(x, name, parameters, bits, borders, parity, poison)
             y = x

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from packlight._philox import philox2x32
-from packlight.groupquant.grouping import Grouping
+from packlight.groupquant.grouping import HEADER, Grouping
 
 # Rounds of Philox2x32: 7 are the fewest that pass BigCrush (Random123 by Salmon et al.).
 ROUNDS = 7
@@ -52,3 +52,56 @@ def draws(seed: Tensor, grouping: Grouping) -> Tensor:
 def other_seed(seed: Tensor | None) -> Tensor | None:
     """The seed of the second pack of an operator."""
     return None if seed is None else seed ^ (1 << 32)
+
+
+# ---- numbers of groups, which whoever reads a pack draws again -----------------------------------
+
+# Of an integer hash with little bias (Wellons, 2018), and of signs.
+HASH = (0x7FEB352D, 0x846CA68B)
+STEP = 0x9E3779B9
+SIGNS = 0x2C1B3C6D
+_MASK = 0xFFFFFFFF
+
+
+def mixed(x: Tensor) -> Tensor:
+    """A hash of 32 bits, held in int64."""
+    x = x ^ (x >> 16)
+    x = (x * HASH[0]) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * HASH[1]) & _MASK
+    return x ^ (x >> 16)
+
+
+def group_hashes(seed: Tensor, groups: int) -> Tensor:
+    """32 bits for each group of a pack, [groups], int64."""
+    group = torch.arange(groups, device=seed.device) & _MASK
+    return mixed(group ^ mixed(mixed(seed & _MASK) ^ ((seed >> 32) & _MASK)))
+
+
+def offsets(seed: Tensor, groups: int, bits: int) -> Tensor:
+    """One number k / 2^f for each group, f = `fraction_bits`: the highest bits of its hash."""
+    fraction = fraction_bits(bits)
+    return (group_hashes(seed, groups) >> (32 - fraction)).float() / (1 << fraction)
+
+
+def signs(seed: Tensor, groups: int, group_size: int) -> Tensor:
+    """1 and -1 for each element of each group, [groups, group_size].
+
+    The eight elements group_size / 8 apart have the highest bits of one product: of the group's
+    hash, xored with a hash of their place.
+    """
+    size = group_size // 8
+    place = mixed((torch.arange(size, device=seed.device) + STEP) & _MASK)
+    words = ((group_hashes(seed, groups).view(-1, 1) ^ place) * SIGNS) & _MASK
+    bits = (words.view(-1, 1, size) >> (31 - torch.arange(8, device=seed.device)).view(8, 1)) & 1
+    return (1 - 2 * bits).float().view(groups, group_size)
+
+
+def words_of(seed: Tensor) -> Tensor:
+    """A seed [1] as the two words [2] int32 at the head of a pack."""
+    return seed.view(torch.int32)
+
+
+def seed_of(scales: Tensor) -> Tensor:
+    """The seed [1] at the head of a pack."""
+    return scales[:HEADER].contiguous().view(torch.int64)

@@ -12,9 +12,9 @@ from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD
-from packlight.elementwise.limits import limits
-from packlight.groupquant.grouping import Grouping, Groups
+from packlight.elementwise.limits import limits, pack_limits
 from packlight.groupquant.draw_kernels import other_seed
+from packlight.groupquant.grouping import Grouping, Groups
 from packlight.groupquant.kernels import Setting, constants, greatest, limited, tile_of
 from packlight.groupquant.minmax_kernels import KEPT, LOST, REPLACES
 from packlight.groupquant.pack_kernels import load_codes, store_codes
@@ -49,6 +49,7 @@ def _gated_kernel(
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     SEED: tl.constexpr,
     LIMITED: tl.constexpr,
     UP_LIMITED: tl.constexpr,
@@ -71,7 +72,7 @@ def _gated_kernel(
     within = (lowest, highest, below, above, edge)
     store_codes(
         gate, gate_codes_ptr, gate_scales_ptr, group, key, row, bundle, left, within, NQ, SIZE,
-        PARTS, BITS, SEED, LIMITED, GREATEST, FULL,
+        PARTS, BITS, CODE, SEED, LIMITED, GREATEST, FULL,
     )  # fmt: skip
     up = load_tile(up_ptr + start, left, NQ, SIZE, FULL)
     for j in tl.static_range(8):
@@ -80,7 +81,7 @@ def _gated_kernel(
     within = (up_lowest, up_highest, up_below, up_above, up_edge)
     store_codes(
         up, up_codes_ptr, up_scales_ptr, group, other_seed(key), row, bundle, left, within, NQ,
-        SIZE, PARTS, BITS, SEED, UP_LIMITED, GREATEST, FULL,
+        SIZE, PARTS, BITS, CODE, SEED, UP_LIMITED, GREATEST, FULL,
     )  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def _gated_backward_kernel(
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
@@ -117,14 +119,14 @@ def _gated_backward_kernel(
     if DERIVATIVE is not None:
         dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
     factor = load_codes(
-        gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, FULL, LOST
+        gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, LOST
     )
     gate = factor
     if REPLACED and DERIVATIVE is not None:
         gate = load_codes(
-            gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, FULL, KEPT
+            gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, KEPT
         )
-    up = load_codes(up_codes_ptr, up_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, FULL)
+    up = load_codes(up_codes_ptr, up_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL)
     for j in tl.static_range(8):
         f = FORWARD(factor[j], 0.0, 0.0, DIGITS)
         if DERIVATIVE is None:
@@ -148,7 +150,7 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) 
     return _gated_kernel.prepare(
         (tiles,),
         grouping.width,
-        *limits(dtype, name),
+        *pack_limits(dtype, name, bits=grouping.bits),
         *limits(dtype),
         FORWARD=FORWARD[name],
         DIGITS=DIGITS[dtype],

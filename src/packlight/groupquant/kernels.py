@@ -17,7 +17,7 @@ from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD, clamp
-from packlight.elementwise.limits import limits
+from packlight.elementwise.limits import limits, pack_limits
 from packlight.groupquant.grouping import Grouping, Groups
 from packlight.groupquant.minmax_kernels import KEPT, LOST, LOWER, PLAIN, REPLACES, UPPER
 from packlight.groupquant.pack_kernels import load_codes, store_codes
@@ -50,6 +50,7 @@ def _quantize_kernel(
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     SEED: tl.constexpr,
     LIMITED: tl.constexpr,
     GREATEST: tl.constexpr,
@@ -70,7 +71,7 @@ def _quantize_kernel(
     within = (lowest, highest, below, above, edge)
     store_codes(
         tile, codes_ptr, scales_ptr, group, seed_value(seed, SEED), row, bundle, left, within, NQ,
-        SIZE, PARTS, BITS, SEED, LIMITED, GREATEST, FULL,
+        SIZE, PARTS, BITS, CODE, SEED, LIMITED, GREATEST, FULL,
     )  # fmt: skip
 
 
@@ -95,6 +96,7 @@ def _dequantize_kernel(
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
@@ -106,7 +108,7 @@ def _dequantize_kernel(
     group = row * row_groups + bundle * (8 // PARTS)
     left = width - column
     tile = load_codes(
-        codes_ptr, scales_ptr, group, left, NQ, SIZE, PARTS, BITS, FULL,
+        codes_ptr, scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL,
         PLAIN if FORWARD is None else LOST,
     )  # fmt: skip
     if WEIGHT:
@@ -140,6 +142,7 @@ def _activation_backward_kernel(
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
@@ -149,7 +152,7 @@ def _activation_backward_kernel(
     left = width - start
     group = bundle * (8 // PARTS)
     dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
-    tile = load_codes(codes_ptr, scales_ptr, group, left, NQ, SIZE, PARTS, BITS, FULL, KEPT)
+    tile = load_codes(codes_ptr, scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, KEPT)
     for j in tl.static_range(8):
         dx = dy[j] * DERIVATIVE(tile[j], a, b)
         store_tile(dx_ptr + start, dx, left, NQ, SIZE, j, FULL)
@@ -176,7 +179,12 @@ BACKWARD = Setting(1024, 4)
 
 def constants(grouping: Grouping) -> dict[str, int]:
     """What a kernel is compiled for."""
-    return {"SIZE": grouping.size, "PARTS": grouping.parts, "BITS": grouping.bits}
+    return {
+        "SIZE": grouping.size,
+        "PARTS": grouping.parts,
+        "BITS": grouping.bits,
+        "CODE": grouping.code,
+    }
 
 
 def tile_of(grouping: Grouping, block: int) -> tuple[int, int, bool]:
@@ -220,7 +228,7 @@ def _quantize_launch(
         grouping.row_groups,
         tiles,
         *_two(parameters),
-        *limits(dtype, name, parameters),
+        *pack_limits(dtype, name, parameters, grouping.bits),
         FORWARD=FORWARD[name] if name else None,
         DIGITS=DIGITS[dtype],
         **constants(grouping),
@@ -353,5 +361,3 @@ def activation_backward(
     launch = _activation_backward_launch(grouping, name, *_two(parameters))
     launch(memory_order(grad_output, stride), codes, scales, dx)
     return dx
-
-

@@ -5,20 +5,28 @@ has the fraction in its low f bits and the code, floor((x - low) / step + u), ri
 quotient is rounded to a multiple of 2^-f thereby, and so is u: the expected code is that multiple.
 
 Differences are taken of halves, at the price of whole ones, which may overflow.
+
+With an offset, u and what a code is counted from are numbers of the group: a pack takes no more
+instructions an element than rounding to nearest, and reading one no more than without.
 """
 
 import triton
 import triton.language as tl
 
 from packlight.elementwise.kernels import PTX, clamp
-from packlight.groupquant.draw_kernels import random_tile
-from packlight.groupquant.minmax_reference import SIGN, TINY
+from packlight.groupquant.draw_kernels import group_hashes, load_seed, random_tile, store_seed
+from packlight.groupquant.grouping import HEADER
+from packlight.groupquant.grouping import OFFSET as _OFFSET
+from packlight.groupquant.minmax_reference import COARSE, SIGN, TINY
 from packlight.groupquant.tile_kernels import load_bytes, store_bytes, tile_offsets
 
 INFINITY = tl.constexpr(float("inf"))
 WHOLE = tl.constexpr(8388608.0)
 LEAST_STEP = tl.constexpr(TINY)
 SIGN_BIT = tl.constexpr(SIGN)
+COARSE_STEP = tl.constexpr(COARSE)
+OFFSET = tl.constexpr(_OFFSET)
+SEED_WORDS = tl.constexpr(HEADER)
 
 # What there is to be done of limits, or-ed: values beyond them, and infinities to replace.
 LOWER = tl.constexpr(1)
@@ -43,16 +51,14 @@ def _higher(a, b):
 
 
 @triton.jit
-def group_scales(
+def group_range(
     tile, s: tl.constexpr, left, within, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-    BITS: tl.constexpr, LIMITED: tl.constexpr, GREATEST: tl.constexpr, FULL: tl.constexpr,
+    LIMITED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """What set s of the groups of a tile is packed by, [NQ] each.
+    """Minimum and maximum of set s of the groups of a tile within the limits, [NQ] each.
 
-    Minimum and maximum within the limits, the half of the minimum as it is kept, the inverse of
-    half a step, and the word of both scales.
+    And whether there are numbers in place of infinities.
     """
-    TOP: tl.constexpr = (1 << BITS) - 1
     for p in tl.static_range(PARTS):
         below, above = tile[s * PARTS + p], tile[s * PARTS + p]
         if not FULL:
@@ -64,6 +70,7 @@ def group_scales(
         else:
             low, high = _lower(low, below), _higher(high, above)
     low, high = tl.reduce(low, 1, _lower), tl.reduce(high, 1, _higher)
+    replaced = tl.zeros([NQ], dtype=tl.int1)
     if LIMITED != 0:
         lowest, highest, instead_below, instead_above, edge = within
         far_below, far_above = low <= -edge, high >= edge
@@ -75,11 +82,40 @@ def group_scales(
         if UPPER & LIMITED:
             high = tl.where(far_above, instead_above, clamp(high, lowest, highest))
         high = _higher(high, low)
+    return low, high, replaced
+
+
+@triton.jit
+def limited_to(x, low, high, LIMITED: tl.constexpr):
+    """[NQ, SIZE] values between minimum and maximum [NQ] of their groups, where limits ask."""
+    if LOWER & LIMITED:
+        x = tl.maximum(x, low[:, None])
+    if UPPER & LIMITED:
+        x = tl.minimum(x, high[:, None])
+    return x
+
+
+@triton.jit
+def group_scales(
+    low, high, replaced, BITS: tl.constexpr, CODE: tl.constexpr, LIMITED: tl.constexpr,
+    GREATEST: tl.constexpr,
+):  # fmt: skip
+    """By what groups of this range are packed, [NQ] each.
+
+    The half of the minimum as it is kept, the step, the inverse of half a step, and the word of
+    both scales.
+    """
+    TOP: tl.constexpr = (1 << BITS) - 1
     bits = low.to(tl.int32, bitcast=True)
     low_bits = (bits + tl.where(bits < 0, 0xFFFF, 0)) & -65536
-    half_low = low_bits.to(tl.float32, bitcast=True) * 0.5
+    low = low_bits.to(tl.float32, bitcast=True)
+    half_low = low * 0.5
     half_spread = tl.fma(high, 0.5, -half_low)
-    exact_bits = (half_spread * (2.0 / TOP)).to(tl.int32, bitcast=True)
+    if CODE == OFFSET:
+        exact = half_spread * tl.where(low == 0.0, 2.0 / (TOP - 1), 2.0 / TOP)
+    else:
+        exact = half_spread * (2.0 / TOP)
+    exact_bits = exact.to(tl.int32, bitcast=True)
     step_bits = tl.maximum((exact_bits + 0xFFFF) & -65536, LEAST_STEP)
     step_bits = tl.where(half_spread < INFINITY, step_bits, 0x7FC00000)
     step = step_bits.to(tl.float32, bitcast=True)
@@ -89,7 +125,7 @@ def group_scales(
         step_bits = tl.where(past, exact_bits & -65536, step_bits)
     if REPLACES & LIMITED:
         step_bits = tl.where(replaced, step_bits | SIGN_BIT, step_bits)
-    return low, high, half_low, reciprocal(step) * 2.0, low_bits | ((step_bits >> 16) & 0xFFFF)
+    return half_low, step, reciprocal(step) * 2.0, low_bits | ((step_bits >> 16) & 0xFFFF)
 
 
 @triton.jit
@@ -142,34 +178,71 @@ def code_and_fraction(
         value = tl.minimum((x * 0.5 - half_low) * inverse, 1.0 * ((1 << BITS) - 1)) + u
         return value.to(tl.int32, bitcast=True)
 
+
+@triton.jit
+def code_by_offset(x, half_low, inverse, addend):
+    """As `code_and_fraction`, of an addend 2^(23 - f) + u [NQ, SIZE] or of the group."""
+    if PTX:  # not to be fused otherwise, as said there
+        return tl.inline_asm_elementwise(
+            "{.reg .f32 v; fma.rn.f32 v, $1, 0f3F000000, $2; fma.rn.f32 $0, v, $3, $4;}",
+            "=r,f,f,f,f", [x, -half_low, inverse, addend],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return ((x * 0.5 - half_low) * inverse + addend).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def group_offsets(seed, group, step, BITS: tl.constexpr):
+    """u [NQ] of groups with this step, and whether it is that of every coarse step, 1/2."""
+    FRACTION: tl.constexpr = 15 if BITS == 8 else 16
+    whole = (group_hashes(seed, group) >> (32 - FRACTION)).to(tl.int32)
+    fine = tl.abs(step) < COARSE_STEP
+    return tl.where(fine, whole.to(tl.float32) * (1.0 / (1 << FRACTION)), 0.5), fine
+
+
 @triton.jit
 def store_minmax(
     tile, codes_ptr, scales_ptr, group, seed, row, bundle, left, within, NQ: tl.constexpr,
-    SIZE: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr,
-    LIMITED: tl.constexpr, GREATEST: tl.constexpr, FULL: tl.constexpr,
+    SIZE: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, LIMITED: tl.constexpr, GREATEST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """See `store_codes`."""
     SETS: tl.constexpr = 8 // PARTS
     draws = ()
-    if STOCHASTIC:
+    if CODE == OFFSET:
+        store_seed(scales_ptr, seed, group)
+        scales_ptr += SEED_WORDS
+    elif STOCHASTIC:
         draws = random_tile(seed, row, bundle + tl.arange(0, NQ), SIZE, NQ)
     for s in tl.static_range(SETS):
-        low, high, half_low, inverse, word = group_scales(
-            tile, s, left, within, NQ, SIZE, PARTS, BITS, LIMITED, GREATEST, FULL
+        local = tl.arange(0, NQ) * SETS + s
+        low, high, replaced = group_range(tile, s, left, within, NQ, SIZE, PARTS, LIMITED, FULL)
+        half_low, step, inverse, word = group_scales(
+            low, high, replaced, BITS, CODE, LIMITED, GREATEST
         )
+        if CODE == OFFSET:
+            u, _ = group_offsets(seed, group + local, step, BITS)
+            from_zero = half_low == 0.0
+            base = 256.0 if BITS == 8 else 128.0
+            first = u + tl.where(from_zero, base + 1.0, base)
+            # Code 0 of what is 0, where that is the minimum.
+            at_zero = tl.where(from_zero, base, first)[:, None]
+            first = first[:, None]
+            bound = tl.where(from_zero, 0.0, -INFINITY)[:, None]
         half_low = half_low[:, None]
         inverse = tl.broadcast_to(inverse[:, None], [NQ, SIZE])
         parts = ()
         for p in tl.static_range(PARTS):
-            x = tile[s * PARTS + p]
-            if LOWER & LIMITED:
-                x = tl.maximum(x, low[:, None])
-            if UPPER & LIMITED:
-                x = tl.minimum(x, high[:, None])
-            parts = parts + (
-                code_and_fraction(x, half_low, inverse, draws, s * PARTS + p, BITS, STOCHASTIC),
-            )
-        local = tl.arange(0, NQ) * SETS + s
+            x = limited_to(tile[s * PARTS + p], low, high, LIMITED)
+            if CODE == OFFSET:
+                addend = tl.where(x > bound, first, at_zero)
+                code = code_by_offset(x, half_low, inverse, addend)
+            else:
+                code = code_and_fraction(
+                    x, half_low, inverse, draws, s * PARTS + p, BITS, STOCHASTIC
+                )
+            parts = parts + (code,)
         there = None if FULL else local * (PARTS * SIZE) < left
         store_bytes(parts, codes_ptr, group + local, there, NQ, SIZE, PARTS, BITS)
         tl.store(scales_ptr + group + local, word, there)
@@ -178,10 +251,14 @@ def store_minmax(
 @triton.jit
 def load_minmax(
     codes_ptr, scales_ptr, group, left, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-    BITS: tl.constexpr, FULL: tl.constexpr, REPLACED: tl.constexpr,
+    BITS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, REPLACED: tl.constexpr,
 ):  # fmt: skip
     """See `load_codes`."""
     SETS: tl.constexpr = 8 // PARTS
+    HALF: tl.constexpr = 2.0**-16 if BITS == 8 else 2.0**-17  # of what u is a multiple of
+    if CODE == OFFSET:
+        seed = load_seed(scales_ptr)
+        scales_ptr += SEED_WORDS
     tile = ()
     for s in tl.static_range(SETS):
         local = tl.arange(0, NQ) * SETS + s
@@ -190,6 +267,13 @@ def load_minmax(
         word = tl.load(scales_ptr + group + local, there, other=None if FULL else 0)
         low = (word & -65536).to(tl.float32, bitcast=True)
         step = scale_of(word, REPLACED)
+        if CODE == OFFSET:
+            u, fine = group_offsets(seed, group + local, step, BITS)
+            from_zero = low == 0.0
+            middle = tl.where(fine, 0.5 - HALF, 0.5) - u - tl.where(from_zero, 1.0, 0.0)
+            low = (low * 0.5 + step * 0.5 * middle) * 2.0
+            nothing = tl.where(from_zero, 0, -1)[:, None]  # the code of 0, -1 for none
+            zero = (step * 0.0)[:, None]  # NaN in a group with one
         step = tl.broadcast_to(step[:, None], [NQ, SIZE])
         for p in tl.static_range(PARTS):
             # An integer below 2^23 in the low bits of 2^23 is that much more than 2^23.
@@ -198,6 +282,8 @@ def load_minmax(
                 value = tl.fma(value, step, low[:, None])
             else:  # the interpreter rounds the product, which may overflow
                 value = (value * (step * 0.5) + low[:, None] * 0.5) * 2.0
+            if CODE == OFFSET:
+                value = tl.where(codes[p] == nothing, zero, value)
             tile = tile + (value,)
     return tile
 

@@ -1,7 +1,7 @@
 """Triton kernels of layer and RMS norm: output, pack and rstd in one pass, backward in one pass.
 
-A program walks over rows, a row a tile (see `tile_kernels.py`), with weights in registers. The backward
-adds up its rows' share of the weight and bias gradients in registers as well.
+A program walks over rows, a row a tile (see `tile_kernels.py`), with weights in registers. The
+backward adds up its rows' share of the weight and bias gradients in registers as well.
 """
 
 import functools
@@ -52,6 +52,7 @@ def _forward_kernel(
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
@@ -98,7 +99,7 @@ def _forward_kernel(
             store_tile(y_ptr + row * width, y, width, NQ, SIZE, j, FULL)
         store_codes(
             normal, codes_ptr, scales_ptr, row * row_groups, seed_value(seed, SEED), row, 0, width,
-            (), NQ, SIZE, PARTS, BITS, SEED, 0, None, FULL,
+            (), NQ, SIZE, PARTS, BITS, CODE, SEED, 0, None, FULL,
         )  # fmt: skip
         row += 1
 
@@ -125,6 +126,7 @@ def _backward_kernel(
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
@@ -136,7 +138,7 @@ def _backward_kernel(
     while row < end:
         dy = load_tile(dy_ptr + row * width, width, NQ, SIZE, FULL)
         group = row * row_groups
-        x_hat = load_codes(codes_ptr, scales_ptr, group, width, NQ, SIZE, PARTS, BITS, FULL)
+        x_hat = load_codes(codes_ptr, scales_ptr, group, width, NQ, SIZE, PARTS, BITS, CODE, FULL)
         rstd = tl.load(rstd_ptr + row)
         if NEED_WEIGHT:
             total = ()

@@ -17,19 +17,19 @@ def to_bytes(numbers: Tensor, bits: int) -> Tensor:
             byte |= plane[:, part] << (part * width)
         planes.append(byte)
         first += width
-    return (planes[0] if len(planes) == 1 else torch.cat(planes, 1)).view(-1)
+    packed: Tensor = planes[0] if len(planes) == 1 else torch.cat(planes, 1)
+    return packed.view(-1)
 
 
 def from_bytes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     """The inverse of `to_bytes`: codes [groups, group_size] of uint8."""
     bytes_ = codes.view(-1, group_size * bits // 8)
-    numbers, first, start = None, 0, 0
+    numbers = codes.new_zeros(len(bytes_), group_size)
+    first = start = 0
     for width in PLANES[bits]:
         length = group_size * width // 8
         byte = bytes_[:, None, start : start + length]
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device).view(-1, 1)
-        plane = ((byte >> shifts) & (2**width - 1)).reshape(-1, group_size) << first
-        numbers = plane if numbers is None else numbers | plane
+        numbers |= ((byte >> shifts) & (2**width - 1)).reshape(-1, group_size) << first
         first, start = first + width, start + length
-    assert numbers is not None
     return numbers

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight._seeds import as_tensor
+from packlight._seeds import NEAREST, as_tensor
 from packlight.elementwise.derivatives import BACKWARD, FUNCTIONS
-from packlight.elementwise.limits import Limits, limits
-from packlight.groupquant import minmax_reference
-from packlight.groupquant.draws import other_seed
-from packlight.groupquant.grouping import Grouping, Groups
+from packlight.elementwise.limits import Limits, limits, pack_limits
+from packlight.groupquant import minmax_reference, rotated_reference
+from packlight.groupquant.draws import other_seed, seed_of, words_of
+from packlight.groupquant.grouping import MINMAX, ROTATED, Grouping, Groups
 from packlight.groupquant.planes import from_bytes, to_bytes
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
 
@@ -19,9 +19,10 @@ from packlight.packing.layout import compute_dtype, dense_stride, memory_order
 def quantize_rows(
     x: Tensor, width: int, groups: Groups, seed: Tensor | None, within: Limits | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes [code_bytes] uint8 and scales [groups] int32 of flat `x`, rows of `width` elements.
+    """Codes [code_bytes] uint8 and scales [words] int32 of flat `x`, rows of `width` elements.
 
-    The limits are those of the dtype unless others are given.
+    The limits are those of the dtype unless others are given. Without a seed, rounding is to
+    nearest; offsets and rotations are then those of one seed.
     """
     rows = x.numel() // width if width else 0
     grouping = Grouping(rows, width, *groups)
@@ -32,10 +33,16 @@ def quantize_rows(
         values = torch.cat([values, tail], 1)
     values = values.reshape(rows, grouping.row_groups, grouping.group_size)
     whole = limits(x.dtype)
-    numbers, words = minmax_reference.encode(
-        values, grouping, seed, whole if within is None else within, whole.highest
-    )
-    return to_bytes(numbers, grouping.bits), words.view(-1)
+    within = whole if within is None else within
+    if grouping.code == MINMAX:
+        numbers, words = minmax_reference.encode(values, grouping, seed, within, whole.highest)
+        return to_bytes(numbers, grouping.bits), words.view(-1)
+    key = torch.tensor([NEAREST], device=x.device) if seed is None else seed
+    if grouping.code == ROTATED:
+        numbers, words = rotated_reference.encode(values, grouping, key, within)
+    else:
+        numbers, words = minmax_reference.encode(values, grouping, key, within, whole.highest)
+    return to_bytes(numbers, grouping.bits), torch.cat([words_of(key), words.view(-1)])
 
 
 def dequantize_rows(
@@ -48,7 +55,12 @@ def dequantize_rows(
     """
     grouping = Grouping(rows, width, *groups)
     numbers = from_bytes(codes, grouping.bits, grouping.group_size)
-    values = minmax_reference.decode(numbers, scales, replaced)
+    bits, words = grouping.bits, scales[scales.numel() - grouping.groups :]
+    if grouping.code == ROTATED:
+        values = rotated_reference.decode(numbers, words, bits, seed_of(scales), replaced)
+    else:
+        seed = None if grouping.code == MINMAX else seed_of(scales)
+        values = minmax_reference.decode(numbers, words, bits, seed, replaced)
     return values.view(rows, grouping.row_groups * grouping.group_size)[:, :width]
 
 
@@ -116,7 +128,7 @@ def activation(
     y = FUNCTIONS[name](x, *parameters)
     if y.stride() != stride:  # logsigmoid drops it
         y = y.new_empty_strided(y.shape, stride).copy_(y)
-    within = limits(x.dtype, name, parameters)
+    within = pack_limits(x.dtype, name, parameters, groups[0])
     flat, key = memory_order(x, stride), as_tensor(seed, number, x.device)
     return y, *quantize_rows(flat, flat.numel(), groups, key, within=within)
 
@@ -151,7 +163,7 @@ def gated(
     y = gate.new_empty_strided(gate.shape, stride).copy_(product)
     n = gate.numel()
     key = as_tensor(seed, number, gate.device)
-    within = limits(gate.dtype, name)
+    within = pack_limits(gate.dtype, name, bits=groups[0])
     gate_pack = quantize_rows(memory_order(gate, stride), n, groups, key, within=within)
     up_pack = quantize_rows(memory_order(up, stride), n, groups, other_seed(key))
     return y, *gate_pack, *up_pack

@@ -4,17 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight.groupquant.grouping import Groups
 from packlight.groupquant.planes import from_bytes, to_bytes
 
 
-def with_sides(codes: Tensor, scales: Tensor, flat: Tensor, groups: Groups) -> Tensor:
+def with_sides(codes: Tensor, scales: Tensor, flat: Tensor, bits: int, group_size: int) -> Tensor:
     """The codes, with those of positive values above 0 and those of others not.
 
     Only codes next to 0 change, by less than a step. In a group whose least value is 0 zeros come
     back as that.
     """
-    bits, group_size = groups
     last = 2**bits - 1
     low = (scales & -65536).view(torch.float32)
     step = (scales << 16).view(torch.float32)

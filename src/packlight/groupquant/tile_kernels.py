@@ -88,22 +88,7 @@ def store_tile(
         tl.store(y_ptr + offsets, y, offsets < left)
 
 
-@triton.jit
-def group_sums(tile, s: tl.constexpr, PARTS: tl.constexpr):
-    """[NQ] sums of set s of the groups of a tile."""
-    total = tile[s * PARTS]
-    for p in tl.static_range(1, PARTS):
-        total += tile[s * PARTS + p]
-    return tl.sum(total, 1)
-
-
 # ---- codes ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def low_bits(BITS: tl.constexpr):
-    """The bits of the first plane: as many as a code has, 2 of 3."""
-    return 2 if BITS == 3 else BITS
 
 
 @triton.jit
@@ -116,7 +101,7 @@ def store_bytes(
     A code is in the bits from 16 up of a float32 number below 2^8, at 8 bits from 15 up. `there` is
     None where all groups are.
     """
-    LOW: tl.constexpr = low_bits(BITS)
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS  # of the first plane
     target = codes_ptr + group[:, None] * (PARTS * SIZE * BITS // 8) + tl.arange(0, SIZE)[None, :]
     if BITS == 8:
         _store(target, _wide_bytes(parts[0]), there)
@@ -166,9 +151,7 @@ def _narrow_bytes(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def _byte(
-    codes, h: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
-):
+def _byte(codes, h: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """Byte h of each position in the plane of the WIDTH bits of codes from bit FIRST up."""
     STEP: tl.constexpr = PARTS * WIDTH // 8
     if PTX:
@@ -205,7 +188,7 @@ def load_bytes(
     BITS: tl.constexpr,
 ):  # fmt: skip
     """The codes of groups [NQ], PARTS tensors [NQ, SIZE] of int32; 0 where groups are not there."""
-    LOW: tl.constexpr = low_bits(BITS)
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS  # of the first plane
     STEP: tl.constexpr = PARTS * LOW // 8
     source = codes_ptr + group[:, None] * (PARTS * SIZE * BITS // 8) + tl.arange(0, SIZE)[None, :]
     bytes_ = ()
