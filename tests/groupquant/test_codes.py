@@ -258,11 +258,11 @@ def test_a_network_keeps_one_pack_a_tensor_and_has_near_gradients(method):
     back, found = gradients(model, model, x)
     assert torch.equal(y, back)
     near(found, exact, SHARE[method.bits])
-    kept = profile(model, x, inputs_require_grad=False).saved_bytes
+    kept = profile(model, x).activation_bytes
     packs = sum(pack_bytes(n, *method.groups) for n in (256 * 64, 256 * 128, 256 * 64))
     statistics = 4 * 256 + 2 * 2 * 4 * 64  # rstd, weight and bias, and their copies
     assert packs <= kept <= packs + statistics
-    assert predict(model, x, inputs_require_grad=False).saved_bytes == kept
+    assert predict(model, x).activation_bytes == kept
 
 
 @every_code

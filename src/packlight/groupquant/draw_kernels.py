@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from packlight._philox import PAIR_MULTIPLIER, PAIR_WEYL
-from packlight.groupquant.draws import HASH, ROUNDS, SIGNS, STEP
+from packlight.groupquant.draws import HASH, ROUNDS, STEP
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 MULTIPLIER = tl.constexpr(PAIR_MULTIPLIER)
@@ -12,7 +12,6 @@ WEYL = tl.constexpr(PAIR_WEYL)
 HASH_0 = tl.constexpr(HASH[0])
 HASH_1 = tl.constexpr(HASH[1])
 PLACE_STEP = tl.constexpr(STEP)
-SIGN_FACTOR = tl.constexpr(SIGNS)
 
 
 @triton.jit
@@ -58,7 +57,8 @@ def group_hashes(seed, group):
 def sign_words(hashes, SIZE: tl.constexpr):
     """[NQ, SIZE]: bit 31 - p is the sign of element p of each place; see `draws.signs`."""
     place = mixed(tl.arange(0, SIZE).to(tl.uint32) + PLACE_STEP)
-    return tl.mul(hashes[:, None] ^ place[None, :], SIGN_FACTOR, sanitize_overflow=False)
+    word = tl.mul(hashes[:, None] ^ place[None, :], HASH_0, sanitize_overflow=False)
+    return tl.mul(word ^ (word >> 15), HASH_1, sanitize_overflow=False)
 
 
 @triton.jit

@@ -56,10 +56,9 @@ def other_seed(seed: Tensor | None) -> Tensor | None:
 
 # ---- numbers of groups, which whoever reads a pack draws again -----------------------------------
 
-# Of an integer hash with little bias (Wellons, 2018), and of signs.
+# Of an integer hash with little bias (Wellons, 2018), and of the places of signs.
 HASH = (0x7FEB352D, 0x846CA68B)
 STEP = 0x9E3779B9
-SIGNS = 0x2C1B3C6D
 _MASK = 0xFFFFFFFF
 
 
@@ -87,12 +86,13 @@ def offsets(seed: Tensor, groups: int, bits: int) -> Tensor:
 def signs(seed: Tensor, groups: int, group_size: int) -> Tensor:
     """1 and -1 for each element of each group, [groups, group_size].
 
-    The eight elements group_size / 8 apart have the highest bits of one product: of the group's
-    hash, xored with a hash of their place.
+    The eight elements group_size / 8 apart have the highest bits of one hash: of the group's, xored
+    with that of their place.
     """
     size = group_size // 8
     place = mixed((torch.arange(size, device=seed.device) + STEP) & _MASK)
-    words = ((group_hashes(seed, groups).view(-1, 1) ^ place) * SIGNS) & _MASK
+    words = ((group_hashes(seed, groups).view(-1, 1) ^ place) * HASH[0]) & _MASK
+    words = ((words ^ (words >> 15)) * HASH[1]) & _MASK
     bits = (words.view(-1, 1, size) >> (31 - torch.arange(8, device=seed.device)).view(8, 1)) & 1
     return (1 - 2 * bits).float().view(groups, group_size)
 

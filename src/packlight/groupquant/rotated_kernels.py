@@ -19,12 +19,11 @@ from packlight.groupquant.minmax_kernels import (
     limited_to,
     scale_of,
 )
-from packlight.groupquant.rotated_reference import FORMULAS, LEAST, LEVEL, PART
+from packlight.groupquant.rotated_reference import FORMULAS, LEAST, PART
 from packlight.groupquant.tile_kernels import load_bytes, store_bytes, tile_offsets
 
 SIXTEENTH = tl.constexpr(PART)
 LEAST_SPREAD = tl.constexpr(LEAST)
-HIGHEST_LEVEL = tl.constexpr(LEVEL)
 GREATEST = tl.constexpr(_GREATEST)
 FACTORS = tl.constexpr(tuple(FORMULAS[bits] for bits in (1, 2, 3, 4)))
 # Of tl.dot's inner dimension.
@@ -159,6 +158,7 @@ def store_rotated(
     a: tl.constexpr = FACTORS[BITS - 1][0]
     c: tl.constexpr = FACTORS[BITS - 1][1]
     furthest: tl.constexpr = FACTORS[BITS - 1][3]
+    highest: tl.constexpr = FACTORS[BITS - 1][4]
     squares = tl.sum(squares, 1)
     normal = tl.where(spread, tl.rsqrt(tl.where(spread, squares, 1.0)), 0.0)[:, None]
     inner = tl.zeros([NQ, SIZE], dtype=tl.float32)
@@ -173,7 +173,7 @@ def store_rotated(
     inner = tl.sum(inner, 1)
     scale = tl.where(spread, greatest * (squares / tl.where(spread, inner, 1.0)), 0.0)
     scale *= 1.0 / SIXTEENTH
-    scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (HIGHEST_LEVEL * WIDTH))
+    scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (highest * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
     if REPLACES & LIMITED:
         word = tl.where(replaced, word | 0x8000, word)

@@ -32,15 +32,14 @@ from packlight.groupquant.draws import signs
 from packlight.groupquant.grouping import Grouping
 from packlight.groupquant.minmax_reference import SIGN
 
-# By bits: a, c, e, and the greatest magnitude of y of which the formula is.
+# By bits: a, c, e, the greatest magnitude of y of which the formula is, and one that is above all
+# levels, which bounds what a pack may stand for.
 FORMULAS = {
-    1: (1.0, 0.0, 0.0, 0.999),
-    2: (1 / 0.97, 0.0, 0.0, 1.9399),
-    3: (2.0, 0.045, 1.4e-3, 2.89),
-    4: (3.8, 0.04, 1.12e-4, 2.89),
+    1: (1.0, 0.0, 0.0, 0.999, 0.52),
+    2: (1 / 0.97, 0.0, 0.0, 1.9399, 1.55),
+    3: (2.0, 0.045, 1.4e-3, 2.89, 4.4),
+    4: (3.8, 0.04, 1.12e-4, 2.89, 10.5),
 }
-# Above the greatest level: bounds what a pack may stand for.
-LEVEL = 2.8
 # Differences are taken of sixteenths: whole ones may overflow, and so may inverses of small ones.
 PART = 0.0625
 LEAST = 2.0**-120
@@ -98,13 +97,13 @@ def encode(
     z = torch.where(greatest >= LEAST, d * (1 / greatest), 0.0)
     squares = (z * z).sum(1, keepdim=True)
     turned = signs(seed, len(z), size) * z.half().float() @ hadamard(size, z.device)
-    a, c, _, furthest = FORMULAS[bits]
+    a, c, _, furthest, last = FORMULAS[bits]
     y = (turned * squares.rsqrt()).nan_to_num(0.0).clamp(-furthest, furthest)
     numbers = (y * (1 - c * (y * y)) * a + 2 ** (bits - 1)).floor().to(torch.uint8)
 
     inner = (turned * levels(numbers, bits)).sum(1, keepdim=True)
     scale = (greatest * (squares / inner)).nan_to_num(0.0) / PART
-    scale = scale.minimum((GREATEST - mean.abs()) / (LEVEL * size))
+    scale = scale.minimum((GREATEST - mean.abs()) / (last * size))
     scale_bits = (nearest_bfloat16(scale) >> 16) & 0xFFFF
     mean_bits = torch.where(finite.view(-1, 1), mean_bits, 0x7FC00000).int()
     words = (mean_bits | scale_bits).view(-1)
