@@ -58,8 +58,16 @@ def weight_error(x, bits, code, times=4):
 
 @pytest.mark.parametrize(
     ("code", "bits", "greatest"),
-    [(ROTATED, 4, 0.1), (ROTATED, 3, 0.195), (ROTATED, 2, 0.37), (ROTATED, 1, 0.78)]
-    + [(OFFSET, 4, 0.104), (OFFSET, 3, 0.225), (OFFSET, 2, 0.53), (OFFSET, 8, 0.0065)],
+    [
+        (ROTATED, 4, 0.1),
+        (ROTATED, 3, 0.195),
+        (ROTATED, 2, 0.37),
+        (ROTATED, 1, 0.78),
+        (OFFSET, 8, 0.0065),
+        (OFFSET, 4, 0.104),
+        (OFFSET, 3, 0.225),
+        (OFFSET, 2, 0.53),
+    ],
 )
 def test_weight_gradients_of_normal_inputs_err_by_no_more(code, bits, greatest):
     """By stochastic rounding .142, .30 and .71 at 4, 3 and 2 bits."""
