@@ -18,7 +18,7 @@ from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD, clamp
 from packlight.elementwise.limits import limits, pack_limits
-from packlight.groupquant.grouping import Grouping, Groups
+from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.minmax_kernels import KEPT, LOST, LOWER, PLAIN, REPLACES, UPPER
 from packlight.groupquant.pack_kernels import load_codes, store_codes
 from packlight.groupquant.tile_kernels import load_columns, load_tile, store_tile
@@ -220,7 +220,7 @@ def _quantize_launch(
     grouping: Grouping, dtype: torch.dtype, name: str, parameters: tuple[float, ...],
     seed: int,
 ) -> Launch:  # fmt: skip
-    block, warps = ACTIVATION if name else PACK
+    block, warps = ACTIVATION if name and grouping.code != ROTATED else PACK
     nq, tiles, full = tile_of(grouping, block)
     return _quantize_kernel.prepare(
         (grouping.rows * tiles,),
@@ -271,7 +271,8 @@ def _dequantize_launch(
     weight: bool,
     bias: bool,
 ) -> Launch:
-    block, warps = REBUILD if name else UNPACK
+    # A rotated tile has rows enough for the tensor cores of all its warps.
+    block, warps = REBUILD if name or grouping.code == ROTATED else UNPACK
     period = grouping.row_groups
     if grouping.width % grouping.group_size == 0:  # rows are one row: tiles need not end with them
         grouping = grouping._replace(rows=1, width=grouping.rows * grouping.width)

@@ -1,8 +1,9 @@
 """The rotated code in Triton: see `rotated_reference.py` for what it is.
 
 A tile has eight parts of each group [NQ, SIZE], so the Hadamard matrix of a group is that of eight
-times that of SIZE: a product with +-1 on tensor cores for each part, then three rounds of sums and
-differences between the parts, in registers.
+times that of SIZE: three rounds of sums and differences between the parts, in registers, and for
+each part a product with +-1 on tensor cores. All but the latter is in float16, two numbers an
+instruction.
 """
 
 import triton
@@ -49,8 +50,7 @@ def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
-    """[NQ, SIZE] float32 of `x` in float16 and the Hadamard matrix of SIZE."""
-    x = x.to(tl.float16)
+    """[NQ, SIZE] float32 of float16 `x` and the Hadamard matrix of SIZE."""
     if SIZE >= NARROW:
         return tl.dot(x, matrix)
     elif NQ * SIZE >= NARROW:  # several groups a row
@@ -90,14 +90,15 @@ def nearest_bfloat16(x):
 
 @triton.jit
 def level(number, BITS: tl.constexpr):
-    """l(code) of int32 bits whose high half is that of 128 + code in float32."""
+    """l(code) of 128 + code, in its dtype."""
     e: tl.constexpr = FACTORS[BITS - 1][2]
-    s = number.to(tl.float32, bitcast=True) - (128.0 + ((1 << BITS) - 1) / 2)
+    s = number - tl.full([], 128.0 + ((1 << BITS) - 1) / 2, number.dtype)
     if e == 0.0:
         return s
     else:
         square = s * s
-        return s * (square * square * e + 1.0)
+        factor = tl.full([], e, number.dtype)
+        return s * (square * square * factor + tl.full([], 1.0, number.dtype))
 
 
 @triton.jit
@@ -148,12 +149,15 @@ def store_rotated(
     signs = sign_words(group_hashes(seed, group + local), SIZE)
     matrix = hadamard(NQ, SIZE)
     squares = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    turned = ()
+    signed = ()
     for p in tl.static_range(8):
         z = differences[p] * inverse
         squares += z * z
-        turned = turned + (product(with_sign(z, signs, p), matrix, NQ, SIZE),)
-    turned = across(turned)
+        signed = signed + (with_sign(z, signs, p).to(tl.float16),)
+    signed = across(signed)
+    turned = ()
+    for p in tl.static_range(8):
+        turned = turned + (product(signed[p], matrix, NQ, SIZE),)
 
     a: tl.constexpr = FACTORS[BITS - 1][0]
     c: tl.constexpr = FACTORS[BITS - 1][1]
@@ -169,7 +173,7 @@ def store_rotated(
             y = y * (1.0 - c * (y * y))
         number = (y * a + (128.0 + (1 << BITS) // 2)).to(tl.int32, bitcast=True)
         codes = codes + (number,)
-        inner += turned[p] * level(number & -65536, BITS)
+        inner += turned[p] * level((number & -65536).to(tl.float32, bitcast=True), BITS)
     inner = tl.sum(inner, 1)
     scale = tl.where(spread, greatest * (squares / tl.where(spread, inner, 1.0)), 0.0)
     scale *= 1.0 / SIXTEENTH
@@ -196,11 +200,13 @@ def load_rotated(
     scale = tl.broadcast_to(scale_of(word, REPLACED)[:, None], [NQ, SIZE])
     signs = sign_words(group_hashes(load_seed(scales_ptr), group + local), SIZE)
     matrix = hadamard(NQ, SIZE)
-    turned = ()
+    levels = ()
     for p in tl.static_range(8):
-        turned = turned + (product(level((codes[p] << 16) | 0x43000000, BITS), matrix, NQ, SIZE),)
-    turned = across(turned)
+        number = ((codes[p] << 3) | 0x5800).to(tl.int16).to(tl.float16, bitcast=True)  # 128 + code
+        levels = levels + (level(number, BITS),)
+    levels = across(levels)
     tile = ()
     for p in tl.static_range(8):
-        tile = tile + (tl.fma(with_sign(turned[p], signs, p), scale, mean),)
+        turned = product(levels[p], matrix, NQ, SIZE)
+        tile = tile + (tl.fma(with_sign(turned, signs, p), scale, mean),)
     return tile

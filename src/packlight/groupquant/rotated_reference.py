@@ -18,8 +18,8 @@ high half.
 Without the mean a group far from 0 would spend its codes on that; without signs one whose values
 are alike would be turned into few large ones.
 
-d is divided by its greatest magnitude, and that rounded to float16 for tensor cores. A group with
-a NaN or an infinity has a mean of NaN.
+d is divided by its greatest magnitude, and that rounded to float16 for tensor cores, as levels are.
+A group with a NaN or an infinity has a mean of NaN.
 """
 
 import math
@@ -51,6 +51,16 @@ def hadamard(size: int, device: torch.device) -> Tensor:
     for _ in range(int(math.log2(size))):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     return matrix
+
+
+def transform(x: Tensor) -> Tensor:
+    """H x of each row of `x`, rounded to float16, in float32: between its eighths in float16."""
+    size = x.shape[1] // 8
+    x = x.half()
+    for step in range(3):
+        low, high = x.view(-1, 4 >> step, 2, size << step).unbind(2)
+        x = torch.stack([low + high, low - high], 2)
+    return (x.view(-1, size).float() @ hadamard(size, x.device)).view(-1, 8 * size)
 
 
 def nearest_bfloat16(x: Tensor) -> Tensor:
@@ -96,7 +106,7 @@ def encode(
     greatest = d.abs().amax(1, keepdim=True) if d.numel() else d[:, :1]
     z = torch.where(greatest >= LEAST, d * (1 / greatest), 0.0)
     squares = (z * z).sum(1, keepdim=True)
-    turned = signs(seed, len(z), size) * z.half().float() @ hadamard(size, z.device)
+    turned = transform(signs(seed, len(z), size) * z)
     a, c, _, furthest, last = FORMULAS[bits]
     y = (turned * squares.rsqrt()).nan_to_num(0.0).clamp(-furthest, furthest)
     numbers = (y * (1 - c * (y * y)) * a + 2 ** (bits - 1)).floor().to(torch.uint8)
@@ -120,5 +130,4 @@ def decode(numbers: Tensor, words: Tensor, bits: int, seed: Tensor, replaced: bo
     mean = (words & -65536).view(torch.float32).view(-1, 1)
     scale = (words << 16).view(torch.float32).view(-1, 1)
     scale = scale.abs() if replaced else torch.where(scale < 0, torch.nan, scale)
-    turned = levels(numbers, bits).half().float() @ hadamard(numbers.shape[1], words.device)
-    return mean + scale * (signs(seed, *numbers.shape) * turned)
+    return mean + scale * (signs(seed, *numbers.shape) * transform(levels(numbers, bits)))
