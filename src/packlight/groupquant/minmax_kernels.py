@@ -18,7 +18,7 @@ from packlight.groupquant.draw_kernels import group_hashes, load_seed, random_ti
 from packlight.groupquant.grouping import HEADER
 from packlight.groupquant.grouping import OFFSET as _OFFSET
 from packlight.groupquant.minmax_reference import COARSE, SIGN, TINY
-from packlight.groupquant.tile_kernels import load_bytes, store_bytes, tile_offsets
+from packlight.groupquant.tile_kernels import code_bytes, load_bytes, store_bytes, tile_offsets
 
 INFINITY = tl.constexpr(float("inf"))
 WHOLE = tl.constexpr(8388608.0)
@@ -242,7 +242,7 @@ def store_minmax(
                 code = code_and_fraction(
                     x, half_low, inverse, draws, s * PARTS + p, BITS, STOCHASTIC
                 )
-            parts = parts + (code,)
+            parts = parts + (code_bytes(code, BITS),)
         there = None if FULL else local * (PARTS * SIZE) < left
         store_bytes(parts, codes_ptr, group + local, there, NQ, SIZE, PARTS, BITS)
         tl.store(scales_ptr + group + local, word, there)

@@ -9,6 +9,7 @@ instruction.
 import triton
 import triton.language as tl
 
+from packlight.elementwise.kernels import PTX
 from packlight.elementwise.limits import GREATEST as _GREATEST
 from packlight.groupquant.draw_kernels import group_hashes, load_seed, sign_words, store_seed
 from packlight.groupquant.minmax_kernels import (
@@ -82,6 +83,43 @@ def with_sign(x, signs, p: tl.constexpr):
 
 
 @triton.jit
+def with_half_sign(x, signs, p: tl.constexpr):
+    """The same of float16 `x`, by the upper halves of the words."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            f"{{.reg .b32 a; shl.b32 a, $2, {p}; lop3.b32 $0, $1, a, 0x80008000, 0x78;}}",
+            "=r,r,r", [x, signs], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        flipped = x.to(tl.int16, bitcast=True) ^ ((signs << p) & -0x8000)
+        return flipped.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def without_fraction(number):
+    """16 + code of a float16 number with a fraction behind."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xFFC0FFC0;",
+            "=r,r", [number], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return (number.to(tl.int16, bitcast=True) & -64).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def sixth_bytes(number, BITS: tl.constexpr):
+    """The code of such a number, as a byte with anything above it."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 a, b; shr.u32 a, $1, 6; shr.u32 b, $2, 6; prmt.b32 $0, a, b, 0x6420;}",
+            "=r,r,r", [number], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return (number.to(tl.int16, bitcast=True) >> 6) & ((1 << BITS) - 1)
+
+
+@triton.jit
 def nearest_bfloat16(x):
     """float32 `x`, finite, rounded to a bfloat16 number, as int32 bits with a zero low half."""
     bits = x.to(tl.int32, bitcast=True)
@@ -89,16 +127,20 @@ def nearest_bfloat16(x):
 
 
 @triton.jit
+def half(x: tl.constexpr):
+    """A number of float16: of float32 it would make that of what it is multiplied by."""
+    return tl.full([], x, tl.float16)
+
+
+@triton.jit
 def level(number, BITS: tl.constexpr):
-    """l(code) of 128 + code, in its dtype."""
-    e: tl.constexpr = FACTORS[BITS - 1][2]
-    s = number - tl.full([], 128.0 + ((1 << BITS) - 1) / 2, number.dtype)
-    if e == 0.0:
+    """l(code) of 16 + code, float16."""
+    s = number - half(16.0 + ((1 << BITS) - 1) / 2)
+    if FACTORS[BITS - 1][2] == 0.0:
         return s
     else:
         square = s * s
-        factor = tl.full([], e, number.dtype)
-        return s * (square * square * factor + tl.full([], 1.0, number.dtype))
+        return s * (square * square * half(FACTORS[BITS - 1][2]) + half(1.0))
 
 
 @triton.jit
@@ -147,37 +189,36 @@ def store_rotated(
 
     store_seed(scales_ptr, seed, group)
     signs = sign_words(group_hashes(seed, group + local), SIZE)
+    half_signs = (signs >> 16).to(tl.int16)
     matrix = hadamard(NQ, SIZE)
     squares = tl.zeros([NQ, SIZE], dtype=tl.float32)
     signed = ()
     for p in tl.static_range(8):
         z = differences[p] * inverse
         squares += z * z
-        signed = signed + (with_sign(z, signs, p).to(tl.float16),)
+        signed = signed + (with_half_sign(z.to(tl.float16), half_signs, p),)
     signed = across(signed)
     turned = ()
     for p in tl.static_range(8):
         turned = turned + (product(signed[p], matrix, NQ, SIZE),)
 
-    a: tl.constexpr = FACTORS[BITS - 1][0]
-    c: tl.constexpr = FACTORS[BITS - 1][1]
-    furthest: tl.constexpr = FACTORS[BITS - 1][3]
-    highest: tl.constexpr = FACTORS[BITS - 1][4]
     squares = tl.sum(squares, 1)
-    normal = tl.where(spread, tl.rsqrt(tl.where(spread, squares, 1.0)), 0.0)[:, None]
-    inner = tl.zeros([NQ, SIZE], dtype=tl.float32)
+    normal = tl.where(spread, tl.rsqrt(tl.where(spread, squares, 1.0)), 0.0)
+    inner = tl.zeros([NQ, SIZE], dtype=tl.float16)
     codes = ()
     for p in tl.static_range(8):
-        y = tl.minimum(tl.maximum(turned[p] * normal, -furthest), furthest)
-        if c != 0.0:
-            y = y * (1.0 - c * (y * y))
-        number = (y * a + (128.0 + (1 << BITS) // 2)).to(tl.int32, bitcast=True)
-        codes = codes + (number,)
-        inner += turned[p] * level((number & -65536).to(tl.float32, bitcast=True), BITS)
-    inner = tl.sum(inner, 1)
-    scale = tl.where(spread, greatest * (squares / tl.where(spread, inner, 1.0)), 0.0)
+        y = (turned[p] * normal[:, None]).to(tl.float16)
+        t = tl.minimum(tl.maximum(y, half(-FACTORS[BITS - 1][3])), half(FACTORS[BITS - 1][3]))
+        if FACTORS[BITS - 1][1] != 0.0:
+            t = t * (half(1.0) - half(FACTORS[BITS - 1][1]) * (t * t))
+        # 16 + code has the code in its bits from 6 up, above a fraction of six bits.
+        number = t * half(FACTORS[BITS - 1][0]) + half(16.0 + (1 << BITS) // 2)
+        codes = codes + (sixth_bytes(number, BITS),)
+        inner += y * level(without_fraction(number), BITS)
+    inner = tl.sum(inner.to(tl.float32), 1)
+    scale = tl.where(spread, greatest / tl.where(spread, normal * inner, 1.0), 0.0)
     scale *= 1.0 / SIXTEENTH
-    scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (highest * WIDTH))
+    scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (FACTORS[BITS - 1][4] * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
     if REPLACES & LIMITED:
         word = tl.where(replaced, word | 0x8000, word)
@@ -202,7 +243,7 @@ def load_rotated(
     matrix = hadamard(NQ, SIZE)
     levels = ()
     for p in tl.static_range(8):
-        number = ((codes[p] << 3) | 0x5800).to(tl.int16).to(tl.float16, bitcast=True)  # 128 + code
+        number = ((codes[p] << 6) | 0x4C00).to(tl.int16).to(tl.float16, bitcast=True)  # 16 + code
         levels = levels + (level(number, BITS),)
     levels = across(levels)
     tile = ()

@@ -18,8 +18,8 @@ high half.
 Without the mean a group far from 0 would spend its codes on that; without signs one whose values
 are alike would be turned into few large ones.
 
-d is divided by its greatest magnitude, and that rounded to float16 for tensor cores, as levels are.
-A group with a NaN or an infinity has a mean of NaN.
+d is divided by its greatest magnitude. From there to the code, and from the code on, numbers are
+float16, in which 16 + code has six more bits. A group with a NaN or an infinity has a mean of NaN.
 """
 
 import math
@@ -35,8 +35,8 @@ from packlight.groupquant.minmax_reference import SIGN
 # By bits: a, c, e, the greatest magnitude of y of which the formula is, and one that is above all
 # levels, which bounds what a pack may stand for.
 FORMULAS = {
-    1: (1.0, 0.0, 0.0, 0.999, 0.52),
-    2: (1 / 0.97, 0.0, 0.0, 1.9399, 1.55),
+    1: (1.0, 0.0, 0.0, 0.96, 0.52),
+    2: (1 / 0.97, 0.0, 0.0, 1.92, 1.55),
     3: (2.0, 0.045, 1.4e-3, 2.89, 4.4),
     4: (3.8, 0.04, 1.12e-4, 2.89, 10.5),
 }
@@ -70,11 +70,16 @@ def nearest_bfloat16(x: Tensor) -> Tensor:
 
 
 def levels(numbers: Tensor, bits: int) -> Tensor:
-    """l(code), float32."""
-    s = numbers.float() - (2**bits - 1) / 2
+    """l(code), float16."""
+    s = (numbers.float() - (2**bits - 1) / 2).half()
     square = s * s
-    level: Tensor = s * (square * square * FORMULAS[bits][2] + 1)
+    level: Tensor = s * (square * square * _half(FORMULAS[bits][2]) + 1)
     return level
+
+
+def _half(number: float) -> float:
+    """A number as float16 has it."""
+    return float(torch.tensor(number).half())
 
 
 def encode(
@@ -108,11 +113,13 @@ def encode(
     squares = (z * z).sum(1, keepdim=True)
     turned = transform(signs(seed, len(z), size) * z)
     a, c, _, furthest, last = FORMULAS[bits]
-    y = (turned * squares.rsqrt()).nan_to_num(0.0).clamp(-furthest, furthest)
-    numbers = (y * (1 - c * (y * y)) * a + 2 ** (bits - 1)).floor().to(torch.uint8)
+    y = (turned * squares.rsqrt()).nan_to_num(0.0).half()
+    t = y.clamp(-furthest, furthest)
+    t = t * (1 - _half(c) * (t * t))
+    numbers = (t * _half(a) + (16 + 2 ** (bits - 1))).float().floor().to(torch.uint8) - 16
 
-    inner = (turned * levels(numbers, bits)).sum(1, keepdim=True)
-    scale = (greatest * (squares / inner)).nan_to_num(0.0) / PART
+    inner = (y * levels(numbers, bits)).float().sum(1, keepdim=True)
+    scale = (greatest * (squares.sqrt() / inner)).nan_to_num(0.0) / PART
     scale = scale.minimum((GREATEST - mean.abs()) / (last * size))
     scale_bits = (nearest_bfloat16(scale) >> 16) & 0xFFFF
     mean_bits = torch.where(finite.view(-1, 1), mean_bits, 0x7FC00000).int()

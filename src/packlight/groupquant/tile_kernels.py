@@ -96,24 +96,20 @@ def store_bytes(
     parts, codes_ptr, group, there, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
-    """Stores the codes of groups [NQ], which are PARTS tensors [NQ, SIZE] of int32.
+    """Stores the codes of groups [NQ], PARTS tensors [NQ, SIZE] of bytes; `there` None for all.
 
-    A code is in the bits from 16 up of a float32 number below 2^8, at 8 bits from 15 up. `there` is
-    None where all groups are.
+    What is above a code may be anything, as the bytes of the neighbours of a code replace it.
     """
     LOW: tl.constexpr = 2 if BITS == 3 else BITS  # of the first plane
     target = codes_ptr + group[:, None] * (PARTS * SIZE * BITS // 8) + tl.arange(0, SIZE)[None, :]
     if BITS == 8:
-        _store(target, _wide_bytes(parts[0]), there)
+        _store(target, parts[0], there)
     else:
-        codes = ()
-        for p in tl.static_range(PARTS):
-            codes = codes + (_narrow_bytes(parts[p], BITS),)
         for h in tl.static_range(PARTS * LOW // 8):
-            _store(target + h * SIZE, _byte(codes, h, 0, LOW, PARTS), there)
+            _store(target + h * SIZE, _byte(parts, h, 0, LOW, PARTS), there)
         if BITS > LOW:
             start = PARTS * SIZE * LOW // 8
-            _store(target + start, _byte(codes, 0, LOW, 1, PARTS), there)
+            _store(target + start, _byte(parts, 0, LOW, 1, PARTS), there)
 
 
 @triton.jit
@@ -125,29 +121,25 @@ def _store(target, byte, there):
 
 
 @triton.jit
-def _wide_bytes(x):
-    """Bits 15 to 22."""
-    if PTX:
+def code_bytes(x, BITS: tl.constexpr):
+    """Bytes of the codes in the bits from 16 up of float32 numbers, as int32; from 15 at 8 bits.
+
+    After a NaN they are anything.
+    """
+    if PTX and BITS == 8:
         return tl.inline_asm_elementwise(
             "{.reg .b32 a, b; prmt.b32 a, $1, $2, 0x6521; prmt.b32 b, $3, $4, 0x6521;"
             "shl.b32 a, a, 1; shl.b32 b, b, 1; prmt.b32 $0, a, b, 0x7531;}",
             "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
-    else:
-        return (x >> 15) & 0xFF
-
-
-@triton.jit
-def _narrow_bytes(x, BITS: tl.constexpr):
-    """Bits 16 to 23: the code, below zeros. After a NaN they are anything."""
-    if PTX:
+    elif PTX:
         return tl.inline_asm_elementwise(
             "{.reg .b32 a, b; prmt.b32 a, $1, $2, 0x0062; prmt.b32 b, $3, $4, 0x0062;"
             "prmt.b32 $0, a, b, 0x5410;}",
             "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        return (x >> 16) & ((1 << BITS) - 1)
+        return (x >> (15 if BITS == 8 else 16)) & 0xFF
 
 
 @triton.jit
