@@ -395,6 +395,13 @@ def test_methods_travel_as_data_and_in_files(method):
     assert back.groups == method.groups
 
 
+def test_texts_and_files_name_codes(tmp_path):
+    methods = {"Linear": GroupQuant(3, code="rotated"), "*": GroupQuant(2, rounding="offset")}
+    path = tmp_path / "methods.toml"
+    packlight.save_methods(methods, path)
+    assert packlight.load_methods(path) == methods
+
+
 def test_a_method_of_an_older_file_has_the_defaults_of_later_fields():
     old = GroupQuant.__new__(GroupQuant)
     old.__setstate__({"bits": 2, "group_size": 64, "rounding": "nearest"})
