@@ -158,7 +158,7 @@ class GroupQuant(Quantiser):
         return self.pack(flat, seed)
 
     def restore(self, dtype: torch.dtype, count: int, *kept: Tensor) -> Tensor:
-        """m + s code."""
+        """What codes and scales stand for."""
         return self.unpack(dtype, (count,), (1,), *kept)
 
     def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
@@ -169,7 +169,7 @@ class GroupQuant(Quantiser):
     def unpack(
         self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
     ) -> Tensor:
-        """m + s code."""
+        """What codes and scales stand for."""
         layout = (shape, stride, math.prod(shape), self.groups)
         x: Tensor = ops.dequantize(*kept, *layout, dtype, "", (), None, None)
         return x
