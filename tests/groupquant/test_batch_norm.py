@@ -151,7 +151,8 @@ def test_modules_are_drop_in(name):
     assert isinstance(ours, type(plain))
     ours.load_state_dict(plain.state_dict())
     ours = pickle.loads(pickle.dumps(ours))
-    assert repr(ours) == repr(plain)[:-1] + ", bits=8, group_size=128, rounding=stochastic)"
+    shown = ", bits=8, group_size=128, rounding=stochastic, code=minmax)"
+    assert repr(ours) == repr(plain)[:-1] + shown
     axes = 2 if name == "GroupNorm" else int(name[-2])
     for _ in range(2):
         x = torch.randn(32, 6, *[3] * axes, requires_grad=True)
