@@ -187,7 +187,7 @@ def test_refusals():
     x = torch.zeros(32, 6, 4, dtype=torch.int64)
     with pytest.raises(InputError, match="int64"):
         batch_norm(x, None, None)
-    with pytest.raises(InputError, match="not 2, 4 or 8"):
+    with pytest.raises(InputError, match="not 2, 3, 4 or 8"):
         group_norm(torch.zeros(32, 6, 4), None, None, bits=5)
     with pytest.raises(RuntimeError, match="divisible"):
         groupquant.group_norm(torch.randn(32, 6, 4, requires_grad=True), 4)

@@ -232,7 +232,7 @@ def test_refusals():
         groupquant.conv2d(x, weight, padding="full")
     with pytest.raises(InputError, match="needs stride 1"):
         groupquant.conv2d(x, weight, stride=2, padding="same")
-    with pytest.raises(InputError, match="not 2, 4 or 8"):
+    with pytest.raises(InputError, match="not 2, 3, 4 or 8"):
         groupquant.conv2d(x, weight, bits=5)
     with pytest.raises(InputError, match="int64"):
         groupquant.conv2d(x.detach().long(), weight)
