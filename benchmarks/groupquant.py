@@ -26,38 +26,74 @@ from benchmarks.kernels import (
     unlaunched,
     unlaunched_passes,
 )
-from packlight import groupquant, use_reference
+from packlight import groupquant, manual_seed, use_reference
 from packlight._seeds import NEAREST
 from packlight.groupquant import ops
-from packlight.groupquant.grouping import Grouping
+from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping, Groups
 
 GROUP_SIZE = 128
 PLAIN = ("", (), None, None)
 WIDTHS = (768, 1024, 2048, 4096, 8192)
 
 
-def pack_bytes(count: int, bits: int) -> int:
-    grouping = Grouping(1, count, bits, GROUP_SIZE)
-    return grouping.code_bytes + 4 * grouping.groups
+# Packs by what their rows are called: how operators know the code, and whether they draw.
+PACKS = {
+    "stochastic": (MINMAX, True),
+    "nearest": (MINMAX, False),
+    "offset": (OFFSET, True),
+    "rotated": (ROTATED, True),
+}
+# What the error of a pack of normal values may be, squared, in variances; by bits.
+ERRORS = {
+    "stochastic": {8: 8e-5, 4: 0.023, 3: 0.11, 2: 0.6},
+    "nearest": {8: 4e-5, 4: 0.012, 3: 0.055, 2: 0.32},
+    "offset": {8: 4e-5, 4: 0.012, 3: 0.055, 2: 0.3},
+    "rotated": {4: 0.0105, 3: 0.039, 2: 0.145, 1: 0.61},
+}
+CHECKED = 1 << 22  # elements that are compared with the reference
 
 
-def measure_pack(x: Tensor, bits: int, rounding: str, copy: float) -> dict[str, Any]:
-    n = x.numel()
-    seed = (None, 2**62 + 1 if rounding == "stochastic" else NEAREST)
-    layout = ((n,), (1,), n, (bits, GROUP_SIZE), x.dtype)
-    pack = ops.quantize(x, (1,), (bits, GROUP_SIZE), *seed)
+def pack_bytes(count: int, groups: Groups) -> int:
+    grouping = Grouping(1, count, *groups)
+    return grouping.code_bytes + 4 * grouping.words
+
+
+def check_pack(x: Tensor, bits: int, kind: str) -> float:
+    """The squared error of a pack in variances of `x`; its kernels do what the reference does."""
+    code, draws = PACKS[kind]
+    groups, seed = (bits, GROUP_SIZE, code), (None, 2**62 + 1 if draws else NEAREST)
+    few = x[:CHECKED]
+    n = few.numel()
+    layout = ((n,), (1,), n, groups, torch.float32)
+    pack = ops.quantize(few, (1,), groups, *seed)
     y = ops.dequantize(*pack, *layout, *PLAIN)
-    step = (pack[1] << 16).view(torch.float32).amax()
-    assert (y[: 1 << 20].float() - x[: 1 << 20].float()).abs().max() <= step * 1.02
-    del y
+    with use_reference():
+        again = ops.dequantize(*pack, *layout, *PLAIN)
+        other = ops.dequantize(*ops.quantize(few, (1,), groups, *seed), *layout, *PLAIN)
+    deviation = few.float().std()
+    assert (y - again).abs().max() < 1e-3 * deviation
+    assert (y - other).norm() < 0.02 * other.norm()
+    error = float((y - few.float()).square().mean() / deviation.square())
+    assert error < ERRORS[kind][bits]
+    return error
+
+
+def measure_pack(x: Tensor, bits: int, kind: str, copy: float) -> dict[str, Any]:
+    n = x.numel()
+    code, draws = PACKS[kind]
+    groups, seed = (bits, GROUP_SIZE, code), (None, 2**62 + 1 if draws else NEAREST)
+    error = check_pack(x, bits, kind)
+    layout = ((n,), (1,), n, groups, x.dtype)
+    pack = ops.quantize(x, (1,), groups, *seed)
     functions: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = {
-        "pack": lambda: ops.quantize(x, (1,), (bits, GROUP_SIZE), *seed),
+        "pack": lambda: ops.quantize(x, (1,), groups, *seed),
         "unpack": lambda: ops.dequantize(*pack, *layout, *PLAIN),
     }
     times = interleaved(functions, 12, x.device.type)
-    moved = n * x.element_size() + pack_bytes(n, bits)
+    moved = n * x.element_size() + pack_bytes(n, groups)
     row = {f"{name}_of_copy": moved / milliseconds / copy for name, milliseconds in times.items()}
     row |= {f"{name}_ms": milliseconds for name, milliseconds in times.items()}
+    row["squared_error"] = error
     if x.is_cuda and n < LAUNCH_BOUND:
         functions["copy"] = x.clone
         alone = unlaunched(functions, 12)
@@ -123,7 +159,7 @@ def check(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: lis
     dy = torch.randn_like(y)
 
     def gradients() -> tuple[Tensor, ...]:
-        torch.manual_seed(3)
+        manual_seed(3)
         return torch.autograd.grad(ours(*few), few, dy)
 
     actual = gradients()
@@ -137,9 +173,17 @@ Function = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
 
 
 def function_of(name: str, x: Tensor, bits: int) -> Function:
-    """Ours, torch's own, and inputs, of a function by its name: "gelu", "layer_norm 768"."""
-    kind, _, width = name.partition(" ")
+    """Ours, torch's own, and inputs, of a function by its name: "gelu", "layer_norm 768".
+
+    A code may come last: "gelu rotated".
+    """
+    kind, *rest = name.split(" ")
+    width = next((word for word in rest if word.isdigit()), "")
     ours = getattr(groupquant, kind)
+    if "rotated" in rest:
+        ours = partial(ours, code="rotated")
+    elif "offset" in rest:
+        ours = partial(ours, rounding="offset")
     if kind == "swiglu":
         # Liger takes a row of any width to its registers.
         halves = x.view(-1, min(4096, x.numel() // 2)).chunk(2)
@@ -192,12 +236,20 @@ def checked(name: str, bits: int, dtype: str, log2_elements: int, device: str) -
 def cases(options: argparse.Namespace) -> list[rows.Case]:
     """Packing, and every function worth timing; norms of all widths at 4 bits."""
     packs = ("pack stochastic", "pack nearest")
+    newer = ("pack offset", "pack rotated")
     plain = ("gelu", "silu", "tanh", "mish", "swiglu")
     found = []
-    for log2, dtype, bits in itertools.product(options.log2_elements, ("bf16", "fp32"), (4, 8, 2)):
+    bf16 = "bf16"
+    for log2, dtype, bits in itertools.product(options.log2_elements, (bf16, "fp32"), (4, 8, 3, 2)):
         widths = WIDTHS if bits == 4 else (1024,)
         norms = [f"{kind} {width}" for width in widths for kind in ("layer_norm", "rms_norm")]
-        for name in packs if bits != 4 and dtype == "fp32" else (*packs, *plain, *norms):
+        names = [*packs] if bits == 3 or (bits != 4 and dtype != bf16) else [*packs, *plain, *norms]
+        if dtype == bf16:
+            names += newer[:1] if bits == 8 else newer
+            if bits != 8:
+                fused = ("gelu", "silu", "swiglu", "layer_norm 1024", "rms_norm 4096")
+                names += [f"{name} rotated" for name in fused]
+        for name in names:
             key = {"case": name, "dtype": dtype, "bits": bits, "elements": 1 << log2}
             run = partial(checked, name, bits, dtype, log2, options.device)
             title = f"groupquant/{name} {dtype} {bits} bits 2^{log2}"

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import packlight
-from packlight.groupquant.grouping import Grouping
+from packlight.groupquant.grouping import MINMAX, Grouping
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -76,10 +76,10 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def pack_bytes(count: int, bits: int = 4, group_size: int = 128) -> int:
+def pack_bytes(count: int, bits: int = 4, group_size: int = 128, code: int = MINMAX) -> int:
     """What a pack of `GroupQuant` takes of so many elements."""
-    grouping = Grouping(1, count, bits, group_size)
-    return grouping.code_bytes + 4 * grouping.groups
+    grouping = Grouping(1, count, bits, group_size, code)
+    return grouping.code_bytes + 4 * grouping.words
 
 
 def kept_bytes(function: Callable[[], object]) -> int:

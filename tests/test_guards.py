@@ -11,11 +11,13 @@ from packlight._launch import quick
 from packlight._seeds import operands
 from packlight.fewbit import dropout_kernels, pooling_kernels
 from packlight.fewbit import kernels as few_bit
+from packlight.groupquant import gated_kernels as group_gated
 from packlight.groupquant import kernels as group
 from packlight.groupquant import norm_kernels as group_norm
 from packlight.groupquant.fixed_point import kernels as fixed
 from packlight.groupquant.fixed_point import residual_kernels
 from packlight.groupquant.fixed_point.method import bin_width
+from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED
 from packlight.head import kernels as head
 from packlight.inverted import kernels as inverted
 from packlight.inverted import norm_kernels as inverted_norm
@@ -94,24 +96,26 @@ def wide_inverted_norms(guards, rows, width):
         inverted_norms(guards, rows, width)
 
 
-def packs(guards, n, bits):
+def packs(guards, n, bits, code=MINMAX):
+    groups = (bits, 64, code)
     x = values(guards, n)
-    pack = group.quantize(x, (1,), (bits, 64), *draw())
-    _, *inputs = group.activation(x, "silu", (), (bits, 64), *operands(None))
-    layout = ((n,), (1,), n, (bits, 64), FP32)
+    pack = group.quantize(x, (1,), groups, *draw())
+    _, *inputs = group.activation(x, "silu", (), groups, *operands(None))
+    layout = ((n,), (1,), n, groups, FP32)
     group.dequantize(*pack, *layout, "", (), None, None)
     group.dequantize(*inputs, *layout, "silu", (), None, None)
-    group.activation_backward(x, *inputs, "silu", (), (1,), (bits, 64))
-    _, *both = group.gated(x, x, "silu", (bits, 64), *draw())
-    group.gated_backward(x, *both, "silu", (1,), (bits, 64), True)
-    group.gated_product(*both, "silu", (n,), (1,), (bits, 64), FP32)
+    group.activation_backward(x, *inputs, "silu", (), (1,), groups)
+    _, *both = group_gated.gated(x, x, "silu", groups, *draw())
+    group_gated.gated_backward(x, *both, "silu", (1,), groups, True)
+    group_gated.gated_product(*both, "silu", (n,), (1,), groups, FP32)
 
 
-def packed_rows(guards, rows, width, bits):
+def packed_rows(guards, rows, width, bits, code=MINMAX):
+    groups = (bits, 64 if code == ROTATED else 32, code)
     x, weight, bias = (values(guards, *shape) for shape in ((rows, width), (width,), (width,)))
-    _, *kept = group_norm.norm(x, width, weight, bias, 1e-5, True, (bits, 32), *draw())
-    group_norm.norm_backward(x, *kept[:3], weight, True, True, True, (bits, 32))
-    layout = ((rows, width), (width, 1), width, (bits, 32), FP32)
+    _, *kept = group_norm.norm(x, width, weight, bias, 1e-5, True, groups, *draw())
+    group_norm.norm_backward(x, *kept[:3], weight, True, True, True, groups)
+    layout = ((rows, width), (width, 1), width, groups, FP32)
     group.dequantize(*kept[:2], *layout, "", (), weight, bias)
 
 
@@ -164,8 +168,18 @@ RUNS = {
     "inverses": (inverses, [(4096,), (4173,)]),
     "inverted norms": (inverted_norms, [(4, 64), (3, 50)]),
     "wide inverted norms": (wide_inverted_norms, [(4, 64), (3, 50)]),
-    "packs": (packs, [(4096, 4), (4173, 4), (1050, 8), (1050, 2)]),
-    "rows of packs": (packed_rows, [(4, 128, 4), (3, 72, 4), (3, 72, 8)]),
+    "packs": (
+        packs,
+        [
+            (4096, 4),
+            (4173, 4),
+            (1050, 8),
+            (1050, 2),
+            (1050, 3, OFFSET),
+            (1050, 3, ROTATED),
+        ],
+    ),
+    "rows of packs": (packed_rows, [(4, 128, 4), (3, 72, 4), (3, 72, 8), (3, 72, 4, ROTATED)]),
     "batch norms": (
         batch_norms,
         [((4, 8, 8, 16), 4, False), ((3, 5, 7, 3), 4, False), ((3, 5, 7, 3), 8, True)],

@@ -208,6 +208,7 @@ def test_a_profiler_hears_of_prepared_launches(monkeypatch):
         "fewbit.pooling_kernels",
         "groupquant.fixed_point.kernels",
         "groupquant.fixed_point.residual_kernels",
+        "groupquant.gated_kernels",
         "groupquant.kernels",
         "groupquant.norm_kernels",
         "inverted.kernels",

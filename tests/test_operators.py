@@ -1,5 +1,7 @@
 """The fake of every operator against the operator, in passes that together reach all of them."""
 
+import functools
+
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,6 +93,10 @@ def inverted_norms():
             both_ways(layer.pair(dtype)[0], layer.sample(dtype))
 
 
+CODES = [("stochastic", "minmax"), ("nearest", "minmax"), ("offset", "minmax")]
+CODES += [("stochastic", "rotated")]
+
+
 def group_quantised_norms():
     for kind, arguments, shape in (
         ("LayerNorm", (33,), (5, 33)),
@@ -99,15 +105,18 @@ def group_quantised_norms():
         ("GroupNorm", (3, 6), (3, 6, 4, 5)),
     ):
         for dtype in DTYPES:
-            for rounding in ("stochastic", "nearest"):
-                layer = getattr(groupquant, kind)(*arguments, rounding=rounding).to(dtype)
+            for rounding, code in CODES:
+                options = {"rounding": rounding, "code": code}
+                layer = getattr(groupquant, kind)(*arguments, **options).to(dtype)
                 both_ways(layer, torch.randn(shape).to(dtype))
 
 
 def group_quantised_products():
     for dtype in DTYPES:
         x, linear = torch.randn(9, 132, dtype=dtype), groupquant.Linear(66, 4).to(dtype)
-        both_ways(lambda x, f=linear: f(groupquant.swiglu(*x.chunk(2, -1))), x)
+        for rounding, code in CODES:
+            swiglu = functools.partial(groupquant.swiglu, rounding=rounding, code=code)
+            both_ways(lambda x, f=linear, g=swiglu: f(g(*x.chunk(2, -1))), x)
         a, b = torch.randn(5, 64, dtype=dtype), torch.randn(64, 3, dtype=dtype)
         torch.ops.packlight.wide_mm(a, b)
         torch.ops.packlight.recast(a.t(), b.double())

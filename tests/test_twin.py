@@ -115,8 +115,8 @@ def test_arguments_are_checked_as_torch_and_the_method_check_them():
     ):
         with pytest.raises(TypeError, match="positional"):
             kind(*given)
-    with pytest.raises(InputError, match="bits=3"):
-        groupquant.Tanh(bits=3)
+    with pytest.raises(InputError, match="bits=5"):
+        groupquant.Tanh(bits=5)
     with pytest.raises(InputError, match="bits=9"):
         fewbit.Tanh(bits=9)
     with pytest.raises(InputError, match="bits=2"):

@@ -24,12 +24,13 @@ from triton.compiler import ASTSource
 from packlight.elementwise.kernels import FORWARD
 from packlight.fewbit import dropout_kernels, kernels, pooling_kernels
 from packlight.fewbit.activations import CONTINUOUS
+from packlight.groupquant import gated_kernels
 from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
 from packlight.groupquant.fixed_point import residual_kernels
 from packlight.groupquant.fixed_point.method import bin_width
-from packlight.groupquant.grouping import Grouping
+from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping
 from packlight.head import kernels as head_kernels
 from packlight.inverted import kernels as inverted_kernels
 from packlight.inverted import norm_kernels
@@ -271,10 +272,13 @@ def residual_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, in
 def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
     """As `norm_variants`: packs of 2^20 elements, and norms that keep one, as they are launched."""
     kernels, norms = group_kernels, group_norm_kernels
-    for bits, dtype in itertools.product((2, 4, 8), ("bf16", "fp16", "fp32")):
-        flat, kind = Grouping(1, 1 << 20, bits, 128), DTYPES[dtype]
-        rows = Grouping(1024, 1024, bits, 128)
-        label = f"group {dtype} {bits} bits"
+    minmax = itertools.product((2, 3, 4, 8), ("bf16", "fp16", "fp32"), (MINMAX,))
+    offset = itertools.product((2, 3, 4, 8), ("bf16",), (OFFSET,))
+    rotated = itertools.product((1, 2, 3, 4), ("bf16",), (ROTATED,))
+    for bits, dtype, code in (*minmax, *offset, *rotated):
+        flat, kind = Grouping(1, 1 << 20, bits, 128, code), DTYPES[dtype]
+        rows = Grouping(1024, 1024, bits, 128, code)
+        label = f"group {dtype} {bits} bits{('', ' offset', ' rotated')[code]}"
         launches = {
             "pack": kernels._quantize_launch(flat, kind, "", (), 1),
             "pack to nearest": kernels._quantize_launch(flat, kind, "", (), 0),
@@ -291,18 +295,18 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                     flat, kind, name, 0.0, 0.0, False, False
                 ),
                 f"{name} backward": kernels._activation_backward_launch(flat, name, 0.0, 0.0),
-                f"gated {name}": kernels._gated_launch(flat, kind, name, 1),
-                f"gated {name} rebuilt": kernels._gated_backward_launch(
+                f"gated {name}": gated_kernels._gated_launch(flat, kind, name, 1),
+                f"gated {name} rebuilt": gated_kernels._gated_backward_launch(
                     flat, kind, name, True, True
                 ),
             } | {
-                f"gated {name} backward, through {through}": kernels._gated_backward_launch(
+                f"gated {name} backward, through {through}": gated_kernels._gated_backward_launch(
                     flat, kind, name, False, through
                 )
                 for through in (True, False)
             }
         for width in (768, 1024, 4096, 8192):
-            grouping = Grouping(4096, width, bits, 128)
+            grouping = Grouping(4096, width, bits, 128, code)
             forward = norms._forward_launch(grouping, 1e-5, True, True, True, 1)
             launches[f"norm {width}"] = forward
             backward, _ = norms._backward_launch(grouping, True, True, True, True)

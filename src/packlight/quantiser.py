@@ -101,6 +101,21 @@ class Quantiser(Method, abstract=True):
         """The method for query, key and value of which attention runs once more."""
         return self.for_scores()
 
+    def for_pixels(self) -> "Quantiser":
+        """The method for convolutions and norms of channels, whose gradients sum over pixels.
+
+        In a channels-first tensor these are neighbours in memory.
+        """
+        return self
+
+    def for_zeros(self) -> "Quantiser":
+        """The method for the result of a ReLU, of which many elements are its minimum."""
+        return self
+
+    def for_functions(self) -> "Quantiser":
+        """The method for what a norm or a function reads that is not linear."""
+        return self
+
     def keeps_rows(self, width: int) -> bool:
         """Whether rows of this width are worth packing."""
         return width >= self.smallest
@@ -143,12 +158,21 @@ def pack_input(x: Tensor, method: Quantiser) -> Pack:
     kept = sharing.pack_of(x, method.grade)
     if kept is not None:
         return kept
+    if _is_of_relu(x):
+        method = method.for_zeros()
     source = sharing.source_of(x)
     kept = new_pack(source.detach(), method)
     sharing.note_pack(source, kept)
     if source is not x:  # which may live longer
         sharing.note_pack(x, kept)
     return kept
+
+
+def _is_of_relu(x: Tensor) -> bool:
+    """Whether a ReLU made the tensor. A compiler is not asked."""
+    if torch.compiler.is_dynamo_compiling() or x.grad_fn is None:
+        return False
+    return x.grad_fn.name() == "ReluBackward0" or getattr(x.grad_fn, "is_relu", False)
 
 
 def new_pack(x: Tensor, method: Quantiser) -> Pack:

@@ -18,6 +18,8 @@ BITS, GROUP_SIZE = 8, 32
 class Layer(tests.layers.Layer):
     """To nearest, so that two calls agree, and with small groups for the small samples of tests."""
 
+    bits: int = BITS
+
     method = "groupquant"
     operators = ("activation", "activation_backward")
     keeps_output = False
@@ -28,10 +30,12 @@ class Layer(tests.layers.Layer):
 
         Samples go to +-30, and lie at -3 and 0, where derivatives of two jump by 1/2 and 0.7.
         """
+        if self.bits < BITS:  # a step of 9 from -30 to 30
+            return 1.3
         return 0.8 if self.name in ("hardswish", "selu") else 0.3
 
     def __str__(self) -> str:
-        return self.name
+        return self.name if self.bits == BITS else f"{self.name} {self.bits} bits"
 
     def apply(self, x: Tensor, **options: object) -> Tensor:
         return super().apply(x, **self._options() | options)
@@ -39,18 +43,17 @@ class Layer(tests.layers.Layer):
     def make(self, **options: object) -> nn.Module:
         return super().make(**self._options() | options)
 
-    @staticmethod
-    def _options() -> dict[str, object]:
-        return {"bits": BITS, "group_size": GROUP_SIZE, "rounding": "nearest"}
+    def _options(self) -> dict[str, object]:
+        return {"bits": self.bits, "group_size": GROUP_SIZE, "rounding": "nearest"}
 
     def packed_bytes(self, count: int) -> int:
-        return pack_bytes(count, BITS, GROUP_SIZE)
+        return pack_bytes(count, self.bits, GROUP_SIZE)
 
 
-def _layer(name, module, function, plain, *arguments, parameters=None):
+def _layer(name, module, function, plain, *arguments, parameters=None, bits=BITS):
     values = arguments if parameters is None else parameters
     ours, theirs = getattr(group_quant, module), getattr(nn, module, None)
-    return Layer(name, ours, theirs, function, plain, arguments, values)
+    return Layer(name, ours, theirs, function, plain, arguments, values, bits=bits)
 
 
 def _gelu(x, approximate):
@@ -61,6 +64,7 @@ LAYERS = [
     _layer("celu", "CELU", group_quant.celu, F.celu, 0.7),
     _layer("elu", "ELU", group_quant.elu, F.elu, 1.0),
     _layer("gelu", "GELU", group_quant.gelu, _gelu, "none", parameters=()),
+    _layer("gelu", "GELU", group_quant.gelu, _gelu, "none", parameters=(), bits=3),
     _layer("gelu_tanh", "GELU", group_quant.gelu, _gelu, "tanh", parameters=()),
     _layer("hardswish", "Hardswish", group_quant.hardswish, F.hardswish),
     _layer("logsigmoid", "LogSigmoid", group_quant.logsigmoid, F.logsigmoid),

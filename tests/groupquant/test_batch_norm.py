@@ -151,7 +151,8 @@ def test_modules_are_drop_in(name):
     assert isinstance(ours, type(plain))
     ours.load_state_dict(plain.state_dict())
     ours = pickle.loads(pickle.dumps(ours))
-    assert repr(ours) == repr(plain)[:-1] + ", bits=8, group_size=128, rounding=stochastic)"
+    shown = ", bits=8, group_size=128, rounding=stochastic, code=minmax)"
+    assert repr(ours) == repr(plain)[:-1] + shown
     axes = 2 if name == "GroupNorm" else int(name[-2])
     for _ in range(2):
         x = torch.randn(32, 6, *[3] * axes, requires_grad=True)
@@ -186,7 +187,7 @@ def test_refusals():
     x = torch.zeros(32, 6, 4, dtype=torch.int64)
     with pytest.raises(InputError, match="int64"):
         batch_norm(x, None, None)
-    with pytest.raises(InputError, match="not 2, 4 or 8"):
+    with pytest.raises(InputError, match="not 2, 3, 4 or 8"):
         group_norm(torch.zeros(32, 6, 4), None, None, bits=5)
     with pytest.raises(RuntimeError, match="divisible"):
         groupquant.group_norm(torch.randn(32, 6, 4, requires_grad=True), 4)

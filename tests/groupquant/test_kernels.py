@@ -6,13 +6,21 @@ import torch
 from packlight import _seeds
 from packlight._seeds import operands
 from packlight.fewbit import dropout_kernels
-from packlight.groupquant import kernels, norm_kernels, norm_reference, ops, reference
+from packlight.groupquant import (
+    gated_kernels,
+    kernels,
+    norm_kernels,
+    norm_reference,
+    ops,
+    reference,
+)
+from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED
 from tests.groupquant.layers import LAYERS
 from tests.helpers import assert_as_near_as_torch, every_device, every_kernel_dtype, many_values
 from tests.layers import TRUTH
 
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
-every_bits = pytest.mark.parametrize("bits", [2, 4, 8])
+every_bits = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 FP32 = torch.float32
 # The interpreter truncates fp32 to bf16; a derivative is good to 1e-4.
 TOLERANCE = {torch.float32: 3e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -60,7 +68,7 @@ def test_gated_units_equal_the_reference(name, dtype, device):
     for count in counts(device):
         gate, up, dy = (torch.randn(count, device=device).to(dtype) * 2 for _ in range(3))
         seed = torch.tensor([11], device=device)
-        ours = kernels.gated(gate, up, name, (4, 128), *operands(seed))
+        ours = gated_kernels.gated(gate, up, name, (4, 128), *operands(seed))
         theirs = reference.gated(gate, up, name, (4, 128), *operands(seed))
         close(ours[0], theirs[0], dtype)
         for i in (1, 3):
@@ -72,11 +80,13 @@ def test_gated_units_equal_the_reference(name, dtype, device):
         for through in (True, False):
             backward = (dy, *theirs[1:], name, (1,), (4, 128), through)
             for a, b in zip(
-                kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
+                gated_kernels.gated_backward(*backward),
+                reference.gated_backward(*backward),
+                strict=True,
             ):
                 close(a, b, dtype)
         product = (*theirs[1:], name, (count,), (1,), (4, 128), dtype)
-        close(kernels.gated_product(*product), reference.gated_product(*product), dtype)
+        close(gated_kernels.gated_product(*product), reference.gated_product(*product), dtype)
 
 
 @every_device
@@ -90,7 +100,7 @@ def test_norms_equal_the_reference(width, center, dtype, device):
     dy = torch.randn(rows, width, device=device).to(dtype)
     bias = bias if center else None
     seed = torch.tensor([3], device=device)
-    for bits in (2, 4, 8):
+    for bits in (2, 3, 4, 8):
         forward = (x, width, weight, bias, 1e-5, center, (bits, 64), *operands(seed))
         ours, theirs = norm_kernels.norm(*forward), norm_reference.norm(*forward)
         close(ours[0], theirs[0], dtype)
@@ -140,6 +150,98 @@ def test_rebuilt_rows_equal_the_reference(width, has_bias, bits, device):
     close(kernels.dequantize(*kept), reference.dequantize(*kept), FP32)
 
 
+every_coded = pytest.mark.parametrize(
+    "groups",
+    [(3, 64, MINMAX), (4, 64, OFFSET), (3, 64, OFFSET), (2, 128, OFFSET), (8, 64, OFFSET)]
+    + [(4, 64, ROTATED), (4, 128, ROTATED), (3, 64, ROTATED), (2, 256, ROTATED), (1, 64, ROTATED)],
+)
+
+
+def close_by(groups, a, b, dtype):
+    """A rotated pack is read in float16, whose products a device adds to without rounding them."""
+    if groups[2] != ROTATED:
+        close(a, b, dtype)
+    else:
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02)
+
+
+def agree(ours, theirs, rows, width, groups):
+    """Packs stand for the same values, but where the last digit decides on a code or a scale."""
+    given, expected = (
+        reference.dequantize_rows(*pack, rows, width, groups) for pack in (ours, theirs)
+    )
+    assert (given - expected).norm() <= 0.02 * expected.norm()
+    assert torch.equal(ours[1][:2], theirs[1][:2]) or groups[2] == MINMAX  # the seed
+
+
+@every_device
+@every_coded
+@every_kernel_dtype
+def test_packs_of_every_code_equal_the_reference(groups, dtype, device):
+    count = 700 if device == "cpu" else 2**20 + 77
+    x, dy = ((torch.randn(count, device=device) * 2 + 0.3).to(dtype) for _ in range(2))
+    x[: count // 3] = x[: count // 3].relu()
+    seed = operands(torch.tensor([2**61 + 12345], device=device))
+    layout = ((count,), (1,), count, groups)
+    pack = reference.quantize(x, (1,), groups, *seed)
+    agree(kernels.quantize(x, (1,), groups, *seed), pack, 1, count, groups)
+    rebuild = (*pack, *layout, dtype, "", (), None, None)
+    close_by(groups, kernels.dequantize(*rebuild), reference.dequantize(*rebuild), dtype)
+    f = ("gelu", ())
+    pack = reference.activation(x, *f, groups, *seed)[1:]
+    agree(kernels.activation(x, *f, groups, *seed)[1:], pack, 1, count, groups)
+    backward = (dy, *pack, *f, (1,), groups)
+    close_by(
+        groups,
+        kernels.activation_backward(*backward),
+        reference.activation_backward(*backward),
+        dtype,
+    )
+
+
+@every_device
+@every_coded
+def test_gated_units_of_every_code_equal_the_reference(groups, device):
+    count = 300 if device == "cpu" else 2**20 + 77
+    gate, up, dy = (torch.randn(count, device=device) * 2 for _ in range(3))
+    seed = operands(torch.tensor([11], device=device))
+    ours, theirs = (
+        f(gate, up, "silu", groups, *seed) for f in (gated_kernels.gated, reference.gated)
+    )
+    for i in (1, 3):
+        agree(ours[i : i + 2], theirs[i : i + 2], 1, count, groups)
+    backward = (dy, *theirs[1:], "silu", (1,), groups, True)
+    for a, b in zip(
+        gated_kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
+    ):
+        close_by(groups, a, b, FP32)
+
+
+@every_device
+@every_coded
+@pytest.mark.parametrize("width", [64, 100, 768])
+def test_norms_of_every_code_equal_the_reference(groups, width, device):
+    rows = 3 if device == "cpu" else 3000
+    x = torch.randn(rows, width, device=device) * 2 + 1
+    weight, bias = (torch.randn(width, device=device) for _ in range(2))
+    dy = torch.randn(rows, width, device=device)
+    forward = (x, width, weight, bias, 1e-5, True, groups)
+    seed = operands(torch.tensor([3], device=device))
+    ours, theirs = norm_kernels.norm(*forward, *seed), norm_reference.norm(*forward, *seed)
+    close(ours[0], theirs[0], FP32)
+    agree(ours[1:3], theirs[1:3], rows, width, groups)
+    backward = (dy, *theirs[1:4], weight, True, True, True, groups)
+    scale = rows**0.5
+    for a, b, by in zip(
+        norm_kernels.norm_backward(*backward), norm_reference.norm_backward(*backward),
+        (1, scale, scale), strict=True,
+    ):  # fmt: skip
+        close_by(groups, a / by, b / by, FP32)
+    layout = ((rows, width), (width, 1), width, groups)
+    rebuild = (*theirs[1:3], *layout, FP32, "", (), weight, bias)
+    close_by(groups, kernels.dequantize(*rebuild), reference.dequantize(*rebuild), FP32)
+
+
 @every_device
 def test_a_seed_that_is_a_number_draws_what_the_same_seed_in_memory_draws(device):
     x, up = torch.randn(3, 640, device=device), torch.randn(3, 640, device=device)
@@ -149,7 +251,7 @@ def test_a_seed_that_is_a_number_draws_what_the_same_seed_in_memory_draws(device
     for run in (
         lambda seed: kernels.quantize(x, (640, 1), (4, 64), *seed),
         lambda seed: kernels.activation(x, "gelu", (), (4, 64), *seed),
-        lambda seed: kernels.gated(x, up, "silu", (4, 64), *seed),
+        lambda seed: gated_kernels.gated(x, up, "silu", (4, 64), *seed),
         lambda seed: norm_kernels.norm(x, 640, None, None, 1e-5, True, (4, 64), *seed),
         lambda seed: dropout_kernels.dropout(x, *seed, 0.5, True),
     ):

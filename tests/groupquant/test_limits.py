@@ -9,11 +9,11 @@ import torch.nn.functional as F
 import packlight.groupquant as group_quant
 from packlight._seeds import operands
 from packlight.elementwise.limits import limits
-from packlight.groupquant import kernels, reference
+from packlight.groupquant import gated_kernels, kernels, reference
 from tests.groupquant.layers import LAYERS
 from tests.helpers import every_dtype, every_kernel_dtype
 
-every_bits = pytest.mark.parametrize("bits", [2, 4, 8])
+every_bits = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 PLAIN = ("", (), None, None)
 SIZE = 64
 FAR = (-math.inf, -1.0, 1.0, math.inf)  # 1: the greatest number of the dtype
@@ -105,7 +105,7 @@ UNITS = {
 @pytest.mark.parametrize("name", UNITS)
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [(reference, torch.float32), (reference, torch.float16), (kernels, torch.float32)],
+    [(reference, torch.float32), (reference, torch.float16), (gated_kernels, torch.float32)],
     ids=["reference, float32", "reference, float16", "kernel, float32"],
 )
 def test_far_gates_of_gated_units_have_the_gradient_of_torch(name, dtype, backend):

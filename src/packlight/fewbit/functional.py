@@ -135,6 +135,7 @@ class _Activation(torch.autograd.Function):
     ) -> Tensor:
         bits, borders, levels, parity, center, poison, mask = coding
         how = (bits, borders, parity, center, poison)
+        ctx.is_relu = name == "relu"
         if inplace:
             codes = ops.activation_(x, name, parameters, *how)
             y = x

@@ -23,7 +23,7 @@ def batch_norm_reference(
     seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `packlight.layers.channel_norms.forward_batch`."""
-    method = GroupQuant(*groups)
+    method = GroupQuant.of(groups)
     statistics = (running_mean, running_var, momentum)
     y, table, codes, scales = channel_norms.forward_batch(
         x, weight, bias, *statistics, eps, method, from_operands(seed, number)
@@ -36,7 +36,7 @@ def batch_norm_backward_reference(
     stride: Sequence[int], groups: Groups,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `packlight.layers.channel_norms.backward_batch`."""
-    kept, method = (table, codes, scales), GroupQuant(*groups)
+    kept, method = (table, codes, scales), GroupQuant.of(groups)
     return channel_norms.backward_batch(grad_output, kept, eps, tuple(stride), method)
 
 
@@ -45,7 +45,7 @@ def group_norm_reference(
     groups: Groups, seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `packlight.layers.channel_norms.forward_group`."""
-    method = GroupQuant(*groups)
+    method = GroupQuant.of(groups)
     y, table, rstd, codes, scales = channel_norms.forward_group(
         x, weight, bias, num_groups, eps, method, from_operands(seed, number)
     )
@@ -57,7 +57,7 @@ def group_norm_backward_reference(
     stride: Sequence[int], groups: Groups,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `packlight.layers.channel_norms.backward_group`."""
-    kept, method = (table, rstd, codes, scales), GroupQuant(*groups)
+    kept, method = (table, rstd, codes, scales), GroupQuant.of(groups)
     return channel_norms.backward_group(grad_output, kept, eps, tuple(stride), method)
 
 

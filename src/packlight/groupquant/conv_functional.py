@@ -1,12 +1,12 @@
 """Functions of conv nets that keep group-quantised tensors: torch.nn.functional's names and
-arguments, plus `bits`, `group_size` and `rounding` as `GroupQuant` has them.
+arguments, plus `bits`, `group_size`, `rounding` and `code` as `GroupQuant` has them.
 
 See `functional.py`, and `packlight.layers.convolution` and `channel_norms` for how they do.
 """
 
 from torch import Tensor
 
-from packlight.groupquant.grouping import Rounding
+from packlight.groupquant.grouping import Code, Rounding
 from packlight.groupquant.method import GroupQuant
 from packlight.layers import channel_norms, convolution
 from packlight.layers.convolution import Size
@@ -29,6 +29,7 @@ def batch_norm(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) gamma + beta over [N, C, ...], statistics over all but C.
 
@@ -41,7 +42,7 @@ def batch_norm(
     twice. Without `training`, where no gradient is asked for, and for small tensors, this is
     torch's function.
     """
-    method = GroupQuant(bits, group_size, rounding)
+    method = GroupQuant(bits, group_size, rounding, code).for_pixels()
     return channel_norms.batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, method=method
     )
@@ -57,12 +58,13 @@ def group_norm(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) gamma + beta over [N, C, ...], statistics a group of channels.
 
     Keeps a pack of the normalised value, 8 bytes a channel, and rstd; see `batch_norm`.
     """
-    method = GroupQuant(bits, group_size, rounding)
+    method = GroupQuant(bits, group_size, rounding, code).for_pixels()
     return channel_norms.group_norm(input, num_groups, weight, bias, eps, method=method)
 
 
@@ -81,9 +83,10 @@ def conv1d(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """torch.nn.functional.conv1d over [N, C, L] or [C, L]; see `conv2d`."""
-    method = GroupQuant(bits, group_size, rounding)
+    method = GroupQuant(bits, group_size, rounding, code).for_pixels()
     return convolution.convolve(input, weight, bias, stride, padding, dilation, groups, 1, method)
 
 
@@ -99,6 +102,7 @@ def conv2d(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """torch.nn.functional.conv2d over [N, C, H, W] or [C, H, W].
 
@@ -106,7 +110,7 @@ def conv2d(
     the weight itself. Input and bias gradients exact, weight gradient unbiased with stochastic
     rounding. Channels-last stays channels-last.
     """
-    method = GroupQuant(bits, group_size, rounding)
+    method = GroupQuant(bits, group_size, rounding, code).for_pixels()
     return convolution.convolve(input, weight, bias, stride, padding, dilation, groups, 2, method)
 
 
@@ -122,9 +126,10 @@ def conv3d(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """torch.nn.functional.conv3d over [N, C, D, H, W] or [C, D, H, W]; see `conv2d`."""
-    method = GroupQuant(bits, group_size, rounding)
+    method = GroupQuant(bits, group_size, rounding, code).for_pixels()
     return convolution.convolve(input, weight, bias, stride, padding, dilation, groups, 3, method)
 
 
@@ -141,11 +146,12 @@ def conv_transpose1d(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """torch.nn.functional.conv_transpose1d over [N, C, L] or [C, L];
     see `conv2d`.
     """
-    method = GroupQuant(bits, group_size, rounding)
+    method = GroupQuant(bits, group_size, rounding, code).for_pixels()
     return convolution.convolve(
         input, weight, bias, stride, padding, dilation, groups, 1, method, output_padding
     )
@@ -164,11 +170,12 @@ def conv_transpose2d(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """torch.nn.functional.conv_transpose2d over [N, C, H, W] or [C, H, W];
     see `conv2d`.
     """
-    method = GroupQuant(bits, group_size, rounding)
+    method = GroupQuant(bits, group_size, rounding, code).for_pixels()
     return convolution.convolve(
         input, weight, bias, stride, padding, dilation, groups, 2, method, output_padding
     )
@@ -187,11 +194,12 @@ def conv_transpose3d(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """torch.nn.functional.conv_transpose3d over [N, C, D, H, W] or [C, D, H, W];
     see `conv2d`.
     """
-    method = GroupQuant(bits, group_size, rounding)
+    method = GroupQuant(bits, group_size, rounding, code).for_pixels()
     return convolution.convolve(
         input, weight, bias, stride, padding, dilation, groups, 3, method, output_padding
     )

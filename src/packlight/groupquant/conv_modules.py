@@ -1,22 +1,30 @@
 """Layers of conv nets under torch.nn's own names that keep group-quantised tensors in training.
 
-Constructor, attributes, `state_dict` and printing are torch.nn's; `bits`, `group_size` and
-`rounding` come after them, as `GroupQuant` has them. In `eval()` the plain torch operation runs.
-What is kept, and how exact the gradient is, stands with each function in
-`conv_functional.py`.
+Constructor, attributes, `state_dict` and printing are torch.nn's; `bits`, `group_size`, `rounding`
+and `code` come after them, as `GroupQuant` has them. In `eval()` the plain torch operation runs.
+What is kept, and how exact the gradient is, stands with each function in `conv_functional.py`.
 """
 
 from typing import Any
 
 from torch import Tensor, nn
 
+from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import Quantised
 from packlight.layers.channel_norms import batch_norm, group_norm
 from packlight.layers.convolution import convolve, pad
 from packlight.layers.twin import start_batch
 
 
-class _Conv(Quantised, nn.modules.conv._ConvNd):
+class _OfPixels(Quantised):
+    """What layers share whose gradients sum over pixels."""
+
+    @staticmethod
+    def suited(method: GroupQuant) -> GroupQuant:
+        return method.for_pixels()
+
+
+class _Conv(_OfPixels, nn.modules.conv._ConvNd):
     """What the convolutions share."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -41,7 +49,7 @@ class Conv3d(_Conv, nn.Conv3d):
     """`torch.nn.Conv3d`; keeps a pack of its input, or shares one."""
 
 
-class _ConvTranspose(Quantised, nn.modules.conv._ConvTransposeNd):
+class _ConvTranspose(_OfPixels, nn.modules.conv._ConvTransposeNd):
     """What the transposed convolutions share."""
 
     def training_forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -65,7 +73,7 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d`; keeps a pack of its input, or shares one."""
 
 
-class _BatchNorm(Quantised, nn.modules.batchnorm._NormBase):
+class _BatchNorm(_OfPixels, nn.modules.batchnorm._NormBase):
     """What the batch norms share."""
 
     def training_forward(self, input: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`; keeps a pack of the normalised value."""
 
 
-class GroupNorm(Quantised, nn.GroupNorm):
+class GroupNorm(_OfPixels, nn.GroupNorm):
     """`torch.nn.GroupNorm`; keeps a pack of the normalised value."""
 
     def training_forward(self, input: Tensor) -> Tensor:

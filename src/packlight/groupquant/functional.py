@@ -1,5 +1,5 @@
 """Functions that keep group-quantised tensors: torch.nn.functional's names and arguments, plus
-`bits`, `group_size` and `rounding` as `GroupQuant` has them.
+`bits`, `group_size`, `rounding` and `code` as `GroupQuant` has them.
 
 Each computes what torch's function computes. What differs is what is kept for the backward pass: a
 pack of `bits + 32 / group_size` bits an element in place of 16 or 32. A tensor that several
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from packlight.groupquant.grouping import Rounding
+from packlight.groupquant.grouping import Code, Rounding
 from packlight.groupquant.method import GroupQuant
 from packlight.layers import attention
 from packlight.layers import functional as layers
@@ -33,6 +33,11 @@ _ATTENTION = _DEFAULT.for_attention()
 # ---- matrix products and norms -------------------------------------------------------------------
 
 
+def _method(bits: int, group_size: int, rounding: Rounding, code: Code) -> GroupQuant:
+    """The method for functions that are not linear."""
+    return GroupQuant(bits, group_size, rounding, code).for_functions()
+
+
 def linear(
     input: Tensor,
     weight: Tensor,
@@ -41,13 +46,15 @@ def linear(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x W^T + b, x [..., in], W [out, in], b [out].
 
     Keeps `bits + 32 / group_size` bits an element of x, or nothing where x is packed already, and W
     itself. Input and bias gradients exact, weight gradient unbiased with stochastic rounding.
     """
-    return layers_linear.linear(input, weight, bias, method=GroupQuant(bits, group_size, rounding))
+    method = GroupQuant(bits, group_size, rounding, code)
+    return layers_linear.linear(input, weight, bias, method=method)
 
 
 def layer_norm(
@@ -60,6 +67,7 @@ def layer_norm(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """(x - mean) rstd weight + bias over the last dimensions, `normalized_shape`.
 
@@ -68,7 +76,7 @@ def layer_norm(
     dx = rstd (g - mean g - x~ mean(g x~)) for g = dy weight, and dweight = sum dy x~, which is
     unbiased with stochastic rounding; dbias is exact.
     """
-    method = GroupQuant(bits, group_size, rounding)
+    method = _method(bits, group_size, rounding, code)
     return layers_norms.layer_norm(input, normalized_shape, weight, bias, eps, method=method)
 
 
@@ -81,12 +89,13 @@ def rms_norm(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x rstd weight over the last dimensions, rstd = 1 / sqrt(mean x^2 + eps).
 
     Keeps what `layer_norm` keeps; dx = rstd (g - x~ mean(g x~)).
     """
-    method = GroupQuant(bits, group_size, rounding)
+    method = _method(bits, group_size, rounding, code)
     return layers_norms.rms_norm(input, normalized_shape, weight, eps, method=method)
 
 
@@ -103,6 +112,7 @@ def scaled_dot_product_attention(
     bits: int = _ATTENTION.bits,
     group_size: int = _ATTENTION.group_size,
     rounding: Rounding = _ATTENTION.rounding,
+    code: Code = _ATTENTION.code,
     recompute: bool | None = None,
 ) -> Tensor:
     """softmax(Q K^T scale) V by torch's fused kernels, q [..., heads, length, head_dim].
@@ -126,7 +136,7 @@ def scaled_dot_product_attention(
     dimension is no multiple of 8, torch's own function runs and keeps what it keeps.
     """
     given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    method = GroupQuant(bits, group_size, rounding)
+    method = _method(bits, group_size, rounding, code)
     return attention.scaled_dot_product_attention(
         query, key, value, *given, method=method, recompute=recompute
     )
@@ -142,9 +152,10 @@ def celu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """max(0, x) + min(0, alpha (e^(x / alpha) - 1)). Keeps a pack of x; biased."""
-    return layers.celu(input, alpha, method=GroupQuant(bits, group_size, rounding))
+    return layers.celu(input, alpha, method=_method(bits, group_size, rounding, code))
 
 
 def elu(
@@ -154,9 +165,10 @@ def elu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x for x > 0, else alpha (e^x - 1). Keeps a pack of x; biased."""
-    return layers.elu(input, alpha, method=GroupQuant(bits, group_size, rounding))
+    return layers.elu(input, alpha, method=_method(bits, group_size, rounding, code))
 
 
 def gelu(
@@ -166,9 +178,10 @@ def gelu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x Phi(x), or its tanh approximation. Keeps a pack of x; biased."""
-    return layers.gelu(input, approximate, method=GroupQuant(bits, group_size, rounding))
+    return layers.gelu(input, approximate, method=_method(bits, group_size, rounding, code))
 
 
 def hardswish(
@@ -177,9 +190,10 @@ def hardswish(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x min(max(x + 3, 0), 6) / 6. Keeps a pack of x; biased."""
-    return layers.hardswish(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.hardswish(input, method=_method(bits, group_size, rounding, code))
 
 
 def logsigmoid(
@@ -188,9 +202,10 @@ def logsigmoid(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """log(1 / (1 + e^-x)). Keeps a pack of x; biased."""
-    return layers.logsigmoid(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.logsigmoid(input, method=_method(bits, group_size, rounding, code))
 
 
 def mish(
@@ -199,9 +214,10 @@ def mish(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x tanh(log(1 + e^x)). Keeps a pack of x; biased."""
-    return layers.mish(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.mish(input, method=_method(bits, group_size, rounding, code))
 
 
 def quick_gelu(
@@ -210,9 +226,10 @@ def quick_gelu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x sigmoid(1.702 x), as in CLIP. Keeps a pack of x; biased."""
-    return layers.quick_gelu(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.quick_gelu(input, method=_method(bits, group_size, rounding, code))
 
 
 def relu_squared(
@@ -221,9 +238,10 @@ def relu_squared(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """max(x, 0)^2, from Primer. Keeps a pack of x; biased."""
-    return layers.relu_squared(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.relu_squared(input, method=_method(bits, group_size, rounding, code))
 
 
 def selu(
@@ -232,9 +250,10 @@ def selu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """Self-normalising ELU. Keeps a pack of x; biased."""
-    return layers.selu(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.selu(input, method=_method(bits, group_size, rounding, code))
 
 
 def sigmoid(
@@ -243,9 +262,10 @@ def sigmoid(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """1 / (1 + e^-x). Keeps a pack of x; biased."""
-    return layers.sigmoid(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.sigmoid(input, method=_method(bits, group_size, rounding, code))
 
 
 def silu(
@@ -254,9 +274,10 @@ def silu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x sigmoid(x), also called swish. Keeps a pack of x; biased."""
-    return layers.silu(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.silu(input, method=_method(bits, group_size, rounding, code))
 
 
 def softplus(
@@ -267,9 +288,10 @@ def softplus(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """log(1 + e^(beta x)) / beta, and x where beta x > threshold. Keeps a pack of x; biased."""
-    return layers.softplus(input, beta, threshold, method=GroupQuant(bits, group_size, rounding))
+    return layers.softplus(input, beta, threshold, method=_method(bits, group_size, rounding, code))
 
 
 def softsign(
@@ -278,9 +300,10 @@ def softsign(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x / (1 + |x|). Keeps a pack of x; biased."""
-    return layers.softsign(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.softsign(input, method=_method(bits, group_size, rounding, code))
 
 
 def tanh(
@@ -289,9 +312,10 @@ def tanh(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """Hyperbolic tangent. Keeps a pack of x; biased."""
-    return layers.tanh(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.tanh(input, method=_method(bits, group_size, rounding, code))
 
 
 def tanhshrink(
@@ -300,9 +324,10 @@ def tanhshrink(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x - tanh(x). Keeps a pack of x; biased."""
-    return layers.tanhshrink(input, method=GroupQuant(bits, group_size, rounding))
+    return layers.tanhshrink(input, method=_method(bits, group_size, rounding, code))
 
 
 def prelu(
@@ -312,10 +337,11 @@ def prelu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """x for x > 0, else a x, with slopes a [1] or [channels]. Keeps 1 bit and, where the slopes
     train, a pack of x; the gradient of x is exact, that of a unbiased."""
-    return layers_prelu(input, weight, method=GroupQuant(bits, group_size, rounding))
+    return layers_prelu(input, weight, method=_method(bits, group_size, rounding, code))
 
 
 # ---- gated units ---------------------------------------------------------------------------------
@@ -328,12 +354,13 @@ def swiglu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """silu(gate) up, the gated unit of Llama.
 
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
-    return layers.swiglu(gate, up, method=GroupQuant(bits, group_size, rounding))
+    return layers.swiglu(gate, up, method=_method(bits, group_size, rounding, code))
 
 
 def geglu(
@@ -344,12 +371,13 @@ def geglu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """gelu(gate) up, with either form of GELU.
 
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
-    return layers.geglu(gate, up, approximate, method=GroupQuant(bits, group_size, rounding))
+    return layers.geglu(gate, up, approximate, method=_method(bits, group_size, rounding, code))
 
 
 def reglu(
@@ -359,12 +387,13 @@ def reglu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """relu(gate) up. The mask is that of the packed gate.
 
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
-    return layers.reglu(gate, up, method=GroupQuant(bits, group_size, rounding))
+    return layers.reglu(gate, up, method=_method(bits, group_size, rounding, code))
 
 
 def glu(
@@ -374,9 +403,10 @@ def glu(
     bits: int = _DEFAULT.bits,
     group_size: int = _DEFAULT.group_size,
     rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
 ) -> Tensor:
     """a sigmoid(b) for the halves a and b of `input` along `dim`.
 
     Keeps packs of gate and up, from which a `linear` that reads the product rebuilds it; biased.
     """
-    return layers.glu(input, dim, method=GroupQuant(bits, group_size, rounding))
+    return layers.glu(input, dim, method=_method(bits, group_size, rounding, code))

@@ -106,9 +106,10 @@ def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> ScaledRows:
 
 
 def _row_groups(width: int, method: GroupQuant) -> Groups:
-    size = row_group_size(width, method.group_size)
+    bits, group_size, code = method.groups
+    size = row_group_size(width, group_size, code)
     assert size is not None  # `keeps_rows` said so
-    return method.bits, size
+    return bits, size, code
 
 
 # ---- norms of channels ---------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Layers under torch.nn's own names that keep group-quantised tensors in training.
 
-Constructor, attributes, `state_dict` and printing are torch.nn's; `bits`, `group_size` and
-`rounding` come after them, as `GroupQuant` has them. In `eval()` the plain torch operation runs,
+Constructor, attributes, `state_dict` and printing are torch.nn's; `bits`, `group_size`, `rounding`
+and `code` come after them, as `GroupQuant` has them. In `eval()` the plain torch operation runs,
 exact and twice differentiable. What is kept, and how exact the gradient is, stands with each
 function in `functional.py`. `inplace=True` overwrites the input, as torch's does,
 and saves nothing by it: the output is made first.
@@ -16,7 +16,7 @@ from packlight import sharing
 from packlight._checks import check_inplace
 from packlight._overwrite import overwrite
 from packlight._seeds import start_rounding
-from packlight.groupquant.grouping import Rounding
+from packlight.groupquant.grouping import Code, Rounding
 from packlight.groupquant.method import GroupQuant
 from packlight.layers import functional, norms, plain
 from packlight.layers.activations import activation, gated, gelu_name
@@ -39,11 +39,17 @@ class Quantised(Twin):
         bits: int = _DEFAULT.bits,
         group_size: int = _DEFAULT.group_size,
         rounding: Rounding = _DEFAULT.rounding,
+        code: Code = _DEFAULT.code,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method = GroupQuant(bits, group_size, rounding)
+        self.method = self.suited(GroupQuant(bits, group_size, rounding, code))
         start_rounding()
+
+    @staticmethod
+    def suited(method: GroupQuant) -> GroupQuant:
+        """The method as this layer takes it."""
+        return method.for_functions()
 
     def _shown(self) -> dict[str, Any]:
         return dataclasses.asdict(self.method)
@@ -63,6 +69,10 @@ def in_place(inplace: bool, input: Tensor, output: Tensor) -> Tensor:
 
 class Linear(Quantised, nn.Linear):
     """`torch.nn.Linear`; keeps a pack of its input, or shares one."""
+
+    @staticmethod
+    def suited(method: GroupQuant) -> GroupQuant:
+        return method
 
     def training_forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias, method=self.method)

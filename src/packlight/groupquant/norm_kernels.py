@@ -1,7 +1,7 @@
 """Triton kernels of layer and RMS norm: output, pack and rstd in one pass, backward in one pass.
 
-A program walks over rows, a row a tile (see `kernels.py`), with weights in registers. The backward
-adds up its rows' share of the weight and bias gradients in registers as well.
+A program walks over rows, a row a tile (see `tile_kernels.py`), with weights in registers. The
+backward adds up its rows' share of the weight and bias gradients in registers as well.
 """
 
 import functools
@@ -14,15 +14,9 @@ from torch import Tensor
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.groupquant.grouping import Grouping, Groups
-from packlight.groupquant.kernels import (
-    load_codes,
-    load_tile,
-    random_tile,
-    sized,
-    store_codes,
-    store_tile,
-    tile_offsets,
-)
+from packlight.groupquant.kernels import constants, sized
+from packlight.groupquant.pack_kernels import load_codes, store_codes
+from packlight.groupquant.tile_kernels import load_tile, store_tile, tile_offsets
 
 
 @triton.jit
@@ -56,7 +50,9 @@ def _forward_kernel(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
@@ -101,14 +97,9 @@ def _forward_kernel(
             if BIAS:
                 y = y + bias[j]
             store_tile(y_ptr + row * width, y, width, NQ, SIZE, j, FULL)
-        draws = ()
-        if SEED:
-            bundles = tl.arange(0, NQ)
-            draws = random_tile(seed_value(seed, SEED), row, bundles, SIZE, NQ)
-        group = row * row_groups
         store_codes(
-            normal, codes_ptr + group * SIZE, scales_ptr + group, draws, width, (), NQ, SIZE, BITS,
-            SEED != 0, 0, None, FULL,
+            normal, codes_ptr, scales_ptr, row * row_groups, seed_value(seed, SEED), row, 0, width,
+            (), NQ, SIZE, PARTS, BITS, CODE, SEED, 0, None, FULL,
         )  # fmt: skip
         row += 1
 
@@ -133,7 +124,9 @@ def _backward_kernel(
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    CODE: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
@@ -145,9 +138,7 @@ def _backward_kernel(
     while row < end:
         dy = load_tile(dy_ptr + row * width, width, NQ, SIZE, FULL)
         group = row * row_groups
-        x_hat = load_codes(
-            codes_ptr + group * SIZE, scales_ptr + group, width, NQ, SIZE, BITS, FULL
-        )
+        x_hat = load_codes(codes_ptr, scales_ptr, group, width, NQ, SIZE, PARTS, BITS, CODE, FULL)
         rstd = tl.load(rstd_ptr + row)
         if NEED_WEIGHT:
             total = ()
@@ -192,10 +183,10 @@ PROGRAMS = 132 * 8
 
 def _launch_shape(grouping: Grouping) -> tuple[int, bool, int, int, int]:
     """Bundles a row, whether they are whole, warps, programs, and rows a program."""
-    bundle = 8 * grouping.group_bytes
+    bundle = 8 * grouping.size
     bundles = -(-grouping.width // bundle)
     nq = triton.next_power_of_2(bundles)
-    warps = max(1, min(16, nq * grouping.group_bytes // 64))
+    warps = max(1, min(16, nq * grouping.size // 64))
     programs = max(1, min(grouping.rows, PROGRAMS * 4 // warps))
     steps = -(-grouping.rows // programs)
     return nq, grouping.width == nq * bundle, warps, -(-grouping.rows // steps), steps
@@ -216,8 +207,7 @@ def _forward_launch(
         CENTER=center,
         WEIGHT=weight,
         BIAS=bias,
-        SIZE=grouping.group_bytes,
-        BITS=grouping.bits,
+        **constants(grouping),
         SEED=seed,
         FULL=full,
         NQ=nq,
@@ -279,8 +269,7 @@ def _backward_launch(
         WEIGHT=weight,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
-        SIZE=grouping.group_bytes,
-        BITS=grouping.bits,
+        **constants(grouping),
         FULL=full,
         NQ=nq,
         num_warps=warps,

@@ -16,6 +16,7 @@ from packlight.groupquant.grouping import Grouping, Groups
 from packlight.packing.layout import compute_dtype
 
 _KERNELS = "packlight.groupquant.kernels"
+_GATED = "packlight.groupquant.gated_kernels"
 
 
 def _fake_pack(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -77,7 +78,7 @@ gated = define_op(
         *_fake_pack(gate, groups),
         *_fake_pack(gate, groups),
     ),
-    kernel=f"{_KERNELS}:gated",
+    kernel=f"{_GATED}:gated",
 )
 
 
@@ -102,7 +103,7 @@ gated_backward = define_op(
     " bool through) -> (Tensor, Tensor)",
     reference=reference.gated_backward,
     fake=_fake_gated_backward,
-    kernel=f"{_KERNELS}:gated_backward",
+    kernel=f"{_GATED}:gated_backward",
 )
 
 gated_product = define_op(
@@ -113,7 +114,7 @@ gated_product = define_op(
     fake=lambda codes, _1, _2, _3, name, shape, stride, groups, dtype: codes.new_empty_strided(
         shape, stride, dtype=dtype
     ),
-    kernel=f"{_KERNELS}:gated_product",
+    kernel=f"{_GATED}:gated_product",
 )
 
 

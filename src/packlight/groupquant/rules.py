@@ -54,23 +54,37 @@ rows(
         (nn.Softsign, F.softsign): (modules.Softsign, functional.softsign),
         (nn.Tanh, torch.tanh, Tensor.tanh): (modules.Tanh, functional.tanh),
         (nn.Tanhshrink, F.tanhshrink): (modules.Tanhshrink, functional.tanhshrink),
+        (torch.mul, Tensor.mul): (mul,),
+        (nn.LayerNorm, F.layer_norm): (modules.LayerNorm, norms.layer_norm),
+        (nn.RMSNorm, F.rms_norm): (modules.RMSNorm, norms.rms_norm),
+    },
+    lambda method: {"method": method.for_functions()},
+)
+
+rows(
+    Quantiser,
+    {
+        (nn.Linear, F.linear): (modules.Linear, linear),
+    },
+    lambda method: {"method": method},
+)
+
+rows(
+    Quantiser,
+    {
         (nn.BatchNorm1d,): (conv_modules.BatchNorm1d,),
         (nn.BatchNorm2d,): (conv_modules.BatchNorm2d,),
         (nn.BatchNorm3d,): (conv_modules.BatchNorm3d,),
         (F.batch_norm,): (channel_norms.batch_norm,),
         (nn.GroupNorm, F.group_norm): (conv_modules.GroupNorm, channel_norms.group_norm),
-        (nn.LayerNorm, F.layer_norm): (modules.LayerNorm, norms.layer_norm),
-        (nn.RMSNorm, F.rms_norm): (modules.RMSNorm, norms.rms_norm),
-        (nn.Linear, F.linear): (modules.Linear, linear),
         (nn.Conv1d, F.conv1d): (conv_modules.Conv1d, CONVOLUTIONS[1]),
         (nn.Conv2d, F.conv2d): (conv_modules.Conv2d, CONVOLUTIONS[2]),
         (nn.Conv3d, F.conv3d): (conv_modules.Conv3d, CONVOLUTIONS[3]),
         (nn.ConvTranspose1d, F.conv_transpose1d): (conv_modules.ConvTranspose1d, TRANSPOSED[1]),
         (nn.ConvTranspose2d, F.conv_transpose2d): (conv_modules.ConvTranspose2d, TRANSPOSED[2]),
         (nn.ConvTranspose3d, F.conv_transpose3d): (conv_modules.ConvTranspose3d, TRANSPOSED[3]),
-        (torch.mul, Tensor.mul): (mul,),
     },
-    lambda method: {"method": method},
+    lambda method: {"method": method.for_pixels()},
 )
 
 # Attention runs once more on its packs.

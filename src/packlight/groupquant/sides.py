@@ -4,32 +4,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight.groupquant.grouping import Groups
+from packlight.groupquant.planes import from_bytes, to_bytes
 
 
-def with_sides(codes: Tensor, scales: Tensor, flat: Tensor, groups: Groups) -> Tensor:
+def with_sides(codes: Tensor, scales: Tensor, flat: Tensor, bits: int, group_size: int) -> Tensor:
     """The codes, with those of positive values above 0 and those of others not.
 
     Only codes next to 0 change, by less than a step. In a group whose least value is 0 zeros come
     back as that.
     """
-    bits, group_size = groups
-    parts = 8 // bits
-    last, shape = 2**bits - 1, (scales.numel(), parts, group_size // parts)
+    last = 2**bits - 1
     low = (scales & -65536).view(torch.float32)
     step = (scales << 16).view(torch.float32)
     # Both have 8 significant bits, so that no rounding takes their ratio to a whole number.
-    at_zero = (low / -step).floor().nan_to_num(0.0).view(-1, 1, 1)
+    at_zero = (low / -step).floor().nan_to_num(0.0).view(-1, 1)
     highest = at_zero.clamp(0, last).to(torch.uint8)
     least = (at_zero + 1).clamp(0, last).to(torch.uint8)
     positive, padding = flat > 0, scales.numel() * group_size - flat.numel()
-    positive = (F.pad(positive, (0, padding)) if padding else positive).view(shape)
-
-    numbers, shifts = codes.view(shape[0], 1, shape[2]), range(0, 8, bits)
-    if parts > 1:
-        numbers = torch.cat([(numbers >> shift) & last for shift in shifts], 1)
+    positive = (F.pad(positive, (0, padding)) if padding else positive).view(-1, group_size)
+    numbers = from_bytes(codes, bits, group_size)
     numbers = torch.where(positive, numbers.maximum(least), numbers.minimum(highest))
-    packed = numbers[:, 0]
-    for part in range(1, parts):
-        packed = packed | (numbers[:, part] << shifts[part])
-    return packed.reshape(-1)
+    return to_bytes(numbers, bits)

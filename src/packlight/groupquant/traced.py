@@ -37,7 +37,7 @@ def operators(width: int, groups: Groups) -> tuple[Callable[..., Any], Callable[
 
     Rows with a ragged group are the operators' also there.
     """
-    _, group_size = groups
+    _, group_size, *_ = groups
     if _torch.is_traced() and width % group_size == 0:
         return norm, norm_reference.norm_backward
     return ops.norm, ops.norm_backward
@@ -59,7 +59,7 @@ def norm(
     There are no copies of the parameters: what a compiled region keeps is the region's own.
     """
     x_hat, rstd = normalise(x, eps, center)
-    bits, _ = groups
+    bits, *_ = groups
     packed = x_hat.to(_packed_dtype(x, bits))
     codes, scales = ops.quantize(packed, (width, 1), groups, seed, number)
     y = x_hat if weight is None else x_hat * weight

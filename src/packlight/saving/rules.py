@@ -79,6 +79,9 @@ _ATTENTION = (
     "FlexAttention*",
 )
 
+# Gradients that sum over the pixels of a channel, neighbours in memory: `Quantiser.for_pixels`.
+_OF_PIXELS = ("*Conv*", "*BatchNorm*", "*GroupNorm*", "*InstanceNorm*")
+
 # Names of Functions of other packages; an override may name one before its package is imported.
 _OF_PACKAGES = ("FlashAttnFuncBackward", "FlashAttnVarlenFuncBackward", "FlexAttentionBackward")
 
@@ -92,8 +95,9 @@ class Rules:
         self.defaults: dict[str, Quantiser | None] = {
             **dict.fromkeys(_EXACT),
             **dict.fromkeys(_ATTENTION, fine),
-            COMPILED: fine,
-            "*": method,
+            **dict.fromkeys(_OF_PIXELS, method.for_pixels()),
+            COMPILED: fine.for_pixels(),  # of whatever operations; a ReLU's side is in its codes
+            "*": method.for_functions(),
         }
         self.known: dict[tuple[str, str], tuple[Quantiser | None, bool]] = {}
 

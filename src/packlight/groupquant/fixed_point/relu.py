@@ -33,6 +33,7 @@ class _CodedReLU(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(codes, table)
         ctx.layout = (stride, bits)
+        ctx.is_relu = True
         if inplace:
             ctx.mark_dirty(x)
             return torch.relu_(x)
@@ -62,6 +63,7 @@ class _MaskedReLU(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mask)
         ctx.stride = dense_stride(x)
+        ctx.is_relu = True
         return y, mask
 
     @staticmethod

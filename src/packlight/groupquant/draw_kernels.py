@@ -1,0 +1,76 @@
+"""Random numbers of groups in Triton: see `draws.py`."""
+
+import triton
+import triton.language as tl
+
+from packlight._philox import PAIR_MULTIPLIER, PAIR_WEYL
+from packlight.groupquant.draws import HASH, ROUNDS, STEP
+
+PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+MULTIPLIER = tl.constexpr(PAIR_MULTIPLIER)
+WEYL = tl.constexpr(PAIR_WEYL)
+HASH_0 = tl.constexpr(HASH[0])
+HASH_1 = tl.constexpr(HASH[1])
+PLACE_STEP = tl.constexpr(STEP)
+
+
+@triton.jit
+def random_tile(seed, row, bundle, SIZE: tl.constexpr, NQ: tl.constexpr):
+    """Two [NQ, SIZE] uint32 tensors for the byte positions of bundles [NQ] of a row."""
+    seed = seed.to(tl.uint64)
+    key = seed.to(tl.uint32)
+    c0 = bundle.to(tl.uint32)[:, None] * SIZE + tl.arange(0, SIZE).to(tl.uint32)[None, :]
+    c1 = tl.zeros([NQ, SIZE], dtype=tl.uint32) + (row.to(tl.uint32) ^ (seed >> 32).to(tl.uint32))
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        high = tl.umulhi(c0, MULTIPLIER)
+        low = tl.mul(c0, MULTIPLIER, sanitize_overflow=False)
+        c0, c1 = high ^ key ^ c1, low
+        key = tl.add(key, WEYL, sanitize_overflow=False)
+    return c0, c1
+
+
+@triton.jit
+def other_seed(seed):
+    """Of the second pack of an operator: see `draws.other_seed`."""
+    return seed.to(tl.int64) ^ (1 << 32)
+
+
+@triton.jit
+def mixed(x):
+    """See `draws.mixed`."""
+    x ^= x >> 16
+    x = tl.mul(x, HASH_0, sanitize_overflow=False)
+    x ^= x >> 15
+    x = tl.mul(x, HASH_1, sanitize_overflow=False)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def group_hashes(seed, group):
+    """32 bits for each group [NQ] of a pack."""
+    seed = seed.to(tl.uint64)
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return mixed(group.to(tl.uint32) ^ mixed(mixed(low) ^ high))
+
+
+@triton.jit
+def sign_words(hashes, SIZE: tl.constexpr):
+    """[NQ, SIZE]: bit 31 - p is the sign of element p of each place; see `draws.signs`."""
+    place = mixed(tl.arange(0, SIZE).to(tl.uint32) + PLACE_STEP)
+    word = tl.mul(hashes[:, None] ^ place[None, :], HASH_0, sanitize_overflow=False)
+    return tl.mul(word ^ (word >> 15), HASH_1, sanitize_overflow=False)
+
+
+@triton.jit
+def store_seed(scales_ptr, seed, group):
+    """Writes the seed to the head of a pack, where a tile begins with its first group."""
+    if group == 0:
+        tl.store(scales_ptr, seed.to(tl.int32))
+        tl.store(scales_ptr + 1, (seed >> 32).to(tl.int32))
+
+
+@triton.jit
+def load_seed(scales_ptr):
+    """The seed at the head of a pack, int64."""
+    low, high = tl.load(scales_ptr), tl.load(scales_ptr + 1)
+    return (high.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)

@@ -1,0 +1,251 @@
+"""Triton kernels of gated units: the product and the packs of both factors in one pass."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packlight._launch import LAUNCHES, Launch, quick
+from packlight._seed_kernels import seed_argument, seed_kind, seed_value
+from packlight.elementwise.derivative_kernels import DERIVATIVE
+from packlight.elementwise.kernels import DIGITS, FORWARD
+from packlight.elementwise.limits import limits, pack_limits
+from packlight.groupquant.draw_kernels import other_seed
+from packlight.groupquant.grouping import Grouping, Groups
+from packlight.groupquant.kernels import Setting, constants, greatest, limited, sized, tile_of
+from packlight.groupquant.minmax_kernels import KEPT, LOST, REPLACES
+from packlight.groupquant.pack_kernels import load_codes, store_codes
+from packlight.groupquant.tile_kernels import load_tile, store_tile, to_float32
+from packlight.packing.layout import laid_out
+
+
+@quick
+@triton.jit(do_not_specialize=["seed"])
+def _gated_kernel(
+    gate_ptr,  # [n]
+    up_ptr,  # [n]
+    y_ptr,  # [n]
+    gate_codes_ptr,
+    gate_scales_ptr,
+    up_codes_ptr,
+    up_scales_ptr,
+    seed,  # a number, or a pointer to one
+    width,  # n
+    lowest,  # and the rest of `Limits`, for gate
+    highest,
+    below,
+    above,
+    edge,
+    up_lowest,  # for up
+    up_highest,
+    up_below,
+    up_above,
+    up_edge,
+    FORWARD: tl.constexpr,
+    DIGITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    CODE: tl.constexpr,
+    SEED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    UP_LIMITED: tl.constexpr,
+    GREATEST: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    """y = f(gate) up, and the packs of gate and up."""
+    bundle = tl.program_id(0).to(tl.int64) * NQ
+    start = bundle * (8 * SIZE)
+    left = width - start
+    group = bundle * (8 // PARTS)
+    key, row = seed_value(seed, SEED), tl.zeros([], dtype=tl.int64)
+    gate = load_tile(gate_ptr + start, left, NQ, SIZE, FULL)
+    # One after the other: registers for both would leave room for few programs at once.
+    factors = ()
+    for j in tl.static_range(8):
+        # torch rounds f(gate) to the tensors' dtype before it multiplies.
+        factors = factors + (FORWARD(gate[j], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
+    within = (lowest, highest, below, above, edge)
+    store_codes(
+        gate, gate_codes_ptr, gate_scales_ptr, group, key, row, bundle, left, within, NQ, SIZE,
+        PARTS, BITS, CODE, SEED, LIMITED, GREATEST, FULL,
+    )  # fmt: skip
+    up = load_tile(up_ptr + start, left, NQ, SIZE, FULL)
+    for j in tl.static_range(8):
+        y = to_float32(factors[j]) * up[j]
+        store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
+    within = (up_lowest, up_highest, up_below, up_above, up_edge)
+    store_codes(
+        up, up_codes_ptr, up_scales_ptr, group, other_seed(key), row, bundle, left, within, NQ,
+        SIZE, PARTS, BITS, CODE, SEED, UP_LIMITED, GREATEST, FULL,
+    )  # fmt: skip
+
+
+@quick
+@triton.jit
+def _gated_backward_kernel(
+    dy_ptr,  # [n], with DERIVATIVE
+    gate_codes_ptr,
+    gate_scales_ptr,
+    up_codes_ptr,
+    up_scales_ptr,
+    dgate_ptr,  # [n], with DERIVATIVE
+    dup_ptr,  # [n], or the rebuilt product without DERIVATIVE
+    width,  # n
+    FORWARD: tl.constexpr,
+    DERIVATIVE: tl.constexpr,  # None: rebuild f(gate~) up~
+    THROUGH: tl.constexpr,
+    REPLACED: tl.constexpr,  # the gate's pack may hold numbers in place of infinities
+    DIGITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    CODE: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    """dgate = dy up~ f'(gate~) and dup = dy f(gate~), or the product f(gate~) up~ itself.
+
+    Unless THROUGH, dy up~ in place of dgate.
+    """
+    bundle = tl.program_id(0).to(tl.int64) * NQ
+    start = bundle * (8 * SIZE)
+    left = width - start
+    group = bundle * (8 // PARTS)
+    if DERIVATIVE is not None:
+        dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
+    factor = load_codes(
+        gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, LOST
+    )
+    gate = factor
+    if REPLACED and DERIVATIVE is not None:
+        gate = load_codes(
+            gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, KEPT
+        )
+    up = load_codes(up_codes_ptr, up_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL)
+    for j in tl.static_range(8):
+        f = FORWARD(factor[j], 0.0, 0.0, DIGITS)
+        if DERIVATIVE is None:
+            store_tile(dup_ptr + start, f * up[j], left, NQ, SIZE, j, FULL)
+        else:
+            dgate = dy[j] * up[j]
+            if THROUGH:
+                dgate *= DERIVATIVE(gate[j], 0.0, 0.0)
+            store_tile(dgate_ptr + start, dgate, left, NQ, SIZE, j, FULL)
+            store_tile(dup_ptr + start, dy[j] * f, left, NQ, SIZE, j, FULL)
+
+
+GATED = Setting(1024, 8)
+GATED_BACKWARD = Setting(1024, 8)
+PRODUCT = Setting(1024, 4)
+
+
+@functools.lru_cache(LAUNCHES)
+def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) -> Launch:
+    nq, tiles, full = tile_of(grouping, GATED.block)
+    return _gated_kernel.prepare(
+        (tiles,),
+        grouping.width,
+        *pack_limits(dtype, name, bits=grouping.bits),
+        *limits(dtype),
+        FORWARD=FORWARD[name],
+        DIGITS=DIGITS[dtype],
+        **constants(grouping),
+        SEED=seed,
+        LIMITED=limited(dtype, name),
+        UP_LIMITED=limited(dtype),
+        GREATEST=greatest(dtype),
+        FULL=full,
+        NQ=nq,
+        num_warps=GATED.warps,
+    )
+
+
+def gated(
+    gate: Tensor, up: Tensor, name: str, groups: Groups, seed: Tensor | None, number: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(gate)
+    n = y.numel()
+    grouping, size, count = sized(1, n, *groups)
+    gate_pack, up_pack = (
+        (gate.new_empty(size, dtype=torch.uint8), gate.new_empty(count, dtype=torch.int32))
+        for _ in range(2)
+    )
+    if n:
+        _gated_launch(grouping, gate.dtype, name, seed_kind(seed, number))(
+            laid_out(gate, y.stride()),
+            laid_out(up, y.stride()),
+            y,
+            *gate_pack,
+            *up_pack,
+            seed_argument(seed, number),
+        )
+    return y, *gate_pack, *up_pack
+
+
+@functools.lru_cache(LAUNCHES)
+def _gated_backward_launch(
+    grouping: Grouping, dtype: torch.dtype, name: str, product: bool, through: bool
+) -> Launch:
+    block, warps = PRODUCT if product else GATED_BACKWARD
+    nq, tiles, full = tile_of(grouping, block)
+    return _gated_backward_kernel.prepare(
+        (tiles,),
+        grouping.width,
+        FORWARD=FORWARD[name],
+        DERIVATIVE=None if product else DERIVATIVE[name],
+        THROUGH=through,
+        REPLACED=bool(limited(dtype, name) & REPLACES.value),
+        DIGITS=DIGITS[dtype],
+        **constants(grouping),
+        FULL=full,
+        NQ=nq,
+        num_warps=warps,
+    )
+
+
+def gated_backward(
+    grad_output: Tensor,
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    stride: Sequence[int],
+    groups: Groups,
+    through: bool,
+) -> tuple[Tensor, Tensor]:
+    dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    dup = torch.empty_like(dgate)
+    n = dgate.numel()
+    packs = (gate_codes, gate_scales, up_codes, up_scales)
+    if n:
+        grouping, *_ = sized(1, n, *groups)
+        launch = _gated_backward_launch(grouping, dgate.dtype, name, False, through)
+        launch(laid_out(grad_output, stride), *packs, dgate, dup)
+    return dgate, dup
+
+
+def gated_product(
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    groups: Groups,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = gate_codes.new_empty_strided(shape, stride, dtype=dtype)
+    n = y.numel()
+    packs = (gate_codes, gate_scales, up_codes, up_scales)
+    if n:
+        grouping, *_ = sized(1, n, *groups)
+        launch = _gated_backward_launch(grouping, dtype, name, True, True)
+        launch(y, *packs, y, y)
+    return y

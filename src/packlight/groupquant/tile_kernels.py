@@ -1,0 +1,199 @@
+"""Tiles of groups in Triton: what loads and stores their elements, and the bytes of their codes.
+
+A tile is NQ bundles of a row. A bundle is 8 / PARTS consecutive groups, so that a thread holds
+eight elements for each of SIZE positions, whatever the bits: PARTS elements of each group. Element
+(q, s, p, i) of a tile lies ((q SETS + s) PARTS + p) SIZE + i behind its start, SETS = 8 / PARTS.
+
+A byte of a plane of w bits has 8 / w elements of a group, PARTS w / 8 parts apart (`Grouping`): all
+of them are in one thread.
+"""
+
+import triton
+import triton.language as tl
+
+from packlight.elementwise.kernels import PTX
+
+# ---- elements ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile_offsets(NQ: tl.constexpr, SIZE: tl.constexpr, j: tl.constexpr):
+    """[NQ, SIZE] offsets of element j = s PARTS + p of every position of a tile."""
+    bundle = tl.arange(0, NQ) * (8 * SIZE)
+    return bundle[:, None] + (j * SIZE + tl.arange(0, SIZE))[None, :]
+
+
+@triton.jit
+def to_float32(x):
+    if PTX and x.dtype == tl.bfloat16:
+        # One instruction each. Triton moves every other one down first, then both up.
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def load_tile(x_ptr, left, NQ: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
+    """The eight [NQ, SIZE] float32 tensors of a tile at `x_ptr`, 0 past the row's end.
+
+    `left` elements are left of the row.
+    """
+    tile = ()
+    for j in tl.static_range(8):
+        offsets = tile_offsets(NQ, SIZE, j)
+        if FULL:
+            x = tl.load(x_ptr + offsets)
+        else:
+            x = tl.load(x_ptr + offsets, offsets < left, other=0.0)
+        tile = tile + (to_float32(x),)
+    return tile
+
+
+@triton.jit
+def load_columns(
+    p_ptr, first, left, PERIOD: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr,
+    PARTS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """What `load_tile` gives, of a parameter for a tile that starts at group `first`.
+
+    It is as long as PERIOD groups, and begins again after so many.
+    """
+    SETS: tl.constexpr = 8 // PARTS
+    tile = ()
+    for j in tl.static_range(8):
+        group = (first + tl.arange(0, NQ) * SETS + j // PARTS).to(tl.uint32) % PERIOD
+        within = (j % PARTS) * SIZE + tl.arange(0, SIZE)
+        source = p_ptr + group[:, None] * (PARTS * SIZE) + within[None, :]
+        if FULL:
+            p = tl.load(source)
+        else:
+            p = tl.load(source, tile_offsets(NQ, SIZE, j) < left, other=0.0)
+        tile = tile + (to_float32(p),)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    y_ptr, y, left, NQ: tl.constexpr, SIZE: tl.constexpr, j: tl.constexpr, FULL: tl.constexpr
+):
+    """Stores element j of a tile in the dtype of `y_ptr`."""
+    offsets = tile_offsets(NQ, SIZE, j)
+    y = y.to(y_ptr.dtype.element_ty)
+    if FULL:
+        tl.store(y_ptr + offsets, y)
+    else:
+        tl.store(y_ptr + offsets, y, offsets < left)
+
+
+# ---- codes ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_bytes(
+    parts, codes_ptr, group, there, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Stores the codes of groups [NQ], PARTS tensors [NQ, SIZE] of bytes; `there` None for all.
+
+    What is above a code may be anything, as the bytes of the neighbours of a code replace it.
+    """
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS  # of the first plane
+    target = codes_ptr + group[:, None] * (PARTS * SIZE * BITS // 8) + tl.arange(0, SIZE)[None, :]
+    if BITS == 8:
+        _store(target, parts[0], there)
+    else:
+        for h in tl.static_range(PARTS * LOW // 8):
+            _store(target + h * SIZE, _byte(parts, h, 0, LOW, PARTS), there)
+        if BITS > LOW:
+            start = PARTS * SIZE * LOW // 8
+            _store(target + start, _byte(parts, 0, LOW, 1, PARTS), there)
+
+
+@triton.jit
+def _store(target, byte, there):
+    if there is None:
+        tl.store(target, byte.to(tl.uint8))
+    else:
+        tl.store(target, byte.to(tl.uint8), there[:, None])
+
+
+@triton.jit
+def code_bytes(x, BITS: tl.constexpr):
+    """Bytes of the codes in the bits from 16 up of float32 numbers, as int32; from 15 at 8 bits.
+
+    After a NaN they are anything.
+    """
+    if PTX and BITS == 8:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 a, b; prmt.b32 a, $1, $2, 0x6521; prmt.b32 b, $3, $4, 0x6521;"
+            "shl.b32 a, a, 1; shl.b32 b, b, 1; prmt.b32 $0, a, b, 0x7531;}",
+            "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif PTX:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 a, b; prmt.b32 a, $1, $2, 0x0062; prmt.b32 b, $3, $4, 0x0062;"
+            "prmt.b32 $0, a, b, 0x5410;}",
+            "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return (x >> (15 if BITS == 8 else 16)) & 0xFF
+
+
+@triton.jit
+def _byte(codes, h: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Byte h of each position in the plane of the WIDTH bits of codes from bit FIRST up."""
+    STEP: tl.constexpr = PARTS * WIDTH // 8
+    if PTX:
+        byte = codes[h]
+        if FIRST > 0:
+            byte = _insert(byte, byte, 0, -FIRST)
+        for r in tl.static_range(1, 8 // WIDTH):
+            byte = _insert(byte, codes[r * STEP + h], r * WIDTH, r * WIDTH - FIRST)
+        return byte
+    else:
+        byte = tl.zeros_like(codes[h])
+        for r in tl.static_range(8 // WIDTH):
+            byte |= ((codes[r * STEP + h] >> FIRST) & ((1 << WIDTH) - 1)) << (r * WIDTH)
+        return byte
+
+
+@triton.jit
+def _insert(byte, code, KEPT: tl.constexpr, MOVE: tl.constexpr):
+    """The low KEPT bits of the byte, and above them those of the code, moved up by MOVE.
+
+    What comes over from a neighbouring byte is among the bits that the next one replaces.
+    """
+    KEEP: tl.constexpr = ((1 << KEPT) - 1) * 0x01010101
+    SHIFT: tl.constexpr = f"shl.b32 a, $2, {MOVE}" if MOVE >= 0 else f"shr.b32 a, $2, {-MOVE}"
+    return tl.inline_asm_elementwise(
+        f"{{.reg .b32 a; {SHIFT}; lop3.b32 $0, $1, a, {KEEP}, 0xE4;}}",
+        "=r,r,r", [byte, code], dtype=tl.uint8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_bytes(
+    codes_ptr, group, there, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """The codes of groups [NQ], PARTS tensors [NQ, SIZE] of int32; 0 where groups are not there."""
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS  # of the first plane
+    STEP: tl.constexpr = PARTS * LOW // 8
+    source = codes_ptr + group[:, None] * (PARTS * SIZE * BITS // 8) + tl.arange(0, SIZE)[None, :]
+    bytes_ = ()
+    for h in tl.static_range(STEP + (BITS - LOW)):
+        if there is None:
+            byte = tl.load(source + h * SIZE)
+        else:
+            byte = tl.load(source + h * SIZE, there[:, None], other=0)
+        bytes_ = bytes_ + (byte.to(tl.int32),)
+    codes = ()
+    for p in tl.static_range(PARTS):
+        code = (bytes_[p % STEP] >> (p // STEP * LOW)) & ((1 << LOW) - 1)
+        if BITS > LOW:
+            code |= ((bytes_[STEP] >> p) & 1) << LOW
+        codes = codes + (code,)
+    return codes
