@@ -7,7 +7,9 @@ import types
 import pytest
 import torch
 
+import packlight
 from packlight import _library, use_reference
+from tests.helpers import every_device
 
 SCHEMA = "dispatched_{}(Tensor x, Tensor? seed, float scale) -> Tensor"
 NUMBERS = itertools.count()  # torch 2.11 forgets no operator's name
@@ -171,3 +173,17 @@ def test_what_an_operator_writes_to_is_counted_past_the_dispatcher(monkeypatch, 
     assert torch.equal(operator(x, None), x)
     with torch.inference_mode():  # these have no version, so the dispatcher is asked
         assert torch.equal(operator(x, unversioned), x - 1)
+
+
+@every_device
+def test_float64_takes_the_reference_where_the_result_alone_has_it(device):
+    """As what a pack stands for: codes and scales have other dtypes."""
+    x, dy = torch.randn(2, 16, 64, dtype=torch.float64, device=device)
+    layer = torch.nn.Linear(64, 64, dtype=torch.float64, device=device)
+    layer(x).backward(dy)
+    exact = layer.weight.grad
+    layer.weight.grad = None
+    packlight.convert(layer, packlight.GroupQuant(bits=8))
+    layer(x).backward(dy)
+    assert layer.weight.grad.dtype == torch.float64
+    assert (layer.weight.grad - exact).norm() < 0.02 * exact.norm()

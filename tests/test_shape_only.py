@@ -90,7 +90,7 @@ def result(function, x, arguments):
     except (RuntimeError, ValueError) as error:
         return type(error), str(error)
     y = y if isinstance(y, tuple) else (y,)
-    dy = torch.randn(y[0].shape, generator=torch.Generator().manual_seed(2)).to(y[0].dtype)
+    dy = torch.randn(y[0].shape, generator=torch.Generator().manual_seed(2)).to(y[0])
     return *(each.detach() for each in y), *torch.autograd.grad(y[0], x, dy)
 
 

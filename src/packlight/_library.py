@@ -71,13 +71,16 @@ def define_op(
 
     module_name, _, function_name = kernel.partition(":")
     launch: Callable[..., Any] | None = None
-    places, written, first = _tensor_places(schema)
+    places, written, dtypes, first = _places(schema)
 
     def on_cuda(*args: Any) -> Any:
         nonlocal launch
         for place in places:
             tensor = args[place]
             if tensor is not None and tensor.dtype is torch.float64:
+                return reference(*args)
+        for place in dtypes:  # of the result
+            if args[place] is torch.float64:
                 return reference(*args)
         if _reference_depth:
             return reference(*args)
@@ -113,12 +116,13 @@ def define_op(
     return call
 
 
-def _tensor_places(schema: str) -> tuple[list[int], list[int], int]:
-    """Which arguments of a schema are tensors, or None, which are written to, and the first that
-    is never None.
+def _places(schema: str) -> tuple[list[int], list[int], list[int], int]:
+    """Which arguments of a schema are tensors, or None, which of them are written to, which are
+    dtypes, and the first tensor that is never None.
     """
     arguments = re.split(r",\s*", schema[schema.index("(") + 1 : schema.rindex(") ->")])
     kinds = [re.sub(r"\(\w!\)", "", argument).split(" ")[0] for argument in arguments]
-    places = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
-    written = [i for i in places if "!" in arguments[i]]
-    return places, written, kinds.index("Tensor")
+    tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
+    written = [i for i in tensors if "!" in arguments[i]]
+    dtypes = [i for i, kind in enumerate(kinds) if kind in ("ScalarType", "ScalarType?")]
+    return tensors, written, dtypes, kinds.index("Tensor")

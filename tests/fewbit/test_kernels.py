@@ -121,6 +121,17 @@ def test_bins_count_the_borders_below(numbers, unit, folded):
     assert np.array_equal(bins_code(t, bins, folded), np.searchsorted(borders, t))
 
 
+@every_device
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_borders_of_any_precision(bits, device):
+    """A codebook of one's own need not have borders with zeros for low bits."""
+    x = torch.linspace(-3, 3, 997, device=device)
+    borders = [-2.5 + 4.7 * i / 2**bits for i in range(1, 2**bits)]
+    given = (bits, borders, "none", 0.0, 0, x.stride())
+    codes = [unpack(by.encode(x, *given), bits, x.numel()) for by in (kernels, reference)]
+    assert torch.equal(*codes)
+
+
 @pytest.mark.parametrize("layer", LAYERS[:16], ids=str)
 @pytest.mark.parametrize("bits", range(3, 9))
 def test_shipped_books_fit_bins(layer, bits):

@@ -35,7 +35,7 @@ def test_slopes_are_torch_s_and_gradients_in_the_middle_of_their_part(bits, dtyp
     assert (our_dx - dx)[below].abs().max() <= 0.6 / (2 * parts) + rounding
     assert our_dx[below].unique().numel() == parts or bits == 8
     # Unbiased over the draws: the mean of the slopes is that of the distribution.
-    assert our_dx[below].double().mean() == pytest.approx(0.4, abs=0.02)
+    assert our_dx[below].double().mean().item() == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:, ::3], lambda x: x.t()], ids=range(3))

@@ -12,6 +12,8 @@ def bins_of(borders: np.ndarray, folded: bool) -> tuple[np.ndarray, float, float
     low, high = 0.0 if folded else float(borders[0]), float(borders[-1])
     if not 0 < high - low < np.finfo(np.float32).max:
         return None
+    if (borders.view(np.int32) & 255).any():  # which is where an entry counts the borders below
+        return None
     for count in (int(2 ** (k / 4)) for k in range(20, 49)):
         scale = np.float32((count - 4) / (high - low))
         first = 0 if folded else round(low * float(scale)) - 2

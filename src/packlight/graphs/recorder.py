@@ -1,5 +1,6 @@
 """How CUDA records kernels and replays them."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,7 +70,10 @@ class CudaRecorder:
         """The tensors that `run` returns, and what computes them anew into the same memory."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with (
+                _nothing_freed(),
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
                 found = run()
         except RuntimeError as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -80,3 +84,16 @@ class CudaRecorder:
             ) from error
         self.pool = graph.pool()
         return found, graph.replay
+
+
+@contextmanager
+def _nothing_freed() -> Iterator[None]:
+    """Garbage is collected before, and not within: a graph of the past that goes ends a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

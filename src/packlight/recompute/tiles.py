@@ -109,7 +109,7 @@ class _Run(torch.autograd.Function):
             return (None,) * count
         keep = ctx.next_functions[0][0]
         tensors = keep.saved_tensors
-        if ctx.versions != ctx.body.versions():
+        if not _the_same(ctx.versions, ctx.body.versions()):
             raise ModifiedWeightError(
                 "a parameter of a module that runs in tiles was modified or replaced, as by an"
                 " optimizer's step, between the module's forward and its backward pass, which runs"
@@ -184,10 +184,16 @@ class _Body:
         """Those that are trained. They are not held here: that would look like a saved tensor."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
-    def versions(self) -> list[tuple[int, int]]:
-        """Which parameters there are, and how often each was written to."""
-        parameters = self.module.parameters()
-        return [(id(p), 0 if p.is_inference() else p._version) for p in parameters]
+    def versions(self) -> list[tuple[int, int, int]]:
+        """Which parameters there are, where they lie, and how often each was written to."""
+        return [
+            (
+                id(p),
+                p.data_ptr() if type(p) is nn.Parameter else 0,
+                0 if p.is_inference() else p._version,
+            )
+            for p in self.module.parameters()
+        ]
 
     def tiles(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The same tile of tensors of as many positions, as views."""
@@ -265,6 +271,19 @@ class _Body:
         finally:
             for holder, name, p in places:
                 holder[name] = p
+
+
+def _the_same(before: list[tuple[int, int, int]], now: list[tuple[int, int, int]]) -> bool:
+    """Whether parameters are those that were there, or others in the same memory.
+
+    As the stand-ins with which a pass is recorded, and a parameter that FSDP gathers once more.
+    """
+    return len(before) == len(now) and all(
+        version == other_version and (one == other or (where and where == other_where))
+        for (one, where, version), (other, other_where, other_version) in zip(
+            before, now, strict=True
+        )
+    )
 
 
 class _Sum:
