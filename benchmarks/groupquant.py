@@ -71,7 +71,8 @@ def check_pack(x: Tensor, bits: int, kind: str) -> float:
         again = ops.dequantize(*pack, *layout, *PLAIN)
         other = ops.dequantize(*ops.quantize(few, (1,), groups, *seed), *layout, *PLAIN)
     deviation = few.float().std()
-    assert (y - again).abs().max() < 1e-3 * deviation
+    assert (y - again).abs().max() < 4e-3 * deviation  # rotated groups are read in float16
+    assert (y - again).norm() < 1e-3 * again.norm()
     assert (y - other).norm() < 0.02 * other.norm()
     error = float((y - few.float()).square().mean() / deviation.square())
     assert error < ERRORS[kind][bits]

@@ -62,8 +62,8 @@ def _kept_and_run(body: "_Body", x: Tensor, method: Tiles) -> Tensor:
     if method.keep is not None and worth_packing(x, method.keep):
         kept = pack_input(x, method.keep)
         rebuild, tensors = kept.rebuild, kept.tensors
-    # Where x has no gradient the node is there all the same.
-    anchor = x.new_empty(0, requires_grad=True)
+    # Where x has no gradient the node is there all the same, for a parameter that gets none of it.
+    anchor = None if x.requires_grad else body.parameters[0]
     held = _apply_keep(x, anchor, rebuild, *tensors)
     y: Tensor = _apply_run(held, body, x.requires_grad, *body.parameters)
     return y
@@ -78,7 +78,11 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, rebuild: Callable[..., Tensor], *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
