@@ -689,6 +689,8 @@ ARGUMENTS = {
     F.pad: lambda x: (x, (1, 2, 0, 1), "reflect"),
     F.rms_norm: lambda x: (x.flatten(2), (64,)),
     F.rrelu: lambda x: (x, 0.1, 0.3, True),
+    Tensor.prelu: lambda x: (x, torch.full((1,), 0.3, requires_grad=True)),
+    torch.prelu: lambda x: (x, torch.full((1,), 0.3, requires_grad=True)),
     F.scaled_dot_product_attention: lambda x: (x, x * 0.5, x * 2),
     F.softplus: lambda x: (x, 1.5, 10.0),
     F.threshold: lambda x: (x, 0.1, -1.0),

@@ -275,7 +275,7 @@ def test_the_same_seed_gives_the_same_codes_and_another_another():
         ({"bits": True}, "not 2, 3, 4 or 8"),
         ({"group_size": 100}, "not a power of two from 32 to 1024"),
         ({"group_size": 16}, "not a power of two from 32 to 1024"),
-        ({"rounding": "up"}, 'neither "stochastic" nor "nearest"'),
+        ({"rounding": "up"}, 'none of "stochastic", "nearest" and "offset"'),
     ],
 )
 def test_wrong_methods_raise(arguments, message):

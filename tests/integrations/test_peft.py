@@ -393,7 +393,11 @@ def test_a_dropout_keeps_a_bit_an_element_and_shares_the_pack():
     rows = [
         row
         for row in packlight.profile(model, **inputs).rows
-        if "layers.1" in row.module and "lora_" in row.module and "lora_B" not in row.module
+        if "layers.1" in row.module
+        and "lora_" in row.module
+        and "lora_B" not in row.module
+        # Attention keeps no pack of its output, which others could share.
+        and "o_proj.lora_A" not in row.module
     ]
     bits = BATCH * LENGTH // 8
     assert {row.module.split(".")[-2] for row in rows} == {"lora_dropout"}
