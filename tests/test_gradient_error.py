@@ -334,7 +334,8 @@ class Tied(nn.Module):
         return F.cross_entropy(self.head(hidden), x)
 
 
-def test_weights_that_are_tied_frozen_or_unused_are_said():
+def test_weights_that_are_tied_frozen_or_unused_are_said(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # a narrow terminal folds notes
     torch.manual_seed(0)
     report = gradient_error(Tied(), torch.arange(16), GroupQuant(8, 32))
     rows = by_name(report)
