@@ -114,7 +114,10 @@ def _argument(tracer: Any, value: Any, proxies: list[Any]) -> Any:
         return _of_parts(tracer, make, value.unpack_var_sequence(tracer), proxies)
     if dataclasses.is_dataclass(kind):
         names = [field.name for field in dataclasses.fields(kind)]
-        fields = [value.var_getattr(tracer, name) for name in names]
+        get = getattr(value, "var_getattr", None)
+        if get is None:  # torch 2.14: the tracer follows the Function
+            raise _NotKnownError(value)
+        fields = [get(tracer, name) for name in names]
         if value.source is None:
             return _of_parts(tracer, functools.partial(_object, kind, names), fields, proxies)
         computed_fields: list[Any] = []
