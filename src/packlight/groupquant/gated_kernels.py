@@ -15,7 +15,15 @@ from packlight.elementwise.kernels import DIGITS, FORWARD
 from packlight.elementwise.limits import limits, pack_limits
 from packlight.groupquant.draw_kernels import other_seed
 from packlight.groupquant.grouping import Grouping, Groups
-from packlight.groupquant.kernels import Setting, constants, greatest, limited, sized, tile_of
+from packlight.groupquant.kernels import (
+    Setting,
+    constants,
+    greatest,
+    limited,
+    new_pack,
+    sized,
+    tile_of,
+)
 from packlight.groupquant.minmax_kernels import KEPT, LOST, REPLACES
 from packlight.groupquant.pack_kernels import load_codes, store_codes
 from packlight.groupquant.tile_kernels import load_tile, store_tile, to_float32
@@ -171,10 +179,7 @@ def gated(
     y = torch.empty_like(gate)
     n = y.numel()
     grouping, size, count = sized(1, n, *groups)
-    gate_pack, up_pack = (
-        (gate.new_empty(size, dtype=torch.uint8), gate.new_empty(count, dtype=torch.int32))
-        for _ in range(2)
-    )
+    gate_pack, up_pack = new_pack(gate, size, count), new_pack(gate, size, count)
     if n:
         _gated_launch(grouping, gate.dtype, name, seed_kind(seed, number))(
             laid_out(gate, y.stride()),

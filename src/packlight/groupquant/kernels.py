@@ -202,6 +202,11 @@ def sized(rows: int, width: int, *groups: int) -> tuple[Grouping, int, int]:
     return grouping, grouping.code_bytes, grouping.words
 
 
+def new_pack(x: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Codes and words, as many as `sized` says, on the device of `x`."""
+    return x.new_empty(size, dtype=torch.uint8), x.new_empty(count, dtype=torch.int32)
+
+
 def greatest(dtype: torch.dtype) -> float:
     """The greatest number that a code of such a tensor may stand for."""
     return limits(dtype).highest
@@ -254,7 +259,7 @@ def _pack(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n = x.numel()
     grouping, size, count = sized(n // width if width else 0, width, *groups)
-    codes, scales = x.new_empty(size, dtype=torch.uint8), x.new_empty(count, dtype=torch.int32)
+    codes, scales = new_pack(x, size, count)
     if n == 0:
         return codes, scales
     launch = _quantize_launch(grouping, x.dtype, name, tuple(parameters), seed_kind(seed, number))

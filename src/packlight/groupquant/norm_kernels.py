@@ -14,7 +14,7 @@ from torch import Tensor
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.groupquant.grouping import Grouping, Groups
-from packlight.groupquant.kernels import constants, sized
+from packlight.groupquant.kernels import constants, new_pack, sized
 from packlight.groupquant.pack_kernels import load_codes, store_codes
 from packlight.groupquant.tile_kernels import load_tile, store_tile, tile_offsets
 
@@ -230,7 +230,7 @@ def norm(
     rows = n // width
     grouping, size, count = sized(rows, width, *groups)
     y = torch.empty_like(x)
-    codes, scales = x.new_empty(size, dtype=torch.uint8), x.new_empty(count, dtype=torch.int32)
+    codes, scales = new_pack(x, size, count)
     rstd = x.new_empty(rows, dtype=torch.float32)
     copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
     if n == 0:
