@@ -54,11 +54,12 @@ def group_hashes(seed, group):
 
 
 @triton.jit
-def sign_words(hashes, SIZE: tl.constexpr):
-    """[NQ, SIZE]: bit 31 - p is the sign of element p of each place; see `draws.signs`."""
-    place = mixed(tl.arange(0, SIZE).to(tl.uint32) + PLACE_STEP)
-    word = tl.mul(hashes[:, None] ^ place[None, :], HASH_0, sanitize_overflow=False)
-    return tl.mul(word ^ (word >> 15), HASH_1, sanitize_overflow=False)
+def sign_halves(hashes, SIZE: tl.constexpr):
+    """[NQ, SIZE] of int16: bit 15 - p is the sign of element p of each place; see `draws.signs`."""
+    place = tl.arange(0, SIZE)
+    step = tl.mul((place // 4 + 1).to(tl.uint32), PLACE_STEP, sanitize_overflow=False)
+    words = mixed(hashes[:, None] ^ step[None, :])
+    return ((words >> (place % 4 * 8).to(tl.uint32)[None, :]) << 8).to(tl.int16)
 
 
 @triton.jit

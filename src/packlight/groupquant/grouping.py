@@ -66,7 +66,7 @@ class Grouping(NamedTuple):
 
     @property
     def parts(self) -> int:
-        return 8 if self.code == ROTATED else 8 // PLANES[self.bits][-1]
+        return 8
 
     @property
     def size(self) -> int:

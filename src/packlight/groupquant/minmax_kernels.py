@@ -26,6 +26,7 @@ LEAST_STEP = tl.constexpr(TINY)
 SIGN_BIT = tl.constexpr(SIGN)
 COARSE_STEP = tl.constexpr(COARSE)
 OFFSET = tl.constexpr(_OFFSET)
+LARGE = tl.constexpr(3e38)
 SEED_WORDS = tl.constexpr(HEADER)
 
 # What there is to be done of limits, or-ed: values beyond them, and infinities to replace.
@@ -180,8 +181,25 @@ def code_and_fraction(
 
 
 @triton.jit
-def code_by_offset(x, half_low, inverse, addend):
-    """As `code_and_fraction`, of an addend 2^(23 - f) + u [NQ, SIZE] or of the group."""
+def saturated(x, factor):
+    """x factor between 0 and 1, 0 for NaN."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "mul.rn.sat.f32 $0, $1, $2;", "=f,f,f", [x, factor],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.minimum(tl.maximum(x * factor, 0.0), 1.0)
+
+
+@triton.jit
+def code_by_offset(x, half_low, inverse, first, more):
+    """As `code_and_fraction`, of an addend 2^(23 - f) + u of the group, and 1 more of x > 0.
+
+    `more` is 0 in groups that do not begin at 0. Comparing would take half of what limits a pack:
+    comparisons and selections are as slow as two products.
+    """
+    addend = tl.fma(saturated(x, LARGE), more, first)
     if PTX:  # not to be fused otherwise, as said there
         return tl.inline_asm_elementwise(
             "{.reg .f32 v; fma.rn.f32 v, $1, 0f3F000000, $2; fma.rn.f32 $0, v, $3, $4;}",
@@ -225,19 +243,15 @@ def store_minmax(
             u, _ = group_offsets(seed, group + local, step, BITS)
             from_zero = half_low == 0.0
             base = 256.0 if BITS == 8 else 128.0
-            first = u + tl.where(from_zero, base + 1.0, base)
-            # Code 0 of what is 0, where that is the minimum.
-            at_zero = tl.where(from_zero, base, first)[:, None]
-            first = first[:, None]
-            bound = tl.where(from_zero, 0.0, -INFINITY)[:, None]
+            first = tl.where(from_zero, base, base + u)[:, None]
+            more = tl.where(from_zero, u + 1.0, 0.0)[:, None]
         half_low = half_low[:, None]
         inverse = tl.broadcast_to(inverse[:, None], [NQ, SIZE])
         parts = ()
         for p in tl.static_range(PARTS):
             x = limited_to(tile[s * PARTS + p], low, high, LIMITED)
             if CODE == OFFSET:
-                addend = tl.where(x > bound, first, at_zero)
-                code = code_by_offset(x, half_low, inverse, addend)
+                code = code_by_offset(x, half_low, inverse, first, more)
             else:
                 code = code_and_fraction(
                     x, half_low, inverse, draws, s * PARTS + p, BITS, STOCHASTIC
@@ -272,18 +286,18 @@ def load_minmax(
             from_zero = low == 0.0
             middle = tl.where(fine, 0.5 - HALF, 0.5) - u - tl.where(from_zero, 1.0, 0.0)
             low = (low * 0.5 + step * 0.5 * middle) * 2.0
-            nothing = tl.where(from_zero, 0, -1)[:, None]  # the code of 0, -1 for none
-            zero = (step * 0.0)[:, None]  # NaN in a group with one
+            more = tl.where(from_zero, low, 0.0)[:, None]
+            low = tl.where(from_zero, 0.0, low)
         step = tl.broadcast_to(step[:, None], [NQ, SIZE])
         for p in tl.static_range(PARTS):
             # An integer below 2^23 in the low bits of 2^23 is that much more than 2^23.
-            value = (codes[p] | 0x4B000000).to(tl.float32, bitcast=True) - WHOLE
+            code = (codes[p] | 0x4B000000).to(tl.float32, bitcast=True) - WHOLE
             if PTX:
-                value = tl.fma(value, step, low[:, None])
+                value = tl.fma(code, step, low[:, None])
             else:  # the interpreter rounds the product, which may overflow
-                value = (value * (step * 0.5) + low[:, None] * 0.5) * 2.0
-            if CODE == OFFSET:
-                value = tl.where(codes[p] == nothing, zero, value)
+                value = (code * (step * 0.5) + low[:, None] * 0.5) * 2.0
+            if CODE == OFFSET:  # `more` of all codes but that of 0
+                value = tl.fma(saturated(code, 1.0), more, value)
             tile = tile + (value,)
     return tile
 

@@ -3,7 +3,7 @@
 A tile has eight parts of each group [NQ, SIZE], so the Hadamard matrix of a group is that of eight
 times that of SIZE: three rounds of sums and differences between the parts, in registers, and for
 each part a product with +-1 on tensor cores. All but the latter is in float16, two numbers an
-instruction.
+instruction (`rotated_ptx.py`).
 """
 
 import triton
@@ -11,23 +11,28 @@ import triton.language as tl
 
 from packlight.elementwise.kernels import PTX
 from packlight.elementwise.limits import GREATEST as _GREATEST
-from packlight.groupquant.draw_kernels import group_hashes, load_seed, sign_words, store_seed
+from packlight.groupquant.draw_kernels import group_hashes, load_seed, sign_halves, store_seed
 from packlight.groupquant.minmax_kernels import (
     INFINITY,
     REPLACES,
     SEED_WORDS,
-    SIGN_BIT,
     group_range,
     limited_to,
     scale_of,
 )
-from packlight.groupquant.rotated_reference import FORMULAS, LEAST, PART
-from packlight.groupquant.tile_kernels import load_bytes, store_bytes, tile_offsets
+from packlight.groupquant.rotated_ptx import DECODE, ENCODE, INPUTS, TURN
+from packlight.groupquant.rotated_reference import FORMULAS
+from packlight.groupquant.tile_kernels import tile_offsets
 
-SIXTEENTH = tl.constexpr(PART)
-LEAST_SPREAD = tl.constexpr(LEAST)
 GREATEST = tl.constexpr(_GREATEST)
-FACTORS = tl.constexpr(tuple(FORMULAS[bits] for bits in (1, 2, 3, 4)))
+BOUNDS = tl.constexpr(tuple(FORMULAS[bits].bound for bits in (1, 2, 3, 4)))
+STEPS = tl.constexpr(tuple(FORMULAS[bits].step for bits in (1, 2, 3, 4)))
+LASTS = tl.constexpr(tuple(FORMULAS[bits].last for bits in (1, 2, 3, 4)))
+ENCODE_PTX = tl.constexpr(ENCODE)
+DECODE_PTX = tl.constexpr(DECODE)
+TURN_PTX = tl.constexpr(TURN)
+INPUTS_PTX = tl.constexpr(INPUTS)
+EXPONENT = tl.constexpr(0x7F800000)
 # Of tl.dot's inner dimension.
 NARROW = tl.constexpr(16)
 
@@ -38,15 +43,12 @@ def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr):
     WIDTH: tl.constexpr = SIZE if SIZE >= NARROW or NQ * SIZE < NARROW else NARROW
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
-    common = i & j & (SIZE - 1)
-    if SIZE > 16:
-        common ^= common >> 4
-    common ^= common >> 2
-    common ^= common >> 1
-    matrix = 1 - 2 * (common & 1)
+    # Bit v of the constant is the parity of the bits of v; it becomes the sign of 1.
+    parity = (0x69969669 ^ -1) >> (i & j & (SIZE - 1))
+    matrix = (((parity << 15) & 0x8000) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
     if WIDTH > SIZE:
-        matrix = tl.where(i // SIZE == j // SIZE, matrix, 0)
-    return matrix.to(tl.float16)
+        matrix = tl.where(i // SIZE == j // SIZE, matrix, 0.0)
+    return matrix
 
 
 @triton.jit
@@ -76,47 +78,33 @@ def across(parts):
 
 
 @triton.jit
+def with_half_sign(x, signs, p: tl.constexpr):
+    """float16 `x` with the sign that element p of each place has."""
+    flipped = x.to(tl.int16, bitcast=True) ^ ((signs << p) & -0x8000)
+    return flipped.to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def with_sign(x, signs, p: tl.constexpr):
-    """`x` with the sign that element p of each place has."""
-    flipped = x.to(tl.int32, bitcast=True) ^ ((signs << p).to(tl.int32, bitcast=True) & SIGN_BIT)
+    """The same of float32."""
+    flipped = x.to(tl.int32, bitcast=True) ^ ((signs.to(tl.int32) << (16 + p)) & -2147483648)
     return flipped.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def with_half_sign(x, signs, p: tl.constexpr):
-    """The same of float16 `x`, by the upper halves of the words."""
+def signed_across(z, signs):
+    """`across` of float16 numbers with their signs."""
     if PTX:
         return tl.inline_asm_elementwise(
-            f"{{.reg .b32 a; shl.b32 a, $2, {p}; lop3.b32 $0, $1, a, 0x80008000, 0x78;}}",
-            "=r,r,r", [x, signs], dtype=tl.float16, is_pure=True, pack=2,
+            TURN_PTX, INPUTS_PTX[8] + ",r,r,r,r,r,r,r,r,r",
+            [z[0], z[1], z[2], z[3], z[4], z[5], z[6], z[7], signs],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16) * 2, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        flipped = x.to(tl.int16, bitcast=True) ^ ((signs << p) & -0x8000)
-        return flipped.to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def without_fraction(number):
-    """16 + code of a float16 number with a fraction behind."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0xFFC0FFC0;",
-            "=r,r", [number], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return (number.to(tl.int16, bitcast=True) & -64).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def sixth_bytes(number, BITS: tl.constexpr):
-    """The code of such a number, as a byte with anything above it."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "{.reg .b32 a, b; shr.u32 a, $1, 6; shr.u32 b, $2, 6; prmt.b32 $0, a, b, 0x6420;}",
-            "=r,r,r", [number], dtype=tl.uint8, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        return (number.to(tl.int16, bitcast=True) >> 6) & ((1 << BITS) - 1)
+        signed = ()
+        for p in tl.static_range(8):
+            signed = signed + (with_half_sign(z[p], signs, p),)
+        return across(signed)
 
 
 @triton.jit
@@ -127,20 +115,96 @@ def nearest_bfloat16(x):
 
 
 @triton.jit
-def half(x: tl.constexpr):
-    """A number of float16: of float32 it would make that of what it is multiplied by."""
-    return tl.full([], x, tl.float16)
+def code_of(y, BITS: tl.constexpr):
+    """The code of each float16 number, as float32."""
+    TOP: tl.constexpr = (1 << BITS) - 1
+    half = tl.full([], 0.5 / BOUNDS[BITS - 1], tl.float16).to(tl.float32)
+    u = tl.minimum(tl.maximum(y.to(tl.float32) * half + 0.5, 0.0), 1.0)
+    u = u.to(tl.float16).to(tl.float32)
+    if BITS > 2:
+        slope = (3 * TOP - 2 * TOP * u).to(tl.float16).to(tl.float32)
+        u = (u * u).to(tl.float16).to(tl.float32) * slope
+    else:
+        u = u * TOP
+    return (u + 8388608.0) - 8388608.0
 
 
 @triton.jit
-def level(number, BITS: tl.constexpr):
-    """l(code) of 16 + code, float16."""
-    s = number - half(16.0 + ((1 << BITS) - 1) / 2)
-    if FACTORS[BITS - 1][2] == 0.0:
-        return s
+def level(code, BITS: tl.constexpr):
+    """The level of each code, a float32 number, in float16."""
+    s = ((code - ((1 << BITS) - 1) / 2) * STEPS[BITS - 1]).to(tl.float16)
+    if BITS > 2:
+        square = (s * s).to(tl.float32)
+        s = s * (square * square + 1.0).to(tl.float16)
+    return s
+
+
+@triton.jit
+def encoded(y, BITS: tl.constexpr):
+    """The pieces of the codes of eight parts, integers of 16 bits, and the sum of y l(code)."""
+    if PTX and BITS < 3:
+        return tl.inline_asm_elementwise(
+            ENCODE_PTX[BITS - 1], INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r",
+            [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]],
+            dtype=(tl.int16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PTX:
+        return tl.inline_asm_elementwise(
+            ENCODE_PTX[BITS - 1], INPUTS_PTX[3] + ",r,r,r,r,r,r,r,r",
+            [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]],
+            dtype=(tl.int16, tl.int16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        square = s * s
-        return s * (square * square * half(FACTORS[BITS - 1][2]) + half(1.0))
+        whole = tl.zeros(y[0].shape, dtype=tl.int32)
+        inner = tl.zeros(y[0].shape, dtype=tl.float32)
+        for p in tl.static_range(8):
+            code = code_of(y[p], BITS)
+            whole |= code.to(tl.int32) << (BITS * p)
+            inner += y[p].to(tl.float32) * level(code, BITS).to(tl.float32)
+        if BITS < 3:
+            return whole.to(tl.int16), inner.to(tl.float16)
+        else:
+            return whole.to(tl.int16), (whole >> 16).to(tl.int16), inner.to(tl.float16)
+
+
+@triton.jit
+def decoded(pieces, BITS: tl.constexpr):
+    """Levels of eight parts of the pieces of their codes, turned between the parts."""
+    if PTX and BITS < 3:
+        return tl.inline_asm_elementwise(
+            DECODE_PTX[BITS - 1], INPUTS_PTX[8] + ",r", [pieces[0]],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16) * 2, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PTX:
+        return tl.inline_asm_elementwise(
+            DECODE_PTX[BITS - 1], INPUTS_PTX[8] + ",r,r", [pieces[0], pieces[1]],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16) * 2, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        whole = pieces[0].to(tl.int32) & 0xFFFF
+        if BITS > 2:
+            whole |= pieces[1].to(tl.int32) << 16
+        levels = ()
+        for p in tl.static_range(8):
+            code = (whole >> (BITS * p)) & ((1 << BITS) - 1)
+            levels = levels + (level(code.to(tl.float32), BITS),)
+        return across(levels)
+
+
+@triton.jit
+def piece_pointers(codes_ptr, group, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """Where the pieces of the codes of groups [NQ] lie, [NQ, SIZE] each; the second past 2 bits."""
+    start = codes_ptr + group[:, None] * (SIZE * BITS)
+    place = tl.arange(0, SIZE)[None, :]
+    halves = tl.pointer_type(tl.int16)
+    if BITS == 1:
+        return (start + place,)
+    elif BITS == 2:
+        return (start.to(halves) + place,)
+    elif BITS == 3:
+        return (start.to(halves) + place, start + 2 * SIZE + place)
+    else:
+        return (start.to(halves) + place, start.to(halves) + SIZE + place)
 
 
 @triton.jit
@@ -151,79 +215,73 @@ def store_rotated(
     """See `store_codes`."""
     WIDTH: tl.constexpr = 8 * SIZE
     local = tl.arange(0, NQ)
-    low = tl.zeros([NQ], dtype=tl.float32)
-    high = low
     replaced = tl.zeros([NQ], dtype=tl.int1)
+    values = tile
     if LIMITED != 0:
         low, high, replaced = group_range(tile, 0, left, within, NQ, SIZE, 8, LIMITED, FULL)
-    share = 1.0 / WIDTH
-    if not FULL:
+        values = ()
+        for p in tl.static_range(8):
+            x = limited_to(tile[p], low, high, LIMITED)
+            if not FULL:
+                x = tl.where(tile_offsets(NQ, SIZE, p) < left, x, 0.0)
+            values = values + (x,)
+    total, greatest = values[0], tl.abs(values[0])
+    for p in tl.static_range(1, 8):
+        total += values[p]
+        greatest = tl.maximum(greatest, tl.abs(values[p]))
+    greatest = tl.max(greatest, 1)
+    # Divided by a power of two, so that no square overflows or underflows.
+    exponent = greatest.to(tl.int32, bitcast=True) & EXPONENT
+    exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
+    unit = exponent.to(tl.float32, bitcast=True)
+    inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+    if FULL:
+        share = tl.full([NQ], 1.0 / WIDTH, tl.float32)
+    else:
         count = tl.minimum(tl.maximum(left - local * WIDTH, 1), WIDTH)
-        share = (1.0 / count.to(tl.float32))[:, None]
-    total = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    values = ()
-    for p in tl.static_range(8):
-        x = limited_to(tile[p], low, high, LIMITED)
-        if LIMITED != 0 and not FULL:
-            x = tl.where(tile_offsets(NQ, SIZE, p) < left, x, 0.0)
-        values = values + (x,)
-        total += x * share
-    mean = tl.sum(total, 1)
+        share = 1.0 / count.to(tl.float32)
+    mean = tl.sum(total * share[:, None], 1)
     finite = tl.abs(mean) < INFINITY
     if LIMITED != 0:
         finite &= high * 0.5 - low * 0.5 < INFINITY
     mean_bits = nearest_bfloat16(mean)
     mean = mean_bits.to(tl.float32, bitcast=True)
 
-    greatest = tl.zeros([NQ, SIZE], dtype=tl.float32)
+    middle = (mean * inverse)[:, None]
+    squares = tl.zeros([NQ, SIZE], dtype=tl.float32)
     differences = ()
     for p in tl.static_range(8):
-        d = values[p] * SIXTEENTH - (mean * SIXTEENTH)[:, None]
+        d = values[p] * inverse[:, None] - middle
         if not FULL:
             d = tl.where(tile_offsets(NQ, SIZE, p) < left, d, 0.0)
         differences = differences + (d,)
-        greatest = tl.maximum(greatest, tl.abs(d))
-    greatest = tl.max(greatest, 1)
-    spread = greatest >= LEAST_SPREAD
-    inverse = tl.where(spread, 1.0 / tl.where(spread, greatest, 1.0), 0.0)[:, None]
+        squares += d * d
+    squares = tl.sum(squares, 1)
+    spread = squares > 0.0
+    normal = tl.where(spread, tl.rsqrt(squares), 0.0)
+    halves = ()
+    for p in tl.static_range(8):
+        halves = halves + ((differences[p] * normal[:, None]).to(tl.float16),)
 
     store_seed(scales_ptr, seed, group)
-    signs = sign_words(group_hashes(seed, group + local), SIZE)
-    half_signs = (signs >> 16).to(tl.int16)
+    signs = sign_halves(group_hashes(seed, group + local), SIZE)
+    signed = signed_across(halves, signs)
     matrix = hadamard(NQ, SIZE)
-    squares = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    signed = ()
-    for p in tl.static_range(8):
-        z = differences[p] * inverse
-        squares += z * z
-        signed = signed + (with_half_sign(z.to(tl.float16), half_signs, p),)
-    signed = across(signed)
     turned = ()
     for p in tl.static_range(8):
-        turned = turned + (product(signed[p], matrix, NQ, SIZE),)
-
-    squares = tl.sum(squares, 1)
-    normal = tl.where(spread, tl.rsqrt(tl.where(spread, squares, 1.0)), 0.0)
-    inner = tl.zeros([NQ, SIZE], dtype=tl.float16)
-    codes = ()
-    for p in tl.static_range(8):
-        y = (turned[p] * normal[:, None]).to(tl.float16)
-        t = tl.minimum(tl.maximum(y, half(-FACTORS[BITS - 1][3])), half(FACTORS[BITS - 1][3]))
-        if FACTORS[BITS - 1][1] != 0.0:
-            t = t * (half(1.0) - half(FACTORS[BITS - 1][1]) * (t * t))
-        # 16 + code has the code in its bits from 6 up, above a fraction of six bits.
-        number = t * half(FACTORS[BITS - 1][0]) + half(16.0 + (1 << BITS) // 2)
-        codes = codes + (sixth_bytes(number, BITS),)
-        inner += y * level(without_fraction(number), BITS)
-    inner = tl.sum(inner.to(tl.float32), 1)
-    scale = tl.where(spread, greatest / tl.where(spread, normal * inner, 1.0), 0.0)
-    scale *= 1.0 / SIXTEENTH
-    scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (FACTORS[BITS - 1][4] * WIDTH))
+        turned = turned + (product(signed[p], matrix, NQ, SIZE).to(tl.float16),)
+    found = encoded(turned, BITS)
+    inner = tl.sum(found[len(found) - 1].to(tl.float32), 1)
+    scale = tl.where(spread, unit * (squares * normal / inner), 0.0)
+    scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (LASTS[BITS - 1] * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
     if REPLACES & LIMITED:
         word = tl.where(replaced, word | 0x8000, word)
     there = None if FULL else local * WIDTH < left
-    store_bytes(codes, codes_ptr, group + local, there, NQ, SIZE, 8, BITS)
+    pointers = piece_pointers(codes_ptr, group + local, SIZE, BITS)
+    for i in tl.static_range(1 if BITS < 3 else 2):
+        piece = found[i].to(pointers[i].dtype.element_ty)
+        tl.store(pointers[i], piece, None if FULL else there[:, None])
     tl.store(scales_ptr + SEED_WORDS + group + local, word, there)
 
 
@@ -235,17 +293,20 @@ def load_rotated(
     """See `load_codes`."""
     local = tl.arange(0, NQ)
     there = None if FULL else local * (8 * SIZE) < left
-    codes = load_bytes(codes_ptr, group + local, there, NQ, SIZE, 8, BITS)
+    pointers = piece_pointers(codes_ptr, group + local, SIZE, BITS)
+    pieces = ()
+    for i in tl.static_range(1 if BITS < 3 else 2):
+        if FULL:
+            piece = tl.load(pointers[i])
+        else:
+            piece = tl.load(pointers[i], there[:, None], other=0)
+        pieces = pieces + (piece.to(tl.int16),)
     word = tl.load(scales_ptr + SEED_WORDS + group + local, there, other=None if FULL else 0)
     mean = (word & -65536).to(tl.float32, bitcast=True)[:, None]
     scale = tl.broadcast_to(scale_of(word, REPLACED)[:, None], [NQ, SIZE])
-    signs = sign_words(group_hashes(load_seed(scales_ptr), group + local), SIZE)
+    signs = sign_halves(group_hashes(load_seed(scales_ptr), group + local), SIZE)
     matrix = hadamard(NQ, SIZE)
-    levels = ()
-    for p in tl.static_range(8):
-        number = ((codes[p] << 6) | 0x4C00).to(tl.int16).to(tl.float16, bitcast=True)  # 16 + code
-        levels = levels + (level(number, BITS),)
-    levels = across(levels)
+    levels = decoded(pieces, BITS)
     tile = ()
     for p in tl.static_range(8):
         turned = product(levels[p], matrix, NQ, SIZE)

@@ -23,6 +23,7 @@ float16, in which 16 + code has six more bits. A group with a NaN or an infinity
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,17 +33,33 @@ from packlight.groupquant.draws import signs
 from packlight.groupquant.grouping import Grouping
 from packlight.groupquant.minmax_reference import SIGN
 
-# By bits: a, c, e, the greatest magnitude of y of which the formula is, and one that is above all
-# levels, which bounds what a pack may stand for.
+
+class Formula(NamedTuple):
+    """How y becomes a code, and what a code stands for.
+
+    code = round((2^b - 1) S(u)), u = y / (2 bound) + 1/2 between 0 and 1, and
+    level = s + s^5, s = step (code - (2^b - 1) / 2). Where smooth, S(u) = u^2 (3 - 2 u); otherwise
+    S(u) = u and level = s. `last` is above all levels and bounds what a pack may stand for.
+    """
+
+    bound: float
+    step: float
+    last: float
+    smooth: bool
+
+
+# By bits. Steps have few bits, so that float16 has s.
 FORMULAS = {
-    1: (1.0, 0.0, 0.0, 0.96, 0.52),
-    2: (1 / 0.97, 0.0, 0.0, 1.92, 1.55),
-    3: (2.0, 0.045, 1.4e-3, 2.89, 4.4),
-    4: (3.8, 0.04, 1.12e-4, 2.89, 10.5),
+    1: Formula(0.5, 1.0, 0.52, False),
+    2: Formula(1.5, 1.0, 1.55, False),
+    3: Formula(2.6, 25 / 128, 0.84, True),
+    4: Formula(3.06, 25 / 256, 0.95, True),
 }
-# Differences are taken of sixteenths: whole ones may overflow, and so may inverses of small ones.
-PART = 0.0625
-LEAST = 2.0**-120
+
+
+def pieces(bits: int) -> tuple[int, ...]:
+    """Sizes of the integers that hold the codes of the eight elements of a place."""
+    return {1: (8,), 2: (16,), 3: (16, 8), 4: (16, 16)}[bits]
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
@@ -70,16 +87,55 @@ def nearest_bfloat16(x: Tensor) -> Tensor:
 
 
 def levels(numbers: Tensor, bits: int) -> Tensor:
-    """l(code), float16."""
-    s = (numbers.float() - (2**bits - 1) / 2).half()
-    square = s * s
-    level: Tensor = s * (square * square * _half(FORMULAS[bits][2]) + 1)
+    """The level of each code, float16."""
+    formula = FORMULAS[bits]
+    s = ((numbers.float() - (2**bits - 1) / 2) * formula.step).half()
+    if not formula.smooth:
+        return s
+    square = (s * s).float()
+    level: Tensor = s * (square * square + 1).half()
     return level
 
 
-def _half(number: float) -> float:
-    """A number as float16 has it."""
-    return float(torch.tensor(number).half())
+def codes(y: Tensor, bits: int) -> Tensor:
+    """The code of each float16 number, uint8; of NaN anything."""
+    formula, top = FORMULAS[bits], 2**bits - 1
+    half = torch.tensor(0.5 / formula.bound).half().float()
+    u = (y.float() * half + 0.5).clamp(0.0, 1.0).half()
+    if formula.smooth:
+        value = (u * u).float() * (3 * top - 2 * top * u.float()).half().float()
+    else:
+        value = u.float() * top
+    return value.nan_to_num(0.0).round().to(torch.uint8)
+
+
+def to_bytes(numbers: Tensor, bits: int) -> Tensor:
+    """Bytes, flat, of codes [groups, group_size] of uint8: see the top of this file."""
+    size = numbers.shape[-1] // 8
+    parts = numbers.view(-1, 8, size).int()
+    whole = sum((parts[:, p] << (bits * p) for p in range(1, 8)), parts[:, 0])
+    found, first = [], 0
+    for width in pieces(bits):
+        shifts = torch.arange(first, first + width, 8, device=numbers.device)
+        found.append(((whole.unsqueeze(-1) >> shifts) & 0xFF).view(-1, size * width // 8))
+        first += width
+    return torch.cat(found, 1).to(torch.uint8).view(-1)
+
+
+def from_bytes(bytes_: Tensor, bits: int, group_size: int) -> Tensor:
+    """The inverse of `to_bytes`: codes [groups, group_size] of uint8."""
+    size = group_size // 8
+    left = bytes_.view(-1, size * bits).int()
+    whole, first = torch.zeros_like(left[:, :size]), 0
+    for width in pieces(bits):
+        count = width // 8
+        piece, left = left[:, : size * count].view(-1, size, count), left[:, size * count :]
+        for byte in range(count):
+            whole |= piece[..., byte] << (first + 8 * byte)
+        first += width
+    shifts = bits * torch.arange(8, device=bytes_.device).view(8, 1)
+    numbers = (whole.unsqueeze(1) >> shifts) & (2**bits - 1)
+    return numbers.to(torch.uint8).view(-1, group_size)
 
 
 def encode(
@@ -106,21 +162,21 @@ def encode(
     mean_bits = nearest_bfloat16(torch.where(mean.isfinite(), mean, 0.0)).view(-1, 1)
     mean = mean_bits.view(torch.float32)
     x = torch.where(there, x, mean.view(*x.shape[:2], 1)).view(-1, size)
-    d = torch.where(finite.view(-1, 1), x * PART - mean * PART, 0.0)
+    # Divided by a power of two, so that no square overflows or underflows.
+    greatest = x.abs().amax(1, keepdim=True) if x.numel() else x[:, :1]
+    exponent = (greatest.view(torch.int32) & 0x7F800000).clamp(1 << 23, 253 << 23)
+    unit = exponent.view(torch.float32)
+    inverse = ((254 << 23) - exponent).view(torch.float32)
+    d = torch.where(finite.view(-1, 1), x * inverse - mean * inverse, 0.0)
 
-    greatest = d.abs().amax(1, keepdim=True) if d.numel() else d[:, :1]
-    z = torch.where(greatest >= LEAST, d * (1 / greatest), 0.0)
-    squares = (z * z).sum(1, keepdim=True)
-    turned = transform(signs(seed, len(z), size) * z)
-    a, c, _, furthest, last = FORMULAS[bits]
-    y = (turned * squares.rsqrt()).nan_to_num(0.0).half()
-    t = y.clamp(-furthest, furthest)
-    t = t * (1 - _half(c) * (t * t))
-    numbers = (t * _half(a) + (16 + 2 ** (bits - 1))).float().floor().to(torch.uint8) - 16
+    squares = (d * d).sum(1, keepdim=True)
+    normal = torch.where(squares > 0, squares.rsqrt(), 0.0)
+    y = transform(signs(seed, len(d), size) * (d * normal)).half()
+    numbers = codes(y, bits)
 
     inner = (y * levels(numbers, bits)).float().sum(1, keepdim=True)
-    scale = (greatest * (squares.sqrt() / inner)).nan_to_num(0.0) / PART
-    scale = scale.minimum((GREATEST - mean.abs()) / (last * size))
+    scale = unit * (squares.sqrt() / inner).nan_to_num(0.0)
+    scale = scale.minimum((GREATEST - mean.abs()) / (FORMULAS[bits].last * size))
     scale_bits = (nearest_bfloat16(scale) >> 16) & 0xFFFF
     mean_bits = torch.where(finite.view(-1, 1), mean_bits, 0x7FC00000).int()
     words = (mean_bits | scale_bits).view(-1)

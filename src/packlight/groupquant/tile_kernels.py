@@ -102,14 +102,11 @@ def store_bytes(
     """
     LOW: tl.constexpr = 2 if BITS == 3 else BITS  # of the first plane
     target = codes_ptr + group[:, None] * (PARTS * SIZE * BITS // 8) + tl.arange(0, SIZE)[None, :]
-    if BITS == 8:
-        _store(target, parts[0], there)
-    else:
-        for h in tl.static_range(PARTS * LOW // 8):
-            _store(target + h * SIZE, _byte(parts, h, 0, LOW, PARTS), there)
-        if BITS > LOW:
-            start = PARTS * SIZE * LOW // 8
-            _store(target + start, _byte(parts, 0, LOW, 1, PARTS), there)
+    for h in tl.static_range(PARTS * LOW // 8):
+        _store(target + h * SIZE, _byte(parts, h, 0, LOW, PARTS), there)
+    if BITS > LOW:
+        start = PARTS * SIZE * LOW // 8
+        _store(target + start, _byte(parts, 0, LOW, 1, PARTS), there)
 
 
 @triton.jit
