@@ -26,7 +26,7 @@ from packlight.groupquant.kernels import (
 )
 from packlight.groupquant.minmax_kernels import KEPT, LOST, REPLACES
 from packlight.groupquant.pack_kernels import load_codes, store_codes
-from packlight.groupquant.tile_kernels import load_tile, store_tile, to_float32
+from packlight.groupquant.tile_kernels import load_tile, row_tile, store_tile, to_float32
 from packlight.packing.layout import laid_out
 
 
@@ -55,7 +55,6 @@ def _gated_kernel(
     FORWARD: tl.constexpr,
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     SEED: tl.constexpr,
@@ -66,30 +65,30 @@ def _gated_kernel(
     NQ: tl.constexpr,
 ):
     """y = f(gate) up, and the packs of gate and up."""
-    bundle = tl.program_id(0).to(tl.int64) * NQ
-    start = bundle * (8 * SIZE)
-    left = width - start
-    group = bundle * (8 // PARTS)
-    key, row = seed_value(seed, SEED), tl.zeros([], dtype=tl.int64)
-    gate = load_tile(gate_ptr + start, left, NQ, SIZE, FULL)
+    first = tl.program_id(0).to(tl.int64) * NQ
+    start = first * (8 * SIZE)
+    starts, room = row_tile(width - start, NQ, SIZE)
+    group = first + tl.arange(0, NQ)
+    key, row = seed_value(seed, SEED), tl.zeros([NQ], dtype=tl.int64)
+    gate = load_tile(gate_ptr + start, starts, room, SIZE, FULL)
     # One after the other: registers for both would leave room for few programs at once.
     factors = ()
-    for j in tl.static_range(8):
+    for p in tl.static_range(8):
         # torch rounds f(gate) to the tensors' dtype before it multiplies.
-        factors = factors + (FORWARD(gate[j], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
+        factors = factors + (FORWARD(gate[p], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
     within = (lowest, highest, below, above, edge)
     store_codes(
-        gate, gate_codes_ptr, gate_scales_ptr, group, key, row, bundle, left, within, NQ, SIZE,
-        PARTS, BITS, CODE, SEED, LIMITED, GREATEST, FULL,
+        gate, gate_codes_ptr, gate_scales_ptr, group, key, row, group, room, within, SIZE, BITS,
+        CODE, SEED, LIMITED, GREATEST, FULL,
     )  # fmt: skip
-    up = load_tile(up_ptr + start, left, NQ, SIZE, FULL)
-    for j in tl.static_range(8):
-        y = to_float32(factors[j]) * up[j]
-        store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
+    up = load_tile(up_ptr + start, starts, room, SIZE, FULL)
+    for p in tl.static_range(8):
+        y = to_float32(factors[p]) * up[p]
+        store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
     within = (up_lowest, up_highest, up_below, up_above, up_edge)
     store_codes(
-        up, up_codes_ptr, up_scales_ptr, group, other_seed(key), row, bundle, left, within, NQ,
-        SIZE, PARTS, BITS, CODE, SEED, UP_LIMITED, GREATEST, FULL,
+        up, up_codes_ptr, up_scales_ptr, group, other_seed(key), row, group, room, within, SIZE,
+        BITS, CODE, SEED, UP_LIMITED, GREATEST, FULL,
     )  # fmt: skip
 
 
@@ -110,7 +109,6 @@ def _gated_backward_kernel(
     REPLACED: tl.constexpr,  # the gate's pack may hold numbers in place of infinities
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
@@ -120,31 +118,31 @@ def _gated_backward_kernel(
 
     Unless THROUGH, dy up~ in place of dgate.
     """
-    bundle = tl.program_id(0).to(tl.int64) * NQ
-    start = bundle * (8 * SIZE)
-    left = width - start
-    group = bundle * (8 // PARTS)
+    first = tl.program_id(0).to(tl.int64) * NQ
+    start = first * (8 * SIZE)
+    starts, room = row_tile(width - start, NQ, SIZE)
+    group = first + tl.arange(0, NQ)
     if DERIVATIVE is not None:
-        dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
+        dy = load_tile(dy_ptr + start, starts, room, SIZE, FULL)
     factor = load_codes(
-        gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, LOST
+        gate_codes_ptr, gate_scales_ptr, group, room, SIZE, BITS, CODE, FULL, LOST
     )
     gate = factor
     if REPLACED and DERIVATIVE is not None:
         gate = load_codes(
-            gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, KEPT
+            gate_codes_ptr, gate_scales_ptr, group, room, SIZE, BITS, CODE, FULL, KEPT
         )
-    up = load_codes(up_codes_ptr, up_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL)
-    for j in tl.static_range(8):
-        f = FORWARD(factor[j], 0.0, 0.0, DIGITS)
+    up = load_codes(up_codes_ptr, up_scales_ptr, group, room, SIZE, BITS, CODE, FULL)
+    for p in tl.static_range(8):
+        f = FORWARD(factor[p], 0.0, 0.0, DIGITS)
         if DERIVATIVE is None:
-            store_tile(dup_ptr + start, f * up[j], left, NQ, SIZE, j, FULL)
+            store_tile(dup_ptr + start, f * up[p], starts, room, SIZE, p, FULL)
         else:
-            dgate = dy[j] * up[j]
+            dgate = dy[p] * up[p]
             if THROUGH:
-                dgate *= DERIVATIVE(gate[j], 0.0, 0.0)
-            store_tile(dgate_ptr + start, dgate, left, NQ, SIZE, j, FULL)
-            store_tile(dup_ptr + start, dy[j] * f, left, NQ, SIZE, j, FULL)
+                dgate *= DERIVATIVE(gate[p], 0.0, 0.0)
+            store_tile(dgate_ptr + start, dgate, starts, room, SIZE, p, FULL)
+            store_tile(dup_ptr + start, dy[p] * f, starts, room, SIZE, p, FULL)
 
 
 GATED = Setting(1024, 8)

@@ -54,8 +54,7 @@ class Grouping(NamedTuple):
     themselves, a thread that packs a byte shifts by constants, and neighbours in a warp read and
     write neighbouring addresses. The last group of a row may be ragged; its codes take whole bytes.
 
-    A thread holds `parts` elements of a group for each of its `size` positions: those of one byte
-    of the narrowest plane, and eight where the group is rotated.
+    A thread holds eight elements of a group for each of its `size` places, whatever the bits.
     """
 
     rows: int
@@ -65,12 +64,8 @@ class Grouping(NamedTuple):
     code: int = MINMAX
 
     @property
-    def parts(self) -> int:
-        return 8
-
-    @property
     def size(self) -> int:
-        return self.group_size // self.parts
+        return self.group_size // 8
 
     @property
     def group_bytes(self) -> int:

@@ -21,7 +21,7 @@ from packlight.elementwise.limits import limits, pack_limits
 from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.minmax_kernels import KEPT, LOST, LOWER, PLAIN, REPLACES, UPPER
 from packlight.groupquant.pack_kernels import load_codes, store_codes
-from packlight.groupquant.tile_kernels import load_columns, load_tile, store_tile
+from packlight.groupquant.tile_kernels import load_columns, load_tile, row_tile, store_tile
 from packlight.packing.layout import laid_out
 
 HALF_MAX = tl.constexpr(65504.0)
@@ -48,7 +48,6 @@ def _quantize_kernel(
     FORWARD: tl.constexpr,  # None: nothing but the pack
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     SEED: tl.constexpr,
@@ -59,19 +58,20 @@ def _quantize_kernel(
 ):
     """Pack of x, and y = f(x) in the same pass."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    bundle = (tl.program_id(0) % tiles).to(tl.int64) * NQ
-    start = row * width + bundle * (8 * SIZE)
-    group = row * row_groups + bundle * (8 // PARTS)
-    left = width - bundle * (8 * SIZE)
-    tile = load_tile(x_ptr + start, left, NQ, SIZE, FULL)
+    first = (tl.program_id(0) % tiles).to(tl.int64) * NQ
+    start = row * width + first * (8 * SIZE)
+    starts, room = row_tile(width - first * (8 * SIZE), NQ, SIZE)
+    first += tl.arange(0, NQ)
+    tile = load_tile(x_ptr + start, starts, room, SIZE, FULL)
     if FORWARD is not None:
-        for j in tl.static_range(8):
-            y = FORWARD(tile[j], a, b, DIGITS)
-            store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
+        for p in tl.static_range(8):
+            y = FORWARD(tile[p], a, b, DIGITS)
+            store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
     within = (lowest, highest, below, above, edge)
     store_codes(
-        tile, codes_ptr, scales_ptr, group, seed_value(seed, SEED), row, bundle, left, within, NQ,
-        SIZE, PARTS, BITS, CODE, SEED, LIMITED, GREATEST, FULL,
+        tile, codes_ptr, scales_ptr, row * row_groups + first, seed_value(seed, SEED),
+        tl.broadcast_to(row, [NQ]), first, room, within, SIZE, BITS, CODE, SEED, LIMITED, GREATEST,
+        FULL,
     )  # fmt: skip
 
 
@@ -94,7 +94,6 @@ def _dequantize_kernel(
     BIAS: tl.constexpr,
     PERIOD: tl.constexpr,  # groups after which weight and bias begin again
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
@@ -102,30 +101,29 @@ def _dequantize_kernel(
 ):
     """f(v) or v weight + bias of the packed values v."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles * (NQ * (8 // PARTS))  # group of the row
-    bundle = (tl.program_id(0) % tiles).to(tl.int64) * NQ
-    column = bundle * (8 * SIZE)
-    group = row * row_groups + bundle * (8 // PARTS)
-    left = width - column
+    first = (tl.program_id(0) % tiles).to(tl.int64) * NQ
+    start = row * width + first * (8 * SIZE)
+    starts, room = row_tile(width - first * (8 * SIZE), NQ, SIZE)
+    first += tl.arange(0, NQ)
     tile = load_codes(
-        codes_ptr, scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL,
+        codes_ptr, scales_ptr, row * row_groups + first, room, SIZE, BITS, CODE, FULL,
         PLAIN if FORWARD is None else LOST,
     )  # fmt: skip
     if WEIGHT:
-        weight = load_columns(weight_ptr, first, left, PERIOD, NQ, SIZE, PARTS, FULL)
+        weight = load_columns(weight_ptr, first, room, PERIOD, SIZE, FULL)
     if BIAS:
-        bias = load_columns(bias_ptr, first, left, PERIOD, NQ, SIZE, PARTS, FULL)
-    for j in tl.static_range(8):
-        y = tile[j]
+        bias = load_columns(bias_ptr, first, room, PERIOD, SIZE, FULL)
+    for p in tl.static_range(8):
+        y = tile[p]
         if FORWARD is not None:
             y = FORWARD(y, a, b, DIGITS)
         if WEIGHT:
-            y = y * weight[j]
+            y = y * weight[p]
         if BIAS:
-            y = y + bias[j]
+            y = y + bias[p]
         if FORWARD is None and y_ptr.dtype.element_ty == tl.float16:
             y = clamp(y, -HALF_MAX, HALF_MAX)  # the other dtypes hold whatever a pack does
-        store_tile(y_ptr + row * width + column, y, left, NQ, SIZE, j, FULL)
+        store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
 
 
 @quick
@@ -140,29 +138,28 @@ def _activation_backward_kernel(
     b,
     DERIVATIVE: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
     """dx = dy f'(x~)."""
-    bundle = tl.program_id(0).to(tl.int64) * NQ
-    start = bundle * (8 * SIZE)
-    left = width - start
-    group = bundle * (8 // PARTS)
-    dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
-    tile = load_codes(codes_ptr, scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, KEPT)
-    for j in tl.static_range(8):
-        dx = dy[j] * DERIVATIVE(tile[j], a, b)
-        store_tile(dx_ptr + start, dx, left, NQ, SIZE, j, FULL)
+    first = tl.program_id(0).to(tl.int64) * NQ
+    start = first * (8 * SIZE)
+    starts, room = row_tile(width - start, NQ, SIZE)
+    dy = load_tile(dy_ptr + start, starts, room, SIZE, FULL)
+    group = first + tl.arange(0, NQ)
+    tile = load_codes(codes_ptr, scales_ptr, group, room, SIZE, BITS, CODE, FULL, KEPT)
+    for p in tl.static_range(8):
+        dx = dy[p] * DERIVATIVE(tile[p], a, b)
+        store_tile(dx_ptr + start, dx, starts, room, SIZE, p, FULL)
 
 
 # --- Launchers, with the signatures of reference.py.
 
 
 class Setting(NamedTuple):
-    """Positions a program, eight elements each, and its warps."""
+    """Places a program, eight elements each, and its warps."""
 
     block: int
     warps: int
@@ -181,18 +178,16 @@ def constants(grouping: Grouping) -> dict[str, int]:
     """What a kernel is compiled for."""
     return {
         "SIZE": grouping.size,
-        "PARTS": grouping.parts,
         "BITS": grouping.bits,
         "CODE": grouping.code,
     }
 
 
 def tile_of(grouping: Grouping, block: int) -> tuple[int, int, bool]:
-    """Bundles a tile of `block` positions, tiles a row, and whether every tile is whole."""
-    bundle = 8 * grouping.size
-    bundles = -(-grouping.width // bundle)
-    nq = max(1, min(block // grouping.size, triton.next_power_of_2(bundles)))
-    return nq, -(-bundles // nq), grouping.width % (nq * bundle) == 0
+    """Groups a tile of `block` places, tiles a row, and whether every tile is whole."""
+    groups = grouping.row_groups
+    nq = max(1, min(block // grouping.size, triton.next_power_of_2(groups)))
+    return nq, -(-groups // nq), grouping.width % (nq * grouping.group_size) == 0
 
 
 @functools.lru_cache(LAUNCHES)

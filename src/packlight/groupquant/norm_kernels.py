@@ -5,6 +5,7 @@ backward adds up its rows' share of the weight and bias gradients in registers a
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,19 +14,28 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
-from packlight.groupquant.grouping import Grouping, Groups
+from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import constants, new_pack, sized
 from packlight.groupquant.pack_kernels import load_codes, store_codes
-from packlight.groupquant.tile_kernels import load_tile, store_tile, tile_offsets
+from packlight.groupquant.tile_kernels import load_tile, part_there, row_tile, rows_tile, store_tile
+
+
+ROTATED_CODE = tl.constexpr(ROTATED)
 
 
 @triton.jit
-def tile_sum(tile):
-    """The sum of all elements of the eight tensors of a tile."""
+def row_sums(tile, in_row, ROWS: tl.constexpr):
+    """[NQ, 1] sums of each row of the eight tensors of a tile, for each of its groups."""
     pairs = ((tile[0] + tile[1]) + (tile[2] + tile[3])) + (
         (tile[4] + tile[5]) + (tile[6] + tile[7])
     )
-    return tl.sum(tl.sum(pairs, 1), 0)
+    sums = tl.sum(pairs, 1)
+    if ROWS < sums.shape[0]:
+        groups = sums
+        for row in tl.static_range(ROWS):
+            whole = tl.sum(tl.where(in_row == row, groups, 0.0), 0)
+            sums = tl.where(in_row == row, whole, sums)
+    return sums[:, None]
 
 
 @quick
@@ -50,58 +60,76 @@ def _forward_kernel(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
-    NQ: tl.constexpr,
+    ROWS: tl.constexpr,
+    NQ: tl.constexpr,  # groups a row
 ):
-    first = tl.program_id(0) == 0
-    if WEIGHT:
-        weight = load_tile(weight_ptr, width, NQ, SIZE, FULL)
-        if first:
-            for j in tl.static_range(8):
-                store_tile(weight_copy_ptr, weight[j], width, NQ, SIZE, j, FULL)
-    if BIAS:
-        bias = load_tile(bias_ptr, width, NQ, SIZE, FULL)
-        if first:
-            for j in tl.static_range(8):
-                store_tile(bias_copy_ptr, bias[j], width, NQ, SIZE, j, FULL)
+    head = tl.program_id(0) == 0
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
+    starts, room, in_row, first = rows_tile(width, end - row, ROWS, NQ, SIZE)
+    column = first * (8 * SIZE)
+    if WEIGHT:
+        weight = load_tile(weight_ptr, column, width - column, SIZE, FULL)
+        if head:
+            for p in tl.static_range(8):
+                store_tile(weight_copy_ptr, weight[p], column, width - column, SIZE, p, FULL)
+    if BIAS:
+        bias = load_tile(bias_ptr, column, width - column, SIZE, FULL)
+        if head:
+            for p in tl.static_range(8):
+                store_tile(bias_copy_ptr, bias[p], column, width - column, SIZE, p, FULL)
     while row < end:
-        tile = load_tile(x_ptr + row * width, width, NQ, SIZE, FULL)
+        room = tl.where(in_row < end - row, width - column, 0)
+        tile = load_tile(x_ptr + row * width, starts, room, SIZE, FULL)
         if CENTER:
-            mean = tile_sum(tile) / width
+            mean = row_sums(tile, in_row, ROWS) / width
             centered = ()
-            for j in tl.static_range(8):
+            for p in tl.static_range(8):
                 if FULL:
-                    centered = centered + (tile[j] - mean,)
+                    centered = centered + (tile[p] - mean,)
                 else:
-                    inside = tile_offsets(NQ, SIZE, j) < width
-                    centered = centered + (tl.where(inside, tile[j] - mean, 0.0),)
+                    inside = part_there(room, SIZE, p)
+                    centered = centered + (tl.where(inside, tile[p] - mean, 0.0),)
             tile = centered
         squares = ()
-        for j in tl.static_range(8):
-            squares = squares + (tile[j] * tile[j],)
-        rstd = tl.rsqrt(tile_sum(squares) / width + eps)
-        tl.store(rstd_ptr + row, rstd)
+        for p in tl.static_range(8):
+            squares = squares + (tile[p] * tile[p],)
+        rstd = tl.rsqrt(row_sums(squares, in_row, ROWS) / width + eps)
+        at = rstd_ptr + row + in_row[:, None]
+        tl.store(at, rstd, (first == 0)[:, None] & (room > 0)[:, None])
         normal = ()
-        for j in tl.static_range(8):
-            x_hat = tile[j] * rstd
+        if WEIGHT and CODE == ROTATED_CODE:
+            weight = load_tile(weight_ptr, column, width - column, SIZE, FULL)
+        if BIAS and CODE == ROTATED_CODE:
+            bias = load_tile(bias_ptr, column, width - column, SIZE, FULL)
+        for p in tl.static_range(8):
+            x_hat = tile[p] * rstd
             normal = normal + (x_hat,)
             y = x_hat
             if WEIGHT:
-                y = y * weight[j]
+                y = y * weight[p]
             if BIAS:
-                y = y + bias[j]
-            store_tile(y_ptr + row * width, y, width, NQ, SIZE, j, FULL)
+                y = y + bias[p]
+            store_tile(y_ptr + row * width, y, starts, room, SIZE, p, FULL)
         store_codes(
-            normal, codes_ptr, scales_ptr, row * row_groups, seed_value(seed, SEED), row, 0, width,
-            (), NQ, SIZE, PARTS, BITS, CODE, SEED, 0, None, FULL,
+            normal, codes_ptr, scales_ptr, (row + in_row) * row_groups + first,
+            seed_value(seed, SEED), row + in_row, first, room, (), SIZE, BITS, CODE, SEED, 0, None,
+            FULL,
         )  # fmt: skip
-        row += 1
+        row += ROWS
+
+
+@triton.jit
+def over_rows(x, ROWS: tl.constexpr):
+    """[NQ, SIZE] sums over the rows of a tile."""
+    if ROWS == 1:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, [ROWS, x.shape[0] // ROWS, x.shape[1]]), 0)
 
 
 @quick
@@ -124,94 +152,116 @@ def _backward_kernel(
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
-    NQ: tl.constexpr,
+    ROWS: tl.constexpr,
+    NQ: tl.constexpr,  # groups a row
 ):
-    zero = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
-    dbias = dweight
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
+    starts, room, in_row, first = rows_tile(width, end - row, ROWS, NQ, SIZE)
+    column = first * (8 * SIZE)
+    zero = tl.zeros([ROWS * NQ, SIZE], dtype=tl.float32)
+    dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
+    dbias = dweight
     while row < end:
-        dy = load_tile(dy_ptr + row * width, width, NQ, SIZE, FULL)
-        group = row * row_groups
-        x_hat = load_codes(codes_ptr, scales_ptr, group, width, NQ, SIZE, PARTS, BITS, CODE, FULL)
-        rstd = tl.load(rstd_ptr + row)
+        room = tl.where(in_row < end - row, width - column, 0)
+        dy = load_tile(dy_ptr + row * width, starts, room, SIZE, FULL)
+        group = (row + in_row) * row_groups + first
+        x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, BITS, CODE, FULL)
+        if FULL:
+            rstd = tl.load(rstd_ptr + row + in_row)[:, None]
+        else:
+            rstd = tl.load(rstd_ptr + row + in_row, room > 0, other=0.0)[:, None]
         if NEED_WEIGHT:
             total = ()
-            for j in tl.static_range(8):
-                total = total + (tl.fma(dy[j], x_hat[j], dweight[j]),)
+            for p in tl.static_range(8):
+                total = total + (tl.fma(dy[p], x_hat[p], dweight[p]),)
             dweight = total
         if NEED_BIAS:
             total = ()
-            for j in tl.static_range(8):
-                total = total + (dbias[j] + dy[j],)
+            for p in tl.static_range(8):
+                total = total + (dbias[p] + dy[p],)
             dbias = total
         g = dy
         if WEIGHT:
-            weight = load_tile(weight_ptr, width, NQ, SIZE, FULL)
+            weight = load_tile(weight_ptr, column, width - column, SIZE, FULL)
             g = ()
-            for j in tl.static_range(8):
-                g = g + (dy[j] * weight[j],)
+            for p in tl.static_range(8):
+                g = g + (dy[p] * weight[p],)
         products = ()
-        for j in tl.static_range(8):
-            products = products + (g[j] * x_hat[j],)
-        slope = tile_sum(products) / width  # of x_hat: 0 past the row's end, as g is 0 there
+        for p in tl.static_range(8):
+            products = products + (g[p] * x_hat[p],)
+        slope = row_sums(products, in_row, ROWS) / width  # of x_hat: 0 past the row's end, as g is 0 there
         mean = 0.0
         if CENTER:
-            mean = tile_sum(g) / width
-        for j in tl.static_range(8):
-            dx = (g[j] - mean - x_hat[j] * slope) * rstd
-            store_tile(dx_ptr + row * width, dx, width, NQ, SIZE, j, FULL)
-        row += 1
+            mean = row_sums(g, in_row, ROWS) / width
+        for p in tl.static_range(8):
+            dx = (g[p] - mean - x_hat[p] * slope) * rstd
+            store_tile(dx_ptr + row * width, dx, starts, room, SIZE, p, FULL)
+        row += ROWS
     partial = tl.program_id(0).to(tl.int64) * width
-    for j in tl.static_range(8):
+    starts, room = row_tile(width, NQ, SIZE)
+    for p in tl.static_range(8):
         if NEED_WEIGHT:
-            store_tile(dweight_ptr + partial, dweight[j], width, NQ, SIZE, j, FULL)
+            store_tile(dweight_ptr + partial, over_rows(dweight[p], ROWS), starts, room, SIZE, p, FULL)
         if NEED_BIAS:
-            store_tile(dbias_ptr + partial, dbias[j], width, NQ, SIZE, j, FULL)
+            store_tile(dbias_ptr + partial, over_rows(dbias[p], ROWS), starts, room, SIZE, p, FULL)
 
 
 # --- Launchers, with the signatures of norm_reference.py.
 
 # Programs: enough to fill the device, few enough that partial sums stay small.
 PROGRAMS = 132 * 8
+# Places a warp: two, or what one product on tensor cores takes.
+PLACES = {MINMAX: 64, OFFSET: 64, ROTATED: 256}
 
 
-def _launch_shape(grouping: Grouping) -> tuple[int, bool, int, int, int]:
-    """Bundles a row, whether they are whole, warps, programs, and rows a program."""
-    bundle = 8 * grouping.size
-    bundles = -(-grouping.width // bundle)
-    nq = triton.next_power_of_2(bundles)
-    warps = max(1, min(16, nq * grouping.size // 64))
+class Shape(NamedTuple):
+    """How rows are given to programs."""
+
+    groups: int  # a row, up to a power of two
+    rows: int  # a tile
+    full: bool  # whether tiles are whole
+    warps: int
+    programs: int
+    steps: int  # rows a program
+
+
+def _launch_shape(grouping: Grouping) -> Shape:
+    groups = triton.next_power_of_2(grouping.row_groups)
+    places = groups * grouping.size
+    warps = max(1, min(16, places // PLACES[grouping.code]))
+    rows = max(1, PLACES[grouping.code] // places) if grouping.code == ROTATED else 1
     programs = max(1, min(grouping.rows, PROGRAMS * 4 // warps))
     steps = -(-grouping.rows // programs)
-    return nq, grouping.width == nq * bundle, warps, -(-grouping.rows // steps), steps
+    steps = -(-steps // rows) * rows
+    full = grouping.width == 8 * places and grouping.rows % rows == 0
+    return Shape(groups, rows, full, warps, -(-grouping.rows // steps), steps)
 
 
 @functools.lru_cache(LAUNCHES)
 def _forward_launch(
     grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, seed: int
 ) -> Launch:
-    nq, full, warps, programs, steps = _launch_shape(grouping)
+    shape = _launch_shape(grouping)
     return _forward_kernel.prepare(
-        (programs,),
+        (shape.programs,),
         grouping.rows,
         grouping.width,
         grouping.row_groups,
-        steps,
+        shape.steps,
         eps,
         CENTER=center,
         WEIGHT=weight,
         BIAS=bias,
         **constants(grouping),
         SEED=seed,
-        FULL=full,
-        NQ=nq,
-        num_warps=warps,
+        FULL=shape.full,
+        ROWS=shape.rows,
+        NQ=shape.groups,
+        num_warps=shape.warps,
     )
 
 
@@ -258,23 +308,24 @@ def _backward_launch(
     grouping: Grouping, center: bool, weight: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Launch, int]:
     """The launch, and its programs, each of which writes a partial sum."""
-    nq, full, warps, programs, steps = _launch_shape(grouping)
+    shape = _launch_shape(grouping)
     launch = _backward_kernel.prepare(
-        (programs,),
+        (shape.programs,),
         grouping.rows,
         grouping.width,
         grouping.row_groups,
-        steps,
+        shape.steps,
         CENTER=center,
         WEIGHT=weight,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
         **constants(grouping),
-        FULL=full,
-        NQ=nq,
-        num_warps=warps,
+        FULL=shape.full,
+        ROWS=shape.rows,
+        NQ=shape.groups,
+        num_warps=shape.warps,
     )
-    return launch, programs
+    return launch, shape.programs
 
 
 def norm_backward(

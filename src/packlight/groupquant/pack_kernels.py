@@ -12,40 +12,37 @@ ROTATED = tl.constexpr(_ROTATED)
 
 @triton.jit
 def store_codes(
-    tile, codes_ptr, scales_ptr, group, seed, row, bundle, left, within, NQ: tl.constexpr,
-    SIZE: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr,
-    SEED: tl.constexpr, LIMITED: tl.constexpr, GREATEST: tl.constexpr, FULL: tl.constexpr,
+    tile, codes_ptr, scales_ptr, group, seed, row, first, room, within, SIZE: tl.constexpr,
+    BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr, LIMITED: tl.constexpr,
+    GREATEST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Quantises a tile whose first group is `group` of the pack, and `bundle` of the row.
+    """Quantises a tile of groups of the pack, which are `first` of their `row`, [NQ] each.
 
-    `left` elements are left of the row. `within` is a tuple of `Limits`, LIMITED what of them there
-    is to be done. GREATEST is the greatest number that a code may stand for, None where values are
-    too small to come near.
+    `within` is a tuple of `Limits`, LIMITED what of them there is to be done. GREATEST is the
+    greatest number that a code may stand for, None where values are too small to come near.
     """
     seed = seed.to(tl.int64)
     if CODE == ROTATED:
         store_rotated(
-            tile, codes_ptr, scales_ptr, group, seed, left, within, NQ, SIZE, BITS, LIMITED, FULL
+            tile, codes_ptr, scales_ptr, group, seed, room, within, SIZE, BITS, LIMITED, FULL
         )
     else:
         store_minmax(
-            tile, codes_ptr, scales_ptr, group, seed, row, bundle, left, within, NQ, SIZE, PARTS,
-            BITS, CODE, SEED != 0, LIMITED, GREATEST, FULL,
+            tile, codes_ptr, scales_ptr, group, seed, row, first, room, within, SIZE, BITS, CODE,
+            SEED != 0, LIMITED, GREATEST, FULL,
         )  # fmt: skip
 
 
 @triton.jit
 def load_codes(
-    codes_ptr, scales_ptr, group, left, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-    BITS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, REPLACED: tl.constexpr = PLAIN,
+    codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr,
+    FULL: tl.constexpr, REPLACED: tl.constexpr = PLAIN,
 ):  # fmt: skip
-    """The eight float32 tensors of the tile that starts at a group of the pack.
+    """The eight float32 tensors of a tile of groups [NQ] of the pack.
 
     REPLACED says what becomes of groups with numbers in place of infinities, if there may be any.
     """
     if CODE == ROTATED:
-        return load_rotated(codes_ptr, scales_ptr, group, left, NQ, SIZE, BITS, FULL, REPLACED)
+        return load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, REPLACED)
     else:
-        return load_minmax(
-            codes_ptr, scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, REPLACED
-        )
+        return load_minmax(codes_ptr, scales_ptr, group, room, SIZE, BITS, CODE, FULL, REPLACED)

@@ -22,7 +22,7 @@ from packlight.groupquant.minmax_kernels import (
 )
 from packlight.groupquant.rotated_ptx import DECODE, ENCODE, INPUTS, TURN
 from packlight.groupquant.rotated_reference import FORMULAS
-from packlight.groupquant.tile_kernels import tile_offsets
+from packlight.groupquant.tile_kernels import part_there
 
 GREATEST = tl.constexpr(_GREATEST)
 BOUNDS = tl.constexpr(tuple(FORMULAS[bits].bound for bits in (1, 2, 3, 4)))
@@ -209,21 +209,21 @@ def piece_pointers(codes_ptr, group, SIZE: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def store_rotated(
-    tile, codes_ptr, scales_ptr, group, seed, left, within, NQ: tl.constexpr, SIZE: tl.constexpr,
+    tile, codes_ptr, scales_ptr, group, seed, room, within, SIZE: tl.constexpr,
     BITS: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """See `store_codes`."""
+    NQ: tl.constexpr = group.shape[0]
     WIDTH: tl.constexpr = 8 * SIZE
-    local = tl.arange(0, NQ)
     replaced = tl.zeros([NQ], dtype=tl.int1)
     values = tile
     if LIMITED != 0:
-        low, high, replaced = group_range(tile, 0, left, within, NQ, SIZE, 8, LIMITED, FULL)
+        low, high, replaced = group_range(tile, room, within, SIZE, LIMITED, FULL)
         values = ()
         for p in tl.static_range(8):
             x = limited_to(tile[p], low, high, LIMITED)
             if not FULL:
-                x = tl.where(tile_offsets(NQ, SIZE, p) < left, x, 0.0)
+                x = tl.where(part_there(room, SIZE, p), x, 0.0)
             values = values + (x,)
     total, greatest = values[0], tl.abs(values[0])
     for p in tl.static_range(1, 8):
@@ -238,7 +238,7 @@ def store_rotated(
     if FULL:
         share = tl.full([NQ], 1.0 / WIDTH, tl.float32)
     else:
-        count = tl.minimum(tl.maximum(left - local * WIDTH, 1), WIDTH)
+        count = tl.minimum(tl.maximum(room, 1), WIDTH)
         share = 1.0 / count.to(tl.float32)
     mean = tl.sum(total * share[:, None], 1)
     finite = tl.abs(mean) < INFINITY
@@ -253,7 +253,7 @@ def store_rotated(
     for p in tl.static_range(8):
         d = values[p] * inverse[:, None] - middle
         if not FULL:
-            d = tl.where(tile_offsets(NQ, SIZE, p) < left, d, 0.0)
+            d = tl.where(part_there(room, SIZE, p), d, 0.0)
         differences = differences + (d,)
         squares += d * d
     squares = tl.sum(squares, 1)
@@ -264,7 +264,7 @@ def store_rotated(
         halves = halves + ((differences[p] * normal[:, None]).to(tl.float16),)
 
     store_seed(scales_ptr, seed, group)
-    signs = sign_halves(group_hashes(seed, group + local), SIZE)
+    signs = sign_halves(group_hashes(seed, group), SIZE)
     signed = signed_across(halves, signs)
     matrix = hadamard(NQ, SIZE)
     turned = ()
@@ -277,23 +277,23 @@ def store_rotated(
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
     if REPLACES & LIMITED:
         word = tl.where(replaced, word | 0x8000, word)
-    there = None if FULL else local * WIDTH < left
-    pointers = piece_pointers(codes_ptr, group + local, SIZE, BITS)
+    there = room > 0
+    pointers = piece_pointers(codes_ptr, group, SIZE, BITS)
     for i in tl.static_range(1 if BITS < 3 else 2):
         piece = found[i].to(pointers[i].dtype.element_ty)
         tl.store(pointers[i], piece, None if FULL else there[:, None])
-    tl.store(scales_ptr + SEED_WORDS + group + local, word, there)
+    tl.store(scales_ptr + SEED_WORDS + group, word, None if FULL else there)
 
 
 @triton.jit
 def load_rotated(
-    codes_ptr, scales_ptr, group, left, NQ: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, BITS: tl.constexpr,
     FULL: tl.constexpr, REPLACED: tl.constexpr,
 ):  # fmt: skip
     """See `load_codes`."""
-    local = tl.arange(0, NQ)
-    there = None if FULL else local * (8 * SIZE) < left
-    pointers = piece_pointers(codes_ptr, group + local, SIZE, BITS)
+    NQ: tl.constexpr = group.shape[0]
+    there = room > 0
+    pointers = piece_pointers(codes_ptr, group, SIZE, BITS)
     pieces = ()
     for i in tl.static_range(1 if BITS < 3 else 2):
         if FULL:
@@ -301,10 +301,13 @@ def load_rotated(
         else:
             piece = tl.load(pointers[i], there[:, None], other=0)
         pieces = pieces + (piece.to(tl.int16),)
-    word = tl.load(scales_ptr + SEED_WORDS + group + local, there, other=None if FULL else 0)
+    if FULL:
+        word = tl.load(scales_ptr + SEED_WORDS + group)
+    else:
+        word = tl.load(scales_ptr + SEED_WORDS + group, there, other=0)
     mean = (word & -65536).to(tl.float32, bitcast=True)[:, None]
     scale = tl.broadcast_to(scale_of(word, REPLACED)[:, None], [NQ, SIZE])
-    signs = sign_halves(group_hashes(load_seed(scales_ptr), group + local), SIZE)
+    signs = sign_halves(group_hashes(load_seed(scales_ptr), group), SIZE)
     matrix = hadamard(NQ, SIZE)
     levels = decoded(pieces, BITS)
     tile = ()

@@ -78,21 +78,22 @@ def turn() -> str:
     return text.text([*names, "t"])
 
 
-def _bases(shifts: list[int]) -> tuple[list[int], int]:
-    """Numbers to which codes are added by floating point, so that nothing is left of them.
+def _bases(bits: int, count: int) -> list[tuple[int, int]]:
+    """Numbers to which `count` codes are added by floating point, in low and high halves.
 
-    The sum of 2^shift base is a multiple of 2^16, so it leaves the low half of a register, and
-    what it carries to the high half: the second result.
+    Between 1024 and 2048 the bits of a float16 number are an integer that is 0x6000 more. Sums of
+    2^(bits j) times these integers leave the codes alone, modulo as many bits as they have: what is
+    added to 1536 undoes the rest, in the high half also what the low half carries over.
     """
-    bases = [1536] * len(shifts)
-    for j, shift in enumerate(shifts):
-        rest = -sum(base << by for base, by in zip(bases, shifts, strict=True)) % 65536
-        if rest % (1 << shift) == 0 and (rest >> shift) < 448:
-            bases[j] += rest >> shift
-            break
-    total = sum(base << by for base, by in zip(bases, shifts, strict=True))
-    assert total % 65536 == 0
-    return bases, total >> 16
+    shifts = [bits * j for j in range(count)]
+    found, carry = [], 0
+    for _ in range(2):
+        total = sum((1536 + 0x6000) << shift for shift in shifts) + carry
+        rest = -total % (1 << bits * count)
+        digits = [(rest >> shift) % (1 << bits) for shift in shifts]
+        carry = (total + rest) >> 16
+        found.append([1536 + digit for digit in digits])
+    return list(zip(*found, strict=True))
 
 
 def encode(bits: int) -> str:
@@ -110,10 +111,8 @@ def encode(bits: int) -> str:
     part = 0
     fresh = True
     for chain, count in enumerate(chains):
-        bases, carry = _bases([bits * j for j in range(count)])
-        for j in range(count):
+        for j, base in enumerate(_bases(bits, count)):
             y = f"${first + part}"
-            base = (bases[j], bases[j] - (carry if j == 0 else 0))
             text.add(f"fma.rn.sat.f16x2 u, {y}, {by}, {half}")
             if formula.smooth:
                 text.add(f"fma.rn.f16x2 q, u, {constant(_pair(-2 * top))}, {constant(_pair(3 * top))}")
@@ -140,7 +139,7 @@ def encode(bits: int) -> str:
             text.add(f"mad.lo.u32 c{chain}, c{chain}, {1 << bits}, n{j}")
     if bits == 3:  # 15 bits and 9: the lowest of the latter is the highest of the halfword
         text.add("shl.b32 u, c1, 15")
-        text.add("lop3.b32 $0, u, c0, 0x80008000, 0xE4" if False else "lop3.b32 $0, c0, u, 0x7FFF7FFF, 0xE4")
+        text.add("lop3.b32 $0, c0, u, 0x7FFF7FFF, 0xE4")
         text.add("shr.u32 $1, c1, 1")
     else:
         for chain in range(len(chains)):
