@@ -21,6 +21,7 @@ from packlight.groupquant.kernels import (
     greatest,
     limited,
     new_pack,
+    setting_for,
     sized,
     tile_of,
 )
@@ -152,7 +153,8 @@ PRODUCT = Setting(1024, 4)
 
 @functools.lru_cache(LAUNCHES)
 def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) -> Launch:
-    nq, tiles, full = tile_of(grouping, GATED.block)
+    block, warps = setting_for(grouping, GATED)
+    nq, tiles, full = tile_of(grouping, block)
     return _gated_kernel.prepare(
         (tiles,),
         grouping.width,
@@ -167,7 +169,7 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) 
         GREATEST=greatest(dtype),
         FULL=full,
         NQ=nq,
-        num_warps=GATED.warps,
+        num_warps=warps,
     )
 
 
@@ -194,7 +196,7 @@ def gated(
 def _gated_backward_launch(
     grouping: Grouping, dtype: torch.dtype, name: str, product: bool, through: bool
 ) -> Launch:
-    block, warps = PRODUCT if product else GATED_BACKWARD
+    block, warps = setting_for(grouping, PRODUCT if product else GATED_BACKWARD)
     nq, tiles, full = tile_of(grouping, block)
     return _gated_backward_kernel.prepare(
         (tiles,),

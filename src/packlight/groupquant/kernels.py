@@ -172,6 +172,14 @@ ACTIVATION = Setting(512, 4)
 UNPACK = Setting(512, 4)
 REBUILD = Setting(1024, 4)  # through a function
 BACKWARD = Setting(1024, 4)
+# Of whatever packs or reads rotated groups: a warp has what one product on tensor cores takes, and
+# waits for few others.
+TURNED = Setting(512, 2)
+
+
+def setting_for(grouping: Grouping, plain: Setting) -> Setting:
+    """`plain`, or that of rotated groups."""
+    return TURNED if grouping.code == ROTATED else plain
 
 
 def constants(grouping: Grouping) -> dict[str, int]:
@@ -227,7 +235,7 @@ def _quantize_launch(
     grouping: Grouping, dtype: torch.dtype, name: str, parameters: tuple[float, ...],
     seed: int,
 ) -> Launch:  # fmt: skip
-    block, warps = ACTIVATION if name and grouping.code != ROTATED else PACK
+    block, warps = setting_for(grouping, ACTIVATION if name else PACK)
     nq, tiles, full = tile_of(grouping, block)
     return _quantize_kernel.prepare(
         (grouping.rows * tiles,),
@@ -278,8 +286,7 @@ def _dequantize_launch(
     weight: bool,
     bias: bool,
 ) -> Launch:
-    # A rotated tile has rows enough for the tensor cores of all its warps.
-    block, warps = REBUILD if name or grouping.code == ROTATED else UNPACK
+    block, warps = setting_for(grouping, REBUILD if name else UNPACK)
     period = grouping.row_groups
     if grouping.width % grouping.group_size == 0:  # rows are one row: tiles need not end with them
         grouping = grouping._replace(rows=1, width=grouping.rows * grouping.width)
@@ -338,7 +345,8 @@ def activation(
 
 @functools.lru_cache(LAUNCHES)
 def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: float) -> Launch:
-    nq, tiles, full = tile_of(grouping, BACKWARD.block)
+    block, warps = setting_for(grouping, BACKWARD)
+    nq, tiles, full = tile_of(grouping, block)
     return _activation_backward_kernel.prepare(
         (tiles,),
         grouping.width,
@@ -348,7 +356,7 @@ def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: floa
         **constants(grouping),
         FULL=full,
         NQ=nq,
-        num_warps=BACKWARD.warps,
+        num_warps=warps,
     )
 
 

@@ -229,9 +229,11 @@ def store_minmax(
     if CODE == OFFSET:
         store_seed(scales_ptr, seed, group)
         scales_ptr += SEED_WORDS
-    elif STOCHASTIC:
-        draws = random_tile(seed, row, first, SIZE)
     low, high, replaced = group_range(tile, room, within, SIZE, LIMITED, FULL)
+    if CODE != OFFSET and STOCHASTIC:
+        # Only then: draws made while the tile is on its way take the registers of more programs.
+        # The compiler does not know that a group with a NaN may have any.
+        draws = random_tile(seed, tl.where(low == low, row, 0), first, SIZE)
     half_low, step, inverse, word = group_scales(
         low, high, replaced, BITS, CODE, LIMITED, GREATEST
     )

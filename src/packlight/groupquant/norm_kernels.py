@@ -346,10 +346,18 @@ def norm_backward(
         zeros = rstd.new_zeros(width)
         return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
     grouping, *_ = sized(rows, width, *groups)
-    needs = (need_weight, need_bias)
+    # A tile of rotated groups leaves no registers for both sums.
+    apart = need_bias and grouping.code == ROTATED
+    needs = (need_weight, need_bias and not apart)
     launch, programs = _backward_launch(grouping, center, weight is not None, *needs)
     dweight = rstd.new_empty(programs, width) if need_weight else nothing
-    dbias = rstd.new_empty(programs, width) if need_bias else nothing
+    dbias = rstd.new_empty(programs, width) if needs[1] else nothing
     gamma = grad_output if weight is None else weight
     launch(grad_output, codes, scales, rstd, gamma, dx, dweight, dbias)
-    return dx, dweight.sum(0) if need_weight else nothing, dbias.sum(0) if need_bias else nothing
+    if apart:
+        dbias = grad_output.view(rows, width)
+    sums = [
+        part.sum(0, dtype=torch.float32) if needed else nothing
+        for part, needed in ((dweight, need_weight), (dbias, need_bias))
+    ]
+    return dx, sums[0], sums[1]

@@ -33,6 +33,7 @@ DECODE_PTX = tl.constexpr(DECODE)
 TURN_PTX = tl.constexpr(TURN)
 INPUTS_PTX = tl.constexpr(INPUTS)
 EXPONENT = tl.constexpr(0x7F800000)
+SUMS = tl.constexpr(tl.float16)
 # Of tl.dot's inner dimension.
 NARROW = tl.constexpr(16)
 
@@ -52,15 +53,16 @@ def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
-    """[NQ, SIZE] float32 of float16 `x` and the Hadamard matrix of SIZE."""
+def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """[NQ, SIZE] of DTYPE, of float16 `x` and the Hadamard matrix of SIZE."""
     if SIZE >= NARROW:
-        return tl.dot(x, matrix)
+        return tl.dot(x, matrix, out_dtype=DTYPE)
     elif NQ * SIZE >= NARROW:  # several groups a row
         rows = tl.reshape(x, [NQ * SIZE // NARROW, NARROW])
-        return tl.reshape(tl.dot(rows, matrix), [NQ, SIZE])
+        return tl.reshape(tl.dot(rows, matrix, out_dtype=DTYPE), [NQ, SIZE])
     else:
-        return tl.sum(x.to(tl.float32)[:, :, None] * matrix.to(tl.float32)[None, :, :], 1)
+        whole = x.to(tl.float32)[:, :, None] * matrix.to(tl.float32)[None, :, :]
+        return tl.sum(whole, 1).to(DTYPE)
 
 
 @triton.jit
@@ -225,11 +227,16 @@ def store_rotated(
             if not FULL:
                 x = tl.where(part_there(room, SIZE, p), x, 0.0)
             values = values + (x,)
-    total, greatest = values[0], tl.abs(values[0])
+    total = values[0]
     for p in tl.static_range(1, 8):
         total += values[p]
-        greatest = tl.maximum(greatest, tl.abs(values[p]))
-    greatest = tl.max(greatest, 1)
+    if LIMITED != 0:
+        greatest = tl.maximum(tl.abs(low), tl.abs(high))
+    else:
+        greatest = tl.abs(values[0])
+        for p in tl.static_range(1, 8):
+            greatest = tl.maximum(greatest, tl.abs(values[p]))
+        greatest = tl.max(greatest, 1)
     # Divided by a power of two, so that no square overflows or underflows.
     exponent = greatest.to(tl.int32, bitcast=True) & EXPONENT
     exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
@@ -269,7 +276,7 @@ def store_rotated(
     matrix = hadamard(NQ, SIZE)
     turned = ()
     for p in tl.static_range(8):
-        turned = turned + (product(signed[p], matrix, NQ, SIZE).to(tl.float16),)
+        turned = turned + (product(signed[p], matrix, NQ, SIZE, SUMS).to(tl.float16),)
     found = encoded(turned, BITS)
     inner = tl.sum(found[len(found) - 1].to(tl.float32), 1)
     scale = tl.where(spread, unit * (squares * normal / inner), 0.0)
@@ -312,6 +319,6 @@ def load_rotated(
     levels = decoded(pieces, BITS)
     tile = ()
     for p in tl.static_range(8):
-        turned = product(levels[p], matrix, NQ, SIZE)
+        turned = product(levels[p], matrix, NQ, SIZE, tl.float32)
         tile = tile + (tl.fma(with_sign(turned, signs, p), scale, mean),)
     return tile
