@@ -33,7 +33,7 @@ DECODE_PTX = tl.constexpr(DECODE)
 TURN_PTX = tl.constexpr(TURN)
 INPUTS_PTX = tl.constexpr(INPUTS)
 EXPONENT = tl.constexpr(0x7F800000)
-SUMS = tl.constexpr(tl.float16)
+HALF_GREATEST = tl.constexpr(65504.0)
 # Of tl.dot's inner dimension.
 NARROW = tl.constexpr(16)
 
@@ -256,19 +256,16 @@ def store_rotated(
 
     middle = (mean * inverse)[:, None]
     squares = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    differences = ()
+    halves = ()
     for p in tl.static_range(8):
         d = values[p] * inverse[:, None] - middle
         if not FULL:
             d = tl.where(part_there(room, SIZE, p), d, 0.0)
-        differences = differences + (d,)
+        halves = halves + (d.to(tl.float16),)
         squares += d * d
     squares = tl.sum(squares, 1)
     spread = squares > 0.0
-    normal = tl.where(spread, tl.rsqrt(squares), 0.0)
-    halves = ()
-    for p in tl.static_range(8):
-        halves = halves + ((differences[p] * normal[:, None]).to(tl.float16),)
+    normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST).to(tl.float16)
 
     store_seed(scales_ptr, seed, group)
     signs = sign_halves(group_hashes(seed, group), SIZE)
@@ -276,10 +273,11 @@ def store_rotated(
     matrix = hadamard(NQ, SIZE)
     turned = ()
     for p in tl.static_range(8):
-        turned = turned + (product(signed[p], matrix, NQ, SIZE, SUMS).to(tl.float16),)
+        y = product(signed[p], matrix, NQ, SIZE, tl.float16)
+        turned = turned + (y * normal[:, None],)
     found = encoded(turned, BITS)
     inner = tl.sum(found[len(found) - 1].to(tl.float32), 1)
-    scale = tl.where(spread, unit * (squares * normal / inner), 0.0)
+    scale = tl.where(spread, unit * (squares * normal.to(tl.float32) / inner), 0.0)
     scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (LASTS[BITS - 1] * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
     if REPLACES & LIMITED:

@@ -48,6 +48,8 @@ class Formula(NamedTuple):
     smooth: bool
 
 
+_HALF = torch.finfo(torch.float16).max
+
 # By bits. Steps have few bits, so that float16 has s.
 FORMULAS = {
     1: Formula(0.5, 1.0, 0.52, False),
@@ -170,12 +172,12 @@ def encode(
     d = torch.where(finite.view(-1, 1), x * inverse - mean * inverse, 0.0)
 
     squares = (d * d).sum(1, keepdim=True)
-    normal = torch.where(squares > 0, squares.rsqrt(), 0.0)
-    y = transform(signs(seed, len(d), size) * (d * normal)).half()
+    normal = squares.rsqrt().clamp(max=_HALF).half()
+    y = transform(signs(seed, len(d), size) * d).half() * normal
     numbers = codes(y, bits)
 
     inner = (y * levels(numbers, bits)).float().sum(1, keepdim=True)
-    scale = unit * (squares.sqrt() / inner).nan_to_num(0.0)
+    scale = unit * (squares * normal.float() / inner).nan_to_num(0.0)
     scale = scale.minimum((GREATEST - mean.abs()) / (FORMULAS[bits].last * size))
     scale_bits = (nearest_bfloat16(scale) >> 16) & 0xFFFF
     mean_bits = torch.where(finite.view(-1, 1), mean_bits, 0x7FC00000).int()
