@@ -21,7 +21,7 @@ from packlight.groupquant.minmax_kernels import (
     scale_of,
 )
 from packlight.groupquant.rotated_ptx import DECODE, ENCODE, INPUTS, TURN
-from packlight.groupquant.rotated_reference import FORMULAS
+from packlight.groupquant.rotated_reference import FORMULAS, LEAST
 from packlight.groupquant.tile_kernels import part_there
 
 GREATEST = tl.constexpr(_GREATEST)
@@ -33,6 +33,7 @@ DECODE_PTX = tl.constexpr(DECODE)
 TURN_PTX = tl.constexpr(TURN)
 INPUTS_PTX = tl.constexpr(INPUTS)
 EXPONENT = tl.constexpr(0x7F800000)
+LEAST_INNER = tl.constexpr(LEAST)
 HALF_GREATEST = tl.constexpr(65504.0)
 # Of tl.dot's inner dimension.
 NARROW = tl.constexpr(16)
@@ -264,7 +265,6 @@ def store_rotated(
         halves = halves + (d.to(tl.float16),)
         squares += d * d
     squares = tl.sum(squares, 1)
-    spread = squares > 0.0
     normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST).to(tl.float16)
 
     store_seed(scales_ptr, seed, group)
@@ -277,7 +277,8 @@ def store_rotated(
         turned = turned + (y * normal[:, None],)
     found = encoded(turned, BITS)
     inner = tl.sum(found[len(found) - 1].to(tl.float32), 1)
-    scale = tl.where(spread, unit * (squares * normal.to(tl.float32) / inner), 0.0)
+    scale = unit * (squares * normal.to(tl.float32) / inner)
+    scale = tl.where(inner > LEAST_INNER, scale, 0.0)
     scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (LASTS[BITS - 1] * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
     if REPLACES & LIMITED:

@@ -49,6 +49,9 @@ class Formula(NamedTuple):
 
 
 _HALF = torch.finfo(torch.float16).max
+# Of <y, l(code)>, at least the least level times |y| = 8, unless values differ by less than float16
+# can tell apart: a millionth of the greatest.
+LEAST = 0.125
 
 # By bits. Steps have few bits, so that float16 has s.
 FORMULAS = {
@@ -177,7 +180,7 @@ def encode(
     numbers = codes(y, bits)
 
     inner = (y * levels(numbers, bits)).float().sum(1, keepdim=True)
-    scale = unit * (squares * normal.float() / inner).nan_to_num(0.0)
+    scale = torch.where(inner > LEAST, unit * (squares * normal.float() / inner), 0.0)
     scale = scale.minimum((GREATEST - mean.abs()) / (FORMULAS[bits].last * size))
     scale_bits = (nearest_bfloat16(scale) >> 16) & 0xFFFF
     mean_bits = torch.where(finite.view(-1, 1), mean_bits, 0x7FC00000).int()
