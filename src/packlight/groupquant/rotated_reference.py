@@ -3,13 +3,13 @@
 A group x of G values keeps their mean m, G codes, and a scale k. With d = x - m, signs D drawn for
 the group and the Hadamard matrix H,
 
-    y = H D d / |d|,   code = floor(a y (1 - c y^2) + 2^b / 2),   k = |d|^2 / <H D d, l(code)>,
+    y = H D d / |d|,   code = round((2^b - 1) S(y / (2 F) + 1/2)),   k = |d|^2 / <H D d, l(code)>,
     x~ = m + k D H l(code).
 
 Each of the values y is a sum of G with random signs, so it is nearly normal whatever x is, with
-variance 1, since H H = G. The borders of the codes and their levels l = s (1 + e s^4),
-s = code - (2^b - 1) / 2, are the least-squares ones of a normal distribution (Lloyd, Max) but for
-1%: an error of .119, .0346 and .00957 of the variance at 2, 3 and 4 bits. The scale is that of
+variance 1, since H H = G. `Formula` has S, F and the levels l: they are the least-squares ones of a
+normal distribution (Lloyd, Max) but for 2%: an error of .135, .0358 and .00969 of the variance at 2,
+3 and 4 bits. The scale is that of
 EDEN (Vargaftik et al., ICML 2022): it makes <x~ - m, d> = |d|^2, so the code is unbiased over
 rotations that turn d anywhere, and nearly over these: what is left of a bias is 2% of the squared
 error at 2 bits and .3% at 4. Mean and scale are bfloat16 numbers in one int32 word, the mean in the
@@ -18,8 +18,12 @@ high half.
 Without the mean a group far from 0 would spend its codes on that; without signs one whose values
 are alike would be turned into few large ones.
 
-d is divided by its greatest magnitude. From there to the code, and from the code on, numbers are
-float16, in which 16 + code has six more bits. A group with a NaN or an infinity has a mean of NaN.
+x and m are divided by a power of two near the greatest magnitude. From d to the code, and from the
+code on, numbers are float16. A group with a NaN or an infinity has a mean of NaN.
+
+A group has eight parts, one after the other, and a place is one element of each. The codes of a
+place are one integer of 8 b bits, the code of part p in bits from b p up. Its `pieces` are the low 16
+bits, then the next 16 or 8: a group is the first piece of all places, then the second.
 """
 
 import math
