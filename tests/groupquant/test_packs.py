@@ -87,7 +87,8 @@ def numbers_of_calls(bits, calls, seed=1):
     """The eight numbers of each call, [8, calls]."""
     grouping = Grouping(1, calls * 8, bits, 32)
     uniform = draws.draws(seed_of(seed), grouping)[0]  # [groups, group_size]
-    return uniform.view(-1, 8, grouping.size).permute(1, 0, 2).reshape(8, -1)
+    parts = uniform.view(-1, 8 // grouping.parts, grouping.parts, grouping.size)
+    return parts.permute(1, 2, 0, 3).reshape(8, -1)
 
 
 @every_bits

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from packlight.groupquant.rotated_ptx import DECODE, ENCODE, TURN
+from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, SURVEY, TURN
 from packlight.groupquant.rotated_reference import codes, from_bytes, levels, pieces, to_bytes
 
 every_bits = pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -28,15 +28,23 @@ def run(text, inputs, outputs):
 
 def operation(name, *numbers):
     kind, *options = name.split(".")
-    if kind in ("add", "sub", "mul", "fma"):
-        assert options[-1] == "f16x2"
+    if options and options[-1] in ("f16x2", "bf16x2"):
+        dtype = torch.float16 if options[-1] == "f16x2" else torch.bfloat16
         a, b, *c = (
-            numpy.broadcast_to(number, numbers[0].shape).copy().view(numpy.float16).astype("f8")
+            torch.from_numpy(numpy.broadcast_to(number, numbers[0].shape).copy().view(numpy.int16))
+            .view(dtype)
+            .double()
             for number in numbers
         )
-        value = {"add": a + b, "sub": a - b}.get(kind, a * b + (c[0] if c else 0))
-        value = numpy.clip(value, 0, 1) if "sat" in options else value
-        return value.astype(numpy.float16).view(numpy.uint32)
+        value = {
+            "add": lambda: a + b,
+            "sub": lambda: a - b,
+            "mul": lambda: a * b,
+            "fma": lambda: a * b + c[0],
+            "max": lambda: torch.maximum(a.abs(), b.abs()) * (a.sign() * b.sign()),
+        }[kind]()
+        value = value.clamp(0, 1) if "sat" in options else value
+        return value.to(dtype).view(torch.int16).numpy().view(numpy.uint32)
     if kind == "lop3":
         a, b, c, table = numbers
         masks = [(a, b, c), (a, b, ~c), (a, ~b, c), (a, ~b, ~c)]
@@ -59,30 +67,52 @@ def operation(name, *numbers):
 
 def registers_of(x):
     """Rows of numbers of 16 bits as rows of registers."""
-    return list(numpy.ascontiguousarray(x.numpy()).view(numpy.uint32))
+    return list(numpy.ascontiguousarray(x.view(torch.int16).numpy()).view(numpy.uint32))
 
 
 def halves(registers):
     return torch.from_numpy(numpy.stack(registers).view(numpy.uint16).astype(numpy.int32))
 
 
-def numbers_of(registers):
-    return torch.from_numpy(numpy.stack(registers).view(numpy.float16))
+def numbers_of(registers, dtype=torch.float16):
+    return torch.from_numpy(numpy.stack(registers).view(numpy.int16)).view(dtype)
 
 
 def turned(x):
-    """Eight rows times the Hadamard matrix of eight, rounded as float16 is."""
+    """Eight rows times the Hadamard matrix of eight, rounded at each step as their dtype is."""
     for step in range(3):
         low, high = x.view(4 >> step, 2, 1 << step, -1).unbind(1)
         x = torch.stack([low + high, low - high], 1)
     return x.view(8, -1)
 
 
+def drawn(count):
+    """Halfwords of signs, and the signs of eight parts."""
+    signs = torch.randint(-(2**15), 2**15, (1, count)).short()
+    return signs, 1 - 2 * ((signs.int() >> (15 - torch.arange(8)).view(8, 1)) & 1)
+
+
 def test_parts_are_signed_and_turned():
-    z, signs = torch.randn(8, 64).half(), torch.randint(-(2**15), 2**15, (1, 64)).short()
-    bits = (signs.int() >> (15 - torch.arange(8)).view(8, 1)) & 1
-    found = run(TURN, [*registers_of(z), *registers_of(signs)], 8)
-    assert torch.equal(numbers_of(found), turned(z * (1 - 2 * bits)))
+    z, (halfwords, signs) = torch.randn(8, 64).bfloat16(), drawn(64)
+    found = run(TURN, [*registers_of(z), *registers_of(halfwords)], 8)
+    assert torch.equal(numbers_of(found, torch.bfloat16), turned(z * signs))
+
+
+def test_sums_and_greatest_magnitudes_are_those_of_all_parts():
+    x = (torch.randn(8, 64) * 3 + 1).bfloat16()
+    total, greatest = numbers_of(run(SURVEY, registers_of(x), 2), torch.bfloat16)
+    assert torch.equal(greatest.abs(), x.abs().amax(0))
+    assert (total.float() * 256 - x.float().sum(0)).abs().max() < 2**-6 * x.float().abs().sum(0).max()
+
+
+def test_differences_are_signed_and_turned():
+    x, (halfwords, signs) = (torch.randn(8, 64) * 3 + 1).bfloat16(), drawn(64)
+    factor, term = (torch.full((1, 64), number).bfloat16() for number in (0.25, -0.3125))
+    given = [number for rows in (x, factor, term, halfwords) for number in registers_of(rows)]
+    *found, squares = numbers_of(run(DIFFER, given, 9), torch.bfloat16)
+    d = (x.float() * 0.25 - 0.3125).bfloat16()
+    assert torch.equal(torch.stack(found), turned(d * signs))
+    assert (squares.float() - d.float().square().sum(0)).abs().max() < 2**-6 * squares.max()
 
 
 @every_bits

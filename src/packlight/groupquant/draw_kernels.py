@@ -15,11 +15,11 @@ PLACE_STEP = tl.constexpr(STEP)
 
 
 @triton.jit
-def random_tile(seed, row, first, SIZE: tl.constexpr):
-    """Two [NQ, SIZE] uint32 tensors for the places of groups: row and group of the row, [NQ]."""
+def random_tile(seed, row, bundle, SIZE: tl.constexpr):
+    """Two [NQ, SIZE] uint32 tensors for the places of bundles [NQ] of their rows."""
     seed = seed.to(tl.uint64)
     key = seed.to(tl.uint32)
-    c0 = first.to(tl.uint32)[:, None] * SIZE + tl.arange(0, SIZE).to(tl.uint32)[None, :]
+    c0 = bundle.to(tl.uint32)[:, None] * SIZE + tl.arange(0, SIZE).to(tl.uint32)[None, :]
     c1 = tl.broadcast_to((row.to(tl.uint32) ^ (seed >> 32).to(tl.uint32))[:, None], c0.shape)
     for _ in tl.static_range(PHILOX_ROUNDS):
         high = tl.umulhi(c0, MULTIPLIER)

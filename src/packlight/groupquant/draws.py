@@ -18,8 +18,8 @@ def fraction_bits(bits: int) -> int:
 def draws(seed: Tensor, grouping: Grouping) -> Tensor:
     """Uniform numbers k / 2^f on [0, 1), f = `fraction_bits`, [rows, row_groups, group_size].
 
-    One Philox call gives eight numbers, to the elements of one place of a group, which lie an
-    eighth of the group apart. Its counter is (place, counted from the row's first, row). The key is the
+    One Philox call gives eight numbers: to the `parts` elements of one position in 8 / parts
+    consecutive groups. Its counter is (position, counted from the row's first, row). The key is the
     low half of the seed; the high half is xored to the row, so two seeds share numbers with a
     chance of about rows / 2^63.
 
@@ -33,17 +33,20 @@ def draws(seed: Tensor, grouping: Grouping) -> Tensor:
     independent. A sum of n roundings, as many neighbours, has a variance of at most n / 512 (at 8
     bits n / 256) more than independent ones, whose is at most n / 4.
     """
-    rows, calls = grouping.rows, grouping.row_groups * grouping.size
-    c0 = torch.arange(calls, device=seed.device).repeat(rows) & 0xFFFFFFFF
+    rows, row_groups, size = grouping.rows, grouping.row_groups, grouping.size
+    sets = 8 // grouping.parts
+    calls = -(-row_groups // sets)
+    c0 = torch.arange(calls * size, device=seed.device).repeat(rows) & 0xFFFFFFFF
     c1 = torch.arange(rows, device=seed.device)
     c1 = ((seed >> 32) ^ c1) & 0xFFFFFFFF
-    c1 = c1.repeat_interleave(calls)
+    c1 = c1.repeat_interleave(calls * size)
     words = torch.stack(philox2x32(seed & 0xFFFFFFFF, c0, c1, ROUNDS))
     fraction = fraction_bits(grouping.bits)
     turned = torch.stack([words >> shift | words << (32 - shift) for shift in (0, 8, 16, 24)], 1)
     uniform = (turned & ((1 << fraction) - 1)).float() / (1 << fraction)  # [2, 4, rows ...]
-    uniform = uniform.view(8, rows, grouping.row_groups, grouping.size)
-    return uniform.permute(1, 2, 0, 3).reshape(rows, grouping.row_groups, grouping.group_size)
+    uniform = uniform.view(sets, grouping.parts, rows, calls, size)
+    uniform = uniform.permute(2, 3, 0, 1, 4).reshape(rows, calls * sets, grouping.group_size)
+    return uniform[:, :row_groups]
 
 
 def other_seed(seed: Tensor | None) -> Tensor | None:

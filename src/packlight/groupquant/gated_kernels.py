@@ -26,8 +26,14 @@ from packlight.groupquant.kernels import (
     tile_of,
 )
 from packlight.groupquant.minmax_kernels import KEPT, LOST, REPLACES
-from packlight.groupquant.pack_kernels import load_codes, store_codes
-from packlight.groupquant.tile_kernels import load_tile, row_tile, store_tile, to_float32
+from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
+from packlight.groupquant.tile_kernels import (
+    load_raw_tile,
+    load_tile,
+    row_tile,
+    store_tile,
+    to_float32,
+)
 from packlight.packing.layout import laid_out
 
 
@@ -56,6 +62,7 @@ def _gated_kernel(
     FORWARD: tl.constexpr,
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     SEED: tl.constexpr,
@@ -66,10 +73,11 @@ def _gated_kernel(
     NQ: tl.constexpr,
 ):
     """y = f(gate) up, and the packs of gate and up."""
-    first = tl.program_id(0).to(tl.int64) * NQ
-    start = first * (8 * SIZE)
+    bundle = tl.program_id(0).to(tl.int64) * NQ
+    start = bundle * (8 * SIZE)
     starts, room = row_tile(width - start, NQ, SIZE)
-    group = first + tl.arange(0, NQ)
+    bundle += tl.arange(0, NQ)
+    group = bundle * (8 // PARTS)
     key, row = seed_value(seed, SEED), tl.zeros([NQ], dtype=tl.int64)
     gate = load_tile(gate_ptr + start, starts, room, SIZE, FULL)
     # One after the other: registers for both would leave room for few programs at once.
@@ -79,16 +87,16 @@ def _gated_kernel(
         factors = factors + (FORWARD(gate[p], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
     within = (lowest, highest, below, above, edge)
     store_codes(
-        gate, gate_codes_ptr, gate_scales_ptr, group, key, row, group, room, within, SIZE, BITS,
+        gate, gate_codes_ptr, gate_scales_ptr, group, key, row, bundle, room, within, SIZE, PARTS, BITS,
         CODE, SEED, LIMITED, GREATEST, FULL,
     )  # fmt: skip
-    up = load_tile(up_ptr + start, starts, room, SIZE, FULL)
+    up = load_raw_tile(up_ptr + start, starts, room, SIZE, FULL)
     for p in tl.static_range(8):
-        y = to_float32(factors[p]) * up[p]
+        y = to_float32(factors[p]) * to_float32(up[p])
         store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
     within = (up_lowest, up_highest, up_below, up_above, up_edge)
     store_codes(
-        up, up_codes_ptr, up_scales_ptr, group, other_seed(key), row, group, room, within, SIZE,
+        packed_tile(up, CODE, UP_LIMITED, FULL), up_codes_ptr, up_scales_ptr, group, other_seed(key), row, bundle, room, within, SIZE, PARTS,
         BITS, CODE, SEED, UP_LIMITED, GREATEST, FULL,
     )  # fmt: skip
 
@@ -110,6 +118,7 @@ def _gated_backward_kernel(
     REPLACED: tl.constexpr,  # the gate's pack may hold numbers in place of infinities
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
@@ -119,21 +128,22 @@ def _gated_backward_kernel(
 
     Unless THROUGH, dy up~ in place of dgate.
     """
-    first = tl.program_id(0).to(tl.int64) * NQ
-    start = first * (8 * SIZE)
+    bundle = tl.program_id(0).to(tl.int64) * NQ
+    start = bundle * (8 * SIZE)
     starts, room = row_tile(width - start, NQ, SIZE)
-    group = first + tl.arange(0, NQ)
+    bundle += tl.arange(0, NQ)
+    group = bundle * (8 // PARTS)
     if DERIVATIVE is not None:
         dy = load_tile(dy_ptr + start, starts, room, SIZE, FULL)
     factor = load_codes(
-        gate_codes_ptr, gate_scales_ptr, group, room, SIZE, BITS, CODE, FULL, LOST
+        gate_codes_ptr, gate_scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, LOST
     )
     gate = factor
     if REPLACED and DERIVATIVE is not None:
         gate = load_codes(
-            gate_codes_ptr, gate_scales_ptr, group, room, SIZE, BITS, CODE, FULL, KEPT
+            gate_codes_ptr, gate_scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT
         )
-    up = load_codes(up_codes_ptr, up_scales_ptr, group, room, SIZE, BITS, CODE, FULL)
+    up = load_codes(up_codes_ptr, up_scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
     for p in tl.static_range(8):
         f = FORWARD(factor[p], 0.0, 0.0, DIGITS)
         if DERIVATIVE is None:

@@ -55,7 +55,8 @@ class Grouping(NamedTuple):
     write neighbouring addresses. `rotated_reference.py` says where codes of rotated groups lie. The
     last group of a row may be ragged; its codes take whole bytes.
 
-    A thread holds eight elements of a group for each of its `size` places, whatever the bits.
+    A thread holds `parts` elements of a group for each of its `size` places: those of one byte
+    of the narrowest plane, and eight where the group is rotated.
     """
 
     rows: int
@@ -65,8 +66,12 @@ class Grouping(NamedTuple):
     code: int = MINMAX
 
     @property
+    def parts(self) -> int:
+        return 8 if self.code == ROTATED else 8 // PLANES[self.bits][-1]
+
+    @property
     def size(self) -> int:
-        return self.group_size // 8
+        return self.group_size // self.parts
 
     @property
     def group_bytes(self) -> int:

@@ -20,8 +20,15 @@ from packlight.elementwise.kernels import DIGITS, FORWARD, clamp
 from packlight.elementwise.limits import limits, pack_limits
 from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.minmax_kernels import KEPT, LOST, LOWER, PLAIN, REPLACES, UPPER
-from packlight.groupquant.pack_kernels import load_codes, store_codes
-from packlight.groupquant.tile_kernels import load_columns, load_tile, row_tile, store_tile
+from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
+from packlight.groupquant.tile_kernels import (
+    load_columns,
+    load_raw_tile,
+    load_tile,
+    row_tile,
+    store_tile,
+    to_float32,
+)
 from packlight.packing.layout import laid_out
 
 HALF_MAX = tl.constexpr(65504.0)
@@ -48,6 +55,7 @@ def _quantize_kernel(
     FORWARD: tl.constexpr,  # None: nothing but the pack
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     SEED: tl.constexpr,
@@ -58,19 +66,19 @@ def _quantize_kernel(
 ):
     """Pack of x, and y = f(x) in the same pass."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    first = (tl.program_id(0) % tiles).to(tl.int64) * NQ
-    start = row * width + first * (8 * SIZE)
-    starts, room = row_tile(width - first * (8 * SIZE), NQ, SIZE)
-    first += tl.arange(0, NQ)
-    tile = load_tile(x_ptr + start, starts, room, SIZE, FULL)
+    bundle = (tl.program_id(0) % tiles).to(tl.int64) * NQ
+    start = row * width + bundle * (8 * SIZE)
+    starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
+    bundle += tl.arange(0, NQ)
+    raw = load_raw_tile(x_ptr + start, starts, room, SIZE, FULL)
     if FORWARD is not None:
         for p in tl.static_range(8):
-            y = FORWARD(tile[p], a, b, DIGITS)
+            y = FORWARD(to_float32(raw[p]), a, b, DIGITS)
             store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
     within = (lowest, highest, below, above, edge)
     store_codes(
-        tile, codes_ptr, scales_ptr, row * row_groups + first, seed_value(seed, SEED),
-        tl.broadcast_to(row, [NQ]), first, room, within, SIZE, BITS, CODE, SEED, LIMITED, GREATEST,
+        packed_tile(raw, CODE, LIMITED, FULL), codes_ptr, scales_ptr, row * row_groups + bundle * (8 // PARTS), seed_value(seed, SEED),
+        tl.broadcast_to(row, [NQ]), bundle, room, within, SIZE, PARTS, BITS, CODE, SEED, LIMITED, GREATEST,
         FULL,
     )  # fmt: skip
 
@@ -94,6 +102,7 @@ def _dequantize_kernel(
     BIAS: tl.constexpr,
     PERIOD: tl.constexpr,  # groups after which weight and bias begin again
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
@@ -101,18 +110,18 @@ def _dequantize_kernel(
 ):
     """f(v) or v weight + bias of the packed values v."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    first = (tl.program_id(0) % tiles).to(tl.int64) * NQ
-    start = row * width + first * (8 * SIZE)
-    starts, room = row_tile(width - first * (8 * SIZE), NQ, SIZE)
-    first += tl.arange(0, NQ)
+    bundle = (tl.program_id(0) % tiles).to(tl.int64) * NQ
+    start = row * width + bundle * (8 * SIZE)
+    starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
+    bundle += tl.arange(0, NQ)
     tile = load_codes(
-        codes_ptr, scales_ptr, row * row_groups + first, room, SIZE, BITS, CODE, FULL,
+        codes_ptr, scales_ptr, row * row_groups + bundle * (8 // PARTS), room, SIZE, PARTS, BITS, CODE, FULL,
         PLAIN if FORWARD is None else LOST,
     )  # fmt: skip
     if WEIGHT:
-        weight = load_columns(weight_ptr, first, room, PERIOD, SIZE, FULL)
+        weight = load_columns(weight_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
     if BIAS:
-        bias = load_columns(bias_ptr, first, room, PERIOD, SIZE, FULL)
+        bias = load_columns(bias_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
     for p in tl.static_range(8):
         y = tile[p]
         if FORWARD is not None:
@@ -138,18 +147,20 @@ def _activation_backward_kernel(
     b,
     DERIVATIVE: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
     """dx = dy f'(x~)."""
-    first = tl.program_id(0).to(tl.int64) * NQ
-    start = first * (8 * SIZE)
+    bundle = tl.program_id(0).to(tl.int64) * NQ
+    start = bundle * (8 * SIZE)
     starts, room = row_tile(width - start, NQ, SIZE)
     dy = load_tile(dy_ptr + start, starts, room, SIZE, FULL)
-    group = first + tl.arange(0, NQ)
-    tile = load_codes(codes_ptr, scales_ptr, group, room, SIZE, BITS, CODE, FULL, KEPT)
+    bundle += tl.arange(0, NQ)
+    group = bundle * (8 // PARTS)
+    tile = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT)
     for p in tl.static_range(8):
         dx = dy[p] * DERIVATIVE(tile[p], a, b)
         store_tile(dx_ptr + start, dx, starts, room, SIZE, p, FULL)
@@ -186,16 +197,18 @@ def constants(grouping: Grouping) -> dict[str, int]:
     """What a kernel is compiled for."""
     return {
         "SIZE": grouping.size,
+        "PARTS": grouping.parts,
         "BITS": grouping.bits,
         "CODE": grouping.code,
     }
 
 
 def tile_of(grouping: Grouping, block: int) -> tuple[int, int, bool]:
-    """Groups a tile of `block` places, tiles a row, and whether every tile is whole."""
-    groups = grouping.row_groups
-    nq = max(1, min(block // grouping.size, triton.next_power_of_2(groups)))
-    return nq, -(-groups // nq), grouping.width % (nq * grouping.group_size) == 0
+    """Bundles a tile of `block` places, tiles a row, and whether every tile is whole."""
+    bundle = 8 * grouping.size
+    bundles = -(-grouping.width // bundle)
+    nq = max(1, min(block // grouping.size, triton.next_power_of_2(bundles)))
+    return nq, -(-bundles // nq), grouping.width % (nq * bundle) == 0
 
 
 @functools.lru_cache(LAUNCHES)

@@ -53,16 +53,17 @@ def _higher(a, b):
 
 @triton.jit
 def group_range(
-    tile, room, within, SIZE: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr
-):
-    """Minimum and maximum of the groups of a tile within the limits, [NQ] each.
+    tile, s: tl.constexpr, room, within, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    LIMITED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Minimum and maximum of set s of the groups of a tile within the limits, [NQ] each.
 
     And whether there are numbers in place of infinities.
     """
-    for p in tl.static_range(8):
-        below, above = tile[p], tile[p]
+    for p in tl.static_range(PARTS):
+        below, above = tile[s * PARTS + p], tile[s * PARTS + p]
         if not FULL:
-            inside = part_there(room, SIZE, p)
+            inside = part_there(room, SIZE, s * PARTS + p)
             below = tl.where(inside, below, INFINITY)
             above = tl.where(inside, above, -INFINITY)
         if p == 0:
@@ -142,17 +143,17 @@ def reciprocal(step):
 
 @triton.jit
 def code_and_fraction(
-    x, half_low, inverse, draws, p: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr
+    x, half_low, inverse, draws, j: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr
 ):
-    """int32 bits of the float32 number that holds the code of part p, as said above.
+    """int32 bits of the float32 number that holds the code of element j, as said above.
 
     `inverse` is that of half a step.
     """
     FRACTION: tl.constexpr = 15 if BITS == 8 else 16
     BASE: tl.constexpr = (150 - FRACTION) << 23  # bits of 2^(23 - FRACTION)
-    TURN: tl.constexpr = p % 4 if STOCHASTIC else 0  # bytes
+    TURN: tl.constexpr = j % 4 if STOCHASTIC else 0  # bytes
     if STOCHASTIC:
-        word = draws[p // 4]
+        word = draws[j // 4]
         if BITS == 8:  # 15 of the 16 bits
             word = word & (0x7FFF7FFF if TURN % 2 == 0 else 0xFF7FFF7F)
     else:
@@ -220,81 +221,80 @@ def group_offsets(seed, group, step, BITS: tl.constexpr):
 
 @triton.jit
 def store_minmax(
-    tile, codes_ptr, scales_ptr, group, seed, row, first, room, within, SIZE: tl.constexpr,
-    BITS: tl.constexpr, CODE: tl.constexpr, STOCHASTIC: tl.constexpr, LIMITED: tl.constexpr,
-    GREATEST: tl.constexpr, FULL: tl.constexpr,
+    tile, codes_ptr, scales_ptr, group, seed, row, bundle, room, within, SIZE: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    LIMITED: tl.constexpr, GREATEST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """See `store_codes`."""
     draws = ()
     if CODE == OFFSET:
         store_seed(scales_ptr, seed, group)
         scales_ptr += SEED_WORDS
-    low, high, replaced = group_range(tile, room, within, SIZE, LIMITED, FULL)
-    if CODE != OFFSET and STOCHASTIC:
-        # Only then: draws made while the tile is on its way take the registers of more programs.
-        # The compiler does not know that a group with a NaN may have any.
-        draws = random_tile(seed, tl.where(low == low, row, 0), first, SIZE)
-    half_low, step, inverse, word = group_scales(
-        low, high, replaced, BITS, CODE, LIMITED, GREATEST
-    )
-    if CODE == OFFSET:
-        u, _ = group_offsets(seed, group, step, BITS)
-        from_zero = half_low == 0.0
-        base = 256.0 if BITS == 8 else 128.0
-        start = tl.where(from_zero, base, base + u)[:, None]
-        more = tl.where(from_zero, u + 1.0, 0.0)[:, None]
-    half_low = half_low[:, None]
-    inverse = tl.broadcast_to(inverse[:, None], [inverse.shape[0], SIZE])
-    parts = ()
-    for p in tl.static_range(8):
-        x = limited_to(tile[p], low, high, LIMITED)
+    elif STOCHASTIC:
+        draws = random_tile(seed, row, bundle, SIZE)
+    for s in tl.static_range(8 // PARTS):
+        low, high, replaced = group_range(tile, s, room, within, SIZE, PARTS, LIMITED, FULL)
+        half_low, step, inverse, word = group_scales(
+            low, high, replaced, BITS, CODE, LIMITED, GREATEST
+        )
         if CODE == OFFSET:
-            code = code_by_offset(x, half_low, inverse, start, more)
-        else:
-            code = code_and_fraction(x, half_low, inverse, draws, p, BITS, STOCHASTIC)
-        parts = parts + (code_bytes(code, BITS),)
-    there = room > 0
-    store_bytes(parts, codes_ptr, group, there, SIZE, BITS, FULL)
-    tl.store(scales_ptr + group, word, None if FULL else there)
+            u, _ = group_offsets(seed, group + s, step, BITS)
+            from_zero = half_low == 0.0
+            base = 256.0 if BITS == 8 else 128.0
+            start = tl.where(from_zero, base, base + u)[:, None]
+            more = tl.where(from_zero, u + 1.0, 0.0)[:, None]
+        half_low = half_low[:, None]
+        inverse = tl.broadcast_to(inverse[:, None], [inverse.shape[0], SIZE])
+        parts = ()
+        for p in tl.static_range(PARTS):
+            x = limited_to(tile[s * PARTS + p], low, high, LIMITED)
+            if CODE == OFFSET:
+                code = code_by_offset(x, half_low, inverse, start, more)
+            else:
+                code = code_and_fraction(
+                    x, half_low, inverse, draws, s * PARTS + p, BITS, STOCHASTIC
+                )
+            parts = parts + (code_bytes(code, BITS),)
+        there = None if FULL else room > s * PARTS * SIZE
+        store_bytes(parts, codes_ptr, group + s, there, SIZE, PARTS, BITS)
+        tl.store(scales_ptr + group + s, word, there)
 
 
 @triton.jit
 def load_minmax(
-    codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr,
-    FULL: tl.constexpr, REPLACED: tl.constexpr,
+    codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    BITS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, REPLACED: tl.constexpr,
 ):  # fmt: skip
     """See `load_codes`."""
     HALF: tl.constexpr = 2.0**-16 if BITS == 8 else 2.0**-17  # of what u is a multiple of
     if CODE == OFFSET:
         seed = load_seed(scales_ptr)
         scales_ptr += SEED_WORDS
-    there = room > 0
-    codes = load_bytes(codes_ptr, group, there, SIZE, BITS, FULL)
-    if FULL:
-        word = tl.load(scales_ptr + group)
-    else:
-        word = tl.load(scales_ptr + group, there, other=0)
-    low = (word & -65536).to(tl.float32, bitcast=True)
-    step = scale_of(word, REPLACED)
-    if CODE == OFFSET:
-        u, fine = group_offsets(seed, group, step, BITS)
-        from_zero = low == 0.0
-        middle = tl.where(fine, 0.5 - HALF, 0.5) - u - tl.where(from_zero, 1.0, 0.0)
-        low = (low * 0.5 + step * 0.5 * middle) * 2.0
-        more = tl.where(from_zero, low, 0.0)[:, None]
-        low = tl.where(from_zero, 0.0, low)
-    step = tl.broadcast_to(step[:, None], [step.shape[0], SIZE])
     tile = ()
-    for p in tl.static_range(8):
-        # An integer below 2^23 in the low bits of 2^23 is that much more than 2^23.
-        code = (codes[p] | 0x4B000000).to(tl.float32, bitcast=True) - WHOLE
-        if PTX:
-            value = tl.fma(code, step, low[:, None])
-        else:  # the interpreter rounds the product, which may overflow
-            value = (code * (step * 0.5) + low[:, None] * 0.5) * 2.0
-        if CODE == OFFSET:  # `more` of all codes but that of 0
-            value = tl.fma(saturated(code, 1.0), more, value)
-        tile = tile + (value,)
+    for s in tl.static_range(8 // PARTS):
+        there = None if FULL else room > s * PARTS * SIZE
+        codes = load_bytes(codes_ptr, group + s, there, SIZE, PARTS, BITS)
+        word = tl.load(scales_ptr + group + s, there, other=None if FULL else 0)
+        low = (word & -65536).to(tl.float32, bitcast=True)
+        step = scale_of(word, REPLACED)
+        if CODE == OFFSET:
+            u, fine = group_offsets(seed, group + s, step, BITS)
+            from_zero = low == 0.0
+            middle = tl.where(fine, 0.5 - HALF, 0.5) - u - tl.where(from_zero, 1.0, 0.0)
+            low = (low * 0.5 + step * 0.5 * middle) * 2.0
+            more = tl.where(from_zero, low, 0.0)[:, None]
+            low = tl.where(from_zero, 0.0, low)
+        step = tl.broadcast_to(step[:, None], [step.shape[0], SIZE])
+        for p in tl.static_range(PARTS):
+            # An integer below 2^23 in the low bits of 2^23 is that much more than 2^23.
+            code = (codes[p] | 0x4B000000).to(tl.float32, bitcast=True) - WHOLE
+            if PTX:
+                value = tl.fma(code, step, low[:, None])
+            else:  # the interpreter rounds the product, which may overflow
+                value = (code * (step * 0.5) + low[:, None] * 0.5) * 2.0
+            if CODE == OFFSET:  # `more` of all codes but that of 0
+                value = tl.fma(saturated(code, 1.0), more, value)
+            tile = tile + (value,)
     return tile
 
 

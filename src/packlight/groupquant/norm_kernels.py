@@ -25,7 +25,7 @@ ROTATED_CODE = tl.constexpr(ROTATED)
 
 @triton.jit
 def row_sums(tile, in_row, ROWS: tl.constexpr):
-    """[NQ, 1] sums of each row of the eight tensors of a tile, for each of its groups."""
+    """[NQ, 1] sums of each row of the eight tensors of a tile, for each of its bundles."""
     pairs = ((tile[0] + tile[1]) + (tile[2] + tile[3])) + (
         (tile[4] + tile[5]) + (tile[6] + tile[7])
     )
@@ -60,18 +60,19 @@ def _forward_kernel(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
-    NQ: tl.constexpr,  # groups a row
+    NQ: tl.constexpr,  # bundles a row
 ):
     head = tl.program_id(0) == 0
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
-    starts, room, in_row, first = rows_tile(width, end - row, ROWS, NQ, SIZE)
-    column = first * (8 * SIZE)
+    starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
+    column = bundle * (8 * SIZE)
     if WEIGHT:
         weight = load_tile(weight_ptr, column, width - column, SIZE, FULL)
         if head:
@@ -100,7 +101,7 @@ def _forward_kernel(
             squares = squares + (tile[p] * tile[p],)
         rstd = tl.rsqrt(row_sums(squares, in_row, ROWS) / width + eps)
         at = rstd_ptr + row + in_row[:, None]
-        tl.store(at, rstd, (first == 0)[:, None] & (room > 0)[:, None])
+        tl.store(at, rstd, (bundle == 0)[:, None] & (room > 0)[:, None])
         normal = ()
         if WEIGHT and CODE == ROTATED_CODE:
             weight = load_tile(weight_ptr, column, width - column, SIZE, FULL)
@@ -116,8 +117,8 @@ def _forward_kernel(
                 y = y + bias[p]
             store_tile(y_ptr + row * width, y, starts, room, SIZE, p, FULL)
         store_codes(
-            normal, codes_ptr, scales_ptr, (row + in_row) * row_groups + first,
-            seed_value(seed, SEED), row + in_row, first, room, (), SIZE, BITS, CODE, SEED, 0, None,
+            normal, codes_ptr, scales_ptr, (row + in_row) * row_groups + bundle * (8 // PARTS),
+            seed_value(seed, SEED), row + in_row, bundle, room, (), SIZE, PARTS, BITS, CODE, SEED, 0, None,
             FULL,
         )  # fmt: skip
         row += ROWS
@@ -152,24 +153,25 @@ def _backward_kernel(
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
-    NQ: tl.constexpr,  # groups a row
+    NQ: tl.constexpr,  # bundles a row
 ):
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
-    starts, room, in_row, first = rows_tile(width, end - row, ROWS, NQ, SIZE)
-    column = first * (8 * SIZE)
+    starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
+    column = bundle * (8 * SIZE)
     zero = tl.zeros([ROWS * NQ, SIZE], dtype=tl.float32)
     dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
     dbias = dweight
     while row < end:
         room = tl.where(in_row < end - row, width - column, 0)
         dy = load_tile(dy_ptr + row * width, starts, room, SIZE, FULL)
-        group = (row + in_row) * row_groups + first
-        x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, BITS, CODE, FULL)
+        group = (row + in_row) * row_groups + bundle * (8 // PARTS)
+        x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
         if FULL:
             rstd = tl.load(rstd_ptr + row + in_row)[:, None]
         else:
@@ -221,7 +223,7 @@ PLACES = {MINMAX: 64, OFFSET: 64, ROTATED: 256}
 class Shape(NamedTuple):
     """How rows are given to programs."""
 
-    groups: int  # a row, up to a power of two
+    bundles: int  # a row, up to a power of two
     rows: int  # a tile
     full: bool  # whether tiles are whole
     warps: int
@@ -230,15 +232,15 @@ class Shape(NamedTuple):
 
 
 def _launch_shape(grouping: Grouping) -> Shape:
-    groups = triton.next_power_of_2(grouping.row_groups)
-    places = groups * grouping.size
+    bundles = triton.next_power_of_2(-(-grouping.width // (8 * grouping.size)))
+    places = bundles * grouping.size
     warps = max(1, min(16, places // PLACES[grouping.code]))
     rows = max(1, PLACES[grouping.code] // places) if grouping.code == ROTATED else 1
     programs = max(1, min(grouping.rows, PROGRAMS * 4 // warps))
     steps = -(-grouping.rows // programs)
     steps = -(-steps // rows) * rows
     full = grouping.width == 8 * places and grouping.rows % rows == 0
-    return Shape(groups, rows, full, warps, -(-grouping.rows // steps), steps)
+    return Shape(bundles, rows, full, warps, -(-grouping.rows // steps), steps)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -260,7 +262,7 @@ def _forward_launch(
         SEED=seed,
         FULL=shape.full,
         ROWS=shape.rows,
-        NQ=shape.groups,
+        NQ=shape.bundles,
         num_warps=shape.warps,
     )
 
@@ -322,7 +324,7 @@ def _backward_launch(
         **constants(grouping),
         FULL=shape.full,
         ROWS=shape.rows,
-        NQ=shape.groups,
+        NQ=shape.bundles,
         num_warps=shape.warps,
     )
     return launch, shape.programs

@@ -6,17 +6,29 @@ import triton.language as tl
 from packlight.groupquant.grouping import ROTATED as _ROTATED
 from packlight.groupquant.minmax_kernels import PLAIN, load_minmax, store_minmax
 from packlight.groupquant.rotated_kernels import load_rotated, store_rotated
+from packlight.groupquant.tile_kernels import tile_to_float32
 
 ROTATED = tl.constexpr(_ROTATED)
 
 
 @triton.jit
+def packed_tile(
+    raw, CODE: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr
+):
+    """What `store_codes` is to be given of a tile as it was loaded."""
+    if CODE == ROTATED and LIMITED == 0 and FULL and raw[0].dtype == tl.bfloat16:
+        return raw
+    else:
+        return tile_to_float32(raw)
+
+
+@triton.jit
 def store_codes(
-    tile, codes_ptr, scales_ptr, group, seed, row, first, room, within, SIZE: tl.constexpr,
-    BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr, LIMITED: tl.constexpr,
+    tile, codes_ptr, scales_ptr, group, seed, row, bundle, room, within, SIZE: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr, LIMITED: tl.constexpr,
     GREATEST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Quantises a tile of groups of the pack, which are `first` of their `row`, [NQ] each.
+    """Quantises a tile of bundles of a row or of several, [NQ] each, by their first groups.
 
     `within` is a tuple of `Limits`, LIMITED what of them there is to be done. GREATEST is the
     greatest number that a code may stand for, None where values are too small to come near.
@@ -28,21 +40,23 @@ def store_codes(
         )
     else:
         store_minmax(
-            tile, codes_ptr, scales_ptr, group, seed, row, first, room, within, SIZE, BITS, CODE,
-            SEED != 0, LIMITED, GREATEST, FULL,
+            tile, codes_ptr, scales_ptr, group, seed, row, bundle, room, within, SIZE, PARTS,
+            BITS, CODE, SEED != 0, LIMITED, GREATEST, FULL,
         )  # fmt: skip
 
 
 @triton.jit
 def load_codes(
-    codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr,
-    FULL: tl.constexpr, REPLACED: tl.constexpr = PLAIN,
+    codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    BITS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, REPLACED: tl.constexpr = PLAIN,
 ):  # fmt: skip
-    """The eight float32 tensors of a tile of groups [NQ] of the pack.
+    """The eight float32 tensors of a tile of bundles by their first groups [NQ].
 
     REPLACED says what becomes of groups with numbers in place of infinities, if there may be any.
     """
     if CODE == ROTATED:
         return load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, REPLACED)
     else:
-        return load_minmax(codes_ptr, scales_ptr, group, room, SIZE, BITS, CODE, FULL, REPLACED)
+        return load_minmax(
+            codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, REPLACED
+        )

@@ -20,9 +20,9 @@ from packlight.groupquant.minmax_kernels import (
     limited_to,
     scale_of,
 )
-from packlight.groupquant.rotated_ptx import DECODE, ENCODE, INPUTS, TURN
+from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, INPUTS, SURVEY, TURN
 from packlight.groupquant.rotated_reference import FORMULAS, LEAST
-from packlight.groupquant.tile_kernels import part_there
+from packlight.groupquant.tile_kernels import part_there, to_float32
 
 GREATEST = tl.constexpr(_GREATEST)
 BOUNDS = tl.constexpr(tuple(FORMULAS[bits].bound for bits in (1, 2, 3, 4)))
@@ -31,6 +31,8 @@ LASTS = tl.constexpr(tuple(FORMULAS[bits].last for bits in (1, 2, 3, 4)))
 ENCODE_PTX = tl.constexpr(ENCODE)
 DECODE_PTX = tl.constexpr(DECODE)
 TURN_PTX = tl.constexpr(TURN)
+SURVEY_PTX = tl.constexpr(SURVEY)
+DIFFER_PTX = tl.constexpr(DIFFER)
 INPUTS_PTX = tl.constexpr(INPUTS)
 EXPONENT = tl.constexpr(0x7F800000)
 LEAST_INNER = tl.constexpr(LEAST)
@@ -40,30 +42,32 @@ NARROW = tl.constexpr(16)
 
 
 @triton.jit
-def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr):
+def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """What `product` multiplies by: the Hadamard matrix of SIZE, as often as tensor cores ask."""
     WIDTH: tl.constexpr = SIZE if SIZE >= NARROW or NQ * SIZE < NARROW else NARROW
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
     # Bit v of the constant is the parity of the bits of v; it becomes the sign of 1.
     parity = (0x69969669 ^ -1) >> (i & j & (SIZE - 1))
-    matrix = (((parity << 15) & 0x8000) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
+    if DTYPE == tl.bfloat16:
+        matrix = (((parity << 15) & 0x8000) | 0x3F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        matrix = (((parity << 15) & 0x8000) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
     if WIDTH > SIZE:
         matrix = tl.where(i // SIZE == j // SIZE, matrix, 0.0)
     return matrix
 
 
 @triton.jit
-def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """[NQ, SIZE] of DTYPE, of float16 `x` and the Hadamard matrix of SIZE."""
+def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
+    """[NQ, SIZE] float32 of 16-bit `x` and the Hadamard matrix of SIZE."""
     if SIZE >= NARROW:
-        return tl.dot(x, matrix, out_dtype=DTYPE)
+        return tl.dot(x, matrix)
     elif NQ * SIZE >= NARROW:  # several groups a row
         rows = tl.reshape(x, [NQ * SIZE // NARROW, NARROW])
-        return tl.reshape(tl.dot(rows, matrix, out_dtype=DTYPE), [NQ, SIZE])
+        return tl.reshape(tl.dot(rows, matrix), [NQ, SIZE])
     else:
-        whole = x.to(tl.float32)[:, :, None] * matrix.to(tl.float32)[None, :, :]
-        return tl.sum(whole, 1).to(DTYPE)
+        return tl.sum(x.to(tl.float32)[:, :, None] * matrix.to(tl.float32)[None, :, :], 1)
 
 
 @triton.jit
@@ -82,9 +86,9 @@ def across(parts):
 
 @triton.jit
 def with_half_sign(x, signs, p: tl.constexpr):
-    """float16 `x` with the sign that element p of each place has."""
+    """bfloat16 `x` with the sign that element p of each place has."""
     flipped = x.to(tl.int16, bitcast=True) ^ ((signs << p) & -0x8000)
-    return flipped.to(tl.float16, bitcast=True)
+    return flipped.to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -96,12 +100,12 @@ def with_sign(x, signs, p: tl.constexpr):
 
 @triton.jit
 def signed_across(z, signs):
-    """`across` of float16 numbers with their signs."""
+    """`across` of bfloat16 numbers with their signs."""
     if PTX:
         return tl.inline_asm_elementwise(
             TURN_PTX, INPUTS_PTX[8] + ",r,r,r,r,r,r,r,r,r",
             [z[0], z[1], z[2], z[3], z[4], z[5], z[6], z[7], signs],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16) * 2, is_pure=True, pack=2,
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16) * 2, is_pure=True, pack=2,
         )  # fmt: skip
     else:
         signed = ()
@@ -211,26 +215,52 @@ def piece_pointers(codes_ptr, group, SIZE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def store_rotated(
-    tile, codes_ptr, scales_ptr, group, seed, room, within, SIZE: tl.constexpr,
-    BITS: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr,
+def power_of_two(greatest):
+    """The one below it, and its inverse, so that no square of x / unit overflows or underflows."""
+    exponent = greatest.to(tl.int32, bitcast=True) & EXPONENT
+    exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
+    inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+    return exponent.to(tl.float32, bitcast=True), inverse
+
+
+@triton.jit
+def turned_pairs(x, seed, group, SIZE: tl.constexpr):
+    """As `turned_values`, of whole groups of bfloat16 numbers, two an instruction.
+
+    Sums of eight numbers are of their precision, those over places of float32.
+    """
+    total, greatest = tl.inline_asm_elementwise(
+        SURVEY_PTX, INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r",
+        [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]],
+        dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
+    mean = tl.sum(to_float32(total), 1) * (256.0 / (8 * SIZE))
+    unit, inverse = power_of_two(tl.max(tl.abs(to_float32(greatest)), 1))
+    finite = tl.abs(mean) < INFINITY
+    mean_bits = nearest_bfloat16(mean)
+    middle = -(mean_bits.to(tl.float32, bitcast=True) * inverse)
+    signs = sign_halves(group_hashes(seed, group), SIZE)
+    found = tl.inline_asm_elementwise(
+        DIFFER_PTX, INPUTS_PTX[9] + ",r,r,r,r,r,r,r,r,r,r,r",
+        [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7],
+         inverse.to(tl.bfloat16)[:, None], middle.to(tl.bfloat16)[:, None], signs],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16) * 3, is_pure=True, pack=2,
+    )  # fmt: skip
+    turned = (
+        found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]
+    )  # fmt: skip
+    return turned, tl.sum(to_float32(found[8]), 1), unit, mean_bits, finite
+
+
+@triton.jit
+def turned_values(
+    values, seed, group, room, low, high, SIZE: tl.constexpr, LIMITED: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
-    """See `store_codes`."""
-    NQ: tl.constexpr = group.shape[0]
+    """Parts of H D (x - m) / unit before the product, the sum of squares of (x - m) / unit, the
+    unit, the bits of m, and whether all is finite.
+    """
     WIDTH: tl.constexpr = 8 * SIZE
-    replaced = tl.zeros([NQ], dtype=tl.int1)
-    values = tile
-    if LIMITED != 0:
-        low, high, replaced = group_range(tile, room, within, SIZE, LIMITED, FULL)
-        values = ()
-        for p in tl.static_range(8):
-            x = limited_to(tile[p], low, high, LIMITED)
-            if not FULL:
-                x = tl.where(part_there(room, SIZE, p), x, 0.0)
-            values = values + (x,)
-    total = values[0]
-    for p in tl.static_range(1, 8):
-        total += values[p]
     if LIMITED != 0:
         greatest = tl.maximum(tl.abs(low), tl.abs(high))
     else:
@@ -238,42 +268,65 @@ def store_rotated(
         for p in tl.static_range(1, 8):
             greatest = tl.maximum(greatest, tl.abs(values[p]))
         greatest = tl.max(greatest, 1)
-    # Divided by a power of two, so that no square overflows or underflows.
-    exponent = greatest.to(tl.int32, bitcast=True) & EXPONENT
-    exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
-    unit = exponent.to(tl.float32, bitcast=True)
-    inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+    unit, inverse = power_of_two(greatest)
     if FULL:
-        share = tl.full([NQ], 1.0 / WIDTH, tl.float32)
+        share = tl.full(room.shape, 1.0 / WIDTH, tl.float32)
     else:
         count = tl.minimum(tl.maximum(room, 1), WIDTH)
         share = 1.0 / count.to(tl.float32)
-    mean = tl.sum(total * share[:, None], 1)
+    total = values[0] * share[:, None]
+    for p in tl.static_range(1, 8):
+        total += values[p] * share[:, None]
+    mean = tl.sum(total, 1)
     finite = tl.abs(mean) < INFINITY
     if LIMITED != 0:
         finite &= high * 0.5 - low * 0.5 < INFINITY
     mean_bits = nearest_bfloat16(mean)
-    mean = mean_bits.to(tl.float32, bitcast=True)
-
-    middle = (mean * inverse)[:, None]
-    squares = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    halves = ()
+    middle = (mean_bits.to(tl.float32, bitcast=True) * inverse)[:, None]
+    squares = tl.zeros(values[0].shape, dtype=tl.float32)
+    parts = ()
     for p in tl.static_range(8):
         d = values[p] * inverse[:, None] - middle
         if not FULL:
             d = tl.where(part_there(room, SIZE, p), d, 0.0)
-        halves = halves + (d.to(tl.float16),)
+        parts = parts + (d.to(tl.bfloat16),)
         squares += d * d
-    squares = tl.sum(squares, 1)
-    normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST).to(tl.float16)
-
-    store_seed(scales_ptr, seed, group)
     signs = sign_halves(group_hashes(seed, group), SIZE)
-    signed = signed_across(halves, signs)
-    matrix = hadamard(NQ, SIZE)
+    return signed_across(parts, signs), tl.sum(squares, 1), unit, mean_bits, finite
+
+
+@triton.jit
+def store_rotated(
+    tile, codes_ptr, scales_ptr, group, seed, room, within, SIZE: tl.constexpr,
+    BITS: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """See `store_codes`. A tile of bfloat16 numbers has whole groups and no limits."""
+    NQ: tl.constexpr = group.shape[0]
+    WIDTH: tl.constexpr = 8 * SIZE
+    replaced = tl.zeros([NQ], dtype=tl.int1)
+    low = tl.zeros([NQ], dtype=tl.float32)
+    high = low
+    store_seed(scales_ptr, seed, group)
+    if PTX and tile[0].dtype == tl.bfloat16:
+        parts, squares, unit, mean_bits, finite = turned_pairs(tile, seed, group, SIZE)
+    else:
+        values = ()
+        if LIMITED != 0:
+            low, high, replaced = group_range(tile, 0, room, within, SIZE, 8, LIMITED, FULL)
+        for p in tl.static_range(8):
+            x = limited_to(tile[p].to(tl.float32), low, high, LIMITED)
+            if LIMITED != 0 and not FULL:
+                x = tl.where(part_there(room, SIZE, p), x, 0.0)
+            values = values + (x,)
+        parts, squares, unit, mean_bits, finite = turned_values(
+            values, seed, group, room, low, high, SIZE, LIMITED, FULL
+        )
+    mean = mean_bits.to(tl.float32, bitcast=True)
+    normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST).to(tl.float16)
+    matrix = hadamard(NQ, SIZE, tl.bfloat16)
     turned = ()
     for p in tl.static_range(8):
-        y = product(signed[p], matrix, NQ, SIZE, tl.float16)
+        y = product(parts[p], matrix, NQ, SIZE).to(tl.float16)
         turned = turned + (y * normal[:, None],)
     found = encoded(turned, BITS)
     inner = tl.sum(found[len(found) - 1].to(tl.float32), 1)
@@ -314,10 +367,10 @@ def load_rotated(
     mean = (word & -65536).to(tl.float32, bitcast=True)[:, None]
     scale = tl.broadcast_to(scale_of(word, REPLACED)[:, None], [NQ, SIZE])
     signs = sign_halves(group_hashes(load_seed(scales_ptr), group), SIZE)
-    matrix = hadamard(NQ, SIZE)
+    matrix = hadamard(NQ, SIZE, tl.float16)
     levels = decoded(pieces, BITS)
     tile = ()
     for p in tl.static_range(8):
-        turned = product(levels[p], matrix, NQ, SIZE, tl.float32)
+        turned = product(levels[p], matrix, NQ, SIZE)
         tile = tile + (tl.fma(with_sign(turned, signs, p), scale, mean),)
     return tile

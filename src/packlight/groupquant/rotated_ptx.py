@@ -1,9 +1,11 @@
 """What the rotated code does of two places at once, as text for NVIDIA's assembler.
 
-A place has eight elements, one of each part of its group. Registers hold float16 numbers of two
-places, or two integers of 16 bits. Each text is a function of a place alone: which two are in a
+A place has eight elements, one of each part of its group. Registers hold float16 or bfloat16 numbers
+of two places, or two integers of 16 bits. Each text is a function of a place alone: which two are in a
 register does not matter.
 """
+
+import struct
 
 from packlight.groupquant.rotated_reference import FORMULAS, pieces
 
@@ -15,16 +17,12 @@ INPUTS = tuple(",".join(["=r"] * count) for count in range(10))
 
 def _half(number: float) -> int:
     """The 16 bits of a number that float16 has."""
-    import struct
-
     bits: int = struct.unpack("<H", struct.pack("<e", number))[0]
     assert struct.unpack("<e", struct.pack("<H", bits))[0] == number
     return bits
 
 
 def _rounded(number: float) -> float:
-    import struct
-
     rounded: float = struct.unpack("<e", struct.pack("<e", number))[0]
     return rounded
 
@@ -53,29 +51,63 @@ class _Text:
         return f"{{.reg .b32 {names}; {moves} {' '.join(self.lines)}}}"
 
 
-def _across(text: _Text, names: list[str]) -> None:
+def _across(text: _Text, names: list[str], kind: str) -> None:
     """Sums and differences of eight registers, in place, by the Hadamard matrix of eight."""
     for step in (1, 2, 4):
         for p in _PARTS:
             if p & step == 0:
                 low, high = names[p], names[p + step]
-                text.add(f"sub.rn.f16x2 t, {low}, {high}")
-                text.add(f"add.rn.f16x2 {low}, {low}, {high}")
+                text.add(f"sub.rn.{kind} t, {low}, {high}")
+                text.add(f"add.rn.{kind} {low}, {low}, {high}")
                 text.add(f"mov.b32 {high}, t")
 
 
-def turn() -> str:
-    """Of float16 numbers of eight parts and a halfword of signs: signed and turned."""
-    text = _Text()
+def _signed_across(text: _Text, signs: str) -> None:
+    """a0 to a7, bfloat16, with signs by the bits of halfwords from 15 down, turned; the outputs."""
     names = [f"a{p}" for p in _PARTS]
-    signs = f"${8 + 8}"
-    for p in _PARTS:
+    for p, name in enumerate(names):
         text.add(f"shl.b32 t, {signs}, {p}")
-        text.add(f"lop3.b32 a{p}, ${8 + p}, t, 0x80008000, 0x78")
-    _across(text, names)
+        text.add(f"lop3.b32 {name}, {name}, t, 0x80008000, 0x78")
+    _across(text, names, "bf16x2")
+    for p, name in enumerate(names):
+        text.add(f"mov.b32 ${p}, {name}")
+
+
+def turn() -> str:
+    """Of bfloat16 numbers of eight parts and a halfword of signs: signed and turned."""
+    text = _Text()
     for p in _PARTS:
-        text.add(f"mov.b32 ${p}, a{p}")
-    return text.text([*names, "t"])
+        text.add(f"mov.b32 a{p}, ${8 + p}")
+    _signed_across(text, "$16")
+    return text.text([*(f"a{p}" for p in _PARTS), "t"])
+
+
+def survey() -> str:
+    """Of bfloat16 numbers of eight parts: a 256th of their sum, and the greatest but for its sign."""
+    text = _Text()
+    share = text.constant("0x3B803B80")
+    text.add(f"mul.rn.bf16x2 a, $2, {share}")
+    text.add("mov.b32 b, $2")
+    for p in range(1, 8):
+        text.add(f"fma.rn.bf16x2 a, ${2 + p}, {share}, a")
+        text.add(f"max.xorsign.abs.bf16x2 b, b, ${2 + p}")
+    text.add("mov.b32 $0, a")
+    text.add("mov.b32 $1, b")
+    return text.text(["a", "b"])
+
+
+def differ() -> str:
+    """Of x of eight parts, a factor, a term and signs: d = x factor + term, signed and turned.
+
+    And the sum of d^2 before. All but the signs are bfloat16.
+    """
+    text = _Text()
+    for p in _PARTS:
+        text.add(f"fma.rn.bf16x2 a{p}, ${9 + p}, $17, $18")
+        text.add("mul.rn.bf16x2 q, a0, a0" if p == 0 else f"fma.rn.bf16x2 q, a{p}, a{p}, q")
+    _signed_across(text, "$19")
+    text.add("mov.b32 $8, q")
+    return text.text([*(f"a{p}" for p in _PARTS), "t", "q"])
 
 
 def _bases(bits: int, count: int) -> list[tuple[int, int]]:
@@ -196,7 +228,7 @@ def decode(bits: int) -> str:
             scales = constant(_pair(scale)), constant(_pair(start - middle))
             text.add(f"fma.rn.f16x2 a{p}, t, {scales[0]}, {scales[1]}")
     names = [f"a{p}" for p in _PARTS]
-    _across(text, names)
+    _across(text, names, "f16x2")
     for p in _PARTS:
         text.add(f"mov.b32 ${p}, a{p}")
     assert count <= 2
@@ -204,5 +236,7 @@ def decode(bits: int) -> str:
 
 
 TURN = turn()
+SURVEY = survey()
+DIFFER = differ()
 ENCODE = tuple(encode(bits) for bits in (1, 2, 3, 4))
 DECODE = tuple(decode(bits) for bits in (1, 2, 3, 4))

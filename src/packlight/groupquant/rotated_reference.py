@@ -18,8 +18,8 @@ high half.
 Without the mean a group far from 0 would spend its codes on that; without signs one whose values
 are alike would be turned into few large ones.
 
-x and m are divided by a power of two near the greatest magnitude. From d to the code, and from the
-code on, numbers are float16. A group with a NaN or an infinity has a mean of NaN.
+x and m are divided by a power of two near the greatest magnitude. d is a bfloat16
+number from there to the product on tensor cores; what follows, and from the code on, is float16. A group with a NaN or an infinity has a mean of NaN.
 
 A group has eight parts, one after the other, and a place is one element of each. The codes of a
 place are one integer of 8 b bits, the code of part p in bits from b p up. Its `pieces` are the low 16
@@ -80,9 +80,8 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 
 
 def transform(x: Tensor) -> Tensor:
-    """H x of each row of `x`, rounded to float16, in float32: between its eighths in float16."""
+    """H x of each row of 16-bit `x`, in float32: between its eighths in the dtype of `x`."""
     size = x.shape[1] // 8
-    x = x.half()
     for step in range(3):
         low, high = x.view(-1, 4 >> step, 2, size << step).unbind(2)
         x = torch.stack([low + high, low - high], 2)
@@ -180,7 +179,7 @@ def encode(
 
     squares = (d * d).sum(1, keepdim=True)
     normal = squares.rsqrt().clamp(max=_HALF).half()
-    y = transform(signs(seed, len(d), size) * d).half() * normal
+    y = transform((signs(seed, len(d), size) * d).bfloat16()).half() * normal
     numbers = codes(y, bits)
 
     inner = (y * levels(numbers, bits)).float().sum(1, keepdim=True)

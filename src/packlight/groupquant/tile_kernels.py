@@ -1,13 +1,13 @@
 """Tiles of groups in Triton: what loads and stores their elements, and the bytes of their codes.
 
-A tile is NQ groups. A thread holds eight elements of a group, its parts, for each of SIZE places,
-whatever the bits: element (q, p, i) of a tile lies p SIZE + i behind the start of group q. Fewer
-parts, and more threads a group, would have more threads compute the same minimum and step.
+A tile is NQ bundles. A bundle is 8 / PARTS consecutive groups of a row, so that a thread holds
+eight elements for each of SIZE places, whatever the bits: PARTS elements of each group. Element
+(q, s, p, i) of a tile lies (s PARTS + p) SIZE + i behind the start of bundle q.
 
-A byte of a plane of w bits has 8 / w elements of a group, w parts apart (`Grouping`): all of them
-are in one thread.
+A byte of a plane of w bits has 8 / w elements of a group, PARTS w / 8 parts apart (`Grouping`): all
+of them are in one thread.
 
-Where groups lie is told by two tensors [NQ]: `starts`, elements from the start of the tile, and
+Where bundles lie is told by two tensors [NQ]: `starts`, elements from the start of the tile, and
 `room`, how many elements are left in the row from there on.
 """
 
@@ -21,20 +21,20 @@ from packlight.elementwise.kernels import PTX
 
 @triton.jit
 def row_tile(left, NQ: tl.constexpr, SIZE: tl.constexpr):
-    """`starts` and `room` of NQ groups of one row, of which so many elements are left."""
+    """`starts` and `room` of NQ bundles of one row, of which so many elements are left."""
     starts = tl.arange(0, NQ) * (8 * SIZE)
     return starts, left - starts
 
 
 @triton.jit
 def rows_tile(width, left, ROWS: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr):
-    """`starts` and `room` of ROWS whole rows of NQ groups each, of which so many are left.
+    """`starts` and `room` of ROWS whole rows of NQ bundles each, of which so many are left.
 
-    And row and group of the row, of each group.
+    And row and bundle of the row, of each.
     """
-    row, group = tl.arange(0, ROWS * NQ) // NQ, tl.arange(0, ROWS * NQ) % NQ
-    column = group * (8 * SIZE)
-    return row * width + column, tl.where(row < left, width - column, 0), row, group
+    row, bundle = tl.arange(0, ROWS * NQ) // NQ, tl.arange(0, ROWS * NQ) % NQ
+    column = bundle * (8 * SIZE)
+    return row * width + column, tl.where(row < left, width - column, 0), row, bundle
 
 
 @triton.jit
@@ -62,29 +62,53 @@ def to_float32(x):
 
 
 @triton.jit
-def load_tile(x_ptr, starts, room, SIZE: tl.constexpr, FULL: tl.constexpr):
-    """The eight [NQ, SIZE] float32 tensors of a tile at `x_ptr`, 0 past the end of rows."""
+def load_raw_tile(x_ptr, starts, room, SIZE: tl.constexpr, FULL: tl.constexpr):
+    """The eight [NQ, SIZE] tensors of a tile at `x_ptr`, 0 past the end of rows."""
     tile = ()
-    for p in tl.static_range(8):
-        offsets = part(starts, SIZE, p)
+    for j in tl.static_range(8):
+        offsets = part(starts, SIZE, j)
         if FULL:
             x = tl.load(x_ptr + offsets)
         else:
-            x = tl.load(x_ptr + offsets, part_there(room, SIZE, p), other=0.0)
-        tile = tile + (to_float32(x),)
+            x = tl.load(x_ptr + offsets, part_there(room, SIZE, j), other=0.0)
+        tile = tile + (x,)
     return tile
 
 
 @triton.jit
+def tile_to_float32(tile):
+    values = ()
+    for j in tl.static_range(8):
+        values = values + (to_float32(tile[j]),)
+    return values
+
+
+@triton.jit
+def load_tile(x_ptr, starts, room, SIZE: tl.constexpr, FULL: tl.constexpr):
+    """`load_raw_tile` in float32."""
+    return tile_to_float32(load_raw_tile(x_ptr, starts, room, SIZE, FULL))
+
+
+@triton.jit
 def load_columns(
-    p_ptr, first, room, PERIOD: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr
-):
-    """What `load_tile` gives, of a parameter for groups that are `first` [NQ] of their row.
+    p_ptr, bundle, room, PERIOD: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """What `load_tile` gives, of a parameter for bundles [NQ] of a row.
 
     It is as long as PERIOD groups, and begins again after so many.
     """
-    column = (first.to(tl.uint32) % PERIOD) * (8 * SIZE)
-    return load_tile(p_ptr, column, room, SIZE, FULL)
+    tile = ()
+    for j in tl.static_range(8):
+        group = (bundle * (8 // PARTS) + j // PARTS).to(tl.uint32) % PERIOD
+        within = (j % PARTS) * SIZE + tl.arange(0, SIZE)
+        source = p_ptr + group[:, None] * (PARTS * SIZE) + within[None, :]
+        if FULL:
+            p = tl.load(source)
+        else:
+            p = tl.load(source, part_there(room, SIZE, j), other=0.0)
+        tile = tile + (to_float32(p),)
+    return tile
 
 
 @triton.jit
@@ -105,23 +129,31 @@ def store_tile(
 
 @triton.jit
 def store_bytes(
-    parts, codes_ptr, group, there, SIZE: tl.constexpr, BITS: tl.constexpr, FULL: tl.constexpr
-):
-    """Stores the codes of groups [NQ], eight tensors [NQ, SIZE] of bytes, where they are there.
+    parts, codes_ptr, group, there, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Stores the codes of groups [NQ], PARTS tensors [NQ, SIZE] of bytes; `there` None for all.
 
     What is above a code may be anything, as the bytes of the neighbours of a code replace it.
     """
     LOW: tl.constexpr = 2 if BITS == 3 else BITS  # of the first plane
-    target = codes_ptr + group[:, None] * (SIZE * BITS) + tl.arange(0, SIZE)[None, :]
-    for h in tl.static_range(BITS):
-        if h < LOW:
-            byte = _byte(parts, h, 0, LOW).to(tl.uint8)
-        else:
-            byte = _byte(parts, 0, LOW, 1).to(tl.uint8)
-        if FULL:
-            tl.store(target + h * SIZE, byte)
-        else:
-            tl.store(target + h * SIZE, byte, there[:, None])
+    target = codes_ptr + group[:, None] * (PARTS * SIZE * BITS // 8) + tl.arange(0, SIZE)[None, :]
+    if BITS == 8:
+        _store(target, parts[0], there)
+    else:
+        for h in tl.static_range(PARTS * LOW // 8):
+            _store(target + h * SIZE, _byte(parts, h, 0, LOW, PARTS), there)
+        if BITS > LOW:
+            start = PARTS * SIZE * LOW // 8
+            _store(target + start, _byte(parts, 0, LOW, 1, PARTS), there)
+
+
+@triton.jit
+def _store(target, byte, there):
+    if there is None:
+        tl.store(target, byte.to(tl.uint8))
+    else:
+        tl.store(target, byte.to(tl.uint8), there[:, None])
 
 
 @triton.jit
@@ -147,19 +179,20 @@ def code_bytes(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def _byte(codes, h: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+def _byte(codes, h: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """Byte h of each position in the plane of the WIDTH bits of codes from bit FIRST up."""
+    STEP: tl.constexpr = PARTS * WIDTH // 8
     if PTX:
         byte = codes[h]
         if FIRST > 0:
             byte = _insert(byte, byte, 0, -FIRST)
         for r in tl.static_range(1, 8 // WIDTH):
-            byte = _insert(byte, codes[r * WIDTH + h], r * WIDTH, r * WIDTH - FIRST)
+            byte = _insert(byte, codes[r * STEP + h], r * WIDTH, r * WIDTH - FIRST)
         return byte
     else:
         byte = tl.zeros_like(codes[h])
         for r in tl.static_range(8 // WIDTH):
-            byte |= ((codes[r * WIDTH + h] >> FIRST) & ((1 << WIDTH) - 1)) << (r * WIDTH)
+            byte |= ((codes[r * STEP + h] >> FIRST) & ((1 << WIDTH) - 1)) << (r * WIDTH)
         return byte
 
 
@@ -179,22 +212,24 @@ def _insert(byte, code, KEPT: tl.constexpr, MOVE: tl.constexpr):
 
 @triton.jit
 def load_bytes(
-    codes_ptr, group, there, SIZE: tl.constexpr, BITS: tl.constexpr, FULL: tl.constexpr
-):
-    """The codes of groups [NQ], eight tensors [NQ, SIZE] of int32; 0 where groups are not there."""
+    codes_ptr, group, there, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """The codes of groups [NQ], PARTS tensors [NQ, SIZE] of int32; 0 where groups are not there."""
     LOW: tl.constexpr = 2 if BITS == 3 else BITS  # of the first plane
-    source = codes_ptr + group[:, None] * (SIZE * BITS) + tl.arange(0, SIZE)[None, :]
+    STEP: tl.constexpr = PARTS * LOW // 8
+    source = codes_ptr + group[:, None] * (PARTS * SIZE * BITS // 8) + tl.arange(0, SIZE)[None, :]
     bytes_ = ()
-    for h in tl.static_range(BITS):
-        if FULL:
+    for h in tl.static_range(STEP + (BITS - LOW)):
+        if there is None:
             byte = tl.load(source + h * SIZE)
         else:
             byte = tl.load(source + h * SIZE, there[:, None], other=0)
         bytes_ = bytes_ + (byte.to(tl.int32),)
     codes = ()
-    for p in tl.static_range(8):
-        code = (bytes_[p % LOW] >> (p // LOW * LOW)) & ((1 << LOW) - 1)
+    for p in tl.static_range(PARTS):
+        code = (bytes_[p % STEP] >> (p // STEP * LOW)) & ((1 << LOW) - 1)
         if BITS > LOW:
-            code |= ((bytes_[LOW] >> p) & 1) << LOW
+            code |= ((bytes_[STEP] >> p) & 1) << LOW
         codes = codes + (code,)
     return codes
