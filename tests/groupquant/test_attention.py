@@ -215,15 +215,13 @@ def test_a_conversion_gives_attention_bits_enough(bits, attention_bits):
     packlight.convert(model, GroupQuant(bits), functional=True)
     report = profile(lambda: model(*(x * 1.0 for x in tensors)))
     codes = sum(row.bytes for row in report.rows if row.dtype == "uint8")
-    assert codes == 3 * tensors[0].numel() * attention_bits // 8
+    assert codes == 4 * tensors[0].numel() * attention_bits // 8
 
 
-def test_the_default_form_is_one_constant(monkeypatch):
-    tensors = correlated(4, 64, 32)
-    for form, name in ((True, "_RecomputedAttentionBackward"), (False, "_KeptAttentionBackward")):
-        monkeypatch.setattr(attention, "RECOMPUTES", form)
-        y = groupquant.scaled_dot_product_attention(*tensors)
-        assert y.grad_fn.name() == name
+@pytest.mark.parametrize(("bits", "name"), [(8, "_KeptAttention"), (4, "_RecomputedAttention")])
+def test_the_form_follows_from_the_bits(bits, name):
+    y = groupquant.scaled_dot_product_attention(*correlated(4, 64, 32), bits=bits)
+    assert y.grad_fn.name() == f"{name}Backward"
 
 
 # ---- dropout -------------------------------------------------------------------------------------
