@@ -17,6 +17,8 @@ from packlight import _torch
 
 _T = TypeVar("_T")
 
+_CONSTANTS = (str, int, float, tuple, list)  # of names: a package may state them in two files
+
 
 def once_a_class(look: Callable[[type[nn.Module]], _T]) -> Callable[[type[nn.Module]], _T]:
     """A function of a class that remembers its answers."""
@@ -34,8 +36,8 @@ def once_a_class(look: Callable[[type[nn.Module]], _T]) -> Callable[[type[nn.Mod
 def is_copy(function: object, known: Callable[..., Any]) -> bool:
     """Whether a function has the code of a known one, whatever the variables are called.
 
-    Instructions, constants and the names of attributes agree, globals are the same objects, and
-    neither has variables of a surrounding function, as a decorated one would.
+    Instructions, constants and the names of attributes agree, globals are the same objects, or
+    equal constants, and neither has variables of a surrounding function, as a decorated one would.
     """
     code = _torch.code_of(function)
     if code is None or code.co_freevars:
@@ -53,7 +55,8 @@ def _instructions(code: types.CodeType, function: Any) -> list[tuple[str, object
         if isinstance(value, types.CodeType):
             return _instructions(value, function)
         if instruction.opname == "LOAD_GLOBAL":  # None for what is built in
-            return value, id(function.__globals__.get(value))
+            found = function.__globals__.get(value)
+            return value, repr(found) if isinstance(found, _CONSTANTS) else id(found)
         if "FAST" not in instruction.opname:
             return repr(value)
         parts = value if isinstance(value, tuple) else (value,)  # two at once since Python 3.13

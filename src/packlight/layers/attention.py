@@ -40,8 +40,8 @@ from packlight.pack import Pack
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import KEEPS, Quantiser, Restore
 
-# With so many bits a call that asks for no form keeps the statistic. On an H200 the second run costs
-# a sixth of attention's time and saves a fiftieth of what a model keeps.
+# With so many bits a call that asks for no form keeps the statistic. On an H200 the second run
+# costs a sixth of attention's time and saves a twelfth of what a transformer keeps.
 STATISTIC_BITS = 8
 
 # With fewer bits the error is larger than the gradient, in either form.
