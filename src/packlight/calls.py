@@ -288,6 +288,11 @@ def _covered_now() -> Calls:
     return mode.calls if isinstance(mode, _Covering) and mode.holds() else _NONE
 
 
+def covered_call(function: Callable[..., Any]) -> Call | None:
+    """What a call of a torch function becomes in the code that runs; None if it stays torch's."""
+    return _covered_now().table.get(function)
+
+
 def covers_now() -> bool:
     """Whether calls of the code that runs are covered."""
     return bool(_covered_now().table)
