@@ -19,7 +19,6 @@ from packlight._checks import (
     refuse_second_derivative,
     saved_with_weight,
 )
-from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight.layers import attention
@@ -52,7 +51,7 @@ class _Projections(torch.autograd.Function):
         *tensors: Tensor | None,  # `count` weights, as many biases, and the pack of x
     ) -> Tensor:
         weights, biases = tensors[:count], tensors[count : 2 * count]
-        dtype = _linear_dtype(x, weights[0])
+        dtype = linear_dtype(x, weights[0])
         joined = _joined(weights, dtype)
         bias = None if biases[0] is None else _joined(biases, dtype)
         y = writable(F.linear(x, joined, bias), of_linear=True)
@@ -77,9 +76,11 @@ class _Projections(torch.autograd.Function):
         return dx, None, None, *dweight.split(ctx.sizes), *dbiases, *[None] * len(tensors)
 
 
-def _linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+def linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """That in which torch runs a Linear."""
-    return autocast_dtype(x, "linear", lambda empty: F.linear(empty.view(0, weight.shape[1]), weight))
+    return autocast_dtype(
+        x, "linear", lambda empty: F.linear(empty.view(0, weight.shape[1]), weight)
+    )
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -136,18 +137,31 @@ class _WholeAttention(torch.autograd.Function):
         dtype, shape, stride, heads = ctx.settings
         kernel, flags, draws, method = ctx.how
         whole = method.unpack(dtype, shape, stride, *pack)
-        given = prepared((*_parts(whole, heads), mask), kernel)
-        if draws is None:
+        dwhole = part_gradients(grad_output, whole, heads, mask, kernel, flags, draws)
+        return dwhole, *[None] * 6
+
+
+def part_gradients(
+    grad_output: Tensor,
+    whole: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    kernel: Kernel,
+    flags: Flags,
+    draws: tuple[int, int] | None,
+) -> Tensor:
+    """The gradient of `whole`, of which attention runs once more, with the dropout of `draws`."""
+    given = prepared((*parts_of(whole, heads), mask), kernel)
+    if draws is None:
+        results = run(given, kernel, flags)
+    else:
+        with drawn_again(whole, draws):
             results = run(given, kernel, flags)
-        else:
-            with drawn_again(whole, draws):
-                results = run(given, kernel, flags)
-        found = gradients(grad_output, given, results, kernel, flags)
-        dwhole = torch.stack([each.transpose(1, 2) for each in found], 2)
-        return dwhole.view(shape), *[None] * 6
+    found = gradients(grad_output, given, results, kernel, flags)
+    return torch.stack([each.transpose(1, 2) for each in found], 2).view(whole.shape)
 
 
-def _parts(whole: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def parts_of(whole: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value [batch, heads, length, size] of [batch, length, 3 heads size]."""
     batch, length, width = whole.shape
     parts = whole.view(batch, length, 3, heads, width // (3 * heads))
@@ -172,31 +186,41 @@ def self_attention(
     if out is None:
         dropout_p, is_causal, scale = flags
         out = attention.scaled_dot_product_attention(
-            *_parts(whole, heads), mask, dropout_p, is_causal, scale, method=method
+            *parts_of(whole, heads), mask, dropout_p, is_causal, scale, method=method
         )
     return out.transpose(1, 2).flatten(2)
+
+
+def fits(
+    x: Tensor,
+    dtype: torch.dtype,
+    heads: int,
+    width: int,
+    mask: Tensor | None,
+    dropout_p: float,
+    method: Quantiser,
+) -> bool:
+    """Whether one pack serves query, key and value of `width` in `dtype`, on the device of `x`."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+        return False
+    if mask is not None and (mask.requires_grad or mask.dtype not in (torch.bool, dtype)):
+        return False
+    if not attention.RECOMPUTES or method.grade.bits < attention.FEWEST_BITS:
+        return False
+    if width % method.grade.group_size or width // heads % 8:
+        return False
+    return not dropout_p or can_draw_again(x)
 
 
 def _at_once(
     whole: Tensor, heads: int, mask: Tensor | None, flags: Flags, method: Quantiser
 ) -> Tensor | None:
-    width = whole.shape[-1] // 3
-    kind = whole.device.type
-    fits = (
-        attention.RECOMPUTES
-        and needs_gradient(whole)
-        and is_taken(whole)
-        and whole.is_contiguous()
-        and width % method.grade.group_size == 0
-        and width // heads % 8 == 0
-        and (mask is None or (not mask.requires_grad and mask.dtype in (torch.bool, whole.dtype)))
-        and (not flags[0] or can_draw_again(whole))
-    )
-    if not fits or (
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != whole.dtype
-    ):
+    if not needs_gradient(whole) or not is_taken(whole) or not whole.is_contiguous():
         return None
-    parts = _parts(whole.detach().requires_grad_(), heads)
+    if not fits(whole, whole.dtype, heads, whole.shape[-1] // 3, mask, flags[0], method):
+        return None
+    parts = parts_of(whole.detach().requires_grad_(), heads)
     kernel = kernel_of((*parts, mask), flags[0], flags[1])
     if kernel[0] not in FUSED:
         return None

@@ -74,6 +74,7 @@ def is_known(kind: type[nn.Module]) -> bool:
 class AtOnce(nn.Module):
     """Self-attention by one function for query, key and value, where all three train alike."""
 
+    may_run_plain_code = True
     attention_method: Quantiser
     implementations: tuple[str, ...]  # of attention, in whose place ours is
     model_config: Any
@@ -127,6 +128,4 @@ class AtOnce(nn.Module):
             is_causal = self.is_causal
         flags = (self.dropout.p, is_causal and mask is None and x.shape[1] > 1, self.scaling)
         whole = projections(x, parameters, method)
-        return self_attention(
-            whole, self.num_attention_heads, mask, flags, self.attention_method
-        )
+        return self_attention(whole, self.num_attention_heads, mask, flags, self.attention_method)
