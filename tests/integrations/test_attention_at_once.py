@@ -1,4 +1,4 @@
-"""Self-attention and blocks of transformers and timm that run as one function, beside their parts."""
+"""Self-attention and blocks of transformers and timm as one function, beside their parts."""
 
 import copy
 
@@ -47,13 +47,13 @@ KINDS = {
 every_kind = pytest.mark.parametrize("name", KINDS)
 
 
-def converted(make, methods=(NEAREST, FewBit(bits=8))):
+def converted(make):
     torch.manual_seed(0)
     module = make()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.2)
     plain = copy.deepcopy(module)
-    packlight.convert(module, methods, functional=True)
+    packlight.convert(module, (NEAREST, FewBit(bits=8)), functional=True)
     return module, plain
 
 
@@ -169,12 +169,16 @@ def _frozen(module):
     next(module.parameters()).requires_grad_(False)
 
 
+def _first_linear(module):
+    return next(part for part in module.modules() if isinstance(part, nn.Linear))
+
+
 def _part_in_eval(module):
-    [m for m in module.modules() if isinstance(m, nn.Linear)][0].eval()
+    _first_linear(module).eval()
 
 
 def _plain_part(module):
-    packlight.revert([m for m in module.modules() if isinstance(m, nn.Linear)][0])
+    packlight.revert(_first_linear(module))
 
 
 @pytest.mark.parametrize("change", [_frozen, _part_in_eval, one_by_one, _plain_part])

@@ -37,6 +37,24 @@ def _activation_backward(
     return dx
 
 
+def _activation_over(
+    x: Tensor, name: str, parameters: tuple[float, ...], method: GroupQuant, seed: Seed
+) -> tuple[Tensor, ...]:
+    return x, *ops.activation_(x, name, parameters, method.groups, *operands(seed))
+
+
+def _activation_backward_over(
+    grad_output: Tensor,
+    kept: Kept,
+    name: str,
+    parameters: tuple[float, ...],
+    _: tuple[int, ...],
+    method: GroupQuant,
+) -> Tensor:
+    ops.activation_backward_(grad_output, *kept, name, parameters, method.groups)
+    return grad_output
+
+
 def _activation_rebuild(
     y: Tensor, name: str, parameters: tuple[float, ...], method: GroupQuant
 ) -> AppliedCodes:
@@ -210,6 +228,7 @@ def _group_norm_backward(
 
 GroupQuant.fused = {
     "activation": Fused(_activation, _activation_backward, _activation_rebuild),
+    "activation_": Fused(_activation_over, _activation_backward_over, _activation_rebuild),
     "batch_norm": Fused(_batch_norm, _batch_norm_backward, rebuild_batch),
     "gated": Fused(_gated, _gated_backward, _gated_rebuild),
     "group_norm": Fused(_group_norm, _group_norm_backward, rebuild_group),

@@ -59,6 +59,22 @@ activation = define_op(
     kernel=f"{_KERNELS}:activation",
 )
 
+activation_ = define_op(
+    "group_quant_activation_(Tensor(a!) x, str name, float[] parameters, int[] groups,"
+    " Tensor? seed, int number) -> (Tensor, Tensor)",
+    reference=reference.activation_,
+    fake=lambda x, name, parameters, groups, seed, number: _fake_pack(x, groups),
+    kernel=f"{_KERNELS}:activation_",
+)
+
+activation_backward_ = define_op(
+    "group_quant_activation_backward_(Tensor(a!) grad_output, Tensor codes, Tensor scales,"
+    " str name, float[] parameters, int[] groups) -> ()",
+    reference=reference.activation_backward_,
+    fake=lambda grad_output, codes, scales, name, parameters, groups: None,
+    kernel=f"{_KERNELS}:activation_backward_",
+)
+
 activation_backward = define_op(
     "group_quant_activation_backward(Tensor grad_output, Tensor codes, Tensor scales, str name,"
     " float[] parameters, SymInt[] stride, int[] groups) -> Tensor",

@@ -17,7 +17,7 @@ from packlight._gradients import as_dtype
 from packlight._seeds import Seed, mask_seed, operands
 from packlight.fewbit import ops
 from packlight.fewbit.dropout import masked
-from packlight.layers.linear import linear_gradients
+from packlight.layers.linear import affine, linear_gradients
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Fused, Quantiser, pack_input
@@ -105,7 +105,7 @@ class _PostNorm(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         p, eps, method = settings
-        branch = F.linear(x, weight, bias)
+        branch = affine(x, weight, bias)
         dtype = _norm_dtype(branch, residual, gamma, beta)
         fused = _post_norm_of(method)
         given = (branch, residual.contiguous(), gamma, beta, p, eps, dtype, method, seeds)

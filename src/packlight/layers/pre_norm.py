@@ -16,12 +16,17 @@ from packlight._checks import autocast, refuse_second_derivative, saved_with_wei
 from packlight._gradients import as_dtype
 from packlight._seeds import Seed, draws_at
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.layers.activations import activation_of
+from packlight.layers.activations import overwriting_activation_of
 from packlight.layers.attention_backends import FUSED, Flags, kernel_of, prepared, run
-from packlight.layers.linear import linear_gradients
+from packlight.layers.linear import affine, linear_gradients
 from packlight.layers.mlp import Parameters
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
-from packlight.layers.self_attention import part_gradients, parts_of
+from packlight.layers.self_attention import (
+    joined_gradients,
+    linear_dtype,
+    part_gradients,
+    parts_of,
+)
 from packlight.quantiser import KEEPS, Quantiser, Restore
 
 
@@ -45,6 +50,7 @@ def _normed(
     eps: float,
     method: Quantiser,
     seed: Seed,
+    projection: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """norm(x) and the tensors that stand for it; how they do is noted on `ctx`."""
 
@@ -55,6 +61,8 @@ def _normed(
     fused = row_norm_of(method)
     y, rstd, copies, kept = fused.forward(x, weight, bias, eps, True, method, seed)
     ctx.normed = fused.rebuild(y, y.shape[-1], method), y.dtype, method
+    # In the dtype in which the Linear behind reads it: two at once would be in memory for nothing.
+    y = as_dtype(y, linear_dtype(y, projection))
     return y, [rstd, *own_parameters(copies, weight, bias), *kept]
 
 
@@ -110,8 +118,9 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor | None:
         eps, heads, flags = settings
         of_norm, of_attention, of_last = methods
-        y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0])
-        whole = F.linear(y, weight, bias)
+        y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0], weight)
+        whole = affine(y, weight, bias)
+        del y  # here and below: what is not read again makes room
         with torch.enable_grad():
             parts = parts_of(whole.requires_grad_(), heads)
             kernel = kernel_of((*parts, mask), flags[0], flags[1])
@@ -120,14 +129,16 @@ class _Attention(torch.autograd.Function):
         draws = draws_at(whole) if flags[0] else None
         out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
         packs = [*of_attention.pack(whole, seeds[1]), *of_last.pack(out, seeds[2])]
-        branch = F.linear(out, last_weight, last_bias)
+        ctx.whole = Restore(of_attention, tuple(whole.shape), whole.stride()), heads
+        ctx.middle = whole.dtype, out.dtype
+        del parts, whole
+        branch = affine(out, last_weight, last_bias)
         ctx.save_for_backward(weight, last_weight, mask, *normed, *packs)
         ctx.packed = len(normed), len(packs) // 2
-        ctx.whole = Restore(of_attention, tuple(whole.shape), whole.stride()), heads
         ctx.out = Restore(of_last, tuple(out.shape), out.stride())
         ctx.how = kernel, flags, draws
         ctx.dtypes = _dtypes(x, gamma, beta, weight, bias, last_weight, last_bias)
-        ctx.middle = whole.dtype, out.dtype, branch.dtype
+        ctx.branch = branch.dtype
         return x + branch
 
     @staticmethod
@@ -137,16 +148,18 @@ class _Attention(torch.autograd.Function):
         count, each = ctx.packed
         normed, packs = saved[:count], saved[count:]
         needs, dtypes = ctx.needs_input_grad, ctx.dtypes
-        whole_dtype, out_dtype, branch_dtype = ctx.middle
+        whole_dtype, out_dtype = ctx.middle
         dout, *last = linear_gradients(
-            as_dtype(grad_output, branch_dtype), last_weight, ctx.out, packs[each:],
+            as_dtype(grad_output, ctx.branch), last_weight, ctx.out, packs[each:],
             (True, *needs[5:7]), (out_dtype, *dtypes[5:7]),
         )  # fmt: skip
         rebuild, heads = ctx.whole
         dout = dout.unflatten(2, (heads, -1)).transpose(1, 2)
         whole = rebuild(whole_dtype, *packs[:each])
-        dwhole = part_gradients(dout, whole, heads, mask, *ctx.how)
+        found = part_gradients(dout, whole, heads, mask, *ctx.how)
         del dout, whole
+        dwhole = joined_gradients(found)
+        del found
         dnormed, *first = linear_gradients(
             dwhole,
             weight,
@@ -206,19 +219,22 @@ class _MLP(torch.autograd.Function):
         seeds: tuple[Seed, Seed],
     ) -> Tensor:
         of_norm, method = methods
-        y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0])
-        h = F.linear(y, weight, bias)
+        y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0], weight)
+        h = affine(y, weight, bias)
+        del y
         middle_dtype = h.dtype
         h = autocast(h, name, CONTINUOUS[name].function)
-        fused = activation_of(method)
+        fused = overwriting_activation_of(method)
         middle, *kept = fused.forward(h, name, (), method, seeds[1])
-        branch = F.linear(middle, last_weight, last_bias)
+        del h
+        branch = affine(middle, last_weight, last_bias)
         ctx.save_for_backward(weight, last_weight, *normed, *kept)
         ctx.packed = len(normed)
         ctx.middle = fused.rebuild(middle, name, (), method)
         ctx.differentiate, ctx.f = fused.backward, (name, (), middle.stride(), method)
         ctx.dtypes = _dtypes(x, gamma, beta, weight, bias, last_weight, last_bias)
         ctx.between = middle_dtype, middle.dtype, branch.dtype
+        del middle
         return x + branch
 
     @staticmethod

@@ -137,8 +137,9 @@ class _WholeAttention(torch.autograd.Function):
         dtype, shape, stride, heads = ctx.settings
         kernel, flags, draws, method = ctx.how
         whole = method.unpack(dtype, shape, stride, *pack)
-        dwhole = part_gradients(grad_output, whole, heads, mask, kernel, flags, draws)
-        return dwhole, *[None] * 6
+        found = part_gradients(grad_output, whole, heads, mask, kernel, flags, draws)
+        del whole
+        return joined_gradients(found), *[None] * 6
 
 
 def part_gradients(
@@ -149,16 +150,20 @@ def part_gradients(
     kernel: Kernel,
     flags: Flags,
     draws: tuple[int, int] | None,
-) -> Tensor:
-    """The gradient of `whole`, of which attention runs once more, with the dropout of `draws`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of the parts of `whole`: attention runs once more, with the dropout of `draws`."""
     given = prepared((*parts_of(whole, heads), mask), kernel)
     if draws is None:
         results = run(given, kernel, flags)
     else:
         with drawn_again(whole, draws):
             results = run(given, kernel, flags)
-    found = gradients(grad_output, given, results, kernel, flags)
-    return torch.stack([each.transpose(1, 2) for each in found], 2).view(whole.shape)
+    return gradients(grad_output, given, results, kernel, flags)
+
+
+def joined_gradients(parts: Sequence[Tensor]) -> Tensor:
+    """Gradients of query, key and value as that of the tensor whose parts they are."""
+    return torch.stack([each.transpose(1, 2) for each in parts], 2).flatten(2)
 
 
 def parts_of(whole: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
