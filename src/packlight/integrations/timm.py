@@ -298,7 +298,7 @@ class GroupQuantBlock(nn.Module):
             return None
         flags = (p, is_causal, None)
         projections = (whole, found[0])
-        return pre_norm.attention(x, norm, projections, heads, mask, flags, (method, of_input))
+        return pre_norm.attention(x, norm, projections, heads, mask, flags, method)
 
     def _mlp(self, x: Tensor) -> Tensor | None:
         """The second sum; None where the parts are to run one by one."""

@@ -17,15 +17,22 @@ from packlight._gradients import as_dtype
 from packlight._seeds import Seed, draws_at
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.layers.activations import overwriting_activation_of
-from packlight.layers.attention_backends import FUSED, Flags, kernel_of, prepared, run
+from packlight.layers.attention_backends import (
+    FUSED,
+    Flags,
+    gradients,
+    kernel_of,
+    prepared,
+    run,
+)
 from packlight.layers.linear import affine, linear_gradients
 from packlight.layers.mlp import Parameters
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
 from packlight.layers.self_attention import (
     joined_gradients,
     linear_dtype,
-    part_gradients,
     parts_of,
+    run_again,
 )
 from packlight.quantiser import KEEPS, Quantiser, Restore
 
@@ -67,7 +74,7 @@ def _normed(
 
 
 def _norm_gradients(
-    ctx: Any, dnormed: Tensor, grad_output: Tensor, saved: Sequence[Any], needs: Sequence[bool]
+    ctx: Any, dnormed: Any, grad_output: Tensor, saved: Sequence[Any], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, which has one from the sum too, and of weight and bias."""
     rstd, weight, _, *kept = saved
@@ -97,8 +104,9 @@ def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
 
 
 class _Attention(torch.autograd.Function):
-    """x + W_o attention(W norm(x)); keeps packs of the normalised value, of W norm(x) and of what
-    W_o reads. None where torch would take no fused kernel.
+    """x + W_o attention(W norm(x)); keeps packs of the normalised value and of W norm(x).
+
+    What W_o reads comes again with attention. None where torch would take no fused kernel.
     """
 
     @staticmethod
@@ -113,11 +121,11 @@ class _Attention(torch.autograd.Function):
         last_bias: Tensor | None,
         mask: Tensor | None,
         settings: tuple[float, int, Flags],
-        methods: tuple[Quantiser, Quantiser, Quantiser],
-        seeds: tuple[Seed, Seed, Seed],
+        methods: tuple[Quantiser, Quantiser],
+        seeds: tuple[Seed, Seed],
     ) -> Tensor | None:
         eps, heads, flags = settings
-        of_norm, of_attention, of_last = methods
+        of_norm, of_attention = methods
         y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0], weight)
         whole = affine(y, weight, bias)
         del y  # here and below: what is not read again makes room
@@ -128,14 +136,13 @@ class _Attention(torch.autograd.Function):
             return None
         draws = draws_at(whole) if flags[0] else None
         out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
-        packs = [*of_attention.pack(whole, seeds[1]), *of_last.pack(out, seeds[2])]
+        pack = of_attention.pack(whole, seeds[1])
         ctx.whole = Restore(of_attention, tuple(whole.shape), whole.stride()), heads
         ctx.middle = whole.dtype, out.dtype
         del parts, whole
         branch = affine(out, last_weight, last_bias)
-        ctx.save_for_backward(weight, last_weight, mask, *normed, *packs)
-        ctx.packed = len(normed), len(packs) // 2
-        ctx.out = Restore(of_last, tuple(out.shape), out.stride())
+        ctx.save_for_backward(weight, last_weight, mask, *normed, *pack)
+        ctx.packed = len(normed)
         ctx.how = kernel, flags, draws
         ctx.dtypes = _dtypes(x, gamma, beta, weight, bias, last_weight, last_bias)
         ctx.branch = branch.dtype
@@ -145,19 +152,22 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         weight, last_weight, mask, *saved = saved_with_weight(ctx)
-        count, each = ctx.packed
-        normed, packs = saved[:count], saved[count:]
+        normed, pack = saved[: ctx.packed], saved[ctx.packed :]
         needs, dtypes = ctx.needs_input_grad, ctx.dtypes
         whole_dtype, out_dtype = ctx.middle
+        rebuild, heads = ctx.whole
+        whole = rebuild(whole_dtype, *pack)
+        given, results = run_again(whole, heads, mask, *ctx.how)
+        del whole
+        out = results[0].transpose(1, 2).flatten(2)
+        dout: Any
         dout, *last = linear_gradients(
-            as_dtype(grad_output, ctx.branch), last_weight, ctx.out, packs[each:],
+            as_dtype(grad_output, ctx.branch), last_weight, _itself, (out,),
             (True, *needs[5:7]), (out_dtype, *dtypes[5:7]),
         )  # fmt: skip
-        rebuild, heads = ctx.whole
         dout = dout.unflatten(2, (heads, -1)).transpose(1, 2)
-        whole = rebuild(whole_dtype, *packs[:each])
-        found = part_gradients(dout, whole, heads, mask, *ctx.how)
-        del dout, whole
+        found = gradients(dout, given, results, *ctx.how[:2])
+        del dout, out, given, results
         dwhole = joined_gradients(found)
         del found
         dnormed, *first = linear_gradients(
@@ -172,6 +182,10 @@ class _Attention(torch.autograd.Function):
         return *front, *first, *last, *[None] * 4
 
 
+def _itself(_: torch.dtype, x: Tensor) -> Tensor:
+    return x
+
+
 _attend: Callable[..., Tensor | None] = _torch.applied(_Attention)
 
 
@@ -182,18 +196,20 @@ def attention(
     heads: int,
     mask: Tensor | None,
     flags: Flags,
-    methods: tuple[Quantiser, Quantiser],
+    method: Quantiser,
 ) -> Tensor | None:
     """x + W_o attention(W norm(x)), x [batch, length, width]; `projections` are W's and W_o's.
 
-    In eager mode, in training, with gradients; the checks are the caller's. `methods` are those of
-    query, key and value, which W norm(x) has side by side, and of what W_o reads. Keeps packs of
-    the normalised value and of both; gradients are those of the layers one by one, with attention
-    in the form that runs again. None where torch would take no fused kernel.
+    In eager mode, in training, with gradients; the checks are the caller's. `method` is that of
+    query, key and value, which W norm(x) has side by side. Keeps packs of the normalised value and
+    of W norm(x). Gradients are those of the layers one by one, with attention in the form that runs
+    again, but for that of W_o: it is of the output that comes again, with the error of decoded
+    query, key and value and without a pack of its own. At 8 bits that is a tenth of a 4-bit pack's,
+    and biased, since a softmax is not linear. None where torch would take no fused kernel.
     """
     parameters = [each for projection in projections for each in projection]
-    seeds = (norm.method.seed(x), methods[0].seed(x), methods[1].seed(x))
-    given = (mask, (norm.eps, heads, flags), (norm.method, *methods), seeds)
+    seeds = (norm.method.seed(x), method.seed(x))
+    given = (mask, (norm.eps, heads, flags), (norm.method, method), seeds)
     return _attend(x, norm.weight, norm.bias, *parameters, *given)
 
 

@@ -25,7 +25,9 @@ from packlight.layers import attention
 from packlight.layers.attention_backends import (
     FUSED,
     Flags,
+    Inputs,
     Kernel,
+    Results,
     gradients,
     kernel_of,
     prepared,
@@ -50,7 +52,8 @@ class _Projections(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,  # `count` weights, as many biases, and the pack of x
     ) -> Tensor:
-        weights, biases = tensors[:count], tensors[count : 2 * count]
+        weights: Any = tensors[:count]
+        biases: Any = tensors[count : 2 * count]
         dtype = linear_dtype(x, weights[0])
         joined = _joined(weights, dtype)
         bias = None if biases[0] is None else _joined(biases, dtype)
@@ -69,6 +72,8 @@ class _Projections(torch.autograd.Function):
         needs_input = ctx.needs_input_grad[0]
         weight = _joined(weights, grad_output.dtype) if needs_input else weights[0]
         needs = (needs_input, True, ctx.dtypes[2] is not None)
+        dx: Tensor | None
+        dweight: Any
         dx, dweight, dbias = linear_gradients(
             grad_output, weight, ctx.rebuild, tensors, needs, ctx.dtypes
         )
@@ -83,7 +88,7 @@ def linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     )
 
 
-def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _joined(parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """The parts one behind the other in `dtype`, without a copy of each."""
     rows = sum(part.shape[0] for part in parts)
     whole = parts[0].new_empty((rows, *parts[0].shape[1:]), dtype=dtype)
@@ -137,28 +142,27 @@ class _WholeAttention(torch.autograd.Function):
         dtype, shape, stride, heads = ctx.settings
         kernel, flags, draws, method = ctx.how
         whole = method.unpack(dtype, shape, stride, *pack)
-        found = part_gradients(grad_output, whole, heads, mask, kernel, flags, draws)
+        given, results = run_again(whole, heads, mask, kernel, flags, draws)
         del whole
+        found = gradients(grad_output, given, results, kernel, flags)
+        del given, results
         return joined_gradients(found), *[None] * 6
 
 
-def part_gradients(
-    grad_output: Tensor,
+def run_again(
     whole: Tensor,
     heads: int,
     mask: Tensor | None,
     kernel: Kernel,
     flags: Flags,
     draws: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of the parts of `whole`: attention runs once more, with the dropout of `draws`."""
+) -> tuple[Inputs, Results]:
+    """Attention of the parts of `whole` in a backward pass, with the dropout of `draws`."""
     given = prepared((*parts_of(whole, heads), mask), kernel)
     if draws is None:
-        results = run(given, kernel, flags)
-    else:
-        with drawn_again(whole, draws):
-            results = run(given, kernel, flags)
-    return gradients(grad_output, given, results, kernel, flags)
+        return given, run(given, kernel, flags)
+    with drawn_again(whole, draws):
+        return given, run(given, kernel, flags)
 
 
 def joined_gradients(parts: Sequence[Tensor]) -> Tensor:

@@ -119,9 +119,10 @@ class AtOnce(nn.Module):
         for other, another in parameters:
             if other.shape != shape or other.dtype != weight.dtype:
                 return None
-            if (another is None) != (bias is None):
-                return None
-            if another is not None and not (another.requires_grad and another.dtype == bias.dtype):
+            if another is None or bias is None:
+                if another is not bias:
+                    return None
+            elif not another.requires_grad or another.dtype != bias.dtype:
                 return None
         is_causal = options.get("is_causal")
         if is_causal is None:
