@@ -183,19 +183,29 @@ _GLOBAL_BACKWARD_HOOKS = (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module runs its class's forward and nothing else, as hooks are.
+def is_bare(*modules: nn.Module) -> bool:
+    """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
-    So that a layer around it may do its work for it. Hooks of `profile` only look on.
+    So that a layer around them may do their work. Hooks of `profile` only look on.
     """
-    own = vars(module)
-    if any(_GLOBAL_HOOKS) or any(_GLOBAL_BACKWARD_HOOKS):
-        return False
-    for name in _HOOKS:
-        for hook in own[name].values() if own[name] else ():
-            if not getattr(hook, "only_looks_on", False):
-                return False
-    return "forward" not in own and own.get("_compiled_call_impl") is None
+    for hooks in _GLOBAL_HOOKS:
+        if hooks:
+            return False
+    for hooks in _GLOBAL_BACKWARD_HOOKS:
+        if hooks:
+            return False
+    for module in modules:  # nothing is called where there are no hooks: a layer asks of twenty
+        own = module.__dict__
+        for name in _HOOKS:
+            if own[name]:
+                for hook in own[name].values():
+                    if not getattr(hook, "only_looks_on", False):
+                        return False
+        if "forward" in own:
+            return False
+        if "_compiled_call_impl" in own and own["_compiled_call_impl"] is not None:
+            return False
+    return True
 
 
 # ---- which modules -------------------------------------------------------------------------------
@@ -209,7 +219,7 @@ def swap_for_calls(
     `kind` is the module's class before any conversion, `swap` what else a conversion makes of the
     module. Without methods its calls stay torch's, whatever the module around it covers.
     """
-    code = kind if swap is None else _owner_of_forward(swap.kind)
+    code = kind if swap is None or _may_run(swap.kind) else _owner_of_forward(swap.kind)
     own = not f"{code.__module__}.".startswith(_LAYERS) and kind.forward is not nn.Module.forward
     if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return None
@@ -229,6 +239,11 @@ def without_calls(swap: Swap) -> Swap:
     assert found is not None
     attributes = {name: value for name, value in swap.attributes.items() if name != _ATTRIBUTE}
     return Swap(found[1][-1], attributes)
+
+
+def _may_run(kind: type[nn.Module]) -> bool:
+    """Whether a class of ours runs the plain class's own code where its own way is not open."""
+    return getattr(kind, "may_run_plain_code", False)
 
 
 def _owner_of_forward(kind: type[nn.Module]) -> type:
@@ -286,6 +301,11 @@ def _covered_now() -> Calls:
     """The calls that are covered at present."""
     mode = _torch.innermost(_Covering)
     return mode.calls if isinstance(mode, _Covering) and mode.holds() else _NONE
+
+
+def covered_call(function: Callable[..., Any]) -> Call | None:
+    """What a call of a torch function becomes in the code that runs; None if it stays torch's."""
+    return _covered_now().table.get(function)
 
 
 def covers_now() -> bool:

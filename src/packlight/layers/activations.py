@@ -83,6 +83,14 @@ def activation_of(method: Quantiser) -> Fused:
     return method.fused.get("activation", _PLAIN)
 
 
+def overwriting_activation_of(method: Quantiser) -> Fused:
+    """`activation_of` for values that nothing reads afterwards: results may lie in their memory.
+
+    Of a gradient, dense ones alone.
+    """
+    return method.fused.get("activation_") or activation_of(method)
+
+
 # ---- activations ---------------------------------------------------------------------------------
 
 

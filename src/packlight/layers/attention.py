@@ -45,7 +45,7 @@ from packlight.quantiser import KEEPS, Quantiser, Restore
 STATISTIC_BITS = 8
 
 # With fewer bits the error is larger than the gradient, in either form.
-_FEWEST_BITS = 3
+FEWEST_BITS = 3
 
 
 class _RecomputedAttention(torch.autograd.Function):
@@ -250,7 +250,7 @@ def attend(
     """
     query, key, value, mask = inputs
     dropout_p, is_causal, _ = flags
-    if method.grade.bits < _FEWEST_BITS:
+    if method.grade.bits < FEWEST_BITS:
         raise InputError(
             f"attention cannot keep query, key and value by {method!r}: at {method.grade.bits} bits"
             " the error of its gradients is larger than they are; take 4 bits or 8"
