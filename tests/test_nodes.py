@@ -40,7 +40,7 @@ def test_each_layer_is_one_node(fresh_compiler):
     x = torch.randn(32, 64)
     found = gradients(compiled, x)
     applied = [name for name in backend.names if "apply" in name]
-    assert applied == ["apply_Norm", "apply_Linear", "apply_Activation", "apply_Linear"]
+    assert applied == ["apply_LayerNorm", "apply_Linear", "apply_GELU", "apply_Linear"]
     for a, b in zip(found, gradients(converted, x), strict=True):
         torch.testing.assert_close(a, b)
 

@@ -78,7 +78,12 @@ class _Covering(TorchFunctionMode):
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if not self.holds() or _called_by_a_layer() or not _is_covered(call, args, kwargs):
             return func(*args, **kwargs)
-        return call.function(*args, **kwargs, **call.options)
+        kwargs = {**kwargs, **call.options}
+        if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(call.function, args, kwargs)
+            if results is not None:
+                return results
+        return call.function(*args, **kwargs)
 
 
 def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -157,12 +162,17 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
             return super(owner, self).forward(*args, **kwargs)
         return forward(self, *args, **kwargs)
 
+    either.__module__, either.__qualname__ = owner.__module__, owner.__qualname__
+
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A module inside may be the user's, and its calls are covered like those of any module.
         if self._modules:
             return either(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(either, (self, *args), kwargs) if self.training else None
+            if results is not None:
+                return results
             return _torch.without_mode(_Covering, either, self, *args, **kwargs)
         mode = _torch.take_off(_Covering)
         try:

@@ -95,6 +95,8 @@ GRAPH_NODES = Capability(
     "torch._dynamo.exc:Unsupported",
     "torch._dynamo.variables.tensor:TensorVariable",
     "torch._dynamo.variables.tensor:SymNodeVariable",
+    "torch._dynamo.guards:install_guard",
+    "torch._dynamo.guards:GuardBuilder",
 )
 MODES = Capability(
     "takes a function mode off",
