@@ -14,12 +14,6 @@ from packlight import _torch
 from packlight._torch import SAID, graph_facts, question
 
 
-def may_be_detached(tensor: Tensor) -> bool:
-    """Whether the traced tensor, a result of this region and no view, can lose its history."""
-    answer: bool = _torch.ask("is_result_and_no_view", False, tensor)
-    return answer
-
-
 def source_of(tensor: Tensor, how: str, other: Tensor) -> Tensor | None:
     """What the traced tensor was computed of, if so as `how` says and nothing has read either.
 
@@ -89,11 +83,6 @@ def constant_of(node: Any) -> Tensor | None:
 
 class _NotConstantError(Exception):
     """A node depends on an input, or on something that is not known."""
-
-
-@question
-def is_result_and_no_view(tracer: Any, tensor: Any) -> bool:
-    return node_of(tensor).op != "placeholder" and not fake_of(tensor)._is_view()
 
 
 @question

@@ -69,11 +69,13 @@ class _Covering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        call = self.calls.table.get(func)
-        if call is None:
+        # The tracer follows this at every call: few instructions until a call is covered.
+        if func not in self.calls.table:
             # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
-            return (torch.unflatten if func is Tensor.unflatten else func)(*args, **kwargs)
+            if func is Tensor.unflatten:
+                func = torch.unflatten
+            return func(*args, **(kwargs or {}))
+        call, kwargs = self.calls.table[func], kwargs or {}
         if kwargs and "out" in kwargs and kwargs["out"] is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if not self.holds() or _called_by_a_layer() or not _is_covered(call, args, kwargs):
@@ -163,6 +165,8 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
         return forward(self, *args, **kwargs)
 
     either.__module__, either.__qualname__ = owner.__module__, owner.__qualname__
+    if not getattr(owner, "is_one_node", True):
+        _torch.followed(either)
 
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:

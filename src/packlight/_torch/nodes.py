@@ -215,8 +215,10 @@ def _filled(argument: Any, operands: Sequence[Any]) -> Any:
 def _argument(tracer: Any, value: Any, tensors: list[Any]) -> Any:
     """What stands for a variable of the tracer; what the graph computes goes to `tensors`."""
     assert GRAPH_NODES.values is not None
-    _, _, tensor, symbol, install_guard, guards = GRAPH_NODES.values
+    _, _, tensor, symbol, install_guard, guards, guard_scalar = GRAPH_NODES.values
     value = value.realize()
+    if isinstance(value, symbol) and issubclass(value.python_type(), float):
+        return guard_scalar(value.sym_num)  # operators take numbers
     if isinstance(value, (tensor, symbol)):
         tensors.append(value)
         place = len(tensors) - 1

@@ -190,6 +190,7 @@ def _place(x: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], 
     return tuple(x.shape), x.stride(), int(x.storage_offset() - whole.storage_offset())
 
 
+@_torch.followed  # which kernel torch takes is asked of the tracer
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
