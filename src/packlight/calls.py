@@ -69,16 +69,23 @@ class _Covering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        call = self.calls.table.get(func)
-        if call is None:
+        # The tracer follows this at every call: few instructions until a call is covered.
+        if func not in self.calls.table:
             # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
-            return (torch.unflatten if func is Tensor.unflatten else func)(*args, **kwargs)
+            if func is Tensor.unflatten:
+                func = torch.unflatten
+            return func(*args, **(kwargs or {}))
+        call, kwargs = self.calls.table[func], kwargs or {}
         if kwargs and "out" in kwargs and kwargs["out"] is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if not self.holds() or _called_by_a_layer() or not _is_covered(call, args, kwargs):
             return func(*args, **kwargs)
-        return call.function(*args, **kwargs, **call.options)
+        kwargs = {**kwargs, **call.options}
+        if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(call.function, args, kwargs)
+            if results is not None:
+                return results
+        return call.function(*args, **kwargs)
 
 
 def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -157,12 +164,19 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
             return super(owner, self).forward(*args, **kwargs)
         return forward(self, *args, **kwargs)
 
+    either.__module__, either.__qualname__ = owner.__module__, owner.__qualname__
+    if not getattr(owner, "is_one_node", True):
+        _torch.followed(either)
+
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A module inside may be the user's, and its calls are covered like those of any module.
         if self._modules:
             return either(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(either, (self, *args), kwargs) if self.training else None
+            if results is not None:
+                return results
             return _torch.without_mode(_Covering, either, self, *args, **kwargs)
         mode = _torch.take_off(_Covering)
         try:

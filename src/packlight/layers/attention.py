@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _torch, _tracer, sharing
+from packlight import _torch, sharing
 from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight.errors import InputError
@@ -191,6 +191,7 @@ def _place(x: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], 
     return tuple(x.shape), x.stride(), int(x.storage_offset() - whole.storage_offset())
 
 
+@_torch.followed  # which kernel torch takes is asked of the tracer
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -284,14 +285,19 @@ def attend(
         return None
     if not wanted:
         return run(prepared(inputs, kernel), kernel, flags)[0]
-    if torch.compiler.is_dynamo_compiling():
-        key, value = _tracer.apart(key, query), _tracer.apart(value, query, key)
     if recompute is None:
         recompute = method.grade.bits < STATISTIC_BITS
-    if recompute and dropout_p and not can_draw_again(query):
+    return _attend(inputs, kernel, flags, method, recompute)
+
+
+@_torch.one_node
+def _attend(
+    inputs: Inputs, kernel: Kernel, flags: Flags, method: Quantiser, recompute: bool
+) -> Tensor:
+    query, key, value, mask = inputs
+    if recompute and flags[0] and not can_draw_again(query):
         recompute, method = False, method.for_scores()
-    traced = torch.compiler.is_dynamo_compiling()
-    whole = None if traced else _whole(query, key, value, method)
+    whole = None if _torch.is_traced() else _whole(query, key, value, method)
     packs = (3 if whole is None else 1) + (0 if recompute else 1)
     seeds = [method.seed(query) for _ in range(packs)]
     given = (query, key, value, mask, kernel, flags, method, whole, *seeds)
