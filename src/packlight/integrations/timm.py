@@ -29,6 +29,7 @@ from packlight.groupquant.modules import Quantised
 from packlight.integrations._activations import register
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import function_of_part, parameters_of, takes
+from packlight.integrations._residual import Block, Known, conv_norm_act, end, passes
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import InvertedNorm
@@ -121,6 +122,96 @@ class GroupQuantMlp(nn.Module):
         if parameters is None or function is None or not takes(x, self.method):
             return None
         return mlp(x, parameters, function, self.method)
+
+
+# --- Residual blocks.
+
+
+def _basic(self: Any, x: Any) -> Any:
+    """As timm has it. Never run: `is_copy` compares with it."""
+    shortcut = x
+
+    x = self.conv1(x)
+    x = self.bn1(x)
+    x = self.drop_block(x)
+    x = self.act1(x)
+    x = self.aa(x)
+
+    x = self.conv2(x)
+    x = self.bn2(x)
+
+    if self.se is not None:
+        x = self.se(x)
+
+    if self.drop_path is not None:
+        x = self.drop_path(x)
+
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
+    x += shortcut
+    x = self.act2(x)
+
+    return x  # noqa: RET504  as it is there
+
+
+def _bottleneck(self: Any, x: Any) -> Any:
+    """As timm has it. Never run: `is_copy` compares with it."""
+    shortcut = x
+
+    x = self.conv1(x)
+    x = self.bn1(x)
+    x = self.act1(x)
+
+    x = self.conv2(x)
+    x = self.bn2(x)
+    x = self.drop_block(x)
+    x = self.act2(x)
+    x = self.aa(x)
+
+    x = self.conv3(x)
+    x = self.bn3(x)
+
+    if self.se is not None:
+        x = self.se(x)
+
+    if self.drop_path is not None:
+        x = self.drop_path(x)
+
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
+    x += shortcut
+    x = self.act3(x)
+
+    return x  # noqa: RET504  as it is there
+
+
+class FixedPointBasicBlock(Block):
+    """act2(drop_path(se(bn2(conv2(...)))) + downsample(x))."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        first = Known(x)
+        at = self._middle(first, self.conv1, self.bn1, self.act1)
+        between = (self.se, self.drop_path)
+        return end(at, self.conv2, self.bn2, self.act2, first, self.downsample, between)
+
+    def _middle(self: Any, at: Known, conv: Any, norm: Any, act: Any) -> Known:
+        """aa(act(drop_block(norm(conv(x)))))."""
+        if passes(self.drop_block):
+            at = conv_norm_act(at, conv, norm, act)
+        else:
+            at = Known(act(self.drop_block(conv_norm_act(at, conv, norm).noted())))
+        return at if passes(self.aa) else Known(self.aa(at.noted()))
+
+
+class FixedPointBottleneck(FixedPointBasicBlock):
+    """The same with three convolutions."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        first = Known(x)
+        at = conv_norm_act(first, self.conv1, self.bn1, self.act1)
+        at = self._middle(at, self.conv2, self.bn2, self.act2)
+        between = (self.se, self.drop_path)
+        return end(at, self.conv3, self.bn3, self.act3, first, self.downsample, between)
 
 
 # --- Norms of rows.
@@ -249,9 +340,26 @@ def _is_mlp(kind: type[nn.Module]) -> bool:
     return is_copy(vars(kind).get("forward"), _mlp)
 
 
+_BLOCKS = {_basic: FixedPointBasicBlock, _bottleneck: FixedPointBottleneck}
+
+
+@once_a_class
+def _block_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+    forward = vars(kind).get("forward")
+    return next((ours for known, ours in _BLOCKS.items() if is_copy(forward, known)), None)
+
+
 @rule_finder
 def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
-    return _parts if issubclass(method, Quantiser) and _is_mlp(kind) else None
+    if issubclass(method, Quantiser) and _is_mlp(kind):
+        return _parts
+    return _block if issubclass(method, FixedPoint) and _block_of(kind) is not None else None
+
+
+def _block(method: FixedPoint, module: nn.Module) -> Swap:
+    mixin = _block_of(type(module))
+    assert mixin is not None
+    return Swap(joined(mixin, type(module)))
 
 
 def _parts(method: Quantiser, module: nn.Module) -> Swap:

@@ -45,7 +45,7 @@ _backward = torch.ops.aten.convolution_backward.default
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
-class _Geometry:
+class Geometry:
     """All of a convolution but its tensors, one number an axis."""
 
     stride: tuple[int, ...]
@@ -86,7 +86,7 @@ class _Convolution(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        geometry: _Geometry,
+        geometry: Geometry,
         rebuild: Callable[..., Tensor],
         *tensors: Tensor,
     ) -> Tensor:
@@ -113,7 +113,7 @@ class _Convolution(torch.autograd.Function):
 _apply: Callable[..., Tensor] = _torch.applied(_Convolution)
 
 
-def _check_shapes(name: str, axes: int, x: Tensor, weight: Tensor, geometry: _Geometry) -> None:
+def _check_shapes(name: str, axes: int, x: Tensor, weight: Tensor, geometry: Geometry) -> None:
     if x.dim() not in (axes + 1, axes + 2):
         raise InputError(
             f"{name} takes {axes + 1} or {axes + 2} dimensions, got shape {tuple(x.shape)}"
@@ -170,7 +170,7 @@ def convolve(
     outputs = (0,) * axes
     if output_padding is not None:
         outputs = numbers(output_padding, axes, "output_padding")
-    geometry = _Geometry(strides, paddings, dilations, transposed, outputs, groups)
+    geometry = Geometry(strides, paddings, dilations, transposed, outputs, groups)
     _check_shapes(name, axes, x, weight, geometry)
     if added and any(total % 2 for total in added):
         # An odd number: torch, too, adds the one that is left at the far end.

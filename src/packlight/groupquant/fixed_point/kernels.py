@@ -126,7 +126,7 @@ def _table_kernel(
     running_var_ptr,
     weight_ptr,
     bias_ptr,
-    moments_ptr,  # [2, channels]: mean and rstd
+    moments_ptr,  # [4, channels]: mean, rstd, gamma and beta
     table_ptr,  # [6, channels]
     size,
     channels,
@@ -179,6 +179,8 @@ def _table_kernel(
         gamma = tl.load(weight_ptr + channel, there, other=1.0).to(tl.float32)
     if BIAS:
         beta = tl.load(bias_ptr + channel, there, other=0.0).to(tl.float32)
+    tl.store(moments_ptr + 2 * channels + channel, gamma, there)
+    tl.store(moments_ptr + 3 * channels + channel, beta, there)
     # As `reference.deviation`.
     width = WIDTH * tl.sqrt_rn(
         tl.maximum(1 - eps * rstd * rstd, LEAST, propagate_nan=tl.PropagateNan.ALL)
@@ -217,23 +219,23 @@ def _forward_kernel(
     x_ptr,  # [n], in the memory order of y, as the rest
     y_ptr,  # [n]
     codes_ptr,  # [BITS * groups]
-    moments_ptr,  # [2, channels], as `_table_kernel` leaves it
-    weight_ptr,  # [channels]
-    bias_ptr,  # [channels]
+    moments_ptr,  # [4, channels], as `_table_kernel` leaves it
     table_ptr,  # [6, channels]
+    other_ptr,  # [n], with SUM: the other term
+    signs_ptr,  # [groups], with SUM: where the sum is positive
     n,
     groups,
     inner,
     channels,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
+    RELU: tl.constexpr,  # y = relu(batch_norm(x))
+    SUM: tl.constexpr,  # y = relu(batch_norm(x) + other)
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,  # of a bin, in standard deviations
     SAME: tl.constexpr,  # the eight elements of a word are of one channel
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = (x - mean) rstd gamma + beta, and its codes."""
+    """y = (x - mean) rstd gamma + beta and its codes; the ReLU of it, or of its sum."""
     COUNT: tl.constexpr = 1 << BITS
     start = tl.program_id(0).to(tl.int64) * BLOCK
     groups = groups.to(tl.int64)
@@ -243,37 +245,39 @@ def _forward_kernel(
     lane = tl.arange(0, BLOCK)
     xs = load_rows(x_ptr + start, start, lane, n, groups, FULL)
     word = empty_word(BLOCK, BITS)
+    if SUM:
+        others = load_rows(other_ptr + start, start, lane, n, groups, FULL)
+        signs = empty_word(BLOCK, 1)
     for j in tl.static_range(8):
         if j == 0 or not SAME:
             channel = _channel(j * groups + start, lane, inner, channels)
             mean = tl.load(moments_ptr + channel)
             rstd = tl.load(moments_ptr + channels + channel)
-            if WEIGHT:
-                gamma = tl.load(weight_ptr + channel).to(tl.float32)
-            if BIAS:
-                beta = tl.load(bias_ptr + channel).to(tl.float32)
+            gamma = tl.load(moments_ptr + 2 * channels + channel)
+            beta = tl.load(moments_ptr + 3 * channels + channel)
             inverse = tl.div_rn(1.0, tl.load(table_ptr + UNIT * channels + channel))
             offset = tl.load(table_ptr + CENTRE * channels + channel)
             offset = offset + (0.5 - EDGE_ / WIDTH)
             shift = tl.load(table_ptr + SHIFT * channels + channel)
         x_hat = (xs[j].to(tl.float32) - mean) * rstd
-        y = x_hat
-        if WEIGHT:
-            y = y * gamma
-        if BIAS:
-            y = y + beta
-        y = y.to(y_ptr.dtype.element_ty)
-        store_row(y_ptr + start, y, j, start, lane, n, groups, FULL)
+        y = (x_hat * gamma + beta).to(y_ptr.dtype.element_ty)
         code = tl.floor(x_hat * inverse + offset)
         code = tl.minimum(tl.maximum(code, 0.0), COUNT - 1.0)  # NaN becomes a number here
         # The side of 0 by y itself, which is what a ReLU sees.
         negative = y.to(tl.float32) <= 0
         code = tl.where(negative, tl.minimum(code, shift - 1), tl.maximum(code, shift))
         word |= code.to(tl.int32).to(word.dtype) << (j * BITS)
-    if FULL:
-        store_word(codes_ptr + start, word, lane, groups, None, BITS)
-    else:
-        store_word(codes_ptr + start, word, lane, groups, lane < groups - start, BITS)
+        if SUM:  # of terms that are rounded, as torch's
+            y = (y.to(tl.float32) + others[j].to(tl.float32)).to(y_ptr.dtype.element_ty)
+            negative = y.to(tl.float32) <= 0
+            signs |= tl.where(negative, 0, 1) << j
+        if RELU or SUM:
+            y = tl.where(negative, 0.0, y.to(tl.float32))
+        store_row(y_ptr + start, y, j, start, lane, n, groups, FULL)
+    there = None if FULL else lane < groups - start
+    store_word(codes_ptr + start, word, lane, groups, there, BITS)
+    if SUM:
+        store_word(signs_ptr + start, signs, lane, groups, there, 1)
 
 
 @quick
@@ -363,12 +367,16 @@ def _sums_kernel(
     codes_ptr,  # [BITS * groups]
     table_ptr,  # [6, channels]
     parts_ptr,  # [2, parts, channels]: sums of g and of g (code - CENTRE)
+    signs_ptr,  # [groups], with SUM
+    g_ptr,  # [n], with SUM: the gradient of both terms
     n,
     groups,
     size,  # words a channel if they are of one channel each, else values
     inner,
     channels,
     share,  # of them, in a part
+    RELU: tl.constexpr,  # g = dy where the code is of a positive value, else dy
+    SUM: tl.constexpr,  # g = dy where the sum was positive
     BITS: tl.constexpr,
     SAME: tl.constexpr,  # the eight elements of a word are of one channel
     FULL: tl.constexpr,  # and all there
@@ -382,6 +390,8 @@ def _sums_kernel(
     channel = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = channel < channels
     centre = tl.load(table_ptr + CENTRE * channels + channel, inside, other=0.0)
+    if RELU:
+        shift = tl.load(table_ptr + SHIFT * channels + channel, inside, other=0.0)
     sum_g = tl.zeros([ROWS, COLUMNS], tl.float32)
     sum_product = tl.zeros([ROWS, COLUMNS], tl.float32)
     first = part * (share // ROWS)
@@ -391,8 +401,19 @@ def _sums_kernel(
         gs, codes = _gradients_and_codes(
             dy_ptr, codes_ptr, place, mask, n, groups, BITS, SAME, FULL
         )
+        if SUM:
+            if SAME:
+                signs = tl.load(signs_ptr + place, mask, other=0).to(tl.int32)
+            else:
+                signs = code_at(signs_ptr, place, groups, mask, 1)
         for j in tl.static_range(8 if SAME else 1):
             g = gs[j].to(tl.float32)
+            if RELU:
+                g = tl.where(codes[j] >= shift, g, 0.0)
+            if SUM:
+                g = tl.where((signs >> j) & 1 != 0, g, 0.0)
+                there = mask if FULL else mask & (place < n - j * groups)
+                tl.store(g_ptr + j * groups + place, g.to(g_ptr.dtype.element_ty), there)
             sum_g += g
             sum_product += g * (codes[j] - centre)
     row_ptr = parts_ptr + part.to(tl.int64) * channels + channel
@@ -408,7 +429,7 @@ def _finish_kernel(
     table_ptr,  # [6, channels]
     dgamma_ptr,  # [channels]
     dbeta_ptr,  # [channels]
-    plan_ptr,  # [3, channels]: dx = plan[0] (g - plan[1] - plan[2] code)
+    plan_ptr,  # [4, channels]: dx = plan[0] (g - plan[1] - plan[2] code), and SHIFT
     size,  # values a channel
     channels,
     parts,
@@ -425,6 +446,7 @@ def _finish_kernel(
     unit = tl.load(table_ptr + UNIT * channels + channel, there, other=0.0)
     centre = tl.load(table_ptr + CENTRE * channels + channel, there, other=0.0)
     scale = tl.load(table_ptr + SCALE * channels + channel, there, other=0.0)
+    shift = tl.load(table_ptr + SHIFT * channels + channel, there, other=0.0)
     values = tl.full([], size, tl.int64).to(tl.float32)
     dgamma = product * unit
     slope = dgamma / values * unit
@@ -433,6 +455,7 @@ def _finish_kernel(
     tl.store(plan_ptr + channel, scale * unit, there)
     tl.store(plan_ptr + channels + channel, dbeta / values - slope * centre, there)
     tl.store(plan_ptr + 2 * channels + channel, slope, there)
+    tl.store(plan_ptr + 3 * channels + channel, shift, there)
 
 
 @quick
@@ -440,13 +463,14 @@ def _finish_kernel(
 def _dx_kernel(
     dy_ptr,  # [n]
     codes_ptr,  # [BITS * groups]
-    plan_ptr,  # [3, channels]
+    plan_ptr,  # [4, channels], as `_finish_kernel` leaves it
     dx_ptr,  # [n]
     n,
     groups,
     size,
     inner,
     channels,
+    RELU: tl.constexpr,  # as in `_sums_kernel`
     BITS: tl.constexpr,
     SAME: tl.constexpr,
     FULL: tl.constexpr,
@@ -467,8 +491,13 @@ def _dx_kernel(
     factor = tl.load(plan_ptr + channel, inside, other=0.0)
     base = tl.load(plan_ptr + channels + channel, inside, other=0.0)
     slope = tl.load(plan_ptr + 2 * channels + channel, inside, other=0.0)
+    if RELU:
+        shift = tl.load(plan_ptr + 3 * channels + channel, inside, other=0.0)
     for j in tl.static_range(8 if SAME else 1):
-        dx = factor * (gs[j].to(tl.float32) - base - slope * codes[j])
+        g = gs[j].to(tl.float32)
+        if RELU:
+            g = tl.where(codes[j] >= shift, g, 0.0)
+        dx = factor * (g - base - slope * codes[j])
         there = mask if FULL else mask & (place < n - j * groups)
         tl.store(dx_ptr + j * groups + place, dx.to(dx_ptr.dtype.element_ty), there)
 
@@ -610,14 +639,14 @@ def _table_launch(
 
 @functools.lru_cache(LAUNCHES)
 def _forward_launch(
-    n: int, channels: int, inner: int, weight: bool, bias: bool, bits: int, width: float
+    n: int, channels: int, inner: int, relu: bool, added: bool, bits: int, width: float
 ) -> Launch:
     grid, numbers, constants = _words(n, channels, inner)
-    given = {"WEIGHT": weight, "BIAS": bias, "BITS": bits, "WIDTH": width}
+    given = {"RELU": relu, "SUM": added, "BITS": bits, "WIDTH": width}
     return _forward_kernel.prepare(grid, *numbers, **given, **constants)
 
 
-def batch_norm(
+def _batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -627,17 +656,17 @@ def batch_norm(
     eps: float,
     bits: int,
     width: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    relu: bool,
+    other: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """y, codes, table, and with another term the mask of the sum. `x` has elements."""
     n, channels, device = x.numel(), x.shape[1], x.device
-    if n == 0:
-        running = (running_mean, running_var)
-        return reference.batch_norm(x, weight, bias, *running, momentum, eps, bits, width)
     y = torch.empty_like(x)
     stride = y.stride()
     x = laid_out(x, stride)
     codes = x.new_empty(packed_bytes(n, bits), dtype=torch.uint8)
     table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
-    moments = table.new_empty(2, channels)
+    moments = table.new_empty(4, channels)
     inner, given = _inner(channels, stride), (weight is not None, bias is not None)
     launch, parts, share = _statistics_launch(
         n, channels, inner, x.element_size(), n >= SHORT, device
@@ -654,9 +683,49 @@ def batch_norm(
         running_mean.copy_(new_mean)
     if running_var is not None and running_var is not new_var:
         running_var.copy_(new_var)
-    launch = _forward_launch(n, channels, inner, *given, bits, float(width))
-    launch(x, y, codes, moments, weight, bias, table)
-    return y, codes, table
+    launch = _forward_launch(n, channels, inner, relu, other is not None, bits, float(width))
+    if other is None:
+        launch(x, y, codes, moments, table, x, codes)
+        return y, codes, table
+    signs = codes.new_empty(packed_bytes(n, 1))
+    launch(x, y, codes, moments, table, laid_out(other, stride), signs)
+    return y, codes, table, signs
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    relu: bool = False,
+) -> tuple[Tensor, ...]:
+    given = (x, weight, bias, running_mean, running_var, momentum, eps, bits, width, relu)
+    if x.numel() == 0:
+        return reference.batch_norm(*given)
+    return _batch_norm(*given, None)
+
+
+def batch_norm_sum(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    other: Tensor,
+) -> tuple[Tensor, ...]:
+    given = (x, weight, bias, running_mean, running_var, momentum, eps, bits, width)
+    if x.numel() == 0:
+        return reference.batch_norm_sum(*given, other)
+    return _batch_norm(*given, False, other)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -678,7 +747,15 @@ def _decode(
 
 @functools.lru_cache(LAUNCHES)
 def _backward_launches(
-    n: int, channels: int, inner: int, itemsize: int, bits: int, large: bool, device: torch.device
+    n: int,
+    channels: int,
+    inner: int,
+    itemsize: int,
+    bits: int,
+    relu: bool,
+    added: bool,
+    large: bool,
+    device: torch.device,
 ) -> tuple[Launch, Launch, Launch, int]:
     """Those of the sums, of their end and of dx, and the parts of the sums."""
     groups = lanes(n)
@@ -695,6 +772,8 @@ def _backward_launches(
         inner,
         channels,
         share,
+        RELU=relu,
+        SUM=added,
         **block,
         ROWS=cut.rows,
         COLUMNS=cut.columns,
@@ -712,6 +791,7 @@ def _backward_launches(
         size,
         inner,
         channels,
+        RELU=relu,
         **block,
         ROWS=cut.rows,
         COLUMNS=cut.columns,
@@ -721,23 +801,55 @@ def _backward_launches(
 
 
 def batch_norm_backward(
-    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    stride: Sequence[int],
+    bits: int,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, channels = grad_output.numel(), table.shape[1]
     if n == 0:
-        return reference.batch_norm_backward(grad_output, codes, table, stride, bits)
+        return reference.batch_norm_backward(grad_output, codes, table, stride, bits, relu)
     dy = laid_out(grad_output, stride)
-    dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    dx = torch.empty_like(dy)
     sum_up, finish, make_dx, parts = _backward_launches(
-        n, channels, _inner(channels, stride), dx.element_size(), bits, n >= SHORT, dx.device
-    )
+        n, channels, _inner(channels, stride), dx.element_size(), bits, relu, False, n >= SHORT,
+        dx.device,
+    )  # fmt: skip
     sums = table.new_empty(2, parts, channels)
-    sum_up(dy, codes, table, sums)
+    sum_up(dy, codes, table, sums, codes, dy)
     dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
-    plan = table.new_empty(3, channels)
+    plan = table.new_empty(4, channels)
     finish(sums, table, dgamma, dbeta, plan)
     make_dx(dy, codes, plan, dx)
     return dx, dgamma, dbeta
+
+
+def batch_norm_sum_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    signs: Tensor,
+    stride: Sequence[int],
+    bits: int,
+) -> tuple[Tensor, ...]:
+    n, channels = grad_output.numel(), table.shape[1]
+    if n == 0:
+        return reference.batch_norm_sum_backward(grad_output, codes, table, signs, stride, bits)
+    dy = laid_out(grad_output, stride)
+    g, dx = torch.empty_like(dy), torch.empty_like(dy)
+    sum_up, finish, make_dx, parts = _backward_launches(
+        n, channels, _inner(channels, stride), dx.element_size(), bits, False, True, n >= SHORT,
+        dx.device,
+    )  # fmt: skip
+    sums = table.new_empty(2, parts, channels)
+    sum_up(dy, codes, table, sums, signs, g)
+    dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
+    plan = table.new_empty(4, channels)
+    finish(sums, table, dgamma, dbeta, plan)
+    make_dx(g, codes, plan, dx)
+    return g, dx, dgamma, dbeta
 
 
 def relu_backward(

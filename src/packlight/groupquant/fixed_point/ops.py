@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,34 +26,75 @@ def _fake_batch_norm(
     eps: float,
     bits: int,
     width: float,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     codes = x.new_empty(packed_bytes(x.numel(), bits), dtype=torch.uint8)
     table = x.new_empty(reference.ROWS, x.shape[1], dtype=compute_dtype(x))
     return torch.empty_like(x), codes, table
 
 
+def _fake_batch_norm_sum(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *numbers, _ = rest
+    signs = x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
+    return *_fake_batch_norm(x, *numbers), signs
+
+
 def _fake_batch_norm_backward(
-    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    stride: Sequence[int],
+    bits: int,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = grad_output.new_empty_strided(grad_output.shape, stride)
     return dx, table.new_empty(table.shape[1]), table.new_empty(table.shape[1])
 
 
+def _fake_batch_norm_sum_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    signs: Tensor,
+    stride: Sequence[int],
+    bits: int,
+) -> tuple[Tensor, ...]:
+    g = grad_output.new_empty_strided(grad_output.shape, stride)
+    return g, *_fake_batch_norm_backward(grad_output, codes, table, stride, bits)
+
+
 batch_norm = define_op(
     "fixed_point_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, float momentum, float eps, int bits, float width)"
-    " -> (Tensor, Tensor, Tensor)",
+    " Tensor(b!)? running_var, float momentum, float eps, int bits, float width,"
+    " bool relu=False) -> (Tensor, Tensor, Tensor)",
     reference=reference.batch_norm,
     fake=_fake_batch_norm,
     kernel=f"{_KERNELS}:batch_norm",
 )
 
+batch_norm_sum = define_op(
+    "fixed_point_batch_norm_sum(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, float momentum, float eps, int bits, float width, Tensor other)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.batch_norm_sum,
+    fake=_fake_batch_norm_sum,
+    kernel=f"{_KERNELS}:batch_norm_sum",
+)
+
 batch_norm_backward = define_op(
     "fixed_point_batch_norm_backward(Tensor grad_output, Tensor codes, Tensor table,"
-    " SymInt[] stride, int bits) -> (Tensor, Tensor, Tensor)",
+    " SymInt[] stride, int bits, bool relu=False) -> (Tensor, Tensor, Tensor)",
     reference=reference.batch_norm_backward,
     fake=_fake_batch_norm_backward,
     kernel=f"{_KERNELS}:batch_norm_backward",
+)
+
+batch_norm_sum_backward = define_op(
+    "fixed_point_batch_norm_sum_backward(Tensor grad_output, Tensor codes, Tensor table,"
+    " Tensor signs, SymInt[] stride, int bits) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.batch_norm_sum_backward,
+    fake=_fake_batch_norm_sum_backward,
+    kernel=f"{_KERNELS}:batch_norm_sum_backward",
 )
 
 relu_backward = define_op(

@@ -95,10 +95,12 @@ def batch_norm(
     eps: float,
     bits: int,
     width: float,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, bit-equal to torch's in training, codes and table; updates the running statistics.
 
-    `width` is that of a bin, in standard deviations.
+    `width` is that of a bin, in standard deviations. With `relu` y is the ReLU of the batch norm,
+    whose codes are the same.
     """
     y, mean, rstd = torch.native_batch_norm(
         x, weight, bias, running_mean, running_var, True, momentum, eps
@@ -108,15 +110,48 @@ def batch_norm(
         y = y.new_empty_strided(y.shape, stride).copy_(y)
     mean, rstd = mean.to(compute_dtype(x)), rstd.to(compute_dtype(x))
     table = channel_table(mean, rstd, weight, bias, eps, bits, width)
-    return y, encode(x, y, mean, rstd, table, bits, width), table
+    codes = encode(x, y, mean, rstd, table, bits, width)
+    return y.relu() if relu else y, codes, table
+
+
+def batch_norm_sum(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    other: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """relu(batch_norm(x) + other) bit by bit, codes and table of the batch norm, and the mask.
+
+    `other` has the shape of x and is added in place: the sum has the dtype of x. The mask is one
+    bit an element, in the memory order of y.
+    """
+    running = (running_mean, running_var)
+    y, codes, table = batch_norm(x, weight, bias, *running, momentum, eps, bits, width)
+    y = y.add_(other)
+    # A NaN has a gradient, as in torch.
+    signs = packing.pack(memory_order((~(y <= 0)).to(torch.uint8), y.stride()), 1)
+    return y.relu(), codes, table, signs
 
 
 def batch_norm_backward(
-    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    stride: Sequence[int],
+    bits: int,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in the memory order of `stride`, dgamma and dbeta [channels]."""
     g = grad_output.to(table.dtype)
     code = _unpack(codes, g.shape, stride, bits).to(table.dtype)
+    if relu:
+        g = torch.where(code >= along_channels(table[SHIFT], code), g, 0.0)
     x = (code - along_channels(table[CENTRE], g)) * along_channels(table[UNIT], g)
     others = [0, *range(2, g.dim())]
     dgamma, dbeta = (g * x).sum(others), g.sum(others)
@@ -125,6 +160,20 @@ def batch_norm_backward(
     scale = along_channels(table[SCALE] * table[UNIT], g)
     dx = grad_output.new_empty_strided(g.shape, tuple(stride))
     return dx.copy_(scale * (g - mean - x * slope)), dgamma, dbeta
+
+
+def batch_norm_sum_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    signs: Tensor,
+    stride: Sequence[int],
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of the sum, which is that of its other term; then `batch_norm_backward`."""
+    g = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    g.copy_(torch.where(_unpack(signs, g.shape, stride, 1) != 0, grad_output, 0.0))
+    return g, *batch_norm_backward(g, codes, table, stride, bits)
 
 
 def relu_backward(
