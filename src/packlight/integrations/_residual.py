@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from packlight import sharing
 from packlight._checks import is_taken
-from packlight.calls import is_bare, uncovered
+from packlight.calls import covers_now, is_bare, uncovered
 from packlight.groupquant import conv_modules
 from packlight.groupquant.fixed_point import modules
 from packlight.groupquant.fixed_point.conv_norm import conv_norm, geometry_of
@@ -41,18 +41,20 @@ class Known(NamedTuple):
 
 
 class Block(nn.Module):
-    """The forward of a residual block, by `run`; its own code where `run` does not apply."""
+    """The forward of a residual block, by `run`; its own code where `run` does not apply.
 
-    def run(self, x: Tensor) -> Tensor:
+    Where the calls of the block are covered, what reads the sum rebuilds it from its terms.
+    """
+
+    def run(self, x: Tensor, covered: bool) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor
-        if self.training and not torch.compiler.is_compiling():
-            if torch.is_grad_enabled() and is_taken(x):
-                y = uncovered(self.run, x)
-                return y
-        y = super().forward(x)
+        trains = self.training and torch.is_grad_enabled()
+        if not trains or torch.compiler.is_compiling() or not is_taken(x):
+            y: Tensor = super().forward(x)
+        else:
+            y = uncovered(self.run, x, covers_now())
         return y
 
 
@@ -72,22 +74,25 @@ def end(
     act: nn.Module,
     shortcut: Known,
     downsample: nn.Module | None,
+    covered: bool,
     between: Sequence[nn.Module | None] = (),
 ) -> Tensor:
     """act(norm(conv(x)) + downsample(shortcut)), with modules `between` norm and sum."""
     found = _fitting(at.x, conv, norm, act)
-    if found is None or any(each is not None and not passes(each) for each in between):
-        at = conv_norm_act(at, conv, norm)
-        y = at.noted()
+    if found is not None and all(each is None or passes(each) for each in between):
+        geometry, shape = found
+        term = downsampled(shortcut, downsample)
+        if term.x.shape == shape:
+            return _at_once(at, conv, norm, geometry, True, term, covered).noted()
+        y = conv_norm_act(at, conv, norm).noted()  # which raises, or the term is broadcast
+    else:
+        y = conv_norm_act(at, conv, norm).noted()
         for each in between:
             y = y if each is None else each(y)
-        return act(add_(y, downsampled(shortcut, downsample).noted()))
-    geometry, shape = found
-    shortcut = downsampled(shortcut, downsample)
-    if shortcut.x.shape != shape:
-        y = conv_norm_act(at, conv, norm).noted()
-        return act(add_(y, shortcut.noted()))
-    return _at_once(at, conv, norm, geometry, True, shortcut).noted()
+        term = downsampled(shortcut, downsample)
+    y = add_(y, term.noted()) if covered else y.add_(term.x)
+    activated: Tensor = act(y)
+    return activated
 
 
 def downsampled(at: Known, downsample: nn.Module | None) -> Known:
@@ -125,7 +130,13 @@ def _fitting(x: Tensor, conv: Any, norm: Any, act: Any) -> tuple[Any, tuple[int,
 
 
 def _at_once(
-    at: Known, conv: Any, norm: Any, geometry: Any, relu: bool, other: Known | None = None
+    at: Known,
+    conv: Any,
+    norm: Any,
+    geometry: Any,
+    relu: bool,
+    other: Known | None = None,
+    covered: bool = False,
 ) -> Known:
     kept = at.kept
     if kept is None or not kept.grade.serves(conv.method.grade):
@@ -133,10 +144,12 @@ def _at_once(
     term = None
     if other is not None:
         x, of_other = other
-        if of_other is None:
-            of_other = sharing.pack_of(x)
         # What is noted on a leaf may be gone in one pass of a checkpoint and there in the other.
-        term = x, None if x.grad_fn is None else of_other
+        if not covered or x.grad_fn is None:
+            of_other = None
+        elif of_other is None:
+            of_other = sharing.pack_of(x)
+        term = x, of_other
     given = start_batch(norm)
     affine = (given["weight"], given["bias"])
     width = bin_width(norm.bits, norm.window)

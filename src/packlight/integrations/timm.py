@@ -188,11 +188,11 @@ def _bottleneck(self: Any, x: Any) -> Any:
 class FixedPointBasicBlock(Block):
     """act2(drop_path(se(bn2(conv2(...)))) + downsample(x))."""
 
-    def run(self: Any, x: Tensor) -> Tensor:
+    def run(self: Any, x: Tensor, covered: bool) -> Tensor:
         first = Known(x)
         at = self._middle(first, self.conv1, self.bn1, self.act1)
         between = (self.se, self.drop_path)
-        return end(at, self.conv2, self.bn2, self.act2, first, self.downsample, between)
+        return end(at, self.conv2, self.bn2, self.act2, first, self.downsample, covered, between)
 
     def _middle(self: Any, at: Known, conv: Any, norm: Any, act: Any) -> Known:
         """aa(act(drop_block(norm(conv(x)))))."""
@@ -206,12 +206,12 @@ class FixedPointBasicBlock(Block):
 class FixedPointBottleneck(FixedPointBasicBlock):
     """The same with three convolutions."""
 
-    def run(self: Any, x: Tensor) -> Tensor:
+    def run(self: Any, x: Tensor, covered: bool) -> Tensor:
         first = Known(x)
         at = conv_norm_act(first, self.conv1, self.bn1, self.act1)
         at = self._middle(at, self.conv2, self.bn2, self.act2)
         between = (self.se, self.drop_path)
-        return end(at, self.conv3, self.bn3, self.act3, first, self.downsample, between)
+        return end(at, self.conv3, self.bn3, self.act3, first, self.downsample, covered, between)
 
 
 # --- Norms of rows.

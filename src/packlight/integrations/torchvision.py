@@ -2,9 +2,10 @@
 
 | class | becomes, under `FixedPoint` |
 | --- | --- |
-| BasicBlock, Bottleneck, and what has their code | each convolution with its batch norm and ReLU one function, the sum too |
+| BasicBlock, Bottleneck | convolution, batch norm and ReLU as one function, with the sum |
 
-All other layers of torchvision are torch's, with torch's rules.
+So does a class of someone else's with their code. All other layers of torchvision are torch's, with
+torch's rules.
 """
 
 from typing import Any
@@ -65,20 +66,20 @@ def _bottleneck(self: Any, x: Any) -> Any:
 class FixedPointBasicBlock(Block):
     """relu(bn2(conv2(relu(bn1(conv1(x))))) + downsample(x))."""
 
-    def run(self: Any, x: Tensor) -> Tensor:
+    def run(self: Any, x: Tensor, covered: bool) -> Tensor:
         first = Known(x)
         at = conv_norm_act(first, self.conv1, self.bn1, self.relu)
-        return end(at, self.conv2, self.bn2, self.relu, first, self.downsample)
+        return end(at, self.conv2, self.bn2, self.relu, first, self.downsample, covered)
 
 
 class FixedPointBottleneck(Block):
     """The same with three convolutions."""
 
-    def run(self: Any, x: Tensor) -> Tensor:
+    def run(self: Any, x: Tensor, covered: bool) -> Tensor:
         first = Known(x)
         at = conv_norm_act(first, self.conv1, self.bn1, self.relu)
         at = conv_norm_act(at, self.conv2, self.bn2, self.relu)
-        return end(at, self.conv3, self.bn3, self.relu, first, self.downsample)
+        return end(at, self.conv3, self.bn3, self.relu, first, self.downsample, covered)
 
 
 _KNOWN = {_basic: FixedPointBasicBlock, _bottleneck: FixedPointBottleneck}
