@@ -141,8 +141,6 @@ def conv_norm(
     given = (*convolution[:2], *affine, term, convolution[2], norm, relu, rebuild, *kept.tensors)
     y, codes, table, *signs = _apply(x, *given)
     shape, stride, bits = tuple(y.shape), y.stride(), norm[4]
-    own = Rebuild(shape, stride, bits, relu)
+    own = Rebuild(shape, stride, bits, relu and term is None)
     pack = Pack(own, shape, (codes, table), grade(bits))
-    if term is None:
-        return y, pack
-    return y, sum_of(pack, of_term, stride, *signs)
+    return y, pack if term is None else sum_of(pack, of_term, stride, *signs)
