@@ -50,6 +50,13 @@ def mask_of(signs, like):
 # --- The operators.
 
 
+def in_place(function, given, *rest):
+    """What is written over the first argument, and the results."""
+    x, *others = given
+    y = x.clone(memory_format=torch.preserve_format)
+    return y, *function(y, *others, *rest)
+
+
 @every_device
 @every_kernel_dtype
 @every_layout
@@ -60,10 +67,11 @@ def test_a_batch_norm_with_its_relu_is_the_two_of_them(bits, shape, layout, dtyp
     for side in (reference, kernels):
         numbers = (bits, bin_width(bits, None))
         y, codes, table = side.batch_norm(*given, *numbers)
-        z, others, again = side.batch_norm(*given, *numbers, True)
-        assert torch.equal(z, y.relu())
-        assert torch.equal(codes, others)
-        assert torch.equal(table, again)
+        for act in (False, True):
+            z, others, again = in_place(side.batch_norm_, given, *numbers, act)
+            assert torch.equal(z, y.relu() if act else y)
+            assert torch.equal(codes, others)
+            assert torch.equal(table, again)
         layout_of = (y.stride(), bits)
         expected = side.batch_norm_backward(
             side.relu_backward(dy, codes, table, *layout_of), codes, table, *layout_of
@@ -84,7 +92,7 @@ def test_a_sum_with_its_relu(bits, shape, layout, dtype, device):
     for side in (reference, kernels):
         numbers = (bits, bin_width(bits, None))
         y, codes, table = side.batch_norm(*given, *numbers)
-        z, others, again, signs = side.batch_norm_sum(*given, *numbers, other)
+        z, others, again, signs = in_place(side.batch_norm_sum_, given, *numbers, other)
         expected = (y + other).relu()
         if side is kernels and dtype == torch.bfloat16 and device == "cpu":
             # The interpreter truncates where the device rounds.
@@ -103,17 +111,34 @@ def test_a_sum_with_its_relu(bits, shape, layout, dtype, device):
             assert relative_error(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("side", [reference, kernels], ids=["reference", "kernel"])
+def test_what_is_not_dense_and_of_another_dtype(side):
+    given, other, _ = arguments((4, 16, 4, 4), torch.float16, lambda x: x)
+    x, *rest = given
+    numbers, wide = (4, bin_width(4, None)), torch.cat([x, x], 3)
+    expected = in_place(side.batch_norm_sum_, given, *numbers, other.float())
+    view = wide[..., ::2]
+    view.copy_(x)
+    found = side.batch_norm_sum_(view, *rest, *numbers, other.float())
+    assert torch.equal(wide[..., 1::2], torch.cat([x, x], 3)[..., 1::2])
+    for a, b in zip((view, *found), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    y, *_ = side.batch_norm(*given, *numbers)
+    # Added in place, as torch does.
+    torch.testing.assert_close(view, y.add_(other.float()).relu_())
+
+
 @every_bits
 @pytest.mark.parametrize("side", [reference, kernels], ids=["reference", "kernel"])
 def test_what_is_not_a_number_has_a_gradient(side, bits):
     """As in torch, whose ReLU lets a NaN and its gradient through."""
-    given, other, dy = arguments((4, 16, 8, 8), torch.float32, lambda x: x)
+    given, other, dy = arguments((4, 16, 4, 4), torch.float32, lambda x: x)
     other[0, 0, 0, 0] = float("nan")
     given[0][0, 3] = float("nan")
     numbers = (bits, bin_width(bits, None))
-    y, _, _ = side.batch_norm(*given, *numbers, True)
+    y, *_ = in_place(side.batch_norm_, given, *numbers, True)
     assert y[:, 3].isnan().all()
-    y, codes, table, signs = side.batch_norm_sum(*given, *numbers, other)
+    y, codes, table, signs = in_place(side.batch_norm_sum_, given, *numbers, other)
     assert y[0, 0, 0, 0].isnan()
     assert y[:, 3].isnan().all()
     dother, dx, *_ = side.batch_norm_sum_backward(dy, codes, table, signs, y.stride(), bits)
@@ -123,16 +148,15 @@ def test_what_is_not_a_number_has_a_gradient(side, bits):
 
 
 @every_device
-@every_bits
-def test_operators_are_registered_as_they_are(bits, device):
-    given, other, dy = arguments((4, 16, 8, 8), torch.float32, lambda x: x, device)
-    numbers = (bits, bin_width(bits, None))
+def test_operators_are_registered_as_they_are(device):
+    given, other, dy = arguments((4, 16, 4, 4), torch.float32, lambda x: x, device)
+    numbers = (4, bin_width(4, None))
     operators = torch.ops.packlight
-    y, codes, table, signs = ops.batch_norm_sum(*given, *numbers, other)
-    layout = (list(y.stride()), bits)
+    y, codes, table, signs = in_place(ops.batch_norm_sum_, given, *numbers, other)
+    layout = (list(y.stride()), 4)
     for operator, operands in (
-        (operators.fixed_point_batch_norm.default, (*given, *numbers, True)),
-        (operators.fixed_point_batch_norm_sum.default, (*given, *numbers, other)),
+        (operators.fixed_point_batch_norm_.default, (*given, *numbers, True)),
+        (operators.fixed_point_batch_norm_sum_.default, (*given, *numbers, other)),
         (operators.fixed_point_batch_norm_backward.default, (dy, codes, table, *layout, True)),
         (
             operators.fixed_point_batch_norm_sum_backward.default,

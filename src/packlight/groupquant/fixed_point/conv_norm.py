@@ -4,7 +4,7 @@
 
 Apart, they are two to four functions, with notes between them that nothing else reads. Here the
 forward pass reads and writes y once, and the backward pass takes the mask of the ReLU where it
-reads a gradient anyway.
+reads a gradient anyway. What the convolution makes is overwritten by y.
 """
 
 import functools
@@ -22,7 +22,7 @@ from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, grade
 from packlight.groupquant.fixed_point.residual import sum_of
 from packlight.layers.channel_norms import MIN_VALUES
-from packlight.layers.convolution import Geometry
+from packlight.layers.convolution import Geometry, convolution_gradients
 from packlight.pack import Pack
 from packlight.reading import reader
 
@@ -51,11 +51,11 @@ class _ConvNorm(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        h = geometry.forward(x, weight, bias)  # autocast casts in here, and keeps no copy
+        y = geometry.forward(x, weight, bias)  # autocast casts in here, and keeps no copy
         if other is None:
-            y, *made = ops.batch_norm(h, gamma, beta, *norm, relu)
+            made = ops.batch_norm_(y, gamma, beta, *norm, relu)
         else:
-            y, *made = ops.batch_norm_sum(h, gamma, beta, *norm, other)
+            made = ops.batch_norm_sum_(y, gamma, beta, *norm, other)
         ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, *made, *tensors)
@@ -83,10 +83,9 @@ class _ConvNorm(torch.autograd.Function):
             dh, dgamma, dbeta = ops.batch_norm_backward(
                 grad_output, codes, table, *ctx.layout, ctx.relu
             )
-        x = ctx.rebuild(dh.dtype, *tensors)
-        if x.shape != ctx.shape:
-            x = x.reshape(ctx.shape)
-        found = ctx.geometry.backward(dh, x, recast(weight, dh), needs[:3])
+        found = convolution_gradients(
+            ctx.geometry, dh, ctx.rebuild, tensors, ctx.shape, recast(weight, dh), needs[:3]
+        )
         rows = zip((*found, dgamma, dbeta, dother), dtypes, needs[:6], strict=True)
         gradients = [as_dtype(g, dtype) if need else None for g, dtype, need in rows]
         return *gradients, *[None] * (len(needs) - 6)

@@ -33,7 +33,7 @@ from packlight.packing.kernels import (
     store_row,
     store_word,
 )
-from packlight.packing.layout import laid_out, lanes, packed_bytes
+from packlight.packing.layout import dense_stride, laid_out, lanes, packed_bytes, write_back
 
 STEP = tl.constexpr(reference.STEP)
 LOW = tl.constexpr(reference.LOW)
@@ -217,7 +217,7 @@ def _channel(first, lane, inner, channels):
 @triton.jit
 def _forward_kernel(
     x_ptr,  # [n], in the memory order of y, as the rest
-    y_ptr,  # [n]
+    y_ptr,  # [n], may be x_ptr
     codes_ptr,  # [BITS * groups]
     moments_ptr,  # [4, channels], as `_table_kernel` leaves it
     table_ptr,  # [6, channels]
@@ -656,14 +656,15 @@ def _batch_norm(
     eps: float,
     bits: int,
     width: float,
-    relu: bool,
-    other: Tensor | None,
+    y: Tensor,
+    relu: bool = False,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """y, codes, table, and with another term the mask of the sum. `x` has elements."""
-    n, channels, device = x.numel(), x.shape[1], x.device
-    y = torch.empty_like(x)
-    stride = y.stride()
-    x = laid_out(x, stride)
+    """Codes, table, and with another term the mask of the sum; fills `y`, which may be `x`.
+
+    Both are of one dense stride, and have elements.
+    """
+    n, channels, device, stride = x.numel(), x.shape[1], x.device, y.stride()
     codes = x.new_empty(packed_bytes(n, bits), dtype=torch.uint8)
     table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
     moments = table.new_empty(4, channels)
@@ -686,10 +687,10 @@ def _batch_norm(
     launch = _forward_launch(n, channels, inner, relu, other is not None, bits, float(width))
     if other is None:
         launch(x, y, codes, moments, table, x, codes)
-        return y, codes, table
+        return codes, table
     signs = codes.new_empty(packed_bytes(n, 1))
     launch(x, y, codes, moments, table, laid_out(other, stride), signs)
-    return y, codes, table, signs
+    return codes, table, signs
 
 
 def batch_norm(
@@ -702,15 +703,36 @@ def batch_norm(
     eps: float,
     bits: int,
     width: float,
-    relu: bool = False,
 ) -> tuple[Tensor, ...]:
-    given = (x, weight, bias, running_mean, running_var, momentum, eps, bits, width, relu)
+    settings = (weight, bias, running_mean, running_var, momentum, eps, bits, width)
     if x.numel() == 0:
-        return reference.batch_norm(*given)
-    return _batch_norm(*given, None)
+        return reference.batch_norm(x, *settings)
+    y = torch.empty_like(x)
+    return y, *_batch_norm(laid_out(x, y.stride()), *settings, y)
 
 
-def batch_norm_sum(
+def batch_norm_(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    relu: bool,
+) -> tuple[Tensor, ...]:
+    settings = (weight, bias, running_mean, running_var, momentum, eps, bits, width)
+    if x.numel() == 0:
+        return reference.batch_norm_(x, *settings, relu)
+    dense = laid_out(x, dense_stride(x))
+    made = _batch_norm(dense, *settings, dense, relu)
+    write_back(x, dense)
+    return made
+
+
+def batch_norm_sum_(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -722,10 +744,13 @@ def batch_norm_sum(
     width: float,
     other: Tensor,
 ) -> tuple[Tensor, ...]:
-    given = (x, weight, bias, running_mean, running_var, momentum, eps, bits, width)
+    settings = (weight, bias, running_mean, running_var, momentum, eps, bits, width)
     if x.numel() == 0:
-        return reference.batch_norm_sum(*given, other)
-    return _batch_norm(*given, False, other)
+        return reference.batch_norm_sum_(x, *settings, other)
+    dense = laid_out(x, dense_stride(x))
+    made = _batch_norm(dense, *settings, dense, False, other)
+    write_back(x, dense)
+    return made
 
 
 @functools.lru_cache(LAUNCHES)

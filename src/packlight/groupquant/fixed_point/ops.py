@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,17 +25,13 @@ def _fake_batch_norm(
     eps: float,
     bits: int,
     width: float,
-    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_fake_batch_norm_(x, bits)
+
+
+def _fake_batch_norm_(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     codes = x.new_empty(packed_bytes(x.numel(), bits), dtype=torch.uint8)
-    table = x.new_empty(reference.ROWS, x.shape[1], dtype=compute_dtype(x))
-    return torch.empty_like(x), codes, table
-
-
-def _fake_batch_norm_sum(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *numbers, _ = rest
-    signs = x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8)
-    return *_fake_batch_norm(x, *numbers), signs
+    return codes, x.new_empty(reference.ROWS, x.shape[1], dtype=compute_dtype(x))
 
 
 def _fake_batch_norm_backward(
@@ -65,20 +60,34 @@ def _fake_batch_norm_sum_backward(
 
 batch_norm = define_op(
     "fixed_point_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, float momentum, float eps, int bits, float width,"
-    " bool relu=False) -> (Tensor, Tensor, Tensor)",
+    " Tensor(b!)? running_var, float momentum, float eps, int bits, float width)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=reference.batch_norm,
     fake=_fake_batch_norm,
     kernel=f"{_KERNELS}:batch_norm",
 )
 
-batch_norm_sum = define_op(
-    "fixed_point_batch_norm_sum(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, float momentum, float eps, int bits, float width, Tensor other)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.batch_norm_sum,
-    fake=_fake_batch_norm_sum,
-    kernel=f"{_KERNELS}:batch_norm_sum",
+batch_norm_ = define_op(
+    "fixed_point_batch_norm_(Tensor(a!) x, Tensor? weight, Tensor? bias, Tensor(b!)? running_mean,"
+    " Tensor(c!)? running_var, float momentum, float eps, int bits, float width, bool relu)"
+    " -> (Tensor, Tensor)",
+    reference=reference.batch_norm_,
+    fake=lambda x, weight, bias, mean, var, momentum, eps, bits, width, relu: _fake_batch_norm_(
+        x, bits
+    ),
+    kernel=f"{_KERNELS}:batch_norm_",
+)
+
+batch_norm_sum_ = define_op(
+    "fixed_point_batch_norm_sum_(Tensor(a!) x, Tensor? weight, Tensor? bias,"
+    " Tensor(b!)? running_mean, Tensor(c!)? running_var, float momentum, float eps, int bits,"
+    " float width, Tensor other) -> (Tensor, Tensor, Tensor)",
+    reference=reference.batch_norm_sum_,
+    fake=lambda x, weight, bias, mean, var, momentum, eps, bits, width, other: (
+        *_fake_batch_norm_(x, bits),
+        x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8),
+    ),
+    kernel=f"{_KERNELS}:batch_norm_sum_",
 )
 
 batch_norm_backward = define_op(

@@ -95,12 +95,10 @@ def batch_norm(
     eps: float,
     bits: int,
     width: float,
-    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, bit-equal to torch's in training, codes and table; updates the running statistics.
 
-    `width` is that of a bin, in standard deviations. With `relu` y is the ReLU of the batch norm,
-    whose codes are the same.
+    `width` is that of a bin, in standard deviations.
     """
     y, mean, rstd = torch.native_batch_norm(
         x, weight, bias, running_mean, running_var, True, momentum, eps
@@ -110,11 +108,29 @@ def batch_norm(
         y = y.new_empty_strided(y.shape, stride).copy_(y)
     mean, rstd = mean.to(compute_dtype(x)), rstd.to(compute_dtype(x))
     table = channel_table(mean, rstd, weight, bias, eps, bits, width)
-    codes = encode(x, y, mean, rstd, table, bits, width)
-    return y.relu() if relu else y, codes, table
+    return y, encode(x, y, mean, rstd, table, bits, width), table
 
 
-def batch_norm_sum(
+def batch_norm_(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Codes and table of the batch norm, which is written over `x`, or its ReLU where asked."""
+    running = (running_mean, running_var)
+    y, codes, table = batch_norm(x, weight, bias, *running, momentum, eps, bits, width)
+    x.copy_(y.relu_() if relu else y)
+    return codes, table
+
+
+def batch_norm_sum_(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -125,18 +141,19 @@ def batch_norm_sum(
     bits: int,
     width: float,
     other: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """relu(batch_norm(x) + other) bit by bit, codes and table of the batch norm, and the mask.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and table of the batch norm, and the mask of relu(batch_norm(x) + other).
 
-    `other` has the shape of x and is added in place: the sum has the dtype of x. The mask is one
-    bit an element, in the memory order of y.
+    The last is written over `x`, of whose shape `other` is; it is added in place, whatever its
+    dtype. The mask is one bit an element, in the memory order of x.
     """
     running = (running_mean, running_var)
     y, codes, table = batch_norm(x, weight, bias, *running, momentum, eps, bits, width)
-    y = y.add_(other)
+    y.add_(other)
     # A NaN has a gradient, as in torch.
     signs = packing.pack(memory_order((~(y <= 0)).to(torch.uint8), y.stride()), 1)
-    return y.relu(), codes, table, signs
+    x.copy_(y.relu_())
+    return codes, table, signs
 
 
 def batch_norm_backward(
