@@ -183,19 +183,29 @@ _GLOBAL_BACKWARD_HOOKS = (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module runs its class's forward and nothing else, as hooks are.
+def is_bare(*modules: nn.Module) -> bool:
+    """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
-    So that a layer around it may do its work for it. Hooks of `profile` only look on.
+    So that a layer around them may do their work. Hooks of `profile` only look on.
     """
-    own = vars(module)
-    if any(_GLOBAL_HOOKS) or any(_GLOBAL_BACKWARD_HOOKS):
-        return False
-    for name in _HOOKS:
-        for hook in own[name].values() if own[name] else ():
-            if not getattr(hook, "only_looks_on", False):
-                return False
-    return "forward" not in own and own.get("_compiled_call_impl") is None
+    for hooks in _GLOBAL_HOOKS:
+        if hooks:
+            return False
+    for hooks in _GLOBAL_BACKWARD_HOOKS:
+        if hooks:
+            return False
+    for module in modules:  # nothing is called where there are no hooks: a layer asks of twenty
+        own = module.__dict__
+        for name in _HOOKS:
+            if own[name]:
+                for hook in own[name].values():
+                    if not getattr(hook, "only_looks_on", False):
+                        return False
+        if "forward" in own:
+            return False
+        if "_compiled_call_impl" in own and own["_compiled_call_impl"] is not None:
+            return False
+    return True
 
 
 # ---- which modules -------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def end(
 ) -> Tensor:
     """act(norm(conv(x)) + downsample(shortcut)), with modules `between` norm and sum."""
     found = _fitting(at.x, conv, norm, act)
-    if found is not None and all(each is None or passes(each) for each in between):
+    if found is not None and passes(*between):
         geometry, shape = found
         term = downsampled(shortcut, downsample)
         if term.x.shape == shape:
@@ -104,18 +104,22 @@ def downsampled(at: Known, downsample: nn.Module | None) -> Known:
     return Known(downsample(at.noted()))
 
 
-def passes(module: nn.Module) -> bool:
-    """Whether a call of the module gives back what it is given."""
-    return type(module) is nn.Identity and is_bare(module)
+def passes(*modules: nn.Module | None) -> bool:
+    """Whether a call of each module, if there is one, gives back what it is given."""
+    for module in modules:
+        if module is not None and not (type(module) is nn.Identity and is_bare(module)):
+            return False
+    return True
 
 
 def _fitting(x: Tensor, conv: Any, norm: Any, act: Any) -> tuple[Any, tuple[int, ...]] | None:
     """Geometry and shape of the output, if the layers may run as one function; None if not."""
     if type(conv) not in _CONVOLUTIONS or type(norm) not in _NORMS:
         return None
-    if not (conv.training and norm.training and is_bare(conv) and is_bare(norm)):
+    if act is not None and not (type(act) is modules.ReLU and act.training):
         return None
-    if act is not None and not (type(act) is modules.ReLU and act.training and is_bare(act)):
+    parts = (conv, norm) if act is None else (conv, norm, act)
+    if not (conv.training and norm.training and is_bare(*parts)):
         return None
     weight = conv.weight
     # Without a gradient of the weight nothing is kept for it.

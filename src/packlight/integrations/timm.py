@@ -196,11 +196,10 @@ class FixedPointBasicBlock(Block):
 
     def _middle(self: Any, at: Known, conv: Any, norm: Any, act: Any) -> Known:
         """aa(act(drop_block(norm(conv(x)))))."""
-        if passes(self.drop_block):
-            at = conv_norm_act(at, conv, norm, act)
-        else:
-            at = Known(act(self.drop_block(conv_norm_act(at, conv, norm).noted())))
-        return at if passes(self.aa) else Known(self.aa(at.noted()))
+        drop, aa = self.drop_block, self.aa
+        if passes(drop, aa):
+            return conv_norm_act(at, conv, norm, act)
+        return Known(aa(act(drop(conv_norm_act(at, conv, norm).noted()))))
 
 
 class FixedPointBottleneck(FixedPointBasicBlock):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packlight import _torch
 from packlight._checks import refuse_second_derivative, saved_with_weight
-from packlight._gradients import as_dtype, recast
+from packlight._gradients import recast
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, grade
 from packlight.groupquant.fixed_point.residual import sum_of
@@ -87,7 +87,9 @@ class _ConvNorm(torch.autograd.Function):
             ctx.geometry, dh, ctx.rebuild, tensors, ctx.shape, recast(weight, dh), needs[:3]
         )
         rows = zip((*found, dgamma, dbeta, dother), dtypes, needs[:6], strict=True)
-        gradients = [as_dtype(g, dtype) if need else None for g, dtype, need in rows]
+        gradients = [
+            None if not need else g if g.dtype == dtype else g.to(dtype) for g, dtype, need in rows
+        ]
         return *gradients, *[None] * (len(needs) - 6)
 
 
@@ -142,4 +144,8 @@ def conv_norm(
     shape, stride, bits = tuple(y.shape), y.stride(), norm[4]
     own = Rebuild(shape, stride, bits, relu and term is None)
     pack = Pack(own, shape, (codes, table), grade(bits))
-    return y, pack if term is None else sum_of(pack, of_term, stride, *signs)
+    if term is None:
+        return y, pack
+    if term.dtype != y.dtype or term.stride() != stride:  # as in any sum
+        of_term = None
+    return y, sum_of(pack, of_term, stride, *signs)

@@ -4,8 +4,8 @@ Memory is seen as [outer, channels, inner], whatever the strides, and value t of
 (t // inner, channel, t % inner): channels-last is inner = 1. Where sums over a channel are asked
 for, a program has a tile [ROWS, COLUMNS] of values and channels (COLUMNS is 1 unless channels are
 neighbours), takes tile after tile, and writes its share as a row of [2, parts, channels] in
-float32; a small kernel ends the sums. Their order is fixed, so a run repeats bit for bit on the
-same device.
+float32; a small kernel ends the sums and writes what comes of them above. Their order is fixed, so
+a run repeats bit for bit on the same device.
 
 Traffic in bytes an element, of 16-bit tensors at 4 bits: statistics 2, forward 4.5, sums of the
 backward pass 2.5, its dx 4.5.
@@ -72,7 +72,7 @@ def _tile(
 @triton.jit
 def _statistics_kernel(
     x_ptr,  # [n]
-    parts_ptr,  # [2, parts, channels]: mean and sum of squared deviations
+    parts_ptr,  # [4 + 2 parts, channels]: mean and sum of squared deviations, from row 4 on
     size,  # values a channel
     inner,
     channels,
@@ -113,7 +113,7 @@ def _statistics_kernel(
     mean = total / count.to(tl.float32)
     squares -= total * mean
     squares = tl.where(squares < 0, 0.0, squares)  # keeps NaN
-    row_ptr = parts_ptr + part.to(tl.int64) * channels + channel
+    row_ptr = parts_ptr + (4 + part.to(tl.int64)) * channels + channel
     tl.store(row_ptr, shift + mean, inside)
     tl.store(row_ptr + tl.num_programs(1).to(tl.int64) * channels, squares, inside)
 
@@ -121,12 +121,12 @@ def _statistics_kernel(
 @quick
 @triton.jit
 def _table_kernel(
-    parts_ptr,  # [2, parts, channels], as `_statistics_kernel` leaves it
+    parts_ptr,  # [4 + 2 parts, channels], as `_statistics_kernel` leaves it; gets four rows:
+    # mean, rstd, gamma and beta
     running_mean_ptr,  # [channels], as the rest
     running_var_ptr,
     weight_ptr,
     bias_ptr,
-    moments_ptr,  # [4, channels]: mean, rstd, gamma and beta
     table_ptr,  # [6, channels]
     size,
     channels,
@@ -149,12 +149,12 @@ def _table_kernel(
     there = channel < channels
     part = tl.arange(0, PARTS)[:, None].to(tl.int64)
     given = (part < parts) & there[None, :]
-    part_ptr = parts_ptr + part * channels + channel[None, :]
+    part_ptr = parts_ptr + (4 + part) * channels + channel[None, :]
     means = tl.load(part_ptr, given, other=0.0)
     squares = tl.load(part_ptr + tl.full([], parts, tl.int64) * channels, given, other=0.0)
     values = tl.minimum(size - part * share, share).to(tl.float32)
     # Differences from the first part, since a mean may be large beside what is to be added up.
-    mean = tl.load(parts_ptr + channel, there, other=0.0)
+    mean = tl.load(parts_ptr + 4 * channels + channel, there, other=0.0)
     difference = tl.where(given, (means - mean[None, :]) * values, 0.0)
     all_values = tl.full([], size, tl.int64).to(tl.float32)
     mean += tl.sum(difference, 0) / all_values
@@ -163,8 +163,8 @@ def _table_kernel(
     square = tl.sum(squares, 0)
     var = square / all_values
     rstd = tl.where(var + eps == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(var + eps)))
-    tl.store(moments_ptr + channel, mean, there)
-    tl.store(moments_ptr + channels + channel, rstd, there)
+    tl.store(parts_ptr + channel, mean, there)
+    tl.store(parts_ptr + channels + channel, rstd, there)
     if RUNNING_MEAN:
         running = tl.load(running_mean_ptr + channel, there, other=0.0).to(tl.float32)
         running = (1 - momentum) * running + momentum * mean
@@ -179,8 +179,8 @@ def _table_kernel(
         gamma = tl.load(weight_ptr + channel, there, other=1.0).to(tl.float32)
     if BIAS:
         beta = tl.load(bias_ptr + channel, there, other=0.0).to(tl.float32)
-    tl.store(moments_ptr + 2 * channels + channel, gamma, there)
-    tl.store(moments_ptr + 3 * channels + channel, beta, there)
+    tl.store(parts_ptr + 2 * channels + channel, gamma, there)
+    tl.store(parts_ptr + 3 * channels + channel, beta, there)
     # As `reference.deviation`.
     width = WIDTH * tl.sqrt_rn(
         tl.maximum(1 - eps * rstd * rstd, LEAST, propagate_nan=tl.PropagateNan.ALL)
@@ -219,7 +219,7 @@ def _forward_kernel(
     x_ptr,  # [n], in the memory order of y, as the rest
     y_ptr,  # [n], may be x_ptr
     codes_ptr,  # [BITS * groups]
-    moments_ptr,  # [4, channels], as `_table_kernel` leaves it
+    moments_ptr,  # its first four rows as `_table_kernel` leaves them
     table_ptr,  # [6, channels]
     other_ptr,  # [n], with SUM: the other term
     signs_ptr,  # [groups], with SUM: where the sum is positive
@@ -366,7 +366,7 @@ def _sums_kernel(
     dy_ptr,  # [n]
     codes_ptr,  # [BITS * groups]
     table_ptr,  # [6, channels]
-    parts_ptr,  # [2, parts, channels]: sums of g and of g (code - CENTRE)
+    parts_ptr,  # [4 + 2 parts, channels]: sums of g and of g (code - CENTRE), from row 4 on
     signs_ptr,  # [groups], with SUM
     g_ptr,  # [n], with SUM: the gradient of both terms
     n,
@@ -416,7 +416,7 @@ def _sums_kernel(
                 tl.store(g_ptr + j * groups + place, g.to(g_ptr.dtype.element_ty), there)
             sum_g += g
             sum_product += g * (codes[j] - centre)
-    row_ptr = parts_ptr + part.to(tl.int64) * channels + channel
+    row_ptr = parts_ptr + (4 + part.to(tl.int64)) * channels + channel
     tl.store(row_ptr, tl.sum(sum_g, 0, keep_dims=True), inside)
     row_ptr += tl.num_programs(1).to(tl.int64) * channels
     tl.store(row_ptr, tl.sum(sum_product, 0, keep_dims=True), inside)
@@ -425,11 +425,11 @@ def _sums_kernel(
 @quick
 @triton.jit
 def _finish_kernel(
-    parts_ptr,  # [2, parts, channels], as `_sums_kernel` leaves it
+    parts_ptr,  # [4 + 2 parts, channels], as `_sums_kernel` leaves it; gets a plan of four rows:
+    # dx = plan[0] (g - plan[1] - plan[2] code), and SHIFT
     table_ptr,  # [6, channels]
     dgamma_ptr,  # [channels]
     dbeta_ptr,  # [channels]
-    plan_ptr,  # [4, channels]: dx = plan[0] (g - plan[1] - plan[2] code), and SHIFT
     size,  # values a channel
     channels,
     parts,
@@ -440,7 +440,7 @@ def _finish_kernel(
     there = channel < channels
     part = tl.arange(0, PARTS)[:, None]
     given = (part < parts) & there[None, :]
-    part_ptr = parts_ptr + part * channels + channel[None, :]
+    part_ptr = parts_ptr + (4 + part) * channels + channel[None, :]
     dbeta = tl.sum(tl.load(part_ptr, given, other=0.0), 0)
     product = tl.sum(tl.load(part_ptr + parts * channels, given, other=0.0), 0)
     unit = tl.load(table_ptr + UNIT * channels + channel, there, other=0.0)
@@ -452,10 +452,10 @@ def _finish_kernel(
     slope = dgamma / values * unit
     tl.store(dgamma_ptr + channel, dgamma, there)
     tl.store(dbeta_ptr + channel, dbeta, there)
-    tl.store(plan_ptr + channel, scale * unit, there)
-    tl.store(plan_ptr + channels + channel, dbeta / values - slope * centre, there)
-    tl.store(plan_ptr + 2 * channels + channel, slope, there)
-    tl.store(plan_ptr + 3 * channels + channel, shift, there)
+    tl.store(parts_ptr + channel, scale * unit, there)
+    tl.store(parts_ptr + channels + channel, dbeta / values - slope * centre, there)
+    tl.store(parts_ptr + 2 * channels + channel, slope, there)
+    tl.store(parts_ptr + 3 * channels + channel, shift, there)
 
 
 @quick
@@ -463,7 +463,7 @@ def _finish_kernel(
 def _dx_kernel(
     dy_ptr,  # [n]
     codes_ptr,  # [BITS * groups]
-    plan_ptr,  # [4, channels], as `_finish_kernel` leaves it
+    plan_ptr,  # its first four rows as `_finish_kernel` leaves them
     dx_ptr,  # [n]
     n,
     groups,
@@ -572,11 +572,6 @@ def _words(n: int, channels: int, inner: int) -> tuple[tuple[int], tuple[int, ..
     return (triton.cdiv(groups, BLOCK),), (n, groups, inner, channels), constants
 
 
-def _whole(buffer: Tensor | None, instead: Tensor) -> Tensor:
-    """A buffer [channels] as kernels read it, some tensor where there is none."""
-    return instead if buffer is None else buffer.contiguous()
-
-
 @functools.lru_cache(LAUNCHES)
 def _statistics_launch(
     n: int, channels: int, inner: int, itemsize: int, large: bool, device: torch.device
@@ -667,19 +662,20 @@ def _batch_norm(
     n, channels, device, stride = x.numel(), x.shape[1], x.device, y.stride()
     codes = x.new_empty(packed_bytes(n, bits), dtype=torch.uint8)
     table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
-    moments = table.new_empty(4, channels)
     inner, given = _inner(channels, stride), (weight is not None, bias is not None)
     launch, parts, share = _statistics_launch(
         n, channels, inner, x.element_size(), n >= SHORT, device
     )
-    statistics = table.new_empty(2, parts, channels)
-    launch(x, statistics)
-    weight, bias = _whole(weight, moments), _whole(bias, moments)
-    new_mean, new_var = _whole(running_mean, moments), _whole(running_var, moments)
+    moments = table.new_empty(4 + 2 * parts, channels)
+    launch(x, moments)
+    weight = moments if weight is None else weight.contiguous()
+    bias = moments if bias is None else bias.contiguous()
+    new_mean = moments if running_mean is None else running_mean.contiguous()
+    new_var = moments if running_var is None else running_var.contiguous()
     _table_launch(
         n // channels, channels, share, parts, float(momentum), float(eps),
         running_mean is not None, running_var is not None, *given, bits, float(width), device,
-    )(statistics, new_mean, new_var, weight, bias, moments, table)  # fmt: skip
+    )(moments, new_mean, new_var, weight, bias, table)  # fmt: skip
     if running_mean is not None and running_mean is not new_mean:
         running_mean.copy_(new_mean)
     if running_var is not None and running_var is not new_var:
@@ -842,12 +838,11 @@ def batch_norm_backward(
         n, channels, _inner(channels, stride), dx.element_size(), bits, relu, False, n >= SHORT,
         dx.device,
     )  # fmt: skip
-    sums = table.new_empty(2, parts, channels)
+    sums = table.new_empty(4 + 2 * parts, channels)
     sum_up(dy, codes, table, sums, codes, dy)
     dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
-    plan = table.new_empty(4, channels)
-    finish(sums, table, dgamma, dbeta, plan)
-    make_dx(dy, codes, plan, dx)
+    finish(sums, table, dgamma, dbeta)
+    make_dx(dy, codes, sums, dx)
     return dx, dgamma, dbeta
 
 
@@ -868,12 +863,11 @@ def batch_norm_sum_backward(
         n, channels, _inner(channels, stride), dx.element_size(), bits, False, True, n >= SHORT,
         dx.device,
     )  # fmt: skip
-    sums = table.new_empty(2, parts, channels)
+    sums = table.new_empty(4 + 2 * parts, channels)
     sum_up(dy, codes, table, sums, signs, g)
     dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
-    plan = table.new_empty(4, channels)
-    finish(sums, table, dgamma, dbeta, plan)
-    make_dx(g, codes, plan, dx)
+    finish(sums, table, dgamma, dbeta)
+    make_dx(g, codes, sums, dx)
     return g, dx, dgamma, dbeta
 
 

@@ -80,7 +80,8 @@ def _linked(one: Pack, two: Pack, stride: tuple[int, ...]) -> Pack | None:
     """The sum of a batch norm, `one`, and of `two`."""
     norm, other = one.rebuild, two.rebuild
     # A tensor that stood twice among those that a layer saves, the tracer would refuse.
-    if any(kept is other_kept for kept in one.tensors for other_kept in two.tensors):
+    others = set(map(id, two.tensors))
+    if not others.isdisjoint(map(id, one.tensors)):
         return None
     if not isinstance(norm, Rebuild) or norm.relu or norm.stride != stride:
         return None
