@@ -10,6 +10,7 @@ from torch import nn
 
 from packlight.method import Method
 from packlight.predict import predict_change
+from packlight.quantiser import Quantiser
 from packlight.report import MemoryDifference
 from packlight.report.names import condensed
 from packlight.report.printing import cell, new_table, render
@@ -48,6 +49,7 @@ class Conversion:
     - `functional`: the modules in whose own code calls of torch functions are covered.
     - `heads`: the heads whose losses are computed by chunks of logits.
     - `functional_bits`: those of these functions that keep other bits than the methods say.
+    - `rest`: by which method forward passes keep what no rule is for; None for what torch keeps.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Conversion:
     functional: tuple[str, ...] = ()
     functional_bits: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
     heads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    rest: Quantiser | None = dataclasses.field(default=None, kw_only=True)
     converted: nn.Module = dataclasses.field(kw_only=True, compare=False)
 
     def bytes(self, *inputs: Any, loss: Any = None, **kwargs: Any) -> MemoryDifference:
@@ -94,6 +97,7 @@ class Conversion:
             "functional": list(self.functional),
             "functional_bits": dict(self.functional_bits),
             "heads": list(self.heads),
+            "rest": None if self.rest is None else self.rest.to_dict(),
         }
 
     def __repr__(self) -> str:
@@ -133,6 +137,8 @@ class Conversion:
                 f"; {name} packs at {bits} bits" for name, bits in self.functional_bits.items()
             )
             yield Text(f"calls of torch functions are covered in {modules}{bits}")
+        if self.rest is not None:
+            yield Text(f"the rest is packed by {brief(self.rest)}, as packlight.saving does")
         if self.heads:
             heads = ", ".join(condensed(self.heads))
             yield Text(f"losses of {heads} are computed by chunks, without all logits")

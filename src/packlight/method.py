@@ -11,7 +11,7 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import nn
 
@@ -251,26 +251,49 @@ def rows(
     call_rule(method, functions, settings)
 
 
+class Keeping(Protocol):
+    """How code keeps what no rule is for, `saving.rest.Rest`; a value that can be hashed."""
+
+    @property
+    def exact(self) -> "Keeping":
+        """The one of code that keeps all of that as torch does."""
+
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a forward, which keeps so."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calls:
     """What calls of torch functions become under several methods; the first with a rule counts.
 
-    The same methods always give the same object.
+    `rest` says what becomes of whatever else the code saves; None where nothing is said of it. The
+    same arguments always give the same object.
     """
 
     methods: tuple[Method, ...]
+    rest: Keeping | None
     table: dict[Callable[..., Any], Call] = dataclasses.field(repr=False)
 
     @staticmethod
     @functools.cache
-    def of(methods: tuple[Method, ...]) -> "Calls":
+    def of(methods: tuple[Method, ...], rest: Keeping | None = None) -> "Calls":
         table: dict[Callable[..., Any], Call] = {}
         for method in methods:
             for base in type(method).__mro__:
                 for (kind, function), make in _call_rules.items():
                     if kind is base and function not in table:
                         table[function] = make(method)
-        return Calls(methods, table)
+        return Calls(methods, rest, table)
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether code runs with these as it would with none."""
+        return not self.table and self.rest is None
+
+    @functools.cached_property
+    def untouched(self) -> "Calls":
+        """Those of code that keeps what torch keeps, within a model that has these."""
+        return Calls.of((), None if self.rest is None else self.rest.exact)
 
     def __reduce__(self) -> Any:  # functions of torch cannot be pickled
-        return Calls.of, (self.methods,)
+        return Calls.of, (self.methods, self.rest)

@@ -15,27 +15,32 @@ what one call saves anyway.
 A tensor whose operation is never found stays exact, as the hook left it.
 """
 
+import contextlib
 import functools
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
 
 from packlight import _torch, sharing
+from packlight._seeds import follow_generator
 from packlight._torch import graph
 from packlight.layers.casts import CASTS, noted
 from packlight.quantiser import Quantiser
 from packlight.saving import activations, lossless, norms, packing, tensors
-from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting
+from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting, unpack
 from packlight.saving.rules import CHECKPOINT, COMPILED, Rules
+
+# Smaller tensors are not worth a pack.
+MIN_BYTES = 4096
 
 # Nothing says what the tensors of a Function are for. A tensor with this many times fewer elements
 # than another beside it counts as a statistic (of a norm, the logsumexp of attention). A tensor
@@ -100,9 +105,20 @@ class Saver:
         self.skip = skip
         self.has_saved = False
         self.thread = _Thread()
+        self.hook = _torch.untraced(lambda tensor: self.pack(tensor))
         # `torch.compile` would compile these where they run between two graphs.
         self.find = _torch.untraced(self._find)
         self.settle = _torch.untraced(self._settle)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Within this context what is saved is packed."""
+        follow_generator()
+        with saved_tensors_hooks(self.hook, _torch.untraced(unpack)), SavingMode(self):
+            try:
+                yield
+            finally:
+                self.settle()
 
     # ---- events ----------------------------------------------------------------------------------
 
@@ -162,9 +178,7 @@ class Saver:
     def _pack(self, tensor: Tensor, number: int, frame: types.FrameType) -> Holder:
         thread = self.thread
         self.has_saved = True
-        # Detached, since an operation's own output would hold the node that holds the output.
-        exact = Exact(tensor.detach() if tensor.requires_grad else tensor, tensor._version)
-        holder = Holder(exact)
+        holder = hold_exactly(tensor)
         if not self._may_pack(tensor):
             return holder
         if tensor.dtype == torch.bool:
@@ -396,6 +410,11 @@ class Saver:
         return pack(tensor, owner=owner)
 
 
+def hold_exactly(tensor: Tensor) -> Holder:
+    """Holds the tensor itself, detached: an operation's own output would hold the node around it."""
+    return Holder(Exact(tensor.detach() if tensor.requires_grad else tensor, tensor._version))
+
+
 def _held(node: Node | None) -> dict[str, list[Holder]]:
     """Our holders in a node, by torch's names for the saved tensors."""
     slots: dict[str, list[Holder]] = {}
@@ -407,8 +426,13 @@ def _held(node: Node | None) -> dict[str, list[Holder]]:
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Whether all bytes are 0 or 1; False on a GPU, which would have to wait for the answer."""
-    return tensor.device.type == "cpu" and bool(tensor.max() <= 1)
+    """Whether all bytes are 0 or 1; False on a GPU, which would have to wait for the answer.
+
+    Without values a tensor is taken for a mask, as most are.
+    """
+    if tensor.device.type != "cpu":
+        return False
+    return _torch.is_fake(tensor) or bool(tensor.max() <= 1)
 
 
 def _keep_exactly(holder: Holder) -> None:

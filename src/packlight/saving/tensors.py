@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight.packing.layout import is_dense
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,9 +39,9 @@ def tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a dense tensor, of a dtype that can be packed, and of no subclass."""
+    """Whether it is a dense tensor, of a dtype that can be packed, and of no subclass of others."""
     return (
-        type(tensor) is Tensor
+        (type(tensor) is Tensor or _torch.is_fake(tensor))
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and tensor.dtype in _DTYPES
@@ -133,7 +133,7 @@ def is_extreme(tensor: Tensor, owner: Tensor | None) -> bool:
     """
     if owner is not None and sharing.is_filled(owner):
         return True
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or _torch.is_fake(tensor):
         return False
     low, high = torch.aminmax(tensor)
     return not max(-low.item(), high.item()) < _HUGE[tensor.dtype]
