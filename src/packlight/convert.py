@@ -102,10 +102,11 @@ def convert(
             rule for the function counts; of all methods given, if no selector picks the module. The
             calls of a module whose selector gives None stay torch's. False: layers alone.
         rest: how forward passes of the model keep what no rule is for, as `packlight.saving(rest)`
-            around them would: a quantiser, or None for what torch keeps. "auto" is
-            `packlight.DEFAULT_REST` for the default methods, also where a sequence or the choice of
-            "*" has more than those; None for others. Modules whose selector gives None, and those
-            in `eval()`, keep what torch keeps. In code that `torch.compile` traces there is no rest.
+            around them would: a quantiser, or None for what torch keeps. "auto" is what a file
+            of methods says, and else `packlight.DEFAULT_REST` for the default methods, also where a
+            sequence or the choice of "*" has more than those, and None for others. Modules whose
+            selector gives None, and those in `eval()`, keep what torch keeps. So does code that
+            `torch.compile` traces. docs/convert.md says what stays exact.
         head: whether losses of heads are computed by chunks, without all logits: True for the
             output embeddings of models of transformers, or a selector of `torch.nn.Linear` layers.
             A head then gives `packlight.head.LazyLogits` in training. A cross-entropy of them
@@ -142,6 +143,8 @@ def convert(
 
 def _rest(given: Given, methods: Methods) -> Rest | None:
     """What the argument `rest` stands for."""
+    if given == "auto":
+        given = getattr(methods, "rest", given)  # of a file
     if given == "auto":
         choice = methods.get(EVERYTHING) if isinstance(methods, Mapping) else methods
         chosen = {choice} if isinstance(choice, Method) else set(choice or ())
@@ -181,8 +184,11 @@ def _convert(
 def _entered(model: nn.Module) -> nn.Module:
     """The model within wrappers of torch's: `DataParallel`, FSDP, `torch.compile`."""
     inside = next(model.children(), None)
-    wraps = type(model).__module__.startswith(("torch.nn.parallel.", "torch.distributed.", "torch._dynamo."))
+    wraps = type(model).__module__.startswith(_WRAPPERS)
     return _entered(inside) if wraps and inside is not None else model
+
+
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
 
 
 def revert(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from packlight.cli.commands import (
     device_of,
     parsed_config,
     quiet,
+    rest_of,
     with_options,
 )
 from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs
@@ -59,6 +60,7 @@ def _measured(
                 draws=arguments.draws,
                 strict=arguments.strict,
                 functional=arguments.functional,
+                rest=rest_of(arguments),
                 head=arguments.head,
             )
         except PacklightError as error:

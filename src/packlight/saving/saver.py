@@ -411,7 +411,10 @@ class Saver:
 
 
 def hold_exactly(tensor: Tensor) -> Holder:
-    """Holds the tensor itself, detached: an operation's own output would hold the node around it."""
+    """Holds the tensor itself.
+
+    Detached, since an operation's own output would hold the node that holds the output.
+    """
     return Holder(Exact(tensor.detach() if tensor.requires_grad else tensor, tensor._version))
 
 
