@@ -305,7 +305,7 @@ def _cover(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any)
     if calls.rest is None or torch.compiler.is_compiling():
         with _Covering(calls):
             return forward(*args, **kwargs)
-    return calls.rest.run(_cover_within, calls, forward, *args, **kwargs)
+    return calls.rest.run(args[0], _cover_within, calls, forward, *args, **kwargs)
 
 
 def _cover_within(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -258,8 +258,8 @@ class Keeping(Protocol):
     def exact(self) -> "Keeping":
         """The one of code that keeps all of that as torch does."""
 
-    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a forward, which keeps so."""
+    def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a module's forward, which keeps so."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from packlight.errors import InputError
 from packlight.method import check_is_value
 from packlight.quantiser import Quantiser
 from packlight.saving.rules import Rules
-from packlight.saving.saver import MIN_BYTES, Saver
+from packlight.saving.saver import Saver
 
 __all__ = ["saving"]
 
@@ -39,7 +39,7 @@ __all__ = ["saving"]
 def saving(
     method: Quantiser,
     *,
-    min_bytes: int = MIN_BYTES,
+    min_bytes: int = 4096,
     skip: Callable[[Tensor], bool] | None = None,
     overrides: Mapping[str, Quantiser | None] | None = None,
 ) -> Iterator[None]:
@@ -72,6 +72,8 @@ def saving(
     - tensors of operations whose derivative has no bound: log, sqrt, rsqrt, reciprocal, powers with
       exponents other than 1, 2, 3 and so on, denominators, norms, acos, atan2, linear algebra, the
       grid of grid_sample;
+    - inputs of batch norms of fewer than 16 values a channel, whose gradient is what is left of
+      sums that cancel;
     - tensors with infinities, NaNs or huge values (1e9; 65504 in float16), as far as is known
       without making a GPU wait: all such tensors on the CPU; on a GPU those that `masked_fill` or
       `where` filled with a number, and biases of attention. Any other infinity on a GPU makes its

@@ -3,6 +3,9 @@
 The outermost module of the model that runs enters the context, for all that runs within it. So what
 is called apart, by a trainer or by a re-entrant checkpoint, enters it by itself.
 
+Hooks and a mode cost time at each call of a torch function. So a pass says whether they were worth
+it, and where they were not, passes on no larger inputs go without.
+
 Hooks that are active already stay the ones that count: those of a checkpoint, which keeps nothing
 inside, of `save_on_cpu`, and of a `saving` that stands around the model. Those of a measurement
 only look on.
@@ -10,11 +13,12 @@ only look on.
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from packlight import _torch
@@ -25,10 +29,14 @@ from packlight.method import check_is_value
 from packlight.quantiser import Quantiser
 from packlight.saving.kept import unpack
 from packlight.saving.rules import Rules
-from packlight.saving.saver import MIN_BYTES, Saver, hold_exactly
+from packlight.saving.saver import Saver, hold_exactly
+from packlight.saving.tensors import tensors_in
 
 # What `convert` takes as `rest`.
 Given: TypeAlias = Quantiser | Literal["auto"] | None
+
+# Smaller tensors stay as they are. Models that step through time save many not much larger ones.
+_MIN_BYTES = 1024
 
 # The attribute of a pack hook of ours, by which it is known.
 _OF_REST = "_packlight_rest"
@@ -45,8 +53,8 @@ class Rest:
         """The one of a part of the model that is left to torch."""
         return Rest(None)
 
-    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a forward that saves so, unless hooks are active that count here."""
+    def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a module's forward, which saves so unless hooks are active that count here."""
         if not torch.is_grad_enabled() or _torch.in_transform():
             return forward(*args, **kwargs)
         hooks = hooks_looked_through()
@@ -56,12 +64,24 @@ class Rest:
         if self.method is None:
             with saved_tensors_hooks(_exactly, unpack):
                 return forward(*args, **kwargs)
-        saver = Saver(_rules(self.method), MIN_BYTES, None)
+        elements = sum(tensor.numel() for tensor in tensors_in((*args, *kwargs.values())))
+        if 0 < elements <= _in_vain.get(module, {}).get(self, 0):
+            return forward(*args, **kwargs)
+        saver = Saver(_rules(self.method), _MIN_BYTES, None)
         setattr(saver.hook, _OF_REST, self)
         with saver.active():
             result = forward(*args, **kwargs)
             saver.find((result,))  # the last operation may be a Function of Python code
-            return result
+        if saver.replaced_bytes <= _WORTH * saver.seen_bytes:
+            _in_vain.setdefault(module, {})[self] = elements
+        return result
+
+
+# The share of what a pass saves that has to be packed here, so that a next pass does so again.
+_WORTH = 0.02
+
+# The most elements of the inputs of a module for which a pass was not worth it.
+_in_vain: "weakref.WeakKeyDictionary[nn.Module, dict[Rest, int]]" = weakref.WeakKeyDictionary()
 
 
 def _exactly(tensor: Tensor) -> Any:

@@ -39,9 +39,6 @@ from packlight.saving import activations, lossless, norms, packing, tensors
 from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting, unpack
 from packlight.saving.rules import CHECKPOINT, COMPILED, Rules
 
-# Smaller tensors are not worth a pack.
-MIN_BYTES = 4096
-
 # Nothing says what the tensors of a Function are for. A tensor with this many times fewer elements
 # than another beside it counts as a statistic (of a norm, the logsumexp of attention). A tensor
 # with this many times more elements than the Function's outputs counts as the finished gradient of
@@ -104,6 +101,8 @@ class Saver:
         self.min_bytes = min_bytes
         self.skip = skip
         self.has_saved = False
+        # Of all tensors that were saved, and of those that something else stands for.
+        self.seen_bytes = self.replaced_bytes = 0
         self.thread = _Thread()
         self.hook = _torch.untraced(lambda tensor: self.pack(tensor))
         # `torch.compile` would compile these where they run between two graphs.
@@ -178,11 +177,12 @@ class Saver:
     def _pack(self, tensor: Tensor, number: int, frame: types.FrameType) -> Holder:
         thread = self.thread
         self.has_saved = True
+        self.seen_bytes += tensor.nbytes
         holder = hold_exactly(tensor)
         if not self._may_pack(tensor):
             return holder
         if tensor.dtype == torch.bool:
-            holder.kept = Mask.of(tensor)
+            self._replace(holder, Mask.of(tensor))
             return holder
         call = thread.running
         owner, is_cast = tensors.owner_of(tensor, () if call is None else call.arguments)
@@ -282,7 +282,7 @@ class Saver:
                     continue
                 tensor = holder.kept.tensor
                 if tensor.dtype == torch.uint8 and _is_mask(tensor):
-                    holder.kept, holder.waiting = Mask.of(tensor), None
+                    self._replace(holder, Mask.of(tensor))
                 else:
                     packs = tensor.dtype != torch.uint8 and holder.waiting.has_history
                     self._keep(holder, method if packs else None, name, slot, node)
@@ -295,7 +295,7 @@ class Saver:
             found = lossless.comparison(node, held)
         for slot, holder in held.items():
             if slot in found:
-                holder.kept, holder.waiting = found[slot], None
+                self._replace(holder, found[slot])
             else:
                 _keep_exactly(holder)
 
@@ -368,7 +368,13 @@ class Saver:
         if found is None:
             _keep_exactly(holder)
         else:
-            holder.kept, holder.waiting = found, None
+            self._replace(holder, found)
+
+    def _replace(self, holder: Holder, kept: Kept) -> None:
+        """Has something else stand for a tensor."""
+        assert isinstance(holder.kept, Exact)
+        self.replaced_bytes += holder.kept.tensor.nbytes
+        holder.kept, holder.waiting = kept, None
 
     def _stand_in(
         self,
@@ -404,6 +410,8 @@ class Saver:
         if norms.normalises(operation, slot):
             call = self.thread.running
             eps = norms.eps_of_call(call.name, call.arguments) if call is not None else 0.0
+            if norms.has_few_values(operation, tensor):
+                return None
             found = norms.statistics(operation, tensor, node, _held(node), eps)
             if found is not None:
                 return None if is_spread else norms.Normalised.of(tensor, found, pack)
