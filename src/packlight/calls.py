@@ -250,8 +250,9 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
         # A module that is made of the class later was not converted: nothing says what to cover.
         calls = getattr(self, _ATTRIBUTE, _NONE)
         if not self.training:
-            calls = calls.untouched
-        if _covered_now() is calls:
+            calls = calls.untouched or calls
+        now = _covered_now()
+        if now is calls or (now is _NONE and calls.untouched is None):
             return kind.forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():  # a mode within one that is off would be off too
             return _cover(calls, kind.forward, self, *args, **kwargs)

@@ -182,7 +182,7 @@ class Plan:
             if methods and calls.does_nothing:
                 continue
             of_torch = rest is not None and (not methods or layer.module is root)
-            calls = calls if methods else calls.untouched
+            calls = calls if methods else calls.untouched or calls
             before = self._left(layer) if change is None else change.swap
             try:
                 swap = swap_for_calls(layer.module, layer.kind, calls, before, of_torch)
