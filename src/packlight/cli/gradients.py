@@ -1,6 +1,7 @@
 """What `packlight gradient-error` does, once its arguments are parsed."""
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
@@ -46,7 +47,7 @@ def gradients(arguments: argparse.Namespace) -> None:
 
 def _measured(
     loaded: LoadedModel,
-    compared: list[Chosen],
+    compared: Sequence[Chosen],
     device: torch.device,
     arguments: argparse.Namespace,
 ) -> GradientReport:
