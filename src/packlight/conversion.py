@@ -11,7 +11,9 @@ from torch import nn
 from packlight.method import Method
 from packlight.predict import predict_change
 from packlight.quantiser import Quantiser
+from packlight.remedies import what_is_left
 from packlight.report import MemoryDifference
+from packlight.report.left import Left
 from packlight.report.names import condensed
 from packlight.report.printing import cell, new_table, render
 
@@ -75,6 +77,26 @@ class Conversion:
         (8192, 513)
         """
         return predict_change(self.converted, *inputs, loss=loss, **kwargs)
+
+    def left(self, *inputs: Any, loss: Any = None, **kwargs: Any) -> Left:
+        """What is still kept for a batch like this one, largest first, and what would help.
+
+        Takes what the model takes, runs nothing and allocates nothing: see `packlight.predict`.
+
+        >>> import torch, packlight
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Softmax(-1))
+        >>> conversion = packlight.convert(model, packlight.GroupQuant(bits=4))
+        >>> row = conversion.left(torch.randn(64, 64)).rows[0]
+        >>> row.bytes, row.operation, row.why
+        (16384, 'Softmax', 'a softmax is small where its error is largest')
+        """
+        return self.left_of(self.bytes(*inputs, loss=loss, **kwargs))
+
+    def left_of(self, change: MemoryDifference) -> Left:
+        """The same from a measurement, as `bytes` returns one, or two profiles make one."""
+        skipped = {name: row.reason for row in self.skipped for name in row.names}
+        covers = bool(self.functional), self.rest is not None
+        return what_is_left(change.before, change.after, skipped, *covers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as for JSON: lists, texts and numbers."""

@@ -133,6 +133,8 @@ def _print_conversion(answer: Answer, arguments: argparse.Namespace) -> None:
     print(answer.conversion)
     if answer.before is not None and answer.after is not None:
         print(f"kept for the backward pass: {_change(answer.before, answer.after)}")
+        if answer.conversion is not None:
+            print(answer.conversion.left_of(answer.before - answer.after))
     if arguments.html is not None:
         print(f"{arguments.html} written")
     if arguments.out is not None:
