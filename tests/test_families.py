@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
+from tools.models import RECORD, recorded
 
 import packlight
 from tests.families import FAMILIES
-from tools.models import RECORD, recorded
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")

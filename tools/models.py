@@ -87,12 +87,15 @@ def versions() -> dict[str, str]:
 
 _HEAD = """# Models
 
-What `packlight.convert(model)`, with no other argument, makes of small models of {count} families: bytes that are kept for the
-backward pass, of float32 on a CPU, the loss included. `python -m tools.models` made this page, with {versions}.
-The models have two layers of a width of 64 and 128 words, so a share differs from that of a large model; what is left and
-why does not. `conversion.left(batch)` says it of a model and a batch of yours.
+What `packlight.convert(model)`, with no other argument, makes of small models of {count}
+families: bytes that are kept for the backward pass, of float32 on a CPU, the loss included.
+`python -m tools.models` made this page, with {versions}.
+The models have two layers of a width of 64 and 128 words, so a share differs from that of a large
+model; what is left and why does not. `conversion.left(batch)` says it of a model and a batch of
+yours.
 
-- **error**: of the gradients, |g~ - g| / |g|, the median over the parameters of the model. Forward results are torch's, bit for bit{but}.
+- **error**: of the gradients, |g~ - g| / |g|, the median over the parameters of the model. Forward
+  results are torch's, bit for bit{but}.
 - **what is left**: the largest share of what is still kept that is no pack, and what would help.
 
 | family | before | after | times less | error | what is left | why | what would help |
@@ -123,8 +126,9 @@ def page(found: dict[str, Found]) -> str:
     ratios = [one.left.before_bytes / one.left.after_bytes for one in found.values()]
     errors = [one.error for one in found.values()]
     return text + (
-        f"\nMedian: {statistics.median(ratios):.1f} times less, error {statistics.median(errors):.2f};"
-        f" least {min(ratios):.1f} times, largest error {max(errors):.2f}.\n"
+        f"\nMedian: {statistics.median(ratios):.1f} times less, error"
+        f" {statistics.median(errors):.2f}; least {min(ratios):.1f} times, largest error"
+        f" {max(errors):.2f}.\n"
     )
 
 

@@ -72,7 +72,7 @@ _EXACT_SLOTS = {
 # What makes an operation exact, for a reader, and by which operations.
 _REASONS = {
     "the gradient begins at a loss": ("LogSoftmax", "*Loss*", "*CrossEntropy*"),
-    "a softmax is small where its error is largest": ("Softmax", "*Logsumexp*"),
+    "a softmax is small where its error is largest": ("*Softmax", "*Logsumexp*"),
     "a recomputation sees what the forward pass saw": (CHECKPOINT,),
     "its derivative has no bound": _UNBOUNDED,
     "it compares what it keeps": (*_COMPARING, *COMPARED),
@@ -85,7 +85,7 @@ def why_exact(node: str) -> str:
     for reason, patterns in _REASONS.items():
         if any(fnmatchcase(operation, pattern) for pattern in patterns):
             return reason
-    return ""
+    return "a denominator, a limit or a statistic" if operation in _EXACT_SLOTS else ""
 
 
 # Scores are exponentials of products of two packed tensors: they take `Quantiser.for_scores`.

@@ -145,7 +145,7 @@ class Saver:
             if torch.is_grad_enabled():
                 thread.before, thread.last = call.start, _torch.next_node_number()
         tensors.note_filling(name, arguments, result)
-        if func in CASTS and type(result) is Tensor and type(arguments[0]) is Tensor:
+        if func in CASTS and tensors.is_of_torch(result) and tensors.is_of_torch(arguments[0]):
             noted(result, arguments[0])
         return result
 

@@ -38,10 +38,15 @@ def tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
             yield from tensors_in(value.values())
 
 
+def is_of_torch(value: object) -> bool:
+    """Whether it is a tensor of no subclass, those without values of `predict` apart."""
+    return type(value) is Tensor or (isinstance(value, Tensor) and _torch.is_fake(value))
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is a dense tensor, of a dtype that can be packed, and of no subclass of others."""
     return (
-        (type(tensor) is Tensor or _torch.is_fake(tensor))
+        is_of_torch(tensor)
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and tensor.dtype in _DTYPES
@@ -108,7 +113,7 @@ def owner_of(tensor: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, bool]:
 def _whole(tensor: Tensor) -> Tensor:
     """The base, if the tensor is a view of all its elements and both are dense; else the tensor."""
     base = tensor._base
-    if base is None or base.numel() != tensor.numel() or type(base) is not Tensor:
+    if base is None or base.numel() != tensor.numel() or not is_of_torch(base):
         return tensor
     return base if is_dense(base) and is_dense(tensor) else tensor
 
