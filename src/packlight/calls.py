@@ -69,16 +69,23 @@ class _Covering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        call = self.calls.table.get(func)
-        if call is None:
+        # The tracer follows this at every call: few instructions until a call is covered.
+        if func not in self.calls.table:
             # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
-            return (torch.unflatten if func is Tensor.unflatten else func)(*args, **kwargs)
+            if func is Tensor.unflatten:
+                func = torch.unflatten
+            return func(*args, **(kwargs or {}))
+        call, kwargs = self.calls.table[func], kwargs or {}
         if kwargs and "out" in kwargs and kwargs["out"] is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if not self.holds() or _called_by_a_layer() or not _is_covered(call, args, kwargs):
             return func(*args, **kwargs)
-        return call.function(*args, **kwargs, **call.options)
+        kwargs = {**kwargs, **call.options}
+        if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(call.function, args, kwargs)
+            if results is not None:
+                return results
+        return call.function(*args, **kwargs)
 
 
 def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -157,12 +164,19 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
             return super(owner, self).forward(*args, **kwargs)
         return forward(self, *args, **kwargs)
 
+    either.__module__, either.__qualname__ = owner.__module__, owner.__qualname__
+    if not getattr(owner, "is_one_node", True):
+        _torch.followed(either)
+
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A module inside may be the user's, and its calls are covered like those of any module.
         if self._modules:
             return either(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(either, (self, *args), kwargs) if self.training else None
+            if results is not None:
+                return results
             return _torch.without_mode(_Covering, either, self, *args, **kwargs)
         mode = _torch.take_off(_Covering)
         try:
@@ -183,19 +197,29 @@ _GLOBAL_BACKWARD_HOOKS = (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module runs its class's forward and nothing else, as hooks are.
+def is_bare(*modules: nn.Module) -> bool:
+    """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
-    So that a layer around it may do its work for it. Hooks of `profile` only look on.
+    So that a layer around them may do their work. Hooks of `profile` only look on.
     """
-    own = vars(module)
-    if any(_GLOBAL_HOOKS) or any(_GLOBAL_BACKWARD_HOOKS):
-        return False
-    for name in _HOOKS:
-        for hook in own[name].values() if own[name] else ():
-            if not getattr(hook, "only_looks_on", False):
-                return False
-    return "forward" not in own and own.get("_compiled_call_impl") is None
+    for hooks in _GLOBAL_HOOKS:
+        if hooks:
+            return False
+    for hooks in _GLOBAL_BACKWARD_HOOKS:
+        if hooks:
+            return False
+    for module in modules:  # nothing is called where there are no hooks: a layer asks of twenty
+        own = module.__dict__
+        for name in _HOOKS:
+            if own[name]:
+                for hook in own[name].values():
+                    if not getattr(hook, "only_looks_on", False):
+                        return False
+        if "forward" in own:
+            return False
+        if "_compiled_call_impl" in own and own["_compiled_call_impl"] is not None:
+            return False
+    return True
 
 
 # ---- which modules -------------------------------------------------------------------------------
@@ -214,7 +238,7 @@ def swap_for_calls(
     module. With `Calls` of nothing its calls stay torch's, whatever the module around it covers.
     `of_torch` says that the code of torch's own layers counts as the module's.
     """
-    code = kind if swap is None else _owner_of_forward(swap.kind)
+    code = kind if swap is None or _may_run(swap.kind) else _owner_of_forward(swap.kind)
     own = of_torch or not f"{code.__module__}.".startswith(_LAYERS)
     own = own and kind.forward is not nn.Module.forward
     if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
@@ -232,6 +256,11 @@ def without_calls(swap: Swap) -> Swap:
     assert found is not None
     attributes = {name: value for name, value in swap.attributes.items() if name != _ATTRIBUTE}
     return Swap(found[1][-1], attributes)
+
+
+def _may_run(kind: type[nn.Module]) -> bool:
+    """Whether a class of ours runs the plain class's own code where its own way is not open."""
+    return getattr(kind, "may_run_plain_code", False)
 
 
 def _owner_of_forward(kind: type[nn.Module]) -> type:
@@ -292,6 +321,11 @@ def _covered_now() -> Calls:
     """The calls that are covered at present."""
     mode = _torch.innermost(_Covering)
     return mode.calls if isinstance(mode, _Covering) and mode.holds() else _NONE
+
+
+def covered_call(function: Callable[..., Any]) -> Call | None:
+    """What a call of a torch function becomes in the code that runs; None if it stays torch's."""
+    return _covered_now().table.get(function)
 
 
 def covers_now() -> bool:

@@ -60,6 +60,17 @@ class Method:
         return kind(**fields)
 
 
+_known: dict[Method, Method] = {}
+
+
+def the_one(value: Any) -> Any:
+    """For a method the one object that stands for all its equals; any other value as it is.
+
+    So one look at which object it is tells compiled code whether a layer keeps as it did.
+    """
+    return _known.setdefault(value, value) if isinstance(value, Method) else value
+
+
 def check_is_value(method: Method) -> None:
     """Raises `InputError` for a method of a class that is no frozen dataclass of plain values."""
     kind = type(method)

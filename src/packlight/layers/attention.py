@@ -3,12 +3,12 @@
 torch's fused kernels keep query, key, value, output and a statistic a row for their backward pass.
 Here the same kernels run, forward and backward, in one of two forms:
 
+- **kept**: the statistic is kept, and a pack of the output, which serves the linear layer that
+  reads it too. Nothing runs again. Probabilities are exponentials of decoded scores over a sum of
+  exact ones, and so they are off by a factor: a small one at 8 bits.
 - **recomputed**: packs of the three are kept. The backward pass runs the kernel forward once more,
   on what it decodes, so that output and statistic belong to them. Errors are half those of the
   other form at 8 bits, and 4 bits can be used.
-- **kept**: the statistic is kept, and a pack of the output, which serves the linear layer that
-  reads it too. Nothing runs again. Probabilities are exponentials of decoded scores over a sum of
-  exact ones, and so they are off by a factor.
 
 A replay of dropout sets torch's generator back, which is done where passes are launched; in a
 compiled region and a captured graph attention with dropout has the kept form, at 8 bits.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _torch, _tracer, sharing
+from packlight import _torch, sharing
 from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight.errors import InputError
@@ -40,11 +40,12 @@ from packlight.pack import Pack
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import KEEPS, Quantiser, Restore
 
-# The form where a call asks for none.
-RECOMPUTES = True
+# With so many bits a call that asks for no form keeps the statistic. On an H200 the second run
+# costs a sixth of attention's time and saves a twelfth of what a transformer keeps.
+STATISTIC_BITS = 8
 
 # With fewer bits the error is larger than the gradient, in either form.
-_FEWEST_BITS = 3
+FEWEST_BITS = 3
 
 
 class _RecomputedAttention(torch.autograd.Function):
@@ -190,6 +191,7 @@ def _place(x: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], 
     return tuple(x.shape), x.stride(), int(x.storage_offset() - whole.storage_offset())
 
 
+@_torch.followed  # which kernel torch takes is asked of the tracer
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -210,7 +212,8 @@ def scaled_dot_product_attention(
     is that of attention of the decoded tensors: biased, since a softmax is not linear in them.
     Without, it keeps a pack of the output too, which serves the linear layer behind, and the
     kernel's statistic, 32 bits a row, and recomputes the softmax from packed query and key with the
-    exact statistic: biased, with about twice the error at 8 bits. None is `RECOMPUTES`.
+    exact statistic: biased, with about twice the error at 8 bits. None is the second form from
+    `STATISTIC_BITS` = 8 bits on, and the first with fewer.
 
     The method is taken as it is given; `Quantiser.for_attention` is that of a conversion. Fewer
     than 3 bits raise `InputError`. With dropout in a compiled region or in a captured CUDA graph
@@ -248,7 +251,7 @@ def attend(
     """
     query, key, value, mask = inputs
     dropout_p, is_causal, _ = flags
-    if method.grade.bits < _FEWEST_BITS:
+    if method.grade.bits < FEWEST_BITS:
         raise InputError(
             f"attention cannot keep query, key and value by {method!r}: at {method.grade.bits} bits"
             " the error of its gradients is larger than they are; take 4 bits or 8"
@@ -282,13 +285,19 @@ def attend(
         return None
     if not wanted:
         return run(prepared(inputs, kernel), kernel, flags)[0]
-    if torch.compiler.is_dynamo_compiling():
-        key, value = _tracer.apart(key, query), _tracer.apart(value, query, key)
-    recompute = RECOMPUTES if recompute is None else recompute
-    if recompute and dropout_p and not can_draw_again(query):
+    if recompute is None:
+        recompute = method.grade.bits < STATISTIC_BITS
+    return _attend(inputs, kernel, flags, method, recompute)
+
+
+@_torch.one_node
+def _attend(
+    inputs: Inputs, kernel: Kernel, flags: Flags, method: Quantiser, recompute: bool
+) -> Tensor:
+    query, key, value, mask = inputs
+    if recompute and flags[0] and not can_draw_again(query):
         recompute, method = False, method.for_scores()
-    traced = torch.compiler.is_dynamo_compiling()
-    whole = None if traced else _whole(query, key, value, method)
+    whole = None if _torch.is_traced() else _whole(query, key, value, method)
     packs = (3 if whole is None else 1) + (0 if recompute else 1)
     seeds = [method.seed(query) for _ in range(packs)]
     given = (query, key, value, mask, kernel, flags, method, whole, *seeds)
