@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from packlight import _torch
 from packlight._checks import is_plain, is_taken
 from packlight._classes import derivation, origin
-from packlight.method import Call, Calls, Method, Swap
+from packlight.method import Call, Calls, Swap
 
 _ATTRIBUTE = "_packlight_calls"
 
@@ -226,19 +226,22 @@ def is_bare(*modules: nn.Module) -> bool:
 
 
 def swap_for_calls(
-    module: nn.Module, kind: type[nn.Module], methods: tuple[Method, ...], swap: Swap | None = None
+    module: nn.Module,
+    kind: type[nn.Module],
+    calls: Calls,
+    swap: Swap | None = None,
+    of_torch: bool = False,
 ) -> Swap | None:
     """How the calls in a module's own code are covered; None if it has no code of its own.
 
     `kind` is the module's class before any conversion, `swap` what else a conversion makes of the
-    module. Without methods its calls stay torch's, whatever the module around it covers.
+    module. With `Calls` of nothing its calls stay torch's, whatever the module around it covers.
+    `of_torch` says that the code of torch's own layers counts as the module's.
     """
     code = kind if swap is None or _may_run(swap.kind) else _owner_of_forward(swap.kind)
-    own = not f"{code.__module__}.".startswith(_LAYERS) and kind.forward is not nn.Module.forward
+    own = of_torch or not f"{code.__module__}.".startswith(_LAYERS)
+    own = own and kind.forward is not nn.Module.forward
     if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
-        return None
-    calls = Calls.of(methods)
-    if methods and not calls.table:
         return None
     if swap is None:
         return Swap(covered(kind), {_ATTRIBUTE: calls})
@@ -274,8 +277,11 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A module that is made of the class later was not converted: nothing says what to cover.
-        calls = getattr(self, _ATTRIBUTE, _NONE) if self.training else _NONE
-        if _covered_now() is calls:
+        calls = getattr(self, _ATTRIBUTE, _NONE)
+        if not self.training:
+            calls = calls.untouched or calls
+        now = _covered_now()
+        if now is calls or (now is _NONE and calls.untouched is None):
             return kind.forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():  # a mode within one that is off would be off too
             return _cover(calls, kind.forward, self, *args, **kwargs)
@@ -331,5 +337,12 @@ def _cover(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any)
     """Runs a forward with these calls covered and no others."""
     if _covered_now() is calls:
         return forward(*args, **kwargs)
+    if calls.rest is None or torch.compiler.is_compiling():
+        with _Covering(calls):
+            return forward(*args, **kwargs)
+    return calls.rest.run(args[0], _cover_within, calls, forward, *args, **kwargs)
+
+
+def _cover_within(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with _Covering(calls):
         return forward(*args, **kwargs)
