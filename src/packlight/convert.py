@@ -16,6 +16,7 @@ import packlight.layers.rules
 import packlight.sketch.rules  # noqa: F401
 from packlight import _swap, graphs, integrations
 from packlight._seeds import start_rounding
+from packlight.assignment import Assignment, class_changed
 from packlight.conversion import Conversion
 from packlight.errors import CannotConvertError, InputError
 from packlight.fewbit.method import FewBit
@@ -23,7 +24,6 @@ from packlight.following import follow, forget
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
 from packlight.method import Method, check_is_value
-from packlight.plan import Plan, class_changed
 from packlight.selectors import Methods, Selector, layers_of, text_of, with_exact_ends
 
 __all__ = ["DEFAULT_METHODS", "convert", "revert"]
@@ -132,7 +132,7 @@ def _convert(
     layers = layers_of(model)
     if exact_ends:
         methods = with_exact_ends(methods, layers)
-    plan = Plan(methods, layers)
+    plan = Assignment(methods, layers)
     for layer in layers:
         plan.add(layer)
     if functional:
