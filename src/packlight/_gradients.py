@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from packlight import _torch
+from packlight._imagined import kind_of
 from packlight._library import define_op
 from packlight.packing.layout import compute_dtype
 
@@ -61,8 +62,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
     A matmul of 16 bits adds up in 32 and can write those: no rounding, and no kernel to widen it.
     """
-    if a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32:
-        return _wide_mm(a, b) if _torch.is_traced() else _mm(a, b)
+    if kind_of(a) == "cuda" and a.dtype.itemsize == 2 and dtype == torch.float32:
+        return _mm(a, b) if a.is_cuda and not _torch.is_traced() else _wide_mm(a, b)
     return as_dtype(a.mm(b), dtype)
 
 

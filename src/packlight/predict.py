@@ -100,9 +100,9 @@ def _predict(
             f"model is a {type(model).__name__}, of which no copy without values can be made; pass"
             " an nn.Module, or profile a run of it"
         )
-    fakes = _fakes()
+    fakes = fake_tensors()
     mode = fakes.Fakes()
-    fake, fake_inputs, fake_kwargs = _copied(mode, device, model, inputs, kwargs)
+    fake, fake_inputs, fake_kwargs = copied(mode, device, model, inputs, kwargs)
     reports = []
     for change in changes:
         change(fake)
@@ -110,11 +110,11 @@ def _predict(
             try:
                 reports.append(profile(fake, *fake_inputs, loss=loss, **fake_kwargs))
             except fakes.NEEDS_VALUES as error:
-                raise InputError(_needs_values(error)) from error
+                raise InputError(needs_values(error)) from error
     return reports
 
 
-def _fakes() -> Any:
+def fake_tensors() -> Any:
     """What makes tensors without values; its import reads much of torch's inside."""
     try:
         return importlib.import_module("packlight._torch.fakes")
@@ -125,7 +125,7 @@ def _fakes() -> Any:
         ) from error
 
 
-def _copied(
+def copied(
     mode: Any,
     device: str | torch.device | None,
     model: nn.Module,
@@ -209,7 +209,9 @@ class _Copying(TorchFunctionMode):
         if tensor.is_floating_point() and not self.keeps_floats:
             return False
         is_dense = tensor.layout is torch.strided
-        return is_dense and tensor.device == self.device_of(tensor) and _fakes().is_small(tensor)
+        return (
+            is_dense and tensor.device == self.device_of(tensor) and fake_tensors().is_small(tensor)
+        )
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where the tensor is imagined to be."""
@@ -242,7 +244,7 @@ class _Copying(TorchFunctionMode):
             )
 
 
-def _needs_values(error: BaseException) -> str:
+def needs_values(error: BaseException) -> str:
     operation = getattr(error, "func", error)
     lines = [
         f"{short_path(frame.filename)}:{frame.lineno}"

@@ -1,0 +1,192 @@
+"""`walk`: a training step on tensors without values, with what is allocated at each point."""
+
+import bisect
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight import _imagined, _torch
+from packlight.errors import InputError
+from packlight.planner.costs import Costs
+from packlight.planner.devices import Device
+from packlight.planner.ledger import Ledger
+from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Timeline
+from packlight.predict import copied, fake_tensors, needs_values
+from packlight.profile.recording import watchable
+from packlight.profile.tensors import tensors_in
+
+Loss = Callable[[Any], Tensor]
+OptimizerOf = Callable[[list[nn.Parameter]], Any]  # as a class of torch.optim
+
+
+class Walker:
+    """A copy of a model on fake tensors, on which steps are walked, also after conversions."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loss: Loss | None,
+        optimizer: OptimizerOf | None,
+    ) -> None:
+        self.fakes = fake_tensors()
+        self.mode = self.fakes.Fakes()
+        self.model, self.inputs, self.kwargs = copied(self.mode, "cpu", model, inputs, kwargs)
+        self.loss, self.optimizer = loss, optimizer
+
+    def walk(self, device: Device) -> Timeline:
+        """A step under the caller's autocast, of CUDA or of the CPU."""
+        kinds = (kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind))
+        dtype = next((torch.get_autocast_dtype(kind) for kind in kinds), None)
+        with self.imagined():
+            return _Walk(self, device, dtype).run()
+
+    @contextlib.contextmanager
+    def imagined(self) -> Iterator[None]:
+        """Within, the copy can be run and converted."""
+        with contextlib.ExitStack() as stack:
+            for context in (
+                _without_autocast(),
+                self.fakes.FakeFunctionMode(),
+                _imagined.on_gpu(),
+                self.mode,
+            ):
+                stack.enter_context(context)
+            try:
+                yield
+            except self.fakes.NEEDS_VALUES as error:
+                raise InputError(needs_values(error)) from error
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """As outside of all contexts of autocast, where its copies of weights end with the context."""
+    enabled, depth = torch.is_autocast_enabled("cpu"), 0
+    torch.clear_autocast_cache()
+    torch.set_autocast_enabled("cpu", False)
+    while torch.autocast_decrement_nesting() >= 0:
+        depth += 1
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cpu", enabled)
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+        torch.clear_autocast_cache()
+
+
+class _Walk:
+    def __init__(self, walker: Walker, device: Device, autocast: torch.dtype | None) -> None:
+        self.walker, self.model, self.autocast = walker, walker.model, autocast
+        self.paths = {module: name for name, module in self.model.named_modules()}
+        self.ledger, self.rates = Ledger(Costs(device), self.where), device.rates
+        self.phase = FORWARD
+        self.stack: list[str] = [""]
+        # From which number of graph nodes on the forward pass was where.
+        self.moves: list[tuple[int, str]] = [(_torch.next_node_number(), "")]
+
+    def run(self) -> Timeline:
+        walker, ledger = self.walker, self.ledger
+        parameters = list(self.model.parameters())
+        optimizer, states = self._optimizer([p for p in parameters if p.requires_grad])
+        parts = (
+            ledger.owns(*parameters),
+            ledger.owns(*self.model.buffers()),
+            ledger.owns(*states) + getattr(optimizer, "bytes", 0),
+            ledger.owns(*tensors_in((walker.inputs, walker.kwargs))),
+            self.rates.workspace,
+        )
+        with self._watched():
+            dtype = self.autocast
+            with ledger, torch.autocast("cpu", dtype, enabled=dtype is not None):
+                output = self.model(*walker.inputs, **walker.kwargs)
+                self._move("(loss)")
+                loss = _loss_of(output, walker.loss)
+        del output
+        self.phase = BACKWARD
+        self.last = "(loss)"
+        with ledger, torch.autograd.set_multithreading_enabled(False):
+            _torch.run_backward(loss)
+            self.phase = STEP
+            if optimizer is not None:
+                optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        return Timeline(*parts, tuple(ledger.segments))
+
+    def _optimizer(self, trained: list[nn.Parameter]) -> tuple[Any, list[Tensor]]:
+        """An optimiser with the state that it has after a step, and its tensors."""
+        if self.walker.optimizer is None or not trained:
+            return None, []
+        optimizer = self.walker.optimizer(trained)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        for parameter in trained:
+            parameter.grad = None
+        state = getattr(optimizer, "state", {})
+        return optimizer, list(tensors_in(list(state.values())))
+
+    # ---- where the step is -------------------------------------------------------------------
+
+    def where(self) -> tuple[str, str]:
+        if self.phase == FORWARD:
+            return FORWARD, self.stack[-1]
+        if self.phase == STEP:
+            return STEP, ""
+        number = _torch.running_node_number()
+        # A node of a nested backward pass, of what runs again, belongs to what runs it.
+        if number is not None and number < self.end:
+            self.last = self.place_of(number)
+        return BACKWARD, self.last
+
+    def place_of(self, number: int) -> str:
+        """Where the forward pass stood when it made the graph node of this number."""
+        index = bisect.bisect_right(self.moves, number, key=lambda move: move[0])
+        return self.moves[max(index - 1, 0)][1]
+
+    def _move(self, place: str) -> None:
+        self.stack.append(place)
+        self.moves.append((_torch.next_node_number(), place))
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            self.ledger.host_ms += 1e-3 * self.rates.module_us
+            if self.phase == FORWARD:
+                self._move(self.paths[module])
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self.phase == FORWARD:
+                self.stack.pop()
+                self.moves.append((_torch.next_node_number(), self.stack[-1]))
+
+        enter.only_looks_on = leave.only_looks_on = True  # type: ignore[attr-defined]
+        with contextlib.ExitStack() as handles:
+            for module in watchable(self.model.modules()):
+                before = module.register_forward_pre_hook(enter, prepend=True)
+                handles.callback(before.remove)
+                after = module.register_forward_hook(leave)
+                handles.callback(after.remove)
+            yield
+        self.end = _torch.next_node_number()
+
+
+def _loss_of(output: Any, loss: Loss | None) -> Tensor:
+    if loss is not None:
+        value = loss(output)
+    elif isinstance(getattr(output, "loss", None), Tensor):
+        value = output.loss
+    else:
+        found = [x for x in tensors_in(output) if x.requires_grad and x.is_floating_point()]
+        if not found:
+            raise InputError("the model's output has no gradient to start from; give a loss")
+        value = sum((x.float().mean() for x in found[1:]), found[0].float().mean())
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise InputError("loss is no tensor of one element, as a backward pass starts from")
+    return value
