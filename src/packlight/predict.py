@@ -131,10 +131,11 @@ def copied(
     model: nn.Module,
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
+    shared: Mapping[int, Any] = types.MappingProxyType({}),
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Model and inputs with fake tensors."""
+    """Model and inputs with fake tensors; `shared` is that of `copied_model`."""
     with _Copying(mode, None if device is None else torch.device(device)) as copying:
-        fake, memo = copied_model(model)
+        fake, memo = copied_model(model, shared)
         copying.keeps_floats = True
         fake_inputs, fake_kwargs = copy.deepcopy((inputs, kwargs), memo)
     return fake, fake_inputs, fake_kwargs

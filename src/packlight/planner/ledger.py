@@ -34,6 +34,7 @@ class Ledger(TorchDispatchMode):
         self.segments: list[Segment] = []
         self.allocated = 0
         self._known: dict[int, Any] = {}  # storages by their addresses
+        self.freed: dict[str, int] | None = None  # while asked for: bytes, by who allocated them
 
     def owns(self, *tensors: Tensor) -> int:
         """Takes these for allocated before all, and returns their bytes."""
@@ -71,10 +72,13 @@ class Ledger(TorchDispatchMode):
             return False
         size = rounded(storage.nbytes())
         self.allocated += size
+        _, place = self.where()
 
         def free(_: object, ledger: "Ledger" = self) -> None:
             ledger.allocated -= size
             del ledger._known[key]
+            if ledger.freed is not None:
+                ledger.freed[place] = ledger.freed.get(place, 0) + size
 
         self._known[key] = weakref.ref(storage, free)
         return size > 0

@@ -2,7 +2,7 @@
 
 import bisect
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from packlight.errors import InputError
 from packlight.planner.costs import Costs
 from packlight.planner.devices import Device
 from packlight.planner.ledger import Ledger
+from packlight.planner.runs import Run, expanded, runs_of, shortened
 from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Timeline
 from packlight.predict import copied, fake_tensors, needs_values
 from packlight.profile.recording import watchable
@@ -23,19 +24,29 @@ OptimizerOf = Callable[[list[nn.Parameter]], Any]  # as a class of torch.optim
 
 
 class Walker:
-    """A copy of a model on fake tensors, on which steps are walked, also after conversions."""
+    """A copy of a model on fake tensors, on which steps are walked, also after conversions.
+
+    Of runs of alike blocks (`runs.py`) the copy has three.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         inputs: tuple[Any, ...],
         kwargs: dict[str, Any],
-        loss: Loss | None,
-        optimizer: OptimizerOf | None,
+        loss: Loss | None = None,
+        optimizer: OptimizerOf | None = None,
+        runs: Sequence[Run] | None = None,
     ) -> None:
         self.fakes = fake_tensors()
         self.mode = self.fakes.Fakes()
-        self.model, self.inputs, self.kwargs = copied(self.mode, "cpu", model, inputs, kwargs)
+        self.runs = runs_of(model) if runs is None else list(runs)
+        left_out = [name for run in self.runs for name in run.names[2:-1]]
+        stubs = {id(model.get_submodule(name)): nn.Identity() for name in left_out}
+        self.model, self.inputs, self.kwargs = copied(
+            self.mode, "cpu", model, inputs, kwargs, stubs
+        )
+        shortened(self.model, self.runs)
         self.loss, self.optimizer = loss, optimizer
 
     def walk(self, device: Device) -> Timeline:
@@ -95,9 +106,9 @@ class _Walk:
         parameters = list(self.model.parameters())
         optimizer, states = self._optimizer([p for p in parameters if p.requires_grad])
         parts = (
-            ledger.owns(*parameters),
-            ledger.owns(*self.model.buffers()),
-            ledger.owns(*states) + getattr(optimizer, "bytes", 0),
+            self._owned(lambda module: module.parameters()),
+            self._owned(lambda module: module.buffers()),
+            self._owned(lambda module: [t for p in module.parameters() for t in states(p)]),
             ledger.owns(*tensors_in((walker.inputs, walker.kwargs))),
             self.rates.workspace,
         )
@@ -107,6 +118,9 @@ class _Walk:
                 output = self.model(*walker.inputs, **walker.kwargs)
                 self._move("(loss)")
                 loss = _loss_of(output, walker.loss)
+                # As the context ends autocast lets go of its copies of weights.
+                ledger.freed = copies = {}
+        ledger.freed = None
         del output
         self.phase = BACKWARD
         self.last = "(loss)"
@@ -117,20 +131,29 @@ class _Walk:
                 optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-        return Timeline(*parts, tuple(ledger.segments))
+        return Timeline(*parts, tuple(expanded(ledger.segments, walker.runs, copies)))
 
-    def _optimizer(self, trained: list[nn.Parameter]) -> tuple[Any, list[Tensor]]:
-        """An optimiser with the state that it has after a step, and its tensors."""
+    def _owned(self, tensors: Callable[[nn.Module], Iterable[Tensor]]) -> int:
+        """Bytes that are there before all: of the copy, and of the blocks that it lacks."""
+        repeated = 0
+        for run in self.walker.runs:
+            block = self.model.get_submodule(run.walked(1))
+            repeated += (run.extra + 1) * self.ledger.owns(*tensors(block))
+        return repeated + self.ledger.owns(*tensors(self.model))
+
+    def _optimizer(
+        self, trained: list[nn.Parameter]
+    ) -> tuple[Any, Callable[[nn.Parameter], list[Tensor]]]:
+        """An optimiser with the state that it has after a step, and that of a parameter."""
         if self.walker.optimizer is None or not trained:
-            return None, []
+            return None, lambda _: []
         optimizer = self.walker.optimizer(trained)
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         for parameter in trained:
             parameter.grad = None
-        state = getattr(optimizer, "state", {})
-        return optimizer, list(tensors_in(list(state.values())))
+        return optimizer, lambda p: list(tensors_in(optimizer.state.get(p, {})))
 
     # ---- where the step is -------------------------------------------------------------------
 

@@ -1,0 +1,162 @@
+"""Blocks that are alike and follow each other: three of them are walked, for all.
+
+What a block keeps, takes and frees is that of the block before it. So of a run of alike blocks the
+first, the second and the last are walked, and the second's part of the timeline stands for all
+between. The copy that is walked never has the others.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+
+from torch import nn
+
+from packlight._torch.attributes import plain_attributes
+from packlight.planner.timeline import BACKWARD, FORWARD, Segment
+from packlight.recompute.rules import blocks_of
+from packlight.selectors import layers_of
+
+_FEWEST = 5  # blocks of a run, for that to be worth it
+_WALKED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Alike blocks of a list, `first` to `last`, of which three stand in the copy.
+
+    `names` are those in the model. In the copy the run begins at place `at` of the list.
+    """
+
+    names: tuple[str, ...]
+    container: str
+    at: int
+
+    @property
+    def extra(self) -> int:
+        """How many blocks are not walked."""
+        return len(self.names) - _WALKED
+
+    def walked(self, place: int) -> str:
+        """The name in the copy of the first, the second or the last block."""
+        return f"{self.container}.{self.at + place}" if self.container else str(self.at + place)
+
+
+def lists_of_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The lists of a model that hold its blocks, by name, if all that they hold are blocks."""
+    blocks = blocks_of(layers_of(model))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(module) > 0
+        and all(child in blocks for child in module)
+    }
+
+
+def runs_of(model: nn.Module, choice: Callable[[str], Hashable] = lambda name: None) -> list[Run]:
+    """The runs of a model that are worth shortening. `choice` tells blocks apart by their names."""
+    found = []
+    for container, blocks in lists_of_blocks(model).items():
+        names = [f"{container}.{index}" if container else str(index) for index in range(len(blocks))]
+        kinds = [
+            (signature(block), choice(name)) for name, block in zip(names, blocks, strict=True)
+        ]
+        start = place = 0
+        while start < len(names):
+            end = start + 1
+            while end < len(names) and kinds[end] == kinds[start]:
+                end += 1
+            if end - start >= _FEWEST:
+                found.append(Run(tuple(names[start:end]), container, place))
+                place += _WALKED
+            else:
+                place += end - start
+            start = end
+    return found
+
+
+def signature(block: nn.Module) -> Hashable:
+    """What two blocks have in common if their steps allocate alike."""
+    parameters = tuple(
+        (name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()
+    )
+    attributes = tuple(
+        (path, type(module), name, value)
+        for path, module in block.named_modules()
+        for name, value in sorted(plain_attributes(module).items())
+        if isinstance(value, bool | int | float | str) and not _counts(name)
+    )
+    return (repr(block), parameters, attributes)
+
+
+def _counts(name: str) -> bool:
+    """Whether an attribute says which of the blocks it is."""
+    return any(part in name.lower() for part in ("idx", "index", "layer_id", "layer_number"))
+
+
+def shortened(model: nn.Module, runs: Iterable[Run]) -> None:
+    """Takes the blocks out of a copy that are not walked: all of a run but three."""
+    by_container: dict[str, list[Run]] = {}
+    for run in runs:
+        by_container.setdefault(run.container, []).append(run)
+    for container, of_it in by_container.items():
+        blocks = model.get_submodule(container)
+        left_out = {name for run in of_it for name in run.names[2:-1]}
+        kept = [
+            child
+            for key, child in blocks.named_children()
+            if (f"{container}.{key}" if container else key) not in left_out
+        ]
+        blocks._modules.clear()
+        blocks._modules.update({str(place): child for place, child in enumerate(kept)})
+
+
+def expanded(
+    segments: Sequence[Segment], runs: Iterable[Run], freed: Mapping[str, int]
+) -> list[Segment]:
+    """The segments of the whole model from those of the shortened one.
+
+    `freed` has the bytes that are freed between the passes, by the module that allocated them.
+    """
+    found = list(segments)
+    for run in runs:
+        found = _repeated(found, run, FORWARD, 1, 2)
+        block = run.walked(1)
+        by = run.extra * sum(size for place, size in freed.items() if _is_in(place, block))
+        found = [s if s.phase == FORWARD else shifted(s, -by) for s in found]
+        found = _repeated(found, run, BACKWARD, 1, 0)
+    return found
+
+
+def _is_in(place: str, block: str) -> bool:
+    return (place + ".").startswith(block + ".")
+
+
+def _repeated(
+    segments: list[Segment], run: Run, phase: str, repeated: int, following: int
+) -> list[Segment]:
+    """With the part of one block repeated for those that were left out."""
+    start = _begin(segments, phase, run.walked(repeated))
+    end = _begin(segments, phase, run.walked(following))
+    if start is None or end is None or end <= start:
+        return segments  # the block allocates nothing, or its order is another
+    part = segments[start:end]
+    grows = segments[end].before - part[0].before
+    return [
+        *segments[:start],
+        *(shifted(segment, times * grows) for times in range(run.extra + 1) for segment in part),
+        *(shifted(segment, run.extra * grows) for segment in segments[end:]),
+    ]
+
+
+def _begin(segments: Sequence[Segment], phase: str, block: str) -> int | None:
+    """The first segment of a block in a phase."""
+    for index, segment in enumerate(segments):
+        if segment.phase == phase and _is_in(segment.place, block):
+            return index
+    return None
+
+
+def shifted(segment: Segment, by: int) -> Segment:
+    return segment._replace(
+        before=segment.before + by, peak=segment.peak + by, after=segment.after + by
+    )
