@@ -6,12 +6,11 @@ between. The copy that is walked never has the others.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable
 
 from torch import nn
 
 from packlight._torch.attributes import plain_attributes
-from packlight.planner.timeline import BACKWARD, FORWARD, Segment
 from packlight.recompute.rules import blocks_of
 from packlight.selectors import layers_of
 
@@ -108,55 +107,3 @@ def shortened(model: nn.Module, runs: Iterable[Run]) -> None:
         ]
         blocks._modules.clear()
         blocks._modules.update({str(place): child for place, child in enumerate(kept)})
-
-
-def expanded(
-    segments: Sequence[Segment], runs: Iterable[Run], freed: Mapping[str, int]
-) -> list[Segment]:
-    """The segments of the whole model from those of the shortened one.
-
-    `freed` has the bytes that are freed between the passes, by the module that allocated them.
-    """
-    found = list(segments)
-    for run in runs:
-        found = _repeated(found, run, FORWARD, 1, 2)
-        block = run.walked(1)
-        by = run.extra * sum(size for place, size in freed.items() if _is_in(place, block))
-        found = [s if s.phase == FORWARD else shifted(s, -by) for s in found]
-        found = _repeated(found, run, BACKWARD, 1, 0)
-    return found
-
-
-def _is_in(place: str, block: str) -> bool:
-    return (place + ".").startswith(block + ".")
-
-
-def _repeated(
-    segments: list[Segment], run: Run, phase: str, repeated: int, following: int
-) -> list[Segment]:
-    """With the part of one block repeated for those that were left out."""
-    start = _begin(segments, phase, run.walked(repeated))
-    end = _begin(segments, phase, run.walked(following))
-    if start is None or end is None or end <= start:
-        return segments  # the block allocates nothing, or its order is another
-    part = segments[start:end]
-    grows = segments[end].before - part[0].before
-    return [
-        *segments[:start],
-        *(shifted(segment, times * grows) for times in range(run.extra + 1) for segment in part),
-        *(shifted(segment, run.extra * grows) for segment in segments[end:]),
-    ]
-
-
-def _begin(segments: Sequence[Segment], phase: str, block: str) -> int | None:
-    """The first segment of a block in a phase."""
-    for index, segment in enumerate(segments):
-        if segment.phase == phase and _is_in(segment.place, block):
-            return index
-    return None
-
-
-def shifted(segment: Segment, by: int) -> Segment:
-    return segment._replace(
-        before=segment.before + by, peak=segment.peak + by, after=segment.after + by
-    )

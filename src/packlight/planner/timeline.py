@@ -1,7 +1,7 @@
 """`Timeline`: a training step in its order, with the bytes that are allocated."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "optimizer"
@@ -32,20 +32,31 @@ class Segment(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Timeline:
-    """A training step: what is there all the time, and segments in their order."""
+class Static:
+    """Bytes that are there at all times."""
 
     parameters: int
     buffers: int
     optimizer: int
     inputs: int
     workspace: int  # of cuBLAS
+    trained: int  # of the parameters, and so of their gradients, which are not among these
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.buffers + self.optimizer + self.inputs + self.workspace
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """A training step: what is there all the time, and segments in their order."""
+
+    parts: Static
     segments: tuple[Segment, ...]
 
     @property
     def static(self) -> int:
-        parts = (self.parameters, self.buffers, self.optimizer, self.inputs, self.workspace)
-        return sum(parts)
+        return self.parts.total
 
     @property
     def peak(self) -> int:
@@ -79,17 +90,3 @@ class Timeline:
         """Each segment with the bytes of its peak."""
         for segment in self.segments:
             yield segment, self.static + segment.peak
-
-
-def joined(segments: Iterable[Segment]) -> Segment:
-    """Several segments in a row as one."""
-    segments = list(segments)
-    first, last = segments[0], segments[-1]
-    highest = max(segments, key=lambda segment: segment.peak)
-    return first._replace(
-        operator=highest.operator,
-        peak=highest.peak,
-        after=last.after,
-        device_ms=sum(segment.device_ms for segment in segments),
-        host_ms=sum(segment.host_ms for segment in segments),
-    )

@@ -13,8 +13,9 @@ from packlight.errors import InputError
 from packlight.planner.costs import Costs
 from packlight.planner.devices import Device
 from packlight.planner.ledger import Ledger
-from packlight.planner.runs import Run, expanded, runs_of, shortened
-from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Timeline
+from packlight.planner.runs import Run, runs_of, shortened
+from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Static
+from packlight.planner.walked import Walked
 from packlight.predict import copied, fake_tensors, needs_values
 from packlight.profile.recording import watchable
 from packlight.profile.tensors import tensors_in
@@ -49,7 +50,7 @@ class Walker:
         shortened(self.model, self.runs)
         self.loss, self.optimizer = loss, optimizer
 
-    def walk(self, device: Device) -> Timeline:
+    def walk(self, device: Device) -> Walked:
         """A step under the caller's autocast, of CUDA or of the CPU."""
         kinds = (kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind))
         dtype = next((torch.get_autocast_dtype(kind) for kind in kinds), None)
@@ -101,16 +102,18 @@ class _Walk:
         # From which number of graph nodes on the forward pass was where.
         self.moves: list[tuple[int, str]] = [(_torch.next_node_number(), "")]
 
-    def run(self) -> Timeline:
+    def run(self) -> Walked:
         walker, ledger = self.walker, self.ledger
         parameters = list(self.model.parameters())
         optimizer, states = self._optimizer([p for p in parameters if p.requires_grad])
-        parts = (
-            self._owned(lambda module: module.parameters()),
+        trained = self._owned(lambda module: [p for p in module.parameters() if p.requires_grad])
+        static = Static(
+            trained + self._owned(lambda module: module.parameters()),
             self._owned(lambda module: module.buffers()),
             self._owned(lambda module: [t for p in module.parameters() for t in states(p)]),
             ledger.owns(*tensors_in((walker.inputs, walker.kwargs))),
             self.rates.workspace,
+            trained,
         )
         with self._watched():
             dtype = self.autocast
@@ -131,7 +134,9 @@ class _Walk:
                 optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-        return Timeline(*parts, tuple(expanded(ledger.segments, walker.runs, copies)))
+        here = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+        segments = tuple(ledger.segments)
+        return Walked(static, tuple(walker.runs), segments, copies, trained / max(here, 1))
 
     def _owned(self, tensors: Callable[[nn.Module], Iterable[Tensor]]) -> int:
         """Bytes that are there before all: of the copy, and of the blocks that it lacks."""
