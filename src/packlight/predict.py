@@ -141,6 +141,16 @@ def copied(
     return fake, fake_inputs, fake_kwargs
 
 
+def copied_inputs(
+    mode: Any, device: str | torch.device | None, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs with fake tensors in place of large ones."""
+    with _Copying(mode, None if device is None else torch.device(device)) as copying:
+        copying.keeps_floats = True
+        fakes: tuple[tuple[Any, ...], dict[str, Any]] = copy.deepcopy((inputs, kwargs))
+    return fakes
+
+
 def copied_model(
     model: nn.Module, shared: Mapping[int, Any] = types.MappingProxyType({})
 ) -> tuple[nn.Module, dict[int, Any]]:

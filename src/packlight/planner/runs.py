@@ -20,7 +20,7 @@ _WALKED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Alike blocks of a list, `first` to `last`, of which three stand in the copy.
+    """Alike blocks of a list, of which three stand in the copy; or one block by itself.
 
     `names` are those in the model. In the copy the run begins at place `at` of the list.
     """
@@ -30,9 +30,20 @@ class Run:
     at: int
 
     @property
+    def places(self) -> int:
+        """How many blocks are walked."""
+        return min(len(self.names), _WALKED)
+
+    @property
     def extra(self) -> int:
         """How many blocks are not walked."""
-        return len(self.names) - _WALKED
+        return len(self.names) - self.places
+
+    def stands_for(self, place: int) -> tuple[str, ...]:
+        """The blocks for which a walked one stands."""
+        if place == 1:
+            return self.names[1:-1]
+        return self.names[:1] if place == 0 else self.names[-1:]
 
     def walked(self, place: int) -> str:
         """The name in the copy of the first, the second or the last block."""
@@ -52,7 +63,7 @@ def lists_of_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def runs_of(model: nn.Module, choice: Callable[[str], Hashable] = lambda name: None) -> list[Run]:
-    """The runs of a model that are worth shortening. `choice` tells blocks apart by their names."""
+    """The blocks of a model in runs. `choice` tells blocks apart by their names."""
     found = []
     for container, blocks in lists_of_blocks(model).items():
         names = [f"{container}.{index}" if container else str(index) for index in range(len(blocks))]
@@ -64,11 +75,10 @@ def runs_of(model: nn.Module, choice: Callable[[str], Hashable] = lambda name: N
             end = start + 1
             while end < len(names) and kinds[end] == kinds[start]:
                 end += 1
-            if end - start >= _FEWEST:
-                found.append(Run(tuple(names[start:end]), container, place))
-                place += _WALKED
-            else:
-                place += end - start
+            alike = names[start:end]
+            for group in [alike] if len(alike) >= _FEWEST else [[name] for name in alike]:
+                found.append(Run(tuple(group), container, place))
+                place += found[-1].places
             start = end
     return found
 
@@ -99,11 +109,11 @@ def shortened(model: nn.Module, runs: Iterable[Run]) -> None:
         by_container.setdefault(run.container, []).append(run)
     for container, of_it in by_container.items():
         blocks = model.get_submodule(container)
-        left_out = {name for run in of_it for name in run.names[2:-1]}
-        kept = [
+        left_out = {name for run in of_it if run.extra for name in run.names[2:-1]}
+        left = [
             child
             for key, child in blocks.named_children()
             if (f"{container}.{key}" if container else key) not in left_out
         ]
         blocks._modules.clear()
-        blocks._modules.update({str(place): child for place, child in enumerate(kept)})
+        blocks._modules.update({str(place): child for place, child in enumerate(left)})

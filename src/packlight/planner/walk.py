@@ -16,7 +16,7 @@ from packlight.planner.ledger import Ledger
 from packlight.planner.runs import Run, runs_of, shortened
 from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Static
 from packlight.planner.walked import Walked
-from packlight.predict import copied, fake_tensors, needs_values
+from packlight.predict import copied, copied_inputs, fake_tensors, needs_values
 from packlight.profile.recording import watchable
 from packlight.profile.tensors import tensors_in
 
@@ -42,13 +42,17 @@ class Walker:
         self.fakes = fake_tensors()
         self.mode = self.fakes.Fakes()
         self.runs = runs_of(model) if runs is None else list(runs)
-        left_out = [name for run in self.runs for name in run.names[2:-1]]
+        left_out = [name for run in self.runs if run.extra for name in run.names[2:-1]]
         stubs = {id(model.get_submodule(name)): nn.Identity() for name in left_out}
         self.model, self.inputs, self.kwargs = copied(
             self.mode, "cpu", model, inputs, kwargs, stubs
         )
         shortened(self.model, self.runs)
         self.loss, self.optimizer = loss, optimizer
+
+    def see(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Has another batch."""
+        self.inputs, self.kwargs = copied_inputs(self.mode, "cpu", inputs, kwargs)
 
     def walk(self, device: Device) -> Walked:
         """A step under the caller's autocast, of CUDA or of the CPU."""
@@ -142,6 +146,8 @@ class _Walk:
         """Bytes that are there before all: of the copy, and of the blocks that it lacks."""
         repeated = 0
         for run in self.walker.runs:
+            if not run.extra:
+                continue
             block = self.model.get_submodule(run.walked(1))
             repeated += (run.extra + 1) * self.ledger.owns(*tensors(block))
         return repeated + self.ledger.owns(*tensors(self.model))

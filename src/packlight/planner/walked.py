@@ -82,10 +82,10 @@ class Walked:
                     (index, place)
                     for index, segment in enumerate(self.segments)
                     if segment.phase == phase
-                    for place in range(3)
+                    for place in range(run.places)
                     if is_in(segment.place, run.walked(place))
                 ]
-                for place in range(3):
+                for place in range(run.places):
                     first = next((index for index, other in inside if other == place), None)
                     if first is not None:
                         yield first, (run, place)
@@ -138,23 +138,18 @@ def strung(base: Walked, others: Mapping[str, Walked]) -> Iterator[tuple[Part, s
 def _names(part: Part) -> Sequence[str]:
     """The blocks for which a part stands, in the order of its pass."""
     assert part.run is not None
-    names = part.run.names
-    if part.place == 0:
-        return names[:1]
-    if part.place == 2:
-        return names[-1:]
-    between = names[1:-1]
-    return between if part.phase == FORWARD else between[::-1]
+    names = part.run.stands_for(part.place)
+    return names if part.phase == FORWARD else names[::-1]
 
 
 def _freed(base: Walked, others: Mapping[str, Walked]) -> Part:
     """What is freed between the passes beyond what the shortened walk shows."""
     by = 0
     for run in base.runs:
-        for index, name in enumerate(run.names):
-            place = 0 if index == 0 else 2 if index == len(run.names) - 1 else 1
-            by -= others.get(name, base).copies_of(run, place)
-        by += sum(base.copies_of(run, place) for place in range(3))
+        for place in range(run.places):
+            for name in run.stands_for(place):
+                by -= others.get(name, base).copies_of(run, place)
+        by += sum(base.copies_of(run, place) for place in range(run.places))
     return Part(None, 0, BACKWARD, (), by)
 
 
