@@ -24,6 +24,7 @@ from packlight.following import follow, forget
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
 from packlight.method import Method, check_is_value
+from packlight.planner.result import Plan
 from packlight.selectors import Methods, Selector, layers_of, text_of, with_exact_ends
 
 __all__ = ["DEFAULT_METHODS", "convert", "revert"]
@@ -80,7 +81,8 @@ def convert(
 
     Args:
         model: any module; also one that is converted already, compiled, or inside DDP.
-        methods: a method, methods, or a mapping, as above. The default is explained in README.md.
+        methods: a method, methods, a mapping, as above, or a `Plan`, which says `functional`,
+            `head` and `strict` itself. The default is explained in README.md.
         strict: False to leave alone and report what would raise `CannotConvertError`, and to accept
             patterns and predicates that match nothing.
         functional: whether calls of torch functions in the model's own code (`F.gelu(x)`,
@@ -113,6 +115,8 @@ def convert(
     >>> [row.names for row in conversion.replaced]
     [('0',)]
     """
+    if isinstance(methods, Plan):
+        functional, strict, head = True, False, head or methods.head
     _check(model, methods)
     if not (isinstance(head, (bool, str)) or callable(head)):
         raise InputError(f"head={head!r} is neither True, False nor a selector, such as 'lm_head'")

@@ -96,6 +96,7 @@ __all__ = [
     "MODES",
     "MODE_STACK",
     "NODES",
+    "RUNNING_NODE",
     "SAVED",
     "STORAGES",
     "STORAGE_USES",

@@ -66,7 +66,9 @@ def runs_of(model: nn.Module, choice: Callable[[str], Hashable] = lambda name: N
     """The blocks of a model in runs. `choice` tells blocks apart by their names."""
     found = []
     for container, blocks in lists_of_blocks(model).items():
-        names = [f"{container}.{index}" if container else str(index) for index in range(len(blocks))]
+        names = [
+            f"{container}.{index}" if container else str(index) for index in range(len(blocks))
+        ]
         kinds = [
             (signature(block), choice(name)) for name, block in zip(names, blocks, strict=True)
         ]

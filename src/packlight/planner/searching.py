@@ -8,10 +8,11 @@ All mixes so made are weighed, and each by its peak, transients included. So the
 with the budget, and no mix is taken whose peak is above it.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from packlight.planner.menu import Option
+from packlight.planner.menu import EXACT, Option
 from packlight.planner.study import Mix, Study
 from packlight.planner.timeline import FORWARD
 from packlight.planner.walked import Walked
@@ -21,28 +22,40 @@ class Candidate(NamedTuple):
     """Options by the names of blocks, and what a step with them takes."""
 
     options: dict[str, Option]
+    outside: Option
     mix: Mix
     peak: int
     kept: int
     ms: float
 
 
-def candidates(study: Study, options: Sequence[Option], outside: Option) -> list[Candidate]:
-    """Mixes worth weighing, the fastest first."""
+def candidates(
+    study: Study, options: Sequence[Option], outsides: Sequence[Option]
+) -> list[Candidate]:
+    """Mixes worth weighing, the fastest first.
+
+    What is outside of blocks becomes the first of `outsides`; each is weighed where all is outside.
+    """
+    if not study.blocks:
+        alone = [_candidate({}, outside, study.walked(EXACT, outside), {}) for outside in outsides]
+        return sorted(alone, key=_by_time)
+    outside = outsides[0]
     walks = {option: study.walked(option, outside) for option in options}
     blocks = study.blocks
     base = walks[options[0]]
-    if not blocks:
-        return [_candidate({}, base, walks)]
-    alike = [_candidate(dict.fromkeys(blocks, option), base, walks) for option in options]
+
+    def of(chosen: dict[str, Option]) -> Candidate:
+        return _candidate(chosen, outside, base, walks)
+
+    alike = [of(dict.fromkeys(blocks, option)) for option in options]
     found = {tuple(one.options.values()): one for one in alike}
     steps = _hull(alike)
-    for fast, small in zip(steps, steps[1:], strict=False):
+    for fast, small in itertools.pairwise(steps):
         chosen = dict(fast.options)
         for name in _in_turn(fast, small):
             chosen = {**chosen, name: small.options[name]}
-            found.setdefault(tuple(chosen.values()), _candidate(chosen, base, walks))
-    return sorted(found.values(), key=lambda one: (one.ms, one.peak))
+            found.setdefault(tuple(chosen.values()), of(chosen))
+    return sorted(found.values(), key=_by_time)
 
 
 def fastest(found: Sequence[Candidate], fits: Callable[[Candidate], bool]) -> Candidate | None:
@@ -50,16 +63,20 @@ def fastest(found: Sequence[Candidate], fits: Callable[[Candidate], bool]) -> Ca
 
 
 def _candidate(
-    options: dict[str, Option], base: Walked, walks: dict[Option, Walked]
+    options: dict[str, Option], outside: Option, base: Walked, walks: dict[Option, Walked]
 ) -> Candidate:
     mix = Mix(base, {name: walks[option] for name, option in options.items()})
-    return Candidate(options, mix, *mix.sums())
+    return Candidate(options, outside, mix, *mix.sums())
+
+
+def _by_time(one: Candidate) -> tuple[float, int]:
+    return one.ms, one.peak
 
 
 def _hull(found: Sequence[Candidate]) -> list[Candidate]:
     """The lower hull of peak over time, from the fastest to the smallest."""
     hull: list[Candidate] = []
-    for one in sorted(found, key=lambda one: (one.ms, one.peak)):
+    for one in sorted(found, key=_by_time):
         if hull and one.peak >= hull[-1].peak:
             continue  # slower, and no smaller
         while len(hull) > 1 and _saves(hull[-2], hull[-1]) <= _saves(hull[-2], one):

@@ -1,5 +1,6 @@
 """`Study`: one model and batch on one device, walked once for each option of its blocks."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,9 @@ from packlight.errors import NothingMatchedError
 from packlight.head.modules import heads_of
 from packlight.planner.devices import Device
 from packlight.planner.menu import EXACT, Option, selectors
+from packlight.planner.timeline import FORWARD, Timeline
 from packlight.planner.walk import Loss, OptimizerOf, Walker
 from packlight.planner.walked import Part, Walked, joined, strung
-from packlight.planner.timeline import FORWARD, Timeline
 
 
 class Study:
@@ -57,10 +58,9 @@ class Study:
                 names = [run.walked(p) for run in self.walker.runs for p in range(run.places)]
                 methods = selectors(dict.fromkeys(names, option), outside)
                 if head or any(choice is not None for choice in methods.values()):
-                    try:
+                    # Where an option has no rule for anything here the model stays as it is.
+                    with contextlib.suppress(NothingMatchedError):
                         convert(copy, methods, functional=True, head=head, strict=False)
-                    except NothingMatchedError:
-                        pass  # the option has no rule for anything here: the model stays as it is
             try:
                 self._walked[key] = self.walker.walk(self.device)
             finally:

@@ -208,10 +208,12 @@ def _by_values(probe: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-# Operators of MLPs beside those that work element by element. A mean is one of the last dimension.
+# Operators of MLPs beside those that work element by element. A mean is one of the last dimension;
+# a fake tensor asks the dispatcher for its device.
 _BY_ROWS = {
-    "_to_copy", "_unsafe_view", "addmm", "alias", "chunk", "clone", "detach", "linear", "mean",
-    "mm", "native_layer_norm", "new_empty", "reshape", "split", "split_with_sizes", "t", "view",
+    "_to_copy", "_unsafe_view", "addmm", "alias", "chunk", "clone", "detach", "device", "linear",
+    "mean", "mm", "native_layer_norm", "new_empty", "reshape", "split", "split_with_sizes", "t",
+    "view",
 }  # fmt: skip
 
 
