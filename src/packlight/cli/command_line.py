@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(128 + 13)
 
 
-# ---- packlight fit and packlight calibrate ---------------------------------------------------------
+# ---- packlight fit and packlight calibrate -------------------------------------------------------
 
 
 def _add_fit(subcommands: Any) -> None:

@@ -132,28 +132,21 @@ class Fit:
             f" batch and cuBLAS {human_bytes(self.other)}, and"
         )
         table = new_table()
-        sizes = [("largest batch", "largest_batch"), ("longest sequence", "longest_sequence")]
-        shown = [
-            (title, name)
-            for title, name in sizes
-            if any(getattr(row, name) is not None for row in self.rows)
-        ]
-        columns = ["choice", "kept", "gradients", "working set", "peak", "", "margin", "ms"]
-        for column in [*columns, *(title for title, _ in shown)]:
-            table.add_column(column, justify="left" if column in ("choice", "") else "right")
+        columns = ["choice", "kept", "on top", "peak", "", "margin", "ms"]
+        for column in [*columns, "largest batch", "longest sequence"]:
+            left = column in ("choice", "")
+            table.add_column(column, justify="left" if left else "right", no_wrap=len(column) < 8)
         for row in self.rows:
             table.add_row(
                 row.name,
-                human_bytes(row.kept),
-                human_bytes(row.gradients),
-                human_bytes(row.working),
-                human_bytes(row.peak),
-                "fits" if row.fits else "does not fit",
+                *map(human_bytes, (row.kept, row.gradients + row.working, row.peak)),
+                "fits" if row.fits else "no",
                 human_bytes(row.margin),
                 f"{row.ms:.0f}",
-                *("" if (n := getattr(row, name)) is None else f"{n:,}" for _, name in shown),
+                *("" if n is None else f"{n:,}" for n in (row.largest_batch, row.longest_sequence)),
             )
         yield table
+        yield Text("kept as the backward pass begins; on top: gradients and the working set")
         if self.fastest is None:
             yield Text(f"nothing fits; {self.why_no_plan}")
         else:
@@ -264,20 +257,21 @@ def _extremes(
     length = first.shape[1] if first.dim() == 2 and not first.is_floating_point() else None
 
     def peak(**sizes: int) -> int:
-        study.see(*resized((inputs, kwargs), (batch, length), **sizes))
-        return _timeline(study, choice).peak
+        study.walker.see(*resized((inputs, kwargs), (batch, length), **sizes))
+        return study.walker.walk(study.device).timeline.peak
 
+    found: dict[str, int | None] = {"batch": None, "sequence": None}
+    known = {batch: _timeline(study, choice).peak}
     try:
-        found: dict[str, int | None] = {
-            "batch": largest(lambda n: peak(batch=n), usable, batch, 1, None),
-            "sequence": None,
-        }
-        if length is not None:
-            found["sequence"] = largest(
-                lambda n: peak(batch=1, length=n), usable, length, 64, longest
-            )
+        with study.converted(choice.option, choice.outside, choice.head):
+            found["batch"] = largest(lambda n: peak(batch=n), usable, known, 1, None)
+            if length is not None:
+                one = {length: known[batch] if batch == 1 else peak(batch=1)}
+                found["sequence"] = largest(
+                    lambda n: peak(batch=1, length=n), usable, one, 64, longest
+                )
     finally:
-        study.see(inputs, kwargs)
+        study.walker.see(inputs, kwargs)
     return found
 
 
@@ -299,32 +293,41 @@ def resized(
 
 
 def largest(
-    peak: Callable[[int], int], usable: int, start: int, unit: int, most: int | None
+    peak: Callable[[int], int], usable: int, known: dict[int, int], unit: int, most: int | None
 ) -> int:
     """The largest multiple of `unit`, up to `most`, whose peak fits; 0 where there is none.
 
     The peak is near linear in the size, so the line through the two sizes that are nearest to the
-    limit says where to look next, until one that fits and one that does not are within a fiftieth.
+    limit says where to look next, until one fits and takes all but a hundredth, or one that fits
+    and one that does not are within a fiftieth. `known` has the peaks of sizes that are known.
     """
+    points = dict(known)
     most = None if most is None else max(most // unit * unit, unit)
-    points: dict[int, int] = {}
-    size = max(start // unit, 1) * unit
-    for _ in range(9):
-        size = size if most is None else min(size, most)
-        points[size] = peak(size)
+    for _ in range(8):
         low = max((n for n, p in points.items() if p <= usable), default=0)
         high = min((n for n, p in points.items() if p > usable), default=None)
         step = max(low // 50 // unit, 1) * unit
-        if low == most or (high is not None and high - low <= step):
+        if low and (low == most or points[low] > 0.99 * usable):
+            break
+        if high is not None and high - low <= step:
             break
         if len(points) == 1:
-            size = 2 * size if low else max(size // 2 // unit, 1) * unit
-            continue
-        (one, at_one), (other, at_other) = sorted(
-            points.items(), key=lambda point: abs(point[1] - usable)
-        )[:2]
-        slope = (at_other - at_one) / (other - one)
-        guess = int(one + (usable - at_one) / slope) if slope > 0 else 2 * max(one, other)
-        size = max(guess // unit * unit, low + step)
+            size = 2 * low if low else max(min(points) // 2, unit)
+        else:
+            size = _where_it_meets(points, usable)
+        size = max(size // unit * unit, low + step)
         size = size if high is None else min(size, high - unit)
-    return low
+        size = size if most is None else min(size, most)
+        if size in points or size < unit:
+            break
+        points[size] = peak(size)
+    fitting = [n for n, p in points.items() if p <= usable]
+    return max(fitting, default=0) // unit * unit
+
+
+def _where_it_meets(points: dict[int, int], usable: int) -> int:
+    """Where the line through the two points nearest to the limit meets it."""
+    nearest = sorted(points.items(), key=lambda point: abs(point[1] - usable))
+    (one, at_one), (other, at_other) = nearest[:2]
+    slope = (at_other - at_one) / (other - one)
+    return int(one + (usable - at_one) / slope) if slope > 0 else 2 * max(one, other)

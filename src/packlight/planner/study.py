@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -39,11 +39,6 @@ class Study:
     def blocks(self) -> list[str]:
         return [name for run in self.walker.runs for name in run.names]
 
-    def see(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Has another batch."""
-        self.walker.see(inputs, kwargs)
-        self._walked.clear()
-
     def plain(self) -> Walked:
         """As PyTorch trains it."""
         return self.walked(EXACT, EXACT, head=False)
@@ -53,20 +48,26 @@ class Study:
         head = self.head if head is None else head
         key = (option, outside, head)
         if key not in self._walked:
-            copy = self.walker.model
-            with self.walker.imagined():
-                names = [run.walked(p) for run in self.walker.runs for p in range(run.places)]
-                methods = selectors(dict.fromkeys(names, option), outside)
-                if head or any(choice is not None for choice in methods.values()):
-                    # Where an option has no rule for anything here the model stays as it is.
-                    with contextlib.suppress(NothingMatchedError):
-                        convert(copy, methods, functional=True, head=head, strict=False)
-            try:
+            with self.converted(option, outside, head):
                 self._walked[key] = self.walker.walk(self.device)
-            finally:
-                with self.walker.imagined():
-                    revert(copy)
         return self._walked[key]
+
+    @contextlib.contextmanager
+    def converted(self, option: Option, outside: Option, head: bool) -> Iterator[None]:
+        """Within, the copy has all its blocks alike."""
+        copy, walker = self.walker.model, self.walker
+        names = [run.walked(place) for run in walker.runs for place in range(run.places)]
+        methods = selectors(dict.fromkeys(names, option), outside)
+        with walker.imagined():
+            if head or any(choice is not None for choice in methods.values()):
+                # Where an option has no rule for anything here the model stays as it is.
+                with contextlib.suppress(NothingMatchedError):
+                    convert(copy, methods, functional=True, head=head, strict=False)
+        try:
+            yield
+        finally:
+            with walker.imagined():
+                revert(copy)
 
 
 @dataclasses.dataclass(frozen=True)
