@@ -96,13 +96,14 @@ class _Residual(nn.Module):
 class _Images(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, channels, 7, stride=2, padding=3)
+        self.stem = nn.Conv2d(3, channels // 4, 7, stride=2, padding=3)
+        self.wide = nn.Conv2d(channels // 4, channels, 1)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.blocks = nn.Sequential(_Residual(channels), _Residual(channels))
         self.fc = nn.Linear(channels, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.blocks(self.pool(self.stem(x))).mean((2, 3))
+        y = self.blocks(self.wide(self.pool(self.stem(x)))).mean((2, 3))
         return F.cross_entropy(self.fc(y), torch.zeros(len(x), dtype=torch.int64, device=x.device))
 
 
@@ -260,46 +261,79 @@ def _timed(
 
 
 def _workspace(kind: str) -> int:
-    """Bytes that stay allocated once there was a product, with and without a bias."""
+    """Bytes that stay allocated once there were products, in the forward and the backward pass,
+    whose threads have a handle of cuBLAS each.
+    """
     if kind == "cpu":
         return 0
-    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    x = torch.randn(64, 64, device=kind, dtype=torch.bfloat16)
-    torch.addmm(x[0], x, x)
-    torch.mm(x, x)
+    x = torch.randn(512, 512, device=kind, dtype=torch.bfloat16, requires_grad=True)
+    (x @ x).sum().backward()
     del x
     return torch.cuda.memory_allocated() - before
 
 
+class _Counted(TorchDispatchMode):
+    """How many operators of torch compute something, and how many of packlight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = [0, 0]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if func._schema.is_mutable or not _are_views(made, given):
+            self.counts[func.namespace == "packlight"] += 1
+        return result
+
+
 def _host(kind: str) -> tuple[float, float, float]:
-    """Microseconds of the host for an operator, for one of packlight's, and for a module's call."""
+    """Microseconds of the host for an operator, for one of packlight's, and for a module's call.
 
-    def median_us(function: Callable[[], Any], times: int = 200) -> float:
-        found = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            for _ in range(times):
-                function()
-            found.append((time.perf_counter() - begin) / times)
-            if kind == "cuda":
-                torch.cuda.synchronize()
-        return 1e6 * statistics.median(found)
+    By least squares over the steps of networks that are so small that the device waits.
+    """
+    rows, times = [], []
+    for case in _cases(tiny=True):
+        for change in _CASES:
+            with torch.device(kind):
+                model, batch = _changed(case.model(), change), case.batch()
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            calls = [0]
 
-    x = torch.randn(128, 128, device=kind, requires_grad=True)
-    layer = nn.Linear(128, 128, device=kind)
-    own = nn.Linear(128, 128, device=kind)
-    convert(own, GroupQuant(bits=4))
+            def count(module: nn.Module, args: Any, calls: list[int] = calls) -> None:
+                calls[0] += 1
 
-    def both(function: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(function(x), x, x.detach())
+            hooks = [module.register_forward_pre_hook(count) for module in model.modules()]
+            counted = _Counted()
+            with counted, torch.autograd.set_multithreading_enabled(False):
+                _step(model, batch, optimizer, case.autocast)
+            for hook in hooks:
+                hook.remove()
+            rows.append([*counted.counts, calls[0]])
+            times.append(_host_us(lambda: _step(model, batch, optimizer, case.autocast), kind))  # noqa: B023
+    # Relative, and no time is negative: one that would be is left out.
+    matrix = torch.tensor(rows, dtype=torch.float64) / torch.tensor(times)[:, None]
+    kinds = [0, 1, 2]
+    while True:
+        solved = torch.linalg.lstsq(matrix[:, kinds], torch.ones(len(times), 1).double()).solution
+        if bool((solved >= 0).all()):
+            break
+        kinds.pop(int(solved.flatten().argmin()))
+    found = dict(zip(kinds, solved.flatten().tolist(), strict=True))
+    operator, own, module = (round(found.get(kind, 0.0), 2) for kind in range(3))
+    return operator, own, module
 
-    operator = median_us(both(lambda x: (x * x).mul(2.0)))  # two and three operators
-    module = median_us(lambda: nn.Identity.__call__(_IDENTITY, x))
-    plain = median_us(both(layer))
-    converted = median_us(both(own))
-    each = operator / 5
-    return round(each, 2), round(each + max(converted - plain, 0.0), 2), round(module, 2)
 
-
-_IDENTITY = nn.Identity()
+def _host_us(function: Callable[[], Any], kind: str, steps: int = 10) -> float:
+    times = []
+    for _ in range(steps + 2):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+        if kind == "cuda":
+            torch.cuda.synchronize()
+    return 1e6 * statistics.median(times[2:])

@@ -98,19 +98,23 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention(5, 1, 7),
     _aten._scaled_dot_product_flash_attention: _attention(2, 0, 4),
     _aten._scaled_dot_product_flash_attention_backward: _attention(5, 1, 11),
+    _aten._scaled_dot_product_efficient_attention: _attention(2, 0, 6),
+    _aten._scaled_dot_product_efficient_attention_backward: _attention(5, 1, 11),
+    _aten._scaled_dot_product_cudnn_attention: _attention(2, 0, 6),
+    _aten._scaled_dot_product_cudnn_attention_backward: _attention(5, 1, 14),
 }
 
 
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def workspace(func: Any, args: Sequence[Any]) -> int:
+def workspace(device: Device, func: Any, args: Sequence[Any]) -> int:
     """Bytes that a kernel takes beside its results, while it runs."""
     count = _WORKSPACES.get(func.overloadpacket)
-    return 0 if count is None else count(args)
+    return 0 if count is None else count(device, args)
 
 
-def _flash_backward(args: Sequence[Any]) -> int:
+def _flash_backward(device: Device, args: Sequence[Any]) -> int:
     """FlashAttention adds up the gradient of the query in float32, with rows padded to 128, and
     has two numbers a row.
     """
@@ -120,7 +124,24 @@ def _flash_backward(args: Sequence[Any]) -> int:
     return 4 * rows * (-(-width // 32) * 32) + 4 * rows if query.element_size() == 2 else 4 * rows
 
 
+def _sum_of_columns(device: Device, args: Sequence[Any]) -> int:
+    """torch adds up the columns of a matrix by so many blocks of threads that each multiprocessor
+    has sixteen, and each block has partial sums of 128 columns by 128 threads.
+    """
+    x, dims = args[0], args[1] if len(args) > 1 else None
+    if x.dim() < 2 or not dims or any(d % x.dim() == x.dim() - 1 for d in dims):
+        return 0
+    columns, rows = x.shape[-1], x.numel() // max(x.shape[-1], 1)
+    groups, values = -(-columns // 128), -(-rows // 4)
+    target = 16 * device.multiprocessors
+    if values < 256 or groups > target:
+        return 0
+    blocks = max(min(-(-target // groups), -(-values // 16)), -(-values // 256))
+    return 4 * 128 * columns * blocks if blocks > 1 else 0
+
+
 _WORKSPACES = {
+    _aten.sum: _sum_of_columns,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
     _aten._scaled_dot_product_flash_attention_backward: _flash_backward,
 }

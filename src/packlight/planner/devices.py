@@ -57,6 +57,7 @@ class Device:
     bandwidth: float
     flops_16: float
     flops_32: float
+    multiprocessors: int
     rates: Rates
     measured: bool
 
@@ -65,25 +66,25 @@ class Device:
 
 
 # Data sheets: GiB that CUDA shows, TB/s, dense TFLOP/s of 16 bits with sums in float32, and of
-# float32 without TF32, which torch leaves off.
+# float32 without TF32, which torch leaves off, and multiprocessors.
 _SHEETS = {
-    "H200": (139.8, 4.8, 989, 67),
-    "H100": (79.1, 3.35, 989, 67),
-    "B200": (178.3, 8.0, 2250, 75),
-    "A100 80GB": (79.1, 2.04, 312, 19.5),
-    "A100 40GB": (39.4, 1.56, 312, 19.5),
-    "A6000": (47.4, 0.768, 155, 38.7),
-    "L40S": (44.4, 0.864, 362, 91.6),
-    "L4": (22.0, 0.3, 121, 30.3),
-    "A10G": (22.1, 0.6, 70, 35),
-    "T4": (14.6, 0.32, 65, 8.1),
-    "RTX 5090": (31.4, 1.79, 210, 105),
-    "RTX 4090": (23.5, 1.01, 165, 82.6),
-    "RTX 4080": (15.6, 0.717, 97, 48.7),
-    "RTX 4070 Ti": (11.6, 0.504, 80, 40.1),
-    "RTX 4060 Ti 16GB": (15.6, 0.288, 44, 22.1),
-    "RTX 3090": (23.6, 0.936, 71, 35.6),
-    "RTX 3060": (11.6, 0.36, 25, 12.7),
+    "H200": (139.8, 4.8, 989, 67, 132),
+    "H100": (79.1, 3.35, 989, 67, 132),
+    "B200": (178.3, 8.0, 2250, 75, 148),
+    "A100 80GB": (79.1, 2.04, 312, 19.5, 108),
+    "A100 40GB": (39.4, 1.56, 312, 19.5, 108),
+    "A6000": (47.4, 0.768, 155, 38.7, 84),
+    "L40S": (44.4, 0.864, 362, 91.6, 142),
+    "L4": (22.0, 0.3, 121, 30.3, 58),
+    "A10G": (22.1, 0.6, 70, 35, 80),
+    "T4": (14.6, 0.32, 65, 8.1, 40),
+    "RTX 5090": (31.4, 1.79, 210, 105, 170),
+    "RTX 4090": (23.5, 1.01, 165, 82.6, 128),
+    "RTX 4080": (15.6, 0.717, 97, 48.7, 76),
+    "RTX 4070 Ti": (11.6, 0.504, 80, 40.1, 60),
+    "RTX 4060 Ti 16GB": (15.6, 0.288, 44, 22.1, 34),
+    "RTX 3090": (23.6, 0.936, 71, 35.6, 82),
+    "RTX 3060": (11.6, 0.36, 25, 12.7, 28),
 }
 _DATA = pathlib.Path(__file__).with_name("rates.json")
 # The workspace of cuBLAS and cuBLASLt: 32 MiB each on Hopper and later, 8 MiB and a bit before.
@@ -120,7 +121,7 @@ def _squeezed(text: str) -> str:
 
 
 def _named(name: str) -> Device:
-    gib, bandwidth, flops_16, flops_32 = _SHEETS[name]
+    gib, bandwidth, flops_16, flops_32, multiprocessors = _SHEETS[name]
     known = _known_rates()
     rates = known.get(name)
     measured = rates is not None
@@ -128,7 +129,7 @@ def _named(name: str) -> Device:
         workspace = _WORKSPACE if name in _BY_HOPPER else _WORKSPACE_BEFORE
         rates = dataclasses.replace(known[_MEASURED], workspace=workspace)
     figures = (int(gib * _GIB), 1e12 * bandwidth, 1e12 * flops_16, 1e12 * flops_32)
-    return Device(name, *figures, rates, measured)
+    return Device(name, *figures, multiprocessors, rates, measured)
 
 
 def _present() -> Device:

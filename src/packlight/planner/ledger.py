@@ -56,7 +56,7 @@ class Ledger(TorchDispatchMode):
         fresh = sum([self._allocate(tensor) for tensor in made])
         if fresh or func._schema.is_mutable:
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            peak = self.allocated + workspace(func, args)
+            peak = self.allocated + workspace(self.costs.device, func, args)
             device_ms, host_ms = self.costs.of(func, args, result, [*given, *made])
             self._note(func, before, peak, device_ms, host_ms + self.host_ms)
             self.host_ms = 0.0

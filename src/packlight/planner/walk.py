@@ -119,21 +119,21 @@ class _Walk:
             self.rates.workspace,
             trained,
         )
+        dtype = self.autocast
         with self._watched():
-            dtype = self.autocast
             with ledger, torch.autocast("cpu", dtype, enabled=dtype is not None):
                 output = self.model(*walker.inputs, **walker.kwargs)
                 self._move("(loss)")
                 loss = _loss_of(output, walker.loss)
                 # As the context ends autocast lets go of its copies of weights.
                 ledger.freed = copies = {}
-        ledger.freed = None
-        del output
-        self.phase = BACKWARD
-        self.last = "(loss)"
-        with ledger, torch.autograd.set_multithreading_enabled(False):
-            _torch.run_backward(loss)
-            self.phase = STEP
+            ledger.freed = None
+            del output
+            self.phase, self.last, self.end = BACKWARD, "(loss)", _torch.next_node_number()
+            with ledger, torch.autograd.set_multithreading_enabled(False):
+                _torch.run_backward(loss)
+        self.phase = STEP
+        with ledger:
             if optimizer is not None:
                 optimizer.step()
         for parameter in parameters:
@@ -208,7 +208,6 @@ class _Walk:
                 after = module.register_forward_hook(leave)
                 handles.callback(after.remove)
             yield
-        self.end = _torch.next_node_number()
 
 
 def _loss_of(output: Any, loss: Loss | None) -> Tensor:
