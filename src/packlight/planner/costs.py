@@ -6,6 +6,7 @@ start.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,10 +42,11 @@ class Costs:
 
 def name_of(func: Any) -> str:
     """The name by which an operator's factor is kept: on a GPU as on tensors without values."""
-    name = func.overloadpacket.__name__.replace("_for_cpu", "").replace(
-        "cudnn_batch", "native_batch"
-    )
-    return f"{func.namespace}::{name}"
+    name = _BACKENDS.sub("", func.overloadpacket.__name__)
+    return f"{func.namespace}::{name.replace('cudnn_batch', 'native_batch')}"
+
+
+_BACKENDS = re.compile("_for_cpu|(?<=product)_(flash|efficient|cudnn)")
 
 
 def nominal_s(
