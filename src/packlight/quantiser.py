@@ -113,8 +113,12 @@ class Quantiser(Method, abstract=True):
         return self
 
     def for_functions(self) -> "Quantiser":
-        """The method for what a norm or a function reads that is not linear."""
+        """The method for what a function reads that is not linear."""
         return self
+
+    def for_norms(self) -> "Quantiser":
+        """The method for what a norm of rows normalises."""
+        return self.for_functions()
 
     def keeps_rows(self, width: int) -> bool:
         """Whether rows of this width are worth packing."""

@@ -1,5 +1,7 @@
 """What layers do by operators of group quantisation, in place of plain operations and `keep`."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from packlight._seeds import Seed, operands
@@ -8,6 +10,7 @@ from packlight.groupquant.grouping import Groups, row_group_size
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.packs import AppliedCodes, GatedCodes, ScaledRows
 from packlight.groupquant.traced import operators
+from packlight.layers import norms
 from packlight.layers.channel_norms import rebuild_batch, rebuild_group
 from packlight.quantiser import Fused
 
@@ -63,6 +66,8 @@ def _gated_rebuild(
 
 
 # ---- norms of rows: rows narrower than a group have smaller groups -------------------------------
+#
+# Channels are scaled before they are packed, by plain operations.
 
 
 def _norm(
@@ -74,6 +79,8 @@ def _norm(
     method: GroupQuant,
     seed: Seed,
 ) -> tuple[Tensor, Tensor, list[Tensor], Kept]:
+    if method.scales_channels:
+        return norms.plain_forward(x, weight, bias, eps, center, method, seed)
     width = x.shape[-1]
     groups = _row_groups(width, method)
     run = operators(width, groups)[0]
@@ -93,6 +100,9 @@ def _norm_backward(
     need_bias: bool,
     method: GroupQuant,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if method.scales_channels:
+        given = (rstd, weight, center, need_weight, need_bias, method)
+        return norms.plain_backward(grad_output, tuple(kept), *given)
     width = grad_output.shape[-1]
     groups = _row_groups(width, method)
     run = operators(width, groups)[1]
@@ -101,7 +111,9 @@ def _norm_backward(
     return dx, dweight, dbias
 
 
-def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> ScaledRows:
+def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> Callable[..., Tensor]:
+    if method.scales_channels:
+        return norms.plain_rebuild(y, width, method)
     return ScaledRows(tuple(y.shape), y.stride(), width, _row_groups(width, method))
 
 
