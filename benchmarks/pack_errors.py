@@ -10,6 +10,8 @@ Runs on a CPU in minutes. A row a code and case goes to `results/pack_errors.jso
 - `mean`: normal values about 10; `error_squared` is that of a value, in variances.
 - `MiniLM, Linears`: the inputs of the encoder's Linears on a batch of MRPC, fine-tuning's first,
   mean over layers; `of_minmax` is the share of the error of min-max codes at the same bits.
+- `MiniLM, all gradients`: of the whole model converted by `GroupQuant` and `FewBit(3)`, covering
+  calls, with `packlight.gradient_error`; `of_noise` is the error in the batch's own noise.
 - `MiniLM, attention` and `GPT, attention`: errors of dq, dk and dv of attention that runs once more
   on its packs, mean over layers. The GPT is that of `packlight demo`, trained for a while.
 
@@ -17,6 +19,7 @@ Errors are of one draw: each is a norm over thousands of values.
 """
 
 import argparse
+import math
 import pathlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import glue, rows
-from packlight import GroupQuant, manual_seed
+from packlight import FewBit, GroupQuant, gradient_error, manual_seed
 from packlight.cli import Parser, demo
 from packlight.layers.attention import scaled_dot_product_attention
 from packlight.quantiser import new_pack
@@ -75,6 +78,10 @@ def error_of(product: Product, keeps: GroupQuant, columns: Tensor | slice = slic
     return relative(found[:, columns], product.gradient(product.x)[:, columns])
 
 
+def errors_of(products: Sequence[Product], keeps: GroupQuant) -> float:
+    return statistics.fmean(error_of(product, keeps) for product in products)
+
+
 # --- Tensors that are made up.
 
 
@@ -92,15 +99,20 @@ def with_outliers(product: Product) -> tuple[Product, Tensor]:
     return product._replace(x=product.x * scale), scale == 1
 
 
-def made_up(code: str, bits: int) -> Iterator[dict[str, Any]]:
-    keeps, product = method(code, bits), normal()
-    yield {"case": "normal", "error": error_of(product, keeps)}
+def made_up(keeps: GroupQuant) -> dict[str, dict[str, float]]:
+    """Errors by case."""
+    product = normal()
     outliers, ordinary = with_outliers(product)
-    errors = {"error": error_of(outliers, keeps)}
-    yield {"case": "outliers", **errors, "ordinary": error_of(outliers, keeps, ordinary)}
     far = product.x + 10
     squared = (decoded(far, keeps) - far).square().mean() / far.var()
-    yield {"case": "mean", "error_squared": float(squared)}
+    return {
+        "normal": {"error": error_of(product, keeps)},
+        "outliers": {
+            "error": error_of(outliers, keeps),
+            "ordinary": error_of(outliers, keeps, ordinary),
+        },
+        "mean": {"error_squared": float(squared)},
+    }
 
 
 # --- Tensors of models.
@@ -175,12 +187,26 @@ def attention_errors(calls: Sequence[Call], keeps: GroupQuant) -> dict[str, floa
     return {name: statistics.fmean(own) for name, own in errors.items()}
 
 
-def minilm(folder: pathlib.Path) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """MiniLM with a new classifier, without dropout, and its loss on a batch of MRPC."""
-    store = glue.Store(glue.tokenised(folder, glue.minilm(), ["mrpc"]))
-    model = store.model(0).eval()
+def minilm(data: pathlib.Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    """MiniLM with a new classifier, without dropout, and a batch of MRPC."""
+    packed = data.suffix == ".npz"
+    arrays = {} if packed else glue.tokenised(data, glue.minilm(), ["mrpc"])
+    store = glue.Store.read(data) if packed else glue.Store(arrays)
     batch = next(glue.batches(store.split("mrpc", "train"), np.arange(BATCH), "cpu"))
-    return model.base_model.encoder, lambda: model(**batch).loss
+    return store.model(0).eval(), batch
+
+
+def shares_of_noise(
+    model: nn.Module, batch: dict[str, Tensor], keeps: Sequence[GroupQuant]
+) -> list[dict[str, float]]:
+    """The error of all gradients of a converted model, and that in the batch's own noise."""
+    conversions = [(one, FewBit(3)) for one in keeps]
+    report = gradient_error(model.train(), batch, *conversions, draws=1, functional=True)
+    whole = report.whole
+    return [
+        {"error": weights.error, "of_noise": whole.of_noise(number) or math.nan}
+        for number, weights in enumerate(whole.weights)
+    ]
 
 
 def gpt() -> Callable[[], Tensor]:
@@ -188,55 +214,61 @@ def gpt() -> Callable[[], Tensor]:
     text, settings = demo.load_text(), demo.make_settings("cpu", seed=0, **GPT)
     trained: list[nn.Module] = []
     demo.train(lambda model, _: trained.append(model), text, settings)
+    for block in trained[0].blocks:  # torch's function as it is when it is called
+        block.attention.attend = lambda *given, **named: F.scaled_dot_product_attention(
+            *given, **named
+        )
     inputs, targets = demo.validation_batches(text, settings)[0]
     return lambda: demo.loss_of(trained[0](inputs), targets)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.pack_errors", description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=pathlib.Path, help="folder of mrpc-*.parquet")
+    parser.add_argument(
+        "--data",
+        type=pathlib.Path,
+        help="folder of mrpc-*.parquet, or what benchmarks.glue --repack wrote",
+    )
     parser.add_argument("--gpt", action="store_true", help="train the GPT too, in two minutes")
     parser.add_argument("--codes", nargs="+", default=[*CODES], choices=[*CODES])
     parser.add_argument("--bits", nargs="+", type=int, default=[*BITS], choices=BITS)
     parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS / "pack_errors.jsonl")
     options = parser.parse_args(argv)
     manual_seed(0)
-    products, calls = [], {}
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    settings = rows.settings("cpu")
+    combinations = [(code, bits) for bits in options.bits for code in options.codes]
+
+    def write(case: str, code: str, bits: int, errors: dict[str, float]) -> None:
+        rows.append(options.out, {"case": case, "code": code, "bits": bits, **errors, **settings})
+        shown = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+        print(f"{case}, {code}, {bits} bits: {shown}", flush=True)
+
+    for code, bits in combinations:
+        for case, errors in made_up(method(code, bits)).items():
+            write(case, code, bits, errors)
+    calls: dict[str, list[Call]] = {}
     if options.data is not None:
-        model, loss = minilm(options.data)
-        products = linears(model, loss)
-        calls["MiniLM, attention"] = attentions(loss)
+        model, batch = minilm(options.data)
+        products = linears(model.base_model.encoder, lambda: model(**batch).loss)
+        calls["MiniLM, attention"] = attentions(lambda: model(**batch).loss)
+        for bits in options.bits:
+            today = errors_of(products, method("minmax", bits))
+            for code in options.codes:
+                error = today if code == "minmax" else errors_of(products, method(code, bits))
+                write("MiniLM, Linears", code, bits, {"error": error, "of_minmax": error / today})
+        shares = shares_of_noise(model, batch, [method(*each) for each in combinations])
+        for (code, bits), share in zip(combinations, shares, strict=True):
+            write("MiniLM, all gradients", code, bits, share)
     if options.gpt:
         calls["GPT, attention"] = attentions(gpt())
-    run(options, products, calls)
-
-
-def run(options: argparse.Namespace, products: list[Product], calls: dict[str, list[Call]]) -> None:
-    settings = rows.settings("cpu")
-
-    def write(code: str, bits: int, row: dict[str, Any]) -> None:
-        row = {"case": row.pop("case"), "code": code, "bits": bits, **row}
-        rows.append(options.out, {**row, **settings})
-        print(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else str(v) for k, v in row.items()))
-
-    for bits in options.bits:
-        today = None
-        if products:
-            today = [error_of(product, method("minmax", bits)) for product in products]
-        for code in options.codes:
-            keeps = method(code, bits)
-            for row in made_up(code, bits):
-                write(code, bits, row)
-            if today is not None:
-                errors = today
-                if code != "minmax":
-                    errors = [error_of(product, keeps) for product in products]
-                error = statistics.fmean(errors)
-                shares = {"error": error, "of_minmax": error / statistics.fmean(today)}
-                write(code, bits, {"case": "MiniLM, Linears", **shares})
-            for case, found in calls.items():
-                if bits > 2 and code != "scaled":  # attention refuses 2, and scales no channels
-                    write(code, bits, {"case": case, **attention_errors(found, keeps)})
+    for case, found in calls.items():
+        for code, bits in combinations:
+            if bits > 2 and code != "scaled":  # attention refuses 2, and scales no channels
+                write(case, code, bits, attention_errors(found, method(code, bits)))
 
 
 if __name__ == "__main__":
