@@ -76,7 +76,7 @@ def layer_norm(
     dx = rstd (g - mean g - x~ mean(g x~)) for g = dy weight, and dweight = sum dy x~, which is
     unbiased with stochastic rounding; dbias is exact.
     """
-    method = _method(bits, group_size, rounding, code)
+    method = GroupQuant(bits, group_size, rounding, code).for_norms()
     return layers_norms.layer_norm(input, normalized_shape, weight, bias, eps, method=method)
 
 
@@ -95,7 +95,7 @@ def rms_norm(
 
     Keeps what `layer_norm` keeps; dx = rstd (g - x~ mean(g x~)).
     """
-    method = _method(bits, group_size, rounding, code)
+    method = GroupQuant(bits, group_size, rounding, code).for_norms()
     return layers_norms.rms_norm(input, normalized_shape, weight, eps, method=method)
 
 
