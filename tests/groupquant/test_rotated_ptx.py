@@ -102,7 +102,9 @@ def test_sums_and_greatest_magnitudes_are_those_of_all_parts():
     x = (torch.randn(8, 64) * 3 + 1).bfloat16()
     total, greatest = numbers_of(run(SURVEY, registers_of(x), 2), torch.bfloat16)
     assert torch.equal(greatest.abs(), x.abs().amax(0))
-    assert (total.float() * 256 - x.float().sum(0)).abs().max() < 2**-6 * x.float().abs().sum(0).max()
+    assert (total.float() * 256 - x.float().sum(0)).abs().max() < 2**-6 * x.float().abs().sum(
+        0
+    ).max()
 
 
 def test_differences_are_signed_and_turned():

@@ -87,8 +87,8 @@ def _gated_kernel(
         factors = factors + (FORWARD(gate[p], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
     within = (lowest, highest, below, above, edge)
     store_codes(
-        gate, gate_codes_ptr, gate_scales_ptr, group, key, row, bundle, room, within, SIZE, PARTS, BITS,
-        CODE, SEED, LIMITED, GREATEST, FULL,
+        gate, gate_codes_ptr, gate_scales_ptr, group, key, row, bundle, room, within, SIZE, PARTS,
+        BITS, CODE, SEED, LIMITED, GREATEST, FULL,
     )  # fmt: skip
     up = load_raw_tile(up_ptr + start, starts, room, SIZE, FULL)
     for p in tl.static_range(8):
@@ -96,8 +96,9 @@ def _gated_kernel(
         store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
     within = (up_lowest, up_highest, up_below, up_above, up_edge)
     store_codes(
-        packed_tile(up, CODE, UP_LIMITED, FULL), up_codes_ptr, up_scales_ptr, group, other_seed(key), row, bundle, room, within, SIZE, PARTS,
-        BITS, CODE, SEED, UP_LIMITED, GREATEST, FULL,
+        packed_tile(up, CODE, UP_LIMITED, FULL), up_codes_ptr, up_scales_ptr, group,
+        other_seed(key), row, bundle, room, within, SIZE, PARTS, BITS, CODE, SEED, UP_LIMITED,
+        GREATEST, FULL,
     )  # fmt: skip
 
 

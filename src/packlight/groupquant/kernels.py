@@ -29,7 +29,7 @@ from packlight.groupquant.tile_kernels import (
     store_tile,
     to_float32,
 )
-from packlight.packing.layout import laid_out
+from packlight.packing.layout import dense_stride, laid_out, write_back
 
 HALF_MAX = tl.constexpr(65504.0)
 
@@ -77,9 +77,10 @@ def _quantize_kernel(
             store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
     within = (lowest, highest, below, above, edge)
     store_codes(
-        packed_tile(raw, CODE, LIMITED, FULL), codes_ptr, scales_ptr, row * row_groups + bundle * (8 // PARTS), seed_value(seed, SEED),
-        tl.broadcast_to(row, [NQ]), bundle, room, within, SIZE, PARTS, BITS, CODE, SEED, LIMITED, GREATEST,
-        FULL,
+        packed_tile(raw, CODE, LIMITED, FULL), codes_ptr, scales_ptr,
+        row * row_groups + bundle * (8 // PARTS), seed_value(seed, SEED),
+        tl.broadcast_to(row, [NQ]), bundle, room, within, SIZE, PARTS, BITS, CODE, SEED, LIMITED,
+        GREATEST, FULL,
     )  # fmt: skip
 
 
@@ -114,8 +115,9 @@ def _dequantize_kernel(
     start = row * width + bundle * (8 * SIZE)
     starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
     bundle += tl.arange(0, NQ)
+    group = row * row_groups + bundle * (8 // PARTS)
     tile = load_codes(
-        codes_ptr, scales_ptr, row * row_groups + bundle * (8 // PARTS), room, SIZE, PARTS, BITS, CODE, FULL,
+        codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL,
         PLAIN if FORWARD is None else LOST,
     )  # fmt: skip
     if WEIGHT:
@@ -356,6 +358,16 @@ def activation(
     return y, *_pack(laid_out(x, y.stride()), y, name, parameters, n, groups, seed, number)
 
 
+def activation_(
+    x: Tensor, name: str, parameters: Sequence[float], groups: Groups,
+    seed: Tensor | None, number: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dense = laid_out(x, dense_stride(x))
+    pack = _pack(dense, dense, name, parameters, x.numel(), groups, seed, number)
+    write_back(x, dense)
+    return pack
+
+
 @functools.lru_cache(LAUNCHES)
 def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: float) -> Launch:
     block, warps = setting_for(grouping, BACKWARD)
@@ -383,10 +395,35 @@ def activation_backward(
     groups: Groups,
 ) -> Tensor:
     dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    n = dx.numel()
-    if n == 0:
-        return dx
-    grouping, *_ = sized(1, n, *groups)
-    launch = _activation_backward_launch(grouping, name, *_two(parameters))
-    launch(laid_out(grad_output, stride), codes, scales, dx)
+    _differentiate(laid_out(grad_output, stride), codes, scales, dx, name, parameters, groups)
     return dx
+
+
+def activation_backward_(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    groups: Groups,
+) -> None:
+    dense = laid_out(grad_output, dense_stride(grad_output))
+    _differentiate(dense, codes, scales, dense, name, parameters, groups)
+    write_back(grad_output, dense)
+
+
+def _differentiate(
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    dx: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    groups: Groups,
+) -> None:
+    """dx, which may be dy itself."""
+    n = dx.numel()
+    if n:
+        grouping, *_ = sized(1, n, *groups)
+        launch = _activation_backward_launch(grouping, name, *_two(parameters))
+        launch(dy, codes, scales, dx)

@@ -19,7 +19,6 @@ from packlight.groupquant.kernels import constants, new_pack, sized
 from packlight.groupquant.pack_kernels import load_codes, store_codes
 from packlight.groupquant.tile_kernels import load_tile, part_there, row_tile, rows_tile, store_tile
 
-
 ROTATED_CODE = tl.constexpr(ROTATED)
 
 
@@ -30,12 +29,159 @@ def row_sums(tile, in_row, ROWS: tl.constexpr):
         (tile[4] + tile[5]) + (tile[6] + tile[7])
     )
     sums = tl.sum(pairs, 1)
-    if ROWS < sums.shape[0]:
+    if sums.shape[0] > ROWS:
         groups = sums
         for row in tl.static_range(ROWS):
             whole = tl.sum(tl.where(in_row == row, groups, 0.0), 0)
             sums = tl.where(in_row == row, whole, sums)
     return sums[:, None]
+
+
+@triton.jit
+def load_parameter(
+    p_ptr, copy_ptr, bundle, width, GIVEN: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """A parameter as a tile, which the first program copies; an empty tuple for none.
+
+    Also unless it is to be KEPT, for lack of registers: see `parameter_of`.
+    """
+    tile = ()
+    if GIVEN:
+        column = bundle * (8 * SIZE)
+        found = load_tile(p_ptr, column, width - column, SIZE, FULL)
+        if tl.program_id(0) == 0:
+            for p in tl.static_range(8):
+                store_tile(copy_ptr, found[p], column, width - column, SIZE, p, FULL)
+        if KEPT:
+            tile = found
+    return tile
+
+
+@triton.jit
+def parameter_of(
+    tile, p_ptr, bundle, width, GIVEN: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr
+):
+    """What `load_parameter` gave, or would have given had it been kept."""
+    if GIVEN and len(tile) == 0:
+        column = bundle * (8 * SIZE)
+        return load_tile(p_ptr, column, width - column, SIZE, FULL)
+    else:
+        return tile
+
+
+@triton.jit
+def norm_rows(
+    tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr, seed, row,
+    starts, room, in_row, bundle, width, row_groups, eps, CENTER: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Output, pack and rstd of the rows of a tile that is 0 past the end of each."""
+    if CENTER:
+        mean = row_sums(tile, in_row, ROWS) / width
+        centered = ()
+        for p in tl.static_range(8):
+            if FULL:
+                centered = centered + (tile[p] - mean,)
+            else:
+                inside = part_there(room, SIZE, p)
+                centered = centered + (tl.where(inside, tile[p] - mean, 0.0),)
+        tile = centered
+    squares = ()
+    for p in tl.static_range(8):
+        squares = squares + (tile[p] * tile[p],)
+    rstd = tl.rsqrt(row_sums(squares, in_row, ROWS) / width + eps)
+    tl.store(rstd_ptr + (row + in_row)[:, None], rstd, ((bundle == 0) & (room > 0))[:, None])
+    weight = parameter_of(weight, weight_ptr, bundle, width, WEIGHT, SIZE, FULL)
+    bias = parameter_of(bias, bias_ptr, bundle, width, BIAS, SIZE, FULL)
+    normal = ()
+    for p in tl.static_range(8):
+        x_hat = tile[p] * rstd
+        normal = normal + (x_hat,)
+        y = x_hat
+        if WEIGHT:
+            y = y * weight[p]
+        if BIAS:
+            y = y + bias[p]
+        store_tile(y_ptr + row * width, y, starts, room, SIZE, p, FULL)
+    group = (row + in_row) * row_groups + bundle * (8 // PARTS)
+    store_codes(
+        normal, codes_ptr, scales_ptr, group, seed, row + in_row, bundle, room, (), SIZE, PARTS,
+        BITS, CODE, SEED, 0, None, FULL,
+    )  # fmt: skip
+
+
+@triton.jit
+def row_gradients(
+    dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width, row_groups,
+    dweight, dbias, CENTER: tl.constexpr, WEIGHT: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
+    CODE: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What comes of a tile of gradients: dx, and the sums `dweight` and `dbias` so far."""
+    group = (row + in_row) * row_groups + bundle * (8 // PARTS)
+    x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
+    if FULL:
+        rstd = tl.load(rstd_ptr + row + in_row)[:, None]
+    else:
+        rstd = tl.load(rstd_ptr + row + in_row, room > 0, other=0.0)[:, None]
+    if NEED_WEIGHT:
+        total = ()
+        for p in tl.static_range(8):
+            total = total + (tl.fma(dy[p], x_hat[p], dweight[p]),)
+        dweight = total
+    if NEED_BIAS:
+        total = ()
+        for p in tl.static_range(8):
+            total = total + (dbias[p] + dy[p],)
+        dbias = total
+    g = dy
+    if WEIGHT:
+        weight = parameter_of((), weight_ptr, bundle, width, WEIGHT, SIZE, FULL)
+        g = ()
+        for p in tl.static_range(8):
+            g = g + (dy[p] * weight[p],)
+    products = ()
+    for p in tl.static_range(8):
+        products = products + (g[p] * x_hat[p],)
+    # Of x_hat: 0 past the row's end, as g is 0 there.
+    slope = row_sums(products, in_row, ROWS) / width
+    mean = 0.0
+    if CENTER:
+        mean = row_sums(g, in_row, ROWS) / width
+    dx = ()
+    for p in tl.static_range(8):
+        dx = dx + ((g[p] - mean - x_hat[p] * slope) * rstd,)
+    return dx, dweight, dbias
+
+
+@triton.jit
+def store_sums(
+    dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """This program's share of the gradients of weight and bias."""
+    partial = tl.program_id(0).to(tl.int64) * width
+    starts, room = row_tile(width, NQ, SIZE)
+    for p in tl.static_range(8):
+        if NEED_WEIGHT:
+            sums = over_rows(dweight[p], ROWS)
+            store_tile(dweight_ptr + partial, sums, starts, room, SIZE, p, FULL)
+        if NEED_BIAS:
+            sums = over_rows(dbias[p], ROWS)
+            store_tile(dbias_ptr + partial, sums, starts, room, SIZE, p, FULL)
+
+
+@triton.jit
+def over_rows(x, ROWS: tl.constexpr):
+    """[NQ, SIZE] sums over the rows of a tile."""
+    if ROWS == 1:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, [ROWS, x.shape[0] // ROWS, x.shape[1]]), 0)
 
 
 @quick
@@ -68,69 +214,21 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     NQ: tl.constexpr,  # bundles a row
 ):
-    head = tl.program_id(0) == 0
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
     starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
-    column = bundle * (8 * SIZE)
-    if WEIGHT:
-        weight = load_tile(weight_ptr, column, width - column, SIZE, FULL)
-        if head:
-            for p in tl.static_range(8):
-                store_tile(weight_copy_ptr, weight[p], column, width - column, SIZE, p, FULL)
-    if BIAS:
-        bias = load_tile(bias_ptr, column, width - column, SIZE, FULL)
-        if head:
-            for p in tl.static_range(8):
-                store_tile(bias_copy_ptr, bias[p], column, width - column, SIZE, p, FULL)
+    KEPT: tl.constexpr = CODE != ROTATED_CODE
+    weight = load_parameter(weight_ptr, weight_copy_ptr, bundle, width, WEIGHT, KEPT, SIZE, FULL)
+    bias = load_parameter(bias_ptr, bias_copy_ptr, bundle, width, BIAS, KEPT, SIZE, FULL)
     while row < end:
-        room = tl.where(in_row < end - row, width - column, 0)
+        _, room, _, _ = rows_tile(width, end - row, ROWS, NQ, SIZE)
         tile = load_tile(x_ptr + row * width, starts, room, SIZE, FULL)
-        if CENTER:
-            mean = row_sums(tile, in_row, ROWS) / width
-            centered = ()
-            for p in tl.static_range(8):
-                if FULL:
-                    centered = centered + (tile[p] - mean,)
-                else:
-                    inside = part_there(room, SIZE, p)
-                    centered = centered + (tl.where(inside, tile[p] - mean, 0.0),)
-            tile = centered
-        squares = ()
-        for p in tl.static_range(8):
-            squares = squares + (tile[p] * tile[p],)
-        rstd = tl.rsqrt(row_sums(squares, in_row, ROWS) / width + eps)
-        at = rstd_ptr + row + in_row[:, None]
-        tl.store(at, rstd, (bundle == 0)[:, None] & (room > 0)[:, None])
-        normal = ()
-        if WEIGHT and CODE == ROTATED_CODE:
-            weight = load_tile(weight_ptr, column, width - column, SIZE, FULL)
-        if BIAS and CODE == ROTATED_CODE:
-            bias = load_tile(bias_ptr, column, width - column, SIZE, FULL)
-        for p in tl.static_range(8):
-            x_hat = tile[p] * rstd
-            normal = normal + (x_hat,)
-            y = x_hat
-            if WEIGHT:
-                y = y * weight[p]
-            if BIAS:
-                y = y + bias[p]
-            store_tile(y_ptr + row * width, y, starts, room, SIZE, p, FULL)
-        store_codes(
-            normal, codes_ptr, scales_ptr, (row + in_row) * row_groups + bundle * (8 // PARTS),
-            seed_value(seed, SEED), row + in_row, bundle, room, (), SIZE, PARTS, BITS, CODE, SEED, 0, None,
-            FULL,
+        norm_rows(
+            tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
+            seed_value(seed, SEED), row, starts, room, in_row, bundle, width, row_groups, eps,
+            CENTER, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED, FULL, ROWS,
         )  # fmt: skip
         row += ROWS
-
-
-@triton.jit
-def over_rows(x, ROWS: tl.constexpr):
-    """[NQ, SIZE] sums over the rows of a tile."""
-    if ROWS == 1:
-        return x
-    else:
-        return tl.sum(tl.reshape(x, [ROWS, x.shape[0] // ROWS, x.shape[1]]), 0)
 
 
 @quick
@@ -162,54 +260,23 @@ def _backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
-    starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
-    column = bundle * (8 * SIZE)
     zero = tl.zeros([ROWS * NQ, SIZE], dtype=tl.float32)
     dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
     dbias = dweight
     while row < end:
-        room = tl.where(in_row < end - row, width - column, 0)
+        starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
         dy = load_tile(dy_ptr + row * width, starts, room, SIZE, FULL)
-        group = (row + in_row) * row_groups + bundle * (8 // PARTS)
-        x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
-        if FULL:
-            rstd = tl.load(rstd_ptr + row + in_row)[:, None]
-        else:
-            rstd = tl.load(rstd_ptr + row + in_row, room > 0, other=0.0)[:, None]
-        if NEED_WEIGHT:
-            total = ()
-            for p in tl.static_range(8):
-                total = total + (tl.fma(dy[p], x_hat[p], dweight[p]),)
-            dweight = total
-        if NEED_BIAS:
-            total = ()
-            for p in tl.static_range(8):
-                total = total + (dbias[p] + dy[p],)
-            dbias = total
-        g = dy
-        if WEIGHT:
-            weight = load_tile(weight_ptr, column, width - column, SIZE, FULL)
-            g = ()
-            for p in tl.static_range(8):
-                g = g + (dy[p] * weight[p],)
-        products = ()
+        dx, dweight, dbias = row_gradients(
+            dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
+            row_groups, dweight, dbias, CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
+            CODE, FULL, ROWS,
+        )  # fmt: skip
         for p in tl.static_range(8):
-            products = products + (g[p] * x_hat[p],)
-        slope = row_sums(products, in_row, ROWS) / width  # of x_hat: 0 past the row's end, as g is 0 there
-        mean = 0.0
-        if CENTER:
-            mean = row_sums(g, in_row, ROWS) / width
-        for p in tl.static_range(8):
-            dx = (g[p] - mean - x_hat[p] * slope) * rstd
-            store_tile(dx_ptr + row * width, dx, starts, room, SIZE, p, FULL)
+            store_tile(dx_ptr + row * width, dx[p], starts, room, SIZE, p, FULL)
         row += ROWS
-    partial = tl.program_id(0).to(tl.int64) * width
-    starts, room = row_tile(width, NQ, SIZE)
-    for p in tl.static_range(8):
-        if NEED_WEIGHT:
-            store_tile(dweight_ptr + partial, over_rows(dweight[p], ROWS), starts, room, SIZE, p, FULL)
-        if NEED_BIAS:
-            store_tile(dbias_ptr + partial, over_rows(dbias[p], ROWS), starts, room, SIZE, p, FULL)
+    store_sums(
+        dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT, NEED_BIAS, NQ, SIZE, FULL, ROWS
+    )
 
 
 # --- Launchers, with the signatures of norm_reference.py.

@@ -12,9 +12,7 @@ ROTATED = tl.constexpr(_ROTATED)
 
 
 @triton.jit
-def packed_tile(
-    raw, CODE: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr
-):
+def packed_tile(raw, CODE: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr):
     """What `store_codes` is to be given of a tile as it was loaded."""
     if CODE == ROTATED and LIMITED == 0 and FULL and raw[0].dtype == tl.bfloat16:
         return raw
@@ -25,8 +23,8 @@ def packed_tile(
 @triton.jit
 def store_codes(
     tile, codes_ptr, scales_ptr, group, seed, row, bundle, room, within, SIZE: tl.constexpr,
-    PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr, LIMITED: tl.constexpr,
-    GREATEST: tl.constexpr, FULL: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr,
+    LIMITED: tl.constexpr, GREATEST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Quantises a tile of bundles of a row or of several, [NQ] each, by their first groups.
 

@@ -49,7 +49,9 @@ def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     j = tl.arange(0, WIDTH)[None, :]
     # Bit v of the constant is the parity of the bits of v; it becomes the sign of 1.
     parity = (0x69969669 ^ -1) >> (i & j & (SIZE - 1))
-    if DTYPE == tl.bfloat16:
+    if DTYPE == tl.float32:
+        matrix = 1.0 - 2.0 * (parity & 1).to(tl.float32)
+    elif DTYPE == tl.bfloat16:
         matrix = (((parity << 15) & 0x8000) | 0x3F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         matrix = (((parity << 15) & 0x8000) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
@@ -60,7 +62,7 @@ def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
-    """[NQ, SIZE] float32 of 16-bit `x` and the Hadamard matrix of SIZE."""
+    """[NQ, SIZE] float32 of `x` and the Hadamard matrix of SIZE."""
     if SIZE >= NARROW:
         return tl.dot(x, matrix)
     elif NQ * SIZE >= NARROW:  # several groups a row
@@ -71,24 +73,26 @@ def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def across(parts):
-    """Eight tensors times the Hadamard matrix of eight."""
+def across(parts, DTYPE: tl.constexpr):
+    """Eight tensors times the Hadamard matrix of eight, rounded to DTYPE at each step."""
     for step in tl.static_range(3):
         sums = ()
         for p in tl.static_range(8):
             if p & (1 << step) == 0:
-                sums = sums + (parts[p] + parts[p ^ (1 << step)],)
+                sums = sums + (rounded(parts[p] + parts[p ^ (1 << step)], DTYPE),)
             else:
-                sums = sums + (parts[p ^ (1 << step)] - parts[p],)
+                sums = sums + (rounded(parts[p ^ (1 << step)] - parts[p], DTYPE),)
         parts = sums
     return parts
 
 
 @triton.jit
-def with_half_sign(x, signs, p: tl.constexpr):
-    """bfloat16 `x` with the sign that element p of each place has."""
-    flipped = x.to(tl.int16, bitcast=True) ^ ((signs << p) & -0x8000)
-    return flipped.to(tl.bfloat16, bitcast=True)
+def rounded(x, DTYPE: tl.constexpr):
+    """`x` to the precision of DTYPE: bfloat16 in float32, in which the interpreter can reckon."""
+    if DTYPE == tl.bfloat16:
+        return nearest_bfloat16(x).to(tl.float32, bitcast=True)
+    else:
+        return x.to(DTYPE)
 
 
 @triton.jit
@@ -99,19 +103,21 @@ def with_sign(x, signs, p: tl.constexpr):
 
 
 @triton.jit
-def signed_across(z, signs):
-    """`across` of bfloat16 numbers with their signs."""
+def signed_across(d, signs):
+    """Float32 numbers as bfloat16 ones, with their signs, times the Hadamard matrix of eight."""
+    parts = ()
     if PTX:
+        for p in tl.static_range(8):
+            parts = parts + (d[p].to(tl.bfloat16),)
         return tl.inline_asm_elementwise(
             TURN_PTX, INPUTS_PTX[8] + ",r,r,r,r,r,r,r,r,r",
-            [z[0], z[1], z[2], z[3], z[4], z[5], z[6], z[7], signs],
+            [parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], signs],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16) * 2, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        signed = ()
         for p in tl.static_range(8):
-            signed = signed + (with_half_sign(z[p], signs, p),)
-        return across(signed)
+            parts = parts + (with_sign(rounded(d[p], tl.bfloat16), signs, p),)
+        return across(parts, tl.bfloat16)
 
 
 @triton.jit
@@ -195,7 +201,7 @@ def decoded(pieces, BITS: tl.constexpr):
         for p in tl.static_range(8):
             code = (whole >> (BITS * p)) & ((1 << BITS) - 1)
             levels = levels + (level(code.to(tl.float32), BITS),)
-        return across(levels)
+        return across(levels, tl.float16)
 
 
 @triton.jit
@@ -289,7 +295,7 @@ def turned_values(
         d = values[p] * inverse[:, None] - middle
         if not FULL:
             d = tl.where(part_there(room, SIZE, p), d, 0.0)
-        parts = parts + (d.to(tl.bfloat16),)
+        parts = parts + (d,)
         squares += d * d
     signs = sign_halves(group_hashes(seed, group), SIZE)
     return signed_across(parts, signs), tl.sum(squares, 1), unit, mean_bits, finite
@@ -323,7 +329,7 @@ def store_rotated(
         )
     mean = mean_bits.to(tl.float32, bitcast=True)
     normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST).to(tl.float16)
-    matrix = hadamard(NQ, SIZE, tl.bfloat16)
+    matrix = hadamard(NQ, SIZE, tl.bfloat16 if PTX else tl.float32)
     turned = ()
     for p in tl.static_range(8):
         y = product(parts[p], matrix, NQ, SIZE).to(tl.float16)

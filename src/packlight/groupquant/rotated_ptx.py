@@ -1,7 +1,7 @@
 """What the rotated code does of two places at once, as text for NVIDIA's assembler.
 
-A place has eight elements, one of each part of its group. Registers hold float16 or bfloat16 numbers
-of two places, or two integers of 16 bits. Each text is a function of a place alone: which two are in a
+A place has eight elements, one of each part of its group. Registers hold two places' numbers,
+float16 or bfloat16, or two integers of 16 bits. Each text is a function of a place alone: which two are in a
 register does not matter.
 """
 
@@ -83,7 +83,7 @@ def turn() -> str:
 
 
 def survey() -> str:
-    """Of bfloat16 numbers of eight parts: a 256th of their sum, and the greatest but for its sign."""
+    """Of bfloat16 numbers of eight parts: a 256th of the sum, and the greatest but for its sign."""
     text = _Text()
     share = text.constant("0x3B803B80")
     text.add(f"mul.rn.bf16x2 a, $2, {share}")
@@ -147,7 +147,9 @@ def encode(bits: int) -> str:
             y = f"${first + part}"
             text.add(f"fma.rn.sat.f16x2 u, {y}, {by}, {half}")
             if formula.smooth:
-                text.add(f"fma.rn.f16x2 q, u, {constant(_pair(-2 * top))}, {constant(_pair(3 * top))}")
+                text.add(
+                    f"fma.rn.f16x2 q, u, {constant(_pair(-2 * top))}, {constant(_pair(3 * top))}"
+                )
                 text.add("mul.rn.f16x2 w, u, u")
                 text.add(f"fma.rn.f16x2 n{j}, w, q, {constant(_pair(*base))}")
             else:

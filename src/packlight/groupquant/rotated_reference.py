@@ -7,13 +7,12 @@ the group and the Hadamard matrix H,
     x~ = m + k D H l(code).
 
 Each of the values y is a sum of G with random signs, so it is nearly normal whatever x is, with
-variance 1, since H H = G. `Formula` has S, F and the levels l: they are the least-squares ones of a
-normal distribution (Lloyd, Max) but for 2%: an error of .135, .0358 and .00969 of the variance at 2,
-3 and 4 bits. The scale is that of
-EDEN (Vargaftik et al., ICML 2022): it makes <x~ - m, d> = |d|^2, so the code is unbiased over
-rotations that turn d anywhere, and nearly over these: what is left of a bias is 2% of the squared
-error at 2 bits and .3% at 4. Mean and scale are bfloat16 numbers in one int32 word, the mean in the
-high half.
+variance 1, since H H = G. `Formula` has S, F and the levels l. They are the least-squares ones of a
+normal distribution (Lloyd, Max) but for 2% of the error, which is .135, .0358 and .00969 of the
+variance at 2, 3 and 4 bits with this scale. It is that of EDEN (Vargaftik et al., ICML 2022): it
+makes <x~ - m, d> = |d|^2, so the code is unbiased over rotations that turn d anywhere, and nearly
+over these: what is left of a bias is 2% of the squared error at 2 bits and .3% at 4. Mean and scale
+are bfloat16 numbers in one int32 word, the mean in the high half.
 
 Without the mean a group far from 0 would spend its codes on that; without signs one whose values
 are alike would be turned into few large ones.
@@ -22,8 +21,8 @@ x and m are divided by a power of two near the greatest magnitude. d is a bfloat
 number from there to the product on tensor cores; what follows, and from the code on, is float16. A group with a NaN or an infinity has a mean of NaN.
 
 A group has eight parts, one after the other, and a place is one element of each. The codes of a
-place are one integer of 8 b bits, the code of part p in bits from b p up. Its `pieces` are the low 16
-bits, then the next 16 or 8: a group is the first piece of all places, then the second.
+place are one integer of 8 b bits, the code of part p in bits from b p up. Its `pieces` are the low
+16 bits, then the next 16 or 8: a group is the first piece of all places, then the second.
 """
 
 import math

@@ -112,9 +112,7 @@ def load_columns(
 
 
 @triton.jit
-def store_tile(
-    y_ptr, y, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL: tl.constexpr
-):
+def store_tile(y_ptr, y, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL: tl.constexpr):
     """Stores part p of a tile in the dtype of `y_ptr`."""
     offsets = part(starts, SIZE, p)
     y = y.to(y_ptr.dtype.element_ty)
