@@ -79,15 +79,18 @@ def _gated_kernel(
     bundle += tl.arange(0, NQ)
     group = bundle * (8 // PARTS)
     key, row = seed_value(seed, SEED), tl.zeros([NQ], dtype=tl.int64)
-    gate = load_tile(gate_ptr + start, starts, room, SIZE, FULL)
+    gate = load_raw_tile(gate_ptr + start, starts, room, SIZE, FULL)
     # One after the other: registers for both would leave room for few programs at once.
     factors = ()
     for p in tl.static_range(8):
         # torch rounds f(gate) to the tensors' dtype before it multiplies.
-        factors = factors + (FORWARD(gate[p], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
+        factors = factors + (
+            FORWARD(to_float32(gate[p]), 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),
+        )
     within = (lowest, highest, below, above, edge)
     store_codes(
-        gate, gate_codes_ptr, gate_scales_ptr, group, key, row, bundle, room, within, SIZE, PARTS,
+        packed_tile(gate, gate_ptr.dtype.element_ty, CODE), gate_codes_ptr, gate_scales_ptr, group,
+        key, row, bundle, room, within, SIZE, PARTS,
         BITS, CODE, SEED, LIMITED, GREATEST, FULL,
     )  # fmt: skip
     up = load_raw_tile(up_ptr + start, starts, room, SIZE, FULL)
@@ -96,7 +99,7 @@ def _gated_kernel(
         store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
     within = (up_lowest, up_highest, up_below, up_above, up_edge)
     store_codes(
-        packed_tile(up, CODE, UP_LIMITED, FULL), up_codes_ptr, up_scales_ptr, group,
+        packed_tile(up, up_ptr.dtype.element_ty, CODE), up_codes_ptr, up_scales_ptr, group,
         other_seed(key), row, bundle, room, within, SIZE, PARTS, BITS, CODE, SEED, UP_LIMITED,
         GREATEST, FULL,
     )  # fmt: skip

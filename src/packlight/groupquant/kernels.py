@@ -77,7 +77,7 @@ def _quantize_kernel(
             store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
     within = (lowest, highest, below, above, edge)
     store_codes(
-        packed_tile(raw, CODE, LIMITED, FULL), codes_ptr, scales_ptr,
+        packed_tile(raw, x_ptr.dtype.element_ty, CODE), codes_ptr, scales_ptr,
         row * row_groups + bundle * (8 // PARTS), seed_value(seed, SEED),
         tl.broadcast_to(row, [NQ]), bundle, room, within, SIZE, PARTS, BITS, CODE, SEED, LIMITED,
         GREATEST, FULL,

@@ -16,7 +16,7 @@ from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import constants, new_pack, sized
-from packlight.groupquant.pack_kernels import load_codes, store_codes
+from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
 from packlight.groupquant.tile_kernels import load_tile, part_there, row_tile, rows_tile, store_tile
 
 ROTATED_CODE = tl.constexpr(ROTATED)
@@ -108,8 +108,8 @@ def norm_rows(
         store_tile(y_ptr + row * width, y, starts, room, SIZE, p, FULL)
     group = (row + in_row) * row_groups + bundle * (8 // PARTS)
     store_codes(
-        normal, codes_ptr, scales_ptr, group, seed, row + in_row, bundle, room, (), SIZE, PARTS,
-        BITS, CODE, SEED, 0, None, FULL,
+        packed_tile(normal, y_ptr.dtype.element_ty, CODE), codes_ptr, scales_ptr, group, seed,
+        row + in_row, bundle, room, (), SIZE, PARTS, BITS, CODE, SEED, 0, None, FULL,
     )  # fmt: skip
 
 

@@ -12,12 +12,20 @@ ROTATED = tl.constexpr(_ROTATED)
 
 
 @triton.jit
-def packed_tile(raw, CODE: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr):
-    """What `store_codes` is to be given of a tile as it was loaded."""
-    if CODE == ROTATED and LIMITED == 0 and FULL and raw[0].dtype == tl.bfloat16:
-        return raw
+def packed_tile(tile, DTYPE: tl.constexpr, CODE: tl.constexpr):
+    """What `store_codes` is to be given of a tile that came of a tensor of this dtype.
+
+    A rotated pack takes bfloat16 numbers as they are, two an instruction.
+    """
+    if CODE != ROTATED or DTYPE != tl.bfloat16:
+        return tile_to_float32(tile)
+    elif tile[0].dtype == tl.bfloat16:
+        return tile
     else:
-        return tile_to_float32(raw)
+        narrow = ()
+        for p in tl.static_range(8):
+            narrow = narrow + (tile[p].to(tl.bfloat16),)
+        return narrow
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from packlight.groupquant.minmax_kernels import (
 )
 from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, INPUTS, SURVEY, TURN
 from packlight.groupquant.rotated_reference import FORMULAS, LEAST
-from packlight.groupquant.tile_kernels import part_there, to_float32
+from packlight.groupquant.tile_kernels import part_there, tile_to_float32, to_float32
 
 GREATEST = tl.constexpr(_GREATEST)
 BOUNDS = tl.constexpr(tuple(FORMULAS[bits].bound for bits in (1, 2, 3, 4)))
@@ -285,8 +285,6 @@ def turned_values(
         total += values[p] * share[:, None]
     mean = tl.sum(total, 1)
     finite = tl.abs(mean) < INFINITY
-    if LIMITED != 0:
-        finite &= high * 0.5 - low * 0.5 < INFINITY
     mean_bits = nearest_bfloat16(mean)
     middle = (mean_bits.to(tl.float32, bitcast=True) * inverse)[:, None]
     squares = tl.zeros(values[0].shape, dtype=tl.float32)
@@ -306,27 +304,34 @@ def store_rotated(
     tile, codes_ptr, scales_ptr, group, seed, room, within, SIZE: tl.constexpr,
     BITS: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """See `store_codes`. A tile of bfloat16 numbers has whole groups and no limits."""
+    """See `store_codes`."""
     NQ: tl.constexpr = group.shape[0]
     WIDTH: tl.constexpr = 8 * SIZE
     replaced = tl.zeros([NQ], dtype=tl.int1)
     low = tl.zeros([NQ], dtype=tl.float32)
     high = low
     store_seed(scales_ptr, seed, group)
-    if PTX and tile[0].dtype == tl.bfloat16:
-        parts, squares, unit, mean_bits, finite = turned_pairs(tile, seed, group, SIZE)
-    else:
-        values = ()
+    NARROW_TILE: tl.constexpr = PTX and FULL and tile[0].dtype == tl.bfloat16
+    values = tile
+    if LIMITED != 0 or not NARROW_TILE:
+        values = tile_to_float32(tile)
         if LIMITED != 0:
-            low, high, replaced = group_range(tile, 0, room, within, SIZE, 8, LIMITED, FULL)
+            low, high, replaced = group_range(values, 0, room, within, SIZE, 8, LIMITED, FULL)
+        limited = ()
         for p in tl.static_range(8):
-            x = limited_to(tile[p].to(tl.float32), low, high, LIMITED)
+            x = limited_to(values[p], low, high, LIMITED)
             if LIMITED != 0 and not FULL:
                 x = tl.where(part_there(room, SIZE, p), x, 0.0)
-            values = values + (x,)
+            limited = limited + (x.to(tl.bfloat16 if NARROW_TILE else tl.float32),)
+        values = limited
+    if NARROW_TILE:
+        parts, squares, unit, mean_bits, finite = turned_pairs(values, seed, group, SIZE)
+    else:
         parts, squares, unit, mean_bits, finite = turned_values(
             values, seed, group, room, low, high, SIZE, LIMITED, FULL
         )
+    if LIMITED != 0:
+        finite &= high * 0.5 - low * 0.5 < INFINITY
     mean = mean_bits.to(tl.float32, bitcast=True)
     normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST).to(tl.float16)
     matrix = hadamard(NQ, SIZE, tl.bfloat16 if PTX else tl.float32)

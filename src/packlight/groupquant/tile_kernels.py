@@ -51,7 +51,9 @@ def part_there(room, SIZE: tl.constexpr, p: tl.constexpr):
 
 @triton.jit
 def to_float32(x):
-    if PTX and x.dtype == tl.bfloat16:
+    if x.dtype == tl.float32:
+        return x
+    elif PTX and x.dtype == tl.bfloat16:
         # One instruction each. Triton moves every other one down first, then both up.
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x],
