@@ -16,6 +16,7 @@ from packlight.elementwise.limits import limits, pack_limits
 from packlight.groupquant.draw_kernels import other_seed
 from packlight.groupquant.grouping import Grouping, Groups
 from packlight.groupquant.kernels import (
+    TURNED_CODE,
     Setting,
     constants,
     greatest,
@@ -29,9 +30,9 @@ from packlight.groupquant.minmax_kernels import KEPT, LOST, REPLACES
 from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
 from packlight.groupquant.tile_kernels import (
     load_raw_tile,
-    load_tile,
+    load_whole,
     row_tile,
-    store_tile,
+    store_whole,
     to_float32,
 )
 from packlight.packing.layout import laid_out
@@ -94,9 +95,10 @@ def _gated_kernel(
         BITS, CODE, SEED, LIMITED, GREATEST, FULL,
     )  # fmt: skip
     up = load_raw_tile(up_ptr + start, starts, room, SIZE, FULL)
+    y = ()
     for p in tl.static_range(8):
-        y = to_float32(factors[p]) * to_float32(up[p])
-        store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
+        y = y + (to_float32(factors[p]) * to_float32(up[p]),)
+    store_whole(y_ptr + start, y, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     within = (up_lowest, up_highest, up_below, up_above, up_edge)
     store_codes(
         packed_tile(up, up_ptr.dtype.element_ty, CODE), up_codes_ptr, up_scales_ptr, group,
@@ -138,7 +140,7 @@ def _gated_backward_kernel(
     bundle += tl.arange(0, NQ)
     group = bundle * (8 // PARTS)
     if DERIVATIVE is not None:
-        dy = load_tile(dy_ptr + start, starts, room, SIZE, FULL)
+        dy = load_whole(dy_ptr + start, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     factor = load_codes(
         gate_codes_ptr, gate_scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, LOST
     )
@@ -148,16 +150,20 @@ def _gated_backward_kernel(
             gate_codes_ptr, gate_scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT
         )
     up = load_codes(up_codes_ptr, up_scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
+    first, second = (), ()
     for p in tl.static_range(8):
         f = FORWARD(factor[p], 0.0, 0.0, DIGITS)
         if DERIVATIVE is None:
-            store_tile(dup_ptr + start, f * up[p], starts, room, SIZE, p, FULL)
+            second = second + (f * up[p],)
         else:
             dgate = dy[p] * up[p]
             if THROUGH:
                 dgate *= DERIVATIVE(gate[p], 0.0, 0.0)
-            store_tile(dgate_ptr + start, dgate, starts, room, SIZE, p, FULL)
-            store_tile(dup_ptr + start, dy[p] * f, starts, room, SIZE, p, FULL)
+            first = first + (dgate,)
+            second = second + (dy[p] * f,)
+    if DERIVATIVE is not None:
+        store_whole(dgate_ptr + start, first, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+    store_whole(dup_ptr + start, second, starts, room, SIZE, CODE == TURNED_CODE, FULL)
 
 
 GATED = Setting(1024, 8)

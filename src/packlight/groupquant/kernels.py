@@ -24,14 +24,15 @@ from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_cod
 from packlight.groupquant.tile_kernels import (
     load_columns,
     load_raw_tile,
-    load_tile,
+    load_whole,
     row_tile,
-    store_tile,
+    store_whole,
     to_float32,
 )
 from packlight.packing.layout import dense_stride, laid_out, write_back
 
 HALF_MAX = tl.constexpr(65504.0)
+TURNED_CODE = tl.constexpr(ROTATED)
 
 
 @quick
@@ -72,9 +73,10 @@ def _quantize_kernel(
     bundle += tl.arange(0, NQ)
     raw = load_raw_tile(x_ptr + start, starts, room, SIZE, FULL)
     if FORWARD is not None:
+        y = ()
         for p in tl.static_range(8):
-            y = FORWARD(to_float32(raw[p]), a, b, DIGITS)
-            store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
+            y = y + (FORWARD(to_float32(raw[p]), a, b, DIGITS),)
+        store_whole(y_ptr + start, y, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     within = (lowest, highest, below, above, edge)
     store_codes(
         packed_tile(raw, x_ptr.dtype.element_ty, CODE), codes_ptr, scales_ptr,
@@ -124,6 +126,7 @@ def _dequantize_kernel(
         weight = load_columns(weight_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
     if BIAS:
         bias = load_columns(bias_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
+    out = ()
     for p in tl.static_range(8):
         y = tile[p]
         if FORWARD is not None:
@@ -134,7 +137,8 @@ def _dequantize_kernel(
             y = y + bias[p]
         if FORWARD is None and y_ptr.dtype.element_ty == tl.float16:
             y = clamp(y, -HALF_MAX, HALF_MAX)  # the other dtypes hold whatever a pack does
-        store_tile(y_ptr + start, y, starts, room, SIZE, p, FULL)
+        out = out + (y,)
+    store_whole(y_ptr + start, out, starts, room, SIZE, CODE == TURNED_CODE, FULL)
 
 
 @quick
@@ -159,13 +163,14 @@ def _activation_backward_kernel(
     bundle = tl.program_id(0).to(tl.int64) * NQ
     start = bundle * (8 * SIZE)
     starts, room = row_tile(width - start, NQ, SIZE)
-    dy = load_tile(dy_ptr + start, starts, room, SIZE, FULL)
+    dy = load_whole(dy_ptr + start, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     bundle += tl.arange(0, NQ)
     group = bundle * (8 // PARTS)
     tile = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT)
+    dx = ()
     for p in tl.static_range(8):
-        dx = dy[p] * DERIVATIVE(tile[p], a, b)
-        store_tile(dx_ptr + start, dx, starts, room, SIZE, p, FULL)
+        dx = dx + (dy[p] * DERIVATIVE(tile[p], a, b),)
+    store_whole(dx_ptr + start, dx, starts, room, SIZE, CODE == TURNED_CODE, FULL)
 
 
 # --- Launchers, with the signatures of reference.py.

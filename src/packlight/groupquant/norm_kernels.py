@@ -15,11 +15,17 @@ from torch import Tensor
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping, Groups
-from packlight.groupquant.kernels import constants, new_pack, sized
+from packlight.groupquant.kernels import TURNED_CODE, constants, new_pack, sized
 from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
-from packlight.groupquant.tile_kernels import load_tile, part_there, row_tile, rows_tile, store_tile
-
-ROTATED_CODE = tl.constexpr(ROTATED)
+from packlight.groupquant.tile_kernels import (
+    load_tile,
+    load_whole,
+    part_there,
+    row_tile,
+    rows_tile,
+    store_tile,
+    store_whole,
+)
 
 
 @triton.jit
@@ -96,7 +102,7 @@ def norm_rows(
     tl.store(rstd_ptr + (row + in_row)[:, None], rstd, ((bundle == 0) & (room > 0))[:, None])
     weight = parameter_of(weight, weight_ptr, bundle, width, WEIGHT, SIZE, FULL)
     bias = parameter_of(bias, bias_ptr, bundle, width, BIAS, SIZE, FULL)
-    normal = ()
+    normal, out = (), ()
     for p in tl.static_range(8):
         x_hat = tile[p] * rstd
         normal = normal + (x_hat,)
@@ -105,7 +111,8 @@ def norm_rows(
             y = y * weight[p]
         if BIAS:
             y = y + bias[p]
-        store_tile(y_ptr + row * width, y, starts, room, SIZE, p, FULL)
+        out = out + (y,)
+    store_whole(y_ptr + row * width, out, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     group = (row + in_row) * row_groups + bundle * (8 // PARTS)
     store_codes(
         packed_tile(normal, y_ptr.dtype.element_ty, CODE), codes_ptr, scales_ptr, group, seed,
@@ -217,7 +224,7 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
     starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
-    KEPT: tl.constexpr = CODE != ROTATED_CODE
+    KEPT: tl.constexpr = CODE != TURNED_CODE
     weight = load_parameter(weight_ptr, weight_copy_ptr, bundle, width, WEIGHT, KEPT, SIZE, FULL)
     bias = load_parameter(bias_ptr, bias_copy_ptr, bundle, width, BIAS, KEPT, SIZE, FULL)
     while row < end:
@@ -265,14 +272,13 @@ def _backward_kernel(
     dbias = dweight
     while row < end:
         starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
-        dy = load_tile(dy_ptr + row * width, starts, room, SIZE, FULL)
+        dy = load_whole(dy_ptr + row * width, starts, room, SIZE, CODE == TURNED_CODE, FULL)
         dx, dweight, dbias = row_gradients(
             dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
             row_groups, dweight, dbias, CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
             CODE, FULL, ROWS,
         )  # fmt: skip
-        for p in tl.static_range(8):
-            store_tile(dx_ptr + row * width, dx[p], starts, room, SIZE, p, FULL)
+        store_whole(dx_ptr + row * width, dx, starts, room, SIZE, CODE == TURNED_CODE, FULL)
         row += ROWS
     store_sums(
         dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT, NEED_BIAS, NQ, SIZE, FULL, ROWS

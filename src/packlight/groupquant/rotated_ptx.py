@@ -1,8 +1,8 @@
 """What the rotated code does of two places at once, as text for NVIDIA's assembler.
 
-A place has eight elements, one of each part of its group. Registers hold two places' numbers,
-float16 or bfloat16, or two integers of 16 bits. Each text is a function of a place alone: which two are in a
-register does not matter.
+A place has eight elements, one of each part of its group. Registers hold the numbers of two places,
+float16 or bfloat16, or two integers of 16 bits. Each text is a function of a place alone: which two
+are in a register does not matter.
 """
 
 import struct

@@ -124,6 +124,44 @@ def store_tile(y_ptr, y, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL
         tl.store(y_ptr + offsets, y, part_there(room, SIZE, p))
 
 
+# A part of a rotated group is 32 bytes where a number has 16 bits: too few for memory to be as fast
+# as it can. So whole bundles are loaded and stored, and parts exchanged on the way.
+
+
+@triton.jit
+def load_whole(x_ptr, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):
+    """What `load_tile` gives. WHOLE: by whole bundles, where all are there."""
+    if WHOLE and FULL:
+        NQ: tl.constexpr = starts.shape[0]
+        x = tl.load(x_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :])
+        abcd, efgh = tl.split(tl.permute(tl.reshape(x, [NQ, 2, 2, 2, SIZE]), (0, 4, 3, 2, 1)))
+        ab, cd = tl.split(abcd)
+        ef, gh = tl.split(efgh)
+        tile = tl.split(ab) + tl.split(cd) + tl.split(ef) + tl.split(gh)
+        return tile_to_float32(tile)
+    else:
+        return load_tile(x_ptr, starts, room, SIZE, FULL)
+
+
+@triton.jit
+def store_whole(
+    y_ptr, y, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr
+):
+    """Stores the eight parts of a tile. WHOLE: by whole bundles, where all are there."""
+    if WHOLE and FULL:
+        NQ: tl.constexpr = starts.shape[0]
+        narrow = ()
+        for p in tl.static_range(8):
+            narrow = narrow + (y[p].to(y_ptr.dtype.element_ty),)
+        abcd = tl.join(tl.join(narrow[0], narrow[1]), tl.join(narrow[2], narrow[3]))
+        efgh = tl.join(tl.join(narrow[4], narrow[5]), tl.join(narrow[6], narrow[7]))
+        whole = tl.reshape(tl.permute(tl.join(abcd, efgh), (0, 4, 3, 2, 1)), [NQ, 8 * SIZE])
+        tl.store(y_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :], whole)
+    else:
+        for p in tl.static_range(8):
+            store_tile(y_ptr, y[p], starts, room, SIZE, p, FULL)
+
+
 # ---- codes ---------------------------------------------------------------------------------------
 
 
