@@ -42,16 +42,16 @@ NARROW = tl.constexpr(16)
 
 
 @triton.jit
-def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr):
     """What `product` multiplies by: the Hadamard matrix of SIZE, as often as tensor cores ask."""
     WIDTH: tl.constexpr = SIZE if SIZE >= NARROW or NQ * SIZE < NARROW else NARROW
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
     # Bit v of the constant is the parity of the bits of v; it becomes the sign of 1.
     parity = (0x69969669 ^ -1) >> (i & j & (SIZE - 1))
-    if DTYPE == tl.float32:
+    if dtype == tl.float32:
         matrix = 1.0 - 2.0 * (parity & 1).to(tl.float32)
-    elif DTYPE == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         matrix = (((parity << 15) & 0x8000) | 0x3F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         matrix = (((parity << 15) & 0x8000) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
@@ -73,26 +73,26 @@ def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def across(parts, DTYPE: tl.constexpr):
-    """Eight tensors times the Hadamard matrix of eight, rounded to DTYPE at each step."""
+def across(parts, dtype: tl.constexpr):
+    """Eight tensors times the Hadamard matrix of eight, rounded to dtype at each step."""
     for step in tl.static_range(3):
         sums = ()
         for p in tl.static_range(8):
             if p & (1 << step) == 0:
-                sums = sums + (rounded(parts[p] + parts[p ^ (1 << step)], DTYPE),)
+                sums = sums + (rounded(parts[p] + parts[p ^ (1 << step)], dtype),)
             else:
-                sums = sums + (rounded(parts[p ^ (1 << step)] - parts[p], DTYPE),)
+                sums = sums + (rounded(parts[p ^ (1 << step)] - parts[p], dtype),)
         parts = sums
     return parts
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """`x` to the precision of DTYPE: bfloat16 in float32, in which the interpreter can reckon."""
-    if DTYPE == tl.bfloat16:
+def rounded(x, dtype: tl.constexpr):
+    """`x` to the precision of dtype: bfloat16 in float32, in which the interpreter can reckon."""
+    if dtype == tl.bfloat16:
         return nearest_bfloat16(x).to(tl.float32, bitcast=True)
     else:
-        return x.to(DTYPE)
+        return x.to(dtype)
 
 
 @triton.jit
