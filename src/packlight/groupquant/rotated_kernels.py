@@ -14,13 +14,15 @@ from packlight.elementwise.limits import GREATEST as _GREATEST
 from packlight.groupquant.draw_kernels import group_hashes, load_seed, sign_halves, store_seed
 from packlight.groupquant.minmax_kernels import (
     INFINITY,
+    LOWER,
     REPLACES,
     SEED_WORDS,
     group_range,
     limited_to,
+    lower_of,
     scale_of,
 )
-from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, INPUTS, SURVEY, TURN
+from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, INPUTS, LIMIT, SURVEY, TURN
 from packlight.groupquant.rotated_reference import FORMULAS, LEAST
 from packlight.groupquant.tile_kernels import part_there, tile_to_float32, to_float32
 
@@ -31,6 +33,7 @@ LASTS = tl.constexpr(tuple(FORMULAS[bits].last for bits in (1, 2, 3, 4)))
 ENCODE_PTX = tl.constexpr(ENCODE)
 DECODE_PTX = tl.constexpr(DECODE)
 TURN_PTX = tl.constexpr(TURN)
+LIMIT_PTX = tl.constexpr(LIMIT)
 SURVEY_PTX = tl.constexpr(SURVEY)
 DIFFER_PTX = tl.constexpr(DIFFER)
 INPUTS_PTX = tl.constexpr(INPUTS)
@@ -230,6 +233,27 @@ def power_of_two(greatest):
 
 
 @triton.jit
+def limited_below(x, within):
+    """A tile of bfloat16 numbers where limits ask for no more than LOWER, and whether that holds
+    of what is not finite.
+    """
+    lowest, _, below, _, _ = within
+    bound = tl.full(x[0].shape, lowest, tl.float32).to(tl.bfloat16)
+    found = tl.inline_asm_elementwise(
+        LIMIT_PTX, INPUTS_PTX[9] + ",r,r,r,r,r,r,r,r,r",
+        [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], bound],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16) * 3, is_pure=True, pack=2,
+    )  # fmt: skip
+    low = tl.reduce(to_float32(found[8]), 1, lower_of)
+    # A NaN is none of them, and -inf only where something stands for it.
+    whole = low >= tl.where(below == below, -INFINITY, -GREATEST)
+    limited = (
+        found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]
+    )  # fmt: skip
+    return limited, whole
+
+
+@triton.jit
 def turned_pairs(x, seed, group, SIZE: tl.constexpr):
     """As `turned_values`, of whole groups of bfloat16 numbers, two an instruction.
 
@@ -313,7 +337,10 @@ def store_rotated(
     store_seed(scales_ptr, seed, group)
     NARROW_TILE: tl.constexpr = PTX and FULL and tile[0].dtype == tl.bfloat16
     values = tile
-    if LIMITED != 0 or not NARROW_TILE:
+    whole = tl.full([NQ], True, tl.int1)
+    if NARROW_TILE and LIMITED == LOWER:
+        values, whole = limited_below(tile, within)
+    elif LIMITED != 0 or not NARROW_TILE:
         values = tile_to_float32(tile)
         if LIMITED != 0:
             low, high, replaced = group_range(values, 0, room, within, SIZE, 8, LIMITED, FULL)
@@ -330,6 +357,7 @@ def store_rotated(
         parts, squares, unit, mean_bits, finite = turned_values(
             values, seed, group, room, low, high, SIZE, LIMITED, FULL
         )
+    finite &= whole
     if LIMITED != 0:
         finite &= high * 0.5 - low * 0.5 < INFINITY
     mean = mean_bits.to(tl.float32, bitcast=True)
