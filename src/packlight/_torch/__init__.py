@@ -67,6 +67,7 @@ from packlight._torch.modes import (
 )
 from packlight._torch.nodes import SAID, applied, as_node, followed, graph_facts, one_node
 from packlight._torch.tracer import (
+    SEEDS_AT_ONCE,
     always_untraced,
     ask,
     can_ask,
@@ -78,6 +79,7 @@ from packlight._torch.tracer import (
     run_as_written,
     say,
     scopes,
+    seeds_of_graph,
     untraced,
 )
 
@@ -98,6 +100,7 @@ __all__ = [
     "NODES",
     "SAID",
     "SAVED",
+    "SEEDS_AT_ONCE",
     "STORAGES",
     "STORAGE_USES",
     "TRACER",
@@ -143,6 +146,7 @@ __all__ = [
     "saved_tensor_hooks",
     "say",
     "scopes",
+    "seeds_of_graph",
     "share_storage",
     "storage_reference",
     "storage_uses",

@@ -90,6 +90,8 @@ class _Nodes(threading.local):
     run = False
     scopes: tuple[int, ...] = (0,)  # that of code between nodes, and of what is not compiled
     places: Iterator[int] = iter(())
+    seeds: torch.Tensor | None = None
+    asked = False  # for seeds
     said: str | None = None
 
 
@@ -97,14 +99,43 @@ _nodes = _Nodes()
 
 
 @contextlib.contextmanager
-def running_a_node(scopes: tuple[int, ...], places: Iterator[int]) -> Iterator[None]:
+def running_a_node(
+    scopes: tuple[int, ...], places: Iterator[int], seeds: torch.Tensor | None
+) -> Iterator[None]:
     """What runs is part of a compiled graph, also where a graph runs as it was traced."""
-    before = _nodes.run, _nodes.scopes, _nodes.places
-    _nodes.run, _nodes.scopes, _nodes.places = True, scopes, places
+    before = dict(vars(_nodes))
+    vars(_nodes).update(run=True, scopes=scopes, places=places, seeds=seeds)
     try:
         yield
     finally:
-        _nodes.run, _nodes.scopes, _nodes.places = before
+        for name in ("run", "scopes", "places", "seeds"):
+            if name in before:
+                setattr(_nodes, name, before[name])
+            else:
+                delattr(_nodes, name)
+
+
+# How many seeds a graph draws by one operator.
+SEEDS_AT_ONCE = 256
+
+
+def seeds_of_graph(place: int) -> tuple[torch.Tensor, int] | None:
+    """Seeds that the graph draws, and where among them is that of a place; None if it draws none.
+
+    The tracer is told that the node wants them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    _nodes.asked = True
+    if _nodes.seeds is None:
+        return None
+    return _nodes.seeds, 2 * (place % SEEDS_AT_ONCE)
+
+
+def asked_for_seeds() -> bool:
+    """Whether a node has, since this was last asked."""
+    found, _nodes.asked = _nodes.asked, False
+    return found
 
 
 def scopes() -> tuple[int, ...]:
@@ -127,7 +158,7 @@ def next_place() -> int:
     """A number that no other call in the graph that is traced gets, the same for each run of it."""
     if torch.compiler.is_dynamo_compiling():
         number: int = ask("fresh_number", 0)
-        return number << 10
+        return -number  # those of nodes are not negative
     return next(_nodes.places, 0)
 
 

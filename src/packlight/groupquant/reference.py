@@ -55,13 +55,17 @@ def dequantize_rows(
     """
     grouping = Grouping(rows, width, *groups)
     numbers = from_bytes(codes, grouping.bits, grouping.group_size)
-    bits, words = grouping.bits, scales[scales.numel() - grouping.groups :]
+    bits, words = grouping.bits, scales
+    if grouping.code != MINMAX:  # the seed stands before them
+        words = scales[scales.numel() - grouping.groups :]
     if grouping.code == ROTATED:
         values = rotated_reference.decode(numbers, words, bits, seed_of(scales), replaced)
     else:
         seed = None if grouping.code == MINMAX else seed_of(scales)
         values = minmax_reference.decode(numbers, words, bits, seed, replaced)
-    return values.view(rows, grouping.row_groups * grouping.group_size)[:, :width]
+    whole = grouping.row_groups * grouping.group_size
+    values = values.view(rows, whole)
+    return values if whole == width else values[:, :width]
 
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:

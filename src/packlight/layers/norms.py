@@ -173,7 +173,7 @@ class _Norm(torch.autograd.Function):
             as_rows(grad_output, width), kept, rstd, weight, center, need_weight, need_bias, method
         )
         return (
-            dx.view(grad_output.shape) if need_input else None,
+            shaped_as(dx, grad_output) if need_input else None,
             as_dtype(dweight, ctx.dtypes[0]) if need_weight else None,
             as_dtype(dbias, ctx.dtypes[1]) if need_bias else None,
             *[None] * 5,
@@ -211,6 +211,11 @@ def as_rows(grad_output: Tensor, width: int) -> Tensor:
     """
     dy = grad_output.contiguous()
     return dy if dy.dim() > 1 and dy.shape[-1] == width else dy.view(-1, width)
+
+
+def shaped_as(dx: Tensor, grad_output: Tensor) -> Tensor:
+    """`dx.view(grad_output.shape)`, without the call where that is its shape."""
+    return dx if dx.shape == grad_output.shape else dx.view(grad_output.shape)
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
