@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from packlight import _torch
-from packlight._checks import is_plain, is_taken
+from packlight._checks import is_plain, is_taken, takes
 from packlight._classes import derivation, origin
 from packlight.method import Call, Calls, Method, Swap
 
@@ -90,6 +90,10 @@ class _Covering(TorchFunctionMode):
 
 def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether our function takes this call: plain tensors, and no argument that only torch has."""
+    if torch.compiler.is_dynamo_compiling():
+        found: bool | None = _torch.ask("is_for_us", None, call.places, call.names, args, kwargs)
+        if found is not None:
+            return found
     if len(args) > call.places:
         return False
     for name in kwargs:  # no generators: this runs at every covered call
@@ -100,6 +104,22 @@ def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
             return False
     x = args[0] if args else kwargs.get(call.names[0])
     return isinstance(x, Tensor) and is_taken(x)
+
+
+@_torch.question
+def is_for_us(tracer: Any, places: Any, names: Any, args: Any, kwargs: Any) -> bool:
+    """`_is_covered` of what is traced."""
+    positional, own = args.unpack_var_sequence(tracer), names.as_python_constant()
+    given = kwargs.unpack_var_sequence(tracer)
+    named = {key.as_python_constant(): kwargs.getitem_const(tracer, key) for key in given}
+    if len(positional) > places.as_python_constant() or not own or not set(named) <= set(own):
+        return False
+    for value in (*positional, *named.values()):
+        kind = value.python_type()
+        if issubclass(kind, Tensor) and kind not in (Tensor, nn.Parameter):
+            return False
+    x = positional[0] if positional else named.get(own[0])
+    return x is not None and takes(tracer, x.realize())
 
 
 # ---- who calls -----------------------------------------------------------------------------------

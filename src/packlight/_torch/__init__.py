@@ -65,7 +65,7 @@ from packlight._torch.modes import (
     without_mode,
     without_torch_functions,
 )
-from packlight._torch.nodes import SAID, applied, as_node, followed, graph_facts, one_node
+from packlight._torch.nodes import SAID, applied, as_node, followed, graph_facts, one_node, value_of
 from packlight._torch.tracer import (
     SEEDS_AT_ONCE,
     always_untraced,
@@ -153,6 +153,7 @@ __all__ = [
     "take_off",
     "unflatten",
     "untraced",
+    "value_of",
     "variable_of",
     "warn_if_untested",
     "with_operators",

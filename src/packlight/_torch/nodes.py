@@ -305,6 +305,15 @@ def _argument(tracer: Any, value: Any, tensors: list[Any]) -> Any:
     raise _NotKnownError(value)
 
 
+def value_of(tracer: Any, variable: Any) -> Any:
+    """A value of which the traced code is made for this one alone; None for any other."""
+    try:
+        found = _argument(tracer, variable, [])
+    except (_NotKnownError, NotImplementedError):
+        return None
+    return None if isinstance(found, (_Operand, _Parameter, _Made)) else found
+
+
 def _constant(tracer: Any, value: Any) -> Any:
     from torch._dynamo.variables.base import VariableTracker
 

@@ -5,7 +5,7 @@ The former is an activation and its gate, the latter the scale of a layer or an 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -83,11 +83,12 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     factor needs no gradient, this is torch's product, which keeps both factors; but one with a
     vector that is trained is `scale`.
     """
-    if _is_scale(input, other, method):
+    kind = _kind_of(input, other, method)
+    if kind == "scale":
         return scale(input, other, method=method)
-    if _is_scale(other, input, method):
+    if kind == "scale of other":
         return scale(other, input, method=method)
-    if not _is_product(input, other, method):
+    if kind == "torch's":
         return torch.mul(input, other)
     if torch.compiler.is_dynamo_compiling():
         for f, up in ((input, other), (other, input)):
@@ -96,6 +97,29 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
                 if gate is not None:
                     return _unit(f, gate, up, name, method)
     return _of_packs(input, other, method)
+
+
+_Kind = Literal["scale", "scale of other", "product", "torch's"]
+
+
+def _kind_of(a: Any, b: Any, method: Quantiser) -> _Kind:
+    """What is done for a b."""
+    if torch.compiler.is_dynamo_compiling():  # one question: models multiply by many things
+        found: _Kind | None = _torch.ask("kind_of_product", None, a, b, method)
+        if found is not None:
+            return found
+    if _is_scale(a, b, method):
+        return "scale"
+    if _is_scale(b, a, method):
+        return "scale of other"
+    return "product" if _is_product(a, b, method) else "torch's"
+
+
+@_torch.question
+def kind_of_product(tracer: Any, a: Any, b: Any, method: Any) -> _Kind | None:
+    kept = _torch.value_of(tracer, method)
+    factors = [_tracer.fake_of(x) if issubclass(x.python_type(), Tensor) else None for x in (a, b)]
+    return None if kept is None else _kind_of(*factors, kept)
 
 
 @_torch.one_node
@@ -241,8 +265,10 @@ def _unit(f: Tensor, gate: Tensor, up: Tensor, name: str, method: Quantiser) -> 
     return y
 
 
-def _is_product(a: Tensor, b: object, method: Quantiser) -> bool:
+def _is_product(a: object, b: object, method: Quantiser) -> bool:
     """Whether packs of both factors may serve."""
-    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return needs_gradient(a) and needs_gradient(b) and worth_packing(a, method)
