@@ -32,6 +32,10 @@ class Method:
         if not abstract:
             Method._kinds[cls.__name__] = cls
 
+    def __deepcopy__(self, memo: Any) -> "Method":
+        """Itself: a copy of a model keeps by the very methods that compiled code was made for."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the method's name under `"method"`, and its fields, methods among them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
