@@ -104,15 +104,13 @@ def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
     except (_NotKnownError, NotImplementedError, unsupported):
         return None
     scopes, facts = _scopes(tracer), graph_facts(tracer, _PLACES)
-    first = facts.get("next", 0)
-    if first // SEEDS_AT_ONCE != (first + _MOST_SEEDS) // SEEDS_AT_ONCE:
-        first = (first // SEEDS_AT_ONCE + 1) * SEEDS_AT_ONCE
+    first, count = facts.get("next", 0), len(tensors)
     places = itertools.count(first)
 
     def call(*operands: Any) -> Any:
         nonlocal places
         places = itertools.count(first)
-        seeds = operands[-1] if len(operands) > len(tensors) else None
+        seeds = (operands[-1], first // SEEDS_AT_ONCE) if len(operands) > count else None
         with running_a_node(scopes, places, seeds):
             positional, named = (_filled(argument, operands) for argument in given)
             return function(*positional, **named)
@@ -122,6 +120,7 @@ def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
     call.__module__ = function.__module__
     operands = [value.as_proxy() for value in tensors]
     seeds = _seeds(tracer, operands, first) if function in _wanting else None
+    asked_for_seeds(), said()  # by whatever ran before
     while True:
         given_seeds = () if seeds is None else (seeds,)
         proxy = tracer.output.create_proxy("call_function", call, (*operands, *given_seeds), {})
@@ -142,9 +141,6 @@ def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
 
 # Of the graph that is traced: the next place of a seed.
 _PLACES = "_packlight_places"
-
-# More than any layer asks for.
-_MOST_SEEDS = 8
 
 # Functions that are known to ask for seeds.
 _wanting: set[Callable[..., Any]] = set()

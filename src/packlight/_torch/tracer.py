@@ -5,6 +5,7 @@ Nothing here imports the tracer, which takes a second, before it is used.
 
 import contextlib
 import functools
+import itertools
 import sys
 import threading
 import warnings
@@ -89,8 +90,8 @@ class _Nodes(threading.local):
 
     run = False
     scopes: tuple[int, ...] = (0,)  # that of code between nodes, and of what is not compiled
-    places: Iterator[int] = iter(())
-    seeds: torch.Tensor | None = None
+    places: Iterator[int] = itertools.count(1 << 32)  # of code between nodes
+    seeds: tuple[torch.Tensor, int] | None = None  # and which of the graph's they are
     asked = False  # for seeds
     said: str | None = None
 
@@ -100,19 +101,15 @@ _nodes = _Nodes()
 
 @contextlib.contextmanager
 def running_a_node(
-    scopes: tuple[int, ...], places: Iterator[int], seeds: torch.Tensor | None
+    scopes: tuple[int, ...], places: Iterator[int], seeds: tuple[torch.Tensor, int] | None
 ) -> Iterator[None]:
     """What runs is part of a compiled graph, also where a graph runs as it was traced."""
-    before = dict(vars(_nodes))
-    vars(_nodes).update(run=True, scopes=scopes, places=places, seeds=seeds)
+    before = _nodes.run, _nodes.scopes, _nodes.places, _nodes.seeds
+    _nodes.run, _nodes.scopes, _nodes.places, _nodes.seeds = True, scopes, places, seeds
     try:
         yield
     finally:
-        for name in ("run", "scopes", "places", "seeds"):
-            if name in before:
-                setattr(_nodes, name, before[name])
-            else:
-                delattr(_nodes, name)
+        _nodes.run, _nodes.scopes, _nodes.places, _nodes.seeds = before
 
 
 # How many seeds a graph draws by one operator.
@@ -120,16 +117,17 @@ SEEDS_AT_ONCE = 256
 
 
 def seeds_of_graph(place: int) -> tuple[torch.Tensor, int] | None:
-    """Seeds that the graph draws, and where among them is that of a place; None if it draws none.
+    """Seeds that the graph draws, and where among them is that of a place; None if it is not there.
 
     The tracer is told that the node wants them.
     """
     if torch.compiler.is_dynamo_compiling():
         return None
     _nodes.asked = True
-    if _nodes.seeds is None:
+    number, within = divmod(place, SEEDS_AT_ONCE)
+    if _nodes.seeds is None or _nodes.seeds[1] != number:
         return None
-    return _nodes.seeds, 2 * (place % SEEDS_AT_ONCE)
+    return _nodes.seeds[0], 2 * within
 
 
 def asked_for_seeds() -> bool:
@@ -159,7 +157,7 @@ def next_place() -> int:
     if torch.compiler.is_dynamo_compiling():
         number: int = ask("fresh_number", 0)
         return -number  # those of nodes are not negative
-    return next(_nodes.places, 0)
+    return next(_nodes.places)
 
 
 def is_traced() -> bool:
