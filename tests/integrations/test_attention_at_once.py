@@ -14,10 +14,16 @@ from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 import packlight
 from packlight import DoubleBackwardError, FewBit, GroupQuant, ModifiedWeightError
+from packlight.layers import attention as sdpa
 from tests.helpers import relative_error
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
 WIDTH = 64
+
+
+@pytest.fixture(autouse=True)
+def _parts_run_attention_again_too(monkeypatch):
+    monkeypatch.setattr(sdpa, "STATISTIC_BITS", 9)
 
 
 def bert(kind=RobertaSelfAttention):

@@ -17,6 +17,8 @@ from packlight import _torch
 
 _T = TypeVar("_T")
 
+_CONSTANTS = (str, int, float, tuple, list)  # of names: a package may state them in two files
+
 
 def once_a_class(look: Callable[[type[nn.Module]], _T]) -> Callable[[type[nn.Module]], _T]:
     """A function of a class that remembers its answers."""
@@ -34,9 +36,9 @@ def once_a_class(look: Callable[[type[nn.Module]], _T]) -> Callable[[type[nn.Mod
 def is_copy(function: object, known: Callable[..., Any], own: Collection[str] = ()) -> bool:
     """Whether a function has the code of a known one, whatever the variables are called.
 
-    Instructions, constants and the names of attributes agree, globals are the same objects, and
-    neither has variables of a surrounding function, as a decorated one would. Of globals in `own`
-    each module may have its own.
+    Instructions, constants and the names of attributes agree, globals are the same objects, or
+    equal constants, and neither has variables of a surrounding function, as a decorated one would.
+    Of globals in `own` each module may have its own.
     """
     code = _torch.code_of(function)
     if code is None or code.co_freevars:
@@ -56,7 +58,8 @@ def _instructions(
         if isinstance(value, types.CodeType):
             return _instructions(value, function, own)
         if instruction.opname == "LOAD_GLOBAL":  # None for what is built in
-            return value, None if value in own else id(function.__globals__.get(value))
+            found = None if value in own else function.__globals__.get(value)
+            return value, repr(found) if isinstance(found, _CONSTANTS) else id(found)
         if "FAST" not in instruction.opname:
             return repr(value)
         parts = value if isinstance(value, tuple) else (value,)  # two at once since Python 3.13
