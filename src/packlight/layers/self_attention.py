@@ -115,7 +115,7 @@ def projections(x: Tensor, parameters: Sequence[Parameters], method: Quantiser) 
 
 
 class _WholeAttention(torch.autograd.Function):
-    """The output; keeps one pack of query, key and value. See `packlight.layers.attention`."""
+    """The output; keeps one pack of query, key and value, of which attention runs once more."""
 
     @staticmethod
     def forward(
@@ -186,10 +186,11 @@ def self_attention(
 ) -> Tensor:
     """Attention of the parts of `whole` [batch, length, 3 heads size]: [batch, length, heads size].
 
-    In eager mode, in training. Query, key and value lie side by side in that order. What is kept,
-    and gradients, are those of `scaled_dot_product_attention` of the three, which runs where one
-    pack does not serve: where groups would lie across two of them, or the kernel draws dropout that
-    cannot be drawn again.
+    In eager mode, in training. Query, key and value lie side by side in that order. It keeps a pack
+    of them, of which attention runs once more in the backward pass, whatever the bits: gradients
+    are those of `scaled_dot_product_attention` with `recompute`. That function runs by itself, and
+    in the form that it chooses, where one pack does not serve: where groups would lie across two of
+    the three, or the kernel draws dropout that cannot be drawn again.
     """
     out = _at_once(whole, heads, mask, flags, method)
     if out is None:
