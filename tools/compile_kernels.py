@@ -27,6 +27,7 @@ from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant import gated_kernels
 from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
+from packlight.groupquant import post_norm_kernels as post_norms
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
 from packlight.groupquant.fixed_point import residual_kernels
 from packlight.groupquant.fixed_point.method import bin_width
@@ -40,7 +41,7 @@ from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "logits_ptr")
-POINTERS += ("other_ptr",)
+POINTERS += ("residual_ptr", "dresidual_ptr", "other_ptr")
 POINTERS += ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "center", "scale", "offset", "low", "eps", "momentum", *LIMITS)
@@ -319,6 +320,13 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             launches[f"norm {width}"] = forward
             backward, _ = norms._backward_launch(grouping, True, True, True, True)
             launches[f"norm {width} backward"] = backward
+            for p in (0.0, 0.1):
+                forward = post_norms._forward_launch(
+                    grouping, torch.float32, p, 1e-5, True, True, 1, 1
+                )
+                launches[f"post norm {width}, p {p}"] = forward
+                backward, _ = post_norms._backward_launch(grouping, p, True, True, True, True)
+                launches[f"post norm {width} backward, p {p}"] = backward
         for name, launch in launches.items():
             constants = dict(launch.constants)
             warps = constants.pop("num_warps")
@@ -427,7 +435,7 @@ def compile_kernel(
         elif name in FLOATS:
             signature[name] = "fp32"
         else:
-            signature[name] = "i64" if name in ("n", "drop_below", "seed") else "i32"
+            signature[name] = "i64" if name in ("n", "drop_below", "seed", "mask_seed") else "i32"
             if name in (
                 "n",
                 "groups",

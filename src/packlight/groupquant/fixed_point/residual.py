@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight.groupquant.fixed_point.packs import Rebuild, ResidualRebuild
 from packlight.pack import Pack
 
@@ -57,7 +57,7 @@ def _kept_of_sum(a: Tensor, b: object, alpha: object) -> Pack | None:
         return None
     # What is noted on a leaf may be gone in one pass of a checkpoint and there in the other, and
     # both must keep alike. In a compiled region leaves, its inputs, have no notes.
-    if not torch.compiler.is_compiling() and (a.grad_fn is None or b.grad_fn is None):
+    if not _torch.is_traced() and (a.grad_fn is None or b.grad_fn is None):
         return None
     stride = a.stride()
     kept = _linked(one, two, stride)
