@@ -340,6 +340,23 @@ def test_within_a_checkpoint(name, down, reentrant):
         assert relative_error(a, b) < 0.2
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_block
+def test_several_blocks_within_one_checkpoint_keep_alike_in_both_passes(name, reentrant):
+    """The second pass has no forward of the model around it, which would cover the calls."""
+    model = converted(Net(*(BLOCKS[name](False) for _ in range(3))))
+    y, gradients, _ = step(model, images())
+
+    def run(x):
+        whole = nn.Sequential(*model.blocks)
+        return model.head(checkpoint(whole, x.clone(), use_reentrant=reentrant))
+
+    again, others, _ = step(model, images(), run=run)
+    assert torch.equal(y, again)
+    for a, b in zip(gradients, others, strict=True):
+        assert relative_error(a, b) < 0.2
+
+
 @every_block
 def test_compiled_blocks_run_part_by_part(name):
     model = converted(net(name, True))
