@@ -1,4 +1,4 @@
-"""Residual blocks of torchvision and timm whose convolutions run with their batch norms."""
+"""Residual blocks of other packages whose convolutions run with their batch norms."""
 
 import copy
 import pickle
@@ -15,8 +15,10 @@ from tests.helpers import kept_bytes, relative_error
 
 torchvision = pytest.importorskip("torchvision", reason="needs torchvision")
 timm = pytest.importorskip("timm", reason="needs timm")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 from timm.models import resnet as of_timm  # noqa: E402
 from torchvision.models import resnet as of_torchvision  # noqa: E402
+from transformers.models.resnet import modeling_resnet as of_transformers  # noqa: E402
 
 METHODS = (FixedPoint(4), GroupQuant(bits=4, group_size=32, rounding="nearest"))
 WIDTH = 16
@@ -39,13 +41,22 @@ def timm_block(kind: type, down: bool, **options) -> nn.Module:
     return kind(WIDTH, outer // kind.expansion, 2 if down else 1, downsample, **options)
 
 
+def transformers_block(kind: type, down: bool) -> nn.Module:
+    return kind(WIDTH, WIDTH * (2 if down else 1), 2 if down else 1)
+
+
 BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "torchvision basic": lambda down: torchvision_block(of_torchvision.BasicBlock, down),
     "torchvision bottleneck": lambda down: torchvision_block(of_torchvision.Bottleneck, down),
     "timm basic": lambda down: timm_block(of_timm.BasicBlock, down),
     "timm bottleneck": lambda down: timm_block(of_timm.Bottleneck, down),
+    "transformers basic": lambda down: transformers_block(of_transformers.ResNetBasicLayer, down),
+    "transformers bottleneck": lambda down: transformers_block(
+        of_transformers.ResNetBottleNeckLayer, down
+    ),
 }
 every_block = pytest.mark.parametrize("name", BLOCKS)
+with_numbers = pytest.mark.parametrize("name", [n for n in BLOCKS if "transformers" not in n])
 every_shortcut = pytest.mark.parametrize("down", [False, True], ids=["identity", "downsample"])
 
 
@@ -217,7 +228,7 @@ CHANGES = [frozen_convolution, frozen_statistics, frozen_norm, hook_on_a_convolu
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@every_block
+@with_numbers
 def test_a_part_that_is_something_else_runs_by_itself(name, change):
     model = net(name, True)
     change(model.blocks[0])
@@ -232,6 +243,25 @@ def test_a_part_that_is_something_else_runs_by_itself(name, change):
     assert torch.equal(y, step(plain, x)[0])
     for a, b in zip(gradients, others, strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("what", ["activation", "hook", "shortcut"])
+def test_what_differs_in_a_block_of_transformers(what):
+    plain = net("transformers bottleneck", True)
+    block = plain.blocks[1]
+    if what == "activation":
+        block.layer[1].activation = nn.Tanh()
+    elif what == "hook":
+        block.layer[0].register_forward_hook(lambda *_: None)
+    else:
+        block.shortcut = _down(WIDTH, 2 * WIDTH)
+    model = converted(plain)
+    y, gradients, _ = step(model, images())
+    expected, others, _ = step(part_by_part(model), images())
+    assert torch.equal(y, expected)
+    assert torch.equal(y, step(plain, images())[0])
+    for a, b in zip(gradients, others, strict=True):
+        assert relative_error(a, b) < 1e-4
 
 
 def test_synchronised_batch_norms_stay_theirs():

@@ -51,9 +51,13 @@ class Block(nn.Module):
     def run(self, x: Tensor, covered: bool) -> Tensor:
         raise NotImplementedError
 
+    def fits(self) -> bool:
+        """Whether the parts of the block are those that `run` knows."""
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         trains = self.training and torch.is_grad_enabled()
-        if not trains or torch.compiler.is_compiling() or not is_taken(x):
+        if not trains or torch.compiler.is_compiling() or not is_taken(x) or not self.fits():
             y: Tensor = super().forward(x)
         else:
             y = uncovered(self.run, x, covers_now())
