@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import packlight
 from packlight import DoubleBackwardError, GroupQuant, ModifiedWeightError
@@ -12,10 +13,11 @@ from packlight.groupquant.fixed_point.conv_norm import conv_norm, geometry_of
 from packlight.groupquant.fixed_point.method import bin_width
 from packlight.groupquant.fixed_point.relu import relu
 from packlight.groupquant.fixed_point.residual import add_
+from packlight.layers import convolution
 from packlight.layers.convolution import CONVOLUTIONS
 from packlight.packing.reference import unpack
 from packlight.quantiser import pack_input
-from tests.helpers import every_device, every_kernel_dtype, relative_error
+from tests.helpers import every_device, every_kernel_dtype, peak_bytes, relative_error
 
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -315,3 +317,83 @@ def test_the_shape_of_the_output_is_torchs(window, groups):
     x, weight = torch.randn(16, 4, 11, 9), torch.randn(6, 4 // groups, 3, 2)
     _, shape = geometry_of(x.shape, weight.shape, *window, groups)
     assert shape == tuple(F.conv2d(x, weight, None, *window, groups).shape)
+
+
+# --- Large inputs of convolutions.
+
+WINDOWS = {
+    "one": (1, {}),
+    "two": (2, {"stride": 2, "padding": 1, "dilation": 2}),
+    "three": (3, {"padding": 1}),
+    "groups": (2, {"groups": 4}),
+    "depthwise": (2, {"groups": 8, "padding": 1}),
+    "pointwise": (2, {"kernel_size": 1}),
+}
+
+
+@every_device
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_large_input_is_freed_before_its_gradient_is_made(
+    window, transposed, last, device, monkeypatch
+):
+    """Two calls of torch's operator, of which the second reads no value of the input."""
+    axes, options = WINDOWS[window]
+    kind = getattr(nn, f"Conv{'Transpose' * transposed}{axes}d")
+    layer = kind(8, 16, **{"kernel_size": 3} | options)
+    packlight.convert(layer, METHOD)
+    layer.to(device)
+    x = torch.randn(4, 8, *(9,) * axes, device=device)
+    if last and axes > 1:
+        layout = torch.channels_last if axes == 2 else torch.channels_last_3d
+        layer, x = layer.to(memory_format=layout), x.to(memory_format=layout)
+    found = []
+    for large in (2**40, 0):
+        monkeypatch.setattr(convolution, "LARGE", large)
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        masks = []
+        of_torch = convolution._backward
+
+        def noting(*args, masks=masks, of_torch=of_torch):
+            masks.append(tuple(args[-1]))
+            assert args[-1][1] or set(args[1].stride()) == {0}
+            return of_torch(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(convolution, "_backward", noting)
+            y = layer(leaf)
+            y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
+        assert masks == (
+            [(True, True, True)] if large else [(False, True, True), (True, False, False)]
+        )
+        found.append([leaf.grad, layer.weight.grad, layer.bias.grad])
+        layer.zero_grad()
+    for a, b in zip(*found, strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b)
+
+
+def test_the_peak_is_lower_by_a_large_input(monkeypatch):
+    layer = nn.Conv2d(64, 64, 1, bias=False)
+    packlight.convert(layer, METHOD)
+    x = torch.randn(8, 64, 16, 16)
+    peaks = []
+    for large in (2**40, 0):
+        monkeypatch.setattr(convolution, "LARGE", large)
+        leaf = x.clone().requires_grad_()
+        peaks.append(peak_bytes(lambda leaf=leaf: layer(leaf).sum().backward()))
+    assert peaks[0] - peaks[1] > 0.9 * x.nbytes
+
+
+def test_an_input_that_alone_is_channels_last_stays_to_say_so(monkeypatch):
+    monkeypatch.setattr(convolution, "LARGE", 0)
+    calls = []
+    of_torch = convolution._backward
+    monkeypatch.setattr(convolution, "_backward", lambda *a: (calls.append(a), of_torch(*a))[1])
+    layer = nn.Conv2d(8, 16, 3)
+    packlight.convert(layer, METHOD)
+    x = torch.randn(4, 8, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
+    layer(x).sum().backward()
+    assert len(calls) == 1
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
