@@ -465,3 +465,44 @@ def test_gradients_add_up_over_two_passes():
             total = {name: p.grad.clone() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, 2 * total[name]) < 1e-6
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every_block
+def test_data_parallel(name, process_group):
+    model = converted(net(name, True))
+    y, gradients, _ = step(model, images())
+    parallel = nn.parallel.DistributedDataParallel(model)
+    again, others, _ = step(model, images(), run=parallel)
+    assert NODE in nodes(parallel(images()))
+    assert torch.equal(y, again)
+    for a, b in zip(gradients, others, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("part", ["block", "convolution"])
+def test_fully_sharded(part, process_group):
+    """A convolution that is sharded by itself gathers its weight in a hook, and runs alone."""
+    model = converted(net("timm bottleneck", True))
+    y, gradients, _ = step(model, images())
+    for block in model.blocks:
+        torch.distributed.fsdp.fully_shard(block if part == "block" else block.conv2)
+    packlight.manual_seed(2)
+    x = images().requires_grad_()
+    again = model(x)
+    found = nodes(again).count(NODE)
+    assert found == convolutions(model) - (0 if part == "block" else 2)
+    again.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(y, again)
+    of_parameters = [p.grad for p in model.parameters()]
+    for a, b in zip(gradients, [x.grad, *of_parameters], strict=True):
+        whole = b.full_tensor() if hasattr(b, "full_tensor") else b
+        assert relative_error(whole, a) < 1e-5
