@@ -23,7 +23,7 @@ from packlight._checks import (
     refuse_second_derivative,
     saved_with_weight,
 )
-from packlight._gradients import recast
+from packlight._gradients import as_dtype, recast
 from packlight._overwrite import writable
 from packlight.errors import InputError
 from packlight.layers import shape_only
@@ -140,7 +140,9 @@ class _Convolution(torch.autograd.Function):
             recast(weight, grad_output), mask,
         )  # fmt: skip
         pairs = zip(gradients, ctx.dtypes, mask, strict=True)
-        cast = [g.to(dtype) if wanted else None for g, dtype, wanted in pairs]
+        cast = [
+            None if g is None or not wanted else as_dtype(g, dtype) for g, dtype, wanted in pairs
+        ]
         return *cast, None, None, *[None] * len(tensors)
 
 
