@@ -10,6 +10,7 @@ from packlight.errors import (
     CannotConvertError,
     CannotGraphError,
     DoubleBackwardError,
+    InfeasibleBudgetError,
     InputError,
     MissingDependencyError,
     ModifiedWeightError,
@@ -24,6 +25,8 @@ from packlight.inverted import Inverted
 from packlight.method import Method
 from packlight.method_files import load_methods, save_methods
 from packlight.pack import Grade
+from packlight.planner.planning import plan
+from packlight.planner.result import Plan
 from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
 from packlight.quantiser import Quantiser
@@ -46,6 +49,7 @@ __all__ = [
     "Grade",
     "GradientReport",
     "GroupQuant",
+    "InfeasibleBudgetError",
     "InputError",
     "Inverted",
     "MemoryReport",
@@ -54,6 +58,7 @@ __all__ = [
     "ModifiedWeightError",
     "NothingMatchedError",
     "PacklightError",
+    "Plan",
     "Quantiser",
     "Sketch",
     "Tiles",
@@ -70,6 +75,7 @@ __all__ = [
     "layers",
     "load_methods",
     "manual_seed",
+    "plan",
     "predict",
     "profile",
     "recompute",

@@ -16,6 +16,7 @@ import packlight.layers.rules
 import packlight.sketch.rules  # noqa: F401
 from packlight import _swap, graphs, integrations
 from packlight._seeds import start_rounding
+from packlight.assignment import Assignment, class_changed
 from packlight.conversion import Conversion
 from packlight.errors import CannotConvertError, InputError
 from packlight.fewbit.method import FewBit
@@ -23,7 +24,7 @@ from packlight.following import follow, forget
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
 from packlight.method import Method, check_is_value
-from packlight.plan import Plan, class_changed
+from packlight.planner.result import Plan
 from packlight.quantiser import Quantiser
 from packlight.saving.rest import Given, Rest, check_rest, is_possible
 from packlight.selectors import (
@@ -93,7 +94,8 @@ def convert(
 
     Args:
         model: any module; also one that is converted already, compiled, or inside DDP.
-        methods: a method, methods, or a mapping, as above. The default is explained in README.md.
+        methods: a method, methods, a mapping, as above, or a `Plan`, which says `functional`,
+            `head` and `strict` itself. The default is explained in README.md.
         strict: False to leave alone and report what would raise `CannotConvertError`, and to accept
             patterns and predicates that match nothing.
         functional: whether calls of torch functions in the model's own code (`F.gelu(x)`,
@@ -132,6 +134,8 @@ def convert(
     >>> [row.names for row in conversion.replaced]
     [('0',)]
     """
+    if isinstance(methods, Plan):
+        functional, strict, head = True, False, head or methods.head
     _check(model, methods)
     check_rest(rest)
     if not (isinstance(head, (bool, str)) or callable(head)):
@@ -164,7 +168,7 @@ def _convert(
     layers = layers_of(model)
     if exact_ends:
         methods = with_exact_ends(methods, layers)
-    plan = Plan(methods, layers)
+    plan = Assignment(methods, layers)
     for layer in layers:
         plan.add(layer)
     if functional or rest is not None:

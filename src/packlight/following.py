@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from packlight import _swap, integrations
-from packlight.plan import Plan, first_few
+from packlight.assignment import Assignment, first_few
 from packlight.quantiser import before_first_pack
 from packlight.recompute.modules import Tiled
 from packlight.report.names import condensed
@@ -39,7 +39,7 @@ _following: list[Any] = []  # the handle of our hook, once there is one
 
 
 def follow(
-    layers: list[Layer], plan: Plan, methods: Methods, functional: bool, rest: Rest | None
+    layers: list[Layer], plan: Assignment, methods: Methods, functional: bool, rest: Rest | None
 ) -> None:
     """Remembers how modules were converted, for the adapters that come into them."""
     adapters = tuple(f"{layer.names[0]}." for layer in layers if _adapts(layer.module))
@@ -82,7 +82,7 @@ def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> 
         for layer in layers_of(module)
         if layer.module not in _followed  # the adapted layer, which stays as it is
     ]
-    plan = Plan(given.methods)
+    plan = Assignment(given.methods)
     for layer in layers:
         plan.add(layer, selector)
     if given.functional or given.rest is not None:

@@ -147,6 +147,12 @@ NODES = Capability(
     "torch._C._autograd:_get_sequence_nr",
     "torch.autograd.graph:Node._sequence_nr",
 )
+RUNNING_NODE = Capability(
+    "knows which graph node runs",
+    "a planned backward pass is one line",
+    "torch._C:_current_autograd_node",
+    "torch.autograd.graph:Node._sequence_nr",
+)
 CURRENT_DEVICE = Capability(
     "reads the current CUDA device",
     "each kernel switches devices, which is slower",
@@ -208,6 +214,7 @@ CAPABILITIES = (
     DISPATCH,
     TRANSFORMS,
     NODES,
+    RUNNING_NODE,
     CURRENT_DEVICE,
     CURRENT_STREAM,
     FUSED_ATTENTION,

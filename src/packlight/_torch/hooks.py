@@ -15,8 +15,16 @@ from packlight._torch.tracer import untraced
 
 
 def unseen_by_hooks() -> saved_tensors_hooks:
-    """What autograd saves within is none of the business of hooks around it."""
-    return saved_tensors_hooks(_unchanged, _unchanged)
+    """What autograd saves within is none of the business of hooks around it.
+
+    For first derivatives: what an operation saves of its own output has no graph.
+    """
+    return saved_tensors_hooks(_without_graph, _unchanged)
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    # An operation's own output would hold the graph that holds it, and neither were ever freed.
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

@@ -82,6 +82,10 @@ class Linear(Quantised, nn.Linear):
 class LayerNorm(Quantised, nn.LayerNorm):
     """`torch.nn.LayerNorm`; keeps a pack of the normalised value."""
 
+    @staticmethod
+    def suited(method: GroupQuant) -> GroupQuant:
+        return method.for_norms()
+
     def training_forward(self, input: Tensor) -> Tensor:
         given = (self.normalized_shape, self.weight, self.bias, self.eps)
         return norms.layer_norm(input, *given, method=self.method)
@@ -89,6 +93,10 @@ class LayerNorm(Quantised, nn.LayerNorm):
 
 class RMSNorm(Quantised, nn.RMSNorm):
     """`torch.nn.RMSNorm`; keeps a pack of the normalised value."""
+
+    @staticmethod
+    def suited(method: GroupQuant) -> GroupQuant:
+        return method.for_norms()
 
     def training_forward(self, x: Tensor) -> Tensor:
         given = (self.normalized_shape, self.weight, self.eps)

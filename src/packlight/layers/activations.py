@@ -28,12 +28,14 @@ from packlight.quantiser import KEEPS, Fused, Quantiser
 # ---- what a method without operators of its own does ---------------------------------------------
 
 
-def within_limits(x: Tensor, name: str, parameters: tuple[float, ...] = ()) -> Tensor:
+def within_limits(
+    x: Tensor, name: str, method: Quantiser, parameters: tuple[float, ...] = ()
+) -> Tensor:
     """`x` as far as f tells it from its limits; what is not finite stays, unless f is flat there.
 
     So a far value leaves its neighbours in a pack their step.
     """
-    return within(x, unmarked_limits(x.dtype, name, parameters))
+    return within(x, unmarked_limits(x.dtype, name, parameters, method.grade.bits))
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
@@ -55,7 +57,7 @@ def _forward(
     x: Tensor, name: str, parameters: tuple[float, ...], method: Quantiser, seed: Seed
 ) -> tuple[Tensor, ...]:
     y = laid_out(FUNCTIONS[name](x, *parameters), dense_stride(x))
-    return y, *method.pack(within_limits(x, name, parameters), seed)
+    return y, *method.pack(within_limits(x, name, method, parameters), seed)
 
 
 def _backward(
@@ -189,7 +191,7 @@ def _forward_gated(
         product = F.glu(torch.stack([up, gate]), 0)[0]
     else:
         product = FUNCTIONS[name](gate) * up
-    gate_pack = method.pack(within_limits(gate, name), seed)
+    gate_pack = method.pack(within_limits(gate, name, method), seed)
     return laid_out(product, stride), *gate_pack, *method.pack(laid_out(up, stride), seed_of_up)
 
 

@@ -77,7 +77,7 @@ class Scaled:
         return y.to(dtype).as_strided(self.shape, self.stride)
 
 
-def _forward(
+def plain_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -97,7 +97,7 @@ def _forward(
     return y, rstd.view(-1), copies, method.pack(x_hat, seed)
 
 
-def _backward(
+def plain_backward(
     grad_output: Tensor,
     kept: tuple[Tensor, ...],
     rstd: Tensor,
@@ -113,11 +113,11 @@ def _backward(
     return differentiate(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)
 
 
-def _rebuild(y: Tensor, width: int, method: Quantiser) -> Scaled:
+def plain_rebuild(y: Tensor, width: int, method: Quantiser) -> Scaled:
     return Scaled(method, tuple(y.shape), y.stride(), y.numel() // width, width)
 
 
-_PLAIN = Fused(_forward, _backward, _rebuild)
+_PLAIN = Fused(plain_forward, plain_backward, plain_rebuild)
 
 
 def row_norm_of(method: Quantiser) -> Fused:

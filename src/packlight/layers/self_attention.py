@@ -215,7 +215,7 @@ def fits(
         return False
     if mask is not None and (mask.requires_grad or mask.dtype not in (torch.bool, dtype)):
         return False
-    if not attention.RECOMPUTES or method.grade.bits < attention.FEWEST_BITS:
+    if not attention.recomputes(method, x.shape[1]) or method.grade.bits < attention.FEWEST_BITS:
         return False
     if width % method.grade.group_size or width // heads % 8:
         return False

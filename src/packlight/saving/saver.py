@@ -398,7 +398,7 @@ class Saver:
             return None if is_spread else lossless.without_values(operation, tensor, node)
         if tensors.is_extreme(tensor, owner):
             return None
-        within = activations.within_limits(operation, slot, node)
+        within = activations.within_limits(operation, slot, node, method.grade.bits)
         pack = functools.partial(
             packing.pack, method=method, within=within, is_compiled=name == COMPILED
         )

@@ -64,11 +64,24 @@ def _kept_of_sum(a: Tensor, b: object, alpha: object) -> Pack | None:
     return _linked(two, one, stride) if kept is None else kept
 
 
+def sum_of(one: Pack, two: Pack | None, stride: tuple[int, ...], mask: Tensor) -> Pack | None:
+    """What the ReLU of a sum can be rebuilt from: of a batch norm, `one`, and of `two`."""
+    kept = None if two is None else _linked(one, two, stride)
+    if kept is None and two is not None:
+        kept = _linked(two, one, stride)
+    if kept is None:
+        return None
+    rebuild = kept.rebuild
+    assert isinstance(rebuild, ResidualRebuild)
+    return kept._replace(rebuild=rebuild.with_mask(), tensors=(*kept.tensors, mask))
+
+
 def _linked(one: Pack, two: Pack, stride: tuple[int, ...]) -> Pack | None:
     """The sum of a batch norm, `one`, and of `two`."""
     norm, other = one.rebuild, two.rebuild
     # A tensor that stood twice among those that a layer saves, the tracer would refuse.
-    if any(kept is other_kept for kept in one.tensors for other_kept in two.tensors):
+    others = set(map(id, two.tensors))
+    if not others.isdisjoint(map(id, one.tensors)):
         return None
     if not isinstance(norm, Rebuild) or norm.relu or norm.stride != stride:
         return None

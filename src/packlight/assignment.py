@@ -48,7 +48,7 @@ class _NoRule(Exception):
     """Why a method has no rule for a layer."""
 
 
-class Plan:
+class Assignment:
     """What each layer is to become, and the reasons against it. Changes nothing."""
 
     def __init__(self, methods: Methods, layers: Sequence[Layer] = ()) -> None:
