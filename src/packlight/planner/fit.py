@@ -1,6 +1,7 @@
 """`fit`: does a training step fit a card, and how large may the batch be, by each choice."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -316,7 +317,8 @@ def largest(
         else:
             size = _where_it_meets(points, usable)
         size = max(size // unit * unit, low + step)
-        size = size if high is None else min(size, high - unit)
+        if high is not None and size >= high:
+            size = max(int(math.sqrt(max(low, 1) * high)) // unit * unit, low + unit)
         size = size if most is None else min(size, most)
         if size in points or size < unit:
             break
