@@ -57,7 +57,8 @@ def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
             packlight.convert(walker.model, plan)
         real = walker.walk(H200).timeline
         assert plan.peak_bytes == pytest.approx(real.peak, rel=0.01)
-        assert plan.kept_bytes == pytest.approx(real.kept, rel=0.03)
+        # Where options meet a pack may serve both blocks, or each has its own.
+        assert plan.kept_bytes == pytest.approx(real.kept, rel=0.05)
         steps = [
             sum(s.device_ms for s in t.segments if s.phase != STEP) for t in (plan.timeline, real)
         ]
