@@ -30,7 +30,7 @@ from packlight.planner.result import Plan
 from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
 from packlight.quantiser import Quantiser
-from packlight.recompute import Checkpoint, Tiles
+from packlight.recompute import Checkpoint, Offload, Tiles
 from packlight.report.gradients import GradientReport
 from packlight.saving import saving
 from packlight.sketch import Sketch
@@ -56,6 +56,7 @@ __all__ = [
     "MissingDependencyError",
     "ModifiedWeightError",
     "NothingMatchedError",
+    "Offload",
     "PacklightError",
     "Plan",
     "Quantiser",

@@ -57,8 +57,9 @@ def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
             packlight.convert(walker.model, plan)
         real = walker.walk(H200).timeline
         assert plan.peak_bytes == pytest.approx(real.peak, rel=0.01)
-        # Where options meet a pack may serve both blocks, or each has its own.
-        assert plan.kept_bytes == pytest.approx(real.kept, rel=0.05)
+        # Where options meet, the pack of a block's input may not serve the block before as well.
+        pack = 8 * 256 * 64 * 33 // 32
+        assert plan.kept_bytes == pytest.approx(real.kept, abs=pack + 4096)
         steps = [
             sum(s.device_ms for s in t.segments if s.phase != STEP) for t in (plan.timeline, real)
         ]
