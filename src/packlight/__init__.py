@@ -25,7 +25,7 @@ from packlight.inverted import Inverted
 from packlight.method import Method
 from packlight.method_files import load_methods, save_methods
 from packlight.pack import Grade
-from packlight.planner.planning import plan
+from packlight.planner.planner import plan
 from packlight.planner.result import Plan
 from packlight.predict import predict
 from packlight.profile import MemoryReport, profile

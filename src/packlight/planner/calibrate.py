@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from packlight._torch import share_storage
+from packlight._torch.attributes import tree_leaves
+from packlight._torch.modes import DispatchMode
 from packlight.convert import DEFAULT_METHODS, convert
 from packlight.groupquant.method import GroupQuant
 from packlight.planner.costs import name_of, nominal_s
@@ -141,7 +141,7 @@ def _changed(model: nn.Module, case: str) -> nn.Module:
     return model
 
 
-class _Timed(TorchDispatchMode):
+class _Timed(DispatchMode):
     """Nominal seconds of each operator, and how long it took."""
 
     def __init__(self, device: Device, clock: Callable[[], Any]) -> None:
@@ -273,7 +273,7 @@ def _workspace(kind: str) -> int:
     return torch.cuda.memory_allocated() - before
 
 
-class _Counted(TorchDispatchMode):
+class _Counted(DispatchMode):
     """How many operators of torch compute something, and how many of packlight."""
 
     def __init__(self) -> None:

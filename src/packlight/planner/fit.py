@@ -8,16 +8,16 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from packlight._torch import flatten, unflatten
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner.devices import Device
 from packlight.planner.menu import CHECKPOINTED, EXACT, PACKED_4, TILED, Option
+from packlight.planner.planner import Loss, OptimizerOf
 from packlight.planner.planning import planned
 from packlight.planner.result import Plan
 from packlight.planner.study import Study
 from packlight.planner.timeline import Timeline
-from packlight.planner.walk import Loss, OptimizerOf
 from packlight.report.printing import new_table, render
 from packlight.report.words import human_bytes
 
@@ -251,7 +251,7 @@ def _extremes(
     usable: int,
     longest: int | None,
 ) -> dict[str, int | None]:
-    first = next((x for x in tree_leaves((inputs, kwargs)) if isinstance(x, Tensor)), None)
+    first = next((x for x in flatten((inputs, kwargs))[0] if isinstance(x, Tensor)), None)
     if first is None or first.dim() == 0:
         return {"batch": None, "sequence": None}
     batch = first.shape[0]
@@ -290,7 +290,8 @@ def resized(
             shape[1] = length
         return x.new_empty(shape)
 
-    return tree_map(other, given)
+    leaves, structure = flatten(given)
+    return unflatten([other(leaf) for leaf in leaves], structure)
 
 
 def largest(

@@ -13,15 +13,13 @@ from packlight.errors import InputError
 from packlight.planner.costs import Costs
 from packlight.planner.devices import Device
 from packlight.planner.ledger import Ledger
+from packlight.planner.planner import Loss, OptimizerOf
 from packlight.planner.runs import Run, runs_of, shortened
 from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Static
 from packlight.planner.walked import Walked
 from packlight.predict import copied, copied_inputs, fake_tensors, needs_values
 from packlight.profile.recording import watchable
 from packlight.profile.tensors import tensors_in
-
-Loss = Callable[[Any], Tensor]
-OptimizerOf = Callable[[list[nn.Parameter]], Any]  # as a class of torch.optim
 
 
 class Walker:
