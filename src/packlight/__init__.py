@@ -5,7 +5,7 @@ from packlight._library import use_reference
 from packlight._seeds import manual_seed
 from packlight._version import __version__
 from packlight.conversion import Conversion
-from packlight.convert import DEFAULT_METHODS, convert, revert
+from packlight.convert import DEFAULT_METHODS, DEFAULT_REST, convert, revert
 from packlight.errors import (
     CannotConvertError,
     CannotGraphError,
@@ -37,6 +37,7 @@ from packlight.sketch import Sketch
 
 __all__ = [
     "DEFAULT_METHODS",
+    "DEFAULT_REST",
     "CannotConvertError",
     "CannotGraphError",
     "Checkpoint",

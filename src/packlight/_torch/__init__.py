@@ -68,7 +68,7 @@ from packlight._torch.modes import (
     without_mode,
     without_torch_functions,
 )
-from packlight._torch.nodes import applied
+from packlight._torch.nodes import SAID, applied, as_node, followed, graph_facts, one_node
 from packlight._torch.tracer import (
     always_untraced,
     ask,
@@ -76,8 +76,11 @@ from packlight._torch.tracer import (
     constant_while_traced,
     is_traced,
     is_traced_or_between,
+    next_place,
     question,
     run_as_written,
+    say,
+    scopes,
     untraced,
 )
 
@@ -97,6 +100,7 @@ __all__ = [
     "MODE_STACK",
     "NODES",
     "RUNNING_NODE",
+    "SAID",
     "SAVED",
     "STORAGES",
     "STORAGE_USES",
@@ -107,6 +111,7 @@ __all__ = [
     "adaptive_avg_pool_gradient",
     "always_untraced",
     "applied",
+    "as_node",
     "ask",
     "at_end_of_backward",
     "attention_backend",
@@ -116,8 +121,10 @@ __all__ = [
     "constant_while_traced",
     "current_stream",
     "flatten",
+    "followed",
     "function_modes",
     "give_own_code",
+    "graph_facts",
     "has_storage",
     "hollow",
     "in_transform",
@@ -130,6 +137,8 @@ __all__ = [
     "launches_directly",
     "memory_format",
     "next_node_number",
+    "next_place",
+    "one_node",
     "own_launch",
     "parameters",
     "put_on",
@@ -138,6 +147,8 @@ __all__ = [
     "run_backward",
     "running_node_number",
     "saved_tensor_hooks",
+    "say",
+    "scopes",
     "share_storage",
     "storage_reference",
     "storage_uses",

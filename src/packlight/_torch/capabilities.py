@@ -95,6 +95,9 @@ GRAPH_NODES = Capability(
     "torch._dynamo.exc:Unsupported",
     "torch._dynamo.variables.tensor:TensorVariable",
     "torch._dynamo.variables.tensor:SymNodeVariable",
+    "torch._dynamo.guards:install_guard",
+    "torch._dynamo.guards:GuardBuilder",
+    "torch.fx.experimental.symbolic_shapes:guard_scalar",
 )
 MODES = Capability(
     "takes a function mode off",

@@ -249,8 +249,15 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--functional",
-        action="store_true",
-        help="calls of torch functions in the model's own code as well",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="calls of torch functions in the model's own code as well (default), or layers alone",
+    )
+    parser.add_argument(
+        "--rest",
+        metavar="METHOD",
+        help="packs what no rule is for: 'GroupQuant(8)', 'None' (default: that of the file, or "
+        "else a default for the default methods)",
     )
     parser.add_argument(
         "--head",
