@@ -24,7 +24,7 @@ def rounded(size: int) -> int:
     return -(-size // _ROUNDED) * _ROUNDED
 
 
-class Ledger(DispatchMode):
+class Ledger(DispatchMode):  # type: ignore[misc]
     """`where` says the phase and the place of what runs."""
 
     def __init__(self, costs: Costs, where: Callable[[], tuple[str, str]]) -> None:

@@ -124,7 +124,8 @@ class _Walk:
                 self._move("(loss)")
                 loss = _loss_of(output, walker.loss)
                 # As the context ends autocast lets go of its copies of weights.
-                ledger.freed = copies = {}
+                copies: dict[str, int] = {}
+                ledger.freed = copies
             ledger.freed = None
             del output
             self.phase, self.last, self.end = BACKWARD, "(loss)", _torch.next_node_number()
@@ -209,6 +210,7 @@ class _Walk:
 
 
 def _loss_of(output: Any, loss: Loss | None) -> Tensor:
+    value: Any
     if loss is not None:
         value = loss(output)
     elif isinstance(getattr(output, "loss", None), Tensor):

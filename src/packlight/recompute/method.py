@@ -1,7 +1,7 @@
 """The methods that keep an input and compute the rest again in the backward pass."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from packlight.errors import InputError
 from packlight.groupquant.method import GroupQuant
@@ -23,7 +23,11 @@ class Recompute(Method, abstract=True):
 class OfBlocks(Recompute, abstract=True):
     """Base of the methods of blocks: what they keep is a pack of their input, or the input."""
 
-    keep: ClassVar[Any]
+    @property
+    def kept_by(self) -> Quantiser | None:
+        """How inputs are kept; None keeps them exactly."""
+        raise NotImplementedError
+
     # Whether what is kept lies in the memory of the host until the backward pass.
     offloads: ClassVar[bool] = False
 
@@ -62,6 +66,10 @@ class Checkpoint(OfBlocks):
     def __post_init__(self) -> None:
         _check_keep(self.keep)
 
+    @property
+    def kept_by(self) -> Quantiser | None:
+        return self.keep
+
 
 @dataclasses.dataclass(frozen=True)
 class Offload(OfBlocks):
@@ -87,7 +95,7 @@ class Offload(OfBlocks):
         _check_keep(self.packed, "packed")
 
     @property
-    def keep(self) -> Quantiser | None:  # type: ignore[override]
+    def kept_by(self) -> Quantiser | None:
         return self.packed
 
 

@@ -23,7 +23,7 @@ class Checkpointed(nn.Module):
         # A module that is made of the class later was not converted.
         if method is None or not self.training:
             return call(*args, **kwargs)
-        return checkpoint(call, *args, keep=method.keep, offload=method.offloads, **kwargs)
+        return checkpoint(call, *args, keep=method.kept_by, offload=method.offloads, **kwargs)
 
 
 class Tiled(nn.Module):

@@ -80,7 +80,7 @@ class _Function:
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         method = self.method
-        return checkpoint(function, *args, keep=method.keep, offload=method.offloads, **kwargs)
+        return checkpoint(function, *args, keep=method.kept_by, offload=method.offloads, **kwargs)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Function) and other.method == self.method
