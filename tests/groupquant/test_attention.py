@@ -218,12 +218,13 @@ def test_a_conversion_gives_attention_bits_enough(bits, attention_bits):
     assert codes == 3 * tensors[0].numel() * attention_bits // 8
 
 
-def test_the_default_form_is_one_constant(monkeypatch):
-    tensors = correlated(4, 64, 32)
-    for form, name in ((True, "_RecomputedAttentionBackward"), (False, "_KeptAttentionBackward")):
-        monkeypatch.setattr(attention, "RECOMPUTES", form)
-        y = groupquant.scaled_dot_product_attention(*tensors)
-        assert y.grad_fn.name() == name
+@pytest.mark.parametrize(
+    ("bits", "keys", "name"),
+    [(8, 256, "_Recomputed"), (8, 257, "_Kept"), (4, 257, "_Recomputed")],
+)
+def test_the_form_follows_from_bits_and_keys(bits, keys, name):
+    y = groupquant.scaled_dot_product_attention(*correlated(4, keys, 32), bits=bits)
+    assert y.grad_fn.name() == f"{name}AttentionBackward"
 
 
 # ---- dropout -------------------------------------------------------------------------------------

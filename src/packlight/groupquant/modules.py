@@ -23,6 +23,7 @@ from packlight.layers.activations import activation, gated, gelu_name
 from packlight.layers.linear import linear
 from packlight.layers.prelu import prelu
 from packlight.layers.twin import Twin
+from packlight.method import the_one
 from packlight.quantiser import Quantiser
 
 _DEFAULT = GroupQuant()
@@ -43,7 +44,7 @@ class Quantised(Twin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method = self.suited(GroupQuant(bits, group_size, rounding, code))
+        self.method = the_one(self.suited(GroupQuant(bits, group_size, rounding, code)))
         start_rounding()
 
     @staticmethod

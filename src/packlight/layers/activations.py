@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _torch, _tracer, sharing
+from packlight import _torch, sharing
 from packlight._checks import (
     autocast,
     check_numbers,
@@ -85,6 +85,14 @@ def activation_of(method: Quantiser) -> Fused:
     return method.fused.get("activation", _PLAIN)
 
 
+def overwriting_activation_of(method: Quantiser) -> Fused:
+    """`activation_of` for values that nothing reads afterwards: results may lie in their memory.
+
+    Of a gradient, dense ones alone.
+    """
+    return method.fused.get("activation_") or activation_of(method)
+
+
 # ---- activations ---------------------------------------------------------------------------------
 
 
@@ -121,6 +129,7 @@ class _Activation(torch.autograd.Function):
 _activate: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Activation)
 
 
+@_torch.one_node
 def activation(
     x: Tensor, name: str, method: Quantiser, parameters: tuple[float, ...] = ()
 ) -> Tensor:
@@ -134,8 +143,8 @@ def activation(
     y, *kept = _activate(x, name, parameters, method, method.seed(x))
     rebuild = activation_of(method).rebuild(y, name, parameters, method)
     sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))
-    if torch.compiler.is_dynamo_compiling() and name in UNITS:
-        _tracer.note_source(y, x, how(name, method))
+    if name in UNITS and _torch.is_traced():
+        _torch.say(how(name, method))
     return y
 
 
@@ -335,12 +344,9 @@ def gated(
     wanted = needs_gradient(gate) or needs_gradient(up)
     if not wanted or gate.dtype != up.dtype:
         return plain(gate, up)
-    if torch.compiler.is_dynamo_compiling():
-        up = _tracer.apart(up, gate)
-    else:
-        of_packs = _gated_of_packs(gate, up, name, method, plain)
-        if of_packs is not None:
-            return of_packs
+    of_packs = _gated_of_packs(gate, up, name, method, plain)
+    if of_packs is not None:
+        return of_packs
     fused = "gated" in method.fused  # one seed serves both
     seeds = (method.seed(gate), None if fused else method.seed(gate))
     y, *packs = _apply_gated(gate, up, name, method, *seeds)

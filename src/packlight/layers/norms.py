@@ -255,7 +255,7 @@ def _norm(
     parameters: tuple[Tensor | None, ...] = (_flat(weight), _flat(bias))
     center = name == "layer_norm"
     y, *kept = _apply(x, *parameters, width, eps, center, method, method.seed(x))
-    if not torch.compiler.is_dynamo_compiling():
+    if not _torch.is_traced():
         parameters = own_parameters(kept[:2], *parameters)
         kept = kept[2:]
     rebuild = row_norm_of(method).rebuild(y, width, method)
@@ -265,6 +265,7 @@ def _norm(
     return y
 
 
+@_torch.one_node
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -288,6 +289,7 @@ def layer_norm(
     return _norm(input, "layer_norm", plain, shape, weight, bias, eps, method)
 
 
+@_torch.one_node
 def rms_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
