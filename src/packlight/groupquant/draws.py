@@ -90,7 +90,8 @@ def signs(seed: Tensor, groups: int, group_size: int) -> Tensor:
     with that of their place.
     """
     size = group_size // 8
-    place = mixed((torch.arange(size, device=seed.device) + STEP) & _MASK)
+    # Less 2^32, which the mask undoes: a compiler may add to a range in int32.
+    place = mixed((torch.arange(size, device=seed.device) + (STEP - (1 << 32))) & _MASK)
     words = ((group_hashes(seed, groups).view(-1, 1) ^ place) * HASH[0]) & _MASK
     words = ((words ^ (words >> 15)) * HASH[1]) & _MASK
     bits = (words.view(-1, 1, size) >> (31 - torch.arange(8, device=seed.device)).view(8, 1)) & 1
