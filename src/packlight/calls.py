@@ -44,6 +44,8 @@ _BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._j
 _LAYERS = ("torch.nn.", "packlight.")
 # What calls `keep` and `restore` of any method.
 _QUANTISER = "packlight.quantiser"
+# Code of layers whose call is the layer: a rule for calls serves it too.
+_THROUGH = (nn.Softmax.forward.__code__,)
 
 
 class _Covering(TorchFunctionMode):
@@ -91,7 +93,8 @@ def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and not is_plain(value):
             return False
-    x = args[0] if args else kwargs.get(call.names[0])
+    place = call.subject
+    x = args[place] if len(args) > place else kwargs.get(call.names[place])
     return isinstance(x, Tensor) and is_taken(x)
 
 
@@ -107,7 +110,7 @@ def _called_by_a_layer() -> bool:
     while frame is not None:
         name: str = frame.f_globals.get("__name__", "")
         if name not in _BETWEEN:
-            return name.startswith(_LAYERS)
+            return name.startswith(_LAYERS) and frame.f_code not in _THROUGH
         frame = frame.f_back
     return False
 

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from packlight.groupquant import conv_modules, modules
 from packlight.layers import channel_norms, functional, norms
+from packlight.layers.arithmetic import ARITHMETIC
 from packlight.layers.attention import scaled_dot_product_attention
 from packlight.layers.casts import CASTS
 from packlight.layers.convolution import CONVOLUTIONS, TRANSPOSED
 from packlight.layers.linear import linear
+from packlight.layers.matmul import PRODUCTS
 from packlight.layers.prelu import prelu
 from packlight.layers.product import mul
+from packlight.layers.softmax import SOFTMAXES
 from packlight.method import call_rule, rows
 from packlight.quantiser import Quantiser
 
@@ -94,4 +97,7 @@ rows(
     lambda method: {"method": method.for_attention()},
 )
 
+call_rule(Quantiser, ARITHMETIC)
+call_rule(Quantiser, SOFTMAXES, lambda method: {"method": method.for_functions()})
+call_rule(Quantiser, PRODUCTS, lambda method: {"method": method})
 call_rule(Quantiser, CASTS)

@@ -14,6 +14,7 @@ from packlight import _torch, _tracer, sharing
 from packlight._checks import needs_gradient, refuse_second_derivative
 from packlight._gradients import column_sums
 from packlight.fewbit.activations import CONTINUOUS
+from packlight.layers.arithmetic import followed
 from packlight.layers.activations import UNITS, Applied, GatedProduct, gated, how, unit_of
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, Restore, pack_input, worth_packing
@@ -87,7 +88,7 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     if _is_scale(other, input, method):
         return scale(other, input, method=method)
     if not _is_gate(input, other, method):
-        return torch.mul(input, other)
+        return followed(torch.mul, input, other)
     if torch.compiler.is_dynamo_compiling():
         y = _unit(input, other, method)
         y = _unit(other, input, method) if y is None else y
