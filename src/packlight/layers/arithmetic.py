@@ -42,29 +42,35 @@ def followed(
     `again` is the same function without writing to its operands, where `function` does.
     """
     tensors = tuple(x for x in operands if isinstance(x, Tensor))
-    packs = _packs_of(tensors)
+    known = _known_of(tensors)
     y = function(*operands, **settings)
+    packs = None if known is None else _packs_of(tensors, known, y)
     if packs is not None:
         others = tuple(None if isinstance(x, Tensor) else x for x in operands)
         note_computed(y, _Again(again or function, others, settings), tensors, packs)
     return y
 
 
-def _packs_of(tensors: tuple[Tensor, ...]) -> list[Pack] | None:
+def _known_of(tensors: tuple[Tensor, ...]) -> list[Pack | None] | None:
+    """The packs of the operands that are computed themselves; None where nothing is noted."""
+    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
+        return None
+    return [computed_pack_of(x) for x in tensors]
+
+
+def _packs_of(
+    tensors: tuple[Tensor, ...], known: list[Pack | None], y: Tensor
+) -> list[Pack] | None:
     """What is kept of the operands of a result; None where it would be of the result's size.
 
     An operand with fewer elements is one for several rows, heads or layers, and torch keeps masks.
     """
-    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
-        return None
-    known = [computed_pack_of(x) for x in tensors]
-    if all(pack is None for pack in known):
-        return None
-    size = max(x.numel() for x in tensors)
+    packs = []
     for x, pack in zip(tensors, known, strict=True):
-        if pack is None and x.numel() >= size and x.dtype != torch.bool:
+        if pack is None and x.numel() >= y.numel() and x.dtype != torch.bool:
             return None
-    return [exact(x) if pack is None else pack for x, pack in zip(tensors, known, strict=True)]
+        packs.append(exact(x) if pack is None else pack)
+    return packs
 
 
 def add(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
