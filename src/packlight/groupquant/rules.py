@@ -12,6 +12,7 @@ from packlight.layers.arithmetic import ARITHMETIC
 from packlight.layers.attention import scaled_dot_product_attention
 from packlight.layers.casts import CASTS
 from packlight.layers.convolution import CONVOLUTIONS, TRANSPOSED
+from packlight.layers.elementary import ELEMENTARY
 from packlight.layers.linear import linear
 from packlight.layers.matmul import PRODUCTS
 from packlight.layers.prelu import prelu
@@ -98,6 +99,6 @@ rows(
 )
 
 call_rule(Quantiser, ARITHMETIC)
-call_rule(Quantiser, SOFTMAXES, lambda method: {"method": method.for_functions()})
+call_rule(Quantiser, {**SOFTMAXES, **ELEMENTARY}, lambda method: {"method": method.for_functions()})
 call_rule(Quantiser, PRODUCTS, lambda method: {"method": method})
 call_rule(Quantiser, CASTS)

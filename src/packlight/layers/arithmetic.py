@@ -88,11 +88,6 @@ def sub(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
     return followed(torch.sub, input, other, alpha=alpha)
 
 
-def div(input: Tensor, other: Any, *, rounding_mode: Any = None) -> Tensor:
-    """`torch.div`; torch keeps a divisor that is a tensor."""
-    return followed(torch.div, input, other, rounding_mode=rounding_mode)
-
-
 def div_(input: Tensor, other: Any, *, rounding_mode: Any = None) -> Tensor:
     """`Tensor.div_`; torch keeps a divisor that is a tensor."""
     return followed(Tensor.div_, input, other, again=torch.div, rounding_mode=rounding_mode)
@@ -125,8 +120,6 @@ ARITHMETIC: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.add_: add_,
     torch.sub: sub,
     Tensor.sub: sub,
-    torch.div: div,
-    Tensor.div: div,
     Tensor.div_: div_,
     Tensor.mul_: mul_,
     torch.masked_fill: masked_fill,

@@ -18,6 +18,7 @@ from torch import Tensor
 from packlight import _torch, sharing
 from packlight._checks import autocasts, needs_gradient, refuse_second_derivative
 from packlight._gradients import as_dtype
+from packlight._overwrite import writable
 from packlight.layers.casts import to
 from packlight.layers.computed import computed, exact, is_of_parameters, pack_operand
 from packlight.pack import Pack
@@ -70,7 +71,8 @@ class _Multiply(torch.autograd.Function):
         ctx.settings = (product, added, kept)
         ctx.like = (a.dtype, tuple(a.shape), b.dtype, tuple(b.shape))
         ctx.base = None if base is None else (base.dtype, tuple(base.shape))
-        return product.forward(a, b) if added is None or base is None else added(base, a, b)
+        y = product.forward(a, b) if added is None or base is None else added(base, a, b)
+        return writable(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

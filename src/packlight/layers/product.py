@@ -20,7 +20,6 @@ from packlight.layers.computed import computed_pack_of, exact, is_of_parameters,
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, Restore, pack_input, worth_packing
 
-
 # A factor with this many times fewer elements than the other is kept as it is.
 _MUCH = 16
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from packlight._checks import autocasts, refuse_second_derivative
+from packlight._overwrite import writable
 from packlight._seeds import drawn_again, draws_at
 from packlight.layers.computed import computed_pack_of, exact, is_of_parameters
 from packlight.pack import Pack
@@ -57,7 +58,9 @@ class _Replayed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.settings = (function, kept, len(given))
-        return results
+        if isinstance(results, tuple):
+            return tuple(map(writable, results))
+        return writable(results)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:

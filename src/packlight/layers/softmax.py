@@ -17,6 +17,7 @@ from torch import Tensor
 from packlight import sharing
 from packlight._checks import autocast_dtype, needs_gradient, refuse_second_derivative
 from packlight._gradients import as_dtype
+from packlight._overwrite import writable
 from packlight.layers.casts import to
 from packlight.layers.computed import computed, computed_pack_of
 from packlight.pack import Pack
@@ -49,7 +50,7 @@ class _OfScores(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.settings = (function.dim, x.dtype, rebuild)
-        return function(x)
+        return writable(function(x))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
