@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from packlight import sharing
 from packlight.pack import EXACT, Grade, Pack, View
@@ -84,9 +84,10 @@ def exact(x: Tensor) -> Pack:
 
 
 def is_of_parameters(x: Tensor) -> bool:
-    """Whether x is a parameter or a view of one, or needs no gradient: torch holds it anyway."""
-    base = x if x._base is None else x._base
-    return base.is_leaf
+    """Whether x is a parameter or a view of one, which torch holds anyway, or has no gradient."""
+    if torch.compiler.is_dynamo_compiling():
+        return not x.requires_grad or isinstance(x, nn.Parameter)
+    return not x.requires_grad or isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 def pack_operand(x: Tensor, method: Quantiser) -> Pack:

@@ -34,7 +34,7 @@ from packlight.reading import reader, reading_of
 
 
 class _OfPack(torch.autograd.Function):
-    """y = f(x), by a gradient that reads what is kept: of x, or of y where y is computed from it."""
+    """y = f(x), by a gradient that reads what is kept: of x, or of y where that is computed."""
 
     @staticmethod
     def forward(

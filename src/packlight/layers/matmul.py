@@ -152,10 +152,7 @@ def _kept(x: Tensor, wanted: bool, method: Quantiser, is_activation: bool) -> Pa
     """What is kept of a factor; None if the other needs no gradient."""
     if not wanted:
         return None
-    if is_activation or isinstance(x, torch.nn.Parameter):
-        return pack_operand(x, method)
-    # Data without a gradient, or a view of a parameter.
-    return exact(x)
+    return pack_operand(x, method) if is_activation else exact(x)
 
 
 def _is_exact(pack: Pack) -> bool:
@@ -281,14 +278,11 @@ def _parsed(equation: object) -> _Einsum | None:
 
 def einsum(equation: Any, input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     """`torch.einsum` of two tensors; see `matmul`."""
-    form = _parsed(equation)
-    if form is not None and isinstance(other, Tensor):
-        if len(form.a) == input.dim() and len(form.b) == other.dim():
-            product = Product(form.forward, form.gradients)
-            y = _multiply(input, other, product, method)
-            if y is not None:
-                return y
-    return torch.einsum(equation, input, other)
+    form = _parsed(equation) if isinstance(other, Tensor) else None
+    if form is None or (len(form.a), len(form.b)) != (input.dim(), other.dim()):
+        return torch.einsum(equation, input, other)
+    y = _multiply(input, other, Product(form.forward, form.gradients), method)
+    return torch.einsum(equation, input, other) if y is None else y
 
 
 # ---- products by groups of rows ------------------------------------------------------------------
@@ -321,12 +315,14 @@ def grouped_mm(
 
     As for the experts of a mixture. Other forms are torch's own.
     """
-    if bias is None and offs is not None and out_dtype in (None, input.dtype):
-        if input.dim() == 2 and mat2.dim() == 3 and not autocasts(input.device.type):
-            groups = _Grouped(offs)
-            y = _multiply(input, mat2, Product(groups.forward, groups.gradients), method)
-            if y is not None:
-                return y
+    is_of_rows = input.dim() == 2 and mat2.dim() == 3 and offs is not None and bias is None
+    y = None
+    if is_of_rows and out_dtype in (None, input.dtype) and not autocasts(input.device.type):
+        assert offs is not None
+        groups = _Grouped(offs)
+        y = _multiply(input, mat2, Product(groups.forward, groups.gradients), method)
+    if y is not None:
+        return y
     return F.grouped_mm(input, mat2, offs=offs, bias=bias, out_dtype=out_dtype)
 
 

@@ -96,12 +96,9 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
         return scale(input, other, method=method)
     if _is_scale(other, input, method):
         return scale(other, input, method=method)
-    if torch.compiler.is_dynamo_compiling():
-        if not _is_gate(input, other, method):
-            return torch.mul(input, other)
-    elif not _are_factors(input, other, method):
+    if not _are_factors(input, other, method):
         return followed(torch.mul, input, other)
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() and _is_gate(input, other):
         y = _unit(input, other, method)
         y = _unit(other, input, method) if y is None else y
         if y is not None:
@@ -280,9 +277,8 @@ def _are_factors(a: object, b: object, method: Quantiser) -> bool:
     return worth_packing(larger, method) and not (is_of_parameters(a) and is_of_parameters(b))
 
 
-def _is_gate(a: Tensor, b: object, method: Quantiser) -> bool:
-    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not (needs_gradient(a) and needs_gradient(b) and worth_packing(a, method)):
+def _is_gate(a: Tensor, b: Tensor) -> bool:
+    """Whether one of two factors alike is packed already, as the result of an activation is."""
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return sharing.pack_of(a) is not None or sharing.pack_of(b) is not None
