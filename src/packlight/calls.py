@@ -11,7 +11,8 @@ nothing, whatever the module around it does. In training, calls are covered with
 so that a pass without gradients and the pass with gradients run the same functions: both passes of
 a re-entrant checkpoint draw the same random numbers.
 
-Calls by the layers of torch.nn are left to the rules for layers. The layers of packlight run with
+Calls by the layers of torch.nn are left to the rules for layers, but those of subclasses, which
+have no rules, count as the model's. The layers of packlight run with
 the mode off: they read attributes of tensors a hundred times a block, and the mode would see each.
 """
 
@@ -44,8 +45,8 @@ _BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._j
 _LAYERS = ("torch.nn.", "packlight.")
 # What calls `keep` and `restore` of any method.
 _QUANTISER = "packlight.quantiser"
-# Code of layers whose call is the layer: a rule for calls serves it too.
-_THROUGH = (nn.Softmax.forward.__code__,)
+# Layers that are a call and nothing else, with no rule of their own.
+_CALLS = (nn.Softmax,)
 
 
 class _Covering(TorchFunctionMode):
@@ -95,6 +96,8 @@ def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
             return False
     place = call.subject
     x = args[place] if len(args) > place else kwargs.get(call.names[place])
+    if isinstance(x, (tuple, list)) and x:  # as `einsum` has its operands
+        x = x[0]
     return isinstance(x, Tensor) and is_taken(x)
 
 
@@ -110,9 +113,25 @@ def _called_by_a_layer() -> bool:
     while frame is not None:
         name: str = frame.f_globals.get("__name__", "")
         if name not in _BETWEEN:
-            return name.startswith(_LAYERS) and frame.f_code not in _THROUGH
+            return name.startswith(_LAYERS) and not _is_of_a_model(frame)
         frame = frame.f_back
     return False
+
+
+def _is_of_a_model(frame: types.FrameType) -> bool:
+    """Whether code of torch's layers runs for a class of the model's.
+
+    As that of a subclass which calls `super().forward`, or has no forward of its own, and of a
+    parametrized layer: there are no rules for such classes.
+    """
+    kind = type(frame.f_locals.get("self"))
+    if kind in _CALLS:
+        return True
+    if not issubclass(kind, nn.Module):
+        return False
+    return getattr(sys.modules.get(kind.__module__), kind.__qualname__, kind) is not kind or (
+        not kind.__module__.startswith(_LAYERS)
+    )
 
 
 @_torch.question

@@ -8,6 +8,7 @@ be computed again from them.
 
 import dataclasses
 import math
+import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import _torch, sharing
-from packlight._checks import autocasts, needs_gradient, refuse_second_derivative
+from packlight._checks import autocasts, is_plain, needs_gradient, refuse_second_derivative
 from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight.layers.casts import to
@@ -262,27 +263,38 @@ class _Einsum:
         return da, db
 
 
-def _parsed(equation: object) -> _Einsum | None:
-    """None for an equation whose gradient is another one's, or that has no two operands."""
-    if not isinstance(equation, str) or "." in equation:
+def _parsed(equation: object, dims: tuple[int, int]) -> _Einsum | None:
+    """None for an equation whose gradient is another one's, or that is not of two such operands."""
+    if not isinstance(equation, str):
         return None
     inputs, arrow, y = equation.replace(" ", "").partition("->")
     a, comma, b = inputs.partition(",")
     if not (arrow and comma) or "," in b:
         return None
+    if "..." in inputs:
+        rest = [size - len(own.replace("...", "")) for own, size in zip((a, b), dims, strict=True)]
+        if "..." not in a or "..." not in b or "..." not in y or rest[0] != rest[1]:
+            return None
+        unused = [letter for letter in string.ascii_letters if letter not in equation]
+        letters = "".join(unused[: rest[0]])
+        a, b, y = (own.replace("...", letters) for own in (a, b, y))
     for own, others in ((a, b + y), (b, a + y), (y, a + b)):
         if len(set(own)) != len(own) or not set(own) <= set(others):
             return None
-    return _Einsum(a, b, y)
+    return _Einsum(a, b, y) if (len(a), len(b)) == dims else None
 
 
-def einsum(equation: Any, input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
-    """`torch.einsum` of two tensors; see `matmul`."""
-    form = _parsed(equation) if isinstance(other, Tensor) else None
-    if form is None or (len(form.a), len(form.b)) != (input.dim(), other.dim()):
-        return torch.einsum(equation, input, other)
-    y = _multiply(input, other, Product(form.forward, form.gradients), method)
-    return torch.einsum(equation, input, other) if y is None else y
+def einsum(equation: Any, input: Any, other: Any = None, *, method: Quantiser) -> Tensor:
+    """`torch.einsum` of two tensors, also in one list; see `matmul`."""
+    operands = tuple(input) if isinstance(input, (tuple, list)) else (input, other)
+    if len(operands) != 2 or not all(isinstance(x, Tensor) and is_plain(x) for x in operands):
+        return torch.einsum(equation, *(x for x in operands if x is not None))
+    a, b = operands
+    form = _parsed(equation, (a.dim(), b.dim()))
+    if form is None:
+        return torch.einsum(equation, a, b)
+    y = _multiply(a, b, Product(form.forward, form.gradients), method)
+    return torch.einsum(equation, a, b) if y is None else y
 
 
 # ---- products by groups of rows ------------------------------------------------------------------
