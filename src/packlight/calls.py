@@ -45,8 +45,13 @@ _BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._j
 _LAYERS = ("torch.nn.", "packlight.")
 # What calls `keep` and `restore` of any method.
 _QUANTISER = "packlight.quantiser"
-# Layers that are a call and nothing else, with no rule of their own.
-_CALLS = (nn.Softmax,)
+# Layers of torch's without a rule, whose code is calls of functions, or of layers and functions.
+_CALLS = (
+    nn.MultiheadAttention,
+    nn.Softmax,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoderLayer,
+)
 
 
 class _Covering(TorchFunctionMode):
@@ -125,8 +130,6 @@ def _is_of_a_model(frame: types.FrameType) -> bool:
     parametrized layer: there are no rules for such classes.
     """
     kind = type(frame.f_locals.get("self"))
-    if kind in _CALLS:
-        return True
     if not issubclass(kind, nn.Module):
         return False
     return getattr(sys.modules.get(kind.__module__), kind.__qualname__, kind) is not kind or (
@@ -232,7 +235,8 @@ def swap_for_calls(
     module. Without methods its calls stay torch's, whatever the module around it covers.
     """
     code = kind if swap is None else _owner_of_forward(swap.kind)
-    own = not f"{code.__module__}.".startswith(_LAYERS) and kind.forward is not nn.Module.forward
+    of_layers = f"{code.__module__}.".startswith(_LAYERS) and code not in _CALLS
+    own = not of_layers and kind.forward is not nn.Module.forward
     if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return None
     calls = Calls.of(methods)

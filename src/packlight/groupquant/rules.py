@@ -15,6 +15,7 @@ from packlight.layers.convolution import CONVOLUTIONS, TRANSPOSED
 from packlight.layers.elementary import ELEMENTARY
 from packlight.layers.linear import linear
 from packlight.layers.matmul import PRODUCTS
+from packlight.layers.multi_head import multi_head_attention_forward
 from packlight.layers.prelu import prelu
 from packlight.layers.product import mul
 from packlight.layers.softmax import SOFTMAXES
@@ -94,7 +95,10 @@ rows(
 # Attention runs once more on its packs.
 rows(
     Quantiser,
-    {(F.scaled_dot_product_attention,): (scaled_dot_product_attention,)},
+    {
+        (F.scaled_dot_product_attention,): (scaled_dot_product_attention,),
+        (F.multi_head_attention_forward,): (multi_head_attention_forward,),
+    },
     lambda method: {"method": method.for_attention()},
 )
 

@@ -59,7 +59,7 @@ class _Replayed(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.settings = (function, kept, len(given))
         if isinstance(results, tuple):
-            return tuple(map(writable, results))
+            return tuple(None if y is None else writable(y) for y in results)
         return writable(results)
 
     @staticmethod
@@ -76,7 +76,11 @@ class _Replayed(torch.autograd.Function):
             results = function(*operands)
         results = results if isinstance(results, tuple) else (results,)
         wanted = [x for x in operands if x.requires_grad]
-        pairs = [(y, dy) for y, dy in zip(results, grad_outputs, strict=True) if dy is not None]
+        pairs = [
+            (y, dy)
+            for y, dy in zip(results, grad_outputs, strict=True)
+            if dy is not None and y.requires_grad
+        ]
         found = iter(
             torch.autograd.grad(
                 [y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True
@@ -97,13 +101,20 @@ def replayed(
 ) -> Any:
     """function(*operands), which runs once more on packs of them; biased, as attention is.
 
-    `function` gives a tensor or a tuple of tensors, and reads no tensor that needs a gradient but
-    its operands. With `draws` it draws on the device of the first, and draws the same again.
+    `function` gives a tensor or a tuple of tensors and None, and reads no tensor that needs a
+    gradient but its operands. With `draws` it draws on the device of the first, and draws the same
+    again.
     """
-    packs = [_kept(x, method) for x in operands]
-    kept = _Operands(packs, [(x.dtype, x.requires_grad) for x in operands])
+    own = list({id(x): x for x in operands}.values())
+    places = [next(place for place, x in enumerate(own) if x is operand) for operand in operands]
+    packs = [_kept(x, method) for x in own]
+    kept = _Operands(packs, [(x.dtype, x.requires_grad) for x in own])
     tensors = [part for pack in packs for part in pack.tensors]
-    return _replay(function, kept, draws, len(operands), *operands, *tensors)
+
+    def call(*found: Tensor) -> Any:
+        return function(*(found[place] for place in places))
+
+    return _replay(call, kept, draws, len(own), *own, *tensors)
 
 
 def _kept(x: Tensor, method: Quantiser) -> Pack:
