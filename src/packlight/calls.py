@@ -130,9 +130,11 @@ def _is_of_a_model(frame: types.FrameType) -> bool:
     parametrized layer: there are no rules for such classes.
     """
     kind = type(frame.f_locals.get("self"))
+    if kind in _CALLS:  # one that a forward makes, as `nn.Softmax(-1)(x)`
+        return True
     if not issubclass(kind, nn.Module):
         return False
-    return getattr(sys.modules.get(kind.__module__), kind.__qualname__, kind) is not kind or (
+    return getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind or (
         not kind.__module__.startswith(_LAYERS)
     )
 

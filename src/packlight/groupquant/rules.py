@@ -18,6 +18,7 @@ from packlight.layers.matmul import PRODUCTS
 from packlight.layers.multi_head import multi_head_attention_forward
 from packlight.layers.prelu import prelu
 from packlight.layers.product import mul
+from packlight.layers.reductions import REDUCTIONS
 from packlight.layers.softmax import SOFTMAXES
 from packlight.method import call_rule, rows
 from packlight.quantiser import Quantiser
@@ -103,6 +104,10 @@ rows(
 )
 
 call_rule(Quantiser, ARITHMETIC)
-call_rule(Quantiser, {**SOFTMAXES, **ELEMENTARY}, lambda method: {"method": method.for_functions()})
+call_rule(
+    Quantiser,
+    {**SOFTMAXES, **ELEMENTARY, **REDUCTIONS},
+    lambda method: {"method": method.for_functions()},
+)
 call_rule(Quantiser, PRODUCTS, lambda method: {"method": method})
 call_rule(Quantiser, CASTS)

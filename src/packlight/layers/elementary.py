@@ -203,7 +203,9 @@ def div(
         and worth_packing(input, method)
     )
     if not packed:
-        return followed(torch.div, input, other, rounding_mode=rounding_mode)
+        if rounding_mode is not None:
+            return torch.div(input, other, rounding_mode=rounding_mode)
+        return followed(torch.div, input, other)
     pack, values = pack_operand(input, method), exact(other)
     y = _divide(input, other, *values.tensors, pack.rebuild, *pack.tensors)
     if is_dense(y):
