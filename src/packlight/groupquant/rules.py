@@ -60,7 +60,7 @@ rows(
         (nn.Softsign, F.softsign): (modules.Softsign, functional.softsign),
         (nn.Tanh, torch.tanh, Tensor.tanh): (modules.Tanh, functional.tanh),
         (nn.Tanhshrink, F.tanhshrink): (modules.Tanhshrink, functional.tanhshrink),
-        (torch.mul, Tensor.mul): (mul,),
+        (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply): (mul,),
         (nn.LayerNorm, F.layer_norm): (modules.LayerNorm, norms.layer_norm),
         (nn.RMSNorm, F.rms_norm): (modules.RMSNorm, norms.rms_norm),
     },

@@ -119,6 +119,7 @@ ARITHMETIC: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.add: add,
     Tensor.add_: add_,
     torch.sub: sub,
+    torch.subtract: sub,
     Tensor.sub: sub,
     Tensor.div_: div_,
     Tensor.mul_: mul_,

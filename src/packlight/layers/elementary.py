@@ -223,5 +223,8 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.exp: exp,
     Tensor.exp: exp,
     torch.div: div,
+    torch.divide: div,
+    torch.true_divide: div,
     Tensor.div: div,
+    Tensor.true_divide: div,
 }

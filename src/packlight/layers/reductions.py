@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight._checks import needs_gradient
-from packlight.layers.computed import computed_pack_of, is_of_parameters
+from packlight.layers.computed import is_of_parameters
 from packlight.layers.replayed import replayed
 from packlight.quantiser import Quantiser, worth_packing
 
@@ -70,13 +70,6 @@ def erf(input: Tensor, *, method: Quantiser) -> Tensor:
     return _once_more(torch.erf, input, method)
 
 
-def amax(input: Tensor, dim: Any = (), keepdim: bool = False, *, method: Quantiser) -> Tensor:
-    """`torch.amax`, of what is computed from packs: the largest of scores."""
-    if computed_pack_of(input) is None:
-        return torch.amax(input, dim, keepdim)
-    return _once_more(torch.amax, input, method, dim, keepdim)
-
-
 # By what they become in a model's own code.
 REDUCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.linalg.vector_norm: vector_norm,
@@ -85,6 +78,4 @@ REDUCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.normalize: normalize,
     torch.erf: erf,
     Tensor.erf: erf,
-    torch.amax: amax,
-    Tensor.amax: amax,
 }
