@@ -16,6 +16,7 @@ from torch import Tensor
 from packlight._checks import autocasts, refuse_second_derivative
 from packlight._overwrite import writable
 from packlight._seeds import drawn_again, draws_at
+from packlight._torch.hooks import unseen_by_hooks
 from packlight.layers.computed import computed_pack_of, exact, is_of_parameters
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
@@ -54,13 +55,16 @@ class _Replayed(torch.autograd.Function):
         ctx.draws = draws_at(operands[0]) if draws else None
         kind = operands[0].device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if autocasts(kind) else None
-        results = function(*operands)
+        # With gradients, by which torch chooses kernels; what it keeps goes at the end of the call.
+        own = [x.detach().requires_grad_(x.requires_grad) for x in operands]
+        with unseen_by_hooks(), torch.enable_grad():
+            results = function(*own)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.settings = (function, kept, len(given))
         if isinstance(results, tuple):
-            return tuple(None if y is None else writable(y) for y in results)
-        return writable(results)
+            return tuple(None if y is None else writable(y.detach()) for y in results)
+        return writable(results.detach())
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
