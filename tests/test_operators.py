@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from packlight import _seeds, fewbit, groupquant, head, sketch
 from packlight._library import _LIBRARY
 from packlight.fewbit import ops as few_bit_ops
+from packlight.groupquant import ops as group_ops
 from packlight.packing.ops import pack_mask, unpack_mask
 from packlight.rotary import rotate
 from packlight.sketch.method import KINDS
@@ -111,6 +112,27 @@ def group_quantised_norms():
                 both_ways(layer, torch.randn(shape).to(dtype))
 
 
+def norms_behind_sums():
+    for dtype in DTYPES:
+        for p, residual_dtype in ((0.0, dtype), (0.3, dtype), (0.0, torch.float32)):
+            x = torch.randn(8, 64, dtype=dtype)
+            residual, parameter = torch.randn(8, 64, dtype=residual_dtype), torch.randn(64)
+            settings = (parameter, None, p, 1e-5, torch.float32, (4, 64, 0))
+            seeds = (None, 3, torch.tensor([7]), 0)
+            y, *kept, _, _, mask = group_ops.post_norm(x, residual, *settings, *seeds)
+            for needs in ((True, True), (True, False), (False, False)):
+                given = (parameter, mask, p, dtype, residual_dtype, *needs, (4, 64, 0))
+                group_ops.post_norm_backward(y, *kept, *given)
+
+
+def overwritten():
+    for dtype in DTYPES:
+        for x in (torch.randn(5, 64, dtype=dtype), torch.randn(64, 5, dtype=dtype).t()):
+            f = ("gelu", (), (4, 64, 0))
+            pack = group_ops.activation_(x, *f, None, 7)
+            group_ops.activation_backward_(x, *pack, *f)
+
+
 def group_quantised_products():
     for dtype in DTYPES:
         x, linear = torch.randn(9, 132, dtype=dtype), groupquant.Linear(66, 4).to(dtype)
@@ -159,7 +181,7 @@ def rotations():
 
 PASSES = (
     activations, dropouts, pools, inverted_norms, group_quantised_norms, group_quantised_products,
-    residual_blocks, sketches, masks, heads, rotations,
+    norms_behind_sums, overwritten, residual_blocks, sketches, masks, heads, rotations,
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from packlight.fewbit.activations import CONTINUOUS
 from packlight.groupquant import gated_kernels
 from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
+from packlight.groupquant import post_norm_kernels as post_norms
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
 from packlight.groupquant.fixed_point import residual_kernels
 from packlight.groupquant.fixed_point.method import bin_width
@@ -40,6 +41,8 @@ from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "logits_ptr")
+POINTERS += ("residual_ptr", "dresidual_ptr")
+POINTERS += ("g_ptr", "other_ptr")
 POINTERS += ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "center", "scale", "offset", "low", "eps", "momentum", *LIMITS)
@@ -200,6 +203,7 @@ def pool_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
 def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
     """As `norm_variants`: the kernels of fixed-point codes, channels-last and not."""
     kernels = fixed_point_kernels
+    forms = {"plain": (False, False), "relu": (True, False), "sum": (False, True)}
     for bits in (4, 8):
         sizes = {"WEIGHT": True, "BIAS": True, "BITS": bits}
         width = {"WIDTH": bin_width(bits, None)}
@@ -210,8 +214,10 @@ def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int,
                 block["inner"] = 1
             label = f"fixed point {dtype} {bits} bits, regular {regular}"
             elements = 8 * kernels.BLOCK
-            forward = block | width
-            yield f"{label}, forward", kernels._forward_kernel, forward, dtype, 4, elements
+            for form, (relu, added) in forms.items():
+                forward = block | width | {"RELU": relu, "SUM": added}
+                name = f"{label}, forward {form}"
+                yield name, kernels._forward_kernel, forward, dtype, 4, elements
             for mode in range(3):
                 decode = {**block, "MODE": mode}
                 yield f"{label}, decode {mode}", kernels._decode_kernel, decode, dtype, 4, elements
@@ -236,11 +242,16 @@ def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int,
         kernel = kernels._statistics_kernel
         yield f"{label}, statistics", kernel, constants, dtype, kernels.SUM_WARPS, elements
         for bits, same in itertools.product((4, 8), (True, False)):
-            for name, kernel, warps in (
-                ("sums", kernels._sums_kernel, kernels.SUM_WARPS),
-                ("dx", kernels._dx_kernel, kernels.DX_WARPS),
+            for name, kernel, warps, options in (
+                *(
+                    (f"sums {form}", kernels._sums_kernel, kernels.SUM_WARPS, options)
+                    for form, options in forms.items()
+                ),
+                ("dx", kernels._dx_kernel, kernels.DX_WARPS, (False,)),
+                ("dx relu", kernels._dx_kernel, kernels.DX_WARPS, (True,)),
             ):
                 elements, constants = tile(warps)
+                constants |= dict(zip(("RELU", "SUM"), options, strict=False))
                 constants |= {"BITS": bits, "SAME": same, "FULL": True}
                 elements *= 8 if same else 1
                 yield (
@@ -311,6 +322,13 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             launches[f"norm {width}"] = forward
             backward, _ = norms._backward_launch(grouping, True, True, True, True)
             launches[f"norm {width} backward"] = backward
+            for p in (0.0, 0.1):
+                forward = post_norms._forward_launch(
+                    grouping, torch.float32, p, 1e-5, True, True, 1, 1
+                )
+                launches[f"post norm {width}, p {p}"] = forward
+                backward, _ = post_norms._backward_launch(grouping, p, True, True, True, True)
+                launches[f"post norm {width} backward, p {p}"] = backward
         for name, launch in launches.items():
             constants = dict(launch.constants)
             warps = constants.pop("num_warps")
@@ -397,7 +415,7 @@ def compile_kernel(
         elif name.endswith("_ptr"):
             special = {"codes_ptr": "*u8", "seed_ptr": "*i64", "levels_ptr": "*fp32"}
             special |= {"weight_copy_ptr": "*fp32", "bias_copy_ptr": "*fp32"}
-            special["bits_ptr"] = "*u8"
+            special["bits_ptr"] = special["signs_ptr"] = "*u8"
             special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
             special["moments_ptr"] = special["norms_ptr"] = "*fp32"
@@ -419,7 +437,7 @@ def compile_kernel(
         elif name in FLOATS:
             signature[name] = "fp32"
         else:
-            signature[name] = "i64" if name in ("n", "drop_below", "seed") else "i32"
+            signature[name] = "i64" if name in ("n", "drop_below", "seed", "mask_seed") else "i32"
             if name in (
                 "n",
                 "groups",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight import _torch, _tracer
+from packlight._imagined import as_imagined, kind_of
 from packlight.errors import DoubleBackwardError, InputError, ModifiedWeightError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -123,28 +124,34 @@ def autocast(x: Tensor, name: Hashable | None, probe: Callable[[Tensor], Tensor]
 
 
 def autocast_dtype(
-    x: Tensor, name: Hashable | None, probe: Callable[[Tensor], Tensor]
+    x: Tensor,
+    name: Hashable | None,
+    probe: Callable[[Tensor], Tensor],
+    dtype: torch.dtype | None = None,
 ) -> torch.dtype:
     """The dtype of what torch's function returns for `x`, under autocast if it is on.
 
     `probe` runs torch's function on an empty tensor like `x`, so that torch's lists of functions
-    are not repeated here. The answer is remembered for functions with a name.
+    are not repeated here. The answer is remembered for functions with a name. With `dtype` it is
+    that for a tensor like `x` of this dtype.
     """
     kind = x.device.type
+    dtype = x.dtype if dtype is None else dtype
     if not autocasts(kind):
-        return x.dtype
+        return dtype
     if name is None or torch.compiler.is_dynamo_compiling():
-        return _probed(x, probe)
-    key = (name, kind, x.dtype, torch.get_autocast_dtype(kind))
+        return _probed(x, probe, dtype)
+    key = (name, kind_of(x), dtype, torch.get_autocast_dtype(kind))
     found = _autocast_dtypes.get(key)
     if found is None:
-        found = _autocast_dtypes[key] = _probed(x, probe)
+        found = _autocast_dtypes[key] = _probed(x, probe, dtype)
     return found
 
 
-def _probed(x: Tensor, probe: Callable[[Tensor], Tensor]) -> torch.dtype:
-    with torch.no_grad():  # a checkpoint counts what is saved, and its passes must agree
-        return probe(x.detach().new_empty(0)).dtype
+def _probed(x: Tensor, probe: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
+    # Without gradients: a checkpoint counts what is saved, and its passes must agree.
+    with torch.no_grad(), as_imagined():
+        return probe(x.detach().new_empty(0, dtype=dtype)).dtype
 
 
 def autocasts(kind: str) -> bool:

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from packlight import _torch
 from packlight._checks import is_plain, is_taken
 from packlight._classes import derivation, origin
-from packlight.method import Call, Calls, Method, Swap
+from packlight.method import Call, Calls, Swap
 
 _ATTRIBUTE = "_packlight_calls"
 
@@ -77,16 +77,23 @@ class _Covering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        call = self.calls.table.get(func)
-        if call is None:
+        # The tracer follows this at every call: few instructions until a call is covered.
+        if func not in self.calls.table:
             # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
-            return (torch.unflatten if func is Tensor.unflatten else func)(*args, **kwargs)
+            if func is Tensor.unflatten:
+                func = torch.unflatten
+            return func(*args, **(kwargs or {}))
+        call, kwargs = self.calls.table[func], kwargs or {}
         if kwargs and "out" in kwargs and kwargs["out"] is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if not self.holds() or _called_by_a_layer() or not _is_covered(call, args, kwargs):
             return func(*args, **kwargs)
-        return call.function(*args, **kwargs, **call.options)
+        kwargs = {**kwargs, **call.options}
+        if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(call.function, args, kwargs)
+            if results is not None:
+                return results
+        return call.function(*args, **kwargs)
 
 
 def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -184,12 +191,19 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
             return super(owner, self).forward(*args, **kwargs)
         return forward(self, *args, **kwargs)
 
+    either.__module__, either.__qualname__ = owner.__module__, owner.__qualname__
+    if not getattr(owner, "is_one_node", True):
+        _torch.followed(either)
+
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A module inside may be the user's, and its calls are covered like those of any module.
         if self._modules:
             return either(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(either, (self, *args), kwargs) if self.training else None
+            if results is not None:
+                return results
             return _torch.without_mode(_Covering, either, self, *args, **kwargs)
         mode = _torch.take_off(_Covering)
         try:
@@ -210,39 +224,51 @@ _GLOBAL_BACKWARD_HOOKS = (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module runs its class's forward and nothing else, as hooks are.
+def is_bare(*modules: nn.Module) -> bool:
+    """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
-    So that a layer around it may do its work for it. Hooks of `profile` only look on.
+    So that a layer around them may do their work. Hooks of `profile` only look on.
     """
-    own = vars(module)
-    if any(_GLOBAL_HOOKS) or any(_GLOBAL_BACKWARD_HOOKS):
-        return False
-    for name in _HOOKS:
-        for hook in own[name].values() if own[name] else ():
-            if not getattr(hook, "only_looks_on", False):
-                return False
-    return "forward" not in own and own.get("_compiled_call_impl") is None
+    for hooks in _GLOBAL_HOOKS:
+        if hooks:
+            return False
+    for hooks in _GLOBAL_BACKWARD_HOOKS:
+        if hooks:
+            return False
+    for module in modules:  # nothing is called where there are no hooks: a layer asks of twenty
+        own = module.__dict__
+        for name in _HOOKS:
+            if own[name]:
+                for hook in own[name].values():
+                    if not getattr(hook, "only_looks_on", False):
+                        return False
+        if "forward" in own:
+            return False
+        if "_compiled_call_impl" in own and own["_compiled_call_impl"] is not None:
+            return False
+    return True
 
 
 # ---- which modules -------------------------------------------------------------------------------
 
 
 def swap_for_calls(
-    module: nn.Module, kind: type[nn.Module], methods: tuple[Method, ...], swap: Swap | None = None
+    module: nn.Module,
+    kind: type[nn.Module],
+    calls: Calls,
+    swap: Swap | None = None,
+    of_torch: bool = False,
 ) -> Swap | None:
     """How the calls in a module's own code are covered; None if it has no code of its own.
 
     `kind` is the module's class before any conversion, `swap` what else a conversion makes of the
-    module. Without methods its calls stay torch's, whatever the module around it covers.
+    module. With `Calls` of nothing its calls stay torch's, whatever the module around it covers.
+    `of_torch` says that the code of torch's own layers counts as the module's.
     """
-    code = kind if swap is None else _owner_of_forward(swap.kind)
-    of_layers = f"{code.__module__}.".startswith(_LAYERS) and code not in _CALLS
-    own = not of_layers and kind.forward is not nn.Module.forward
+    code = kind if swap is None or _may_run(swap.kind) else _owner_of_forward(swap.kind)
+    own = of_torch or code in _CALLS or not f"{code.__module__}.".startswith(_LAYERS)
+    own = own and kind.forward is not nn.Module.forward
     if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
-        return None
-    calls = Calls.of(methods)
-    if methods and not calls.table:
         return None
     if swap is None:
         return Swap(covered(kind), {_ATTRIBUTE: calls})
@@ -259,6 +285,11 @@ def without_calls(swap: Swap) -> Swap:
     return Swap(found[1][-1], attributes)
 
 
+def _may_run(kind: type[nn.Module]) -> bool:
+    """Whether a class of ours runs the plain class's own code where its own way is not open."""
+    return getattr(kind, "may_run_plain_code", False)
+
+
 def _owner_of_forward(kind: type[nn.Module]) -> type:
     return next(base for base in kind.__mro__ if "forward" in vars(base))
 
@@ -273,8 +304,11 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A module that is made of the class later was not converted: nothing says what to cover.
-        calls = getattr(self, _ATTRIBUTE, _NONE) if self.training else _NONE
-        if _covered_now() is calls:
+        calls = getattr(self, _ATTRIBUTE, _NONE)
+        if not self.training:
+            calls = calls.untouched or calls
+        now = _covered_now()
+        if now is calls or (now is _NONE and calls.untouched is None):
             return kind.forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():  # a mode within one that is off would be off too
             return _cover(calls, kind.forward, self, *args, **kwargs)
@@ -316,6 +350,11 @@ def _covered_now() -> Calls:
     return mode.calls if isinstance(mode, _Covering) and mode.holds() else _NONE
 
 
+def covered_call(function: Callable[..., Any]) -> Call | None:
+    """What a call of a torch function becomes in the code that runs; None if it stays torch's."""
+    return _covered_now().table.get(function)
+
+
 def covers_now() -> bool:
     """Whether calls of the code that runs are covered."""
     return bool(_covered_now().table)
@@ -325,5 +364,12 @@ def _cover(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any)
     """Runs a forward with these calls covered and no others."""
     if _covered_now() is calls:
         return forward(*args, **kwargs)
+    if calls.rest is None or torch.compiler.is_compiling():
+        with _Covering(calls):
+            return forward(*args, **kwargs)
+    return calls.rest.run(args[0], _cover_within, calls, forward, *args, **kwargs)
+
+
+def _cover_within(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with _Covering(calls):
         return forward(*args, **kwargs)

@@ -215,15 +215,13 @@ def test_a_conversion_gives_attention_bits_enough(bits, attention_bits):
     packlight.convert(model, GroupQuant(bits), functional=True)
     report = profile(lambda: model(*(x * 1.0 for x in tensors)))
     codes = sum(row.bytes for row in report.rows if row.dtype == "uint8")
-    assert codes == 3 * tensors[0].numel() * attention_bits // 8
+    assert codes == 4 * tensors[0].numel() * attention_bits // 8
 
 
-def test_the_default_form_is_one_constant(monkeypatch):
-    tensors = correlated(4, 64, 32)
-    for form, name in ((True, "_RecomputedAttentionBackward"), (False, "_KeptAttentionBackward")):
-        monkeypatch.setattr(attention, "RECOMPUTES", form)
-        y = groupquant.scaled_dot_product_attention(*tensors)
-        assert y.grad_fn.name() == name
+@pytest.mark.parametrize(("bits", "name"), [(8, "_KeptAttention"), (4, "_RecomputedAttention")])
+def test_the_form_follows_from_the_bits(bits, name):
+    y = groupquant.scaled_dot_product_attention(*correlated(4, 64, 32), bits=bits)
+    assert y.grad_fn.name() == f"{name}Backward"
 
 
 # ---- dropout -------------------------------------------------------------------------------------
@@ -352,12 +350,12 @@ def test_errors_on_a_device(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_in_a_captured_graph(dropout_p):
-    """Without dropout the kernel runs again in each replay; with it the form is the kept one."""
+    """At 4 bits the kernel runs again in each replay; with dropout the form is the kept one."""
     _, tensors, _ = on_device("flash")
     names = []
 
     def both():
-        y = groupquant.scaled_dot_product_attention(*tensors, None, dropout_p, bits=8)
+        y = groupquant.scaled_dot_product_attention(*tensors, None, dropout_p, bits=4)
         names.append(y.grad_fn.name())
         return torch.autograd.grad(y, tensors, torch.ones_like(y))
 

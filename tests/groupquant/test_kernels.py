@@ -63,6 +63,23 @@ def test_gradient_and_rebuilt_output_equal_the_reference(layer, bits, device):
 
 @every_device
 @every_kernel_dtype
+def test_results_written_over_what_they_are_of_are_those_written_elsewhere(dtype, device):
+    for x in (torch.randn(12, 96), torch.randn(96, 12).t(), torch.randn(24, 96)[::2]):
+        x = x.to(device, dtype)
+        f, seed = ("gelu", (), (4, 32)), operands(5)
+        y, *pack = kernels.activation(x, *f, *seed)
+        over = x.clone(memory_format=torch.preserve_format)
+        assert all(map(torch.equal, kernels.activation_(over, *f, *seed), pack))
+        assert torch.equal(over, y)
+        dx = kernels.activation_backward(x, *pack, *f[:2], x.contiguous().stride(), f[2])
+        over = x.contiguous()
+        over = over.clone()
+        kernels.activation_backward_(over, *pack, *f)
+        assert torch.equal(over, dx)
+
+
+@every_device
+@every_kernel_dtype
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu", "sigmoid"])
 def test_gated_units_equal_the_reference(name, dtype, device):
     for count in counts(device):

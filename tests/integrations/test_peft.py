@@ -4,6 +4,7 @@ import contextlib
 import copy
 import re
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -251,6 +252,67 @@ def test_the_function_refuses_what_layers_refuse():
         y.backward(dy)
 
 
+# ---- a base of 4 bits ----------------------------------------------------------------------------
+
+
+def _four_bits(adapter, bias, shape=(3, 5), **options):
+    """A Linear of bitsandbytes that is adapted, in bfloat16, with an input and a gradient."""
+    torch.manual_seed(5)
+    plain = nn.Linear(2 * WIDTH, WIDTH, bias=bias).bfloat16()
+    base = bitsandbytes.nn.Linear4bit(
+        2 * WIDTH, WIDTH, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    base.load_state_dict(plain.state_dict())
+    model = nn.Sequential(base.to("cpu"))
+    if bias:
+        base.bias = nn.Parameter(plain.bias.detach())
+    model.is_loaded_in_4bit = True
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    layer = peft.get_peft_model(model, config, **options).base_model.model[0]
+    for part in (layer.lora_A, layer.lora_B):
+        part.to(adapter)
+    x = torch.randn(*shape, 2 * WIDTH, dtype=torch.bfloat16).requires_grad_()
+    return layer, x, torch.randn(*shape, WIDTH, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_function_for_a_base_of_4_bits(adapter, bias):
+    layer, x, dy = _four_bits(adapter, bias)
+    plain, other_x = copy.deepcopy(layer), x.detach().clone().requires_grad_()
+    packlight.convert(layer, GroupQuant(bits=8, group_size=32))
+    y, expected = layer(x), plain(other_x)
+    assert y.grad_fn.name() == "_LoraBackward"
+    assert torch.equal(y, expected)
+    y.backward(dy)
+    expected.backward(dy)
+    torch.testing.assert_close(x.grad, other_x.grad, rtol=2e-2, atol=2e-2)
+    for part, allowed in (("lora_A", 0.02), ("lora_B", 0.01)):
+        ours, theirs = (getattr(m, part)["default"].weight.grad for m in (layer, plain))
+        assert ours.dtype == adapter
+        assert relative_error(ours, theirs) < allowed
+    wide = torch.randn(64, 2 * WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    kept = [packlight.profile(lambda m=m: m(wide * 1.0)).activation_bytes for m in (plain, layer)]
+    assert kept[0] > 1.5 * kept[1]
+
+
+def test_elsewhere_a_base_of_4_bits_is_left_to_its_code():
+    for change, name in ((_dropout, "_SumBackward"), (_hook, "_SumBackward")):
+        layer, x, _ = _four_bits(torch.float32, False)
+        packlight.convert(layer, GroupQuant(bits=8, group_size=32))
+        change(layer)
+        assert layer(x).grad_fn.name() == name
+    layer, x, _ = _four_bits(torch.float32, False)
+    plain = copy.deepcopy(layer)
+    packlight.convert(layer, GroupQuant(bits=8, group_size=32))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), plain(x))
+    row = x[:1, :1]
+    assert torch.equal(layer(row), plain(row))
+    plain.lora_dropout["default"] = layer.lora_dropout["default"] = nn.Dropout(0.0)
+    assert torch.equal(layer(x), plain(x))  # the sum alone
+
+
 # ---- every kind of adapter -----------------------------------------------------------------------
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -471,7 +533,7 @@ def test_nothing_else_that_comes_is_converted():
 
 
 class Linear4bit(nn.Linear):
-    """A stand-in for that of bitsandbytes, which has no wheel that runs here: weights of bytes."""
+    """A stand-in for another layer of bitsandbytes: weights of bytes."""
 
     __module__ = "bitsandbytes.nn.modules"
 

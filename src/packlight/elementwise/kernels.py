@@ -28,6 +28,23 @@ def clamp(x, low, high):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """`x` in float32, rounded to `dtype`: a cast there and back the compiler leaves out."""
+    if PTX and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 l, h; mov.b16 l, 0; cvt.rn.bf16.f32 h, $1; mov.b32 $0, {l, h};}",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif PTX and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 half; cvt.rn.f16.f32 half, $1; cvt.f32.f16 $0, half;}",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def reduced_exp(x):
     """n and e^r - 1 where x = n ln 2 + r, |r| <= 0.347: Taylor to r^7 / 7!, relative error 5e-9."""
     n = (x * LOG2E + ROUND) - ROUND

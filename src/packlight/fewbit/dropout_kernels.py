@@ -17,10 +17,10 @@ BLOCK = 512
 
 
 @triton.jit
-def _draws(seed, start, BLOCK: tl.constexpr):
-    """The draws of the eight elements of each of BLOCK groups."""
-    group = (start + tl.arange(0, BLOCK)).to(tl.int32)
-    zero = tl.zeros([BLOCK], dtype=tl.int32)
+def draws_of(seed, group):
+    """The draws of the eight elements of each of these groups, a tensor of any shape."""
+    group = group.to(tl.int32)
+    zero = tl.zeros_like(group)
     return tl.philox(seed, group, zero, zero, zero) + tl.philox(seed, group, zero + 1, zero, zero)
 
 
@@ -49,7 +49,7 @@ def _dropout_kernel(
     codes_ptr += start
 
     xs = load_rows(x_ptr, start, lane, n, groups, FULL)
-    draws = _draws(seed_value(seed, SEED), start, BLOCK)
+    draws = draws_of(seed_value(seed, SEED), start + lane)
 
     word = empty_word(BLOCK, 1)
     for j in tl.static_range(8):
@@ -72,11 +72,11 @@ def _mask_kernel(
 ):
     """The mask alone: of any element, those of a group past the end too."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    draws = _draws(tl.load(seed_ptr), start, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    draws = draws_of(tl.load(seed_ptr), start + lane)
     word = empty_word(BLOCK, 1)
     for j in tl.static_range(8):
         word |= (draws[j] >= tl.full([], drop_below, tl.uint32)).to(tl.int32) << j
-    lane = tl.arange(0, BLOCK)
     store_word(codes_ptr + start, word, lane, groups, lane < groups - start, 1)
 
 

@@ -1,5 +1,8 @@
 """What layers do by operators of group quantisation, in place of plain operations and `keep`."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from packlight._seeds import Seed, operands
@@ -8,6 +11,7 @@ from packlight.groupquant.grouping import Groups, row_group_size
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.packs import AppliedCodes, GatedCodes, ScaledRows
 from packlight.groupquant.traced import operators
+from packlight.layers import norms, post_norm
 from packlight.layers.channel_norms import rebuild_batch, rebuild_group
 from packlight.quantiser import Fused
 
@@ -34,6 +38,24 @@ def _activation_backward(
     function = (name, parameters)
     dx: Tensor = ops.activation_backward(grad_output, *kept, *function, stride, method.groups)
     return dx
+
+
+def _activation_over(
+    x: Tensor, name: str, parameters: tuple[float, ...], method: GroupQuant, seed: Seed
+) -> tuple[Tensor, ...]:
+    return x, *ops.activation_(x, name, parameters, method.groups, *operands(seed))
+
+
+def _activation_backward_over(
+    grad_output: Tensor,
+    kept: Kept,
+    name: str,
+    parameters: tuple[float, ...],
+    _: tuple[int, ...],
+    method: GroupQuant,
+) -> Tensor:
+    ops.activation_backward_(grad_output, *kept, name, parameters, method.groups)
+    return grad_output
 
 
 def _activation_rebuild(
@@ -63,6 +85,8 @@ def _gated_rebuild(
 
 
 # ---- norms of rows: rows narrower than a group have smaller groups -------------------------------
+#
+# Channels are scaled before they are packed, by plain operations.
 
 
 def _norm(
@@ -74,6 +98,8 @@ def _norm(
     method: GroupQuant,
     seed: Seed,
 ) -> tuple[Tensor, Tensor, list[Tensor], Kept]:
+    if method.scales_channels:
+        return norms.plain_forward(x, weight, bias, eps, center, method, seed)
     width = x.shape[-1]
     groups = _row_groups(width, method)
     run = operators(width, groups)[0]
@@ -93,6 +119,9 @@ def _norm_backward(
     need_bias: bool,
     method: GroupQuant,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if method.scales_channels:
+        given = (rstd, weight, center, need_weight, need_bias, method)
+        return norms.plain_backward(grad_output, tuple(kept), *given)
     width = grad_output.shape[-1]
     groups = _row_groups(width, method)
     run = operators(width, groups)[1]
@@ -101,7 +130,54 @@ def _norm_backward(
     return dx, dweight, dbias
 
 
-def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> ScaledRows:
+def _post_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    p: float,
+    eps: float,
+    dtype: torch.dtype,
+    method: GroupQuant,
+    seeds: tuple[Seed, Seed],
+) -> tuple[Tensor, Tensor, list[Tensor], Kept, Tensor]:
+    if method.scales_channels:
+        return post_norm.plain_forward(x, residual, weight, bias, p, eps, dtype, method, seeds)
+    groups = _row_groups(x.shape[-1], method)
+    drawn = (*operands(seeds[0]), *operands(seeds[1]))
+    y, codes, scales, rstd, *copies, mask = ops.post_norm(
+        x, residual, weight, bias, p, eps, dtype, groups, *drawn
+    )
+    return y, rstd, copies, (codes, scales), mask
+
+
+def _post_norm_backward(
+    grad_output: Tensor,
+    kept: Kept,
+    rstd: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    p: float,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needs: tuple[bool, bool],
+    method: GroupQuant,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    if method.scales_channels:
+        given = (rstd, weight, mask, p, dtypes, needs, method)
+        return post_norm.plain_backward(grad_output, tuple(kept), *given)
+    groups = _row_groups(grad_output.shape[-1], method)
+    dx, dresidual, sums = ops.post_norm_backward(
+        grad_output, *kept, rstd, weight, mask, p, *dtypes, *needs, groups
+    )
+    if not p and dtypes[0] == dtypes[1]:
+        dx = dresidual
+    rows = sums.unbind()
+    return dx, dresidual, rows[0] if needs[0] else None, rows[-1] if needs[1] else None
+
+
+def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> Callable[..., Tensor]:
+    if method.scales_channels:
+        return norms.plain_rebuild(y, width, method)
     return ScaledRows(tuple(y.shape), y.stride(), width, _row_groups(width, method))
 
 
@@ -169,8 +245,10 @@ def _group_norm_backward(
 
 GroupQuant.fused = {
     "activation": Fused(_activation, _activation_backward, _activation_rebuild),
+    "activation_": Fused(_activation_over, _activation_backward_over, _activation_rebuild),
     "batch_norm": Fused(_batch_norm, _batch_norm_backward, rebuild_batch),
     "gated": Fused(_gated, _gated_backward, _gated_rebuild),
     "group_norm": Fused(_group_norm, _group_norm_backward, rebuild_group),
     "norm": Fused(_norm, _norm_backward, _norm_rebuild),
+    "post_norm": Fused(_post_norm, _post_norm_backward, _norm_rebuild),
 }

@@ -22,7 +22,7 @@ from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.minmax_kernels import KEPT, LOST, LOWER, PLAIN, REPLACES, UPPER
 from packlight.groupquant.pack_kernels import load_codes, store_codes
 from packlight.groupquant.tile_kernels import load_columns, load_tile, store_tile
-from packlight.packing.layout import laid_out
+from packlight.packing.layout import dense_stride, laid_out, write_back
 
 HALF_MAX = tl.constexpr(65504.0)
 
@@ -341,6 +341,16 @@ def activation(
     return y, *_pack(laid_out(x, y.stride()), y, name, parameters, n, groups, seed, number)
 
 
+def activation_(
+    x: Tensor, name: str, parameters: Sequence[float], groups: Groups,
+    seed: Tensor | None, number: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dense = laid_out(x, dense_stride(x))
+    pack = _pack(dense, dense, name, parameters, x.numel(), groups, seed, number)
+    write_back(x, dense)
+    return pack
+
+
 @functools.lru_cache(LAUNCHES)
 def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: float) -> Launch:
     nq, tiles, full = tile_of(grouping, BACKWARD.block)
@@ -367,10 +377,35 @@ def activation_backward(
     groups: Groups,
 ) -> Tensor:
     dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    n = dx.numel()
-    if n == 0:
-        return dx
-    grouping, *_ = sized(1, n, *groups)
-    launch = _activation_backward_launch(grouping, name, *_two(parameters))
-    launch(laid_out(grad_output, stride), codes, scales, dx)
+    _differentiate(laid_out(grad_output, stride), codes, scales, dx, name, parameters, groups)
     return dx
+
+
+def activation_backward_(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    groups: Groups,
+) -> None:
+    dense = laid_out(grad_output, dense_stride(grad_output))
+    _differentiate(dense, codes, scales, dense, name, parameters, groups)
+    write_back(grad_output, dense)
+
+
+def _differentiate(
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    dx: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    groups: Groups,
+) -> None:
+    """dx, which may be dy itself."""
+    n = dx.numel()
+    if n:
+        grouping, *_ = sized(1, n, *groups)
+        launch = _activation_backward_launch(grouping, name, *_two(parameters))
+        launch(dy, codes, scales, dx)

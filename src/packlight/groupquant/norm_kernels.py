@@ -28,6 +28,114 @@ def tile_sum(tile):
     return tl.sum(tl.sum(pairs, 1), 0)
 
 
+@triton.jit
+def load_parameter(
+    p_ptr, copy_ptr, width, GIVEN: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """A parameter as a tile, which the first program copies; an empty tuple for none."""
+    tile = ()
+    if GIVEN:
+        tile = load_tile(p_ptr, width, NQ, SIZE, FULL)
+        if tl.program_id(0) == 0:
+            for j in tl.static_range(8):
+                store_tile(copy_ptr, tile[j], width, NQ, SIZE, j, FULL)
+    return tile
+
+
+@triton.jit
+def norm_row(
+    tile, y_ptr, weight, bias, codes_ptr, scales_ptr, rstd_ptr, seed, row, width, row_groups, eps,
+    CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIZE: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr,
+    FULL: tl.constexpr, NQ: tl.constexpr,
+):  # fmt: skip
+    """Output, pack and rstd of one row, a tile that is 0 past the row's end."""
+    if CENTER:
+        mean = tile_sum(tile) / width
+        centered = ()
+        for j in tl.static_range(8):
+            if FULL:
+                centered = centered + (tile[j] - mean,)
+            else:
+                inside = tile_offsets(NQ, SIZE, j) < width
+                centered = centered + (tl.where(inside, tile[j] - mean, 0.0),)
+        tile = centered
+    squares = ()
+    for j in tl.static_range(8):
+        squares = squares + (tile[j] * tile[j],)
+    rstd = tl.rsqrt(tile_sum(squares) / width + eps)
+    tl.store(rstd_ptr + row, rstd)
+    normal = ()
+    for j in tl.static_range(8):
+        x_hat = tile[j] * rstd
+        normal = normal + (x_hat,)
+        y = x_hat
+        if WEIGHT:
+            y = y * weight[j]
+        if BIAS:
+            y = y + bias[j]
+        store_tile(y_ptr + row * width, y, width, NQ, SIZE, j, FULL)
+    store_codes(
+        normal, codes_ptr, scales_ptr, row * row_groups, seed, row, 0, width, (), NQ, SIZE, PARTS,
+        BITS, CODE, SEED, 0, None, FULL,
+    )  # fmt: skip
+
+
+@triton.jit
+def row_gradients(
+    dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, width, row_groups, dweight, dbias,
+    CENTER: tl.constexpr, WEIGHT: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
+    CODE: tl.constexpr, FULL: tl.constexpr, NQ: tl.constexpr,
+):  # fmt: skip
+    """What comes of one row of gradients: dx, and the sums `dweight` and `dbias` so far."""
+    group = row * row_groups
+    x_hat = load_codes(codes_ptr, scales_ptr, group, width, NQ, SIZE, PARTS, BITS, CODE, FULL)
+    rstd = tl.load(rstd_ptr + row)
+    if NEED_WEIGHT:
+        total = ()
+        for j in tl.static_range(8):
+            total = total + (tl.fma(dy[j], x_hat[j], dweight[j]),)
+        dweight = total
+    if NEED_BIAS:
+        total = ()
+        for j in tl.static_range(8):
+            total = total + (dbias[j] + dy[j],)
+        dbias = total
+    g = dy
+    if WEIGHT:
+        weight = load_tile(weight_ptr, width, NQ, SIZE, FULL)
+        g = ()
+        for j in tl.static_range(8):
+            g = g + (dy[j] * weight[j],)
+    products = ()
+    for j in tl.static_range(8):
+        products = products + (g[j] * x_hat[j],)
+    slope = tile_sum(products) / width  # of x_hat: 0 past the row's end, as g is 0 there
+    mean = 0.0
+    if CENTER:
+        mean = tile_sum(g) / width
+    dx = ()
+    for j in tl.static_range(8):
+        dx = dx + ((g[j] - mean - x_hat[j] * slope) * rstd,)
+    return dx, dweight, dbias
+
+
+@triton.jit
+def store_sums(
+    dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """This program's share of the gradients of weight and bias."""
+    partial = tl.program_id(0).to(tl.int64) * width
+    for j in tl.static_range(8):
+        if NEED_WEIGHT:
+            store_tile(dweight_ptr + partial, dweight[j], width, NQ, SIZE, j, FULL)
+        if NEED_BIAS:
+            store_tile(dbias_ptr + partial, dbias[j], width, NQ, SIZE, j, FULL)
+
+
 @quick
 @triton.jit(do_not_specialize=["seed"])
 def _forward_kernel(
@@ -57,49 +165,15 @@ def _forward_kernel(
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
-    first = tl.program_id(0) == 0
-    if WEIGHT:
-        weight = load_tile(weight_ptr, width, NQ, SIZE, FULL)
-        if first:
-            for j in tl.static_range(8):
-                store_tile(weight_copy_ptr, weight[j], width, NQ, SIZE, j, FULL)
-    if BIAS:
-        bias = load_tile(bias_ptr, width, NQ, SIZE, FULL)
-        if first:
-            for j in tl.static_range(8):
-                store_tile(bias_copy_ptr, bias[j], width, NQ, SIZE, j, FULL)
+    weight = load_parameter(weight_ptr, weight_copy_ptr, width, WEIGHT, NQ, SIZE, FULL)
+    bias = load_parameter(bias_ptr, bias_copy_ptr, width, BIAS, NQ, SIZE, FULL)
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
     while row < end:
         tile = load_tile(x_ptr + row * width, width, NQ, SIZE, FULL)
-        if CENTER:
-            mean = tile_sum(tile) / width
-            centered = ()
-            for j in tl.static_range(8):
-                if FULL:
-                    centered = centered + (tile[j] - mean,)
-                else:
-                    inside = tile_offsets(NQ, SIZE, j) < width
-                    centered = centered + (tl.where(inside, tile[j] - mean, 0.0),)
-            tile = centered
-        squares = ()
-        for j in tl.static_range(8):
-            squares = squares + (tile[j] * tile[j],)
-        rstd = tl.rsqrt(tile_sum(squares) / width + eps)
-        tl.store(rstd_ptr + row, rstd)
-        normal = ()
-        for j in tl.static_range(8):
-            x_hat = tile[j] * rstd
-            normal = normal + (x_hat,)
-            y = x_hat
-            if WEIGHT:
-                y = y * weight[j]
-            if BIAS:
-                y = y + bias[j]
-            store_tile(y_ptr + row * width, y, width, NQ, SIZE, j, FULL)
-        store_codes(
-            normal, codes_ptr, scales_ptr, row * row_groups, seed_value(seed, SEED), row, 0, width,
-            (), NQ, SIZE, PARTS, BITS, CODE, SEED, 0, None, FULL,
+        norm_row(
+            tile, y_ptr, weight, bias, codes_ptr, scales_ptr, rstd_ptr, seed_value(seed, SEED), row,
+            width, row_groups, eps, CENTER, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED, FULL, NQ,
         )  # fmt: skip
         row += 1
 
@@ -137,42 +211,16 @@ def _backward_kernel(
     end = tl.minimum(row + steps, rows)
     while row < end:
         dy = load_tile(dy_ptr + row * width, width, NQ, SIZE, FULL)
-        group = row * row_groups
-        x_hat = load_codes(codes_ptr, scales_ptr, group, width, NQ, SIZE, PARTS, BITS, CODE, FULL)
-        rstd = tl.load(rstd_ptr + row)
-        if NEED_WEIGHT:
-            total = ()
-            for j in tl.static_range(8):
-                total = total + (tl.fma(dy[j], x_hat[j], dweight[j]),)
-            dweight = total
-        if NEED_BIAS:
-            total = ()
-            for j in tl.static_range(8):
-                total = total + (dbias[j] + dy[j],)
-            dbias = total
-        g = dy
-        if WEIGHT:
-            weight = load_tile(weight_ptr, width, NQ, SIZE, FULL)
-            g = ()
-            for j in tl.static_range(8):
-                g = g + (dy[j] * weight[j],)
-        products = ()
+        dx, dweight, dbias = row_gradients(
+            dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, width, row_groups, dweight, dbias,
+            CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS, CODE, FULL, NQ,
+        )  # fmt: skip
         for j in tl.static_range(8):
-            products = products + (g[j] * x_hat[j],)
-        slope = tile_sum(products) / width  # of x_hat: 0 past the row's end, as g is 0 there
-        mean = 0.0
-        if CENTER:
-            mean = tile_sum(g) / width
-        for j in tl.static_range(8):
-            dx = (g[j] - mean - x_hat[j] * slope) * rstd
-            store_tile(dx_ptr + row * width, dx, width, NQ, SIZE, j, FULL)
+            store_tile(dx_ptr + row * width, dx[j], width, NQ, SIZE, j, FULL)
         row += 1
-    partial = tl.program_id(0).to(tl.int64) * width
-    for j in tl.static_range(8):
-        if NEED_WEIGHT:
-            store_tile(dweight_ptr + partial, dweight[j], width, NQ, SIZE, j, FULL)
-        if NEED_BIAS:
-            store_tile(dbias_ptr + partial, dbias[j], width, NQ, SIZE, j, FULL)
+    store_sums(
+        dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT, NEED_BIAS, NQ, SIZE, FULL
+    )
 
 
 # --- Launchers, with the signatures of norm_reference.py.

@@ -13,7 +13,7 @@ from torch import Tensor
 from packlight._library import define_op
 from packlight.groupquant import norm_reference, reference
 from packlight.groupquant.grouping import Grouping, Groups
-from packlight.packing.layout import compute_dtype
+from packlight.packing.layout import compute_dtype, packed_bytes
 
 _KERNELS = "packlight.groupquant.kernels"
 _GATED = "packlight.groupquant.gated_kernels"
@@ -57,6 +57,22 @@ activation = define_op(
         *_fake_pack(x, groups),
     ),
     kernel=f"{_KERNELS}:activation",
+)
+
+activation_ = define_op(
+    "group_quant_activation_(Tensor(a!) x, str name, float[] parameters, int[] groups,"
+    " Tensor? seed, int number) -> (Tensor, Tensor)",
+    reference=reference.activation_,
+    fake=lambda x, name, parameters, groups, seed, number: _fake_pack(x, groups),
+    kernel=f"{_KERNELS}:activation_",
+)
+
+activation_backward_ = define_op(
+    "group_quant_activation_backward_(Tensor(a!) grad_output, Tensor codes, Tensor scales,"
+    " str name, float[] parameters, int[] groups) -> ()",
+    reference=reference.activation_backward_,
+    fake=lambda grad_output, codes, scales, name, parameters, groups: None,
+    kernel=f"{_KERNELS}:activation_backward_",
 )
 
 activation_backward = define_op(
@@ -170,4 +186,65 @@ norm_backward = define_op(
     reference=norm_reference.norm_backward,
     fake=_fake_norm_backward,
     kernel="packlight.groupquant.norm_kernels:norm_backward",
+)
+
+
+def _fake_post_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    p: float,
+    eps: float,
+    dtype: torch.dtype,
+    groups: Groups,
+    mask_seed: Tensor | None,
+    mask_number: int,
+    seed: Tensor | None,
+    number: int,
+) -> tuple[Tensor, ...]:
+    total = torch.empty_like(x, dtype=dtype)
+    made = _fake_norm(total, x.shape[-1], weight, bias, eps, True, groups, seed, number)
+    return *made, x.new_empty(packed_bytes(x.numel(), 1) if p else 0, dtype=torch.uint8)
+
+
+post_norm = define_op(
+    "group_quant_post_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float p,"
+    " float eps, ScalarType dtype, int[] groups, Tensor? mask_seed, int mask_number, Tensor? seed,"
+    " int number) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=norm_reference.post_norm,
+    fake=_fake_post_norm,
+    kernel="packlight.groupquant.post_norm_kernels:post_norm",
+)
+
+
+def _fake_post_norm_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    mask: Tensor,
+    p: float,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    need_weight: bool,
+    need_bias: bool,
+    groups: Groups,
+) -> tuple[Tensor, Tensor, Tensor]:
+    apart = p > 0 or dtype != residual_dtype
+    dx = torch.empty_like(grad_output, dtype=dtype) if apart else rstd.new_empty(0)
+    sums = grad_output.new_empty(
+        need_weight + need_bias, grad_output.shape[-1], dtype=compute_dtype(grad_output)
+    )
+    return dx, torch.empty_like(grad_output, dtype=residual_dtype), sums
+
+
+post_norm_backward = define_op(
+    "group_quant_post_norm_backward(Tensor grad_output, Tensor codes, Tensor scales, Tensor rstd,"
+    " Tensor? weight, Tensor mask, float p, ScalarType dtype, ScalarType residual_dtype,"
+    " bool need_weight, bool need_bias, int[] groups) -> (Tensor, Tensor, Tensor)",
+    reference=norm_reference.post_norm_backward,
+    fake=_fake_post_norm_backward,
+    kernel="packlight.groupquant.post_norm_kernels:post_norm_backward",
 )

@@ -151,6 +151,33 @@ def activation_backward(
     return dx
 
 
+def activation_(
+    x: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    groups: Groups,
+    seed: Tensor | None,
+    number: int,
+) -> tuple[Tensor, Tensor]:
+    """As `activation`, with y written over x."""
+    y, codes, scales = activation(x, name, parameters, groups, seed, number)
+    x.copy_(y)
+    return codes, scales
+
+
+def activation_backward_(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    name: str,
+    parameters: Sequence[float],
+    groups: Groups,
+) -> None:
+    """As `activation_backward`, with dx written over a dense gradient."""
+    f = (name, parameters, grad_output.stride())
+    grad_output.copy_(activation_backward(grad_output, codes, scales, *f, groups))
+
+
 def gated(
     gate: Tensor, up: Tensor, name: str, groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ mixin joined with the module's own class (`packlight._classes.joined`).
 import dis
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from torch import nn
@@ -16,6 +16,8 @@ from torch import nn
 from packlight import _torch
 
 _T = TypeVar("_T")
+
+_CONSTANTS = (str, int, float, tuple, list)  # of names: a package may state them in two files
 
 
 def once_a_class(look: Callable[[type[nn.Module]], _T]) -> Callable[[type[nn.Module]], _T]:
@@ -31,29 +33,33 @@ def once_a_class(look: Callable[[type[nn.Module]], _T]) -> Callable[[type[nn.Mod
     return remembered
 
 
-def is_copy(function: object, known: Callable[..., Any]) -> bool:
+def is_copy(function: object, known: Callable[..., Any], own: Collection[str] = ()) -> bool:
     """Whether a function has the code of a known one, whatever the variables are called.
 
-    Instructions, constants and the names of attributes agree, globals are the same objects, and
-    neither has variables of a surrounding function, as a decorated one would.
+    Instructions, constants and the names of attributes agree, globals are the same objects, or
+    equal constants, and neither has variables of a surrounding function, as a decorated one would.
+    Of globals in `own` each module may have its own.
     """
     code = _torch.code_of(function)
     if code is None or code.co_freevars:
         return False
     ours: Any = _torch.code_of(known)
-    return _instructions(code, function) == _instructions(ours, known)
+    return _instructions(code, function, own) == _instructions(ours, known, own)
 
 
-def _instructions(code: types.CodeType, function: Any) -> list[tuple[str, object]]:
+def _instructions(
+    code: types.CodeType, function: Any, own: Collection[str]
+) -> list[tuple[str, object]]:
     """Of the code of a function, or of a function within it."""
     names = {name: f"variable {index}" for index, name in enumerate(code.co_varnames)}
 
     def meant(instruction: dis.Instruction) -> object:
         value = instruction.argval
         if isinstance(value, types.CodeType):
-            return _instructions(value, function)
+            return _instructions(value, function, own)
         if instruction.opname == "LOAD_GLOBAL":  # None for what is built in
-            return value, id(function.__globals__.get(value))
+            found = None if value in own else function.__globals__.get(value)
+            return value, repr(found) if isinstance(found, _CONSTANTS) else id(found)
         if "FAST" not in instruction.opname:
             return repr(value)
         parts = value if isinstance(value, tuple) else (value,)  # two at once since Python 3.13

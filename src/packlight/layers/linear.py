@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> Tensor:
-        y = writable(F.linear(x, weight, bias), of_linear=True)
+        y = writable(affine(x, weight, bias), of_linear=True)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
         ctx.rebuild = rebuild
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -46,6 +46,21 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         gradients = linear_gradients(grad_output, weight, ctx.rebuild, tensors, needs, ctx.dtypes)
         return *gradients, None, *[None] * len(tensors)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, of which autocast keeps no cast of the weight.
+
+    It would keep a 16-bit copy of each weight until its context ends, for the next reader of the
+    weight, which few have: at the end of a forward pass, where memory is highest, those of all.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch.is_autocast_cache_enabled():
+        return F.linear(x, weight, bias)
+    torch.set_autocast_cache_enabled(False)
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        torch.set_autocast_cache_enabled(True)
 
 
 def linear_gradients(
@@ -66,20 +81,26 @@ def linear_gradients(
         weight = recast(weight, grad_output)
     rows = grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1])
     dx = dweight = dbias = None
-    if needs_input:
-        dx = as_dtype(rows.mm(weight).view(*grad_output.shape[:-1], -1), x_dtype)
-    if needs_weight:
+    if needs_weight:  # the first, so that x is gone when dx comes
         x = rebuild(grad_output.dtype, *tensors)
         dweight = product(rows.t(), x.reshape(rows.shape[0], -1), weight_dtype)
+        del x
     if needs_bias:
         wide = torch.promote_types(rows.dtype, bias_dtype)
         dbias = as_dtype(column_sums(rows, wide), bias_dtype)
+    if needs_input:
+        if _torch.is_traced():  # which fuses the cast with what follows
+            dx = as_dtype(rows.mm(weight), x_dtype)
+        else:
+            dx = product(rows, weight, x_dtype)
+        dx = dx.view(*grad_output.shape[:-1], -1)
     return dx, dweight, dbias
 
 
 _apply: Callable[..., Tensor] = _torch.applied(_Linear)
 
 
+@_torch.one_node
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, method: Quantiser
 ) -> Tensor:

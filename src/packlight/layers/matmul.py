@@ -73,7 +73,7 @@ class _Multiply(torch.autograd.Function):
         ctx.like = (a.dtype, tuple(a.shape), b.dtype, tuple(b.shape))
         ctx.base = None if base is None else (base.dtype, tuple(base.shape))
         y = product.forward(a, b) if added is None or base is None else added(base, a, b)
-        return writable(y)
+        return writable(y, of_linear=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

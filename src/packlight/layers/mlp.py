@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import _torch, sharing
@@ -17,8 +16,8 @@ from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight._seeds import Seed
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.layers.activations import activation_of, unit_of
-from packlight.layers.linear import linear_gradients
+from packlight.layers.activations import activation_of, overwriting_activation_of, unit_of
+from packlight.layers.linear import affine, linear_gradients
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, pack_input
 from packlight.reading import reader
@@ -42,16 +41,16 @@ class _Activated(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        h = F.linear(x, weight, bias)
+        h = writable(affine(x, weight, bias))
         ctx.h = h.dtype
-        fused = activation_of(method)
-        y, *kept = fused.forward(
-            autocast(h, name, CONTINUOUS[name].function), name, (), method, seed
-        )
+        h = autocast(h, name, CONTINUOUS[name].function)
+        y, *kept = overwriting_activation_of(method).forward(h, name, (), method, seed)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, *kept, *tensors)
-        ctx.differentiate, ctx.f = fused.backward, (name, (), y.stride(), method)
+        # The gradient of y is not ours to overwrite.
+        ctx.differentiate = activation_of(method).backward
+        ctx.f = (name, (), y.stride(), method)
         ctx.rebuild, ctx.kept = rebuild, len(kept)
         ctx.dtypes = [None if each is None else each.dtype for each in (x, weight, bias)]
         return y, *kept
@@ -103,12 +102,13 @@ class _MLP(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> Tensor:
-        h = F.linear(x, weight, bias)
+        h = affine(x, weight, bias)
         ctx.h = h.dtype
         h = autocast(h, name, CONTINUOUS[name].function)
-        fused = activation_of(method)
+        fused = overwriting_activation_of(method)
         middle, *kept = fused.forward(h, name, (), method, seed)
-        y = writable(F.linear(middle, last_weight, last_bias), of_linear=True)
+        del h
+        y = writable(affine(middle, last_weight, last_bias), of_linear=True)
         ctx.save_for_backward(weight, last_weight, *kept, *tensors)
         ctx.middle = fused.rebuild(middle, name, (), method)
         ctx.differentiate, ctx.f = fused.backward, (name, (), middle.stride(), method)
@@ -167,10 +167,10 @@ class _GatedMLP(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> Tensor:
-        gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+        gate, up = affine(x, gate_weight, gate_bias), affine(x, up_weight, up_bias)
         fused = unit_of(method)
         product, *packs = fused.forward(gate, up, name, method, *seeds)
-        y = writable(F.linear(product, down_weight, down_bias), of_linear=True)
+        y = writable(affine(product, down_weight, down_bias), of_linear=True)
         ctx.save_for_backward(gate_weight, up_weight, down_weight, *packs, *tensors)
         ctx.product = fused.rebuild(tuple(product.shape), product.stride(), name, method)
         ctx.differentiate, ctx.f = fused.backward, (name, product.stride(), method)

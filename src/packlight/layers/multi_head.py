@@ -7,10 +7,10 @@ where they are one tensor.
 import inspect
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import _torch
 from packlight._checks import is_plain, is_taken, needs_gradient
 from packlight._seeds import can_draw_again
 from packlight.layers.replayed import replayed
@@ -34,7 +34,7 @@ def multi_head_attention_forward(*args: Any, method: Quantiser, **kwargs: Any) -
         return F.multi_head_attention_forward(**dict(zip(names, found, strict=True)), **others)
 
     if (
-        torch.compiler.is_dynamo_compiling()
+        _torch.is_traced()
         or not all(map(is_plain, operands))
         or not is_taken(operands[0])
         or not any(map(needs_gradient, operands))

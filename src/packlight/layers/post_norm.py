@@ -17,14 +17,71 @@ from packlight._gradients import as_dtype
 from packlight._seeds import Seed, mask_seed, operands
 from packlight.fewbit import ops
 from packlight.fewbit.dropout import masked
-from packlight.layers.linear import linear_gradients
+from packlight.layers.linear import affine, linear_gradients
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
 from packlight.pack import Pack
-from packlight.quantiser import KEEPS, Quantiser, pack_input
+from packlight.quantiser import KEEPS, Fused, Quantiser, pack_input
 from packlight.reading import reader, reading_of
 
-# Weight and bias of the norm, its eps, and the dtype in which torch runs it.
+# Weight and bias of the norm, and its eps.
 _Norm = tuple[Tensor, Tensor | None, float]
+
+# ---- what a method without operators of its own does ---------------------------------------------
+
+
+def plain_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    p: float,
+    eps: float,
+    dtype: torch.dtype,
+    method: Quantiser,
+    seeds: tuple[Seed, Seed],
+) -> tuple[Tensor, Tensor, list[Tensor], tuple[Tensor, ...], Tensor | None]:
+    """What the method's norm gives of dropout(x, p) + residual in `dtype`, and the mask."""
+    mask_of, rounding = seeds
+    mask = None
+    if p:
+        x, mask = ops.dropout(x, *operands(mask_of), p, True)
+    total = as_dtype(x + residual, dtype)
+    made = row_norm_of(method).forward(total, weight, bias, eps, True, method, rounding)
+    return *made, mask
+
+
+def plain_backward(
+    grad_output: Tensor,
+    kept: tuple[Tensor, ...],
+    rstd: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    p: float,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needs: tuple[bool, bool],
+    method: Quantiser,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and of the residual, which have these dtypes, and those of the parameters."""
+    differentiate = row_norm_of(method).backward
+    total, *sums = differentiate(grad_output, kept, rstd, weight, True, *needs, method)
+    dx = as_dtype(total, dtypes[0])
+    if mask is not None:
+        dx = masked(dx, mask, p, dx.stride())
+    return dx, as_dtype(total, dtypes[1]), *sums
+
+
+def _rebuild(y: Tensor, width: int, method: Quantiser) -> Callable[..., Tensor]:
+    return row_norm_of(method).rebuild(y, width, method)
+
+
+_PLAIN = Fused(plain_forward, plain_backward, _rebuild)
+
+
+def _post_norm_of(method: Quantiser) -> Fused:
+    return method.fused.get("post_norm", _PLAIN)
+
+
+# ---- the function --------------------------------------------------------------------------------
 
 
 class _PostNorm(torch.autograd.Function):
@@ -48,48 +105,41 @@ class _PostNorm(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         p, eps, method = settings
-        mask_of, rounding = seeds
-        y = F.linear(x, weight, bias)
-        ctx.branch, mask = y.dtype, None
-        if p:
-            y, mask = ops.dropout(y, *operands(mask_of), p, True)
-        total = (y + residual).contiguous()
-        total = as_dtype(total, _norm_dtype(total, gamma, beta))
-        fused = row_norm_of(method)
-        y, rstd, copies, kept = fused.forward(total, gamma, beta, eps, True, method, rounding)
+        branch = affine(x, weight, bias)
+        dtype = _norm_dtype(branch, residual, gamma, beta)
+        fused = _post_norm_of(method)
+        given = (branch, residual.contiguous(), gamma, beta, p, eps, dtype, method, seeds)
+        y, rstd, copies, kept, mask = fused.forward(*given)
         ctx.mark_non_differentiable(*copies, *kept)
         ctx.set_materialize_grads(False)
         # The graph holds the copy of beta for readers.
         parameters = own_parameters(copies, gamma, beta)
         ctx.save_for_backward(weight, mask, rstd, *parameters, *kept, *tensors)
         ctx.rebuild, ctx.differentiate, ctx.kept = rebuild, fused.backward, len(kept)
-        ctx.settings = (p, method)
-        given = (x, weight, bias, residual, gamma, beta)
-        ctx.dtypes = [None if each is None else each.dtype for each in given]
+        ctx.settings = (p, (branch.dtype, residual.dtype), method)
+        ctx.dtypes = [None if each is None else each.dtype for each in (x, weight, bias)]
+        ctx.of_norm = gamma.dtype, None if beta is None else beta.dtype
         return y, *copies, *kept
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        needs = ctx.needs_input_grad
         if grad_output is None:
             return (None,) * len(needs)
         weight, mask, rstd, gamma, _, *saved = saved_with_weight(ctx)
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-        p, method = ctx.settings
+        p, dtypes, method = ctx.settings
         dy = as_rows(grad_output, grad_output.shape[-1])
-        total, dgamma, dbeta = ctx.differentiate(
-            dy, kept, rstd, gamma, True, needs[4], needs[5], method
+        branch, total, dgamma, dbeta = ctx.differentiate(
+            dy, kept, rstd, gamma, mask, p, dtypes, needs[4:6], method
         )
-        branch = as_dtype(total, ctx.branch)
-        if mask is not None:
-            branch = masked(branch, mask, p, branch.stride())
-        gradients = linear_gradients(branch, weight, ctx.rebuild, tensors, needs[:3], dtypes[:3])
+        gradients = linear_gradients(branch, weight, ctx.rebuild, tensors, needs[:3], ctx.dtypes)
         return (
             *gradients,
-            as_dtype(total, dtypes[3]) if needs[3] else None,
-            as_dtype(dgamma, dtypes[4]) if needs[4] else None,
-            as_dtype(dbeta, dtypes[5]) if needs[5] else None,
+            total if needs[3] else None,
+            as_dtype(dgamma, ctx.of_norm[0]) if needs[4] else None,
+            as_dtype(dbeta, ctx.of_norm[1]) if needs[5] else None,
             *[None] * (len(needs) - 6),
         )
 
@@ -97,13 +147,18 @@ class _PostNorm(torch.autograd.Function):
 _apply: Callable[..., tuple[Tensor, ...]] = _torch.applied(_PostNorm)
 
 
-def _norm_dtype(x: Tensor, gamma: Tensor, beta: Tensor | None) -> torch.dtype:
-    """That in which torch's layer norm runs."""
+def _norm_dtype(
+    branch: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor | None
+) -> torch.dtype:
+    """That in which torch's layer norm of branch + residual runs."""
 
     def plain(empty: Tensor) -> Tensor:
         return F.layer_norm(empty.view(0, gamma.numel()), gamma.shape, gamma, beta)
 
-    return autocast_dtype(x, ("layer_norm", gamma.dtype), plain)
+    total = branch.dtype
+    if residual.dtype != total:
+        total = torch.promote_types(total, residual.dtype)
+    return autocast_dtype(branch, ("layer_norm", gamma.dtype), plain, total)
 
 
 def post_norm(
@@ -130,7 +185,7 @@ def post_norm(
     given = (x, weight, bias, residual, gamma, beta, (p, eps, norm_method), seeds)
     y, *made = _apply(*given, rebuild, *kept.tensors)
     tensors = (*made[2:], *own_parameters(made[:2], gamma, beta))
-    stands_for = row_norm_of(norm_method).rebuild(y, y.shape[-1], norm_method)
+    stands_for = _post_norm_of(norm_method).rebuild(y, y.shape[-1], norm_method)
     reading = reading_of(stands_for)
     sharing.note_pack(y, Pack(stands_for, tuple(y.shape), tensors, norm_method.grade, reading))
     return y

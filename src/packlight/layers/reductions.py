@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import _torch
 from packlight._checks import needs_gradient
 from packlight.layers.computed import is_of_parameters
 from packlight.layers.replayed import replayed
@@ -21,7 +22,7 @@ def _once_more(
     function: Callable[..., Tensor], x: Tensor, method: Quantiser, *args: Any, **kwargs: Any
 ) -> Tensor:
     if (
-        torch.compiler.is_dynamo_compiling()
+        _torch.is_traced()
         or not needs_gradient(x)
         or is_of_parameters(x)
         or not worth_packing(x, method)

@@ -8,24 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
-from packlight.elementwise.kernels import PTX
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """`x` in float32, rounded to `dtype`: a cast there and back the compiler leaves out."""
-    if PTX and dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "{.reg .b16 l, h; mov.b16 l, 0; cvt.rn.bf16.f32 h, $1; mov.b32 $0, {l, h};}",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    elif PTX and dtype == tl.float16:
-        return tl.inline_asm_elementwise(
-            "{.reg .b16 half; cvt.rn.f16.f32 half, $1; cvt.f32.f16 $0, half;}",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return x.to(dtype).to(tl.float32)
+from packlight.elementwise.kernels import rounded
 
 
 @triton.jit
@@ -47,8 +30,8 @@ def _rotate(
         first, second = x2 * sin2, -(x1 * sin1)
     else:
         first, second = -x2 * sin1, x1 * sin2
-    y1 = _rounded(x1 * cos1, dtype) + _rounded(first, dtype)
-    y2 = _rounded(x2 * cos2, dtype) + _rounded(second, dtype)
+    y1 = rounded(x1 * cos1, dtype) + rounded(first, dtype)
+    y2 = rounded(x2 * cos2, dtype) + rounded(second, dtype)
     place = y_ptr + head * y_stride + column
     tl.store(place, y1.to(dtype), inside)
     tl.store(place + SIZE // 2, y2.to(dtype), inside)

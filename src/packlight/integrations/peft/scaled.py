@@ -3,9 +3,9 @@
 Its gradient needs what was scaled. Plain autograd keeps that in float32 beside what the next layer
 keeps; here it is packed once, and what reads the product shares the pack.
 
-Known are the codes of IA3's `Linear`, and of LoRA's `Linear` with `DoraLinearVariant`, without a
-dropout. Of a bias that is trained, of several adapters at once and of adapters by sample DoRA is
-left to its own code.
+Known are the codes of IA3's `Linear`, and of LoRA's `Linear` and `Linear4bit` with
+`DoraLinearVariant`, without a dropout. Of a bias that is trained, of several adapters at once and
+of adapters by sample DoRA is left to its own code.
 """
 
 from collections.abc import Callable
@@ -107,6 +107,58 @@ def _lora(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
                 )
 
         result = result.to(torch_result_dtype)
+
+    return result
+
+
+def _lora_four_bits(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    self._check_forward_args(x, *args, **kwargs)
+    adapter_names = kwargs.pop("adapter_names", None)
+    variant_kwargs = {k: kwargs.pop(k, None) for k in VARIANT_KWARG_KEYS}
+
+    if self.disable_adapters:
+        if self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+    elif adapter_names is not None:
+        result = self._mixed_batch_forward(
+            x, *args, adapter_names=adapter_names, **variant_kwargs, **kwargs
+        )
+    elif self.merged:
+        result = self.base_layer(x, *args, **kwargs)
+    else:
+        result = self.base_layer(x, *args, **kwargs)
+        result = result.clone()
+
+        for active_adapter in self.active_adapters:
+            if active_adapter not in self.lora_A.keys():  # noqa: SIM118
+                continue
+            lora_A = self.lora_A[active_adapter]
+            lora_B = self.lora_B[active_adapter]
+            dropout = self.lora_dropout[active_adapter]
+            scaling = self.scaling[active_adapter]
+
+            requires_conversion = not torch.is_autocast_enabled()
+            if requires_conversion:
+                expected_dtype = result.dtype
+                x = self._cast_input_dtype(x, lora_A.weight.dtype)
+
+            if active_adapter not in self.lora_variant:
+                output = lora_B(lora_A(dropout(x))) * scaling
+                if requires_conversion:
+                    output = output.to(expected_dtype)
+                result = result + output
+            else:
+                result = self.lora_variant[active_adapter].forward(
+                    self,
+                    active_adapter=active_adapter,
+                    x=x,
+                    result=result,
+                    **variant_kwargs,
+                    **kwargs,
+                )
+                if requires_conversion:
+                    result = result.to(expected_dtype)
 
     return result
 
@@ -292,6 +344,12 @@ class DoraLayer(LoraLayer):
         return names[0] if fits else None
 
 
+class FourBitLayer(DoraLayer):
+    """The same around a layer of 4 bits, where PEFT rounds what an adapter adds before the sum."""
+
+    rounds = True
+
+
 # --- The rules.
 
 
@@ -301,5 +359,8 @@ def _form(kind: type[nn.Module]) -> type[nn.Module] | None:
     forward = vars(kind).get("forward")
     if is_copy(forward, _ia3):
         return ScaledLayer
-    known = is_copy(forward, _lora) and is_copy(DoraLinearVariant.forward, _dora_variant)
-    return DoraLayer if known else None
+    if not is_copy(DoraLinearVariant.forward, _dora_variant):
+        return None
+    if is_copy(forward, _lora_four_bits):
+        return FourBitLayer
+    return DoraLayer if is_copy(forward, _lora) else None

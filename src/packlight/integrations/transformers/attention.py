@@ -25,7 +25,7 @@ from packlight._classes import joined
 from packlight.calls import uncovered
 from packlight.groupquant.method import GroupQuant
 from packlight.integrations._copies import once_a_class
-from packlight.integrations.transformers import masks
+from packlight.integrations.transformers import masks, self_attention
 from packlight.integrations.transformers.rotary import use_one_kernel
 from packlight.layers.attention import attend
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
@@ -114,6 +114,12 @@ class GroupQuantAttention(nn.Module):
         self.__dict__["config"] = self.model_config = value
 
 
+class GroupQuantSelfAttention(self_attention.AtOnce, GroupQuantAttention):
+    """`GroupQuantAttention` whose query, key and value have one pack."""
+
+    implementations = (_REPLACES, NAME)
+
+
 # --- The rule.
 
 
@@ -167,4 +173,6 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
         )
     use_one_kernel(type(module))
     attributes = {"attention_method": method.for_attention(), "model_config": module.config}
-    return Swap(joined(GroupQuantAttention, type(module)), attributes)
+    known = self_attention.is_known(type(module))
+    ours = GroupQuantSelfAttention if known else GroupQuantAttention
+    return Swap(joined(ours, type(module)), attributes)

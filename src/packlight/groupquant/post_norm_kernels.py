@@ -1,0 +1,350 @@
+"""Triton kernels of layer_norm(dropout(x) + residual): sum, output and pack in one pass each way.
+
+The mask is that of a dropout by itself (`packing/layout.py`): eight elements that share two draws
+and a byte lie an eighth of the tensor apart. Where that is a whole number of rows, the *stripe*, a
+program takes eight rows that lie a stripe apart, draws once for all of them and writes their bytes.
+Other shapes take the kernels one by one.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from packlight._launch import LAUNCHES, Launch, quick
+from packlight._seed_kernels import seed_argument, seed_kind, seed_value
+from packlight.elementwise.kernels import rounded
+from packlight.fewbit import dropout_kernels
+from packlight.fewbit.dropout_kernels import draws_of
+from packlight.fewbit.dropout_reference import drop_below
+from packlight.fewbit.kernels import decode_backward
+from packlight.groupquant.grouping import Grouping, Groups
+from packlight.groupquant.kernels import constants, new_pack, sized
+from packlight.groupquant.norm_kernels import (
+    PROGRAMS,
+    load_parameter,
+    norm,
+    norm_backward,
+    norm_row,
+    row_gradients,
+    store_sums,
+)
+from packlight.groupquant.tile_kernels import load_tile, store_tile, tile_offsets
+from packlight.packing.layout import lanes, packed_bytes
+
+_ROWS = 8  # a byte of the mask
+
+
+@quick
+@triton.jit(do_not_specialize=["mask_seed", "seed", "drop_below"])
+def _forward_kernel(
+    x_ptr,  # [rows, width]
+    residual_ptr,  # [rows, width]
+    y_ptr,  # [rows, width]
+    weight_ptr,  # [width]
+    bias_ptr,  # [width]
+    mask_ptr,  # [stripe, width]
+    codes_ptr,
+    scales_ptr,
+    rstd_ptr,  # [rows]
+    mask_seed,  # a number, or a pointer to one
+    seed,
+    weight_copy_ptr,  # [width]
+    bias_copy_ptr,  # [width]
+    stripe,
+    width,
+    row_groups,
+    steps,  # rows of the stripe a program
+    eps,
+    drop_below,
+    scale,
+    ROWS: tl.constexpr,  # 8, or 1 where nothing is dropped
+    SUM: tl.constexpr,  # the dtype of the sum
+    MASK_SEED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    CODE: tl.constexpr,
+    SEED: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    weight = load_parameter(weight_ptr, weight_copy_ptr, width, WEIGHT, NQ, SIZE, FULL)
+    bias = load_parameter(bias_ptr, bias_copy_ptr, width, BIAS, NQ, SIZE, FULL)
+    first = tl.program_id(0).to(tl.int64) * steps
+    end = tl.minimum(first + steps, stripe)
+    while first < end:
+        bits = ()
+        if ROWS > 1:
+            below = tl.full([], drop_below, tl.uint32)
+            for j in tl.static_range(8):
+                place = first * width + tile_offsets(NQ, SIZE, j)
+                draws = draws_of(seed_value(mask_seed, MASK_SEED), place)
+                byte = tl.zeros([NQ, SIZE], dtype=tl.int32)
+                for k in tl.static_range(8):
+                    byte |= (draws[k] >= below).to(tl.int32) << k
+                store_tile(mask_ptr + first * width, byte, width, NQ, SIZE, j, FULL)
+                bits = bits + (byte,)
+        for k in range(ROWS):
+            row = first + k * stripe
+            x = load_tile(x_ptr + row * width, width, NQ, SIZE, FULL)
+            residual = load_tile(residual_ptr + row * width, width, NQ, SIZE, FULL)
+            tile = ()
+            for j in tl.static_range(8):
+                term = x[j]
+                if ROWS > 1:
+                    kept = ((bits[j] >> k) & 1) != 0
+                    term = tl.where(kept, term * scale, term * 0.0)
+                    term = rounded(term, x_ptr.dtype.element_ty)
+                tile = tile + (rounded(term + residual[j], SUM),)
+            norm_row(
+                tile, y_ptr, weight, bias, codes_ptr, scales_ptr, rstd_ptr, seed_value(seed, SEED),
+                row, width, row_groups, eps, True, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED,
+                FULL, NQ,
+            )  # fmt: skip
+        first += 1
+
+
+@quick
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # [rows, width]
+    codes_ptr,
+    scales_ptr,
+    rstd_ptr,  # [rows]
+    weight_ptr,  # [width]
+    mask_ptr,  # [stripe, width]
+    dresidual_ptr,  # [rows, width]
+    dx_ptr,  # [rows, width]
+    dweight_ptr,  # [programs, width] fp32
+    dbias_ptr,  # [programs, width] fp32
+    stripe,
+    width,
+    row_groups,
+    steps,
+    scale,
+    ROWS: tl.constexpr,
+    APART: tl.constexpr,  # whether the gradients of x and of the residual are two tensors
+    WEIGHT: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    CODE: tl.constexpr,
+    FULL: tl.constexpr,
+    NQ: tl.constexpr,
+):
+    zero = tl.zeros([NQ, SIZE], dtype=tl.float32)
+    dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
+    dbias = dweight
+    first = tl.program_id(0).to(tl.int64) * steps
+    end = tl.minimum(first + steps, stripe)
+    while first < end:
+        bits = ()
+        if ROWS > 1:
+            for j in tl.static_range(8):
+                place = mask_ptr + first * width + tile_offsets(NQ, SIZE, j)
+                if FULL:
+                    byte = tl.load(place)
+                else:
+                    byte = tl.load(place, tile_offsets(NQ, SIZE, j) < width, other=0)
+                bits = bits + (byte.to(tl.int32),)
+        for k in range(ROWS):
+            row = first + k * stripe
+            dy = load_tile(dy_ptr + row * width, width, NQ, SIZE, FULL)
+            total, dweight, dbias = row_gradients(
+                dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, width, row_groups, dweight,
+                dbias, True, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS, CODE, FULL, NQ,
+            )  # fmt: skip
+            for j in tl.static_range(8):
+                store_tile(dresidual_ptr + row * width, total[j], width, NQ, SIZE, j, FULL)
+                if APART:
+                    dx = rounded(total[j], dx_ptr.dtype.element_ty)
+                    if ROWS > 1:
+                        dx = dx * tl.where(((bits[j] >> k) & 1) != 0, scale, 0.0)
+                    store_tile(dx_ptr + row * width, dx, width, NQ, SIZE, j, FULL)
+        first += 1
+    store_sums(
+        dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT, NEED_BIAS, NQ, SIZE, FULL
+    )
+
+
+# --- Launchers, with the signatures of norm_reference.py.
+
+_TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _is_striped(n: int, width: int, p: float) -> bool:
+    """Whether the eight elements of a byte of the mask lie a whole number of rows apart."""
+    return not p or (n // width % _ROWS == 0 and lanes(n) * _ROWS == n)
+
+
+def _launch_shape(grouping: Grouping, rows: int) -> tuple[int, int, bool, int, int, int]:
+    """The stripe, bundles a row, whether they are whole, warps, programs, and rows a program."""
+    bundle = 8 * grouping.size
+    nq = triton.next_power_of_2(-(-grouping.width // bundle))
+    warps = max(1, min(16, nq * grouping.size // 32))
+    stripe = grouping.rows // rows
+    steps = -(-stripe // max(1, min(stripe, PROGRAMS * 4 // warps)))
+    return stripe, nq, grouping.width == nq * bundle, warps, -(-stripe // steps), steps
+
+
+@functools.lru_cache(LAUNCHES)
+def _forward_launch(
+    grouping: Grouping,
+    total: torch.dtype,
+    p: float,
+    eps: float,
+    weight: bool,
+    bias: bool,
+    mask_seed: int,
+    seed: int,
+) -> Launch:
+    rows = _ROWS if p else 1
+    stripe, nq, full, warps, programs, steps = _launch_shape(grouping, rows)
+    return _forward_kernel.prepare(
+        (programs,),
+        stripe,
+        grouping.width,
+        grouping.row_groups,
+        steps,
+        eps,
+        drop_below(p),
+        1 / (1 - p),
+        ROWS=rows,
+        SUM=_TRITON[total],
+        MASK_SEED=mask_seed,
+        WEIGHT=weight,
+        BIAS=bias,
+        **constants(grouping),
+        SEED=seed,
+        FULL=full,
+        NQ=nq,
+        num_warps=warps,
+    )
+
+
+def post_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    p: float,
+    eps: float,
+    dtype: torch.dtype,
+    groups: Groups,
+    mask_seed: Tensor | None,
+    mask_number: int,
+    seed: Tensor | None,
+    number: int,
+) -> tuple[Tensor, ...]:
+    n, width = x.numel(), x.shape[-1]
+    if n == 0 or not _is_striped(n, width, p):
+        mask = x.new_empty(0, dtype=torch.uint8)
+        if p:
+            x, mask = dropout_kernels.dropout(x, mask_seed, mask_number, p, True)
+        total = (x + residual).to(dtype)
+        return *norm(total, width, weight, bias, eps, True, groups, seed, number), mask
+    grouping, size, count = sized(n // width, width, *groups)
+    y = torch.empty_like(x, dtype=dtype)
+    codes, scales = new_pack(x, size, count)
+    rstd = x.new_empty(n // width, dtype=torch.float32)
+    copies = [x.new_empty(0) if each is None else torch.empty_like(each) for each in (weight, bias)]
+    mask = x.new_empty(packed_bytes(n, 1) if p else 0, dtype=torch.uint8)
+    given = (weight is not None, bias is not None)
+    seeds = (seed_kind(mask_seed, mask_number) if p else 0, seed_kind(seed, number))
+    total_dtype = torch.promote_types(x.dtype, residual.dtype)
+    _forward_launch(grouping, total_dtype, p, eps, *given, *seeds)(
+        x,
+        residual,
+        y,
+        x if weight is None else weight,
+        x if bias is None else bias,
+        mask,
+        codes,
+        scales,
+        rstd,
+        seed_argument(mask_seed, mask_number),
+        seed_argument(seed, number),
+        *copies,
+    )
+    return y, codes, scales, rstd, *copies, mask
+
+
+@functools.lru_cache(LAUNCHES)
+def _backward_launch(
+    grouping: Grouping, p: float, apart: bool, weight: bool, need_weight: bool, need_bias: bool
+) -> tuple[Launch, int]:
+    """The launch, and its programs, each of which writes a partial sum."""
+    rows = _ROWS if p else 1
+    stripe, nq, full, warps, programs, steps = _launch_shape(grouping, rows)
+    launch = _backward_kernel.prepare(
+        (programs,),
+        stripe,
+        grouping.width,
+        grouping.row_groups,
+        steps,
+        1 / (1 - p),
+        ROWS=rows,
+        APART=apart,
+        WEIGHT=weight,
+        NEED_WEIGHT=need_weight,
+        NEED_BIAS=need_bias,
+        **constants(grouping),
+        FULL=full,
+        NQ=nq,
+        num_warps=warps,
+    )
+    return launch, programs
+
+
+def post_norm_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    mask: Tensor,
+    p: float,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    need_weight: bool,
+    need_bias: bool,
+    groups: Groups,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, width = grad_output.numel(), grad_output.shape[-1]
+    count = need_weight + need_bias
+    apart = p > 0 or dtype != residual_dtype
+    if n == 0 or not _is_striped(n, width, p):
+        total, *sums = norm_backward(
+            grad_output, codes, scales, rstd, weight, True, need_weight, need_bias, groups
+        )
+        dx = total.to(dtype) if apart else rstd.new_empty(0)
+        if p:
+            dx = decode_backward(dx, mask, 1, (0.0, 1 / (1 - p)), False, dx.stride())
+        return dx, total.to(residual_dtype), torch.cat(sums).view(count, width)
+    dresidual = torch.empty_like(grad_output, dtype=residual_dtype)
+    dx = torch.empty_like(grad_output, dtype=dtype) if apart else rstd.new_empty(0)
+    grouping, *_ = sized(n // width, width, *groups)
+    needs = (need_weight, need_bias)
+    launch, programs = _backward_launch(grouping, p, apart, weight is not None, *needs)
+    partial = rstd.new_empty(count, programs, width)
+    parts = (*partial.unbind(), partial, partial)  # what is not needed is not written
+    launch(
+        grad_output,
+        codes,
+        scales,
+        rstd,
+        grad_output if weight is None else weight,
+        mask,
+        dresidual,
+        dx,
+        parts[0],
+        parts[1 if need_weight else 0],
+    )
+    return dx, dresidual, partial.sum(1)

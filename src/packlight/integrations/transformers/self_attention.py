@@ -1,0 +1,132 @@
+"""Self-attention of BERT and its kin, whose query, key and value are three Linears of one input.
+
+Where the three are converted as by default, without hooks, one function computes them, one pack
+keeps them and one gradient comes back (`layers/self_attention.py`); elsewhere they run one by one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from packlight.calls import uncovered
+from packlight.groupquant.modules import Linear
+from packlight.integrations._copies import is_copy, once_a_class
+from packlight.integrations._parts import parameters_of, takes
+from packlight.layers.self_attention import projections, self_attention
+from packlight.quantiser import Quantiser
+
+# --- The code that is known, as transformers has it. Never run: `is_copy` compares with it.
+
+# Of each module its own; it runs only where a config says "eager".
+_OWN = ("eager_attention_forward",)
+eager_attention_forward: Any = None
+
+
+def _bert(
+    self: Any, hidden_states: Any, attention_mask: Any, past_key_values: Any, **kwargs: Any
+) -> Any:
+    input_shape = hidden_states.shape[:-1]
+    hidden_shape = (*input_shape, -1, self.attention_head_size)
+
+    query_layer = self.query(hidden_states).view(*hidden_shape).transpose(1, 2)
+    key_layer = self.key(hidden_states).view(*hidden_shape).transpose(1, 2)
+    value_layer = self.value(hidden_states).view(*hidden_shape).transpose(1, 2)
+
+    if past_key_values is not None:
+        current_past_key_values = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            current_past_key_values = past_key_values.self_attention_cache
+
+        key_layer, value_layer = current_past_key_values.update(
+            key_layer, value_layer, self.layer_idx
+        )
+
+    attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, eager_attention_forward
+    )
+
+    attn_output, attn_weights = attention_interface(
+        self,
+        query_layer,
+        key_layer,
+        value_layer,
+        attention_mask,
+        dropout=0.0 if not self.training else self.dropout.p,
+        scaling=self.scaling,
+        **kwargs,
+    )
+    attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+    return attn_output, attn_weights
+
+
+@once_a_class
+def is_known(kind: type[nn.Module]) -> bool:
+    """Whether a class has this code."""
+    return is_copy(vars(kind).get("forward"), _bert, _OWN)
+
+
+# --- The layer.
+
+
+class AtOnce(nn.Module):
+    """Self-attention by one function for query, key and value, where all three train alike."""
+
+    may_run_plain_code = True
+    attention_method: Quantiser
+    implementations: tuple[str, ...]  # of attention, in whose place ours is
+    model_config: Any
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    dropout: nn.Dropout
+    num_attention_heads: int
+    attention_head_size: int
+    scaling: float
+    is_causal: bool
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.training and past_key_values is None and not torch.compiler.is_compiling():
+            out = uncovered(self._at_once, hidden_states, attention_mask, kwargs)
+            if out is not None:
+                return out, None
+        plain: tuple[Tensor, Tensor | None] = super().forward(
+            hidden_states, attention_mask, past_key_values, **kwargs
+        )
+        return plain
+
+    def _at_once(self, x: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+        """The output by two functions; None where the parts are to run one by one."""
+        query = self.query
+        if not isinstance(query, Linear) or options.get("position_bias") is not None:
+            return None
+        if self.model_config._attn_implementation not in self.implementations:
+            return None
+        method = query.method
+        parameters = parameters_of((query, self.key, self.value), method)
+        if parameters is None or x.dim() != 3 or not takes(x, method):
+            return None
+        shape = (self.num_attention_heads * self.attention_head_size, x.shape[2])
+        (weight, bias), *_ = parameters
+        for other, another in parameters:
+            if other.shape != shape or other.dtype != weight.dtype:
+                return None
+            if another is None or bias is None:
+                if another is not bias:
+                    return None
+            elif not another.requires_grad or another.dtype != bias.dtype:
+                return None
+        is_causal = options.get("is_causal")
+        if is_causal is None:
+            is_causal = self.is_causal
+        flags = (self.dropout.p, is_causal and mask is None and x.shape[1] > 1, self.scaling)
+        whole = projections(x, parameters, method)
+        return self_attention(whole, self.num_attention_heads, mask, flags, self.attention_method)

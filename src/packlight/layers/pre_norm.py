@@ -1,0 +1,291 @@
+"""Sub-layers with their norm in front: x + attention(norm(x)) and x + W_2 f(W_1 norm(x)).
+
+As blocks of vision transformers have them. Each is one function: apart, they are five and three,
+with notes between them that nothing else reads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight import _torch
+from packlight._checks import autocast, refuse_second_derivative, saved_with_weight
+from packlight._gradients import as_dtype
+from packlight._seeds import Seed, draws_at
+from packlight.fewbit.activations import CONTINUOUS
+from packlight.layers.activations import overwriting_activation_of
+from packlight.layers.attention_backends import (
+    FUSED,
+    Flags,
+    gradients,
+    kernel_of,
+    prepared,
+    run,
+)
+from packlight.layers.linear import affine, linear_gradients
+from packlight.layers.mlp import Parameters
+from packlight.layers.norms import as_rows, own_parameters, row_norm_of
+from packlight.layers.self_attention import (
+    joined_gradients,
+    linear_dtype,
+    parts_of,
+    run_again,
+)
+from packlight.quantiser import KEEPS, Quantiser, Restore
+
+
+class Norm(NamedTuple):
+    """A layer norm over the last dimension, and how it keeps."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    method: Quantiser
+
+
+# ---- the norm in front, and the sum behind -------------------------------------------------------
+
+
+def _normed(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    method: Quantiser,
+    seed: Seed,
+    projection: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """norm(x) and the tensors that stand for it; how they do is noted on `ctx`."""
+
+    def plain(empty: Tensor) -> Tensor:
+        return F.layer_norm(empty.view(0, weight.numel()), weight.shape, weight, bias)
+
+    x = autocast(x, ("layer_norm", weight.dtype), plain).contiguous()
+    fused = row_norm_of(method)
+    y, rstd, copies, kept = fused.forward(x, weight, bias, eps, True, method, seed)
+    ctx.normed = fused.rebuild(y, y.shape[-1], method), y.dtype, method
+    # In the dtype in which the Linear behind reads it: two at once would be in memory for nothing.
+    y = as_dtype(y, linear_dtype(y, projection))
+    return y, [rstd, *own_parameters(copies, weight, bias), *kept]
+
+
+def _norm_gradients(
+    ctx: Any, dnormed: Any, grad_output: Tensor, saved: Sequence[Any], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, which has one from the sum too, and of weight and bias."""
+    rstd, weight, _, *kept = saved
+    method = ctx.normed[2]
+    dx, dweight, dbias = row_norm_of(method).backward(
+        as_rows(dnormed, dnormed.shape[-1]), kept, rstd, weight, True, *needs[1:3], method
+    )
+    dtype = ctx.dtypes[0]
+    return (
+        as_dtype(dx, dtype).view(grad_output.shape).add_(as_dtype(grad_output, dtype)),
+        as_dtype(dweight, ctx.dtypes[1]) if needs[1] else None,
+        as_dtype(dbias, ctx.dtypes[2]) if needs[2] else None,
+    )
+
+
+def _reader(ctx: Any, saved: Sequence[Any]) -> tuple[Callable[..., Tensor], list[Any]]:
+    """What gives norm(x) again, and of which tensors."""
+    _, weight, bias, *kept = saved
+    return ctx.normed[0], [*kept, weight, bias]
+
+
+def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
+    return [None if each is None else each.dtype for each in tensors]
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """x + W_o attention(W norm(x)); keeps packs of the normalised value and of W norm(x).
+
+    What W_o reads comes again with attention. None where torch would take no fused kernel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        last_weight: Tensor,
+        last_bias: Tensor | None,
+        mask: Tensor | None,
+        settings: tuple[float, int, Flags],
+        methods: tuple[Quantiser, Quantiser],
+        seeds: tuple[Seed, Seed],
+    ) -> Tensor | None:
+        eps, heads, flags = settings
+        of_norm, of_attention = methods
+        y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0], weight)
+        whole = affine(y, weight, bias)
+        del y  # here and below: what is not read again makes room
+        with torch.enable_grad():
+            parts = parts_of(whole.requires_grad_(), heads)
+            kernel = kernel_of((*parts, mask), flags[0], flags[1])
+        if kernel[0] not in FUSED:
+            return None
+        draws = draws_at(whole) if flags[0] else None
+        out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
+        pack = of_attention.pack(whole, seeds[1])
+        ctx.whole = Restore(of_attention, tuple(whole.shape), whole.stride()), heads
+        ctx.middle = whole.dtype, out.dtype
+        del parts, whole
+        branch = affine(out, last_weight, last_bias)
+        ctx.save_for_backward(weight, last_weight, mask, *normed, *pack)
+        ctx.packed = len(normed)
+        ctx.how = kernel, flags, draws
+        ctx.dtypes = _dtypes(x, gamma, beta, weight, bias, last_weight, last_bias)
+        ctx.branch = branch.dtype
+        return x + branch
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        weight, last_weight, mask, *saved = saved_with_weight(ctx)
+        normed, pack = saved[: ctx.packed], saved[ctx.packed :]
+        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        whole_dtype, out_dtype = ctx.middle
+        rebuild, heads = ctx.whole
+        whole = rebuild(whole_dtype, *pack)
+        given, results = run_again(whole, heads, mask, *ctx.how)
+        del whole
+        out = results[0].transpose(1, 2).flatten(2)
+        dout: Any
+        dout, *last = linear_gradients(
+            as_dtype(grad_output, ctx.branch), last_weight, _itself, (out,),
+            (True, *needs[5:7]), (out_dtype, *dtypes[5:7]),
+        )  # fmt: skip
+        dout = dout.unflatten(2, (heads, -1)).transpose(1, 2)
+        found = gradients(dout, given, results, *ctx.how[:2])
+        del dout, out, given, results
+        dwhole = joined_gradients(found)
+        del found
+        dnormed, *first = linear_gradients(
+            dwhole,
+            weight,
+            *_reader(ctx, normed),
+            (True, *needs[3:5]),
+            (ctx.normed[1], *dtypes[3:5]),
+        )
+        del dwhole
+        front = _norm_gradients(ctx, dnormed, grad_output, normed, needs)
+        return *front, *first, *last, *[None] * 4
+
+
+def _itself(_: torch.dtype, x: Tensor) -> Tensor:
+    return x
+
+
+_attend: Callable[..., Tensor | None] = _torch.applied(_Attention)
+
+
+def attention(
+    x: Tensor,
+    norm: Norm,
+    projections: Sequence[Parameters],
+    heads: int,
+    mask: Tensor | None,
+    flags: Flags,
+    method: Quantiser,
+) -> Tensor | None:
+    """x + W_o attention(W norm(x)), x [batch, length, width]; `projections` are W's and W_o's.
+
+    In eager mode, in training, with gradients; the checks are the caller's. `method` is that of
+    query, key and value, which W norm(x) has side by side. Keeps packs of the normalised value and
+    of W norm(x). Gradients are those of the layers one by one, with attention in the form that runs
+    again, but for that of W_o: it is of the output that comes again, with the error of decoded
+    query, key and value and without a pack of its own. At 8 bits that is a tenth of a 4-bit pack's,
+    and biased, since a softmax is not linear. None where torch would take no fused kernel.
+    """
+    parameters = [each for projection in projections for each in projection]
+    seeds = (norm.method.seed(x), method.seed(x))
+    given = (mask, (norm.eps, heads, flags), (norm.method, method), seeds)
+    return _attend(x, norm.weight, norm.bias, *parameters, *given)
+
+
+# ---- feed-forward layers -------------------------------------------------------------------------
+
+
+class _MLP(torch.autograd.Function):
+    """x + W_2 f(W_1 norm(x)); keeps packs of the normalised value and of W_1 norm(x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        last_weight: Tensor,
+        last_bias: Tensor | None,
+        eps: float,
+        name: str,
+        methods: tuple[Quantiser, Quantiser],
+        seeds: tuple[Seed, Seed],
+    ) -> Tensor:
+        of_norm, method = methods
+        y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0], weight)
+        h = affine(y, weight, bias)
+        del y
+        middle_dtype = h.dtype
+        h = autocast(h, name, CONTINUOUS[name].function)
+        fused = overwriting_activation_of(method)
+        middle, *kept = fused.forward(h, name, (), method, seeds[1])
+        del h
+        branch = affine(middle, last_weight, last_bias)
+        ctx.save_for_backward(weight, last_weight, *normed, *kept)
+        ctx.packed = len(normed)
+        ctx.middle = fused.rebuild(middle, name, (), method)
+        ctx.differentiate, ctx.f = fused.backward, (name, (), middle.stride(), method)
+        ctx.dtypes = _dtypes(x, gamma, beta, weight, bias, last_weight, last_bias)
+        ctx.between = middle_dtype, middle.dtype, branch.dtype
+        del middle
+        return x + branch
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        weight, last_weight, *saved = saved_with_weight(ctx)
+        normed, kept = saved[: ctx.packed], saved[ctx.packed :]
+        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        h_dtype, middle_dtype, branch_dtype = ctx.between
+        dmiddle, *last = linear_gradients(
+            as_dtype(grad_output, branch_dtype), last_weight, ctx.middle, kept,
+            (True, *needs[5:7]), (middle_dtype, *dtypes[5:7]),
+        )  # fmt: skip
+        dh = as_dtype(ctx.differentiate(dmiddle, kept, *ctx.f), h_dtype)
+        del dmiddle
+        dnormed, *first = linear_gradients(
+            dh, weight, *_reader(ctx, normed), (True, *needs[3:5]), (ctx.normed[1], *dtypes[3:5])
+        )
+        del dh
+        front = _norm_gradients(ctx, dnormed, grad_output, normed, needs)
+        return *front, *first, *last, *[None] * 4
+
+
+_feed: Callable[..., Tensor] = _torch.applied(_MLP)
+
+
+def mlp(
+    x: Tensor, norm: Norm, projections: Sequence[Parameters], name: str, method: Quantiser
+) -> Tensor:
+    """x + W_2 f(W_1 norm(x)), f by its name. `projections` are those of W_1 and W_2.
+
+    In eager mode, in training, with gradients; the checks are the caller's. Keeps packs of the
+    normalised value and of W_1 norm(x). Gradients are those of the layers one by one.
+    """
+    parameters = [each for projection in projections for each in projection]
+    seeds = (norm.method.seed(x), method.seed(x))
+    given = (norm.eps, name, (norm.method, method), seeds)
+    return _feed(x, norm.weight, norm.bias, *parameters, *given)

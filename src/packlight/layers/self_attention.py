@@ -1,0 +1,236 @@
+"""Query, key and value as parts of one tensor: one projection, one pack, one gradient.
+
+Models that project the three by layers of their own compute them here by one matrix of all three
+weights. Apart, they are three functions, three packs and three kernels each way.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlight import _torch
+from packlight._checks import (
+    autocast_dtype,
+    is_taken,
+    needs_gradient,
+    refuse_second_derivative,
+    saved_with_weight,
+)
+from packlight._overwrite import writable
+from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
+from packlight.layers import attention
+from packlight.layers.attention_backends import (
+    FUSED,
+    Flags,
+    Inputs,
+    Kernel,
+    Results,
+    gradients,
+    kernel_of,
+    prepared,
+    run,
+)
+from packlight.layers.linear import linear_gradients
+from packlight.layers.mlp import Parameters
+from packlight.quantiser import KEEPS, Quantiser, pack_input
+from packlight.reading import reader
+
+# ---- several projections of one tensor -----------------------------------------------------------
+
+
+class _Projections(torch.autograd.Function):
+    """x [W_1; W_2; ...]^T + [b_1; b_2; ...]; keeps the weights and the pack of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        count: int,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,  # `count` weights, as many biases, and the pack of x
+    ) -> Tensor:
+        weights: Any = tensors[:count]
+        biases: Any = tensors[count : 2 * count]
+        dtype = linear_dtype(x, weights[0])
+        joined = _joined(weights, dtype)
+        bias = None if biases[0] is None else _joined(biases, dtype)
+        y = writable(F.linear(x, joined, bias), of_linear=True)
+        ctx.save_for_backward(*weights, *tensors[2 * count :])
+        ctx.rebuild, ctx.count = rebuild, count
+        ctx.sizes = [weight.shape[0] for weight in weights]
+        ctx.dtypes = (x.dtype, weights[0].dtype, None if bias is None else biases[0].dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        saved, count = saved_with_weight(ctx), ctx.count
+        weights, tensors = saved[:count], saved[count:]
+        needs_input = ctx.needs_input_grad[0]
+        weight = _joined(weights, grad_output.dtype) if needs_input else weights[0]
+        needs = (needs_input, True, ctx.dtypes[2] is not None)
+        dx: Tensor | None
+        dweight: Any
+        dx, dweight, dbias = linear_gradients(
+            grad_output, weight, ctx.rebuild, tensors, needs, ctx.dtypes
+        )
+        dbiases = [None] * count if dbias is None else dbias.split(ctx.sizes)
+        return dx, None, None, *dweight.split(ctx.sizes), *dbiases, *[None] * len(tensors)
+
+
+def linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """That in which torch runs a Linear."""
+    return autocast_dtype(
+        x, "linear", lambda empty: F.linear(empty.view(0, weight.shape[1]), weight)
+    )
+
+
+def _joined(parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """The parts one behind the other in `dtype`, without a copy of each."""
+    rows = sum(part.shape[0] for part in parts)
+    whole = parts[0].new_empty((rows, *parts[0].shape[1:]), dtype=dtype)
+    return torch.cat(parts, out=whole)
+
+
+_project: Callable[..., Tensor] = _torch.applied(_Projections)
+
+
+def projections(x: Tensor, parameters: Sequence[Parameters], method: Quantiser) -> Tensor:
+    """x W_i^T + b_i side by side, [..., sum of rows of W_i].
+
+    In eager mode, in training, with gradients; the checks are the caller's: weights all train, have
+    one dtype, and all or none have a bias that trains. Keeps a pack of x, or nothing where x is
+    packed already, and the weights. Gradients are those of the layers one by one.
+    """
+    kept = pack_input(x, method)
+    rebuild = reader(kept.reading, kept.rebuild)
+    weights, biases = zip(*parameters, strict=True)
+    return _project(x, len(weights), rebuild, *weights, *biases, *kept.tensors)
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+class _WholeAttention(torch.autograd.Function):
+    """The output; keeps one pack of query, key and value. See `packlight.layers.attention`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        whole: Tensor,
+        parts: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        kernel: Kernel,
+        flags: Flags,
+        method: Quantiser,
+        seed: Seed,
+    ) -> Tensor:
+        draws = draws_at(whole) if flags[0] else None
+        out: Tensor = run(prepared((*parts, mask), kernel), kernel, flags)[0]
+        ctx.save_for_backward(mask, *method.pack(whole, seed))
+        ctx.settings = (whole.dtype, whole.shape, whole.stride(), parts[0].shape[1])
+        ctx.how = (kernel, flags, draws, method)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        mask, *pack = ctx.saved_tensors
+        dtype, shape, stride, heads = ctx.settings
+        kernel, flags, draws, method = ctx.how
+        whole = method.unpack(dtype, shape, stride, *pack)
+        given, results = run_again(whole, heads, mask, kernel, flags, draws)
+        del whole
+        found = gradients(grad_output, given, results, kernel, flags)
+        del given, results
+        return joined_gradients(found), *[None] * 6
+
+
+def run_again(
+    whole: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    kernel: Kernel,
+    flags: Flags,
+    draws: tuple[int, int] | None,
+) -> tuple[Inputs, Results]:
+    """Attention of the parts of `whole` in a backward pass, with the dropout of `draws`."""
+    given = prepared((*parts_of(whole, heads), mask), kernel)
+    if draws is None:
+        return given, run(given, kernel, flags)
+    with drawn_again(whole, draws):
+        return given, run(given, kernel, flags)
+
+
+def joined_gradients(parts: Sequence[Tensor]) -> Tensor:
+    """Gradients of query, key and value as that of the tensor whose parts they are."""
+    return torch.stack([each.transpose(1, 2) for each in parts], 2).flatten(2)
+
+
+def parts_of(whole: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [batch, heads, length, size] of [batch, length, 3 heads size]."""
+    batch, length, width = whole.shape
+    parts = whole.view(batch, length, 3, heads, width // (3 * heads))
+    query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()
+    return query, key, value
+
+
+_attend: Callable[..., Tensor] = _torch.applied(_WholeAttention)
+
+
+def self_attention(
+    whole: Tensor, heads: int, mask: Tensor | None, flags: Flags, method: Quantiser
+) -> Tensor:
+    """Attention of the parts of `whole` [batch, length, 3 heads size]: [batch, length, heads size].
+
+    In eager mode, in training. Query, key and value lie side by side in that order. What is kept,
+    and gradients, are those of `scaled_dot_product_attention` of the three, which runs where one
+    pack does not serve: where groups would lie across two of them, or the kernel draws dropout that
+    cannot be drawn again.
+    """
+    out = _at_once(whole, heads, mask, flags, method)
+    if out is None:
+        dropout_p, is_causal, scale = flags
+        out = attention.scaled_dot_product_attention(
+            *parts_of(whole, heads), mask, dropout_p, is_causal, scale, method=method
+        )
+    return out.transpose(1, 2).flatten(2)
+
+
+def fits(
+    x: Tensor,
+    dtype: torch.dtype,
+    heads: int,
+    width: int,
+    mask: Tensor | None,
+    dropout_p: float,
+    method: Quantiser,
+) -> bool:
+    """Whether one pack serves query, key and value of `width` in `dtype`, on the device of `x`."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+        return False
+    if mask is not None and (mask.requires_grad or mask.dtype not in (torch.bool, dtype)):
+        return False
+    if not attention.recomputes(method, x.shape[1]) or method.grade.bits < attention.FEWEST_BITS:
+        return False
+    if width % method.grade.group_size or width // heads % 8:
+        return False
+    return not dropout_p or can_draw_again(x)
+
+
+def _at_once(
+    whole: Tensor, heads: int, mask: Tensor | None, flags: Flags, method: Quantiser
+) -> Tensor | None:
+    if not needs_gradient(whole) or not is_taken(whole) or not whole.is_contiguous():
+        return None
+    if not fits(whole, whole.dtype, heads, whole.shape[-1] // 3, mask, flags[0], method):
+        return None
+    parts = parts_of(whole.detach().requires_grad_(), heads)
+    kernel = kernel_of((*parts, mask), flags[0], flags[1])
+    if kernel[0] not in FUSED:
+        return None
+    return _attend(whole, parts, mask, kernel, flags, method, method.seed(whole))
