@@ -124,7 +124,7 @@ _exponential: Callable[..., tuple[Tensor, ...]] = _Exponential.apply
 def exp(input: Tensor, *, method: Quantiser) -> Tensor:
     """`torch.exp`. Keeps what x is computed from, as outer products are, or a pack of its output.
 
-    The pack is by `Quantiser.for_scores`, and readers of the output share it.
+    Readers of the output share it.
     """
     if not _is_packed(input, method):
         return torch.exp(input)
@@ -139,7 +139,6 @@ def exp(input: Tensor, *, method: Quantiser) -> Tensor:
         if y.stride() == input.stride() and is_dense(y):
             sharing.note_pack(y, pack)
         return y
-    method = method.for_scores()
     y, *kept = _exponential(input, method, method.seed(input))
     restore = Restore(method, tuple(y.shape), dense_stride(y))
     sharing.note_pack(y, Pack(restore, tuple(y.shape), tuple(kept), method.grade))
