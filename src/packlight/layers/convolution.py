@@ -112,9 +112,9 @@ def _is_read_for_its_layout(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Convolution(torch.autograd.Function):
-    """y = weight * x + bias; keeps the pack of x, and the weight or the pack of one of no parameter.
+    """y = weight * x + bias; keeps the weight and the pack of x.
 
-    `computed` rebuilds such a weight, as a weight norm computes, from the first tensors.
+    `computed` rebuilds a weight that is no parameter, as of a weight norm, from the first tensors.
     """
 
     @staticmethod
