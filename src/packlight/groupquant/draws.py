@@ -91,7 +91,9 @@ def signs(seed: Tensor, groups: int, group_size: int) -> Tensor:
     """
     size = group_size // 8
     place = torch.arange(size, device=seed.device)
-    words = mixed(group_hashes(seed, groups).view(-1, 1) ^ ((place // 4 + 1) * STEP & _MASK))
+    # Less 2^32, which the mask undoes: a compiler may compute with a range in int32.
+    of_place = (place // 4 + 1) * (STEP - (1 << 32)) & _MASK
+    words = mixed(group_hashes(seed, groups).view(-1, 1) ^ of_place)
     bytes_ = (words >> (8 * (place % 4))).view(-1, 1, size)
     bits = (bytes_ >> (7 - torch.arange(8, device=seed.device)).view(8, 1)) & 1
     return (1 - 2 * bits).float().view(groups, group_size)

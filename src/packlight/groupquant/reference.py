@@ -56,7 +56,9 @@ def dequantize_rows(
     back as NaN.
     """
     grouping = Grouping(rows, width, *groups)
-    bits, words = grouping.bits, scales[scales.numel() - grouping.groups :]
+    bits, words = grouping.bits, scales
+    if grouping.code != MINMAX:  # the seed stands before them
+        words = scales[scales.numel() - grouping.groups :]
     if grouping.code == ROTATED:
         numbers = rotated_reference.from_bytes(codes, bits, grouping.group_size)
         values = rotated_reference.decode(numbers, words, bits, seed_of(scales), replaced)
@@ -64,7 +66,9 @@ def dequantize_rows(
         numbers = from_bytes(codes, bits, grouping.group_size)
         seed = None if grouping.code == MINMAX else seed_of(scales)
         values = minmax_reference.decode(numbers, words, bits, seed, replaced)
-    return values.view(rows, grouping.row_groups * grouping.group_size)[:, :width]
+    whole = grouping.row_groups * grouping.group_size
+    values = values.view(rows, whole)
+    return values if whole == width else values[:, :width]
 
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
