@@ -265,7 +265,7 @@ def turned_pairs(x, seed, group, SIZE: tl.constexpr):
         dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
     )  # fmt: skip
     mean = tl.sum(to_float32(total), 1) * (256.0 / (8 * SIZE))
-    unit, inverse = power_of_two(tl.max(tl.abs(to_float32(greatest)), 1))
+    unit, inverse = power_of_two(tl.max(to_float32(greatest), 1))
     finite = tl.abs(mean) < INFINITY
     mean_bits = nearest_bfloat16(mean)
     middle = -(mean_bits.to(tl.float32, bitcast=True) * inverse)

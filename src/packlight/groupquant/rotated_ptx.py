@@ -57,8 +57,13 @@ def _across(text: _Text, names: list[str], kind: str) -> None:
         for p in _PARTS:
             if p & step == 0:
                 low, high = names[p], names[p + step]
-                text.add(f"sub.rn.{kind} t, {low}, {high}")
-                text.add(f"add.rn.{kind} {low}, {low}, {high}")
+                if kind == "bf16x2":  # whose sums are of later devices than its products
+                    one, minus_one = text.constant("0x3F803F80"), text.constant("0xBF80BF80")
+                    text.add(f"fma.rn.bf16x2 t, {high}, {minus_one}, {low}")
+                    text.add(f"fma.rn.bf16x2 {low}, {high}, {one}, {low}")
+                else:
+                    text.add(f"sub.rn.{kind} t, {low}, {high}")
+                    text.add(f"add.rn.{kind} {low}, {low}, {high}")
                 text.add(f"mov.b32 {high}, t")
 
 
@@ -83,17 +88,18 @@ def turn() -> str:
 
 
 def survey() -> str:
-    """Of bfloat16 numbers of eight parts: a 256th of the sum, and the greatest but for its sign."""
+    """Of bfloat16 numbers of eight parts: a 256th of the sum, and the greatest magnitude."""
     text = _Text()
     share = text.constant("0x3B803B80")
-    text.add(f"mul.rn.bf16x2 a, $2, {share}")
-    text.add("mov.b32 b, $2")
+    text.add(f"fma.rn.bf16x2 a, $2, {share}, {text.constant('0x80008000')}")
+    text.add("abs.bf16x2 b, $2")
     for p in range(1, 8):
         text.add(f"fma.rn.bf16x2 a, ${2 + p}, {share}, a")
-        text.add(f"max.xorsign.abs.bf16x2 b, b, ${2 + p}")
+        text.add(f"abs.bf16x2 c, ${2 + p}")
+        text.add("max.bf16x2 b, b, c")
     text.add("mov.b32 $0, a")
     text.add("mov.b32 $1, b")
-    return text.text(["a", "b"])
+    return text.text(["a", "b", "c"])
 
 
 def limit() -> str:
@@ -118,7 +124,8 @@ def differ() -> str:
     text = _Text()
     for p in _PARTS:
         text.add(f"fma.rn.bf16x2 a{p}, ${9 + p}, $17, $18")
-        text.add("mul.rn.bf16x2 q, a0, a0" if p == 0 else f"fma.rn.bf16x2 q, a{p}, a{p}, q")
+        before = text.constant("0x00000000") if p == 0 else "q"
+        text.add(f"fma.rn.bf16x2 q, a{p}, a{p}, {before}")
     _signed_across(text, "$19")
     text.add("mov.b32 $8, q")
     return text.text([*(f"a{p}" for p in _PARTS), "t", "q"])
