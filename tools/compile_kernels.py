@@ -330,7 +330,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
         for name, launch in launches.items():
             constants = dict(launch.constants)
             warps = constants.pop("num_warps")
-            size = 8 * constants["NQ"] * constants["SIZE"]
+            size = 8 * constants["NQ"] * constants["SIZE"] * constants.get("ROWS", 1)
             yield f"{label}, {name}", launch.kernel, constants, dtype, warps, size
 
 
