@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import rows
-from packlight import DEFAULT_METHODS, FewBit, Inverted, Sketch, convert, profile
+from packlight import DEFAULT_METHODS, FewBit, GroupQuant, Inverted, Sketch, convert, profile
 from packlight.cli import Parser
 from packlight.selectors import Methods
 from packlight.sketch import VarianceMonitor
@@ -49,6 +49,8 @@ MAIN = (
     "gelu3",
     "inverted",
     "default",
+    "rotated4",
+    "rotated2",
     *(f"{kind} {share}" for kind in ("srht", "rows") for share in SHARES),
     "gelu3 + srht 0.2",
     "gelu3 + rows 0.2",
@@ -195,6 +197,8 @@ def methods_of(name: str) -> Methods | None:
         return Inverted()
     if name == "default":
         return DEFAULT_METHODS
+    if name.startswith("rotated"):
+        return GroupQuant(int(name.removeprefix("rotated")), code="rotated"), FewBit(3)
     combined = name.startswith("gelu3 + ")
     kind, share = name.removeprefix("gelu3 + ").split()
     # The kind is a word of the name; Sketch raises where it is none of its own.
@@ -205,7 +209,7 @@ def methods_of(name: str) -> Methods | None:
 def converted(model: nn.Module, name: str) -> nn.Module:
     methods = methods_of(name)
     if methods is not None:
-        convert(model, methods, functional=name == "default")
+        convert(model, methods, functional=name == "default" or name.startswith("rotated"))
     return model
 
 

@@ -24,6 +24,7 @@ METHODS: dict[str, Methods | None] = {
     "inverted": Inverted(),
     "group8": (GroupQuant(8), FewBit(3)),
     "group2": (GroupQuant(2), FewBit(3)),
+    **{f"rotated{bits}": (GroupQuant(bits, code="rotated"), FewBit(3)) for bits in (4, 3, 2)},
     "sketch 0.2": Sketch(0.2),
 }
 SIZES = {

@@ -23,7 +23,6 @@ from packlight import (
     FixedPoint,
     GroupQuant,
     Inverted,
-    _tracer,
     calls,
     convert,
     groupquant,
@@ -88,7 +87,7 @@ def test_calls_keep_less_and_give_the_same_results():
         assert (ours - theirs).norm() < 0.06 * theirs.norm()
     kept = profile(model, x)
     assert not {"SiluBackward0", "ReluBackward0"} & kept.by_operation().keys()
-    assert {"_MultiplicationBackward", "_KeptAttentionBackward"} <= kept.by_operation().keys()
+    assert {"_MultiplicationBackward", "_RecomputedAttentionBackward"} <= kept.by_operation().keys()
     change = conversion.bytes(x)
     assert change.after.activation_bytes == kept.activation_bytes
     assert change.before.activation_bytes == profile(plain, x).activation_bytes
@@ -330,8 +329,8 @@ def test_calls_alone_are_a_conversion():
 
     model, x = Calls(), torch.randn(64, 32, requires_grad=True)
     with pytest.raises(NothingMatchedError):
-        convert(model, FewBit())
-    assert convert(model, FewBit(bits=2), functional=True).replaced == ()
+        convert(model, FewBit(), functional=False)
+    assert convert(model, FewBit(bits=2)).replaced == ()
     assert profile(model, x).activation_bytes == 64 * 32 * 2 / 8 + 1
     with pytest.raises(NothingMatchedError):
         convert(nn.Flatten(), FewBit(), functional=True)
@@ -778,7 +777,7 @@ def test_attention_is_packed_at_8_bits_whatever_the_method():
     convert(model, GroupQuant(bits=2), functional=True)
     kept = profile(model, X.clone().requires_grad_())
     packed = sum(row.bytes for row in kept.rows if row.dtype == "uint8")
-    assert packed == 4 * X.numel()
+    assert packed == 3 * X.numel()
 
 
 @every_function
@@ -896,7 +895,7 @@ def test_a_selector_of_a_module_s_own_code_alone_is_no_mistake():
     model = Block()
     assert convert(model, {Block: FewBit()}, functional=True).functional == ("",)
     with pytest.raises(CannotConvertError, match="picks nothing"):
-        convert(Block(), {Block: FewBit(), "fc": NEAREST})
+        convert(Block(), {Block: FewBit(), "fc": NEAREST}, functional=False)
 
 
 # --- Passes without gradients.
@@ -1010,7 +1009,7 @@ def test_a_module_with_a_rule_has_its_calls_covered_and_its_children_converted(m
         own.eval()  # alone: the model around it trains
         assert node_name(module(x)) == "SiluBackward0"
         own.train()
-    packlight.convert(model, quant)  # anew, without its calls
+    packlight.convert(model, quant, functional=False)  # anew, without its calls
     assert node_name(model(x)) == "SiluBackward0"
     assert isinstance(model[0], _Mixin)
     packlight.revert(model)
@@ -1074,10 +1073,8 @@ def test_a_compiled_product_of_two_aliases(square, fresh_compiler):
 
 
 @pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor:UserWarning")  # torch's own
-def test_where_tracing_gives_up_each_function_is_itself(monkeypatch, fresh_compiler):
+def test_where_tracing_gives_up_each_function_is_itself(fresh_compiler):
     """The compiler made one frame of the mode's handler, and `u + p` was computed as `u * p`."""
-    monkeypatch.setattr(_tracer, "apart", lambda tensor, *_: tensor)
-    monkeypatch.setattr(_tracer, "are_one", lambda *_: False)
 
     class Written(nn.Module):
         def __init__(self):
@@ -1087,6 +1084,7 @@ def test_where_tracing_gives_up_each_function_is_itself(monkeypatch, fresh_compi
         def forward(self, x):
             u = self.layer(x)
             p = x.view(32, 64) * x.view(32, 64)
+            torch._dynamo.graph_break()
             return u + p
 
     model = Written()

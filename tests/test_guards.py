@@ -129,6 +129,12 @@ def batch_norms(guards, shape, bits, stride):
     layout = (tuple(shape), y.stride(), bits, FP32)
     fixed.batch_norm_backward(x, codes, table, y.stride(), bits)
     fixed.relu_backward(x, codes, table, y.stride(), bits)
+    given = (weight, bias, mean, var, 0.1, 1e-5, bits, bin_width(bits, None))
+    z = guards.of(x.clone())
+    fixed.batch_norm_(z, *given, True)
+    *_, signs = fixed.batch_norm_sum_(z, *given, y)
+    fixed.batch_norm_backward(x, codes, table, y.stride(), bits, True)
+    fixed.batch_norm_sum_backward(x, codes, table, signs, y.stride(), bits)
     fixed.rebuild(codes, table, *layout, True)
     mask = packing.pack_mask((y > 0).view(torch.uint8), y.stride())
     kept = [mask, codes, table]

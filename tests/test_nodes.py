@@ -1,5 +1,6 @@
 """Functions of ours as nodes of the graph that `torch.compile` traces (`_torch/nodes.py`)."""
 
+import copy
 import dataclasses
 from typing import NamedTuple
 
@@ -40,22 +41,20 @@ def test_each_layer_is_one_node(fresh_compiler):
     x = torch.randn(32, 64)
     found = gradients(compiled, x)
     applied = [name for name in backend.names if "apply" in name]
-    assert applied == ["apply_Norm", "apply_Linear", "apply_Activation", "apply_Linear"]
+    assert applied == ["apply_LayerNorm", "apply_Linear", "apply_GELU", "apply_Linear"]
     for a, b in zip(found, gradients(converted, x), strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_without_nodes_the_tracer_follows_the_layers(backend, monkeypatch, fresh_compiler):
-    converted = model()
-    packlight.convert(converted, NEAREST)
-    x = torch.randn(32, 64)
-    nodes = gradients(torch.compile(converted, backend=backend, fullgraph=True), x)
-    torch._dynamo.reset()
     monkeypatch.setattr(_torch.GRAPH_NODES, "values", None, raising=False)
+    plain, x = model(), torch.randn(32, 64)
+    converted = copy.deepcopy(plain)
+    packlight.convert(converted, NEAREST)
     followed = gradients(torch.compile(converted, backend=backend, fullgraph=True), x)
-    for a, b in zip(nodes, followed, strict=True):
-        torch.testing.assert_close(a, b)
+    for a, b in zip(gradients(plain, x), followed, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02 * float(a.abs().max()))
 
 
 def test_another_method_is_another_graph(fresh_compiler):

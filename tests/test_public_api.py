@@ -15,6 +15,7 @@ from packlight._torch import constant_while_traced
 
 NAMES = {
     "DEFAULT_METHODS",
+    "DEFAULT_REST",
     "CannotConvertError",
     "CannotGraphError",
     "Checkpoint",

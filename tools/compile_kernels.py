@@ -42,6 +42,7 @@ from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "logits_ptr")
 POINTERS += ("residual_ptr", "dresidual_ptr")
+POINTERS += ("g_ptr", "other_ptr")
 POINTERS += ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "center", "scale", "offset", "low", "eps", "momentum", *LIMITS)
@@ -202,6 +203,7 @@ def pool_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
 def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
     """As `norm_variants`: the kernels of fixed-point codes, channels-last and not."""
     kernels = fixed_point_kernels
+    forms = {"plain": (False, False), "relu": (True, False), "sum": (False, True)}
     for bits in (4, 8):
         sizes = {"WEIGHT": True, "BIAS": True, "BITS": bits}
         width = {"WIDTH": bin_width(bits, None)}
@@ -212,8 +214,10 @@ def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int,
                 block["inner"] = 1
             label = f"fixed point {dtype} {bits} bits, regular {regular}"
             elements = 8 * kernels.BLOCK
-            forward = block | width
-            yield f"{label}, forward", kernels._forward_kernel, forward, dtype, 4, elements
+            for form, (relu, added) in forms.items():
+                forward = block | width | {"RELU": relu, "SUM": added}
+                name = f"{label}, forward {form}"
+                yield name, kernels._forward_kernel, forward, dtype, 4, elements
             for mode in range(3):
                 decode = {**block, "MODE": mode}
                 yield f"{label}, decode {mode}", kernels._decode_kernel, decode, dtype, 4, elements
@@ -238,11 +242,16 @@ def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int,
         kernel = kernels._statistics_kernel
         yield f"{label}, statistics", kernel, constants, dtype, kernels.SUM_WARPS, elements
         for bits, same in itertools.product((4, 8), (True, False)):
-            for name, kernel, warps in (
-                ("sums", kernels._sums_kernel, kernels.SUM_WARPS),
-                ("dx", kernels._dx_kernel, kernels.DX_WARPS),
+            for name, kernel, warps, options in (
+                *(
+                    (f"sums {form}", kernels._sums_kernel, kernels.SUM_WARPS, options)
+                    for form, options in forms.items()
+                ),
+                ("dx", kernels._dx_kernel, kernels.DX_WARPS, (False,)),
+                ("dx relu", kernels._dx_kernel, kernels.DX_WARPS, (True,)),
             ):
                 elements, constants = tile(warps)
+                constants |= dict(zip(("RELU", "SUM"), options, strict=False))
                 constants |= {"BITS": bits, "SAME": same, "FULL": True}
                 elements *= 8 if same else 1
                 yield (
@@ -406,7 +415,7 @@ def compile_kernel(
         elif name.endswith("_ptr"):
             special = {"codes_ptr": "*u8", "seed_ptr": "*i64", "levels_ptr": "*fp32"}
             special |= {"weight_copy_ptr": "*fp32", "bias_copy_ptr": "*fp32"}
-            special["bits_ptr"] = "*u8"
+            special["bits_ptr"] = special["signs_ptr"] = "*u8"
             special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
             special["moments_ptr"] = special["norms_ptr"] = "*fp32"

@@ -5,11 +5,12 @@ from packlight._library import use_reference
 from packlight._seeds import manual_seed
 from packlight._version import __version__
 from packlight.conversion import Conversion
-from packlight.convert import DEFAULT_METHODS, convert, revert
+from packlight.convert import DEFAULT_METHODS, DEFAULT_REST, convert, revert
 from packlight.errors import (
     CannotConvertError,
     CannotGraphError,
     DoubleBackwardError,
+    InfeasibleBudgetError,
     InputError,
     MissingDependencyError,
     ModifiedWeightError,
@@ -24,6 +25,8 @@ from packlight.inverted import Inverted
 from packlight.method import Method
 from packlight.method_files import load_methods, save_methods
 from packlight.pack import Grade
+from packlight.planner.planning import plan
+from packlight.planner.result import Plan
 from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
 from packlight.quantiser import Quantiser
@@ -34,6 +37,7 @@ from packlight.sketch import Sketch
 
 __all__ = [
     "DEFAULT_METHODS",
+    "DEFAULT_REST",
     "CannotConvertError",
     "CannotGraphError",
     "Checkpoint",
@@ -45,6 +49,7 @@ __all__ = [
     "Grade",
     "GradientReport",
     "GroupQuant",
+    "InfeasibleBudgetError",
     "InputError",
     "Inverted",
     "MemoryReport",
@@ -53,6 +58,7 @@ __all__ = [
     "ModifiedWeightError",
     "NothingMatchedError",
     "PacklightError",
+    "Plan",
     "Quantiser",
     "Sketch",
     "Tiles",
@@ -69,6 +75,7 @@ __all__ = [
     "layers",
     "load_methods",
     "manual_seed",
+    "plan",
     "predict",
     "profile",
     "recompute",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight import _torch, _tracer
+from packlight._imagined import as_imagined, kind_of
 from packlight.errors import DoubleBackwardError, InputError, ModifiedWeightError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -140,7 +141,7 @@ def autocast_dtype(
         return dtype
     if name is None or torch.compiler.is_dynamo_compiling():
         return _probed(x, probe, dtype)
-    key = (name, kind, dtype, torch.get_autocast_dtype(kind))
+    key = (name, kind_of(x), dtype, torch.get_autocast_dtype(kind))
     found = _autocast_dtypes.get(key)
     if found is None:
         found = _autocast_dtypes[key] = _probed(x, probe, dtype)
@@ -148,7 +149,8 @@ def autocast_dtype(
 
 
 def _probed(x: Tensor, probe: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
-    with torch.no_grad():  # a checkpoint counts what is saved, and its passes must agree
+    # Without gradients: a checkpoint counts what is saved, and its passes must agree.
+    with torch.no_grad(), as_imagined():
         return probe(x.detach().new_empty(0, dtype=dtype)).dtype
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from packlight import _torch
+from packlight._imagined import kind_of
 from packlight._library import define_op
 from packlight.packing.layout import compute_dtype
 
@@ -41,11 +42,12 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _adds_up_in_32(x: Tensor) -> bool:
     """Whether matmuls of 16-bit tensors like `x` do, and can write it."""
     in_half = x.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
-    return x.is_cuda and not in_half
+    return kind_of(x) == "cuda" and not in_half
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32) if _adds_up_in_32(a) else a.mm(b).float()
+    wide = a.is_cuda and _adds_up_in_32(a)
+    return torch.mm(a, b, out_dtype=torch.float32) if wide else a.mm(b).float()
 
 
 # Inductor of torch 2.8 knows no matmul with a dtype of its own.
@@ -61,8 +63,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
     A matmul of 16 bits adds up in 32 and can write those: no rounding, and no kernel to widen it.
     """
-    if a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32:
-        return _wide_mm(a, b) if _torch.is_traced() else _mm(a, b)
+    if kind_of(a) == "cuda" and a.dtype.itemsize == 2 and dtype == torch.float32:
+        return _mm(a, b) if a.is_cuda and not _torch.is_traced() else _wide_mm(a, b)
     return as_dtype(a.mm(b), dtype)
 
 
@@ -83,7 +85,8 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
                 chunks: Tensor = x.unflatten(0, (-1, chunk)).sum(1, dtype=wide)
                 return chunks.sum(0).to(dtype)
     elif x.dtype.itemsize == 2 and dtype.itemsize <= 4 and _adds_up_in_32(x):
-        sums = _mm(_row_of_ones(x), x)[0]
+        ones = _row_of_ones(x) if x.is_cuda else x.new_ones(1, x.shape[0])
+        sums = _mm(ones, x)[0]
         return as_dtype(sums, dtype)
     return x.sum(0, dtype=dtype)
 

@@ -11,6 +11,7 @@ whether it is one.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -82,17 +83,13 @@ class Launch:
         self.found: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
     def __call__(self, *arguments: Any) -> None:
-        plain: list[Any] = []
-        key: list[Any] = []
-        bits = 0
-        for argument in arguments:
-            if type(argument) is int:
-                plain.append(argument)
-                key.append(-(2**31) <= argument < 2**31)
-            else:
-                plain.append(address := argument.data_ptr())
-                bits |= address
-                key.append(argument.dtype)
+        # Addresses and dtypes are mapped, as a launch has ten of each.
+        key: list[Any]
+        if int in map(type, arguments):
+            plain, key, bits = _addresses(arguments)
+        else:
+            plain, key = list(map(_address, arguments)), list(map(_dtype, arguments))
+            bits = functools.reduce(operator.or_, plain)
         if bits & 15:  # which arguments are not aligned; seeds are told apart by no more than above
             key += [
                 type(argument) is not int and address & 15 != 0
@@ -111,6 +108,26 @@ class Launch:
             compiled, names = launched
             rest = [*self.numbers, *(self.constants[name] for name in names)]
             self.found[tuple(key)] = compiled, rest
+
+
+_address: Callable[[Any], int] = Tensor.data_ptr
+_dtype: Callable[[Any], Any] = operator.attrgetter("dtype")
+
+
+def _addresses(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any], int]:
+    """What a kernel is given for tensors and seeds, by what it was compiled, all addresses."""
+    plain: list[Any] = []
+    key: list[Any] = []
+    bits = 0
+    for argument in arguments:
+        if type(argument) is int:
+            plain.append(argument)
+            key.append(-(2**31) <= argument < 2**31)
+        else:
+            plain.append(address := argument.data_ptr())
+            bits |= address
+            key.append(argument.dtype)
+    return plain, key, bits
 
 
 def _run(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]) -> None:

@@ -1,17 +1,36 @@
 """Writing in place: a result over what it was made from, and what a caller does to a result."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from packlight import _torch, _tracer
+from packlight import _torch
+
+
+class _Overwrite(torch.autograd.Function):
+    """`input`, which is `output`; what was in `input` gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, output: Tensor) -> Tensor:
+        ctx.mark_dirty(input)
+        return input.copy_(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
+        return None, grad_output
+
+
+_overwrite: Callable[[Tensor, Tensor], Tensor] = _torch.applied(_Overwrite)
 
 
 def overwrite(input: Tensor, output: Tensor) -> Tensor:
     """`input`, which is `output` from here on."""
-    if torch.compiler.is_dynamo_compiling() and _tracer.may_be_detached(input):
-        # What is overwritten would get zeros for its gradient. Those of autograd are not
-        # channels-last, nor is a sum that starts with them: two copies a layer.
-        input.detach_()
+    if _torch.is_traced() and torch.is_grad_enabled():
+        # torch's copy gives zeros for a gradient to what is overwritten. A compiler adds them, and
+        # they are not channels-last, nor is a sum that starts with them: two copies a layer.
+        return _overwrite(input, output)
     return input.copy_(output)
 
 

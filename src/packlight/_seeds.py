@@ -135,7 +135,7 @@ def rounding_left_as_found() -> Iterator[None]:
 
 def rounding_seed(x: Tensor) -> Seed:
     """The next seed of the stream of rounding, for the device of `x`."""
-    if torch.compiler.is_dynamo_compiling():
+    if _torch.is_traced():
         return rounding_tensor(x)
     if x.is_cuda:
         if _is_captured(x):
@@ -147,15 +147,14 @@ def rounding_seed(x: Tensor) -> Seed:
 
 def rounding_tensor(x: Tensor) -> Tensor:
     """`rounding_seed` as a tensor [1] of int64 on the device of `x`."""
-    traced = torch.compiler.is_compiling()
-    place = _torch.ask("fresh_number", 0) if traced else 0
+    place = _torch.next_place() if _torch.is_traced() else 0
     seed: Tensor = _next_rounding_seed(x.device, place)
     return seed
 
 
 def mask_seed(x: Tensor) -> Tensor | int:
     """A seed drawn from torch's generator of the device of `x`."""
-    if torch.compiler.is_compiling() or _is_captured(x):
+    if _torch.is_traced() or _is_captured(x):
         return torch.randint(2**63 - 1, (1,), device=x.device)
     if _torch.is_fake(x) or x.is_meta:
         return 0  # nothing is computed of it
@@ -174,7 +173,7 @@ def can_draw_again(x: Tensor) -> bool:
 
     Not where one set of instructions draws anew at each run, and so has no numbers to go back to.
     """
-    return x.is_cuda and not torch.compiler.is_compiling() and not _is_captured(x)
+    return x.is_cuda and not _torch.is_traced() and not _is_captured(x)
 
 
 def draws_at(x: Tensor) -> tuple[int, int] | None:
@@ -280,14 +279,6 @@ _next_rounding_seed = define_op(
     fake=lambda device, place: torch.empty(1, dtype=torch.int64, device=device),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
-
-
-@_torch.question
-def fresh_number(tracer: Any) -> int:
-    """A number that no other question of this graph got."""
-    output = vars(tracer.output)
-    output["_packlight_numbers"] = number = output.get("_packlight_numbers", 0) + 1
-    return int(number)
 
 
 # ---- seeds of operators --------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from packlight._torch.attributes import slots
-from packlight.method import Method, Swap
+from packlight.method import Method, Swap, the_one
 
 _ATTRIBUTE = "_packlight_former"
 
@@ -71,7 +71,7 @@ def convert(module: nn.Module, swap: Swap, *methods: Method) -> bool:
     present = vars(module)
     named = (*swap.attributes, *swap.removed)
     values = {name: present.pop(name) for name in named if name in present}
-    present.update(swap.attributes)
+    present.update({name: the_one(value) for name, value in swap.attributes.items()})
     present[_ATTRIBUTE] = Former(type(module), values, swap, methods)
     module.__class__ = swap.kind
     return True

@@ -11,42 +11,11 @@ import torch
 from torch import Tensor
 
 from packlight import _torch
-from packlight._torch import question
-
-# Of the graph that is traced: by node, the tensor that it was computed of, and how.
-_SOURCES = "_packlight_sources"
-
-
-def may_be_detached(tensor: Tensor) -> bool:
-    """Whether the traced tensor, a result of this region and no view, can lose its history."""
-    answer: bool = _torch.ask("is_result_and_no_view", False, tensor)
-    return answer
-
-
-def are_one(a: Tensor, b: Tensor) -> bool:
-    """Whether two traced tensors may be one variable of the compiled code."""
-    answer: bool = _torch.ask("is_one_node", True, a, b)
-    return answer
-
-
-def apart(tensor: Tensor, *others: Tensor) -> Tensor:
-    """The traced tensor, and where it is one of the others an alias.
-
-    A Function takes no tensor twice: the tracer of 2.13 refuses it, that of 2.11 loses a gradient.
-    """
-    for other in others:
-        if are_one(tensor, other):
-            return tensor.view_as(tensor)
-    return tensor
-
-
-def note_source(tensor: Tensor, source: Tensor, how: str) -> None:
-    """Has the tracer know that the traced tensor was computed of `source` alone, and how."""
-    _torch.ask("keep_source", None, tensor, source, how)
+from packlight._torch import SAID, graph_facts, question
 
 
 def source_of(tensor: Tensor, how: str, other: Tensor) -> Tensor | None:
-    """The source noted of the traced tensor, if it was computed so and nothing has read either.
+    """What the traced tensor was computed of, if so as `how` says and nothing has read either.
 
     What is computed of the source in place of the tensor leaves the compiled code nothing that uses
     the tensor, which is not computed then. The source may not be `other`.
@@ -66,12 +35,6 @@ def node_of(variable: Any) -> Any:
 def fake_of(variable: Any) -> Any:
     """The tensor without values that the tracer has for a traced one."""
     return node_of(variable).meta["example_value"]
-
-
-def graph_facts(tracer: Any, name: str) -> dict[Any, Any]:
-    """A dictionary of ours that lives as long as the graph that is traced."""
-    found: dict[Any, Any] = vars(tracer.output).setdefault(name, {})
-    return found
 
 
 # Functions and methods that make masks of positions: none draws, none writes to what it reads.
@@ -123,33 +86,13 @@ class _NotConstantError(Exception):
 
 
 @question
-def is_result_and_no_view(tracer: Any, tensor: Any) -> bool:
-    return node_of(tensor).op != "placeholder" and not fake_of(tensor)._is_view()
-
-
-@question
-def is_one_node(tracer: Any, a: Any, b: Any) -> bool:
-    # A cast to the dtype that is there makes a node, and no tensor.
-    return node_of(a) is node_of(b) or fake_of(a) is fake_of(b)
-
-
-@question
-def keep_source(tracer: Any, tensor: Any, source: Any, how: Any) -> None:
-    versions = fake_of(tensor)._version, fake_of(source)._version
-    facts = source, how.as_python_constant(), versions
-    graph_facts(tracer, _SOURCES)[node_of(tensor)] = facts
-
-
-@question
 def find_source(tracer: Any, tensor: Any, how: Any, other: Any) -> Any:
     node = node_of(tensor)
-    facts = graph_facts(tracer, _SOURCES).get(node)
+    what, source = graph_facts(tracer, SAID).get(node, (None, None))
     # In the body of a checkpoint, what is outside is an input.
-    if facts is None or node.graph is not tracer.output.current_tracer.graph:
+    if what != how.as_python_constant() or node.graph is not tracer.output.current_tracer.graph:
         return None
-    source, noted, versions = facts
     of = node_of(source)
-    now = fake_of(tensor)._version, fake_of(source)._version
-    read = node.users or set(of.users) - {node.args[0]}  # one of the results of a function
-    alike = noted == how.as_python_constant() and versions == now
-    return source if alike and not read and node_of(other) is not of else None
+    read = node.users or set(of.users) - {node}
+    written = fake_of(tensor)._version or fake_of(source)._version
+    return source if not read and not written and node_of(other) is not of else None

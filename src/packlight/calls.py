@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from packlight import _torch
 from packlight._checks import is_plain, is_taken
 from packlight._classes import derivation, origin
-from packlight.method import Call, Calls, Method, Swap
+from packlight.method import Call, Calls, Swap
 
 _ATTRIBUTE = "_packlight_calls"
 
@@ -69,16 +69,23 @@ class _Covering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        call = self.calls.table.get(func)
-        if call is None:
+        # The tracer follows this at every call: few instructions until a call is covered.
+        if func not in self.calls.table:
             # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
-            return (torch.unflatten if func is Tensor.unflatten else func)(*args, **kwargs)
+            if func is Tensor.unflatten:
+                func = torch.unflatten
+            return func(*args, **(kwargs or {}))
+        call, kwargs = self.calls.table[func], kwargs or {}
         if kwargs and "out" in kwargs and kwargs["out"] is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if not self.holds() or _called_by_a_layer() or not _is_covered(call, args, kwargs):
             return func(*args, **kwargs)
-        return call.function(*args, **kwargs, **call.options)
+        kwargs = {**kwargs, **call.options}
+        if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(call.function, args, kwargs)
+            if results is not None:
+                return results
+        return call.function(*args, **kwargs)
 
 
 def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -157,12 +164,19 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
             return super(owner, self).forward(*args, **kwargs)
         return forward(self, *args, **kwargs)
 
+    either.__module__, either.__qualname__ = owner.__module__, owner.__qualname__
+    if not getattr(owner, "is_one_node", True):
+        _torch.followed(either)
+
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A module inside may be the user's, and its calls are covered like those of any module.
         if self._modules:
             return either(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
+            results = _torch.as_node(either, (self, *args), kwargs) if self.training else None
+            if results is not None:
+                return results
             return _torch.without_mode(_Covering, either, self, *args, **kwargs)
         mode = _torch.take_off(_Covering)
         try:
@@ -212,19 +226,22 @@ def is_bare(*modules: nn.Module) -> bool:
 
 
 def swap_for_calls(
-    module: nn.Module, kind: type[nn.Module], methods: tuple[Method, ...], swap: Swap | None = None
+    module: nn.Module,
+    kind: type[nn.Module],
+    calls: Calls,
+    swap: Swap | None = None,
+    of_torch: bool = False,
 ) -> Swap | None:
     """How the calls in a module's own code are covered; None if it has no code of its own.
 
     `kind` is the module's class before any conversion, `swap` what else a conversion makes of the
-    module. Without methods its calls stay torch's, whatever the module around it covers.
+    module. With `Calls` of nothing its calls stay torch's, whatever the module around it covers.
+    `of_torch` says that the code of torch's own layers counts as the module's.
     """
     code = kind if swap is None or _may_run(swap.kind) else _owner_of_forward(swap.kind)
-    own = not f"{code.__module__}.".startswith(_LAYERS) and kind.forward is not nn.Module.forward
+    own = of_torch or not f"{code.__module__}.".startswith(_LAYERS)
+    own = own and kind.forward is not nn.Module.forward
     if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
-        return None
-    calls = Calls.of(methods)
-    if methods and not calls.table:
         return None
     if swap is None:
         return Swap(covered(kind), {_ATTRIBUTE: calls})
@@ -260,8 +277,11 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A module that is made of the class later was not converted: nothing says what to cover.
-        calls = getattr(self, _ATTRIBUTE, _NONE) if self.training else _NONE
-        if _covered_now() is calls:
+        calls = getattr(self, _ATTRIBUTE, _NONE)
+        if not self.training:
+            calls = calls.untouched or calls
+        now = _covered_now()
+        if now is calls or (now is _NONE and calls.untouched is None):
             return kind.forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():  # a mode within one that is off would be off too
             return _cover(calls, kind.forward, self, *args, **kwargs)
@@ -317,5 +337,12 @@ def _cover(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any)
     """Runs a forward with these calls covered and no others."""
     if _covered_now() is calls:
         return forward(*args, **kwargs)
+    if calls.rest is None or torch.compiler.is_compiling():
+        with _Covering(calls):
+            return forward(*args, **kwargs)
+    return calls.rest.run(args[0], _cover_within, calls, forward, *args, **kwargs)
+
+
+def _cover_within(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with _Covering(calls):
         return forward(*args, **kwargs)

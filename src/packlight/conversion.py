@@ -10,7 +10,10 @@ from torch import nn
 
 from packlight.method import Method
 from packlight.predict import predict_change
+from packlight.quantiser import Quantiser
+from packlight.remedies import what_is_left
 from packlight.report import MemoryDifference
+from packlight.report.left import Left
 from packlight.report.names import condensed
 from packlight.report.printing import cell, new_table, render
 
@@ -48,6 +51,7 @@ class Conversion:
     - `functional`: the modules in whose own code calls of torch functions are covered.
     - `heads`: the heads whose losses are computed by chunks of logits.
     - `functional_bits`: those of these functions that keep other bits than the methods say.
+    - `rest`: by which method forward passes keep what no rule is for; None for what torch keeps.
     """
 
     model: str
@@ -57,6 +61,7 @@ class Conversion:
     functional: tuple[str, ...] = ()
     functional_bits: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
     heads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    rest: Quantiser | None = dataclasses.field(default=None, kw_only=True)
     converted: nn.Module = dataclasses.field(kw_only=True, compare=False)
 
     def bytes(self, *inputs: Any, loss: Any = None, **kwargs: Any) -> MemoryDifference:
@@ -72,6 +77,26 @@ class Conversion:
         (8192, 513)
         """
         return predict_change(self.converted, *inputs, loss=loss, **kwargs)
+
+    def left(self, *inputs: Any, loss: Any = None, **kwargs: Any) -> Left:
+        """What is still kept for a batch like this one, largest first, and what would help.
+
+        Takes what the model takes, runs nothing and allocates nothing: see `packlight.predict`.
+
+        >>> import torch, packlight
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Softmax(-1))
+        >>> conversion = packlight.convert(model, packlight.GroupQuant(bits=4))
+        >>> row = conversion.left(torch.randn(64, 64)).rows[0]
+        >>> row.bytes, row.operation, row.why
+        (16384, 'Softmax', 'a softmax is small where its error is largest')
+        """
+        return self.left_of(self.bytes(*inputs, loss=loss, **kwargs))
+
+    def left_of(self, change: MemoryDifference) -> Left:
+        """The same from a measurement, as `bytes` returns one, or two profiles make one."""
+        skipped = {name: row.reason for row in self.skipped for name in row.names}
+        covers = bool(self.functional), self.rest is not None
+        return what_is_left(change.before, change.after, skipped, *covers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as for JSON: lists, texts and numbers."""
@@ -94,6 +119,7 @@ class Conversion:
             "functional": list(self.functional),
             "functional_bits": dict(self.functional_bits),
             "heads": list(self.heads),
+            "rest": None if self.rest is None else self.rest.to_dict(),
         }
 
     def __repr__(self) -> str:
@@ -133,6 +159,8 @@ class Conversion:
                 f"; {name} packs at {bits} bits" for name, bits in self.functional_bits.items()
             )
             yield Text(f"calls of torch functions are covered in {modules}{bits}")
+        if self.rest is not None:
+            yield Text(f"the rest is packed by {brief(self.rest)}, as packlight.saving does")
         if self.heads:
             heads = ", ".join(condensed(self.heads))
             yield Text(f"losses of {heads} are computed by chunks, without all logits")

@@ -16,6 +16,7 @@ import packlight.layers.rules
 import packlight.sketch.rules  # noqa: F401
 from packlight import _swap, graphs, integrations
 from packlight._seeds import start_rounding
+from packlight.assignment import Assignment, class_changed
 from packlight.conversion import Conversion
 from packlight.errors import CannotConvertError, InputError
 from packlight.fewbit.method import FewBit
@@ -23,15 +24,27 @@ from packlight.following import follow, forget
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
 from packlight.method import Method, check_is_value
-from packlight.plan import Plan, class_changed
-from packlight.selectors import Methods, Selector, layers_of, text_of, with_exact_ends
+from packlight.planner.result import Plan
+from packlight.quantiser import Quantiser
+from packlight.saving.rest import Given, Rest, check_rest, is_possible
+from packlight.selectors import (
+    EVERYTHING,
+    Methods,
+    Selector,
+    layers_of,
+    text_of,
+    with_exact_ends,
+)
 
-__all__ = ["DEFAULT_METHODS", "convert", "revert"]
+__all__ = ["DEFAULT_METHODS", "DEFAULT_REST", "convert", "revert"]
 
 # Of the combinations that train like exact in our measurements, this one saves most: one 4-bit code
 # for a batch norm, its ReLU and the convolutions behind; 4-bit packs that neighbours share; and
 # exact bits for the rest: dropout, max pooling and piecewise linear activations.
 DEFAULT_METHODS: tuple[Method, ...] = (FixedPoint(bits=4), GroupQuant(bits=4), FewBit(bits=3))
+
+# What no rule is for.
+DEFAULT_REST: Quantiser = GroupQuant(bits=4)
 
 
 def convert(
@@ -39,7 +52,8 @@ def convert(
     methods: Methods = DEFAULT_METHODS,
     *,
     strict: bool = True,
-    functional: bool = False,
+    functional: bool = True,
+    rest: Given = "auto",
     head: bool | Selector = False,
     exact_ends: bool = False,
 ) -> Conversion:
@@ -80,14 +94,21 @@ def convert(
 
     Args:
         model: any module; also one that is converted already, compiled, or inside DDP.
-        methods: a method, methods, or a mapping, as above. The default is explained in README.md.
+        methods: a method, methods, a mapping, as above, or a `Plan`, which says `functional`,
+            `head` and `strict` itself. The default is explained in README.md.
         strict: False to leave alone and report what would raise `CannotConvertError`, and to accept
             patterns and predicates that match nothing.
         functional: whether calls of torch functions in the model's own code (`F.gelu(x)`,
             `F.scaled_dot_product_attention`, `act(gate) * up`) keep less as well, see
             docs/convert.md. Of the methods that a module's selector gives, the first that has a
             rule for the function counts; of all methods given, if no selector picks the module. The
-            calls of a module whose selector gives None stay torch's.
+            calls of a module whose selector gives None stay torch's. False: layers alone.
+        rest: how forward passes of the model keep what no rule is for, as `packlight.saving(rest)`
+            around them would: a quantiser, or None for what torch keeps. "auto" is what a file
+            of methods says, and else `packlight.DEFAULT_REST` for the default methods, also where a
+            sequence or the choice of "*" has more than those, and None for others. Modules whose
+            selector gives None, and those in `eval()`, keep what torch keeps. So does code that
+            `torch.compile` traces. docs/convert.md says what stays exact.
         head: whether losses of heads are computed by chunks, without all logits: True for the
             output embeddings of models of transformers, or a selector of `torch.nn.Linear` layers.
             A head then gives `packlight.head.LazyLogits` in training. A cross-entropy of them
@@ -113,12 +134,26 @@ def convert(
     >>> [row.names for row in conversion.replaced]
     [('0',)]
     """
+    if isinstance(methods, Plan):
+        functional, strict, head = True, False, head or methods.head
     _check(model, methods)
+    check_rest(rest)
     if not (isinstance(head, (bool, str)) or callable(head)):
         raise InputError(f"head={head!r} is neither True, False nor a selector, such as 'lm_head'")
     integrations.load()
     with graphs.set_aside(model):
-        return _convert(model, methods, strict, functional, head, exact_ends)
+        return _convert(model, methods, strict, functional, _rest(rest, methods), head, exact_ends)
+
+
+def _rest(given: Given, methods: Methods) -> Rest | None:
+    """What the argument `rest` stands for."""
+    if given == "auto":
+        given = getattr(methods, "rest", given)  # of a file
+    if given == "auto":
+        choice = methods.get(EVERYTHING) if isinstance(methods, Mapping) else methods
+        chosen = {choice} if isinstance(choice, Method) else set(choice or ())
+        given = DEFAULT_REST if chosen.issuperset(DEFAULT_METHODS) and is_possible() else None
+    return None if given is None else Rest(given)
 
 
 def _convert(
@@ -126,17 +161,18 @@ def _convert(
     methods: Methods,
     strict: bool,
     functional: bool,
+    rest: Rest | None,
     head: bool | Selector,
     exact_ends: bool,
 ) -> Conversion:
     layers = layers_of(model)
     if exact_ends:
         methods = with_exact_ends(methods, layers)
-    plan = Plan(methods, layers)
+    plan = Assignment(methods, layers)
     for layer in layers:
         plan.add(layer)
-    if functional:
-        plan.cover_calls(layers)
+    if functional or rest is not None:
+        plan.cover_calls(layers, functional, rest, _entered(model))
     plan.undo(layers)
     if head is not False:
         plan.add_heads(model, layers, head)
@@ -145,8 +181,18 @@ def _convert(
     plan.check_not_empty(layers)
     if plan.carry_out():
         start_rounding()
-    follow(layers, plan, methods, functional)
-    return plan.conversion(model)
+    follow(layers, plan, methods, functional, rest)
+    return plan.conversion(model, functional, rest)
+
+
+def _entered(model: nn.Module) -> nn.Module:
+    """The model within wrappers of torch's: `DataParallel`, FSDP, `torch.compile`."""
+    inside = next(model.children(), None)
+    wraps = type(model).__module__.startswith(_WRAPPERS)
+    return _entered(inside) if wraps and inside is not None else model
+
+
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
 
 
 def revert(model: nn.Module) -> int:

@@ -31,3 +31,7 @@ class NothingMatchedError(PacklightError, ValueError):
 
 class CannotGraphError(PacklightError, RuntimeError):
     """A pass of a model that no CUDA graph can do again."""
+
+
+class InfeasibleBudgetError(PacklightError, ValueError):
+    """A number of bytes into which no plan makes a training step fit."""

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from packlight import _swap, integrations
-from packlight.plan import Plan, first_few
+from packlight.assignment import Assignment, first_few
 from packlight.quantiser import before_first_pack
 from packlight.recompute.modules import Tiled
 from packlight.report.names import condensed
+from packlight.saving.rest import Rest
 from packlight.selectors import Layer, Methods, Selector, layers_of
 
 
@@ -26,6 +27,7 @@ class _Given(NamedTuple):
 
     methods: Methods
     functional: bool
+    rest: Rest | None
     names: tuple[str, ...]
     selector: Selector | None
     adapts: bool  # whether it is an adapter, or part of one
@@ -36,7 +38,9 @@ _followed: "weakref.WeakKeyDictionary[nn.Module, _Given]" = weakref.WeakKeyDicti
 _following: list[Any] = []  # the handle of our hook, once there is one
 
 
-def follow(layers: list[Layer], plan: Plan, methods: Methods, functional: bool) -> None:
+def follow(
+    layers: list[Layer], plan: Assignment, methods: Methods, functional: bool, rest: Rest | None
+) -> None:
     """Remembers how modules were converted, for the adapters that come into them."""
     adapters = tuple(f"{layer.names[0]}." for layer in layers if _adapts(layer.module))
     for layer in layers:
@@ -46,7 +50,7 @@ def follow(layers: list[Layer], plan: Plan, methods: Methods, functional: bool) 
         inside = _adapts(layer.module) or name.startswith(adapters)
         inside = inside and "base_layer" not in name.split(".")
         given = (layer.names, plan.selected.get(layer.module), inside)
-        _followed[layer.module] = _Given(methods, functional, *given)
+        _followed[layer.module] = _Given(methods, functional, rest, *given)
     if _warn_of_patches not in before_first_pack:
         before_first_pack.append(_warn_of_patches)
     if not _following:
@@ -78,13 +82,13 @@ def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> 
         for layer in layers_of(module)
         if layer.module not in _followed  # the adapted layer, which stays as it is
     ]
-    plan = Plan(given.methods)
+    plan = Assignment(given.methods)
     for layer in layers:
         plan.add(layer, selector)
-    if given.functional:
-        plan.cover_calls(layers)
+    if given.functional or given.rest is not None:
+        plan.cover_calls(layers, given.functional, given.rest, None)
     plan.carry_out()
-    follow(layers, plan, given.methods, given.functional)
+    follow(layers, plan, given.methods, given.functional, given.rest)
 
 
 def is_patched(module: nn.Module) -> bool:

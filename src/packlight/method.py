@@ -10,8 +10,8 @@ import functools
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import nn
 
@@ -58,6 +58,17 @@ class Method:
             if isinstance(value, dict) and "method" in value:
                 fields[key] = Method.from_dict(value)
         return kind(**fields)
+
+
+_known: dict[Method, Method] = {}
+
+
+def the_one(value: Any) -> Any:
+    """For a method the one object that stands for all its equals; any other value as it is.
+
+    So one look at which object it is tells compiled code whether a layer keeps as it did.
+    """
+    return _known.setdefault(value, value) if isinstance(value, Method) else value
 
 
 def check_is_value(method: Method) -> None:
@@ -219,7 +230,7 @@ def call_rule(
         places = sum(kind is by_place for kind in kinds.values())
         return Call(function, given, tuple(kinds), places)
 
-    Calls.of.cache_clear()
+    Calls._of.cache_clear()
     for theirs, ours in functions.items():
         _call_rules[method, theirs] = functools.partial(make, ours)
 
@@ -251,26 +262,54 @@ def rows(
     call_rule(method, functions, settings)
 
 
+class Keeping(Hashable, Protocol):
+    """How code keeps what no rule is for, `saving.rest.Rest`; a value that can be hashed."""
+
+    @property
+    def exact(self) -> "Keeping":
+        """The one of code that keeps all of that as torch does."""
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a module's forward, which keeps so."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calls:
     """What calls of torch functions become under several methods; the first with a rule counts.
 
-    The same methods always give the same object.
+    `rest` says what becomes of whatever else the code saves; None where nothing is said of it.
+    `untouched` are those of code that keeps what torch keeps, within a model that has these; None
+    where these are such. The same arguments always give the same object.
     """
 
     methods: tuple[Method, ...]
+    rest: Keeping | None
+    untouched: "Calls | None"
     table: dict[Callable[..., Any], Call] = dataclasses.field(repr=False)
 
     @staticmethod
+    def of(methods: tuple[Method, ...], rest: Keeping | None = None) -> "Calls":
+        """The one of these arguments."""
+        return Calls._of(methods, rest)
+
+    @staticmethod
     @functools.cache
-    def of(methods: tuple[Method, ...]) -> "Calls":
+    def _of(methods: tuple[Method, ...], rest: Keeping | None) -> "Calls":
         table: dict[Callable[..., Any], Call] = {}
         for method in methods:
             for base in type(method).__mro__:
                 for (kind, function), make in _call_rules.items():
                     if kind is base and function not in table:
                         table[function] = make(method)
-        return Calls(methods, table)
+        exact = None if rest is None else rest.exact
+        changes = bool(methods) or rest != exact
+        untouched = Calls.of((), exact) if changes else None
+        return Calls(methods, rest, untouched, table)
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether code runs with these as it would with none."""
+        return not self.table and self.rest is None
 
     def __reduce__(self) -> Any:  # functions of torch cannot be pickled
-        return Calls.of, (self.methods,)
+        return Calls.of, (self.methods, self.rest)

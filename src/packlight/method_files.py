@@ -1,8 +1,9 @@
 """Methods as text: `parse_methods` for one, `load_methods` and `save_methods` for TOML files.
 
 A file has one table, of selectors and methods, in the order in which `packlight.convert` looks at
-them:
+them, and before it may say what becomes of the rest:
 
+    rest = "GroupQuant(8)"
     [methods]
     lm_head = "None"
     GELU = "FewBit(3)"
@@ -27,6 +28,8 @@ from packlight.convert import DEFAULT_METHODS
 from packlight.errors import InputError
 from packlight.fewbit.codebook import Codebook
 from packlight.method import ELSEWHERE, Method, method_kinds
+from packlight.quantiser import Quantiser
+from packlight.saving.rest import Given, check_rest
 from packlight.selectors import EVERYTHING, Choice, Methods, Selector
 
 __all__ = ["load_methods", "parse_methods", "save_methods"]
@@ -173,13 +176,20 @@ def _value(tree: ast.expr, text: str) -> Any:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def load_methods(path: str | os.PathLike[str]) -> dict[Selector, Choice]:
+class FiledMethods(dict[Selector, Choice]):
+    """The methods of a file, and what it says of the rest: `convert` takes both from here."""
+
+    rest: Given = "auto"
+
+
+def load_methods(path: str | os.PathLike[str]) -> FiledMethods:
     """The methods in a TOML file, for `packlight.convert`.
 
-    The file has one table `[methods]`. Keys are selectors: the name of a module type, `GELU` or
-    `"torch.nn.GELU"`, or a pattern of names, `"encoder.*.fc2"`; a key with dots or stars needs
-    quotes. Values are texts: `"FewBit(3)"`, several methods with commas between them, `"None"` or
-    `"default"`. The first selector that matches a layer counts.
+    A line `rest = "GroupQuant(8)"` above the table is the argument `rest` of `convert`, where a
+    call gives none. The file has one table `[methods]`. Keys are selectors: the name of a module
+    type, `GELU` or `"torch.nn.GELU"`, or a pattern of names, `"encoder.*.fc2"`; a key with dots or
+    stars needs quotes. Values are texts: `"FewBit(3)"`, several methods with commas between them,
+    `"None"` or `"default"`. The first selector that matches a layer counts.
 
     Raises `InputError` for a file that cannot be read, naming the line.
 
@@ -198,12 +208,19 @@ def load_methods(path: str | os.PathLike[str]) -> dict[Selector, Choice]:
     if text.startswith(_HEADER) and _END not in text.splitlines():
         raise InputError(f"{path} is cut off: its last line, {_END!r}, is missing; save it again")
     table = data.pop("methods", None)
+    rest = data.pop("rest", "auto")
     for key in data:
         line = _line(text, (key,))
-        raise InputError(f"{path}:{line}: {key!r} is not known; expected one table, [methods]")
+        raise InputError(
+            f"{path}:{line}: {key!r} is not known; expected one table, [methods], and rest"
+        )
     if not isinstance(table, dict) or not table:
         raise InputError(f'{path}: no methods; expected [methods] and lines such as GELU = "..."')
-    methods: dict[Selector, Choice] = {}
+    methods = FiledMethods()
+    try:
+        methods.rest = parse_rest(rest)
+    except InputError as error:
+        raise InputError(f"{path}:{_line(text, ('rest',))}: rest: {error}") from error
     for selector, value in table.items():
         try:
             methods[selector] = _entry(selector, value)
@@ -213,8 +230,22 @@ def load_methods(path: str | os.PathLike[str]) -> dict[Selector, Choice]:
     return methods
 
 
-def save_methods(methods: Methods, path: str | os.PathLike[str]) -> None:
+def parse_rest(text: object) -> Given:
+    """The argument `rest` of `convert` that a text stands for; raises `InputError` for others."""
+    if text == "auto":
+        return "auto"
+    choice = parse_methods(text) if isinstance(text, str) else text
+    if choice is None and text is not None:
+        return None
+    if not isinstance(choice, Quantiser):
+        raise InputError(f'{text!r} is no quantiser; expected "GroupQuant(8)", "None" or "auto"')
+    return choice
+
+
+def save_methods(methods: Methods, path: str | os.PathLike[str], rest: Given = "auto") -> None:
     """Write methods, as `packlight.convert` takes them, to a TOML file for `load_methods`.
+
+    `rest` is the argument of `convert`; "auto" is that of methods which `load_methods` gave.
 
     Module types are written by their qualified names. What is loaded selects the same layers by the
     same methods. Raises `InputError` for predicates, which no text stands for.
@@ -224,7 +255,13 @@ def save_methods(methods: Methods, path: str | os.PathLike[str]) -> None:
         f"{_toml_text(_selector_text(selector))} = {_toml_text(format_methods(choice))}"
         for selector, choice in entries.items()
     ]
-    write_text(path, "\n".join([_HEADER + _HINT, "[methods]", *lines, _END, ""]))
+    rest = getattr(methods, "rest", rest) if rest == "auto" else rest
+    check_rest(rest)
+    if rest != "auto":
+        lines = [f"rest = {_toml_text(format_methods(rest))}", "[methods]", *lines]
+    else:
+        lines = ["[methods]", *lines]
+    write_text(path, "\n".join([_HEADER + _HINT, *lines, _END, ""]))
 
 
 # A file that begins so is one of ours, and is whole only with its end. One written by hand needs

@@ -100,9 +100,9 @@ def _predict(
             f"model is a {type(model).__name__}, of which no copy without values can be made; pass"
             " an nn.Module, or profile a run of it"
         )
-    fakes = _fakes()
+    fakes = fake_tensors()
     mode = fakes.Fakes()
-    fake, fake_inputs, fake_kwargs = _copied(mode, device, model, inputs, kwargs)
+    fake, fake_inputs, fake_kwargs = copied(mode, device, model, inputs, kwargs)
     reports = []
     for change in changes:
         change(fake)
@@ -110,11 +110,11 @@ def _predict(
             try:
                 reports.append(profile(fake, *fake_inputs, loss=loss, **fake_kwargs))
             except fakes.NEEDS_VALUES as error:
-                raise InputError(_needs_values(error)) from error
+                raise InputError(needs_values(error)) from error
     return reports
 
 
-def _fakes() -> Any:
+def fake_tensors() -> Any:
     """What makes tensors without values; its import reads much of torch's inside."""
     try:
         return importlib.import_module("packlight._torch.fakes")
@@ -125,19 +125,30 @@ def _fakes() -> Any:
         ) from error
 
 
-def _copied(
+def copied(
     mode: Any,
     device: str | torch.device | None,
     model: nn.Module,
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
+    shared: Mapping[int, Any] = types.MappingProxyType({}),
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Model and inputs with fake tensors."""
+    """Model and inputs with fake tensors; `shared` is that of `copied_model`."""
     with _Copying(mode, None if device is None else torch.device(device)) as copying:
-        fake, memo = copied_model(model)
+        fake, memo = copied_model(model, shared)
         copying.keeps_floats = True
         fake_inputs, fake_kwargs = copy.deepcopy((inputs, kwargs), memo)
     return fake, fake_inputs, fake_kwargs
+
+
+def copied_inputs(
+    mode: Any, device: str | torch.device | None, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs with fake tensors in place of large ones."""
+    with _Copying(mode, None if device is None else torch.device(device)) as copying:
+        copying.keeps_floats = True
+        fakes: tuple[tuple[Any, ...], dict[str, Any]] = copy.deepcopy((inputs, kwargs))
+    return fakes
 
 
 def copied_model(
@@ -209,7 +220,9 @@ class _Copying(TorchFunctionMode):
         if tensor.is_floating_point() and not self.keeps_floats:
             return False
         is_dense = tensor.layout is torch.strided
-        return is_dense and tensor.device == self.device_of(tensor) and _fakes().is_small(tensor)
+        return (
+            is_dense and tensor.device == self.device_of(tensor) and fake_tensors().is_small(tensor)
+        )
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where the tensor is imagined to be."""
@@ -242,7 +255,7 @@ class _Copying(TorchFunctionMode):
             )
 
 
-def _needs_values(error: BaseException) -> str:
+def needs_values(error: BaseException) -> str:
     operation = getattr(error, "func", error)
     lines = [
         f"{short_path(frame.filename)}:{frame.lineno}"

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _torch, _tracer, sharing
 from packlight._checks import without_autocast
 from packlight._seeds import Seed, rounding_seed
+from packlight._torch import question
 from packlight.calls import uncovered
 from packlight.method import Method
 from packlight.pack import Grade, Pack
@@ -114,8 +115,12 @@ class Quantiser(Method, abstract=True):
         return self
 
     def for_functions(self) -> "Quantiser":
-        """The method for what a norm or a function reads that is not linear."""
+        """The method for what a function reads that is not linear."""
         return self
+
+    def for_norms(self) -> "Quantiser":
+        """The method for what a norm of rows normalises."""
+        return self.for_functions()
 
     def keeps_rows(self, width: int) -> bool:
         """Whether rows of this width are worth packing."""
@@ -159,7 +164,7 @@ def pack_input(x: Tensor, method: Quantiser) -> Pack:
     kept = sharing.pack_of(x, method.grade)
     if kept is not None:
         return kept
-    if _is_of_relu(x):
+    if is_of_relu(x):
         method = method.for_zeros()
     source = sharing.source_of(x)
     kept = new_pack(source.detach(), method)
@@ -169,11 +174,20 @@ def pack_input(x: Tensor, method: Quantiser) -> Pack:
     return kept
 
 
-def _is_of_relu(x: Tensor) -> bool:
-    """Whether a ReLU made the tensor. A compiler is not asked."""
-    if torch.compiler.is_dynamo_compiling() or x.grad_fn is None:
+def is_of_relu(x: Tensor) -> bool:
+    """Whether a ReLU made the tensor, or what it is a view of."""
+    if torch.compiler.is_dynamo_compiling():
+        found: bool = _torch.ask("is_traced_of_relu", False, x)
+        return found
+    made = (x if x._base is None else x._base).grad_fn
+    if made is None:
         return False
-    return x.grad_fn.name() == "ReluBackward0" or getattr(x.grad_fn, "is_relu", False)
+    return made.name() == "ReluBackward0" or getattr(made, "is_relu", False)
+
+
+@question
+def is_traced_of_relu(tracer: Any, x: Any) -> bool:
+    return is_of_relu(_tracer.fake_of(x))
 
 
 def new_pack(x: Tensor, method: Quantiser) -> Pack:

@@ -25,9 +25,9 @@ copy of the tensor and in no file, and it goes when the tensor goes.
   second pass gets other tensors, without the notes that the first pass saw.
 - **Sketches** (`packlight.sketch`) are recorded apart from packs. A sketch does not give the tensor
   back, so it serves only the readers that ask for a sketch.
-- **torch.compile**: the notes of a compiled region are a table that lives as long as its tracing,
-  with versions and views of the tracer's example tensors. A note from outside the region is no part
-  of its graph, and is not read.
+- **torch.compile**: a layer is one node of the tracer's graph (`_torch/nodes.py`), and writes and
+  reads notes where what comes behind the tracer runs it. A note holds within the graph in which it
+  was written, and in checkpoints within that; code that the tracer follows has none.
 """
 
 import weakref
@@ -38,8 +38,7 @@ import torch
 from torch import Tensor
 
 from packlight import _torch
-from packlight._torch import HOOKS, STORAGES, question
-from packlight._tracer import fake_of, graph_facts, node_of
+from packlight._torch import HOOKS, STORAGES
 from packlight.pack import Grade, Pack, View, WeakPack
 from packlight.packing.layout import is_dense
 
@@ -52,7 +51,7 @@ class _Facts(NamedTuple):
     sketch: Pack | WeakPack | None = None
     exact: Any = None  # weakly, an object of the operation that saves the tensor itself
     filled: bool = False  # some elements were filled with an infinity or a huge number
-    source: Any = None  # what the tensor is a cast of: a `_Note` of it, or traced a `_Source`
+    source: "_Note | None" = None  # of what the tensor is a cast of
 
     def with_those_of(self, other: "_Facts", same_tensor: bool) -> "_Facts":
         """These facts, completed by those of `other`."""
@@ -62,13 +61,6 @@ class _Facts(NamedTuple):
         source = other.source if self.source is None else self.source
         exact, filled = self.exact or other.exact, self.filled or other.filled
         return _Facts(cast, pack, sketch, exact, filled, source)
-
-
-class _Source(NamedTuple):
-    """A traced tensor that was cast, and its version then."""
-
-    tensor: Tensor
-    version: int
 
 
 # How the tensor that carries a note is related to the tensor asked about: one object; one shape and
@@ -91,7 +83,7 @@ def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     if relation != "itself" or facts.cast is None or facts.cast.dtype != dtype:
         return None
     # A hook on the tensor would not see a gradient that goes to the cast instead.
-    if not torch.compiler.is_dynamo_compiling() and tensor._backward_hooks:
+    if not _torch.is_traced() and tensor._backward_hooks:
         return None
     return facts.cast
 
@@ -111,14 +103,11 @@ def note_copy(copy: Tensor, source: Tensor) -> None:
         return
     source = source_of(source)
     if torch.compiler.is_dynamo_compiling():
-        if not _torch.ask("have_one_layout", False, copy, source):
-            return
-        link: Any = _Source(source, _torch.ask("version_of", 0, source))
-    else:
-        alike = copy.shape == source.shape and copy.stride() == source.stride()
-        if not (alike and copy.device == source.device and _may_be_noted(source)):
-            return
-        link = _Note(source, _NOTHING, _torch.saved_tensor_hooks())
+        return
+    alike = _are_equal((*copy.shape, *copy.stride()), (*source.shape, *source.stride()))
+    if not (alike and copy.device == source.device and _may_be_noted(source)):
+        return
+    link = _Note(source, _NOTHING, _torch.saved_tensor_hooks())
     kept, sketch = pack_of(source), sketch_of(source)
     facts = _Facts(pack=kept, sketch=sketch, filled=is_filled(source), source=link)
     _write(copy, facts, holds=None)
@@ -136,9 +125,6 @@ def _source(facts: _Facts) -> Tensor | None:
     link = facts.source
     if link is None:
         return None
-    if torch.compiler.is_dynamo_compiling():
-        source: Tensor = link.tensor
-        return source if _torch.ask("version_of", -1, source) == link.version else None
     found: Tensor | None = link.reference()
     return found if found is not None and link.holds(found) else None
 
@@ -234,13 +220,7 @@ def _write(tensor: Tensor, facts: _Facts, holds: bool | None) -> None:
     With `holds` the note keeps the packs alive; otherwise something else does. With None it does
     where saved-tensor hooks take away what the graph saves of an intermediate result.
     """
-    if torch.compiler.is_dynamo_compiling():
-        relation, known = _read(tensor)
-        if relation in ("itself", "alike"):
-            facts = facts.with_those_of(known, relation == "itself")
-        _torch.ask("keep_note", None, tensor, facts)
-        return
-    if not _may_be_noted(tensor):
+    if torch.compiler.is_dynamo_compiling() or not _may_be_noted(tensor):
         return
     hooks = _torch.saved_tensor_hooks()
     if holds is None:
@@ -260,10 +240,7 @@ def _write(tensor: Tensor, facts: _Facts, holds: bool | None) -> None:
 def _read(tensor: Tensor) -> tuple[_Relation | None, _Facts]:
     """The facts about the tensor, or about one with the same elements, and how the two relate."""
     if torch.compiler.is_dynamo_compiling():
-        traced: _Facts | None = _torch.ask("find_note", None, tensor)
-        if traced is None:
-            return None, _NOTHING
-        return _torch.ask("find_relation", None, tensor), traced
+        return None, _NOTHING
     note = _notes.get(id(tensor))
     if note is not None and note.holds(tensor):
         return "itself", note.facts
@@ -282,12 +259,12 @@ def _relation(base: Tensor, tensor: Tensor) -> _Relation | None:
     """How a view of `base` relates to `base`."""
     if not _is_whole_view(tensor, base):
         return None
-    if base.shape == tensor.shape and base.stride() == tensor.stride():
+    if _are_equal((*base.shape, *base.stride()), (*tensor.shape, *tensor.stride())):
         return "alike"
     same_rows = (
         base.dim() > 0
         and tensor.dim() > 0
-        and base.shape[-1] == tensor.shape[-1]
+        and _are_equal(base.shape[-1:], tensor.shape[-1:])
         and base.is_contiguous()
         and tensor.is_contiguous()
     )
@@ -298,8 +275,9 @@ def _is_whole_view(tensor: Tensor, base: Tensor) -> bool:
     """Whether a view of `base` has all elements of `base`, in the order of their memory."""
     return (
         base.dtype == tensor.dtype
-        and base.numel() == tensor.numel()
-        and base.storage_offset() == tensor.storage_offset()
+        and _are_equal(
+            (base.numel(), base.storage_offset()), (tensor.numel(), tensor.storage_offset())
+        )
         and is_dense(base)
         and is_dense(tensor)
     )
@@ -328,7 +306,7 @@ def _forget(reference: Any, notes: "dict[int, _Note]" = _notes) -> None:
 class _Note:
     """Facts about a tensor, and when they are valid."""
 
-    __slots__ = ("__weakref__", "facts", "hooks", "reference", "storage", "version")
+    __slots__ = ("__weakref__", "facts", "hooks", "reference", "scope", "storage", "version")
 
     def __init__(self, tensor: Tensor, facts: _Facts, hooks: Any) -> None:
         self.reference = _Reference(tensor, _forget)
@@ -336,6 +314,7 @@ class _Note:
         self.version = tensor._version
         self.storage = _torch.storage_reference(tensor)
         self.hooks = None if hooks is None else _weak_hook(hooks[0])
+        self.scope = _torch.scopes()[0]
         self.facts = facts
 
     def holds(self, tensor: Tensor) -> bool:
@@ -344,6 +323,7 @@ class _Note:
             self.reference() is not tensor
             or tensor._version != self.version
             or not _torch.has_storage(tensor, self.storage)
+            or self.scope not in _torch.scopes()
         ):
             return False
         now = _torch.saved_tensor_hooks()
@@ -384,104 +364,17 @@ def _weak_hook(hook: Callable[..., Any]) -> Any:
         return hook
 
 
-# ---- notes of a region that is traced ------------------------------------------------------------
-
-_NOTES = "_packlight_notes"
+# ---- sizes that may be symbols -------------------------------------------------------------------
 
 
-class _TracedNote(NamedTuple):
-    """Facts about the tensor of a node, as a variable of the tracer."""
+def _are_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists of sizes are equal.
 
-    node: Any
-    facts: Any
-    version: int
-    graph: Any  # the tracer of the graph being traced then: the region, or a body within it
-
-
-@question
-def keep_note(tracer: Any, tensor: Any, facts: Any) -> None:
-    node = node_of(tensor)
-    graph = tracer.output.current_tracer
-    note = _TracedNote(node, facts, fake_of(tensor)._version, graph)
-    graph_facts(tracer, _NOTES)[node, graph] = note
-
-
-@question
-def have_one_layout(tracer: Any, copy: Any, source: Any) -> bool:
-    a, b = fake_of(copy), fake_of(source)
-    return a.device == b.device and _known_equal((*a.shape, *a.stride()), (*b.shape, *b.stride()))
-
-
-@question
-def version_of(tracer: Any, tensor: Any) -> int:
-    version: int = fake_of(tensor)._version
-    return version
-
-
-@question
-def find_note(tracer: Any, tensor: Any) -> Any:
-    found = _find_traced(tracer, tensor)
-    return None if found is None else found[1].facts
-
-
-@question
-def find_relation(tracer: Any, tensor: Any) -> str | None:
-    found = _find_traced(tracer, tensor)
-    return None if found is None else found[0]
-
-
-def _find_traced(tracer: Any, tensor: Any) -> tuple[_Relation, _TracedNote] | None:
-    """The note about the traced tensor, or else about a tensor with the same elements; the last.
-
-    Symbolic sizes that are not known to be equal count as different, since a guess would be a guard
-    on the sizes of the model's inputs.
+    Symbols that are not known to be equal count as different, since a guess would be a guard on
+    the sizes of the model's inputs.
     """
-    fake, node = fake_of(tensor), node_of(tensor)
-    believed = tensor.stride
-    if believed is not None and tuple(believed) != tuple(fake.stride()):
-        return None  # transposed in place, which the tracer does not record
-    graphs: list[Any] = []
-    graph = tracer.output.current_tracer
-    while graph is not None:  # graphs of checkpoint bodies that have ended are left out
-        graphs, graph = [*graphs, graph], graph.parent
-    best: tuple[_Relation, _TracedNote] | None = None
-    order: tuple[_Relation | None, ...] = ("itself", "alike", "rows", "view", None)
-    for note in graph_facts(tracer, _NOTES).values():
-        if note.graph not in graphs:
-            continue
-        noted = note.node.meta["example_value"]
-        if noted._version != note.version or not _same_elements(noted, fake):
-            continue
-        relation = "itself" if note.node is node else _traced_relation(noted, fake)
-        known = None if best is None else best[0]
-        if relation is not None and order.index(relation) <= order.index(known):
-            best = relation, note
-    return best
-
-
-def _traced_relation(noted: Tensor, fake: Tensor) -> _Relation | None:
-    if _known_equal((*noted.shape, *noted.stride()), (*fake.shape, *fake.stride())):
-        return "alike"
-    return _relation(noted, fake)
-
-
-def _same_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether two traced tensors are known to be the same numbers in the same memory."""
-    try:
-        same_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata
-    except NotImplementedError:  # a tensor of torch.func
-        return False
-    return (
-        same_storage
-        and a._version == b._version
-        and a.dtype == b.dtype
-        and a.is_neg() == b.is_neg()
-        and a.is_conj() == b.is_conj()
-        and _known_equal((a.storage_offset(), a.numel()), (b.storage_offset(), b.numel()))
-    )
-
-
-def _known_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    if not _torch.is_traced():
+        return tuple(a) == tuple(b)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return len(a) == len(b) and all(

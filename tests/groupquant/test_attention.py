@@ -215,13 +215,16 @@ def test_a_conversion_gives_attention_bits_enough(bits, attention_bits):
     packlight.convert(model, GroupQuant(bits), functional=True)
     report = profile(lambda: model(*(x * 1.0 for x in tensors)))
     codes = sum(row.bytes for row in report.rows if row.dtype == "uint8")
-    assert codes == 4 * tensors[0].numel() * attention_bits // 8
+    assert codes == 3 * tensors[0].numel() * attention_bits // 8
 
 
-@pytest.mark.parametrize(("bits", "name"), [(8, "_KeptAttention"), (4, "_RecomputedAttention")])
-def test_the_form_follows_from_the_bits(bits, name):
-    y = groupquant.scaled_dot_product_attention(*correlated(4, 64, 32), bits=bits)
-    assert y.grad_fn.name() == f"{name}Backward"
+@pytest.mark.parametrize(
+    ("bits", "keys", "name"),
+    [(8, 256, "_Recomputed"), (8, 257, "_Kept"), (4, 257, "_Recomputed")],
+)
+def test_the_form_follows_from_bits_and_keys(bits, keys, name):
+    y = groupquant.scaled_dot_product_attention(*correlated(4, keys, 32), bits=bits)
+    assert y.grad_fn.name() == f"{name}AttentionBackward"
 
 
 # ---- dropout -------------------------------------------------------------------------------------
@@ -350,12 +353,12 @@ def test_errors_on_a_device(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_in_a_captured_graph(dropout_p):
-    """At 4 bits the kernel runs again in each replay; with dropout the form is the kept one."""
+    """Without dropout the kernel runs again in each replay; with it the form is the kept one."""
     _, tensors, _ = on_device("flash")
     names = []
 
     def both():
-        y = groupquant.scaled_dot_product_attention(*tensors, None, dropout_p, bits=4)
+        y = groupquant.scaled_dot_product_attention(*tensors, None, dropout_p, bits=8)
         names.append(y.grad_fn.name())
         return torch.autograd.grad(y, tensors, torch.ones_like(y))
 

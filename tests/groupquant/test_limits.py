@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import packlight
 import packlight.groupquant as group_quant
+from packlight import GroupQuant
 from packlight._seeds import operands
 from packlight.elementwise.limits import limits
 from packlight.groupquant import gated_kernels, kernels, reference
+from packlight.layers import functional
 from tests.groupquant.layers import LAYERS
 from tests.helpers import every_dtype, every_kernel_dtype
 
@@ -217,3 +220,53 @@ def test_limits_of_a_dtype_are_numbers_that_scales_hold():
         lowest = torch.tensor(limits(dtype).lowest)
         assert lowest.bfloat16().float() == lowest
         assert lowest.to(dtype).isfinite()
+
+
+# ---- GELU at few bits ----------------------------------------------------------------------------
+
+COARSE = {
+    "minmax 4": GroupQuant(4, code="minmax"),
+    "offset 3": GroupQuant(3, rounding="offset", code="minmax"),
+    "rotated 4": GroupQuant(4, code="rotated"),
+    "rotated 2": GroupQuant(2, code="rotated"),
+}
+every_coarse = pytest.mark.parametrize("method", COARSE.values(), ids=COARSE)
+
+
+def gelu_gradient(layer, x):
+    """The derivative that a layer has of each x."""
+    own = x.clone().requires_grad_()
+    layer(own).backward(torch.ones_like(x))
+    return own.grad
+
+
+@pytest.mark.parametrize("kernels", ["fused", "plain"])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@every_coarse
+def test_packs_of_a_gelu_end_at_minus_3(method, approximate, kernels, monkeypatch):
+    """What lies below is kept as -3, so that a few far off take nothing from their group."""
+    if kernels == "plain":
+        monkeypatch.setattr(GroupQuant, "fused", {})
+    x = torch.randn(64, 128)
+    far = x.clone()
+    far[:, ::16] = -4.5
+    near = far.clamp(min=-3)
+
+    def run(inputs):
+        packlight.manual_seed(3)
+        return gelu_gradient(lambda own: functional.gelu(own, approximate, method=method), inputs)
+
+    assert torch.equal(run(far), run(near))
+
+
+@every_coarse
+def test_saving_ends_packs_of_a_gelu_at_minus_3(method):
+    x = torch.randn(64, 128)
+    x[:, ::16] = -4.5
+
+    def run(inputs):
+        packlight.manual_seed(3)
+        with packlight.saving(method):
+            return gelu_gradient(lambda own: F.gelu(own * 1.0), inputs)  # leaves stay exact
+
+    assert torch.equal(run(x), run(x.clamp(min=-3)))

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from packlight._torch.capabilities import BACKWARD, HOOKS, NODES, STORAGES
+from packlight._torch.capabilities import BACKWARD, HOOKS, NODES, RUNNING_NODE, STORAGES
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -25,6 +26,20 @@ def next_node_number() -> int:
     return number
 
 
+def running_node_number() -> int | None:
+    """The number of the graph node that runs; None where none does, or torch does not say.
+
+    One that adds a gradient to a leaf has none: it is made when the leaf is first read.
+    """
+    if RUNNING_NODE.values is None:
+        return None
+    node = RUNNING_NODE.values[0]()
+    if node is None or node.name() == "torch::autograd::AccumulateGrad":
+        return None
+    number: int = node._sequence_nr()
+    return number
+
+
 def at_end_of_backward(function: Callable[[], Any]) -> bool:
     """Calls the function when the backward pass that runs has ended, and whether it will.
 
@@ -37,6 +52,20 @@ def at_end_of_backward(function: Callable[[], Any]) -> bool:
         return False
     engine.queue_callback(function)
     return True
+
+
+def run_backward(loss: Tensor) -> None:
+    """`loss.backward()` with the function modes that are on, which torch takes off for it.
+
+    Checkpoints run code of the model within. Modes stay off where torch has no engine to ask.
+    """
+    if BACKWARD.values is None:
+        loss.backward()
+        return
+    one = torch.ones_like(loss)
+    BACKWARD.values[1].run_backward(
+        (loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def share_storage(a: Tensor, b: Tensor) -> bool:

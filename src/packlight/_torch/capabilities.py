@@ -95,6 +95,9 @@ GRAPH_NODES = Capability(
     "torch._dynamo.exc:Unsupported",
     "torch._dynamo.variables.tensor:TensorVariable",
     "torch._dynamo.variables.tensor:SymNodeVariable",
+    "torch._dynamo.guards:install_guard",
+    "torch._dynamo.guards:GuardBuilder",
+    "torch.fx.experimental.symbolic_shapes:guard_scalar",
 )
 MODES = Capability(
     "takes a function mode off",
@@ -142,6 +145,12 @@ NODES = Capability(
     "numbers graph nodes",
     "`saving` and `profile` refuse",
     "torch._C._autograd:_get_sequence_nr",
+    "torch.autograd.graph:Node._sequence_nr",
+)
+RUNNING_NODE = Capability(
+    "knows which graph node runs",
+    "a planned backward pass is one line",
+    "torch._C:_current_autograd_node",
     "torch.autograd.graph:Node._sequence_nr",
 )
 CURRENT_DEVICE = Capability(
@@ -205,6 +214,7 @@ CAPABILITIES = (
     DISPATCH,
     TRANSFORMS,
     NODES,
+    RUNNING_NODE,
     CURRENT_DEVICE,
     CURRENT_STREAM,
     FUSED_ATTENTION,

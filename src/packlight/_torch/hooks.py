@@ -15,12 +15,39 @@ from packlight._torch.tracer import untraced
 
 
 def unseen_by_hooks() -> saved_tensors_hooks:
-    """What autograd saves within is none of the business of hooks around it."""
-    return saved_tensors_hooks(_unchanged, _unchanged)
+    """What autograd saves within is none of the business of hooks around it.
+
+    For first derivatives: what an operation saves of its own output has no graph.
+    """
+    return saved_tensors_hooks(_without_graph, _unchanged)
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    # An operation's own output would hold the graph that holds it, and neither were ever freed.
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def hooks_looked_through() -> Hooks | None:
+    """The hooks that are active; if they are of `around_hooks`, those for which they stand."""
+    hooks = saved_tensor_hooks()
+    while hooks is not None and hasattr(hooks[0], _STANDS_FOR):
+        hooks = getattr(hooks[0], _STANDS_FOR)
+    return hooks
+
+
+_STANDS_FOR = "_packlight_stands_for"
+
+
+def _standing_for(
+    hooks: Hooks | None, pack: Callable[[Tensor, Hooks | None], Any]
+) -> Callable[[Tensor], Any]:
+    hook = untraced(lambda tensor: pack(tensor, hooks))
+    setattr(hook, _STANDS_FOR, hooks)
+    return hook
 
 
 @contextmanager
@@ -35,8 +62,7 @@ def around_hooks(
     out of its reach.
     """
     if not HOOK_STACK:
-        hooks = saved_tensor_hooks()
-        with saved_tensors_hooks(untraced(lambda tensor: pack(tensor, hooks)), unpack):
+        with saved_tensors_hooks(_standing_for(saved_tensor_hooks(), pack), unpack):
             yield
         return
     torch_hooks: Any = torch._C._autograd
@@ -47,7 +73,7 @@ def around_hooks(
     is_open = True
 
     def push_ours(hooks: Hooks | None) -> None:
-        push(untraced(lambda tensor: pack(tensor, hooks)), unpack)
+        push(_standing_for(hooks, pack), unpack)
 
     def enter(pack_hook: Callable[[Tensor], Any], unpack_hook: Callable[[Any], Tensor]) -> None:
         nonlocal within

@@ -1,26 +1,57 @@
-"""Functions of autograd as one node each of the graph that torch.compile traces.
+"""Layers as one node each of the graph that torch.compile traces.
 
-The tracer follows the forward and the backward pass of a Function through their Python, which takes
-half of its time. What comes behind it, which makes the graphs of both passes, runs what a node of
-the graph calls, and sees all operations of it again. So in traced code a call of a Function of ours
-becomes a node that calls the Function; the tracer runs it once, on tensors without values.
+The tracer follows Python instruction by instruction, and what comes behind it, which makes the
+graphs of both passes, runs what a node of its graph calls and sees all operations of it. So in
+traced code a call of a layer becomes a node: the tracer sees a call of which it knows what it
+takes and gives, and behind it the layer runs as it does uncompiled, with notes on the tensors that
+are there (`sharing.py`). Between two nodes a pack goes by way of such a note.
 
-Arguments are tensors, numbers that the compiler may have as symbols, plain constants, methods, and
-dataclasses made of those. With any other argument the tracer follows the Function as it always can.
+Arguments are tensors, numbers that the compiler may have as symbols, plain constants, methods,
+modules without modules inside, and tuples, dictionaries and dataclasses made of those. With any
+other argument the tracer follows the layer.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
 
 from packlight._torch.capabilities import GRAPH_NODES
-from packlight._torch.tracer import ask, question, running_a_node
+from packlight._torch.tracer import ask, question, running_a_node, said
 
-# The functions that become nodes, by the numbers under which traced code asks for them.
-_functions: list[Callable[..., Any]] = []
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_FOLLOWED = "_packlight_followed"
+
+
+def followed(function: _F) -> _F:
+    """Has the tracer follow the function, which asks it questions, where it would be a node."""
+    setattr(function, _FOLLOWED, True)
+    return function
+
+
+def as_node(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What a node gives that calls the function; None where there can be none. In traced code."""
+    return ask("call_as_node", None, function, args, kwargs)
+
+
+def one_node(function: _F) -> _F:
+    """The function, of which a call in traced code is one node. It does not return None."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            results = as_node(function, args, kwargs)
+            if results is not None:
+                return results
+        return function(*args, **kwargs)
+
+    return cast("_F", call)
 
 
 def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -31,14 +62,20 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     plain: Callable[..., Any] = function.apply
     base: Any = super(torch.autograd.Function, function)
     direct: Callable[..., Any] = base.apply
-    number = len(_functions)
-    _functions.append(plain)
+
+    def run(*args: Any) -> Any:
+        return plain(*args)
+
+    run.__module__, run.__qualname__ = function.__module__, function.__qualname__
 
     def apply(*args: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             return direct(*args)
-        results = ask("call_as_node", None, number, *args)
-        return plain(*args) if results is None else results
+        results = as_node(run, args, {})
+        if results is not None:
+            return results
+        again = ask("given_before", (), *args)
+        return plain(*[x.view_as(x) if i in again else x for i, x in enumerate(args)])
 
     return apply
 
@@ -47,26 +84,92 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 @question
-def call_as_node(tracer: Any, number: Any, *values: Any) -> Any:
+def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
     """The results of a new node; None where it cannot be made."""
-    if GRAPH_NODES.values is None:
+    function = function.as_python_constant()
+    followed = getattr(function, _FOLLOWED, False)
+    if followed or GRAPH_NODES.values is None or tracer.output.export:
         return None
-    function = _functions[number.as_python_constant()]
     wrap, unsupported, *_ = GRAPH_NODES.values
-    proxies: list[Any] = []
+    tensors: list[Any] = []
     try:
-        arguments = [_argument(tracer, value, proxies) for value in values]
+        given = [_argument(tracer, value, tensors) for value in (args, kwargs)]
     except (_NotKnownError, NotImplementedError, unsupported):
         return None
+    scopes, first = _scopes(tracer), fresh_number(tracer) << 10
 
     def call(*operands: Any) -> Any:
-        with running_a_node():
-            return function(*(_filled(argument, operands) for argument in arguments))
+        with running_a_node(scopes, itertools.count(first)):
+            positional, named = (_filled(argument, operands) for argument in given)
+            return function(*positional, **named)
 
-    owner: Any = getattr(function, "__self__", function)
-    call.__name__ = call.__qualname__ = f"apply_{owner.__name__.strip('_')}"
-    call.__module__ = owner.__module__
-    return wrap(tracer, tracer.output.create_proxy("call_function", call, tuple(proxies), {}))
+    name = function.__qualname__.rpartition(".")[2].strip("_")
+    call.__name__ = call.__qualname__ = f"apply_{name}"
+    call.__module__ = function.__module__
+    proxies = tuple(value.as_proxy() for value in tensors)
+    proxy = tracer.output.create_proxy("call_function", call, proxies, {})
+    results = wrap(tracer, proxy)
+    what = said()
+    if what is not None:
+        graph_facts(tracer, SAID)[proxy.node] = what, tensors[0]
+    return results
+
+
+@question
+def given_before(tracer: Any, *values: Any) -> tuple[int, ...]:
+    """The places of tensors that stand at an earlier place too.
+
+    A Function takes no tensor twice: the tracer of 2.13 refuses it, that of 2.11 loses a gradient.
+    """
+    fakes = [
+        value.as_proxy().node.meta["example_value"] if issubclass(kind, torch.Tensor) else None
+        for value in values
+        for kind in (value.python_type(),)
+    ]
+    # A cast to the dtype that is there makes a node, and no tensor.
+    return tuple(
+        place
+        for place, fake in enumerate(fakes)
+        if fake is not None and any(fake is before for before in fakes[:place])
+    )
+
+
+# Of the graph that is traced: what nodes have said, and the first tensor that they take.
+SAID = "_packlight_said"
+
+
+def graph_facts(tracer: Any, name: str) -> dict[Any, Any]:
+    """A dictionary of ours that lives as long as the graph that is traced."""
+    found: dict[Any, Any] = vars(tracer.output).setdefault(name, {})
+    return found
+
+
+@question
+def fresh_number(tracer: Any) -> int:
+    """A number that no other question of this graph got."""
+    output = vars(tracer.output)
+    output["_packlight_numbers"] = number = output.get("_packlight_numbers", 0) + 1
+    return int(number)
+
+
+_scope_numbers = itertools.count(1)
+_CHECKPOINT = "tag_activation_checkpoint"
+
+
+def _scopes(tracer: Any) -> tuple[int, ...]:
+    """Numbers of the graph that is traced and of those around it, of which notes hold in it.
+
+    What is within the body of a checkpoint may read what is outside, and not the other way around;
+    any other body is a function of its inputs.
+    """
+    graph, found = tracer.output.current_tracer, []
+    while graph is not None:
+        facts = vars(graph)
+        if "_packlight_scope" not in facts:
+            facts["_packlight_scope"] = next(_scope_numbers)
+        found.append(facts["_packlight_scope"])
+        graph = graph.parent if str(graph.source_target) == _CHECKPOINT else None
+    return tuple(found)
 
 
 class _NotKnownError(Exception):
@@ -81,6 +184,13 @@ class _Operand:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """An operand that is a parameter: behind the tracer its tensor does not say so."""
+
+    place: int
+
+
+@dataclasses.dataclass(frozen=True)
 class _Made:
     """An object or a tuple that traced code made of arguments."""
 
@@ -89,21 +199,31 @@ class _Made:
 
 
 def _filled(argument: Any, operands: Sequence[Any]) -> Any:
-    if type(argument) is _Operand:
+    kind = type(argument)
+    if kind is _Operand:
         return operands[argument.place]
-    if type(argument) is _Made:
+    if kind is _Made:
         return argument.make([_filled(part, operands) for part in argument.parts])
+    if kind is _Parameter:
+        parameter = operands[argument.place]
+        if not isinstance(parameter, nn.Parameter):
+            parameter._is_param = True  # which is what torch's own subclasses of tensors have
+        return parameter
     return argument
 
 
-def _argument(tracer: Any, value: Any, proxies: list[Any]) -> Any:
-    """What stands for a variable of the tracer; what the graph computes goes to `proxies`."""
+def _argument(tracer: Any, value: Any, tensors: list[Any]) -> Any:
+    """What stands for a variable of the tracer; what the graph computes goes to `tensors`."""
     assert GRAPH_NODES.values is not None
-    computed: Any = GRAPH_NODES.values[2:]
+    _, _, tensor, symbol, install_guard, guards, guard_scalar = GRAPH_NODES.values
     value = value.realize()
-    if isinstance(value, computed):  # a tensor or a symbol
-        proxies.append(value.as_proxy())
-        return _Operand(len(proxies) - 1)
+    if isinstance(value, symbol) and issubclass(value.python_type(), float):
+        return guard_scalar(value.sym_num)  # operators take numbers
+    if isinstance(value, (tensor, symbol)):
+        tensors.append(value)
+        place = len(tensors) - 1
+        is_parameter = issubclass(value.python_type(), nn.Parameter)
+        return _Parameter(place) if is_parameter else _Operand(place)
     try:
         return value.as_python_constant()
     except NotImplementedError:
@@ -111,27 +231,105 @@ def _argument(tracer: Any, value: Any, proxies: list[Any]) -> Any:
     kind: Any = value.python_type()
     if issubclass(kind, (tuple, list)):
         make = getattr(kind, "_make", kind)
-        return _of_parts(tracer, make, value.unpack_var_sequence(tracer), proxies)
+        return _of_parts(tracer, make, value.unpack_var_sequence(tracer), tensors)
+    if kind is dict:
+        names = [key.as_python_constant() for key in value.unpack_var_sequence(tracer)]
+        items = [value.getitem_const(tracer, _constant(tracer, name)) for name in names]
+        return _of_parts(tracer, functools.partial(_dictionary, names), items, tensors)
+    if issubclass(kind, nn.Module):
+        return _module(tracer, value, tensors)
     if dataclasses.is_dataclass(kind):
         names = [field.name for field in dataclasses.fields(kind)]
-        get = getattr(value, "var_getattr", None)
-        if get is None:  # torch 2.14: the tracer follows the Function
-            raise _NotKnownError(value)
-        fields = [get(tracer, name) for name in names]
         if value.source is None:
-            return _of_parts(tracer, functools.partial(_object, kind, names), fields, proxies)
-        computed_fields: list[Any] = []
-        _of_parts(tracer, tuple, fields, computed_fields)  # looked at, they are guarded
-        if not computed_fields:
+            fields = [_attribute(tracer, value, name) for name in names]
+            return _of_parts(tracer, functools.partial(_object, kind, names), fields, tensors)
+        if kind.__dataclass_params__.frozen:
+            # One guard: methods that are equal are one object (`method.the_one`).
+            install_guard(value.source.make_guard(guards.ID_MATCH))
             return value.value
     raise _NotKnownError(value)
 
 
+def _constant(tracer: Any, value: Any) -> Any:
+    from torch._dynamo.variables.base import VariableTracker
+
+    return VariableTracker.build(tracer, value)
+
+
+def _attribute(tracer: Any, value: Any, name: str) -> Any:
+    """The variable of an attribute, guarded."""
+    get = getattr(value, "var_getattr", None)
+    if get is not None:
+        return get(tracer, name)
+    return _constant(tracer, getattr).call_function(  # torch 2.14
+        tracer, [value, _constant(tracer, name)], {}
+    )
+
+
 def _of_parts(
-    tracer: Any, make: Callable[[Sequence[Any]], Any], parts: Sequence[Any], proxies: list[Any]
+    tracer: Any, make: Callable[[Sequence[Any]], Any], parts: Sequence[Any], tensors: list[Any]
 ) -> _Made:
-    return _Made(make, tuple(_argument(tracer, part, proxies) for part in parts))
+    return _Made(make, tuple(_argument(tracer, part, tensors) for part in parts))
 
 
 def _object(kind: Any, names: Sequence[str], parts: Sequence[Any]) -> Any:
     return kind(**dict(zip(names, parts, strict=True)))
+
+
+def _dictionary(names: Sequence[str], parts: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names, parts, strict=True))
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+
+def _module(tracer: Any, value: Any, tensors: list[Any]) -> _Made:
+    """A module as its class, what the graph computes of its tensors, and what its forward reads."""
+    module = getattr(value, "value", None)
+    if not isinstance(module, nn.Module) or module._modules or value.source is None:
+        raise _NotKnownError(value)
+    read = _names_read(type(module))
+    kinds = ({**vars(module)}, module._parameters, module._buffers)
+    names = [[name for name in kind if name in read] for kind in kinds]
+    parts = [_attribute(tracer, value, name) for kind in names for name in kind]
+    make = functools.partial(_stand_in, type(module), names)
+    return _of_parts(tracer, make, parts, tensors)
+
+
+@functools.cache
+def _names_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Every name in the code of the class's forward and of what that calls in the class."""
+    classes = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    pending: list[Any] = [vars(base).get("forward") for base in classes]
+    names: set[str] = set()
+    seen: set[Any] = set()
+    while pending:
+        function = pending.pop()
+        function = getattr(function, "fget", getattr(function, "__func__", function))
+        if not isinstance(function, types.FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        pending.append(getattr(function, "__wrapped__", None))
+        pending.extend(cell.cell_contents for cell in function.__closure__ or ())
+        for name in _names_in(function.__code__):
+            names.add(name)
+            pending.extend(vars(base).get(name) for base in classes)
+    return frozenset(names)
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):  # of `getattr`
+            yield constant
+        elif isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+
+
+def _stand_in(kind: type[nn.Module], names: Sequence[Sequence[str]], parts: Sequence[Any]) -> Any:
+    """A module of this class with these attributes, parameters and buffers."""
+    module: Any = kind.__new__(kind)
+    left = iter(parts)
+    own, parameters, buffers = ({name: next(left) for name in group} for group in names)
+    vars(module).update(own, _parameters=parameters, _buffers=buffers, _modules={})
+    return module

@@ -85,22 +85,50 @@ def _answer(context: Any) -> None:
 
 
 class _Nodes(threading.local):
-    """Whether a node of a compiled graph runs on this thread (`nodes.py`)."""
+    """The node of a compiled graph that runs on this thread (`nodes.py`), if one does."""
 
     run = False
+    scopes: tuple[int, ...] = (0,)  # that of code between nodes, and of what is not compiled
+    places: Iterator[int] = iter(())
+    said: str | None = None
 
 
 _nodes = _Nodes()
 
 
 @contextlib.contextmanager
-def running_a_node() -> Iterator[None]:
+def running_a_node(scopes: tuple[int, ...], places: Iterator[int]) -> Iterator[None]:
     """What runs is part of a compiled graph, also where a graph runs as it was traced."""
-    before, _nodes.run = _nodes.run, True
+    before = _nodes.run, _nodes.scopes, _nodes.places
+    _nodes.run, _nodes.scopes, _nodes.places = True, scopes, places
     try:
         yield
     finally:
-        _nodes.run = before
+        _nodes.run, _nodes.scopes, _nodes.places = before
+
+
+def scopes() -> tuple[int, ...]:
+    """The graph that the code that runs is part of, and those of which notes hold in it."""
+    return _nodes.scopes
+
+
+def say(what: str) -> None:
+    """Has the tracer know what the layer that runs as a node computes of its first tensor."""
+    _nodes.said = what
+
+
+def said() -> str | None:
+    """What has been said since this was last asked."""
+    found, _nodes.said = _nodes.said, None
+    return found
+
+
+def next_place() -> int:
+    """A number that no other call in the graph that is traced gets, the same for each run of it."""
+    if torch.compiler.is_dynamo_compiling():
+        number: int = ask("fresh_number", 0)
+        return number << 10
+    return next(_nodes.places, 0)
 
 
 def is_traced() -> bool:

@@ -37,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A subcommand's parser has the class of this one.
     subcommands = parser.add_subparsers(required=True, metavar="command", dest="command")
     for add in (
+        _add_fit,
         _add_profile,
         _add_convert,
         _add_gradient_error,
         _add_codebook,
+        _add_calibrate,
         _add_demo,
         _add_env,
     ):
@@ -57,6 +59,91 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The reader (`| head`) has what it wanted; Python's own flush at exit must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit(128 + 13)
+
+
+# ---- packlight fit and packlight calibrate -------------------------------------------------------
+
+
+def _add_fit(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "fit",
+        help="print whether training a model fits a GPU, and what makes it fit",
+        description=(
+            "Foretell the peak of memory and the time of a training step on a GPU, without the GPU,"
+            " the weights or a run: as PyTorch trains, with checkpointing, with packlight, and by"
+            " the fastest plan that fits; and the largest batch and the longest sequence of each."
+        ),
+    )
+    _add_model_and_input(parser)
+    parser.add_argument(
+        "--gpu", metavar="GPU", help="24GiB, or a card's name, H100 (default: the GPU that is here)"
+    )
+    parser.add_argument("--batch", type=_positive, metavar="N", help="sequences or images a step")
+    parser.add_argument("--sequence", type=_positive, metavar="N", help="tokens a sequence")
+    parser.add_argument(
+        "--optimizer",
+        choices=_OPTIMIZERS,
+        default="adamw",
+        metavar="NAME",
+        help=f"{', '.join(_OPTIMIZERS)} (default: adamw)",
+    )
+    parser.add_argument(
+        "--lora",
+        metavar="SETTINGS",
+        help="adapters of PEFT: r=16,targets=all-linear,alpha=32,dropout=0.05",
+    )
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="frozen weights of 4 bits, as bitsandbytes has"
+    )
+    parser.add_argument(
+        "--head",
+        action="store_true",
+        help="take for given that losses are computed by chunks (default: where there is a head of"
+        " a language model)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="no search for the largest batch and sequence"
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="write the plan to this TOML")
+    _add_configuration(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page: the front, and memory over time"
+    )
+    parser.set_defaults(run=_fit)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    from packlight.cli import fitting
+
+    fitting.run_fit(arguments)
+
+
+def _add_calibrate(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "calibrate",
+        help="measure the GPU that is here, for the times that plans are made by",
+        description=(
+            "Time the operators of small networks on the GPU that is here, in under a minute, and"
+            " keep their rates in the user's cache, for fit and packlight.plan."
+        ),
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the rates to this file instead")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from packlight.cli import fitting
+
+    fitting.run_calibrate(arguments)
 
 
 # ---- packlight profile and packlight convert -----------------------------------------------------
@@ -108,6 +195,21 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     """What `profile` and `convert` both take, of models that have no values."""
+    _add_model_and_input(parser)
+    _add_methods(parser)
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="where the run is imagined to be; it must be there (default: cuda if there is a GPU)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page to look at in a browser"
+    )
+
+
+def _add_model_and_input(parser: argparse.ArgumentParser) -> None:
+    """A model without values, by a text, and what it is called with."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -123,22 +225,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="batch=8,sequence=1024 or batch=8,image=384 for transformers (default: batch 1, "
         "sequence 512); for MODULE:NAME without inputs, their shapes: 8x3x224x224 or 8x128:int64",
     )
-    _add_methods(parser)
     parser.add_argument(
         "--task",
         choices=_TASKS,
         metavar="TASK",
         help=f"the head of a model of transformers: {', '.join(_TASKS)} (default: what the "
         "configuration names, or the first of these that there is)",
-    )
-    parser.add_argument(
-        "--device",
-        metavar="DEVICE",
-        help="where the run is imagined to be; it must be there (default: cuda if there is a GPU)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page to look at in a browser"
     )
 
 
@@ -157,8 +249,15 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--functional",
-        action="store_true",
-        help="calls of torch functions in the model's own code as well",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="calls of torch functions in the model's own code as well (default), or layers alone",
+    )
+    parser.add_argument(
+        "--rest",
+        metavar="METHOD",
+        help="packs what no rule is for: 'GroupQuant(8)', 'None' (default: that of the file, or "
+        "else a default for the default methods)",
     )
     parser.add_argument(
         "--head",
@@ -180,6 +279,11 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="go on past layers that cannot be converted and selectors that match nothing",
     )
+    _add_configuration(parser)
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    """How a model is made, and what it runs under."""
     parser.add_argument(
         "--config",
         action="append",
@@ -193,6 +297,7 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
 
 # As in packlight.cli.models, which is not imported for --help; a test compares them.
 _DTYPES = ("fp32", "bf16", "fp16")
+_OPTIMIZERS = ("adamw", "adamw-8bit", "paged", "sgd", "adafactor")
 _TASKS = (
     "seq2seq-lm",
     "masked-lm",

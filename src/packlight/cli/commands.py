@@ -18,10 +18,18 @@ from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_i
 from packlight.conversion import Conversion
 from packlight.convert import convert
 from packlight.errors import InputError, PacklightError
-from packlight.method_files import load_methods, parse_methods, save_methods, shortened
+from packlight.method_files import (
+    FiledMethods,
+    load_methods,
+    parse_methods,
+    parse_rest,
+    save_methods,
+    shortened,
+)
 from packlight.predict import failing_module, predict
 from packlight.report import MemoryReport, check_depth, human_bytes
 from packlight.report.words import times_less
+from packlight.saving.rest import Given
 from packlight.selectors import EVERYTHING, Choice, Selector
 
 # As `convert` takes them, in the order in which they count.
@@ -94,9 +102,9 @@ def profile(arguments: argparse.Namespace) -> None:
 
 def convert_model(arguments: argparse.Namespace) -> None:
     """`packlight convert`: what a conversion does to a model, and the file to do it in training."""
-    chosen = chosen_methods(arguments.method, arguments.methods) or {
-        EVERYTHING: parse_methods("default")
-    }
+    chosen = chosen_methods(arguments.method, arguments.methods)
+    if not chosen:
+        chosen[EVERYTHING] = parse_methods("default")
     answer = _loaded(arguments)
     # A model that cannot be predicted can be converted all the same.
     unknown = None
@@ -111,7 +119,7 @@ def convert_model(arguments: argparse.Namespace) -> None:
     elif arguments.html is not None:
         raise InputError(str(unknown))
     if arguments.out is not None:
-        save_methods(chosen, arguments.out)
+        save_methods(chosen, arguments.out, rest_of(arguments))
     if unknown is not None:
         sys.stderr.write(f"packlight convert: bytes are not known: {unknown}\n")
     if arguments.json:
@@ -125,18 +133,20 @@ def _print_conversion(answer: Answer, arguments: argparse.Namespace) -> None:
     print(answer.conversion)
     if answer.before is not None and answer.after is not None:
         print(f"kept for the backward pass: {_change(answer.before, answer.after)}")
+        if answer.conversion is not None:
+            print(answer.conversion.left_of(answer.before - answer.after))
     if arguments.html is not None:
         print(f"{arguments.html} written")
     if arguments.out is not None:
         print(f"{arguments.out} written; in training:")
-        options = ", functional=True" if arguments.functional else ""
+        options = "" if arguments.functional else ", functional=False"
         options += f", head={arguments.head!r}" if arguments.head else ""
         options += ", exact_ends=True" if arguments.exact_ends else ""
         options += "" if arguments.strict else ", strict=False"
         print(f'packlight.convert(model, packlight.load_methods("{arguments.out}"){options})')
 
 
-def chosen_methods(texts: Iterable[str], path: Path | None) -> Chosen:
+def chosen_methods(texts: Iterable[str], path: Path | None) -> FiledMethods:
     """Methods of the command line and behind them those of a file, which they overrule."""
     chosen: Chosen = {}
     for text in texts:
@@ -148,8 +158,18 @@ def chosen_methods(texts: Iterable[str], path: Path | None) -> Chosen:
                 " 'Linear=FixedPoint(4), GroupQuant(4)'"
             )
         chosen[selector] = choice
-    filed = {} if path is None else load_methods(path)
-    return {**chosen, **{key: choice for key, choice in filed.items() if key not in chosen}}
+    filed = FiledMethods() if path is None else load_methods(path)
+    found = FiledMethods({**chosen, **{key: filed[key] for key in filed if key not in chosen}})
+    found.rest = filed.rest
+    return found
+
+
+def rest_of(arguments: argparse.Namespace) -> Given:
+    """What --rest says; "auto" leaves it to the methods."""
+    try:
+        return "auto" if arguments.rest is None else parse_rest(arguments.rest)
+    except InputError as error:
+        raise InputError(f"--rest {shortened(arguments.rest)}: {error}") from error
 
 
 def _chosen(text: str) -> tuple[str, Choice]:
@@ -225,6 +245,7 @@ def _converted(answer: Answer, chosen: Chosen, arguments: argparse.Namespace) ->
             chosen,
             strict=arguments.strict,
             functional=arguments.functional,
+            rest=rest_of(arguments),
             head=arguments.head,
             exact_ends=arguments.exact_ends,
         )
@@ -235,7 +256,7 @@ def _converted(answer: Answer, chosen: Chosen, arguments: argparse.Namespace) ->
 def with_options(error: PacklightError) -> PacklightError:
     """The error with options by the names that they have here, which are others than in Python."""
     text = str(error).replace("strict=False", "--no-strict")
-    text = text.replace("functional=True", "--functional").replace("head=True", "--head")
+    text = text.replace("functional=False", "--no-functional").replace("head=True", "--head")
     return type(error)(text)
 
 

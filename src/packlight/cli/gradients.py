@@ -1,6 +1,7 @@
 """What `packlight gradient-error` does, once its arguments are parsed."""
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
@@ -11,6 +12,7 @@ from packlight.cli.commands import (
     device_of,
     parsed_config,
     quiet,
+    rest_of,
     with_options,
 )
 from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs
@@ -45,7 +47,7 @@ def gradients(arguments: argparse.Namespace) -> None:
 
 def _measured(
     loaded: LoadedModel,
-    compared: list[Chosen],
+    compared: Sequence[Chosen],
     device: torch.device,
     arguments: argparse.Namespace,
 ) -> GradientReport:
@@ -59,6 +61,7 @@ def _measured(
                 draws=arguments.draws,
                 strict=arguments.strict,
                 functional=arguments.functional,
+                rest=rest_of(arguments),
                 head=arguments.head,
             )
         except PacklightError as error:

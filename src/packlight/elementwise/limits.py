@@ -110,7 +110,10 @@ def pack_limits(
     dtype: torch.dtype, name: str = "", parameters: Sequence[float] = (), bits: int = 8
 ) -> Limits:
     """`limits`, and a nearer one where codes are too few to tell it from them."""
-    within = limits(dtype, name, parameters)
+    return _coarse(limits(dtype, name, parameters), name, bits)
+
+
+def _coarse(within: Limits, name: str, bits: int) -> Limits:
     if name in _COARSE and bits <= _COARSE_BITS:
         return within._replace(lowest=_COARSE[name])
     return within
@@ -137,18 +140,22 @@ def limits(dtype: torch.dtype, name: str = "", parameters: Sequence[float] = ())
     return Limits(lowest, min(highest, positive.limit), below, positive.infinite, edge)
 
 
-def unmarked_limits(dtype: torch.dtype, name: str, parameters: Sequence[float] = ()) -> Limits:
-    """As `limits`, for a pack that cannot say of a group that its function is not finite.
+def unmarked_limits(
+    dtype: torch.dtype, name: str, parameters: Sequence[float] = (), bits: int = 8
+) -> Limits:
+    """As `pack_limits`, for a pack that cannot say of a group that its function is not finite.
 
     It holds NaN at infinity, unless the function is flat there.
     """
-    given = limits(dtype, name, parameters)
+    given = pack_limits(dtype, name, parameters, bits)
     below = given.below if given.below == given.lowest else math.nan
     above = given.above if given.above == given.highest else math.nan
     return given._replace(below=below, above=above)
 
 
-def derivative_limits(dtype: torch.dtype, name: str, parameters: Sequence[float] = ()) -> Limits:
+def derivative_limits(
+    dtype: torch.dtype, name: str, parameters: Sequence[float] = (), bits: int = 8
+) -> Limits:
     """Those of tensors of which an activation's derivative is all that is read.
 
     A finite value is never taken for infinite: where x^2 overflows torch's derivative of the tanh
@@ -156,12 +163,13 @@ def derivative_limits(dtype: torch.dtype, name: str, parameters: Sequence[float]
     """
     lowest, highest, *_ = limits(dtype)
     negative, positive = _SIDES[name](*parameters)
-    return Limits(
+    within = Limits(
         max(lowest, 0.0 - negative.constant),
         min(highest, positive.constant),
         0.0 - negative.infinite,
         positive.infinite,
     )
+    return _coarse(within, name, bits)
 
 
 def within(x: Tensor, limits: Limits) -> Tensor:

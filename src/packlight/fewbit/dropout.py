@@ -150,7 +150,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         check_inplace(input)
         overwritten: Tensor = _drop(input, seed, p, True)
         return overwritten
-    if torch.compiler.is_compiling() and not inplace and input.is_contiguous():
+    if _torch.is_traced() and not inplace and input.is_contiguous():
         codes = ops.dropout_mask(seed, input.numel(), p)
         if not needs_gradient(input):
             return _traced_dropped(input, codes, p)
@@ -163,7 +163,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     # Without a gradient too: a checkpoint runs its first pass so, and must see the same mask.
     if inplace:
         ops.dropout_(input, *operands(seed), p, False)
-        if not torch.compiler.is_compiling():
+        if not _torch.is_traced():
             torch.autograd.graph.increment_version(input)  # as any in-place operation of torch
         return input
     dropped: Tensor = ops.dropout(input, *operands(seed), p, False)[0]
@@ -177,7 +177,7 @@ def dropout_as_torch(
 
     So it is where no gradient is asked for, too, and where this call is not covered.
     """
-    if torch.compiler.is_compiling():
+    if _torch.is_traced():
         return dropout(input, p, training, inplace)
     if _is_trivial(input, p, training):
         return _trivially(input, p, training, inplace)

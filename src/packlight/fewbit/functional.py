@@ -214,7 +214,7 @@ def _continuous(
         return _plain(x, function, parameters, inplace)
     if inplace:
         check_inplace(x)
-    if torch.compiler.is_compiling():
+    if _torch.is_traced():
         # A float that took two values is a symbol to the compiler; hashed, it is a number again.
         parameters = tuple(next(iter({value})) for value in parameters)
     coding = _continuous_coding(name, parameters, bits, codebook)

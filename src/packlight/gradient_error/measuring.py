@@ -21,6 +21,7 @@ from packlight.gradient_error.passes import DROPOUTS, Key, Loss, Run, Sample
 from packlight.gradient_error.sums import deviations_of
 from packlight.method import Method
 from packlight.report.gradients import Deviation, GradientReport, LayerGradients
+from packlight.saving.rest import Given
 from packlight.selectors import EVERYTHING, Layer, Methods, Selector, layers_of, text_of
 
 
@@ -32,7 +33,8 @@ def gradient_error(
     loss: Loss | None = None,
     draws: int = 4,
     strict: bool = True,
-    functional: bool = False,
+    functional: bool = True,
+    rest: Given = "auto",
     head: bool | Selector = False,
 ) -> GradientReport:
     """How far conversions move the gradients of each layer on this batch, beside its own noise.
@@ -85,7 +87,7 @@ def gradient_error(
         loss: called with the model and the batch, gives a scalar, a mean over rows. None: the
             model's output, if that is a scalar, or the output's `loss`, or its first part.
         draws: passes under each method, with other random numbers for the rounding.
-        strict, functional, head: as `packlight.convert` takes them.
+        strict, functional, rest, head: as `packlight.convert` takes them.
 
     Raises `InputError` for a model in `eval()`, one without parameters that are trained, a loss
     that is no scalar, not finite, without a gradient, or a sum over rows.
@@ -108,7 +110,7 @@ def gradient_error(
         else:
             for choice in methods or (DEFAULT_METHODS,):
                 made = run.copy(plain=True)
-                convert(made, choice, strict=strict, functional=functional, head=head)
+                convert(made, choice, strict=strict, functional=functional, rest=rest, head=head)
                 conversions.append(made)
                 names.append(_text(choice))
         layers = _looked_at(model, conversions)

@@ -76,7 +76,7 @@ def layer_norm(
     dx = rstd (g - mean g - x~ mean(g x~)) for g = dy weight, and dweight = sum dy x~, which is
     unbiased with stochastic rounding; dbias is exact.
     """
-    method = _method(bits, group_size, rounding, code)
+    method = GroupQuant(bits, group_size, rounding, code).for_norms()
     return layers_norms.layer_norm(input, normalized_shape, weight, bias, eps, method=method)
 
 
@@ -95,7 +95,7 @@ def rms_norm(
 
     Keeps what `layer_norm` keeps; dx = rstd (g - x~ mean(g x~)).
     """
-    method = _method(bits, group_size, rounding, code)
+    method = GroupQuant(bits, group_size, rounding, code).for_norms()
     return layers_norms.rms_norm(input, normalized_shape, weight, eps, method=method)
 
 
@@ -120,15 +120,17 @@ def scaled_dot_product_attention(
     Keeps packs of query, key and value, `bits + 32 / group_size` bits an element, in one of two
     forms. 8 bits are the default, 4 can be used, 2 raise `InputError`.
 
-    `recompute=False`, the form of 8 bits, keeps a pack of the output as well, which serves the
-    linear layer behind, and the kernel's statistic, 32 bits a row. Nothing runs again. The softmax
-    is recomputed from decoded query and key with the statistic of exact ones: biased.
+    `recompute=False`, the form of 8 bits and more than 256 keys, keeps a pack of the output as well,
+    which serves the linear layer behind, and the kernel's statistic, 32 bits a row. Nothing runs
+    again. The softmax is recomputed from decoded query and key with the statistic of exact ones:
+    biased.
 
-    `recompute=True`, the form of fewer bits, keeps no more. The backward pass decodes the packs,
-    runs the kernel forward again, with the same dropout, and backward: the gradient is that of
-    attention of the decoded tensors, biased, since a softmax is not linear in them, with about half
-    the error of the other form at 8 bits. With dropout in a compiled region or in a captured CUDA
-    graph, where masks cannot be drawn again, the other form runs at 8 bits whatever is asked for.
+    `recompute=True`, the form of fewer bits or keys, keeps no more. The backward pass decodes the
+    packs, runs the kernel forward again, with the same dropout, and backward: the gradient is that
+    of attention of the decoded tensors, biased, since a softmax is not linear in them, with about
+    half the error of the other form at 8 bits. With dropout in a compiled region or in a captured
+    CUDA graph, where masks cannot be drawn again, the other form runs at 8 bits whatever is asked
+    for.
 
     A mask is kept as it is given, once for all layers that read it; torch keeps a bias made of it
     for each. With `enable_gqa` the heads of key and value are packed once, also where the kernel

@@ -1,5 +1,7 @@
 """What layers do by operators of group quantisation, in place of plain operations and `keep`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from packlight.groupquant.grouping import Groups, row_group_size
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.packs import AppliedCodes, GatedCodes, ScaledRows
 from packlight.groupquant.traced import operators
+from packlight.layers import norms, post_norm
 from packlight.layers.channel_norms import rebuild_batch, rebuild_group
 from packlight.quantiser import Fused
 
@@ -82,6 +85,8 @@ def _gated_rebuild(
 
 
 # ---- norms of rows: rows narrower than a group have smaller groups -------------------------------
+#
+# Channels are scaled before they are packed, by plain operations.
 
 
 def _norm(
@@ -93,6 +98,8 @@ def _norm(
     method: GroupQuant,
     seed: Seed,
 ) -> tuple[Tensor, Tensor, list[Tensor], Kept]:
+    if method.scales_channels:
+        return norms.plain_forward(x, weight, bias, eps, center, method, seed)
     width = x.shape[-1]
     groups = _row_groups(width, method)
     run = operators(width, groups)[0]
@@ -112,6 +119,9 @@ def _norm_backward(
     need_bias: bool,
     method: GroupQuant,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if method.scales_channels:
+        given = (rstd, weight, center, need_weight, need_bias, method)
+        return norms.plain_backward(grad_output, tuple(kept), *given)
     width = grad_output.shape[-1]
     groups = _row_groups(width, method)
     run = operators(width, groups)[1]
@@ -130,7 +140,9 @@ def _post_norm(
     dtype: torch.dtype,
     method: GroupQuant,
     seeds: tuple[Seed, Seed],
-) -> tuple[Tensor, Tensor, list[Tensor], Kept, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], Kept, Tensor | None]:
+    if method.scales_channels:
+        return post_norm.plain_forward(x, residual, weight, bias, p, eps, dtype, method, seeds)
     groups = _row_groups(x.shape[-1], method)
     drawn = (*operands(seeds[0]), *operands(seeds[1]))
     y, codes, scales, rstd, *copies, mask = ops.post_norm(
@@ -150,6 +162,9 @@ def _post_norm_backward(
     needs: tuple[bool, bool],
     method: GroupQuant,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    if method.scales_channels:
+        given = (rstd, weight, mask, p, dtypes, needs, method)
+        return post_norm.plain_backward(grad_output, tuple(kept), *given)
     groups = _row_groups(grad_output.shape[-1], method)
     dx, dresidual, sums = ops.post_norm_backward(
         grad_output, *kept, rstd, weight, mask, p, *dtypes, *needs, groups
@@ -160,7 +175,9 @@ def _post_norm_backward(
     return dx, dresidual, rows[0] if needs[0] else None, rows[-1] if needs[1] else None
 
 
-def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> ScaledRows:
+def _norm_rebuild(y: Tensor, width: int, method: GroupQuant) -> Callable[..., Tensor]:
+    if method.scales_channels:
+        return norms.plain_rebuild(y, width, method)
     return ScaledRows(tuple(y.shape), y.stride(), width, _row_groups(width, method))
 
 

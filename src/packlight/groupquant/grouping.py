@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Rounding = Literal["stochastic", "nearest", "offset"]
-Code = Literal["minmax", "rotated", "auto"]
+Code = Literal["minmax", "rotated", "scaled", "auto"]
 
 ROUNDINGS = get_args(Rounding)
 CODES = get_args(Code)

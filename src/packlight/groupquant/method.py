@@ -9,7 +9,7 @@ from torch import Tensor
 
 from packlight._seeds import Seed, operands
 from packlight.errors import InputError
-from packlight.groupquant import ops, sides
+from packlight.groupquant import channels, ops, sides
 from packlight.groupquant.grouping import (
     BITS,
     CODES,
@@ -67,6 +67,13 @@ class GroupQuant(Quantiser):
     and .3% at 4. `rounding` has no part in it. Sources: EDEN, ICML 2022, arXiv 2108.08842;
     TurboQuant, 2504.19874.
 
+    **`code="scaled"`**: rotated, and before that each channel is taken less its mean and over a
+    power of two, so that channels far larger than the others, as large language models have, cost
+    these next to nothing (`channels.py`). That is of a Linear's input and of what a norm of rows
+    normalises; elsewhere it is "rotated". Both numbers are kept with the pack, 32 bits a channel.
+    Of fewer than 256 rows, or rows not of whole groups, groups are rotated alone. Finite values up
+    to 1e30 come back finite.
+
     **`code="auto"`**: "rotated" up to 4 bits in groups of its sizes; "minmax" with 8 bits, for
     convolutions and norms of channels, and at 3 and 4 bits for what a ReLU made, with the minimum
     exact.
@@ -83,7 +90,7 @@ class GroupQuant(Quantiser):
         group_size: values a group, a power of two from 32 to 1024; 64, 128 or 256 for a rotated
             code.
         rounding: "stochastic", "nearest" or "offset".
-        code: "minmax", "rotated" or "auto".
+        code: "minmax", "rotated", "scaled" or "auto".
     """
 
     bits: int = 4
@@ -95,8 +102,10 @@ class GroupQuant(Quantiser):
 
     def __post_init__(self) -> None:
         if self.code not in CODES:
-            raise InputError(f'code={self.code!r} is none of "minmax", "rotated" and "auto"')
-        rotated = self.code == "rotated"
+            raise InputError(
+                f'code={self.code!r} is none of "minmax", "rotated", "scaled" and "auto"'
+            )
+        rotated = self.code in ("rotated", "scaled")
         if type(self.bits) is not int or self.bits not in (ROTATED_BITS if rotated else BITS):
             known = "1, 2, 3 or 4, those of a rotated code" if rotated else "2, 3, 4 or 8"
             raise InputError(f"bits={self.bits!r} is not {known}; 4 is a good start")
@@ -152,6 +161,11 @@ class GroupQuant(Quantiser):
         return self.rounding != "nearest"
 
     @property
+    def scales_channels(self) -> bool:
+        """Whether packs hold scales of channels too."""
+        return self.code == "scaled"
+
+    @property
     def smallest(self) -> int:
         """A group."""
         return self.group_size
@@ -165,16 +179,27 @@ class GroupQuant(Quantiser):
         return self.unpack(dtype, (count,), (1,), *kept)
 
     def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
-        """Codes and scales of `x` in its memory order."""
+        """Codes and scales of `x` in its memory order; scales and means of its channels."""
+        of_channels: tuple[Tensor, ...] = ()
+        if self.scales_channels:
+            if channels.fit(x.shape, dense_stride(x), self.group_size):
+                x, scale, mean = channels.scaled(x)
+                of_channels = scale, mean
+            else:
+                of_channels = (x.new_empty(0), x.new_empty(0))
         kept: tuple[Tensor, ...] = ops.quantize(x, dense_stride(x), self.groups, *operands(seed))
-        return kept
+        return *kept, *of_channels
 
     def unpack(
         self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
     ) -> Tensor:
         """What codes and scales stand for."""
-        layout = (shape, stride, math.prod(shape), self.groups)
-        x: Tensor = ops.dequantize(*kept, *layout, dtype, "", (), None, None)
+        codes, words, *of_channels = kept
+        width, scale, mean = math.prod(shape), None, None
+        if of_channels and channels.fit(shape, stride, self.group_size):
+            width, (scale, mean) = shape[-1], of_channels
+        layout = (shape, stride, width, self.groups)
+        x: Tensor = ops.dequantize(codes, words, *layout, dtype, "", (), scale, mean)
         return x
 
     def with_sides(self, flat: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
@@ -192,7 +217,7 @@ class GroupQuant(Quantiser):
         """8 bits: with 4 the recomputed probabilities are off by a tenth."""
         if self.bits == 8:
             return self
-        code: Code = "minmax" if self.code == "rotated" else self.code
+        code: Code = self.code if self.code == "auto" else "minmax"
         return dataclasses.replace(self, bits=8, code=code)
 
     def for_pixels(self) -> "GroupQuant":
@@ -210,13 +235,19 @@ class GroupQuant(Quantiser):
         return dataclasses.replace(self, rounding="offset", code="minmax")
 
     def for_functions(self) -> "GroupQuant":
+        """Two bits in place of one, and channels as they are."""
+        method = self.for_norms()
+        return dataclasses.replace(method, code="rotated") if method.scales_channels else method
+
+    def for_norms(self) -> "GroupQuant":
         """Two bits in place of one."""
         return dataclasses.replace(self, bits=2) if self.bits == 1 else self
 
     def for_attention(self) -> "GroupQuant":
         """`ATTENTION_BITS` at least; where groups are rotated `ROTATED_ATTENTION_BITS`."""
+        method = self.for_functions()
         fewest = ATTENTION_BITS if self.code == "minmax" else ROTATED_ATTENTION_BITS
-        return self if self.bits >= fewest else dataclasses.replace(self, bits=fewest)
+        return method if self.bits >= fewest else dataclasses.replace(method, bits=fewest)
 
     def keeps_rows(self, width: int) -> bool:
         """Whether the smallest group fits: rows narrower than a group have smaller ones."""

@@ -23,6 +23,7 @@ from packlight.layers.activations import activation, gated, gelu_name
 from packlight.layers.linear import linear
 from packlight.layers.prelu import prelu
 from packlight.layers.twin import Twin
+from packlight.method import the_one
 from packlight.quantiser import Quantiser
 
 _DEFAULT = GroupQuant()
@@ -43,7 +44,7 @@ class Quantised(Twin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method = self.suited(GroupQuant(bits, group_size, rounding, code))
+        self.method = the_one(self.suited(GroupQuant(bits, group_size, rounding, code)))
         start_rounding()
 
     @staticmethod
@@ -81,6 +82,10 @@ class Linear(Quantised, nn.Linear):
 class LayerNorm(Quantised, nn.LayerNorm):
     """`torch.nn.LayerNorm`; keeps a pack of the normalised value."""
 
+    @staticmethod
+    def suited(method: GroupQuant) -> GroupQuant:
+        return method.for_norms()
+
     def training_forward(self, input: Tensor) -> Tensor:
         given = (self.normalized_shape, self.weight, self.bias, self.eps)
         return norms.layer_norm(input, *given, method=self.method)
@@ -88,6 +93,10 @@ class LayerNorm(Quantised, nn.LayerNorm):
 
 class RMSNorm(Quantised, nn.RMSNorm):
     """`torch.nn.RMSNorm`; keeps a pack of the normalised value."""
+
+    @staticmethod
+    def suited(method: GroupQuant) -> GroupQuant:
+        return method.for_norms()
 
     def training_forward(self, x: Tensor) -> Tensor:
         given = (self.normalized_shape, self.weight, self.eps)

@@ -55,10 +55,17 @@ rows(
         (nn.Tanh, torch.tanh, Tensor.tanh): (modules.Tanh, functional.tanh),
         (nn.Tanhshrink, F.tanhshrink): (modules.Tanhshrink, functional.tanhshrink),
         (torch.mul, Tensor.mul): (mul,),
+    },
+    lambda method: {"method": method.for_functions()},
+)
+
+rows(
+    Quantiser,
+    {
         (nn.LayerNorm, F.layer_norm): (modules.LayerNorm, norms.layer_norm),
         (nn.RMSNorm, F.rms_norm): (modules.RMSNorm, norms.rms_norm),
     },
-    lambda method: {"method": method.for_functions()},
+    lambda method: {"method": method.for_norms()},
 )
 
 rows(

@@ -34,6 +34,7 @@ from packlight._checks import (
     without_autocast,
 )
 from packlight._gradients import column_sums, product
+from packlight._imagined import kind_of
 from packlight.head import ops
 from packlight.packing.layout import compute_dtype
 from packlight.quantiser import Quantiser, pack_input, worth_packing
@@ -64,10 +65,11 @@ class Shares(NamedTuple):
     on_all: float = 0.0
 
 
-def _chunks(length: int, other: int, device: torch.device) -> Iterator[slice]:
-    """Chunks of about the same length along a dimension of a matrix of length x other."""
-    elements = _ELEMENTS.get(device.type, _ELEMENTS_ELSEWHERE)
-    most = max(elements // max(other, 1), _LEAST.get(device.type, _LEAST_ELSEWHERE))
+def _chunks(length: int, other: int, x: Tensor) -> Iterator[slice]:
+    """Chunks of about the same length along a dimension of a matrix of length x other, as `x`."""
+    kind = kind_of(x)
+    elements = _ELEMENTS.get(kind, _ELEMENTS_ELSEWHERE)
+    most = max(elements // max(other, 1), _LEAST.get(kind, _LEAST_ELSEWHERE))
     parts = max(-(-length // most), 1)
     step = max(-(-length // (parts * _TILE)) * _TILE, 1)
     for start in range(0, length, step):
@@ -103,7 +105,7 @@ class _RowLosses(torch.autograd.Function):
         total, losses = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
         dx = torch.empty_like(x) if is_frozen and needs_x else None
         ons = _coefficients(torch.ones_like(losses), None, None, shares)
-        for rows in _chunks(x.shape[0], weight.shape[0], x.device):
+        for rows in _chunks(x.shape[0], weight.shape[0], x):
             z = _product(x[rows], w, b)
             logsumexp[rows], total[rows] = ops.row_sums(z, *curve)
             losses[rows] = logsumexp[rows]
@@ -150,7 +152,7 @@ class _RowLosses(torch.autograd.Function):
         dx = x.new_zeros(x.shape, dtype=wide) if needs_x else None
         dweight = torch.empty_like(weight) if needs_weight else None
         dbias = torch.empty_like(bias) if needs_bias else None
-        for columns in _chunks(weight.shape[0], x.shape[0], x.device):
+        for columns in _chunks(weight.shape[0], x.shape[0], x):
             w = weight[columns].to(ctx.dtype)
             z = _product(x, w, None if bias is None else bias[columns].to(ctx.dtype))
             ops.gradient_(z, logsumexp, targets, *ons, columns.start, *ctx.curve)

@@ -5,6 +5,7 @@ from torch import nn
 from packlight.conversion import Conversion
 from packlight.convert import DEFAULT_METHODS, convert
 from packlight.integrations._measure import KeptBytes
+from packlight.saving.rest import Given
 from packlight.selectors import Methods, Selector
 
 
@@ -16,7 +17,8 @@ class Converting:
         methods: Methods = DEFAULT_METHODS,
         *,
         strict: bool = True,
-        functional: bool = False,
+        functional: bool = True,
+        rest: Given = "auto",
         head: bool | Selector = False,
         exact_ends: bool = False,
         revert_at_end: bool = False,
@@ -27,6 +29,7 @@ class Converting:
             methods: as for `packlight.convert`.
             strict: as for `packlight.convert`.
             functional: as for `packlight.convert`.
+            rest: as for `packlight.convert`.
             head: as for `packlight.convert`.
             exact_ends: as for `packlight.convert`.
             revert_at_end: whether the model is as it was before when training has ended.
@@ -42,6 +45,7 @@ class Converting:
         self.methods = methods
         self.strict = strict
         self.functional = functional
+        self.rest = rest
         self.head = head
         self.exact_ends = exact_ends
         self.revert_at_end = revert_at_end
@@ -56,6 +60,7 @@ class Converting:
             self.methods,
             strict=self.strict,
             functional=self.functional,
+            rest=self.rest,
             head=self.head,
             exact_ends=self.exact_ends,
         )

@@ -13,8 +13,8 @@
 
 The dropout and the activation of BatchNormAct2d are modules of their own and converted as such.
 What timm builds of torch.nn has torch's rules; its attention calls
-`F.scaled_dot_product_attention`, which `convert(..., functional=True)` covers, and keeps what torch
-keeps without. All other classes of its own are left alone.
+`F.scaled_dot_product_attention`, which `convert` covers; with `functional=False` it keeps what
+torch keeps. All other classes of its own are left alone.
 """
 
 from typing import Any
@@ -32,6 +32,7 @@ from packlight.groupquant.modules import Linear, Quantised
 from packlight.integrations._activations import register
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import function_of_part, parameters_of, takes
+from packlight.integrations._residual import Block, Known, conv_norm_act, end, passes
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import InvertedNorm
@@ -324,6 +325,95 @@ def _norm_of(module: nn.Module | None, x: Tensor) -> pre_norm.Norm | None:
     return pre_norm.Norm(weight, module.bias, module.eps, method)
 
 
+# --- Residual blocks.
+
+
+def _basic(self: Any, x: Any) -> Any:
+    """As timm has it. Never run: `is_copy` compares with it."""
+    shortcut = x
+
+    x = self.conv1(x)
+    x = self.bn1(x)
+    x = self.drop_block(x)
+    x = self.act1(x)
+    x = self.aa(x)
+
+    x = self.conv2(x)
+    x = self.bn2(x)
+
+    if self.se is not None:
+        x = self.se(x)
+
+    if self.drop_path is not None:
+        x = self.drop_path(x)
+
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
+    x += shortcut
+    x = self.act2(x)
+
+    return x  # noqa: RET504  as it is there
+
+
+def _bottleneck(self: Any, x: Any) -> Any:
+    """As timm has it. Never run: `is_copy` compares with it."""
+    shortcut = x
+
+    x = self.conv1(x)
+    x = self.bn1(x)
+    x = self.act1(x)
+
+    x = self.conv2(x)
+    x = self.bn2(x)
+    x = self.drop_block(x)
+    x = self.act2(x)
+    x = self.aa(x)
+
+    x = self.conv3(x)
+    x = self.bn3(x)
+
+    if self.se is not None:
+        x = self.se(x)
+
+    if self.drop_path is not None:
+        x = self.drop_path(x)
+
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
+    x += shortcut
+    x = self.act3(x)
+
+    return x  # noqa: RET504  as it is there
+
+
+class FixedPointBasicBlock(Block):
+    """act2(drop_path(se(bn2(conv2(...)))) + downsample(x))."""
+
+    def run(self: Any, x: Tensor, covered: bool) -> Tensor:
+        first = Known(x)
+        at = self._middle(first, self.conv1, self.bn1, self.act1)
+        between = (self.se, self.drop_path)
+        return end(at, self.conv2, self.bn2, self.act2, first, self.downsample, covered, between)
+
+    def _middle(self: Any, at: Known, conv: Any, norm: Any, act: Any) -> Known:
+        """aa(act(drop_block(norm(conv(x)))))."""
+        drop, aa = self.drop_block, self.aa
+        if passes(drop, aa):
+            return conv_norm_act(at, conv, norm, act)
+        return Known(aa(act(drop(conv_norm_act(at, conv, norm).noted()))))
+
+
+class FixedPointBottleneck(FixedPointBasicBlock):
+    """The same with three convolutions."""
+
+    def run(self: Any, x: Tensor, covered: bool) -> Tensor:
+        first = Known(x)
+        at = conv_norm_act(first, self.conv1, self.bn1, self.act1)
+        at = self._middle(at, self.conv2, self.bn2, self.act2)
+        between = (self.se, self.drop_path)
+        return end(at, self.conv3, self.bn3, self.act3, first, self.downsample, covered, between)
+
+
 # --- Norms of rows.
 
 
@@ -460,13 +550,30 @@ def _is_block(kind: type[nn.Module]) -> bool:
     return is_copy(vars(kind).get("forward"), _block)
 
 
+_RESIDUAL = {_basic: FixedPointBasicBlock, _bottleneck: FixedPointBottleneck}
+
+
+@once_a_class
+def _residual_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+    forward = vars(kind).get("forward")
+    return next((ours for known, ours in _RESIDUAL.items() if is_copy(forward, known)), None)
+
+
 @rule_finder
 def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
+    if issubclass(method, FixedPoint):
+        return _residual if _residual_of(kind) is not None else None
     if not issubclass(method, Quantiser):
         return None
     if _is_mlp(kind):
         return _parts
     return _whole if _is_attention(kind) or _is_block(kind) else None
+
+
+def _residual(method: FixedPoint, module: nn.Module) -> Swap:
+    mixin = _residual_of(type(module))
+    assert mixin is not None
+    return Swap(joined(mixin, type(module)))
 
 
 def _parts(method: Quantiser, module: nn.Module) -> Swap:

@@ -10,15 +10,16 @@ a tensor with hooks, which would miss the gradient), they are torch's layers.
 import torch
 from torch import Tensor, nn
 
-from packlight import sharing
+from packlight import _torch, sharing
 
 
+@_torch.one_node
 def _cast_if_noted(input: Tensor) -> Tensor:
     """The cast that the input's producer made of it, where autocast would make the same."""
     kind = input.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or not torch.is_grad_enabled():
         return input
-    if not torch.compiler.is_compiling() and input.retains_grad:
+    if not _torch.is_traced() and input.retains_grad:
         return input
     cast = sharing.cast_of(input, torch.get_autocast_dtype(kind))
     return input if cast is None else cast

@@ -46,6 +46,7 @@ class _Seen:
 class InvertedNorm(Twin):
     """What the layers share: the verdict on their weights, and when to look again."""
 
+    is_one_node = False  # the tracer looks at the weights, and keeps what it saw
     offset_limit: float | None = None
     _seen: _Seen | None = None  # on the class too, for a module that was given this class
 
@@ -75,7 +76,7 @@ class InvertedNorm(Twin):
         weight, bias = self._affine()
         if weight is None and bias is None:
             return WELL_POSED
-        if torch.compiler.is_compiling():
+        if _torch.is_traced():
             self._look_while_traced(dtype)
             return self._seen.verdicts[dtype]  # type: ignore[union-attr]
         capturing = _is_capturing(bias if weight is None else weight)

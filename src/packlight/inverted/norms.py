@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight._checks import autocast_dtype, check_tensor
 from packlight.errors import InputError
 from packlight.inverted.norm_functions import norm_channels, norm_rows
@@ -89,8 +89,10 @@ def _dtypes(
     return dtype, cast if cast in _SHORT else None
 
 
-def _noted(result: Any, cast: torch.dtype | None) -> Tensor:
-    """The output of a Function, with the note of its cast where there is one."""
+@_torch.one_node
+def _noted(norm: Callable[..., Any], cast: torch.dtype | None, *arguments: Any) -> Tensor:
+    """The output of a norm, with the note of its cast where there is one."""
+    result = norm(*arguments)
     if cast is None:
         y: Tensor = result
         return y
@@ -110,7 +112,7 @@ def verdict_finder(
             return verdict_of_channels(exact_channels, width)
         if width == 0:
             return WELL_POSED
-        return None if torch.compiler.is_compiling() else verdict_of_weights(weight, bias, dtype)
+        return None if _torch.is_traced() else verdict_of_weights(weight, bias, dtype)
 
     return find
 
@@ -171,7 +173,7 @@ def row_norm(
     if verdict is None or verdict.plain:
         return plain()
     arguments = (verdict.channels, normalized_shape, eps, centred, dtype, cast)
-    return _noted(norm_rows(input, weight, bias, *arguments), cast)
+    return _noted(norm_rows, cast, input, weight, bias, *arguments)
 
 
 def layer_norm(
@@ -230,8 +232,8 @@ def _channel_norm(
     verdict = find_verdict(cast or dtype)
     if verdict is None or verdict.plain:
         return plain()
-    result = norm_channels(input, weight, bias, verdict.channels, kind, arguments, dtype, cast)
-    return _noted(result, cast)
+    given = (verdict.channels, kind, arguments, dtype, cast)
+    return _noted(norm_channels, cast, input, weight, bias, *given)
 
 
 def batch_norm_by_verdict(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _torch, _tracer, sharing
+from packlight import _torch, sharing
 from packlight._checks import (
     autocast,
     check_numbers,
@@ -28,12 +28,14 @@ from packlight.quantiser import KEEPS, Fused, Quantiser
 # ---- what a method without operators of its own does ---------------------------------------------
 
 
-def within_limits(x: Tensor, name: str, parameters: tuple[float, ...] = ()) -> Tensor:
+def within_limits(
+    x: Tensor, name: str, method: Quantiser, parameters: tuple[float, ...] = ()
+) -> Tensor:
     """`x` as far as f tells it from its limits; what is not finite stays, unless f is flat there.
 
     So a far value leaves its neighbours in a pack their step.
     """
-    return within(x, unmarked_limits(x.dtype, name, parameters))
+    return within(x, unmarked_limits(x.dtype, name, parameters, method.grade.bits))
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
@@ -55,7 +57,7 @@ def _forward(
     x: Tensor, name: str, parameters: tuple[float, ...], method: Quantiser, seed: Seed
 ) -> tuple[Tensor, ...]:
     y = laid_out(FUNCTIONS[name](x, *parameters), dense_stride(x))
-    return y, *method.pack(within_limits(x, name, parameters), seed)
+    return y, *method.pack(within_limits(x, name, method, parameters), seed)
 
 
 def _backward(
@@ -127,6 +129,7 @@ class _Activation(torch.autograd.Function):
 _activate: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Activation)
 
 
+@_torch.one_node
 def activation(
     x: Tensor, name: str, method: Quantiser, parameters: tuple[float, ...] = ()
 ) -> Tensor:
@@ -140,8 +143,8 @@ def activation(
     y, *kept = _activate(x, name, parameters, method, method.seed(x))
     rebuild = activation_of(method).rebuild(y, name, parameters, method)
     sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))
-    if torch.compiler.is_dynamo_compiling() and name in UNITS:
-        _tracer.note_source(y, x, how(name, method))
+    if name in UNITS and _torch.is_traced():
+        _torch.say(how(name, method))
     return y
 
 
@@ -188,7 +191,7 @@ def _forward_gated(
         product = F.glu(torch.stack([up, gate]), 0)[0]
     else:
         product = FUNCTIONS[name](gate) * up
-    gate_pack = method.pack(within_limits(gate, name), seed)
+    gate_pack = method.pack(within_limits(gate, name, method), seed)
     return laid_out(product, stride), *gate_pack, *method.pack(laid_out(up, stride), seed_of_up)
 
 
@@ -341,12 +344,9 @@ def gated(
     wanted = needs_gradient(gate) or needs_gradient(up)
     if not wanted or gate.dtype != up.dtype:
         return plain(gate, up)
-    if torch.compiler.is_dynamo_compiling():
-        up = _tracer.apart(up, gate)
-    else:
-        of_packs = _gated_of_packs(gate, up, name, method, plain)
-        if of_packs is not None:
-            return of_packs
+    of_packs = _gated_of_packs(gate, up, name, method, plain)
+    if of_packs is not None:
+        return of_packs
     fused = "gated" in method.fused  # one seed serves both
     seeds = (method.seed(gate), None if fused else method.seed(gate))
     y, *packs = _apply_gated(gate, up, name, method, *seeds)

@@ -3,12 +3,12 @@
 torch's fused kernels keep query, key, value, output and a statistic a row for their backward pass.
 Here the same kernels run, forward and backward, in one of two forms:
 
-- **kept**: the statistic is kept, and a pack of the output, which serves the linear layer that
-  reads it too. Nothing runs again. Probabilities are exponentials of decoded scores over a sum of
-  exact ones, and so they are off by a factor: a small one at 8 bits.
 - **recomputed**: packs of the three are kept. The backward pass runs the kernel forward once more,
   on what it decodes, so that output and statistic belong to them. Errors are half those of the
   other form at 8 bits, and 4 bits can be used.
+- **kept**: the statistic is kept, and a pack of the output, which serves the linear layer that
+  reads it too. Nothing runs again. Probabilities are exponentials of decoded scores over a sum of
+  exact ones, and so they are off by a factor: a small one at 8 bits.
 
 A replay of dropout sets torch's generator back, which is done where passes are launched; in a
 compiled region and a captured graph attention with dropout has the kept form, at 8 bits.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _torch, _tracer, sharing
+from packlight import _torch, sharing
 from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight.errors import InputError
@@ -40,9 +40,10 @@ from packlight.pack import Pack
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import KEEPS, Quantiser, Restore
 
-# With so many bits a call that asks for no form keeps the statistic. On an H200 the second run
-# costs a sixth of attention's time and saves a twelfth of what a transformer keeps.
-STATISTIC_BITS = 8
+# The statistic is kept, where a call does not say, with so many bits and of more keys than that: of
+# few keys the second run costs next to nothing. On an H200 it is a sixth of attention's time, and
+# saves a twelfth of what a transformer keeps.
+STATISTIC_BITS, STATISTIC_KEYS = 8, 256
 
 # With fewer bits the error is larger than the gradient, in either form.
 FEWEST_BITS = 3
@@ -191,6 +192,7 @@ def _place(x: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], 
     return tuple(x.shape), x.stride(), int(x.storage_offset() - whole.storage_offset())
 
 
+@_torch.followed  # which kernel torch takes is asked of the tracer
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -211,8 +213,8 @@ def scaled_dot_product_attention(
     is that of attention of the decoded tensors: biased, since a softmax is not linear in them.
     Without, it keeps a pack of the output too, which serves the linear layer behind, and the
     kernel's statistic, 32 bits a row, and recomputes the softmax from packed query and key with the
-    exact statistic: biased, with about twice the error at 8 bits. None is the second form from
-    `STATISTIC_BITS` = 8 bits on, and the first with fewer.
+    exact statistic: biased, with about twice the error at 8 bits. None is the first form below
+    `STATISTIC_BITS` = 8 bits and up to `STATISTIC_KEYS` = 256 keys, and the second otherwise.
 
     The method is taken as it is given; `Quantiser.for_attention` is that of a conversion. Fewer
     than 3 bits raise `InputError`. With dropout in a compiled region or in a captured CUDA graph
@@ -234,6 +236,11 @@ def scaled_dot_product_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def recomputes(method: Quantiser, keys: int) -> bool:
+    """Whether a call that does not say runs the kernel again in its backward pass."""
+    return method.grade.bits < STATISTIC_BITS or keys <= STATISTIC_KEYS
 
 
 def attend(
@@ -284,14 +291,19 @@ def attend(
         return None
     if not wanted:
         return run(prepared(inputs, kernel), kernel, flags)[0]
-    if torch.compiler.is_dynamo_compiling():
-        key, value = _tracer.apart(key, query), _tracer.apart(value, query, key)
     if recompute is None:
-        recompute = method.grade.bits < STATISTIC_BITS
-    if recompute and dropout_p and not can_draw_again(query):
+        recompute = recomputes(method, key.shape[-2])
+    return _attend(inputs, kernel, flags, method, recompute)
+
+
+@_torch.one_node
+def _attend(
+    inputs: Inputs, kernel: Kernel, flags: Flags, method: Quantiser, recompute: bool
+) -> Tensor:
+    query, key, value, mask = inputs
+    if recompute and flags[0] and not can_draw_again(query):
         recompute, method = False, method.for_scores()
-    traced = torch.compiler.is_dynamo_compiling()
-    whole = None if traced else _whole(query, key, value, method)
+    whole = None if _torch.is_traced() else _whole(query, key, value, method)
     packs = (3 if whole is None else 1) + (0 if recompute else 1)
     seeds = [method.seed(query) for _ in range(packs)]
     given = (query, key, value, mask, kernel, flags, method, whole, *seeds)

@@ -45,7 +45,7 @@ _backward = torch.ops.aten.convolution_backward.default
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
-class _Geometry:
+class Geometry:
     """All of a convolution but its tensors, one number an axis."""
 
     stride: tuple[int, ...]
@@ -77,6 +77,39 @@ class _Geometry:
         return dx.squeeze(0) if single and mask[0] else dx, dweight, dbias
 
 
+# Of an input that does not stay in memory while the gradient with respect to it is computed. Below,
+# a further operator costs more time than the memory is worth.
+LARGE = 64 * 2**20
+
+
+def convolution_gradients(
+    geometry: Geometry,
+    grad_output: Tensor,
+    rebuild: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    shape: torch.Size,
+    weight: Tensor,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """`Geometry.backward` of the input that is rebuilt from `tensors`."""
+    x = rebuild(grad_output.dtype, *tensors)
+    if x.shape != shape:
+        x = x.reshape(shape)
+    if x.nbytes < LARGE or not mask[0] or _torch.is_traced() or _is_read_for_its_layout(x, weight):
+        return geometry.backward(grad_output, x, weight, mask)
+    _, *of_parameters = geometry.backward(grad_output, x, weight, [False, *mask[1:]])
+    like = x.new_zeros(()).expand(x.shape)  # no value of it is read
+    del x
+    dx, *_ = geometry.backward(grad_output, like, weight, [True, False, False])
+    return dx, *of_parameters
+
+
+def _is_read_for_its_layout(x: Tensor, weight: Tensor) -> bool:
+    """Whether x alone tells torch that the convolution is to be channels-last."""
+    layout = _torch.memory_format(x)
+    return layout != torch.contiguous_format and layout != _torch.memory_format(weight)
+
+
 class _Convolution(torch.autograd.Function):
     """y = weight * x + bias; keeps the weight and the pack of x."""
 
@@ -86,7 +119,7 @@ class _Convolution(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        geometry: _Geometry,
+        geometry: Geometry,
         rebuild: Callable[..., Tensor],
         *tensors: Tensor,
     ) -> Tensor:
@@ -101,10 +134,11 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         weight, *tensors = saved_with_weight(ctx)
-        dtype = grad_output.dtype
-        x = ctx.rebuild(dtype, *tensors).reshape(ctx.shape)
         mask = list(ctx.needs_input_grad[:3])
-        gradients = ctx.geometry.backward(grad_output, x, recast(weight, grad_output), mask)
+        gradients = convolution_gradients(
+            ctx.geometry, grad_output, ctx.rebuild, tensors, ctx.shape,
+            recast(weight, grad_output), mask,
+        )  # fmt: skip
         pairs = zip(gradients, ctx.dtypes, mask, strict=True)
         cast = [g.to(dtype) if wanted else None for g, dtype, wanted in pairs]
         return *cast, None, None, *[None] * len(tensors)
@@ -113,7 +147,7 @@ class _Convolution(torch.autograd.Function):
 _apply: Callable[..., Tensor] = _torch.applied(_Convolution)
 
 
-def _check_shapes(name: str, axes: int, x: Tensor, weight: Tensor, geometry: _Geometry) -> None:
+def _check_shapes(name: str, axes: int, x: Tensor, weight: Tensor, geometry: Geometry) -> None:
     if x.dim() not in (axes + 1, axes + 2):
         raise InputError(
             f"{name} takes {axes + 1} or {axes + 2} dimensions, got shape {tuple(x.shape)}"
@@ -170,7 +204,7 @@ def convolve(
     outputs = (0,) * axes
     if output_padding is not None:
         outputs = numbers(output_padding, axes, "output_padding")
-    geometry = _Geometry(strides, paddings, dilations, transposed, outputs, groups)
+    geometry = Geometry(strides, paddings, dilations, transposed, outputs, groups)
     _check_shapes(name, axes, x, weight, geometry)
     if added and any(total % 2 for total in added):
         # An odd number: torch, too, adds the one that is left at the far end.

@@ -6,6 +6,7 @@ Each computes what torch's function computes and keeps packs of its inputs.
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import _torch
 from packlight._checks import check_tensor
 from packlight.errors import InputError
 from packlight.layers.activations import activation, gated, gelu_name
@@ -153,6 +154,7 @@ def tanhshrink(
     return activation(input, "tanhshrink", method)
 
 
+@_torch.one_node
 def swiglu(
     gate: Tensor,
     up: Tensor,
@@ -166,6 +168,7 @@ def swiglu(
     return gated(gate, up, "silu", method, lambda gate, up: F.silu(gate) * up)
 
 
+@_torch.one_node
 def geglu(
     gate: Tensor,
     up: Tensor,
@@ -186,6 +189,7 @@ def geglu(
     )
 
 
+@_torch.one_node
 def reglu(
     gate: Tensor,
     up: Tensor,
@@ -199,6 +203,7 @@ def reglu(
     return gated(gate, up, "relu", method, lambda gate, up: F.relu(gate) * up)
 
 
+@_torch.one_node
 def glu(
     input: Tensor,
     dim: int = -1,

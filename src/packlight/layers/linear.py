@@ -100,6 +100,7 @@ def linear_gradients(
 _apply: Callable[..., Tensor] = _torch.applied(_Linear)
 
 
+@_torch.one_node
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, method: Quantiser
 ) -> Tensor:

@@ -77,7 +77,7 @@ class Scaled:
         return y.to(dtype).as_strided(self.shape, self.stride)
 
 
-def _forward(
+def plain_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -97,7 +97,7 @@ def _forward(
     return y, rstd.view(-1), copies, method.pack(x_hat, seed)
 
 
-def _backward(
+def plain_backward(
     grad_output: Tensor,
     kept: tuple[Tensor, ...],
     rstd: Tensor,
@@ -113,11 +113,11 @@ def _backward(
     return differentiate(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)
 
 
-def _rebuild(y: Tensor, width: int, method: Quantiser) -> Scaled:
+def plain_rebuild(y: Tensor, width: int, method: Quantiser) -> Scaled:
     return Scaled(method, tuple(y.shape), y.stride(), y.numel() // width, width)
 
 
-_PLAIN = Fused(_forward, _backward, _rebuild)
+_PLAIN = Fused(plain_forward, plain_backward, plain_rebuild)
 
 
 def row_norm_of(method: Quantiser) -> Fused:
@@ -255,7 +255,7 @@ def _norm(
     parameters: tuple[Tensor | None, ...] = (_flat(weight), _flat(bias))
     center = name == "layer_norm"
     y, *kept = _apply(x, *parameters, width, eps, center, method, method.seed(x))
-    if not torch.compiler.is_dynamo_compiling():
+    if not _torch.is_traced():
         parameters = own_parameters(kept[:2], *parameters)
         kept = kept[2:]
     rebuild = row_norm_of(method).rebuild(y, width, method)
@@ -265,6 +265,7 @@ def _norm(
     return y
 
 
+@_torch.one_node
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -288,6 +289,7 @@ def layer_norm(
     return _norm(input, "layer_norm", plain, shape, weight, bias, eps, method)
 
 
+@_torch.one_node
 def rms_norm(
     input: Tensor,
     normalized_shape: Sequence[int],

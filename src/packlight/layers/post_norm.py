@@ -38,7 +38,7 @@ _Norm = tuple[Tensor, Tensor | None, float]
 # ---- what a method without operators of its own does ---------------------------------------------
 
 
-def _forward(
+def plain_forward(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -59,7 +59,7 @@ def _forward(
     return *made, mask
 
 
-def _backward(
+def plain_backward(
     grad_output: Tensor,
     kept: tuple[Tensor, ...],
     rstd: Tensor,
@@ -83,7 +83,7 @@ def _rebuild(y: Tensor, width: int, method: Quantiser) -> Callable[..., Tensor]:
     return row_norm_of(method).rebuild(y, width, method)
 
 
-_PLAIN = Fused(_forward, _backward, _rebuild)
+_PLAIN = Fused(plain_forward, plain_backward, _rebuild)
 
 
 def _post_norm_of(method: Quantiser) -> Fused:

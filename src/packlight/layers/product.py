@@ -74,6 +74,7 @@ class _Multiplication(torch.autograd.Function):
 _multiply: Callable[..., Tensor] = _torch.applied(_Multiplication)
 
 
+@_torch.followed
 def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     """a b, biased: da = dy b~, db = dy a~.
 
@@ -86,23 +87,25 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
         return scale(input, other, method=method)
     if _is_scale(other, input, method):
         return scale(other, input, method=method)
-    if not _is_gate(input, other, method):
+    if not _is_product(input, other, method):
         return torch.mul(input, other)
     if torch.compiler.is_dynamo_compiling():
-        y = _unit(input, other, method)
-        y = _unit(other, input, method) if y is None else y
-        if y is not None:
-            return y
+        for f, up in ((input, other), (other, input)):
+            for name in UNITS:
+                gate = _tracer.source_of(f, how(name, method), up)
+                if gate is not None:
+                    return _unit(f, gate, up, name, method)
+    return _of_packs(input, other, method)
+
+
+@_torch.one_node
+def _of_packs(input: Tensor, other: Tensor, method: Quantiser) -> Tensor:
+    """The product, which keeps packs of both where there is one already."""
+    if sharing.pack_of(input) is None and sharing.pack_of(other) is None:
+        return torch.mul(input, other)
     shape = tuple(input.shape)
     one, two = pack_input(input, method), pack_input(other, method)
     shared = any(tensor is kept for tensor in one.tensors for kept in two.tensors)
-    if torch.compiler.is_dynamo_compiling():
-        # Also of two views, or two casts, of one tensor; see `_tracer.apart`.
-        other = _tracer.apart(other, input)
-        shared = _tracer.are_one(_codes(one), _codes(two))
-        if shared:
-            aliases = tuple(x if x is None else x.view_as(x) for x in two.tensors)
-            two = Pack(two.rebuild, two.shape, aliases)
     product: _Product | GatedProduct | None = _gated_product(one, two, shape)
     if product is None:
         product = _gated_product(two, one, shape)
@@ -118,13 +121,6 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
         grade = one.grade.and_of(two.grade)
         sharing.note_pack(y, Pack(product, tuple(y.shape), tensors, grade))
     return y
-
-
-def _codes(pack: Pack) -> Tensor:
-    """A tensor that no other pack has."""
-    first = pack.tensors[0]
-    assert first is not None
-    return first
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
@@ -183,6 +179,7 @@ def vector_gradient(grad_output: Tensor, x: Tensor, vector: Tensor) -> Tensor:
     return column_sums(rows, wide).to(vector.dtype).view(vector.shape)
 
 
+@_torch.one_node
 def scale(x: Tensor, vector: Tensor, *, method: Quantiser) -> Tensor:
     """x v for rows x [..., n] and a vector v of n elements.
 
@@ -220,22 +217,18 @@ def _is_scale(x: object, vector: object, method: Quantiser) -> bool:
     )
 
 
-def _unit(f: Tensor, up: Tensor, method: Quantiser) -> Tensor | None:
+@_torch.one_node
+def _unit(f: Tensor, gate: Tensor, up: Tensor, name: str, method: Quantiser) -> Tensor:
     """f(gate) up of a traced activation as one operator each way: its own result is not computed.
 
     Not where that would keep another pack of what is packed already.
     """
-    pack = sharing.pack_of(f)
-    if pack is None or not isinstance(pack.rebuild, Applied) or pack.rebuild.name not in UNITS:
-        return None
-    name = pack.rebuild.name
-    gate = _tracer.source_of(f, how(name, method), up)
-    if gate is None or sharing.pack_of(gate) is not None or sharing.pack_of(up) is not None:
-        return None
+    if sharing.pack_of(gate) is not None or sharing.pack_of(up) is not None:
+        return _of_packs(f, up, method)
     function = CONTINUOUS[name].function
     y = gated(gate, up, name, method, lambda gate, up: function(gate) * up)
-    product = sharing.pack_of(y)
-    if product is not None:  # for whatever else reads the factors
+    product, applied = sharing.pack_of(y), sharing.pack_of(f)
+    if product is not None and applied is not None:  # for whatever else reads the factors
         shape = tuple(y.shape)
         half = len(product.tensors) // 2
         gate_pack, up_pack = product.tensors[:half], product.tensors[half:]
@@ -243,14 +236,13 @@ def _unit(f: Tensor, up: Tensor, method: Quantiser) -> Tensor | None:
         sharing.note_pack(
             up, Pack(Restore(method, shape, y.stride()), shape, up_pack, method.grade)
         )
-        applied = dataclasses.replace(pack.rebuild, stride=y.stride())
-        sharing.note_pack(f, Pack(applied, shape, gate_pack, method.grade))
+        rebuild: Any = dataclasses.replace(applied.rebuild, stride=y.stride())  # type: ignore[type-var]
+        sharing.note_pack(f, Pack(rebuild, shape, gate_pack, method.grade))
     return y
 
 
-def _is_gate(a: Tensor, b: object, method: Quantiser) -> bool:
+def _is_product(a: Tensor, b: object, method: Quantiser) -> bool:
+    """Whether packs of both factors may serve."""
     if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if not (needs_gradient(a) and needs_gradient(b) and worth_packing(a, method)):
-        return False
-    return sharing.pack_of(a) is not None or sharing.pack_of(b) is not None
+    return needs_gradient(a) and needs_gradient(b) and worth_packing(a, method)

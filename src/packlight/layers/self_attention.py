@@ -187,9 +187,9 @@ def self_attention(
     """Attention of the parts of `whole` [batch, length, 3 heads size]: [batch, length, heads size].
 
     In eager mode, in training. Query, key and value lie side by side in that order. It keeps a pack
-    of them, of which attention runs once more in the backward pass, whatever the bits: gradients
-    are those of `scaled_dot_product_attention` with `recompute`. That function runs by itself, and
-    in the form that it chooses, where one pack does not serve: where groups would lie across two of
+    of them, of which attention runs once more in the backward pass: gradients are those of
+    `scaled_dot_product_attention` with `recompute`. That function runs by itself where it would
+    choose its other form, and where one pack does not serve: where groups would lie across two of
     the three, or the kernel draws dropout that cannot be drawn again.
     """
     out = _at_once(whole, heads, mask, flags, method)
@@ -216,7 +216,7 @@ def fits(
         return False
     if mask is not None and (mask.requires_grad or mask.dtype not in (torch.bool, dtype)):
         return False
-    if method.grade.bits < attention.FEWEST_BITS:
+    if not attention.recomputes(method, x.shape[1]) or method.grade.bits < attention.FEWEST_BITS:
         return False
     if width % method.grade.group_size or width // heads % 8:
         return False

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from packlight import _torch
+
 GROUP = 8
 
 
@@ -43,7 +45,7 @@ def _is_permuted(x: Tensor) -> bool:
 
     A compiler is not asked, nor where a dimension of one element may have any stride.
     """
-    if torch.compiler.is_compiling():
+    if _torch.is_traced():
         return False
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):

@@ -170,18 +170,18 @@ def _tried(module: nn.Module, first: nn.Module) -> str | None:
 def _outcome(
     module: nn.Module, first: nn.Module, look: Callable[[nn.Module, Tensor], str | None]
 ) -> str | None:
-    """Why a copy of a module, which shares its parameters, does not work by position."""
+    """Why a copy of a module, which shares its tensors, does not work by position."""
     width = getattr(first, "in_features", None) or getattr(first, "nx", None)
     if not isinstance(width, int):
         return f"the width of its input is not known from its {kind_of(first).__name__}"
-    parameters = {id(p): p for p in module.parameters()}
-    floating = [p for p in parameters.values() if p.is_floating_point()]
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    floating = [p for p in module.parameters() if p.is_floating_point()]
     dtype = floating[0].dtype if floating else torch.float32
-    one = next(iter(parameters.values())).detach()
+    one = next(module.parameters()).detach()
     try:
         x = one.new_ones((2, 3, width), dtype=dtype)
         with torch.no_grad():
-            return look(copy.deepcopy(module, parameters).eval(), x)
+            return look(copy.deepcopy(module, tensors).eval(), x)
     except Exception as error:  # noqa: BLE001  it is code of the user's, called in its own way
         return f"it does not run on a tensor {(2, 3, width)}: {type(error).__name__}: {error}"
 
@@ -208,10 +208,12 @@ def _by_values(probe: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-# Operators of MLPs beside those that work element by element. A mean is one of the last dimension.
+# Operators of MLPs beside those that work element by element. A mean is one of the last dimension;
+# a fake tensor asks the dispatcher for its device.
 _BY_ROWS = {
-    "_to_copy", "_unsafe_view", "addmm", "alias", "chunk", "clone", "detach", "linear", "mean",
-    "mm", "native_layer_norm", "new_empty", "reshape", "split", "split_with_sizes", "t", "view",
+    "_to_copy", "_unsafe_view", "addmm", "alias", "chunk", "clone", "detach", "device", "linear",
+    "mean", "mm", "native_layer_norm", "new_empty", "reshape", "split", "split_with_sizes", "t",
+    "view",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ gets the tensor that the holder stands for. The model does not change, nor does 
 - `lossless.py`: operations that need a side, a sign or a shape, and no values.
 - `norms.py`, `activations.py`: inputs that are transformed before they are packed.
 - `tensors.py`: which tensors are packed. `packing.py`: packs, and notes on tensors.
+- `rest.py`: `rest=` of `convert`, the same within the forward passes of a converted model.
 - `kept.py`: what is saved in place of a tensor. `_torch/graph.py`: what torch shows of its graph.
 
 A tensor is packed once for all operations: a note on the tensor refers to the pack (`sharing.py`,
@@ -22,17 +23,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from packlight import _torch
-from packlight._seeds import follow_generator
 from packlight._torch import graph
 from packlight.errors import InputError
 from packlight.method import check_is_value
 from packlight.quantiser import Quantiser
-from packlight.saving.kept import unpack
 from packlight.saving.rules import Rules
-from packlight.saving.saver import Saver, SavingMode
+from packlight.saving.saver import Saver
 
 __all__ = ["saving"]
 
@@ -74,6 +72,8 @@ def saving(
     - tensors of operations whose derivative has no bound: log, sqrt, rsqrt, reciprocal, powers with
       exponents other than 1, 2, 3 and so on, denominators, norms, acos, atan2, linear algebra, the
       grid of grid_sample;
+    - inputs of batch norms of fewer than 16 values a channel, whose gradient is what is left of
+      sums that cancel;
     - tensors with infinities, NaNs or huge values (1e9; 65504 in float16), as far as is known
       without making a GPU wait: all such tensors on the CPU; on a GPU those that `masked_fill` or
       `where` filled with a number, and biases of attention. Any other infinity on a GPU makes its
@@ -135,13 +135,8 @@ def saving(
     _check(method, min_bytes, skip, overrides)
     rules = Rules(method, overrides or {})
     saver = Saver(rules, min_bytes, skip)
-    follow_generator()
-    hooks = saved_tensors_hooks(_torch.untraced(saver.pack), _torch.untraced(unpack))
-    with hooks, SavingMode(saver):
-        try:
-            yield
-        finally:
-            saver.settle()
+    with saver.active():
+        yield
     if saver.has_saved:
         rules.check_patterns()
 

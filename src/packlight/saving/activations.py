@@ -50,9 +50,9 @@ _ACTIVATIONS: dict[str, Callable[[Node], tuple[str, Parameters]]] = {
 
 
 def within_limits(
-    operation: str, slot: str, node: Node | None
+    operation: str, slot: str, node: Node | None, bits: int
 ) -> Callable[[Tensor], Tensor] | None:
-    """A function that clamps the input of an activation and keeps its derivative.
+    """A function that clamps the input of an activation and keeps its derivative, to so many bits.
 
     None for other tensors.
     """
@@ -66,17 +66,17 @@ def within_limits(
     if not name or None in parameters:
         return None
     if operation != "Glu":
-        return lambda x: _limited(x, name, parameters)
+        return lambda x: _limited(x, name, parameters, bits)
     (dim,) = graph.saved_dims(node)
 
     def halves(x: Tensor) -> Tensor:
         if x.shape[dim] % 2:
             return x  # repeated elements are there only once
         linear, gate = x.chunk(2, dim)
-        return torch.cat([linear, _limited(gate, name, parameters)], dim)
+        return torch.cat([linear, _limited(gate, name, parameters, bits)], dim)
 
     return halves
 
 
-def _limited(x: Tensor, name: str, parameters: Parameters) -> Tensor:
-    return within(x, derivative_limits(x.dtype, name, parameters))
+def _limited(x: Tensor, name: str, parameters: Parameters, bits: int) -> Tensor:
+    return within(x, derivative_limits(x.dtype, name, parameters, bits))

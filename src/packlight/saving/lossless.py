@@ -159,9 +159,12 @@ _LARGER = ("Maximum", "Minimum")  # of self and other, elementwise
 _EXTREME = ("Amax", "Amin", "Max", "Min", "Median", "Nanmedian")  # elements that equal the result
 
 
+COMPARED = (*_LARGER, *_EXTREME)
+
+
 def compares(operation: str) -> bool:
     """Whether the backward pass compares two tensors that it saved."""
-    return operation in (*_LARGER, *_EXTREME)
+    return operation in COMPARED
 
 
 def comparison(node: Node, held: Mapping[str, Holder]) -> dict[str, Kept]:

@@ -44,6 +44,9 @@ NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 # both are of 16 bits.
 _OF_RSTD, _OF_MEAN = 2.0, 0.25
 
+# Values of a channel below which a batch norm's input stays exact.
+_FEWEST = 16
+
 # The greatest unit. The square of a smaller float32 number overflows already, and rstd is 0 then.
 _GREATEST = 2.0**100
 
@@ -98,6 +101,15 @@ class Normalised:
 def normalises(operation: str, slot: str) -> bool:
     """Whether an operation is a norm that saves its input under this name."""
     return operation in NORMS and slot == "input"
+
+
+def has_few_values(operation: str, x: Tensor) -> bool:
+    """Whether a batch norm reads so few values a channel that its gradient is nearly all lost.
+
+    Of two values the normalised ones are 1 and -1 whatever they were, and the gradient is 0: what a
+    backward pass computes is what rounding leaves of sums that cancel.
+    """
+    return NORMS.get(operation) is along_channels and x.numel() < _FEWEST * x.shape[1]
 
 
 def mixes_rows(function: str, operation: str, x: Tensor, node: Node | None, size: int) -> bool:

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 from packlight._torch import graph
 from packlight.errors import InputError
 from packlight.quantiser import Quantiser
-from packlight.saving.lossless import operation_of
+from packlight.saving.lossless import COMPARED, operation_of
 from packlight.saving.norms import NORMS
 
 CHECKPOINT = "checkpoint"  # the name for inputs of checkpoints, which have no node
@@ -68,6 +68,25 @@ _EXACT_SLOTS = {
     "ScaledDotProductFusedAttentionOverrideable": ("attn_bias",),
     "EfficientAttention": ("bias",),
 }
+
+# What makes an operation exact, for a reader, and by which operations.
+_REASONS = {
+    "the gradient begins at a loss": ("LogSoftmax", "*Loss*", "*CrossEntropy*"),
+    "a softmax is small where its error is largest": ("*Softmax", "*Logsumexp*"),
+    "a recomputation sees what the forward pass saw": (CHECKPOINT,),
+    "its derivative has no bound": _UNBOUNDED,
+    "it compares what it keeps": (*_COMPARING, *COMPARED),
+}
+
+
+def why_exact(node: str) -> str:
+    """Why an operation's tensors stay exact where nothing else is said; empty for others."""
+    operation = operation_of(node)
+    for reason, patterns in _REASONS.items():
+        if any(fnmatchcase(operation, pattern) for pattern in patterns):
+            return reason
+    return "a denominator, a limit or a statistic" if operation in _EXACT_SLOTS else ""
+
 
 # Scores are exponentials of products of two packed tensors: they take `Quantiser.for_scores`.
 _ATTENTION = (

@@ -15,26 +15,28 @@ what one call saves anyway.
 A tensor whose operation is never found stays exact, as the hook left it.
 """
 
+import contextlib
 import functools
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
 
 from packlight import _torch, sharing
+from packlight._seeds import follow_generator
 from packlight._torch import graph
 from packlight.layers.casts import CASTS, noted
 from packlight.quantiser import Quantiser
 from packlight.saving import activations, lossless, norms, packing, tensors
-from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting
+from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting, unpack
 from packlight.saving.rules import CHECKPOINT, COMPILED, Rules
 
 # Nothing says what the tensors of a Function are for. A tensor with this many times fewer elements
@@ -99,10 +101,23 @@ class Saver:
         self.min_bytes = min_bytes
         self.skip = skip
         self.has_saved = False
+        # Of all tensors that were saved, and of those that something else stands for.
+        self.seen_bytes = self.replaced_bytes = 0
         self.thread = _Thread()
+        self.hook = _torch.untraced(lambda tensor: self.pack(tensor))
         # `torch.compile` would compile these where they run between two graphs.
         self.find = _torch.untraced(self._find)
         self.settle = _torch.untraced(self._settle)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Within this context what is saved is packed."""
+        follow_generator()
+        with saved_tensors_hooks(self.hook, _torch.untraced(unpack)), SavingMode(self):
+            try:
+                yield
+            finally:
+                self.settle()
 
     # ---- events ----------------------------------------------------------------------------------
 
@@ -130,7 +145,7 @@ class Saver:
             if torch.is_grad_enabled():
                 thread.before, thread.last = call.start, _torch.next_node_number()
         tensors.note_filling(name, arguments, result)
-        if func in CASTS and type(result) is Tensor and type(arguments[0]) is Tensor:
+        if func in CASTS and tensors.is_of_torch(result) and tensors.is_of_torch(arguments[0]):
             noted(result, arguments[0])
         return result
 
@@ -162,13 +177,12 @@ class Saver:
     def _pack(self, tensor: Tensor, number: int, frame: types.FrameType) -> Holder:
         thread = self.thread
         self.has_saved = True
-        # Detached, since an operation's own output would hold the node that holds the output.
-        exact = Exact(tensor.detach() if tensor.requires_grad else tensor, tensor._version)
-        holder = Holder(exact)
+        self.seen_bytes += tensor.nbytes
+        holder = hold_exactly(tensor)
         if not self._may_pack(tensor):
             return holder
         if tensor.dtype == torch.bool:
-            holder.kept = Mask.of(tensor)
+            self._replace(holder, Mask.of(tensor))
             return holder
         call = thread.running
         owner, is_cast = tensors.owner_of(tensor, () if call is None else call.arguments)
@@ -268,7 +282,7 @@ class Saver:
                     continue
                 tensor = holder.kept.tensor
                 if tensor.dtype == torch.uint8 and _is_mask(tensor):
-                    holder.kept, holder.waiting = Mask.of(tensor), None
+                    self._replace(holder, Mask.of(tensor))
                 else:
                     packs = tensor.dtype != torch.uint8 and holder.waiting.has_history
                     self._keep(holder, method if packs else None, name, slot, node)
@@ -281,7 +295,7 @@ class Saver:
             found = lossless.comparison(node, held)
         for slot, holder in held.items():
             if slot in found:
-                holder.kept, holder.waiting = found[slot], None
+                self._replace(holder, found[slot])
             else:
                 _keep_exactly(holder)
 
@@ -354,7 +368,13 @@ class Saver:
         if found is None:
             _keep_exactly(holder)
         else:
-            holder.kept, holder.waiting = found, None
+            self._replace(holder, found)
+
+    def _replace(self, holder: Holder, kept: Kept) -> None:
+        """Has something else stand for a tensor."""
+        assert isinstance(holder.kept, Exact)
+        self.replaced_bytes += holder.kept.tensor.nbytes
+        holder.kept, holder.waiting = kept, None
 
     def _stand_in(
         self,
@@ -378,7 +398,7 @@ class Saver:
             return None if is_spread else lossless.without_values(operation, tensor, node)
         if tensors.is_extreme(tensor, owner):
             return None
-        within = activations.within_limits(operation, slot, node)
+        within = activations.within_limits(operation, slot, node, method.grade.bits)
         pack = functools.partial(
             packing.pack, method=method, within=within, is_compiled=name == COMPILED
         )
@@ -390,10 +410,20 @@ class Saver:
         if norms.normalises(operation, slot):
             call = self.thread.running
             eps = norms.eps_of_call(call.name, call.arguments) if call is not None else 0.0
+            if norms.has_few_values(operation, tensor):
+                return None
             found = norms.statistics(operation, tensor, node, _held(node), eps)
             if found is not None:
                 return None if is_spread else norms.Normalised.of(tensor, found, pack)
         return pack(tensor, owner=owner)
+
+
+def hold_exactly(tensor: Tensor) -> Holder:
+    """Holds the tensor itself.
+
+    Detached, since an operation's own output would hold the node that holds the output.
+    """
+    return Holder(Exact(tensor.detach() if tensor.requires_grad else tensor, tensor._version))
 
 
 def _held(node: Node | None) -> dict[str, list[Holder]]:
@@ -407,8 +437,13 @@ def _held(node: Node | None) -> dict[str, list[Holder]]:
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Whether all bytes are 0 or 1; False on a GPU, which would have to wait for the answer."""
-    return tensor.device.type == "cpu" and bool(tensor.max() <= 1)
+    """Whether all bytes are 0 or 1; False on a GPU, which would have to wait for the answer.
+
+    Without values a tensor is taken for a mask, as most are.
+    """
+    if tensor.device.type != "cpu":
+        return False
+    return _torch.is_fake(tensor) or bool(tensor.max() <= 1)
 
 
 def _keep_exactly(holder: Holder) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight.packing.layout import is_dense
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,10 +38,15 @@ def tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
             yield from tensors_in(value.values())
 
 
+def is_of_torch(value: object) -> bool:
+    """Whether it is a tensor of no subclass, those without values of `predict` apart."""
+    return type(value) is Tensor or (isinstance(value, Tensor) and _torch.is_fake(value))
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a dense tensor, of a dtype that can be packed, and of no subclass."""
+    """Whether it is a dense tensor, of a dtype that can be packed, and of no subclass of others."""
     return (
-        type(tensor) is Tensor
+        is_of_torch(tensor)
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and tensor.dtype in _DTYPES
@@ -108,7 +113,7 @@ def owner_of(tensor: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, bool]:
 def _whole(tensor: Tensor) -> Tensor:
     """The base, if the tensor is a view of all its elements and both are dense; else the tensor."""
     base = tensor._base
-    if base is None or base.numel() != tensor.numel() or type(base) is not Tensor:
+    if base is None or base.numel() != tensor.numel() or not is_of_torch(base):
         return tensor
     return base if is_dense(base) and is_dense(tensor) else tensor
 
@@ -133,7 +138,7 @@ def is_extreme(tensor: Tensor, owner: Tensor | None) -> bool:
     """
     if owner is not None and sharing.is_filled(owner):
         return True
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or _torch.is_fake(tensor):
         return False
     low, high = torch.aminmax(tensor)
     return not max(-low.item(), high.item()) < _HUGE[tensor.dtype]

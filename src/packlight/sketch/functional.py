@@ -118,6 +118,7 @@ def _check(x: Tensor, weight: Tensor, axes: int) -> None:
         )
 
 
+@_torch.one_node
 def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int, method: Sketch) -> Tensor:
     plain = _PLAIN[axes]
     if is_frozen(weight):
@@ -145,7 +146,7 @@ _said: set[tuple[int, ...]] = set()
 
 def _say_exact(weight: Tensor, tokens: int, rows: int) -> None:
     shape = tuple(weight.shape)
-    if torch.compiler.is_compiling() or not tokens or shape in _said:
+    if _torch.is_traced() or not tokens or shape in _said:
         return
     if not needs_gradient(weight):
         return

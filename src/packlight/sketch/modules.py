@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from packlight._seeds import start_rounding
 from packlight.layers.twin import Twin
+from packlight.method import the_one
 from packlight.sketch import functional as sketched
 from packlight.sketch.method import Kind, Sketch
 
@@ -32,7 +33,7 @@ class Sketched(Twin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method = Sketch(rows, kind, min_rows, max_rows)
+        self.method = the_one(Sketch(rows, kind, min_rows, max_rows))
         start_rounding()
 
     @property

@@ -138,15 +138,7 @@ _SEQUENCE = 512
 
 def _sequence(model: nn.Module, asked: int | None) -> int:
     """The length asked for, if the model's table of positions has so many."""
-    tables = [
-        (name, module.num_embeddings - _reserved(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        # Rotary and relative positions have no such table, and no end; pictures have their own.
-        and re.search(r"position|\bwpe$", name.rpartition(".")[2])
-        and not re.search(r"vision|visual|image|audio", name)
-    ]
-    name, longest = min(tables, key=lambda table: table[1], default=("", None))
+    name, longest = positions(model)
     if asked is None:
         return min(_SEQUENCE, longest or _SEQUENCE)
     if longest is not None and asked > longest:
@@ -155,6 +147,19 @@ def _sequence(model: nn.Module, asked: int | None) -> int:
             " max_position_embeddings by --config"
         )
     return asked
+
+
+def positions(model: nn.Module) -> tuple[str, int | None]:
+    """The shortest table of positions of a model, by name, and how many it has for tokens."""
+    tables = [
+        (name, module.num_embeddings - _reserved(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        # Rotary and relative positions have no such table, and no end; pictures have their own.
+        and re.search(r"position|\bwpe$", name.rpartition(".")[2])
+        and not re.search(r"vision|visual|image|audio", name)
+    ]
+    return min(tables, key=lambda table: table[1], default=("", None))
 
 
 def _reserved(table: nn.Embedding) -> int:

@@ -4,8 +4,8 @@ Memory is seen as [outer, channels, inner], whatever the strides, and value t of
 (t // inner, channel, t % inner): channels-last is inner = 1. Where sums over a channel are asked
 for, a program has a tile [ROWS, COLUMNS] of values and channels (COLUMNS is 1 unless channels are
 neighbours), takes tile after tile, and writes its share as a row of [2, parts, channels] in
-float32; a small kernel ends the sums. Their order is fixed, so a run repeats bit for bit on the
-same device.
+float32; a small kernel ends the sums and writes what comes of them above. Their order is fixed, so
+a run repeats bit for bit on the same device.
 
 Traffic in bytes an element, of 16-bit tensors at 4 bits: statistics 2, forward 4.5, sums of the
 backward pass 2.5, its dx 4.5.
@@ -33,7 +33,7 @@ from packlight.packing.kernels import (
     store_row,
     store_word,
 )
-from packlight.packing.layout import laid_out, lanes, packed_bytes
+from packlight.packing.layout import dense_stride, laid_out, lanes, packed_bytes, write_back
 
 STEP = tl.constexpr(reference.STEP)
 LOW = tl.constexpr(reference.LOW)
@@ -72,7 +72,7 @@ def _tile(
 @triton.jit
 def _statistics_kernel(
     x_ptr,  # [n]
-    parts_ptr,  # [2, parts, channels]: mean and sum of squared deviations
+    parts_ptr,  # [4 + 2 parts, channels]: mean and sum of squared deviations, from row 4 on
     size,  # values a channel
     inner,
     channels,
@@ -113,7 +113,7 @@ def _statistics_kernel(
     mean = total / count.to(tl.float32)
     squares -= total * mean
     squares = tl.where(squares < 0, 0.0, squares)  # keeps NaN
-    row_ptr = parts_ptr + part.to(tl.int64) * channels + channel
+    row_ptr = parts_ptr + (4 + part.to(tl.int64)) * channels + channel
     tl.store(row_ptr, shift + mean, inside)
     tl.store(row_ptr + tl.num_programs(1).to(tl.int64) * channels, squares, inside)
 
@@ -121,12 +121,12 @@ def _statistics_kernel(
 @quick
 @triton.jit
 def _table_kernel(
-    parts_ptr,  # [2, parts, channels], as `_statistics_kernel` leaves it
+    parts_ptr,  # [4 + 2 parts, channels], as `_statistics_kernel` leaves it; gets four rows:
+    # mean, rstd, gamma and beta
     running_mean_ptr,  # [channels], as the rest
     running_var_ptr,
     weight_ptr,
     bias_ptr,
-    moments_ptr,  # [2, channels]: mean and rstd
     table_ptr,  # [6, channels]
     size,
     channels,
@@ -149,12 +149,12 @@ def _table_kernel(
     there = channel < channels
     part = tl.arange(0, PARTS)[:, None].to(tl.int64)
     given = (part < parts) & there[None, :]
-    part_ptr = parts_ptr + part * channels + channel[None, :]
+    part_ptr = parts_ptr + (4 + part) * channels + channel[None, :]
     means = tl.load(part_ptr, given, other=0.0)
     squares = tl.load(part_ptr + tl.full([], parts, tl.int64) * channels, given, other=0.0)
     values = tl.minimum(size - part * share, share).to(tl.float32)
     # Differences from the first part, since a mean may be large beside what is to be added up.
-    mean = tl.load(parts_ptr + channel, there, other=0.0)
+    mean = tl.load(parts_ptr + 4 * channels + channel, there, other=0.0)
     difference = tl.where(given, (means - mean[None, :]) * values, 0.0)
     all_values = tl.full([], size, tl.int64).to(tl.float32)
     mean += tl.sum(difference, 0) / all_values
@@ -163,8 +163,8 @@ def _table_kernel(
     square = tl.sum(squares, 0)
     var = square / all_values
     rstd = tl.where(var + eps == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(var + eps)))
-    tl.store(moments_ptr + channel, mean, there)
-    tl.store(moments_ptr + channels + channel, rstd, there)
+    tl.store(parts_ptr + channel, mean, there)
+    tl.store(parts_ptr + channels + channel, rstd, there)
     if RUNNING_MEAN:
         running = tl.load(running_mean_ptr + channel, there, other=0.0).to(tl.float32)
         running = (1 - momentum) * running + momentum * mean
@@ -179,6 +179,8 @@ def _table_kernel(
         gamma = tl.load(weight_ptr + channel, there, other=1.0).to(tl.float32)
     if BIAS:
         beta = tl.load(bias_ptr + channel, there, other=0.0).to(tl.float32)
+    tl.store(parts_ptr + 2 * channels + channel, gamma, there)
+    tl.store(parts_ptr + 3 * channels + channel, beta, there)
     # As `reference.deviation`.
     width = WIDTH * tl.sqrt_rn(
         tl.maximum(1 - eps * rstd * rstd, LEAST, propagate_nan=tl.PropagateNan.ALL)
@@ -215,25 +217,25 @@ def _channel(first, lane, inner, channels):
 @triton.jit
 def _forward_kernel(
     x_ptr,  # [n], in the memory order of y, as the rest
-    y_ptr,  # [n]
+    y_ptr,  # [n], may be x_ptr
     codes_ptr,  # [BITS * groups]
-    moments_ptr,  # [2, channels], as `_table_kernel` leaves it
-    weight_ptr,  # [channels]
-    bias_ptr,  # [channels]
+    moments_ptr,  # its first four rows as `_table_kernel` leaves them
     table_ptr,  # [6, channels]
+    other_ptr,  # [n], with SUM: the other term
+    signs_ptr,  # [groups], with SUM: where the sum is positive
     n,
     groups,
     inner,
     channels,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
+    RELU: tl.constexpr,  # y = relu(batch_norm(x))
+    SUM: tl.constexpr,  # y = relu(batch_norm(x) + other)
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,  # of a bin, in standard deviations
     SAME: tl.constexpr,  # the eight elements of a word are of one channel
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = (x - mean) rstd gamma + beta, and its codes."""
+    """y = (x - mean) rstd gamma + beta and its codes; the ReLU of it, or of its sum."""
     COUNT: tl.constexpr = 1 << BITS
     start = tl.program_id(0).to(tl.int64) * BLOCK
     groups = groups.to(tl.int64)
@@ -243,37 +245,39 @@ def _forward_kernel(
     lane = tl.arange(0, BLOCK)
     xs = load_rows(x_ptr + start, start, lane, n, groups, FULL)
     word = empty_word(BLOCK, BITS)
+    if SUM:
+        others = load_rows(other_ptr + start, start, lane, n, groups, FULL)
+        signs = empty_word(BLOCK, 1)
     for j in tl.static_range(8):
         if j == 0 or not SAME:
             channel = _channel(j * groups + start, lane, inner, channels)
             mean = tl.load(moments_ptr + channel)
             rstd = tl.load(moments_ptr + channels + channel)
-            if WEIGHT:
-                gamma = tl.load(weight_ptr + channel).to(tl.float32)
-            if BIAS:
-                beta = tl.load(bias_ptr + channel).to(tl.float32)
+            gamma = tl.load(moments_ptr + 2 * channels + channel)
+            beta = tl.load(moments_ptr + 3 * channels + channel)
             inverse = tl.div_rn(1.0, tl.load(table_ptr + UNIT * channels + channel))
             offset = tl.load(table_ptr + CENTRE * channels + channel)
             offset = offset + (0.5 - EDGE_ / WIDTH)
             shift = tl.load(table_ptr + SHIFT * channels + channel)
         x_hat = (xs[j].to(tl.float32) - mean) * rstd
-        y = x_hat
-        if WEIGHT:
-            y = y * gamma
-        if BIAS:
-            y = y + beta
-        y = y.to(y_ptr.dtype.element_ty)
-        store_row(y_ptr + start, y, j, start, lane, n, groups, FULL)
+        y = (x_hat * gamma + beta).to(y_ptr.dtype.element_ty)
         code = tl.floor(x_hat * inverse + offset)
         code = tl.minimum(tl.maximum(code, 0.0), COUNT - 1.0)  # NaN becomes a number here
         # The side of 0 by y itself, which is what a ReLU sees.
         negative = y.to(tl.float32) <= 0
         code = tl.where(negative, tl.minimum(code, shift - 1), tl.maximum(code, shift))
         word |= code.to(tl.int32).to(word.dtype) << (j * BITS)
-    if FULL:
-        store_word(codes_ptr + start, word, lane, groups, None, BITS)
-    else:
-        store_word(codes_ptr + start, word, lane, groups, lane < groups - start, BITS)
+        if SUM:  # of terms that are rounded, as torch's
+            y = (y.to(tl.float32) + others[j].to(tl.float32)).to(y_ptr.dtype.element_ty)
+            negative = y.to(tl.float32) <= 0
+            signs |= tl.where(negative, 0, 1) << j
+        if RELU or SUM:
+            y = tl.where(negative, 0.0, y.to(tl.float32))
+        store_row(y_ptr + start, y, j, start, lane, n, groups, FULL)
+    there = None if FULL else lane < groups - start
+    store_word(codes_ptr + start, word, lane, groups, there, BITS)
+    if SUM:
+        store_word(signs_ptr + start, signs, lane, groups, there, 1)
 
 
 @quick
@@ -362,13 +366,17 @@ def _sums_kernel(
     dy_ptr,  # [n]
     codes_ptr,  # [BITS * groups]
     table_ptr,  # [6, channels]
-    parts_ptr,  # [2, parts, channels]: sums of g and of g (code - CENTRE)
+    parts_ptr,  # [4 + 2 parts, channels]: sums of g and of g (code - CENTRE), from row 4 on
+    signs_ptr,  # [groups], with SUM
+    g_ptr,  # [n], with SUM: the gradient of both terms
     n,
     groups,
     size,  # words a channel if they are of one channel each, else values
     inner,
     channels,
     share,  # of them, in a part
+    RELU: tl.constexpr,  # g = dy where the code is of a positive value, else dy
+    SUM: tl.constexpr,  # g = dy where the sum was positive
     BITS: tl.constexpr,
     SAME: tl.constexpr,  # the eight elements of a word are of one channel
     FULL: tl.constexpr,  # and all there
@@ -382,6 +390,8 @@ def _sums_kernel(
     channel = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = channel < channels
     centre = tl.load(table_ptr + CENTRE * channels + channel, inside, other=0.0)
+    if RELU:
+        shift = tl.load(table_ptr + SHIFT * channels + channel, inside, other=0.0)
     sum_g = tl.zeros([ROWS, COLUMNS], tl.float32)
     sum_product = tl.zeros([ROWS, COLUMNS], tl.float32)
     first = part * (share // ROWS)
@@ -391,11 +401,22 @@ def _sums_kernel(
         gs, codes = _gradients_and_codes(
             dy_ptr, codes_ptr, place, mask, n, groups, BITS, SAME, FULL
         )
+        if SUM:
+            if SAME:
+                signs = tl.load(signs_ptr + place, mask, other=0).to(tl.int32)
+            else:
+                signs = code_at(signs_ptr, place, groups, mask, 1)
         for j in tl.static_range(8 if SAME else 1):
             g = gs[j].to(tl.float32)
+            if RELU:
+                g = tl.where(codes[j] >= shift, g, 0.0)
+            if SUM:
+                g = tl.where((signs >> j) & 1 != 0, g, 0.0)
+                there = mask if FULL else mask & (place < n - j * groups)
+                tl.store(g_ptr + j * groups + place, g.to(g_ptr.dtype.element_ty), there)
             sum_g += g
             sum_product += g * (codes[j] - centre)
-    row_ptr = parts_ptr + part.to(tl.int64) * channels + channel
+    row_ptr = parts_ptr + (4 + part.to(tl.int64)) * channels + channel
     tl.store(row_ptr, tl.sum(sum_g, 0, keep_dims=True), inside)
     row_ptr += tl.num_programs(1).to(tl.int64) * channels
     tl.store(row_ptr, tl.sum(sum_product, 0, keep_dims=True), inside)
@@ -404,11 +425,11 @@ def _sums_kernel(
 @quick
 @triton.jit
 def _finish_kernel(
-    parts_ptr,  # [2, parts, channels], as `_sums_kernel` leaves it
+    parts_ptr,  # [4 + 2 parts, channels], as `_sums_kernel` leaves it; gets a plan of four rows:
+    # dx = plan[0] (g - plan[1] - plan[2] code), and SHIFT
     table_ptr,  # [6, channels]
     dgamma_ptr,  # [channels]
     dbeta_ptr,  # [channels]
-    plan_ptr,  # [3, channels]: dx = plan[0] (g - plan[1] - plan[2] code)
     size,  # values a channel
     channels,
     parts,
@@ -419,20 +440,22 @@ def _finish_kernel(
     there = channel < channels
     part = tl.arange(0, PARTS)[:, None]
     given = (part < parts) & there[None, :]
-    part_ptr = parts_ptr + part * channels + channel[None, :]
+    part_ptr = parts_ptr + (4 + part) * channels + channel[None, :]
     dbeta = tl.sum(tl.load(part_ptr, given, other=0.0), 0)
     product = tl.sum(tl.load(part_ptr + parts * channels, given, other=0.0), 0)
     unit = tl.load(table_ptr + UNIT * channels + channel, there, other=0.0)
     centre = tl.load(table_ptr + CENTRE * channels + channel, there, other=0.0)
     scale = tl.load(table_ptr + SCALE * channels + channel, there, other=0.0)
+    shift = tl.load(table_ptr + SHIFT * channels + channel, there, other=0.0)
     values = tl.full([], size, tl.int64).to(tl.float32)
     dgamma = product * unit
     slope = dgamma / values * unit
     tl.store(dgamma_ptr + channel, dgamma, there)
     tl.store(dbeta_ptr + channel, dbeta, there)
-    tl.store(plan_ptr + channel, scale * unit, there)
-    tl.store(plan_ptr + channels + channel, dbeta / values - slope * centre, there)
-    tl.store(plan_ptr + 2 * channels + channel, slope, there)
+    tl.store(parts_ptr + channel, scale * unit, there)
+    tl.store(parts_ptr + channels + channel, dbeta / values - slope * centre, there)
+    tl.store(parts_ptr + 2 * channels + channel, slope, there)
+    tl.store(parts_ptr + 3 * channels + channel, shift, there)
 
 
 @quick
@@ -440,13 +463,14 @@ def _finish_kernel(
 def _dx_kernel(
     dy_ptr,  # [n]
     codes_ptr,  # [BITS * groups]
-    plan_ptr,  # [3, channels]
+    plan_ptr,  # its first four rows as `_finish_kernel` leaves them
     dx_ptr,  # [n]
     n,
     groups,
     size,
     inner,
     channels,
+    RELU: tl.constexpr,  # as in `_sums_kernel`
     BITS: tl.constexpr,
     SAME: tl.constexpr,
     FULL: tl.constexpr,
@@ -467,8 +491,13 @@ def _dx_kernel(
     factor = tl.load(plan_ptr + channel, inside, other=0.0)
     base = tl.load(plan_ptr + channels + channel, inside, other=0.0)
     slope = tl.load(plan_ptr + 2 * channels + channel, inside, other=0.0)
+    if RELU:
+        shift = tl.load(plan_ptr + 3 * channels + channel, inside, other=0.0)
     for j in tl.static_range(8 if SAME else 1):
-        dx = factor * (gs[j].to(tl.float32) - base - slope * codes[j])
+        g = gs[j].to(tl.float32)
+        if RELU:
+            g = tl.where(codes[j] >= shift, g, 0.0)
+        dx = factor * (g - base - slope * codes[j])
         there = mask if FULL else mask & (place < n - j * groups)
         tl.store(dx_ptr + j * groups + place, dx.to(dx_ptr.dtype.element_ty), there)
 
@@ -543,11 +572,6 @@ def _words(n: int, channels: int, inner: int) -> tuple[tuple[int], tuple[int, ..
     return (triton.cdiv(groups, BLOCK),), (n, groups, inner, channels), constants
 
 
-def _whole(buffer: Tensor | None, instead: Tensor) -> Tensor:
-    """A buffer [channels] as kernels read it, some tensor where there is none."""
-    return instead if buffer is None else buffer.contiguous()
-
-
 @functools.lru_cache(LAUNCHES)
 def _statistics_launch(
     n: int, channels: int, inner: int, itemsize: int, large: bool, device: torch.device
@@ -610,11 +634,59 @@ def _table_launch(
 
 @functools.lru_cache(LAUNCHES)
 def _forward_launch(
-    n: int, channels: int, inner: int, weight: bool, bias: bool, bits: int, width: float
+    n: int, channels: int, inner: int, relu: bool, added: bool, bits: int, width: float
 ) -> Launch:
     grid, numbers, constants = _words(n, channels, inner)
-    given = {"WEIGHT": weight, "BIAS": bias, "BITS": bits, "WIDTH": width}
+    given = {"RELU": relu, "SUM": added, "BITS": bits, "WIDTH": width}
     return _forward_kernel.prepare(grid, *numbers, **given, **constants)
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    y: Tensor,
+    relu: bool = False,
+    other: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Codes, table, and with another term the mask of the sum; fills `y`, which may be `x`.
+
+    Both are of one dense stride, and have elements.
+    """
+    n, channels, device, stride = x.numel(), x.shape[1], x.device, y.stride()
+    codes = x.new_empty(packed_bytes(n, bits), dtype=torch.uint8)
+    table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
+    inner, given = _inner(channels, stride), (weight is not None, bias is not None)
+    launch, parts, share = _statistics_launch(
+        n, channels, inner, x.element_size(), n >= SHORT, device
+    )
+    moments = table.new_empty(4 + 2 * parts, channels)
+    launch(x, moments)
+    weight = moments if weight is None else weight.contiguous()
+    bias = moments if bias is None else bias.contiguous()
+    new_mean = moments if running_mean is None else running_mean.contiguous()
+    new_var = moments if running_var is None else running_var.contiguous()
+    _table_launch(
+        n // channels, channels, share, parts, float(momentum), float(eps),
+        running_mean is not None, running_var is not None, *given, bits, float(width), device,
+    )(moments, new_mean, new_var, weight, bias, table)  # fmt: skip
+    if running_mean is not None and running_mean is not new_mean:
+        running_mean.copy_(new_mean)
+    if running_var is not None and running_var is not new_var:
+        running_var.copy_(new_var)
+    launch = _forward_launch(n, channels, inner, relu, other is not None, bits, float(width))
+    if other is None:
+        launch(x, y, codes, moments, table, x, codes)
+        return codes, table
+    signs = codes.new_empty(packed_bytes(n, 1))
+    launch(x, y, codes, moments, table, laid_out(other, stride), signs)
+    return codes, table, signs
 
 
 def batch_norm(
@@ -627,36 +699,54 @@ def batch_norm(
     eps: float,
     bits: int,
     width: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, channels, device = x.numel(), x.shape[1], x.device
-    if n == 0:
-        running = (running_mean, running_var)
-        return reference.batch_norm(x, weight, bias, *running, momentum, eps, bits, width)
+) -> tuple[Tensor, ...]:
+    settings = (weight, bias, running_mean, running_var, momentum, eps, bits, width)
+    if x.numel() == 0:
+        return reference.batch_norm(x, *settings)
     y = torch.empty_like(x)
-    stride = y.stride()
-    x = laid_out(x, stride)
-    codes = x.new_empty(packed_bytes(n, bits), dtype=torch.uint8)
-    table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
-    moments = table.new_empty(2, channels)
-    inner, given = _inner(channels, stride), (weight is not None, bias is not None)
-    launch, parts, share = _statistics_launch(
-        n, channels, inner, x.element_size(), n >= SHORT, device
-    )
-    statistics = table.new_empty(2, parts, channels)
-    launch(x, statistics)
-    weight, bias = _whole(weight, moments), _whole(bias, moments)
-    new_mean, new_var = _whole(running_mean, moments), _whole(running_var, moments)
-    _table_launch(
-        n // channels, channels, share, parts, float(momentum), float(eps),
-        running_mean is not None, running_var is not None, *given, bits, float(width), device,
-    )(statistics, new_mean, new_var, weight, bias, moments, table)  # fmt: skip
-    if running_mean is not None and running_mean is not new_mean:
-        running_mean.copy_(new_mean)
-    if running_var is not None and running_var is not new_var:
-        running_var.copy_(new_var)
-    launch = _forward_launch(n, channels, inner, *given, bits, float(width))
-    launch(x, y, codes, moments, weight, bias, table)
-    return y, codes, table
+    return y, *_batch_norm(laid_out(x, y.stride()), *settings, y)
+
+
+def batch_norm_(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    relu: bool,
+) -> tuple[Tensor, ...]:
+    settings = (weight, bias, running_mean, running_var, momentum, eps, bits, width)
+    if x.numel() == 0:
+        return reference.batch_norm_(x, *settings, relu)
+    dense = laid_out(x, dense_stride(x))
+    made = _batch_norm(dense, *settings, dense, relu)
+    write_back(x, dense)
+    return made
+
+
+def batch_norm_sum_(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    other: Tensor,
+) -> tuple[Tensor, ...]:
+    settings = (weight, bias, running_mean, running_var, momentum, eps, bits, width)
+    if x.numel() == 0:
+        return reference.batch_norm_sum_(x, *settings, other)
+    dense = laid_out(x, dense_stride(x))
+    made = _batch_norm(dense, *settings, dense, False, other)
+    write_back(x, dense)
+    return made
 
 
 @functools.lru_cache(LAUNCHES)
@@ -678,7 +768,15 @@ def _decode(
 
 @functools.lru_cache(LAUNCHES)
 def _backward_launches(
-    n: int, channels: int, inner: int, itemsize: int, bits: int, large: bool, device: torch.device
+    n: int,
+    channels: int,
+    inner: int,
+    itemsize: int,
+    bits: int,
+    relu: bool,
+    added: bool,
+    large: bool,
+    device: torch.device,
 ) -> tuple[Launch, Launch, Launch, int]:
     """Those of the sums, of their end and of dx, and the parts of the sums."""
     groups = lanes(n)
@@ -695,6 +793,8 @@ def _backward_launches(
         inner,
         channels,
         share,
+        RELU=relu,
+        SUM=added,
         **block,
         ROWS=cut.rows,
         COLUMNS=cut.columns,
@@ -712,6 +812,7 @@ def _backward_launches(
         size,
         inner,
         channels,
+        RELU=relu,
         **block,
         ROWS=cut.rows,
         COLUMNS=cut.columns,
@@ -721,23 +822,53 @@ def _backward_launches(
 
 
 def batch_norm_backward(
-    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    stride: Sequence[int],
+    bits: int,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, channels = grad_output.numel(), table.shape[1]
     if n == 0:
-        return reference.batch_norm_backward(grad_output, codes, table, stride, bits)
+        return reference.batch_norm_backward(grad_output, codes, table, stride, bits, relu)
     dy = laid_out(grad_output, stride)
-    dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    dx = torch.empty_like(dy)
     sum_up, finish, make_dx, parts = _backward_launches(
-        n, channels, _inner(channels, stride), dx.element_size(), bits, n >= SHORT, dx.device
-    )
-    sums = table.new_empty(2, parts, channels)
-    sum_up(dy, codes, table, sums)
+        n, channels, _inner(channels, stride), dx.element_size(), bits, relu, False, n >= SHORT,
+        dx.device,
+    )  # fmt: skip
+    sums = table.new_empty(4 + 2 * parts, channels)
+    sum_up(dy, codes, table, sums, codes, dy)
     dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
-    plan = table.new_empty(3, channels)
-    finish(sums, table, dgamma, dbeta, plan)
-    make_dx(dy, codes, plan, dx)
+    finish(sums, table, dgamma, dbeta)
+    make_dx(dy, codes, sums, dx)
     return dx, dgamma, dbeta
+
+
+def batch_norm_sum_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    signs: Tensor,
+    stride: Sequence[int],
+    bits: int,
+) -> tuple[Tensor, ...]:
+    n, channels = grad_output.numel(), table.shape[1]
+    if n == 0:
+        return reference.batch_norm_sum_backward(grad_output, codes, table, signs, stride, bits)
+    dy = laid_out(grad_output, stride)
+    g, dx = torch.empty_like(dy), torch.empty_like(dy)
+    sum_up, finish, make_dx, parts = _backward_launches(
+        n, channels, _inner(channels, stride), dx.element_size(), bits, False, True, n >= SHORT,
+        dx.device,
+    )  # fmt: skip
+    sums = table.new_empty(4 + 2 * parts, channels)
+    sum_up(dy, codes, table, sums, signs, g)
+    dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
+    finish(sums, table, dgamma, dbeta)
+    make_dx(g, codes, sums, dx)
+    return g, dx, dgamma, dbeta
 
 
 def relu_backward(

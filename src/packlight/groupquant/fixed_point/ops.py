@@ -26,16 +26,36 @@ def _fake_batch_norm(
     bits: int,
     width: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_fake_batch_norm_(x, bits)
+
+
+def _fake_batch_norm_(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     codes = x.new_empty(packed_bytes(x.numel(), bits), dtype=torch.uint8)
-    table = x.new_empty(reference.ROWS, x.shape[1], dtype=compute_dtype(x))
-    return torch.empty_like(x), codes, table
+    return codes, x.new_empty(reference.ROWS, x.shape[1], dtype=compute_dtype(x))
 
 
 def _fake_batch_norm_backward(
-    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    stride: Sequence[int],
+    bits: int,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = grad_output.new_empty_strided(grad_output.shape, stride)
     return dx, table.new_empty(table.shape[1]), table.new_empty(table.shape[1])
+
+
+def _fake_batch_norm_sum_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    signs: Tensor,
+    stride: Sequence[int],
+    bits: int,
+) -> tuple[Tensor, ...]:
+    g = grad_output.new_empty_strided(grad_output.shape, stride)
+    return g, *_fake_batch_norm_backward(grad_output, codes, table, stride, bits)
 
 
 batch_norm = define_op(
@@ -47,12 +67,43 @@ batch_norm = define_op(
     kernel=f"{_KERNELS}:batch_norm",
 )
 
+batch_norm_ = define_op(
+    "fixed_point_batch_norm_(Tensor(a!) x, Tensor? weight, Tensor? bias, Tensor(b!)? running_mean,"
+    " Tensor(c!)? running_var, float momentum, float eps, int bits, float width, bool relu)"
+    " -> (Tensor, Tensor)",
+    reference=reference.batch_norm_,
+    fake=lambda x, weight, bias, mean, var, momentum, eps, bits, width, relu: _fake_batch_norm_(
+        x, bits
+    ),
+    kernel=f"{_KERNELS}:batch_norm_",
+)
+
+batch_norm_sum_ = define_op(
+    "fixed_point_batch_norm_sum_(Tensor(a!) x, Tensor? weight, Tensor? bias,"
+    " Tensor(b!)? running_mean, Tensor(c!)? running_var, float momentum, float eps, int bits,"
+    " float width, Tensor other) -> (Tensor, Tensor, Tensor)",
+    reference=reference.batch_norm_sum_,
+    fake=lambda x, weight, bias, mean, var, momentum, eps, bits, width, other: (
+        *_fake_batch_norm_(x, bits),
+        x.new_empty(packed_bytes(x.numel(), 1), dtype=torch.uint8),
+    ),
+    kernel=f"{_KERNELS}:batch_norm_sum_",
+)
+
 batch_norm_backward = define_op(
     "fixed_point_batch_norm_backward(Tensor grad_output, Tensor codes, Tensor table,"
-    " SymInt[] stride, int bits) -> (Tensor, Tensor, Tensor)",
+    " SymInt[] stride, int bits, bool relu=False) -> (Tensor, Tensor, Tensor)",
     reference=reference.batch_norm_backward,
     fake=_fake_batch_norm_backward,
     kernel=f"{_KERNELS}:batch_norm_backward",
+)
+
+batch_norm_sum_backward = define_op(
+    "fixed_point_batch_norm_sum_backward(Tensor grad_output, Tensor codes, Tensor table,"
+    " Tensor signs, SymInt[] stride, int bits) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.batch_norm_sum_backward,
+    fake=_fake_batch_norm_sum_backward,
+    kernel=f"{_KERNELS}:batch_norm_sum_backward",
 )
 
 relu_backward = define_op(

@@ -62,8 +62,12 @@ class ResidualRebuild:
 
     def with_link(self) -> "ResidualRebuild":
         """One more batch norm added."""
-        return dataclasses.replace(self, masked=(*self.masked, False))
+        return self._masked(*self.masked, False)
 
     def with_mask(self) -> "ResidualRebuild":
         """The ReLU behind it."""
-        return dataclasses.replace(self, masked=(*self.masked[:-1], True))
+        return self._masked(*self.masked[:-1], True)
+
+    def _masked(self, *masked: bool) -> "ResidualRebuild":
+        layout = (self.shape, self.stride, self.bits)
+        return ResidualRebuild(*layout, masked, self.start, self.first)

@@ -111,12 +111,64 @@ def batch_norm(
     return y, encode(x, y, mean, rstd, table, bits, width), table
 
 
+def batch_norm_(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Codes and table of the batch norm, which is written over `x`, or its ReLU where asked."""
+    running = (running_mean, running_var)
+    y, codes, table = batch_norm(x, weight, bias, *running, momentum, eps, bits, width)
+    x.copy_(y.relu_() if relu else y)
+    return codes, table
+
+
+def batch_norm_sum_(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    bits: int,
+    width: float,
+    other: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and table of the batch norm, and the mask of relu(batch_norm(x) + other).
+
+    The last is written over `x`, of whose shape `other` is; it is added in place, whatever its
+    dtype. The mask is one bit an element, in the memory order of x.
+    """
+    running = (running_mean, running_var)
+    y, codes, table = batch_norm(x, weight, bias, *running, momentum, eps, bits, width)
+    y.add_(other)
+    # A NaN has a gradient, as in torch.
+    signs = packing.pack(memory_order((~(y <= 0)).to(torch.uint8), y.stride()), 1)
+    x.copy_(y.relu_())
+    return codes, table, signs
+
+
 def batch_norm_backward(
-    grad_output: Tensor, codes: Tensor, table: Tensor, stride: Sequence[int], bits: int
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    stride: Sequence[int],
+    bits: int,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in the memory order of `stride`, dgamma and dbeta [channels]."""
     g = grad_output.to(table.dtype)
     code = _unpack(codes, g.shape, stride, bits).to(table.dtype)
+    if relu:
+        g = torch.where(code >= along_channels(table[SHIFT], code), g, 0.0)
     x = (code - along_channels(table[CENTRE], g)) * along_channels(table[UNIT], g)
     others = [0, *range(2, g.dim())]
     dgamma, dbeta = (g * x).sum(others), g.sum(others)
@@ -125,6 +177,20 @@ def batch_norm_backward(
     scale = along_channels(table[SCALE] * table[UNIT], g)
     dx = grad_output.new_empty_strided(g.shape, tuple(stride))
     return dx.copy_(scale * (g - mean - x * slope)), dgamma, dbeta
+
+
+def batch_norm_sum_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    signs: Tensor,
+    stride: Sequence[int],
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of the sum, which is that of its other term; then `batch_norm_backward`."""
+    g = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    g.copy_(torch.where(_unpack(signs, g.shape, stride, 1) != 0, grad_output, 0.0))
+    return g, *batch_norm_backward(g, codes, table, stride, bits)
 
 
 def relu_backward(

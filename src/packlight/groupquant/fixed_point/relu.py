@@ -113,7 +113,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     if inplace:
         check_inplace(input)
     # No Function with two outputs may write to a view; a tracer does not say what is one.
-    copied = inplace and (torch.compiler.is_compiling() or input._is_view())
+    copied = inplace and (_torch.is_traced() or input._is_view())
     written = inplace and not copied
     shape = tuple(input.shape)
     if isinstance(kept.rebuild, Rebuild) and kept.rebuild.shape == shape:

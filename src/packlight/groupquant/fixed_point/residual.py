@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight import sharing
+from packlight import _torch, sharing
 from packlight.groupquant.fixed_point.packs import Rebuild, ResidualRebuild
 from packlight.pack import Pack
 
@@ -57,18 +57,31 @@ def _kept_of_sum(a: Tensor, b: object, alpha: object) -> Pack | None:
         return None
     # What is noted on a leaf may be gone in one pass of a checkpoint and there in the other, and
     # both must keep alike. In a compiled region leaves, its inputs, have no notes.
-    if not torch.compiler.is_compiling() and (a.grad_fn is None or b.grad_fn is None):
+    if not _torch.is_traced() and (a.grad_fn is None or b.grad_fn is None):
         return None
     stride = a.stride()
     kept = _linked(one, two, stride)
     return _linked(two, one, stride) if kept is None else kept
 
 
+def sum_of(one: Pack, two: Pack | None, stride: tuple[int, ...], mask: Tensor) -> Pack | None:
+    """What the ReLU of a sum can be rebuilt from: of a batch norm, `one`, and of `two`."""
+    kept = None if two is None else _linked(one, two, stride)
+    if kept is None and two is not None:
+        kept = _linked(two, one, stride)
+    if kept is None:
+        return None
+    rebuild = kept.rebuild
+    assert isinstance(rebuild, ResidualRebuild)
+    return kept._replace(rebuild=rebuild.with_mask(), tensors=(*kept.tensors, mask))
+
+
 def _linked(one: Pack, two: Pack, stride: tuple[int, ...]) -> Pack | None:
     """The sum of a batch norm, `one`, and of `two`."""
     norm, other = one.rebuild, two.rebuild
     # A tensor that stood twice among those that a layer saves, the tracer would refuse.
-    if any(kept is other_kept for kept in one.tensors for other_kept in two.tensors):
+    others = set(map(id, two.tensors))
+    if not others.isdisjoint(map(id, one.tensors)):
         return None
     if not isinstance(norm, Rebuild) or norm.relu or norm.stride != stride:
         return None

@@ -39,7 +39,7 @@ def kind_of_traced(mask: Tensor | None) -> str | None:
 @_torch.question
 def kind_of_mask(tracer: Any, mask: Any) -> str | None:
     node = _tracer.node_of(mask)
-    kinds = _tracer.graph_facts(tracer, "_packlight_masks")  # every layer asks
+    kinds = _torch.graph_facts(tracer, "_packlight_masks")  # every layer asks
     if node not in kinds:
         values = _tracer.constant_of(node)
         kinds[node] = None if values is None else _kind(values)

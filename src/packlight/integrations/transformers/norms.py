@@ -161,7 +161,7 @@ class GroupQuantRMSNorm(Quantised):
         dtype = self._rounded_to(x)
         seed = method.seed(x)
         y, *kept = _norm_rounded(x, weight, self.variance_epsilon, dtype, method, seed)
-        if not torch.compiler.is_compiling():
+        if not _torch.is_traced():
             weight, *kept = kept
         rebuild = row_norm_of(method).rebuild(y, weight.numel(), method)
         tensors = (*kept, weight, None)
@@ -182,7 +182,9 @@ class GroupQuantWideRMSNorm(Quantised):
 
     weight: Tensor
     offset: float
-    name_of_eps: str
+    eps: float
+    variance_epsilon: float
+    name_of_eps: str  # which of the two there is
 
     def forward(self, x: Tensor) -> Tensor:
         fits = self.training and _fits(x, self.weight, self.method)
@@ -192,7 +194,7 @@ class GroupQuantWideRMSNorm(Quantised):
         scale = self.weight.float()
         if self.offset:
             scale = self.offset + scale
-        eps = getattr(self, self.name_of_eps)
+        eps = self.eps if self.name_of_eps == "eps" else self.variance_epsilon
         wide = rms_norm(x.float(), (self.weight.numel(),), scale, eps, method=self.method)
         if x.dtype == torch.float32:
             return wide

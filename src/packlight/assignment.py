@@ -19,6 +19,7 @@ from packlight.method import Calls, Method, NotConverted, Swap, find_patch_rule,
 from packlight.recompute.method import Checkpoint, Recompute, Tiles
 from packlight.recompute.modules import ATTRIBUTE, Tiled
 from packlight.recompute.rules import blocks_of, why_not_by_position
+from packlight.saving.rest import Rest
 from packlight.selectors import (
     EVERYTHING,
     Layer,
@@ -47,7 +48,7 @@ class _NoRule(Exception):
     """Why a method has no rule for a layer."""
 
 
-class Plan:
+class Assignment:
     """What each layer is to become, and the reasons against it. Changes nothing."""
 
     def __init__(self, methods: Methods, layers: Sequence[Layer] = ()) -> None:
@@ -161,8 +162,14 @@ class Plan:
             found += self._methods_of(selector)
         return tuple(dict.fromkeys(found))
 
-    def cover_calls(self, layers: list[Layer]) -> None:
-        """Plans to cover the calls in modules' own code, converted modules included."""
+    def cover_calls(
+        self, layers: list[Layer], functional: bool, rest: Rest | None, root: nn.Module | None
+    ) -> None:
+        """Plans to cover the calls in modules' own code, converted modules included.
+
+        With a `rest` also where they call nothing that has a rule; and the root's, and those of
+        modules that are left to torch, whether or not the code is their own.
+        """
         changes = {change.layer.module: index for index, change in enumerate(self.changes)}
         for layer in layers:
             index = changes.get(layer.module)
@@ -171,9 +178,14 @@ class Plan:
                 continue
             selector = self.selected.get(layer.module)
             methods = self.all_methods if selector is None else self._methods_of(selector)
+            calls = Calls.of(methods if functional else (), rest)
+            if methods and calls.does_nothing:
+                continue
+            of_torch = rest is not None and (not methods or layer.module is root)
+            calls = calls if methods else calls.untouched or calls
             before = self._left(layer) if change is None else change.swap
             try:
-                swap = swap_for_calls(layer.module, layer.kind, methods, before)
+                swap = swap_for_calls(layer.module, layer.kind, calls, before, of_torch)
             except CannotConvertError as error:
                 if methods:
                     self._refuse(layer, error)
@@ -192,7 +204,7 @@ class Plan:
             self.covered.append((layer, swap, methods))
             if selector is not None:
                 self.obeyed.add(selector)
-        if not any(methods for _, _, methods in self.covered):
+        if rest is None and not any(methods for _, _, methods in self.covered):
             self.covered.clear()
 
     def undo(self, layers: list[Layer]) -> None:
@@ -315,7 +327,7 @@ class Plan:
         parts.append(f"Reasons: {first_few(list(reasons))}" if reasons else "It has no layers")
         raise NothingMatchedError(". ".join(parts))
 
-    def conversion(self, model: nn.Module) -> Conversion:
+    def conversion(self, model: nn.Module, functional: bool, rest: Rest | None) -> Conversion:
         replaced = tuple(
             Replaced(
                 change.layer.names,
@@ -328,6 +340,7 @@ class Plan:
         unmatched = tuple(text_of(selector) for selector in self.unmatched())
         kind = kind_of(model).__name__
         covered = tuple(layer.names[0] for layer, _, methods in self.covered if methods)
+        covered = covered if functional else ()
         bits = _other_bits(self.all_methods) if covered else {}
         rows = self.skipped.values()
         skipped = tuple(row for row in rows if row.names[0] not in self.head_names)
@@ -339,6 +352,7 @@ class Plan:
             covered,
             bits,
             heads=tuple(self.head_names),
+            rest=None if rest is None else rest.method,
             converted=model,
         )
 

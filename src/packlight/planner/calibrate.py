@@ -1,0 +1,339 @@
+"""`calibrate`: how far the operators of a device are from the figures of its data sheet.
+
+Small networks of the kinds that people train take a step each, plain and converted, under a mode of
+the dispatcher that puts an event of CUDA before and after each operator. The device is kept busy
+first, so that the host is ahead and what lies between two events is the operator alone.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from packlight._torch import share_storage
+from packlight.convert import DEFAULT_METHODS, convert
+from packlight.groupquant.method import GroupQuant
+from packlight.planner.costs import name_of, nominal_s
+from packlight.planner.devices import Device, Rates
+from packlight.recompute.method import Checkpoint
+
+_CASES = ("plain", "default", "recomputed")
+
+
+class _Norm(nn.Module):
+    """A root-mean-square norm as models write it out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class _Block(nn.Module):
+    """Attention and an MLP, gated or not, with residual sums. [B, T, width]"""
+
+    def __init__(self, width: int, heads: int, gated: bool) -> None:
+        super().__init__()
+        self.heads, self.gated = heads, gated
+        norm = _Norm if gated else nn.LayerNorm
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.gate = nn.Linear(width, 4 * width) if gated else None
+        self.act = nn.SiLU() if gated else nn.GELU()
+        self.drop = nn.Dropout(0.0 if gated else 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.drop(self.out(mixed.transpose(1, 2).flatten(2)))
+        y = self.norm2(x)
+        h = self.act(self.up(y)) if self.gate is None else self.act(self.gate(y)) * self.up(y)
+        return x + self.drop(self.down(h))
+
+
+class _Language(nn.Module):
+    def __init__(self, width: int, heads: int, vocabulary: int, gated: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.Sequential(*(_Block(width, heads, gated) for _ in range(2)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = self.head(self.norm(self.blocks(self.embedding(tokens))))
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels // 4, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels // 4, channels // 4, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(channels // 4, channels, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels // 4), nn.BatchNorm2d(channels // 4)
+        self.bn3, self.act = nn.BatchNorm2d(channels), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn1(self.conv1(x)))
+        y = self.act(self.bn2(self.conv2(y)))
+        return self.act(x + self.bn3(self.conv3(y)))
+
+
+class _Images(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels // 4, 7, stride=2, padding=3)
+        self.wide = nn.Conv2d(channels // 4, channels, 1)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.blocks = nn.Sequential(_Residual(channels), _Residual(channels))
+        self.fc = nn.Linear(channels, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks(self.wide(self.pool(self.stem(x)))).mean((2, 3))
+        return F.cross_entropy(self.fc(y), torch.zeros(len(x), dtype=torch.int64, device=x.device))
+
+
+class _Case(NamedTuple):
+    model: Callable[[], nn.Module]
+    batch: Callable[[], Tensor]
+    autocast: bool
+
+
+def _cases(tiny: bool) -> Iterator[_Case]:
+    width, heads, batch, length, words = (64, 4, 2, 16, 256) if tiny else (2048, 16, 8, 2048, 32000)
+
+    def tokens() -> Tensor:
+        return torch.randint(0, words, (batch, length))
+
+    def images() -> Tensor:
+        shape = (2, 3, 32, 32) if tiny else (128, 3, 224, 224)
+        return torch.randn(shape).to(memory_format=torch.channels_last)
+
+    def of(dtype: torch.dtype, gated: bool) -> Callable[[], nn.Module]:
+        return lambda: _Language(width, heads, words, gated).to(dtype)
+
+    yield _Case(of(torch.bfloat16, True), tokens, False)
+    yield _Case(of(torch.float32, False), tokens, True)
+    yield _Case(
+        lambda: _Images(64 if tiny else 256).to(memory_format=torch.channels_last), images, True
+    )
+
+
+def _changed(model: nn.Module, case: str) -> nn.Module:
+    if case == "default":
+        convert(model, functional=True, head="head", strict=False)
+    elif case == "recomputed":
+        convert(model, (Checkpoint(GroupQuant(8)), *DEFAULT_METHODS), strict=False)
+    return model
+
+
+class _Timed(TorchDispatchMode):
+    """Nominal seconds of each operator, and how long it took."""
+
+    def __init__(self, device: Device, clock: Callable[[], Any]) -> None:
+        super().__init__()
+        self.device, self.clock = device, clock
+        self.rows: list[tuple[str, float, Any, Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        begin = self.clock()
+        result = func(*args, **(kwargs or {}))
+        end = self.clock()
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if not func._schema.is_mutable and _are_views(made, given):
+            return result
+        tensors = [*given, *made]
+        seconds = nominal_s(self.device, func, args, result, tensors)
+        self.rows.append((name_of(func), seconds, begin, end))
+        return result
+
+
+def _are_views(made: list[Tensor], given: list[Tensor]) -> bool:
+    """Whether nothing was computed: all that was made lies in what was given."""
+    return all(any(share_storage(one, other) for other in given) for one in made)
+
+
+def calibrate(device: Device, tiny: bool = False) -> Rates:
+    """Measures the rates of the device that is here; `device` has the figures of its data sheet.
+
+    `tiny` takes small networks, to try it on the CPU, whose times are no rates.
+    """
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    workspace = _workspace(kind)
+    nominal, taken = defaultdict[str, float](float), defaultdict[str, float](float)
+    for case in _cases(tiny):
+        for change in _CASES:
+            torch.manual_seed(0)
+            with torch.device(kind):
+                model, batch = _changed(case.model(), change), case.batch()
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            for _ in range(2):
+                _step(model, batch, optimizer, case.autocast)
+            for name, seconds, took in _timed(device, model, batch, optimizer, case.autocast):
+                nominal[name] += seconds
+                taken[name] += took
+            del model, optimizer
+    own = {name for name in nominal if name.startswith("packlight::")}
+    # What moves next to nothing says nothing of a rate.
+    factors = {
+        name: round(taken[name] / nominal[name], 3)
+        for name in sorted(nominal)
+        if nominal[name] > (0 if tiny else 2e-5)
+    }
+    host_us, host_us_packlight, module_us = _host(kind)
+    return Rates(
+        factors,
+        _share(taken, nominal, set(factors) - own),
+        _share(taken, nominal, own & set(factors)),
+        1.5,
+        host_us,
+        host_us_packlight,
+        module_us,
+        workspace,
+        f"measured on {_called(kind)}, torch {torch.__version__}",
+    )
+
+
+def _share(taken: dict[str, float], nominal: dict[str, float], names: set[str]) -> float:
+    """The median factor of operators."""
+    return round(statistics.median([taken[name] / nominal[name] for name in names]), 3)
+
+
+def _called(kind: str) -> str:
+    return torch.cuda.get_device_name() if kind == "cuda" else "the CPU"
+
+
+def _step(model: nn.Module, batch: Tensor, optimizer: Any, autocast: bool) -> None:
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+        loss = model(batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _timed(
+    device: Device, model: nn.Module, batch: Tensor, optimizer: Any, autocast: bool
+) -> Iterator[tuple[str, float, float]]:
+    if not batch.is_cuda:
+        timed = _Timed(device, time.perf_counter)
+        with timed:
+            _step(model, batch, optimizer, autocast)
+        for name, seconds, begin, end in timed.rows:
+            yield name, seconds, end - begin
+        return
+
+    def now() -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    timed = _Timed(device, now)
+    torch.cuda.synchronize()
+    # The host gets ahead while the device multiplies.
+    big = torch.randn(16384, 16384, device=batch.device, dtype=torch.bfloat16)
+    for _ in range(20):
+        big @ big
+    with timed, torch.autograd.set_multithreading_enabled(False):
+        _step(model, batch, optimizer, autocast)
+    torch.cuda.synchronize()
+    # Between two events that follow each other there is time too.
+    ends = [(a, b) for (_, _, _, a), (_, _, b, _) in zip(timed.rows, timed.rows[1:], strict=False)]
+    between = 1e-3 * statistics.median(a.elapsed_time(b) for a, b in ends)
+    for name, seconds, begin, end in timed.rows:
+        yield name, seconds, max(1e-3 * begin.elapsed_time(end) - between, 0.0)
+
+
+def _workspace(kind: str) -> int:
+    """Bytes that stay allocated once there were products, in the forward and the backward pass,
+    whose threads have a handle of cuBLAS each.
+    """
+    if kind == "cpu":
+        return 0
+    before = torch.cuda.memory_allocated()
+    x = torch.randn(512, 512, device=kind, dtype=torch.bfloat16, requires_grad=True)
+    (x @ x).sum().backward()
+    del x
+    return torch.cuda.memory_allocated() - before
+
+
+class _Counted(TorchDispatchMode):
+    """How many operators of torch compute something, and how many of packlight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = [0, 0]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if func._schema.is_mutable or not _are_views(made, given):
+            self.counts[func.namespace == "packlight"] += 1
+        return result
+
+
+def _host(kind: str) -> tuple[float, float, float]:
+    """Microseconds of the host for an operator, for one of packlight's, and for a module's call.
+
+    By least squares over the steps of networks that are so small that the device waits.
+    """
+    rows, times = [], []
+    for case in _cases(tiny=True):
+        for change in _CASES:
+            with torch.device(kind):
+                model, batch = _changed(case.model(), change), case.batch()
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            calls = [0]
+
+            def count(module: nn.Module, args: Any, calls: list[int] = calls) -> None:
+                calls[0] += 1
+
+            hooks = [module.register_forward_pre_hook(count) for module in model.modules()]
+            counted = _Counted()
+            with counted, torch.autograd.set_multithreading_enabled(False):
+                _step(model, batch, optimizer, case.autocast)
+            for hook in hooks:
+                hook.remove()
+            rows.append([*counted.counts, calls[0]])
+            times.append(_host_us(lambda: _step(model, batch, optimizer, case.autocast), kind))  # noqa: B023
+    # Relative, and no time is negative: one that would be is left out.
+    matrix = torch.tensor(rows, dtype=torch.float64) / torch.tensor(times)[:, None]
+    kinds = [0, 1, 2]
+    while True:
+        solved = torch.linalg.lstsq(matrix[:, kinds], torch.ones(len(times), 1).double()).solution
+        if bool((solved >= 0).all()):
+            break
+        kinds.pop(int(solved.flatten().argmin()))
+    found = dict(zip(kinds, solved.flatten().tolist(), strict=True))
+    operator, own, module = (round(found.get(kind, 0.0), 2) for kind in range(3))
+    return operator, own, module
+
+
+def _host_us(function: Callable[[], Any], kind: str, steps: int = 10) -> float:
+    times = []
+    for _ in range(steps + 2):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+        if kind == "cuda":
+            torch.cuda.synchronize()
+    return 1e6 * statistics.median(times[2:])

@@ -1,0 +1,149 @@
+"""What operators cost on a device: milliseconds, and memory that kernels take for themselves.
+
+The time of an operator is a roofline, the longer of its arithmetic and of its reads and writes by
+the figures of the data sheet, times a factor that was measured for the operator, and a kernel's
+start.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from packlight.planner.devices import Device
+
+_aten = torch.ops.aten
+
+
+class Costs:
+    """Of operators on a device."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def of(
+        self, func: Any, args: Sequence[Any], result: Any, tensors: Sequence[Tensor]
+    ) -> tuple[float, float]:
+        """Milliseconds of the device and of the host that launches it.
+
+        `tensors` are those that are read and written.
+        """
+        device, rates = self.device, self.device.rates
+        ours = func.namespace == "packlight"
+        factor = rates.factors.get(name_of(func), rates.others_packlight if ours else rates.others)
+        seconds = factor * nominal_s(device, func, args, result, tensors)
+        host = rates.host_us_packlight if ours else rates.host_us
+        return 1e3 * seconds + 1e-3 * rates.kernel_us, 1e-3 * host
+
+
+def name_of(func: Any) -> str:
+    """The name by which an operator's factor is kept: on a GPU as on tensors without values."""
+    name = _BACKENDS.sub("", func.overloadpacket.__name__)
+    return f"{func.namespace}::{name.replace('cudnn_batch', 'native_batch')}"
+
+
+_BACKENDS = re.compile("_for_cpu|(?<=product)_(flash|efficient|cudnn)")
+
+
+def nominal_s(
+    device: Device, func: Any, args: Sequence[Any], result: Any, tensors: Sequence[Tensor]
+) -> float:
+    """Seconds by the figures of the data sheet: the longer of traffic and arithmetic."""
+    seconds = sum(map(_bytes, tensors)) / device.bandwidth
+    if operations := flops(func, args, result):
+        dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
+        seconds = max(seconds, operations / device.flops(dtype))
+    return seconds
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What is read or written of a tensor: no more than its storage has."""
+    if tensor.layout is not torch.strided:
+        return 0
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------
+
+
+def flops(func: Any, args: Sequence[Any], result: Any) -> int:
+    """Floating-point operations of products, of attention and of convolutions; else 0."""
+    packet = func.overloadpacket
+    if (count := _ATTENTION.get(packet)) is not None:
+        return count(args)
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, out_val=result))
+    if func.namespace == "packlight" and packet.__name__ == "wide_mm":
+        return 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+    return 0
+
+
+def _attention(times: float, at: int, causal: int) -> Callable[[Sequence[Any]], int]:
+    """Products of queries [B, H, S, D] and keys [B, H, T, D]; half of them where causal."""
+
+    def count(args: Sequence[Any]) -> int:
+        query, key = args[at], args[at + 1]
+        *batch, length, width = query.shape
+        share = 0.5 if len(args) > causal and args[causal] else 1.0
+        return int(share * times * 2 * math.prod(batch) * length * key.shape[-2] * width)
+
+    return count
+
+
+# Two products forward; five backward, of which one computes the scores again.
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention(2, 0, 4),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention(5, 1, 7),
+    _aten._scaled_dot_product_flash_attention: _attention(2, 0, 4),
+    _aten._scaled_dot_product_flash_attention_backward: _attention(5, 1, 11),
+    _aten._scaled_dot_product_efficient_attention: _attention(2, 0, 6),
+    _aten._scaled_dot_product_efficient_attention_backward: _attention(5, 1, 11),
+    _aten._scaled_dot_product_cudnn_attention: _attention(2, 0, 6),
+    _aten._scaled_dot_product_cudnn_attention_backward: _attention(5, 1, 14),
+}
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def workspace(device: Device, func: Any, args: Sequence[Any]) -> int:
+    """Bytes that a kernel takes beside its results, while it runs."""
+    count = _WORKSPACES.get(func.overloadpacket)
+    return 0 if count is None else count(device, args)
+
+
+def _flash_backward(device: Device, args: Sequence[Any]) -> int:
+    """FlashAttention adds up the gradient of the query in float32, with rows padded to 128, and
+    has two numbers a row.
+    """
+    query = args[1]
+    *batch, length, width = query.shape
+    rows = math.prod(batch) * (-(-length // 128) * 128)
+    return 4 * rows * (-(-width // 32) * 32) + 4 * rows if query.element_size() == 2 else 4 * rows
+
+
+def _sum_of_columns(device: Device, args: Sequence[Any]) -> int:
+    """torch adds up the columns of a matrix by so many blocks of threads that each multiprocessor
+    has sixteen, and each block has partial sums of 128 columns by 128 threads.
+    """
+    x, dims = args[0], args[1] if len(args) > 1 else None
+    if x.dim() < 2 or not dims or any(d % x.dim() == x.dim() - 1 for d in dims):
+        return 0
+    columns, rows = x.shape[-1], x.numel() // max(x.shape[-1], 1)
+    groups, values = -(-columns // 128), -(-rows // 4)
+    target = 16 * device.multiprocessors
+    if values < 256 or groups > target:
+        return 0
+    blocks = max(min(-(-target // groups), -(-values // 16)), -(-values // 256))
+    return 4 * 128 * columns * blocks if blocks > 1 else 0
+
+
+_WORKSPACES = {
+    _aten.sum: _sum_of_columns,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+    _aten._scaled_dot_product_flash_attention_backward: _flash_backward,
+}

@@ -1,0 +1,333 @@
+"""`fit`: does a training step fit a card, and how large may the batch be, by each choice."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from packlight.errors import InfeasibleBudgetError
+from packlight.planner.devices import Device
+from packlight.planner.menu import CHECKPOINTED, EXACT, PACKED_4, TILED, Option
+from packlight.planner.planning import planned
+from packlight.planner.result import Plan
+from packlight.planner.study import Study
+from packlight.planner.timeline import Timeline
+from packlight.planner.walk import Loss, OptimizerOf
+from packlight.report.printing import new_table, render
+from packlight.report.words import human_bytes
+
+# What CUDA's context and libraries take of a card, beside the allocator: 430 to 520 MiB.
+CONTEXT = 2**29
+# Of what is left, what the allocator can hand out before it fails for want of room in one piece.
+USABLE = 0.97
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a user can do about memory, and the lines of code that do it."""
+
+    name: str
+    option: Option
+    outside: Option
+    head: bool
+    code: str
+
+
+def choices(has_head: bool, transformers: bool) -> list[Choice]:
+    head = ", head=True" if has_head else ""
+    checkpointing = (
+        "TrainingArguments(gradient_checkpointing=True)"
+        if transformers
+        else "packlight.convert(model, packlight.Checkpoint(keep=None))"
+    )
+    return [
+        Choice("PyTorch", EXACT, EXACT, False, ""),
+        Choice("checkpointing", CHECKPOINTED, EXACT, False, checkpointing),
+        Choice(
+            "packlight", PACKED_4, PACKED_4, has_head,
+            f"packlight.convert(model, functional=True{head})",
+        ),
+        Choice(
+            "packlight, tiles", TILED, PACKED_4, has_head,
+            "methods = (packlight.Checkpoint(), packlight.Tiles(), *packlight.DEFAULT_METHODS)\n"
+            f"packlight.convert(model, methods, functional=True{head})",
+        ),
+    ]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A choice: its bytes, and the largest batch and the longest sequence that fit.
+
+    `margin` is what is left of the card's memory, negative where something is missing. Sizes are
+    None where they were not asked for, and 0 where not even the smallest fits.
+    """
+
+    name: str
+    code: str
+    peak: int
+    kept: int
+    gradients: int
+    working: int
+    ms: float
+    margin: int
+    largest_batch: int | None
+    longest_sequence: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.margin >= 0
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Fit:
+    """Whether training fits; prints as a table."""
+
+    title: str
+    device: Device
+    usable: int
+    weights: int
+    optimizer: int
+    other: int
+    rows: tuple[Row, ...]
+    timelines: dict[str, Timeline]
+    plan: Plan | None
+    why_no_plan: str | None
+
+    @property
+    def fastest(self) -> Row | None:
+        return min((row for row in self.rows if row.fits), key=lambda row: row.ms, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "device": self.device.name,
+            "memory": self.device.memory,
+            "usable": self.usable,
+            "measured": self.device.measured,
+            "weights": self.weights,
+            "optimizer": self.optimizer,
+            "other": self.other,
+            "rows": [{**dataclasses.asdict(row), "fits": row.fits} for row in self.rows],
+            "fastest": None if self.fastest is None else self.fastest.name,
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "why_no_plan": self.why_no_plan,
+        }
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.title)
+        yield Text(
+            f"{self.device.name}: {human_bytes(self.usable)} of {human_bytes(self.device.memory)}"
+            " for tensors, the rest is CUDA's and the allocator's"
+        )
+        yield Text(
+            f"weights {human_bytes(self.weights)}, optimiser {human_bytes(self.optimizer)},"
+            f" batch and cuBLAS {human_bytes(self.other)}, and"
+        )
+        table = new_table()
+        columns = ["choice", "kept", "on top", "peak", "", "margin", "ms"]
+        for column in [*columns, "largest batch", "longest sequence"]:
+            left = column in ("choice", "")
+            table.add_column(column, justify="left" if left else "right", no_wrap=len(column) < 8)
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                *map(human_bytes, (row.kept, row.gradients + row.working, row.peak)),
+                "fits" if row.fits else "no",
+                human_bytes(row.margin),
+                f"{row.ms:.0f}",
+                *("" if n is None else f"{n:,}" for n in (row.largest_batch, row.longest_sequence)),
+            )
+        yield table
+        yield Text("kept as the backward pass begins; on top: gradients and the working set")
+        if self.fastest is None:
+            yield Text(f"nothing fits; {self.why_no_plan}")
+        else:
+            yield Text(f"the fastest that fits: {self.fastest.name}")
+            if self.fastest.code:
+                yield Text(self.fastest.code)
+        if not self.device.measured:
+            yield Text(
+                f"times are estimated from the bandwidth and the arithmetic of {self.device.name}"
+            )
+
+
+def fit(
+    title: str,
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: Device,
+    optimizer: OptimizerOf | None,
+    loss: Loss | None = None,
+    head: bool | None = None,
+    sizes: bool = True,
+    longest: int | None = None,
+    plan_file: str = "plan.toml",
+) -> Fit:
+    """By each choice, and by a plan; `sizes` asks for the largest batch and the longest sequence,
+    which is no longer than `longest`.
+    """
+    study = Study(model, inputs, kwargs, device, loss, optimizer, head)
+    usable = int(USABLE * (device.memory - CONTEXT))
+    transformers = hasattr(model, "gradient_checkpointing_enable")
+    rows, timelines = [], {}
+    all_choices = choices(study.head, transformers)
+    for choice in all_choices:
+        timelines[choice.name] = _timeline(study, choice)
+    plan, why = None, None
+    try:
+        plan = planned(study, usable, None, None)
+        timelines["plan"] = plan.timeline
+    except InfeasibleBudgetError as error:
+        why = str(error)
+    static = study.plain().static
+    for choice in all_choices:
+        found: dict[str, int | None] = {"batch": None, "sequence": None}
+        if sizes:
+            found = _extremes(study, choice, inputs, kwargs, usable, longest)
+        rows.append(_row(choice.name, choice.code, timelines[choice.name], usable, found))
+    if plan is not None:
+        code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), functional=True'
+        code += ", head=True, strict=False)" if study.head else ", strict=False)"
+        none: dict[str, int | None] = {"batch": None, "sequence": None}
+        rows.append(_row("plan", code, plan.timeline, usable, none))
+    return Fit(
+        title,
+        device,
+        usable,
+        static.parameters + static.buffers,
+        static.optimizer,
+        static.inputs + static.workspace,
+        tuple(rows),
+        timelines,
+        plan,
+        why,
+    )
+
+
+def _timeline(study: Study, choice: Choice) -> Timeline:
+    return study.walked(choice.option, choice.outside, choice.head).timeline
+
+
+def _row(
+    name: str, code: str, timeline: Timeline, usable: int, found: dict[str, int | None]
+) -> Row:
+    """The peak is static bytes, what is kept as the backward pass begins, and what comes on top: of
+    that as much as there are gradients is theirs.
+    """
+    on_top = timeline.peak - timeline.static - timeline.kept
+    gradients = max(min(on_top, timeline.parts.trained), 0)
+    return Row(
+        name,
+        code,
+        timeline.peak,
+        timeline.kept,
+        gradients,
+        on_top - gradients,
+        timeline.ms,
+        usable - timeline.peak,
+        found["batch"],
+        found["sequence"],
+    )
+
+
+# ---- the largest batch and the longest sequence --------------------------------------------------
+
+
+def _extremes(
+    study: Study,
+    choice: Choice,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    usable: int,
+    longest: int | None,
+) -> dict[str, int | None]:
+    first = next((x for x in tree_leaves((inputs, kwargs)) if isinstance(x, Tensor)), None)
+    if first is None or first.dim() == 0:
+        return {"batch": None, "sequence": None}
+    batch = first.shape[0]
+    length = first.shape[1] if first.dim() == 2 and not first.is_floating_point() else None
+
+    def peak(**sizes: int) -> int:
+        study.walker.see(*resized((inputs, kwargs), (batch, length), **sizes))
+        return study.walker.walk(study.device).timeline.peak
+
+    found: dict[str, int | None] = {"batch": None, "sequence": None}
+    known = {batch: _timeline(study, choice).peak}
+    try:
+        with study.converted(choice.option, choice.outside, choice.head):
+            found["batch"] = largest(lambda n: peak(batch=n), usable, known, 1, None)
+            if length is not None:
+                one = {length: known[batch] if batch == 1 else peak(batch=1)}
+                found["sequence"] = largest(
+                    lambda n: peak(batch=1, length=n), usable, one, 64, longest
+                )
+    finally:
+        study.walker.see(inputs, kwargs)
+    return found
+
+
+def resized(
+    given: Any, was: tuple[int, int | None], batch: int | None = None, length: int | None = None
+) -> Any:
+    """Inputs with other sizes in their first dimensions, where these are batch and length."""
+
+    def other(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != was[0]:
+            return x
+        shape = list(x.shape)
+        shape[0] = batch or shape[0]
+        if length is not None and x.dim() > 1 and shape[1] == was[1]:
+            shape[1] = length
+        return x.new_empty(shape)
+
+    return tree_map(other, given)
+
+
+def largest(
+    peak: Callable[[int], int], usable: int, known: dict[int, int], unit: int, most: int | None
+) -> int:
+    """The largest multiple of `unit`, up to `most`, whose peak fits; 0 where there is none.
+
+    The peak is near linear in the size, so the line through the two sizes that are nearest to the
+    limit says where to look next, until one fits and takes all but a hundredth, or one that fits
+    and one that does not are within a fiftieth. `known` has the peaks of sizes that are known.
+    """
+    points = dict(known)
+    most = None if most is None else max(most // unit * unit, unit)
+    for _ in range(8):
+        low = max((n for n, p in points.items() if p <= usable), default=0)
+        high = min((n for n, p in points.items() if p > usable), default=None)
+        step = max(low // 50 // unit, 1) * unit
+        if low and (low == most or points[low] > 0.99 * usable):
+            break
+        if high is not None and high - low <= step:
+            break
+        if len(points) == 1:
+            size = 2 * low if low else max(min(points) // 2, unit)
+        else:
+            size = _where_it_meets(points, usable)
+        size = max(size // unit * unit, low + step)
+        size = size if high is None else min(size, high - unit)
+        size = size if most is None else min(size, most)
+        if size in points or size < unit:
+            break
+        points[size] = peak(size)
+    fitting = [n for n, p in points.items() if p <= usable]
+    return max(fitting, default=0) // unit * unit
+
+
+def _where_it_meets(points: dict[int, int], usable: int) -> int:
+    """Where the line through the two points nearest to the limit meets it."""
+    nearest = sorted(points.items(), key=lambda point: abs(point[1] - usable))
+    (one, at_one), (other, at_other) = nearest[:2]
+    slope = (at_other - at_one) / (other - one)
+    return int(one + (usable - at_one) / slope) if slope > 0 else 2 * max(one, other)

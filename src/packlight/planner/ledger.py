@@ -1,0 +1,100 @@
+"""`Ledger`: what operators allocate and free, in the order in which they run.
+
+A mode of the dispatcher sees each operator, those of the backward pass too. A storage that a result
+has and no tensor had before is allocated; it is freed when its last tensor is. So lifetimes are
+those that autograd and the model's own code give them, and nothing is assumed about either.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from packlight.planner.costs import Costs, workspace
+from packlight.planner.timeline import Segment
+
+_ROUNDED = 512  # bytes: what the allocator of CUDA counts in
+
+
+def rounded(size: int) -> int:
+    return -(-size // _ROUNDED) * _ROUNDED
+
+
+class Ledger(TorchDispatchMode):
+    """`where` says the phase and the place of what runs."""
+
+    def __init__(self, costs: Costs, where: Callable[[], tuple[str, str]]) -> None:
+        super().__init__()
+        self.costs, self.where = costs, where
+        self.host_ms = 0.0  # of Python between operators, to be added to the next
+        self.segments: list[Segment] = []
+        self.allocated = 0
+        self._known: dict[int, Any] = {}  # storages by their addresses
+        self.freed: dict[str, int] | None = None  # while asked for: bytes, by who allocated them
+
+    def owns(self, *tensors: Tensor) -> int:
+        """Takes these for allocated before all, and returns their bytes."""
+        total = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known[storage._cdata] = storage
+                total += rounded(storage.nbytes())
+        return total
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        before = self.allocated
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        fresh = sum([self._allocate(tensor) for tensor in made])
+        if fresh or func._schema.is_mutable:
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            peak = self.allocated + workspace(self.costs.device, func, args)
+            device_ms, host_ms = self.costs.of(func, args, result, [*given, *made])
+            self._note(func, before, peak, device_ms, host_ms + self.host_ms)
+            self.host_ms = 0.0
+        return result
+
+    def _allocate(self, tensor: Tensor) -> bool:
+        """Counts the storage of a tensor, and whether it is a new one."""
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return False
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return False
+        size = rounded(storage.nbytes())
+        self.allocated += size
+        _, place = self.where()
+
+        def free(_: object, ledger: "Ledger" = self) -> None:
+            ledger.allocated -= size
+            del ledger._known[key]
+            if ledger.freed is not None:
+                ledger.freed[place] = ledger.freed.get(place, 0) + size
+
+        self._known[key] = weakref.ref(storage, free)
+        return size > 0
+
+    def _note(self, func: Any, before: int, peak: int, device_ms: float, host_ms: float) -> None:
+        phase, place = self.where()
+        name = func.overloadpacket.__name__
+        last = self.segments[-1] if self.segments else None
+        if last is None or (last.phase, last.place) != (phase, place):
+            now = (before, peak, self.allocated, device_ms, host_ms)
+            self.segments.append(Segment(phase, place, name, *now))
+            return
+        self.segments[-1] = last._replace(
+            operator=name if peak > last.peak else last.operator,
+            peak=max(peak, last.peak),
+            after=self.allocated,
+            device_ms=last.device_ms + device_ms,
+            host_ms=last.host_ms + host_ms,
+        )

@@ -1,0 +1,72 @@
+"""What a block can become, and which selectors say so."""
+
+import dataclasses
+import glob
+from collections.abc import Iterable, Mapping
+
+from packlight.fewbit.method import FewBit
+from packlight.groupquant.fixed_point.method import FixedPoint
+from packlight.groupquant.method import GroupQuant
+from packlight.method import Method
+from packlight.recompute.method import Checkpoint, Recompute, Tiles
+from packlight.selectors import Choice, Selector
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What blocks become: `block` is the method of a block itself, `inside` those of its layers.
+
+    `error` is that of all gradients, relative, of a small language model as it starts (see
+    `recompute/method.py`).
+    """
+
+    name: str
+    inside: tuple[Method, ...] = ()
+    block: Recompute | None = None
+    error: float = 0.0
+
+    def of_block(self) -> Choice:
+        found = (*([] if self.block is None else [self.block]), *self._without_tiles())
+        return found or None
+
+    def of_layers(self) -> Choice:
+        return self.inside or None
+
+    def _without_tiles(self) -> tuple[Method, ...]:
+        return tuple(method for method in self.inside if not isinstance(method, Tiles))
+
+
+_BITS_4 = (FixedPoint(bits=4), GroupQuant(bits=4), FewBit(bits=3))  # `DEFAULT_METHODS`
+_BITS_8 = (GroupQuant(bits=8), FewBit(bits=8))
+
+EXACT = Option("torch")
+PACKED_8 = Option("packs of 8 bits", _BITS_8, error=0.006)
+PACKED_4 = Option("packs of 4 bits", _BITS_4, error=0.085)
+CHECKPOINTED = Option("checkpoint", block=Checkpoint(keep=None))
+CHECKPOINTED_8 = Option("checkpoint of 8 bits", block=Checkpoint(GroupQuant(bits=8)), error=0.005)
+CHECKPOINTED_PACKED = Option(
+    "checkpoint of 8 bits, packs of 4", _BITS_4, Checkpoint(GroupQuant(bits=8)), error=0.085
+)
+TILED = Option(
+    "checkpoint of 8 bits, tiles, packs of 4",
+    (Tiles(), *_BITS_4),
+    Checkpoint(GroupQuant(bits=8)),
+    error=0.085,
+)
+MENU = (EXACT, PACKED_8, PACKED_4, CHECKPOINTED, CHECKPOINTED_8, CHECKPOINTED_PACKED, TILED)
+
+
+def selectors(blocks: Mapping[str, Option], outside: Option) -> dict[Selector, Choice]:
+    """A mapping for `packlight.convert`: blocks by their names, and the rest of the model."""
+    found: dict[Selector, Choice] = {}
+    for name, option in blocks.items():
+        pattern = glob.escape(name)
+        found[pattern] = option.of_block()
+        found[f"{pattern}.*"] = option.of_layers()
+    found["*"] = outside.of_layers()
+    return found
+
+
+def allowed(options: Iterable[Option], max_error: float | None) -> list[Option]:
+    """Those whose gradients err by no more."""
+    return [option for option in options if max_error is None or option.error <= max_error]

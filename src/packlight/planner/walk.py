@@ -1,0 +1,225 @@
+"""`walk`: a training step on tensors without values, with what is allocated at each point."""
+
+import bisect
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight import _imagined, _torch
+from packlight.errors import InputError
+from packlight.planner.costs import Costs
+from packlight.planner.devices import Device
+from packlight.planner.ledger import Ledger
+from packlight.planner.runs import Run, runs_of, shortened
+from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Static
+from packlight.planner.walked import Walked
+from packlight.predict import copied, copied_inputs, fake_tensors, needs_values
+from packlight.profile.recording import watchable
+from packlight.profile.tensors import tensors_in
+
+Loss = Callable[[Any], Tensor]
+OptimizerOf = Callable[[list[nn.Parameter]], Any]  # as a class of torch.optim
+
+
+class Walker:
+    """A copy of a model on fake tensors, on which steps are walked, also after conversions.
+
+    Of runs of alike blocks (`runs.py`) the copy has three.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loss: Loss | None = None,
+        optimizer: OptimizerOf | None = None,
+        runs: Sequence[Run] | None = None,
+    ) -> None:
+        self.fakes = fake_tensors()
+        self.mode = self.fakes.Fakes()
+        self.runs = runs_of(model) if runs is None else list(runs)
+        left_out = [name for run in self.runs if run.extra for name in run.names[2:-1]]
+        stubs = {id(model.get_submodule(name)): nn.Identity() for name in left_out}
+        self.model, self.inputs, self.kwargs = copied(
+            self.mode, "cpu", model, inputs, kwargs, stubs
+        )
+        shortened(self.model, self.runs)
+        self.loss, self.optimizer = loss, optimizer
+
+    def see(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Has another batch."""
+        self.inputs, self.kwargs = copied_inputs(self.mode, "cpu", inputs, kwargs)
+
+    def walk(self, device: Device) -> Walked:
+        """A step under the caller's autocast, of CUDA or of the CPU."""
+        kinds = (kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind))
+        dtype = next((torch.get_autocast_dtype(kind) for kind in kinds), None)
+        with self.imagined():
+            return _Walk(self, device, dtype).run()
+
+    @contextlib.contextmanager
+    def imagined(self) -> Iterator[None]:
+        """Within, the copy can be run and converted."""
+        with contextlib.ExitStack() as stack:
+            for context in (
+                _without_autocast(),
+                self.fakes.FakeFunctionMode(),
+                _imagined.on_gpu(),
+                self.mode,
+            ):
+                stack.enter_context(context)
+            try:
+                yield
+            except self.fakes.NEEDS_VALUES as error:
+                raise InputError(needs_values(error)) from error
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """As outside of all contexts of autocast, where its copies of weights end with the context."""
+    enabled, depth = torch.is_autocast_enabled("cpu"), 0
+    torch.clear_autocast_cache()
+    torch.set_autocast_enabled("cpu", False)
+    while torch.autocast_decrement_nesting() >= 0:
+        depth += 1
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cpu", enabled)
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+        torch.clear_autocast_cache()
+
+
+class _Walk:
+    def __init__(self, walker: Walker, device: Device, autocast: torch.dtype | None) -> None:
+        self.walker, self.model, self.autocast = walker, walker.model, autocast
+        self.paths = {module: name for name, module in self.model.named_modules()}
+        self.ledger, self.rates = Ledger(Costs(device), self.where), device.rates
+        self.phase = FORWARD
+        self.stack: list[str] = [""]
+        # From which number of graph nodes on the forward pass was where.
+        self.moves: list[tuple[int, str]] = [(_torch.next_node_number(), "")]
+
+    def run(self) -> Walked:
+        walker, ledger = self.walker, self.ledger
+        parameters = list(self.model.parameters())
+        optimizer, states = self._optimizer([p for p in parameters if p.requires_grad])
+        trained = self._owned(lambda module: [p for p in module.parameters() if p.requires_grad])
+        static = Static(
+            trained + self._owned(lambda module: module.parameters()),
+            self._owned(lambda module: module.buffers()),
+            self._owned(lambda module: [t for p in module.parameters() for t in states(p)]),
+            ledger.owns(*tensors_in((walker.inputs, walker.kwargs))),
+            self.rates.workspace,
+            trained,
+        )
+        dtype = self.autocast
+        with self._watched():
+            with ledger, torch.autocast("cpu", dtype, enabled=dtype is not None):
+                output = self.model(*walker.inputs, **walker.kwargs)
+                self._move("(loss)")
+                loss = _loss_of(output, walker.loss)
+                # As the context ends autocast lets go of its copies of weights.
+                ledger.freed = copies = {}
+            ledger.freed = None
+            del output
+            self.phase, self.last, self.end = BACKWARD, "(loss)", _torch.next_node_number()
+            with ledger, torch.autograd.set_multithreading_enabled(False):
+                _torch.run_backward(loss)
+        self.phase = STEP
+        with ledger:
+            if optimizer is not None:
+                optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        here = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+        segments = tuple(ledger.segments)
+        return Walked(static, tuple(walker.runs), segments, copies, trained / max(here, 1))
+
+    def _owned(self, tensors: Callable[[nn.Module], Iterable[Tensor]]) -> int:
+        """Bytes that are there before all: of the copy, and of the blocks that it lacks."""
+        repeated = 0
+        for run in self.walker.runs:
+            if not run.extra:
+                continue
+            block = self.model.get_submodule(run.walked(1))
+            repeated += (run.extra + 1) * self.ledger.owns(*tensors(block))
+        return repeated + self.ledger.owns(*tensors(self.model))
+
+    def _optimizer(
+        self, trained: list[nn.Parameter]
+    ) -> tuple[Any, Callable[[nn.Parameter], list[Tensor]]]:
+        """An optimiser with the state that it has after a step, and that of a parameter."""
+        if self.walker.optimizer is None or not trained:
+            return None, lambda _: []
+        optimizer = self.walker.optimizer(trained)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        for parameter in trained:
+            parameter.grad = None
+        return optimizer, lambda p: list(tensors_in(optimizer.state.get(p, {})))
+
+    # ---- where the step is -------------------------------------------------------------------
+
+    def where(self) -> tuple[str, str]:
+        if self.phase == FORWARD:
+            return FORWARD, self.stack[-1]
+        if self.phase == STEP:
+            return STEP, ""
+        number = _torch.running_node_number()
+        # A node of a nested backward pass, of what runs again, belongs to what runs it.
+        if number is not None and number < self.end:
+            self.last = self.place_of(number)
+        return BACKWARD, self.last
+
+    def place_of(self, number: int) -> str:
+        """Where the forward pass stood when it made the graph node of this number."""
+        index = bisect.bisect_right(self.moves, number, key=lambda move: move[0])
+        return self.moves[max(index - 1, 0)][1]
+
+    def _move(self, place: str) -> None:
+        self.stack.append(place)
+        self.moves.append((_torch.next_node_number(), place))
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            self.ledger.host_ms += 1e-3 * self.rates.module_us
+            if self.phase == FORWARD:
+                self._move(self.paths[module])
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self.phase == FORWARD:
+                self.stack.pop()
+                self.moves.append((_torch.next_node_number(), self.stack[-1]))
+
+        enter.only_looks_on = leave.only_looks_on = True  # type: ignore[attr-defined]
+        with contextlib.ExitStack() as handles:
+            for module in watchable(self.model.modules()):
+                before = module.register_forward_pre_hook(enter, prepend=True)
+                handles.callback(before.remove)
+                after = module.register_forward_hook(leave)
+                handles.callback(after.remove)
+            yield
+
+
+def _loss_of(output: Any, loss: Loss | None) -> Tensor:
+    if loss is not None:
+        value = loss(output)
+    elif isinstance(getattr(output, "loss", None), Tensor):
+        value = output.loss
+    else:
+        found = [x for x in tensors_in(output) if x.requires_grad and x.is_floating_point()]
+        if not found:
+            raise InputError("the model's output has no gradient to start from; give a loss")
+        value = sum((x.float().mean() for x in found[1:]), found[0].float().mean())
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise InputError("loss is no tensor of one element, as a backward pass starts from")
+    return value

@@ -1,0 +1,95 @@
+"""Why a converted model keeps what it still keeps, and what would help."""
+
+from collections.abc import Iterable, Mapping
+
+from packlight.report import KeptTensor, MemoryReport
+from packlight.report.left import Left, LeftRow
+from packlight.report.words import short_operation
+from packlight.saving.rules import why_exact
+
+# Operators of torch's that set a workspace aside, of a format that only they know.
+_WORKSPACES = ("MkldnnRnn", "CudnnRnn", "ThnnFused", "MiopenRnn")
+
+# What helps where a layer was left alone, by the beginning of the reason that a conversion gives.
+_OF_LAYERS = {
+    "left alone, as asked": "no None for it",
+    "a subclass of": "build with torch's own class, or register a rule for this one",
+    "parametrized": "convert first, parametrize afterwards",
+    "its forward was replaced": "convert before that",
+    "not initialised yet": "run one forward pass first",
+    "no selector picks it": "a selector for it, or '*'",
+}
+_OF_REASONS = {
+    "the gradient begins at a loss": "head=True, for the logits of a language model",
+    "a softmax is small where its error is largest": (
+        'attention by F.scaled_dot_product_attention: attn_implementation="sdpa"'
+    ),
+    "a recomputation sees what the forward pass saw": (
+        "Checkpoint() of packlight in place of the model's own checkpoints"
+    ),
+}
+_OF_PACKS = "fewer bits, or Checkpoint() and Tiles()"
+
+
+def what_is_left(
+    before: MemoryReport,
+    after: MemoryReport,
+    skipped: Mapping[str, str],
+    functional: bool,
+    rest: bool,
+) -> Left:
+    """What is left after a conversion.
+
+    `skipped` has reasons by the names of layers that were left alone; `functional` and `rest` say
+    whether calls were covered, and whether what has no rule is packed.
+    """
+    groups: dict[tuple[str, str, bool, str], list[KeptTensor]] = {}
+    for row in after.rows:
+        reason = skipped.get(row.module, "")
+        key = short_operation(row.operation), row.module_type, _is_packed(row), reason
+        groups.setdefault(key, []).append(row)
+    rows = []
+    for (operation, kind, is_packed, reason), kept in groups.items():
+        why, remedy = _explained(operation, is_packed, reason, kept, functional, rest)
+        largest = max(kept, key=lambda row: row.bytes)
+        modules = tuple(dict.fromkeys(row.module for row in kept))
+        size = sum(row.bytes for row in kept)
+        rows.append(LeftRow(size, operation, kind, modules, largest.source, is_packed, why, remedy))
+    rows.sort(key=lambda row: row.bytes, reverse=True)
+    return Left(after.model, before.activation_bytes, after.activation_bytes, tuple(rows))
+
+
+def _is_packed(row: KeptTensor) -> bool:
+    """Whether packlight made the tensor: codes and words lie flat, whatever the tensor's shape."""
+    ours = row.operation.startswith("_") and row.dtype != "int64"
+    flat = len(row.shape) == 1 and row.dtype in ("uint8", "int32")
+    return (ours or flat) and not row.operation.startswith(_WORKSPACES)
+
+
+def _explained(
+    operation: str,
+    is_packed: bool,
+    reason: str,
+    kept: Iterable[KeptTensor],
+    functional: bool,
+    rest: bool,
+) -> tuple[str, str]:
+    if is_packed:
+        return "packs, codes and statistics", _OF_PACKS
+    if operation.startswith(_WORKSPACES):
+        return "a workspace of torch's kernel", ""
+    if why := why_exact(operation):
+        return why, _OF_REASONS.get(why, "")
+    if reason and not (rest and reason.startswith("no rule")):
+        helps = (help for start, help in _OF_LAYERS.items() if reason.startswith(start))
+        remedy = next(helps, "" if rest else _REST)
+        return reason, remedy
+    if all(not row.dtype.startswith(("float", "bfloat")) for row in kept):
+        return "indices, masks and data", ""
+    if rest:
+        return "made without gradients, small, or with infinities", ""
+    why = "no rule is for it" if functional else "calls are not covered"
+    return why, _REST if functional else "functional=True"
+
+
+_REST = "rest=GroupQuant(bits=4)"

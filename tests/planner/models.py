@@ -1,0 +1,38 @@
+"""Small models of blocks, for the planner."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.act, self.drop = nn.GELU(), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).flatten(2)
+        return mixed + self.drop(self.down(self.act(self.up(self.norm(x)))))
+
+
+class Model(nn.Module):
+    def __init__(self, depth: int = 7, width: int = 64, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(128, width)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 128)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def on_meta(**settings: float) -> tuple[Model, Tensor]:
+    with torch.device("meta"):
+        return Model(**settings), torch.empty(8, 256, dtype=torch.int64)

@@ -1,0 +1,177 @@
+"""`packlight fit`: what fits, and how large batches and sequences may be."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+
+import packlight
+from packlight.cli import main
+from packlight.planner.adapted import FourBits, in_4_bits
+from packlight.planner.calibrate import calibrate
+from packlight.planner.devices import Rates, device_of, parse_bytes, save_rates
+from packlight.planner.fit import fit, largest, resized
+from packlight.planner.optimizers import OPTIMIZERS
+from tests.planner.models import on_meta
+
+
+@pytest.mark.parametrize(
+    ("usable", "expected"),
+    [(1000, 96), (100 + 9 * 7, 7), (105, 0), (109, 1), (100 + 9 * 4096, 4096)],
+)
+def test_the_largest_size_is_found(usable: int, expected: int) -> None:
+    looked: list[int] = []
+
+    def peak(size: int) -> int:
+        looked.append(size)
+        return 100 + 9 * size
+
+    found = largest(peak, usable, {4: peak(4)}, 1, None)
+    assert found <= expected <= 1.02 * found + 1
+    assert len(looked) <= 6
+
+
+def test_the_largest_size_is_found_where_the_peak_bends() -> None:
+    found = largest(lambda n: max(1000 + n, 40 * n, n * n // 8), 10_000, {8: 1008}, 1, None)
+    assert 0.98 * 250 <= found <= 250
+
+
+def test_sizes_come_in_units_and_have_an_end() -> None:
+    assert largest(lambda n: 5 * n, 10_000, {512: 2560}, 64, None) % 64 == 0
+    assert largest(lambda n: 5 * n, 10_000, {512: 2560}, 64, 1024) == 1024
+    assert largest(lambda n: 10**9, 10_000, {64: 10**9}, 64, None) == 0
+
+
+def test_inputs_are_resized_where_their_sizes_are() -> None:
+    given = {"ids": torch.zeros(2, 8), "labels": torch.zeros(2), "other": torch.zeros(3, 8), "n": 1}
+    found = resized(given, (2, 8), batch=5, length=16)
+    assert found["ids"].shape == (5, 16)
+    assert found["labels"].shape == (5,)
+    assert found["other"].shape == (3, 8)
+    assert found["n"] == 1
+
+
+def test_rows_add_up_and_larger_batches_do_not_fit() -> None:
+    model, tokens = on_meta(depth=6)
+    device = device_of("700MiB")
+    found = fit("a model", model, (tokens,), {}, device, OPTIMIZERS["adamw"])
+    static = found.weights + found.optimizer + found.other
+    for row in found.rows:
+        assert row.peak == static + row.kept + row.gradients + row.working
+        assert row.fits == (row.peak <= found.usable)
+    named = {row.name: row for row in found.rows}
+    assert named["packlight, tiles"].kept < named["packlight"].kept < named["PyTorch"].kept
+    assert named["checkpointing"].largest_batch > named["PyTorch"].largest_batch
+    for name in ("PyTorch", "checkpointing"):
+        most = named[name].largest_batch
+        for batch, fits in ((most, True), (int(1.03 * most) + 1, False)):
+            more = tokens.new_empty(batch, tokens.shape[1])
+            again = fit("", model, (more,), {}, device, OPTIMIZERS["adamw"], sizes=False)
+            assert {row.name: row.fits for row in again.rows}[name] == fits
+    text = str(found)
+    assert "fits" in text and "the fastest that fits" in text and "estimated" in text
+
+
+@pytest.fixture
+def net(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "fit_net.py").write_text(
+        "import torch\nfrom tests.planner.models import Model\n"
+        "def make(depth=6):\n    return Model(depth), torch.empty(4, 64, dtype=torch.int64)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return "fit_net:make"
+
+
+def test_the_command_prints_json_and_writes_plan_and_page(
+    net: str, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    main(
+        ["fit", net, "--gpu", "RTX 4090", "--optimizer", "adamw-8bit", "--quick", "--json",
+         "--plan", "plan.toml", "--html", "fit.html"]
+    )  # fmt: skip
+    data = json.loads(capsys.readouterr().out)
+    assert data["device"] == "RTX 4090"
+    assert [row["name"] for row in data["rows"]][0] == "PyTorch"
+    assert data["fastest"] in [row["name"] for row in data["rows"]]
+    assert packlight.load_methods(tmp_path / "plan.toml")
+    page = (tmp_path / "fit.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "PyTorch" in page and "blocks.0" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_command_says_what_it_does_not_know(
+    net: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", net, "--gpu", "a large one"])
+    assert stopped.value.code == 2
+    assert "unknown device 'a large one'; known: H200" in capsys.readouterr().err
+
+
+def test_a_model_of_transformers_with_adapters_on_4_bits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    small = ("hidden_size=64", "intermediate_size=128", "num_hidden_layers=6", "vocab_size=512",
+             "num_attention_heads=4")  # fmt: skip
+    config = [word for entry in small for word in ("--config", entry)]
+    main(
+        ["fit", "hf:llama", *config, "--sequence", "64", "--batch", "2", "--dtype", "bf16",
+         "--lora", "r=4,targets=all-linear", "--load-in-4bit", "--gpu", "1GiB", "--json"]
+    )  # fmt: skip
+    data = json.loads(capsys.readouterr().out)
+    assert all(row["largest_batch"] > 2 for row in data["rows"] if row["name"] != "plan")
+    assert all(row["longest_sequence"] > 64 for row in data["rows"] if row["name"] != "plan")
+
+
+def test_weights_of_4_bits_take_half_a_byte_and_a_scale() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False))
+    in_4_bits(model)
+    layer = model[0]
+    assert isinstance(layer, FourBits)
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    assert held == 256 * 512 // 2 + 4 * 256 * 512 // 64
+    assert layer(torch.zeros(3, 256)).shape == (3, 512)
+
+
+# ---- devices and rates ---------------------------------------------------------------------------
+
+
+def test_bytes_are_read_with_their_units() -> None:
+    assert parse_bytes("22GiB") == 22 * 2**30
+    assert parse_bytes("1.5 gb") == 1_500_000_000
+    assert parse_bytes("4090") == 4090
+    assert parse_bytes("RTX 4090") is None
+    assert parse_bytes("22 gallons") is None
+
+
+def test_devices_have_names() -> None:
+    assert device_of("NVIDIA H200").measured
+    assert device_of("rtx4090").name == "RTX 4090"
+    assert device_of("NVIDIA GeForce RTX 4090").name == "RTX 4090"
+    assert not device_of("24GiB").measured
+    assert device_of("24GiB").memory == 24 * 2**30
+
+
+def test_rates_are_measured_and_kept(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rates = calibrate(device_of("H100"), tiny=True)
+    assert isinstance(rates, Rates)
+    assert rates.host_us > 0 and rates.others > 0 and rates.others_packlight > 0
+    assert {"aten::mm", "packlight::group_quantize"} <= set(rates.factors)
+    from packlight.planner.devices import cache
+
+    save_rates("H100", rates, cache())
+    try:
+        assert device_of("H100").measured
+        assert device_of("H100").rates == rates
+    finally:
+        cache().unlink()
+        from packlight.planner import devices
+
+        devices._known_rates.cache_clear()
+    assert not device_of("H100").measured

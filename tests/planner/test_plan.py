@@ -1,0 +1,146 @@
+"""Plans: within their budgets, the faster the larger these are, and what `convert` makes of them."""
+
+import pathlib
+
+import pytest
+import torch
+
+import packlight
+from packlight import GroupQuant, InfeasibleBudgetError, InputError, Plan
+from packlight.planner.devices import device_of
+from packlight.planner.menu import EXACT, MENU, PACKED_4, allowed
+from packlight.planner.planning import planned
+from packlight.planner.searching import candidates
+from packlight.planner.study import Study
+from packlight.planner.timeline import STEP
+from packlight.planner.walk import Walker
+from tests.planner.models import Model, on_meta
+
+H200 = device_of("H200")
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    model, tokens = on_meta(depth=8)
+    return Study(model, (tokens,), {}, H200, None, torch.optim.SGD)
+
+
+def test_plans_keep_to_their_budgets_and_larger_ones_are_no_slower(study: Study) -> None:
+    found = candidates(study, MENU, [PACKED_4])
+    least, most = min(one.peak for one in found), max(one.peak for one in found)
+    assert least < 0.9 * most
+    times = []
+    for tenth in range(11):
+        budget = least + (most - least) * tenth // 10
+        plan = planned(study, budget, None, None)
+        assert plan.peak_bytes <= budget
+        times.append(plan.ms)
+    assert times == sorted(times, reverse=True)
+
+
+def test_sums_of_a_mix_are_those_of_its_timeline(study: Study) -> None:
+    for one in candidates(study, MENU, [PACKED_4])[::5]:
+        timeline = one.mix.timeline()
+        assert (one.peak, one.kept) == (timeline.peak, timeline.kept)
+        assert one.ms == pytest.approx(timeline.ms)
+
+
+def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
+    """The mix is strung together from walks of other models; here that very model is walked."""
+    found = candidates(study, MENU, [PACKED_4])
+    mixed = [one for one in found if len(set(one.options.values())) > 1]
+    for one in mixed[:: max(len(mixed) // 4, 1)]:
+        plan = planned(study, one.peak, None, None)
+        model, tokens = on_meta(depth=8)
+        converted = {name: option.name for name, option in one.options.items()}
+        del converted
+        runs = [run for run in _single_runs(model)]
+        walker = Walker(model, (tokens,), {}, None, torch.optim.SGD, runs)
+        with walker.imagined():
+            packlight.convert(walker.model, plan)
+        real = walker.walk(H200).timeline
+        assert plan.peak_bytes == pytest.approx(real.peak, rel=0.01)
+        assert plan.kept_bytes == pytest.approx(real.kept, rel=0.03)
+        steps = [
+            sum(s.device_ms for s in t.segments if s.phase != STEP) for t in (plan.timeline, real)
+        ]
+        assert steps[0] == pytest.approx(steps[1], rel=0.05)
+
+
+def _single_runs(model: torch.nn.Module) -> list[object]:
+    from tests.planner.test_walk import singles
+
+    return singles(model)
+
+
+def test_what_no_plan_can_do_is_refused_with_the_least(study: Study) -> None:
+    least = min(one.peak for one in candidates(study, MENU, [PACKED_4]))
+    planned(study, least, None, None)
+    with pytest.raises(InfeasibleBudgetError, match=r"the least is .* in the .*pass.*weights"):
+        planned(study, least - 1, None, None)
+    with pytest.raises(InfeasibleBudgetError, match="keeps 1e-06 of what plain training keeps"):
+        planned(study, None, 1e-6, None)
+
+
+def test_errors_are_kept_to(study: Study) -> None:
+    assert {option.error for option in allowed(MENU, 0.0)} == {0.0}
+    plan = planned(study, None, 0.4, 0.0)
+    assert plan.error == 0
+    assert plan.kept_bytes <= 0.4 * plan.plain.kept
+    assert {block.option for block in plan.blocks} <= {"torch", "checkpoint"}
+
+
+def test_a_plan_converts_and_saves(tmp_path: pathlib.Path) -> None:
+    model, tokens = Model(depth=6), torch.randint(0, 128, (4, 64))
+    plan = packlight.plan(model, tokens, memory=0.5, device="H200")
+    assert isinstance(plan, Plan)
+    conversion = packlight.convert(model, plan)
+    assert conversion.replaced
+    model(tokens).backward()
+    after = conversion.bytes(tokens).after.activation_bytes
+    assert after <= 0.5 * plan.plain.kept
+    plan.save(tmp_path / "plan.toml")
+    assert packlight.load_methods(tmp_path / "plan.toml") == dict(plan)
+    text = str(plan)
+    assert "blocks.0" in text and "the peak is in the" in text and "times measured" in text
+    assert plan.to_dict()["peak_bytes"] == plan.peak_bytes
+    assert sum(plan.peak_parts().values()) == plan.peak_bytes
+
+
+def test_a_model_without_blocks_has_plans_too() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    x = torch.empty(512, 64)
+    assert not packlight.plan(model, x, memory=1.0, device="H200").blocks
+    packed = packlight.plan(model, x, memory=0.5, device="H200")
+    assert packed["*"] is not None
+    with pytest.raises(InfeasibleBudgetError):
+        packlight.plan(model, x, memory=0.5, device="H200", max_error=0.0)
+
+
+def test_a_dict_is_keywords_and_a_loss_is_taken() -> None:
+    model = Model(depth=2)
+    plan = packlight.plan(
+        model, {"tokens": torch.zeros(2, 16, dtype=torch.int64)}, memory="1GiB", device="H200",
+        loss=lambda value: value * 2,
+    )  # fmt: skip
+    assert plan.budget == 2**30
+
+
+def test_estimated_times_say_so() -> None:
+    model, tokens = on_meta(depth=2)
+    assert "estimated" in packlight.plan(model, tokens, memory="1GiB", device="RTX 4090").source
+    assert packlight.plan(model, tokens, memory="1GiB", device="NVIDIA H200").source == "measured"
+
+
+@pytest.mark.parametrize("memory", ["much", -1, 0, 1.5, 0.0, True, None])
+def test_memory_is_bytes_or_a_share(memory: object) -> None:
+    with pytest.raises(InputError, match="memory="):
+        packlight.plan(Model(depth=1), torch.zeros(1, 4, dtype=torch.int64), memory=memory)
+
+
+def test_what_is_outside_of_blocks_errs_no_more() -> None:
+    model, tokens = on_meta(depth=2)
+    plan = packlight.plan(model, tokens, memory="1GiB", device="H200", max_error=0.01)
+    choice = plan["*"]
+    assert choice is None or GroupQuant(4) not in choice
+    assert EXACT in allowed(MENU, 0.01)

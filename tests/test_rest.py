@@ -1,0 +1,306 @@
+"""`convert(model, rest=...)`: what no rule is for is packed within the model's forward passes."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+import packlight
+from packlight import DEFAULT_REST, FewBit, GroupQuant, profile, saving
+from packlight.convert import DEFAULT_METHODS
+from packlight.errors import DoubleBackwardError, InputError
+from packlight.saving import saver
+from tests.helpers import relative_error
+
+FOUR = GroupQuant(bits=4)
+EIGHT = GroupQuant(bits=8)
+ELEMENTS = 64 * 64
+TENSOR = 4 * ELEMENTS  # bytes
+PACK = ELEMENTS // 2 + 4 * ELEMENTS // 128  # of four bits
+
+
+class Wave(nn.Module):
+    """sin(x) cos(x), of which torch keeps x and both factors, and no rule knows anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        return torch.sin(x).sinh() + torch.cos(x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Wave(), Wave()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)).square().mean()
+
+
+def batch() -> Tensor:
+    return torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model: nn.Module, x: Tensor) -> Tensor:
+    model.zero_grad()
+    packlight.manual_seed(1)
+    model(x).mean().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def converted(model: nn.Module, rest=FOUR, methods=FewBit(3), **options) -> nn.Module:  # noqa: B008
+    packlight.convert(model, methods, rest=rest, **options)
+    return model
+
+
+def kept(model: nn.Module, *inputs, **options) -> int:
+    return profile(model, *inputs, **options).activation_bytes
+
+
+def test_what_has_no_rule_is_packed_and_forward_values_are_torchs():
+    plain, x = Model(), batch()
+    model = converted(copy.deepcopy(plain))
+    assert torch.equal(model(x), plain(x))
+    exact = gradients(plain, x)
+    assert 0 < relative_error(gradients(model, x), exact) < 0.1
+    fine = converted(copy.deepcopy(plain), rest=EIGHT)
+    assert relative_error(gradients(fine, x), exact) < 0.01
+    with saving(FOUR, min_bytes=1024):
+        assert kept(model, x) == kept(plain, x)
+    assert kept(model, x) < kept(plain, x) / 6
+
+
+def test_bytes_are_those_of_packs_and_predicted_ones_the_same():
+    model, x = Wave(), batch().requires_grad_()
+    # The product with the scale keeps x, an input; sine and cosine share a pack, sinh has another.
+    assert kept(model, x) == 2 * TENSOR
+    converted(model)
+    assert kept(model, x) == 2 * PACK
+    assert packlight.predict(model, x).activation_bytes == 2 * PACK
+
+
+def test_the_conversion_says_what_becomes_of_the_rest():
+    conversion = packlight.convert(Model(), FewBit(3), rest=EIGHT)
+    assert conversion.rest == EIGHT
+    assert "the rest is packed by GroupQuant(bits=8)" in str(conversion)
+    assert conversion.to_dict()["rest"] == EIGHT.to_dict()
+    assert packlight.convert(Model(), FewBit(3)).to_dict()["rest"] is None
+
+
+@pytest.mark.parametrize(
+    ("methods", "rest"),
+    [
+        (DEFAULT_METHODS, DEFAULT_REST),
+        ((packlight.Checkpoint(), *DEFAULT_METHODS), DEFAULT_REST),
+        ({"first": None, "*": DEFAULT_METHODS}, DEFAULT_REST),
+        (FOUR, None),
+        ({"first": DEFAULT_METHODS}, None),
+    ],
+)
+def test_by_itself_the_default_methods_have_a_rest(methods, rest):
+    assert packlight.convert(Model(), methods).rest == rest
+
+
+def test_nothing_is_packed_in_eval_and_without_gradients():
+    model, x = converted(Model()), batch()
+    before = kept(Model(), x)
+    assert kept(model.eval(), x) == before
+    with torch.no_grad():
+        assert model.train()(x).grad_fn is None
+    assert before == 6 * TENSOR
+    model.first.eval()  # a part decides for itself
+    assert kept(model, x) == 2 * TENSOR + 4 * PACK
+    model.eval().first.train()
+    assert kept(model, x) == 4 * TENSOR + 2 * PACK
+
+
+@pytest.mark.parametrize("name", ["0", "1"])  # one has code of its own, one is torch's
+def test_a_part_that_is_left_to_torch_keeps_what_torch_keeps(name):
+    model, x = nn.Sequential(Wave(), nn.LogSigmoid(), nn.Sequential(nn.LogSigmoid())), batch()
+    converted(model, methods={name: None, "*": FewBit(3)})
+    dtypes: dict[str, set[str]] = {}
+    for row in profile(model, x).rows:
+        dtypes.setdefault(row.module, set()).add(row.dtype)
+    assert dtypes.pop(name) == {"float32"}
+    assert set.union(*dtypes.values()) <= {"uint8", "int32"}
+
+
+def test_a_model_of_torchs_own_layers_alone():
+    model, x = nn.Sequential(nn.LogSigmoid(), nn.InstanceNorm1d(64)), batch().requires_grad_()
+    before = kept(model, x)
+    converted(model)
+    assert kept(model, x) < before / 2
+    assert isinstance(model, nn.Sequential)
+    packlight.revert(model)
+    assert type(model) is nn.Sequential
+    assert kept(model, x) == before
+
+
+def test_what_is_called_apart_is_packed_by_itself():
+    model, x = converted(Model()), batch().requires_grad_()
+    assert kept(model.first, x) == 2 * PACK
+
+
+def test_copies_and_pickles_keep_the_rest():
+    model, x = converted(nn.Sequential(nn.Softplus(), nn.LogSigmoid()), rest=EIGHT), batch()
+    expected = kept(model, x)
+    assert kept(copy.deepcopy(model), x) == expected
+    assert kept(pickle.loads(pickle.dumps(model)), x) == expected
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    assert kept(torch.load(stream, weights_only=False), x) == expected
+
+
+def test_a_later_conversion_decides_anew():
+    model, x = Model(), batch()
+    before = kept(model, x)
+    converted(model)
+    assert kept(model, x) < before / 6
+    converted(model, rest=None)
+    assert kept(model, x) == before
+    converted(model, rest=EIGHT)
+    assert before / 4 < kept(model, x) < before / 3
+    packlight.revert(model)
+    assert type(model) is Model
+    assert kept(model, x) == before
+
+
+def test_softmax_and_losses_stay_exact():
+    class Scores(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.softmax(torch.sin(x), -1).tanh()
+            return F.cross_entropy(y, torch.zeros(64, dtype=torch.long))
+
+    model = converted(Scores(), methods=FewBit(3))
+    rows = {row.operation: row.dtype for row in profile(model, batch().requires_grad_()).rows}
+    assert rows["SoftmaxBackward0"] == rows["LogSoftmaxBackward0"] == "float32"
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool, of_module: bool) -> None:
+        super().__init__()
+        self.before, self.block = Wave(), Wave()
+        self.reentrant, self.of_module = reentrant, of_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block if self.of_module else lambda y: self.block(y).tanh()
+        return checkpoint(block, self.before(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("of_module", [True, False])
+def test_checkpoints_keep_their_inputs_and_nothing_inside(reentrant, of_module):
+    plain, x = Checkpointed(reentrant, of_module), batch().requires_grad_()
+    model = converted(copy.deepcopy(plain), rest=EIGHT)
+    assert kept(plain, x) == 3 * TENSOR
+    assert kept(model, x) == 2 * (ELEMENTS + 4 * ELEMENTS // 128) + TENSOR
+    assert torch.equal(model(x), plain(x))
+    assert 0 < relative_error(gradients(model, x), gradients(plain, x)) < 0.01
+
+
+def test_hooks_of_the_user_around_the_model_count():
+    model, x = converted(Model()), batch()
+    plain = gradients(Model(), x)
+    with save_on_cpu():
+        assert torch.equal(gradients(model, x), plain)
+    with saving(EIGHT, overrides={"*": None}):
+        assert torch.equal(gradients(model, x), plain)
+    assert not torch.equal(gradients(model, x), plain)
+
+
+def test_an_exception_leaves_nothing_behind():
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.sin(x)
+            raise ValueError("on purpose")
+
+    x = batch().requires_grad_()
+    with pytest.raises(ValueError, match="on purpose"):
+        converted(Fails())(x)
+    y = torch.sin(x)
+    assert y.grad_fn._raw_saved_self.data is not None
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.cos(x))
+
+
+def test_a_second_derivative_raises():
+    model, x = converted(Model()), batch().requires_grad_()
+    with pytest.raises(DoubleBackwardError):
+        torch.autograd.grad(model(x), x, create_graph=True)
+
+
+def test_transforms_and_compiled_code_run_as_torchs():
+    plain, x = Model(), batch()
+    model = converted(copy.deepcopy(plain))
+    expected = torch.func.grad(plain)(x)
+    assert torch.allclose(torch.func.grad(model)(x), expected)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(gradients(compiled, x), gradients(plain, x), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(gradients(model, x), gradients(plain, x))
+
+
+def test_passes_for_which_it_is_not_worth_it_go_without(monkeypatch):
+    entered = []
+    active = saver.Saver.active
+    monkeypatch.setattr(saver.Saver, "active", lambda self: entered.append(self) or active(self))
+    model = converted(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), methods=FOUR)
+    model(batch())
+    model(batch())
+    assert len(entered) == 1
+    model(torch.cat([batch(), batch()]))  # a larger one is looked at again
+    model(batch())
+    assert len(entered) == 2
+    useful = converted(Model())
+    for _ in range(3):
+        useful(batch())
+    assert len(entered) == 5
+
+
+def test_a_wrapper_of_torchs_is_not_what_enters():
+    model, x = nn.Sequential(nn.LogSigmoid(), nn.InstanceNorm1d(64)), batch().requires_grad_()
+    wrapped = nn.DataParallel(model)  # without devices it calls the module
+    before = kept(model, x)
+    converted(wrapped)
+    assert type(wrapped) is nn.DataParallel
+    assert kept(wrapped, x) == kept(model, x) < before / 2
+
+
+@pytest.mark.parametrize(
+    ("rest", "match"),
+    [
+        (FewBit(3), "no quantiser"),
+        (GroupQuant, "did you mean"),
+        ("8 bits", "no quant"),
+        (8, "8"),
+    ],
+)
+def test_a_rest_of_the_wrong_kind_raises(rest, match):
+    with pytest.raises(InputError, match=match):
+        packlight.convert(Model(), FewBit(3), rest=rest)
+
+
+def test_files_say_what_becomes_of_the_rest(tmp_path):
+    path, model = tmp_path / "methods.toml", Model()
+    packlight.save_methods({"*": FewBit(3)}, path, rest=EIGHT)
+    methods = packlight.load_methods(path)
+    assert methods == {"*": FewBit(3)}
+    assert packlight.convert(model, methods).rest == EIGHT
+    assert packlight.convert(model, methods, rest=None).rest is None
+    packlight.save_methods(methods, path)  # what was loaded says it too
+    assert packlight.load_methods(path).rest == EIGHT
+    packlight.save_methods(DEFAULT_METHODS, path, rest=None)
+    assert packlight.convert(model, packlight.load_methods(path)).rest is None
+    path.write_text('[methods]\nGELU = "FewBit(2)"\n')
+    assert packlight.load_methods(path).rest == "auto"
+    path.write_text('rest = "FewBit(2)"\n[methods]\nGELU = "FewBit(2)"\n')
+    with pytest.raises(InputError, match=r"methods\.toml:1: rest: 'FewBit\(2\)' is no quantiser"):
+        packlight.load_methods(path)
