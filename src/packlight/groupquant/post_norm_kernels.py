@@ -188,7 +188,8 @@ def _launch_shape(grouping: Grouping, rows: int) -> tuple[int, int, bool, int, i
     """The stripe, bundles a row, whether they are whole, warps, programs, and rows a program."""
     bundle = 8 * grouping.size
     nq = triton.next_power_of_2(-(-grouping.width // bundle))
-    warps = max(1, min(16, nq * grouping.size // 32))
+    # Of eight rows at a time there are few programs, so each has more threads.
+    warps = max(1, min(16, nq * grouping.size // (64 if rows == 1 else 32)))
     stripe = grouping.rows // rows
     steps = -(-stripe // max(1, min(stripe, PROGRAMS * 4 // warps)))
     return stripe, nq, grouping.width == nq * bundle, warps, -(-stripe // steps), steps
