@@ -186,11 +186,11 @@ def self_attention(
 ) -> Tensor:
     """Attention of the parts of `whole` [batch, length, 3 heads size]: [batch, length, heads size].
 
-    In eager mode, in training. Query, key and value lie side by side in that order. It keeps a pack
-    of them, of which attention runs once more in the backward pass: gradients are those of
-    `scaled_dot_product_attention` with `recompute`. That function runs by itself where it would
-    choose its other form, and where one pack does not serve: where groups would lie across two of
-    the three, or the kernel draws dropout that cannot be drawn again.
+    In eager mode, in training. Query, key and value lie side by side in that order. What is kept,
+    and gradients, are those of `scaled_dot_product_attention` of the three, but that one pack
+    serves all where attention runs once more. That function runs where none does: where it keeps
+    the statistic, groups would lie across two of the three, or the kernel draws dropout that
+    cannot be drawn again.
     """
     out = _at_once(whole, heads, mask, flags, method)
     if out is None:
