@@ -13,8 +13,8 @@
 
 The dropout and the activation of BatchNormAct2d are modules of their own and converted as such.
 What timm builds of torch.nn has torch's rules; its attention calls
-`F.scaled_dot_product_attention`, which `convert(..., functional=True)` covers, and keeps what torch
-keeps without. All other classes of its own are left alone.
+`F.scaled_dot_product_attention`, which `convert` covers; with `functional=False` it keeps what
+torch keeps. All other classes of its own are left alone.
 """
 
 from typing import Any
