@@ -39,7 +39,11 @@ _following: list[Any] = []  # the handle of our hook, once there is one
 
 
 def follow(
-    layers: list[Layer], assignment: Assignment, methods: Methods, functional: bool, rest: Rest | None
+    layers: list[Layer],
+    assignment: Assignment,
+    methods: Methods,
+    functional: bool,
+    rest: Rest | None,
 ) -> None:
     """Remembers how modules were converted, for the adapters that come into them."""
     adapters = tuple(f"{layer.names[0]}." for layer in layers if _adapts(layer.module))
