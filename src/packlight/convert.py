@@ -134,8 +134,9 @@ def convert(
     >>> [row.names for row in conversion.replaced]
     [('0',)]
     """
+    head = head or getattr(methods, "head", False)  # of a plan, or of a file
     if isinstance(methods, Plan):
-        functional, strict, head = True, False, head or methods.head
+        functional, strict = True, False
     _check(model, methods)
     check_rest(rest)
     if not (isinstance(head, (bool, str)) or callable(head)):
