@@ -28,7 +28,8 @@ def write_fit(fit: Fit, path: str | os.PathLike[str]) -> None:
         "<h2>Bytes and time</h2>",
         "".join(_front(fit)),
         "<h2>Memory over a step</h2><p>A bar is what runs in one place in a row, or the highest of"
-        " those in a pixel; its height is the most that is allocated meanwhile. Point at one to read where it is.</p>",
+        " those in a pixel; its height is the most that is allocated meanwhile. Point at one to"
+        " read where it is.</p>",
     ]
     top = 1.05 * max([fit.usable, *(timeline.peak for timeline in fit.timelines.values())])
     for name, timeline in fit.timelines.items():
