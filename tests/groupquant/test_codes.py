@@ -393,7 +393,7 @@ def test_layers_of_pixels_and_functions_take_the_method_that_suits_them():
     packlight.convert(model, GroupQuant(1, code="rotated"))
     assert [layer.method.bits for layer in model if hasattr(layer, "method")] == [2, 2, 1, 2]
     packlight.revert(model)
-    packlight.convert(model, GroupQuant(4, rounding="offset"))
+    packlight.convert(model, GroupQuant(4, rounding="offset", code="minmax"))
     kinds = [layer.method.groups[2] for layer in model if hasattr(layer, "method")]
     assert kinds == [MINMAX, MINMAX, OFFSET, OFFSET]
     assert groupquant.Conv1d(4, 8, 3, code="auto").method.groups[2] == MINMAX
