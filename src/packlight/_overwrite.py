@@ -44,6 +44,13 @@ def writable(output: Tensor, of_linear: bool = False) -> Tensor:
     if not _torch.is_traced():
         if output._is_view():
             (alone,) = torch.unsafe_chunk(output, 1)  # a third of the time of `_unsafe_view`
-    elif of_linear and output.dim() > 2:  # a traced tensor does not say whether it is a view
+    elif (
+        of_linear
+        and output.dim() > 2
+        and (
+            # A tensor that the tracer follows does not say whether it is a view.
+            torch.compiler.is_dynamo_compiling() or output._is_view()
+        )
+    ):
         alone = torch.ops.aten._unsafe_view(output, output.shape)
     return alone

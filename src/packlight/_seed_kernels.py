@@ -14,7 +14,9 @@ def seed_kind(seed: Tensor | None, number: int) -> int:
 
 def seed_argument(seed: Tensor | None, number: int) -> Tensor | int:
     """What a kernel is given; it must not be specialised for."""
-    return number if seed is None else seed
+    if seed is None:
+        return number
+    return seed[number:] if number else seed  # one of several
 
 
 @triton.jit

@@ -18,7 +18,7 @@ run the same instructions each time, it is a tensor [1] of int64 on the device.
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,8 +27,16 @@ from packlight import _torch
 from packlight._library import define_op
 from packlight.errors import InputError
 
-# A number or a tensor [1] of int64; None where values are rounded to nearest.
-Seed: TypeAlias = Tensor | int | None
+
+class Drawn(NamedTuple):
+    """A seed of those that a compiled graph draws at once: the element at `place`."""
+
+    seeds: Tensor
+    place: int
+
+
+# A number, a tensor [1] of int64 or an element of one; None where values are rounded to nearest.
+Seed: TypeAlias = Tensor | int | Drawn | None
 
 NEAREST = -1  # the number of no seed, for operators
 _DRAW = 4  # places of a CUDA generator's counter that one draw takes
@@ -136,7 +144,9 @@ def rounding_left_as_found() -> Iterator[None]:
 def rounding_seed(x: Tensor) -> Seed:
     """The next seed of the stream of rounding, for the device of `x`."""
     if _torch.is_traced():
-        return rounding_tensor(x)
+        place = _torch.next_place()
+        seeds = _torch.seeds_of_graph(place)
+        return _next_rounding_seed(x.device, place) if seeds is None else Drawn(*seeds)
     if x.is_cuda:
         if _is_captured(x):
             return rounding_tensor(x)
@@ -272,6 +282,24 @@ def _reference(device: torch.device, place: int) -> Tensor:
     return _counters[device].add_(1) + number
 
 
+def _seeds_reference(device: torch.device, place: int) -> Tensor:
+    # Keys of Philox and of hashes: that they differ is enough.
+    places = torch.arange(2 * _torch.SEEDS_AT_ONCE, device=device)
+    return places * _STEP + _reference(device, place)
+
+
+_STEP = 0x1E3779B97F4A7C15
+
+# The seeds of a graph, of which one is at every second place (`SeedTable`).
+define_op(
+    "rounding_seeds(Device device, int place) -> Tensor",
+    reference=_seeds_reference,
+    fake=lambda device, place: torch.empty(
+        2 * _torch.SEEDS_AT_ONCE, dtype=torch.int64, device=device
+    ),
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+
 # `place` tells two calls in one graph apart, of which a compiler would make one.
 _next_rounding_seed = define_op(
     "next_rounding_seed(Device device, int place) -> Tensor",
@@ -288,16 +316,27 @@ def operands(seed: Seed) -> tuple[Tensor | None, int]:
     """A seed as operators take it: a tensor or None, and a number."""
     if seed is None:
         return None, NEAREST
+    if isinstance(seed, Drawn):
+        return seed.seeds, seed.place
     return (None, seed) if isinstance(seed, int) else (seed, 0)
 
 
+def as_given(seed: Seed) -> Tensor | int | None:
+    """A seed as methods of packages of their own take it."""
+    return seed.seeds[seed.place : seed.place + 1] if isinstance(seed, Drawn) else seed
+
+
 def from_operands(seed: Tensor | None, number: int) -> Seed:
-    """The inverse of `operands`."""
-    return seed if seed is not None else None if number == NEAREST else number
+    """The inverse of `operands`, but an element of a tensor is a tensor [1]."""
+    return _element(seed, number) if seed is not None else None if number == NEAREST else number
 
 
 def as_tensor(seed: Tensor | None, number: int, device: torch.device) -> Tensor | None:
     """What an operator was given as a tensor [1] of int64, None to round to nearest."""
-    if seed is not None or number == NEAREST:
-        return seed
-    return torch.tensor([number], device=device)
+    if seed is not None:
+        return _element(seed, number)
+    return None if number == NEAREST else torch.tensor([number], device=device)
+
+
+def _element(seed: Tensor, place: int) -> Tensor:
+    return seed if seed.numel() == 1 else seed[place : place + 1]

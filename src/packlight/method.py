@@ -32,6 +32,10 @@ class Method:
         if not abstract:
             Method._kinds[cls.__name__] = cls
 
+    def __deepcopy__(self, memo: Any) -> "Method":
+        """Itself: a copy of a model keeps by the very methods that compiled code was made for."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the method's name under `"method"`, and its fields, methods among them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -202,6 +206,7 @@ class Call(NamedTuple):
     options: dict[str, Any]
     names: tuple[str, ...]  # of the arguments that both functions have
     places: int  # how many of the arguments may be positional
+    subject: int = 0  # which argument says whether ours takes the call: `input`, or the first
 
 
 _call_rules: dict[tuple[type[Method], Callable[..., Any]], Callable[[Any], Call]] = {}
@@ -228,7 +233,8 @@ def call_rule(
             if name not in given and parameter.kind is not parameter.VAR_KEYWORD
         }
         places = sum(kind is by_place for kind in kinds.values())
-        return Call(function, given, tuple(kinds), places)
+        names = tuple(kinds)
+        return Call(function, given, names, places, names.index("input") if "input" in kinds else 0)
 
     Calls._of.cache_clear()
     for theirs, ours in functions.items():

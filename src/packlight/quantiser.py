@@ -15,7 +15,7 @@ from torch import Tensor
 
 from packlight import _torch, _tracer, sharing
 from packlight._checks import without_autocast
-from packlight._seeds import Seed, rounding_seed
+from packlight._seeds import Seed, as_given, rounding_seed
 from packlight._torch import question
 from packlight.calls import uncovered
 from packlight.method import Method
@@ -77,7 +77,8 @@ class Quantiser(Method, abstract=True):
     def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
         """`keep` of all values of `x`, in the order of its memory."""
         with without_autocast(x.device.type):
-            kept: tuple[Tensor, ...] = uncovered(self.keep, memory_order(x, dense_stride(x)), seed)
+            flat = memory_order(x, dense_stride(x))
+            kept: tuple[Tensor, ...] = uncovered(self.keep, flat, as_given(seed))
         return tuple(kept)
 
     def unpack(

@@ -10,14 +10,20 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertSelfAttention
-from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 
 import packlight
 from packlight import DoubleBackwardError, FewBit, GroupQuant, ModifiedWeightError
+from packlight.layers import attention as sdpa
 from tests.helpers import relative_error
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
 WIDTH = 64
+
+
+@pytest.fixture(autouse=True)
+def _parts_run_attention_again_too(monkeypatch):
+    monkeypatch.setattr(sdpa, "STATISTIC_BITS", 9)
 
 
 def bert(kind=RobertaSelfAttention):
@@ -26,6 +32,18 @@ def bert(kind=RobertaSelfAttention):
     )
     config._attn_implementation = "sdpa"
     return kind(config)
+
+
+def bert_layer(p=0.0):
+    config = transformers.RobertaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_attention_heads=2,
+        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=p,
+    )
+    config._attn_implementation = "sdpa"
+    return RobertaLayer(config)
 
 
 def attention(bias=True):
@@ -39,6 +57,10 @@ def block(bias=True):
 KINDS = {
     "roberta": (bert, {"_WholeAttentionBackward", "_ProjectionsBackward"}),
     "bert": (lambda: bert(BertSelfAttention), {"_WholeAttentionBackward", "_ProjectionsBackward"}),
+    "bert's layer": (
+        bert_layer,
+        {"_WholeAttentionBackward", "_ProjectionsBackward", "_PostNormBackward", "_MLPBackward"},
+    ),
     "attention": (attention, {"_WholeAttentionBackward"}),
     "attention without bias": (lambda: attention(False), {"_WholeAttentionBackward"}),
     "block": (block, {"_AttentionBackward", "_MLPBackward"}),
@@ -145,6 +167,19 @@ def test_gradients_are_those_of_the_plain_layer_but_for_the_packs(name):
     for a, b in zip(gradients, truth, strict=True):
         # The gradient of a key's bias is nothing but rounding: a softmax does not see it.
         assert relative_error(a, b) < 0.05 or b.norm() < 1e-3 * truth[0].norm()
+
+
+def test_dropouts_of_a_layer_draw_as_by_themselves():
+    module, _ = converted(lambda: bert_layer(0.3))
+    y, gradients = run(module, sample())
+    assert {"_PostNormBackward", "_MLPBackward"} <= nodes(y)
+    expected, others = run(one_by_one(copy.deepcopy(module)), sample())
+    assert relative_error(y, expected) <= 1e-5
+    assert_alike(module, gradients, others, 1e-5)
+    x = sample()
+    with torch.no_grad():  # the pass of a checkpoint without gradients
+        packlight.manual_seed(2)
+        assert relative_error(module(x), y) <= 1e-5
 
 
 def test_the_gradient_of_a_blocks_projection_is_nearer_the_truth_than_by_a_pack_of_4_bits():

@@ -13,22 +13,13 @@ from benchmarks.user.scenarios import SCENARIOS
 from packlight import _imagined
 from packlight.planner.devices import device_of
 from packlight.planner.optimizers import OPTIMIZERS
-from packlight.planner.runs import Run, runs_of
+from packlight.planner.runs import runs_of
 from packlight.planner.timeline import BACKWARD, FORWARD, STEP
 from packlight.planner.walk import Walker
-from tests.planner.models import Block, Model, on_meta
+from tests.planner.models import Block, Model, on_meta, singles
 
 H200 = device_of("H200")
 GIB = 2**30
-
-
-def singles(model: nn.Module) -> list[Run]:
-    """Each block by itself, so that all are walked."""
-    return [
-        Run((name,), run.container, int(name.rpartition(".")[2]))
-        for run in runs_of(model)
-        for name in run.names
-    ]
 
 
 def test_a_mlp_allocates_what_it_is_made_of() -> None:

@@ -23,6 +23,7 @@ from packlight._torch.backends import (
     attention_backend,
     batch_norm,
     current_stream,
+    grouped_mm,
     hollow,
     is_current_device,
     is_fake,
@@ -68,8 +69,9 @@ from packlight._torch.modes import (
     without_mode,
     without_torch_functions,
 )
-from packlight._torch.nodes import SAID, applied, as_node, followed, graph_facts, one_node
+from packlight._torch.nodes import SAID, applied, as_node, followed, graph_facts, one_node, value_of
 from packlight._torch.tracer import (
+    SEEDS_AT_ONCE,
     always_untraced,
     ask,
     can_ask,
@@ -81,6 +83,7 @@ from packlight._torch.tracer import (
     run_as_written,
     say,
     scopes,
+    seeds_of_graph,
     untraced,
 )
 
@@ -102,6 +105,7 @@ __all__ = [
     "RUNNING_NODE",
     "SAID",
     "SAVED",
+    "SEEDS_AT_ONCE",
     "STORAGES",
     "STORAGE_USES",
     "TRACER",
@@ -125,6 +129,7 @@ __all__ = [
     "function_modes",
     "give_own_code",
     "graph_facts",
+    "grouped_mm",
     "has_storage",
     "hollow",
     "in_transform",
@@ -149,12 +154,14 @@ __all__ = [
     "saved_tensor_hooks",
     "say",
     "scopes",
+    "seeds_of_graph",
     "share_storage",
     "storage_reference",
     "storage_uses",
     "take_off",
     "unflatten",
     "untraced",
+    "value_of",
     "variable_of",
     "warn_if_untested",
     "with_operators",

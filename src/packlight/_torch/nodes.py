@@ -22,7 +22,14 @@ import torch
 from torch import nn
 
 from packlight._torch.capabilities import GRAPH_NODES
-from packlight._torch.tracer import ask, question, running_a_node, said
+from packlight._torch.tracer import (
+    SEEDS_AT_ONCE,
+    ask,
+    asked_for_seeds,
+    question,
+    running_a_node,
+    said,
+)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -96,23 +103,67 @@ def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
         given = [_argument(tracer, value, tensors) for value in (args, kwargs)]
     except (_NotKnownError, NotImplementedError, unsupported):
         return None
-    scopes, first = _scopes(tracer), fresh_number(tracer) << 10
+    scopes, facts = _scopes(tracer), graph_facts(tracer, _PLACES)
+    first, count = facts.get("next", 0), len(tensors)
+    places = itertools.count(first)
 
     def call(*operands: Any) -> Any:
-        with running_a_node(scopes, itertools.count(first)):
+        nonlocal places
+        places = itertools.count(first)
+        seeds = (operands[-1], first // SEEDS_AT_ONCE) if len(operands) > count else None
+        with running_a_node(scopes, places, seeds):
             positional, named = (_filled(argument, operands) for argument in given)
             return function(*positional, **named)
 
     name = function.__qualname__.rpartition(".")[2].strip("_")
     call.__name__ = call.__qualname__ = f"apply_{name}"
     call.__module__ = function.__module__
-    proxies = tuple(value.as_proxy() for value in tensors)
-    proxy = tracer.output.create_proxy("call_function", call, proxies, {})
-    results = wrap(tracer, proxy)
+    operands = [value.as_proxy() for value in tensors]
+    seeds = _seeds(tracer, operands, first) if function in _wanting else None
+    asked_for_seeds(), said()  # by whatever ran before
+    while True:
+        given_seeds = () if seeds is None else (seeds,)
+        proxy = tracer.output.create_proxy("call_function", call, (*operands, *given_seeds), {})
+        results = wrap(tracer, proxy)
+        if not asked_for_seeds() or seeds is not None:
+            break
+        _wanting.add(function)
+        seeds = _seeds(tracer, operands, first)
+        if seeds is None:
+            break
+        tracer.output.remove_node(proxy.node)
+    facts["next"] = next(places)
     what = said()
     if what is not None:
         graph_facts(tracer, SAID)[proxy.node] = what, tensors[0]
     return results
+
+
+# Of the graph that is traced: the next place of a seed.
+_PLACES = "_packlight_places"
+
+# Functions that are known to ask for seeds.
+_wanting: set[Callable[..., Any]] = set()
+
+
+def _seeds(tracer: Any, operands: Sequence[Any], place: int) -> Any:
+    """The node that draws the seeds for a place on the device of the operands."""
+    assert GRAPH_NODES.values is not None
+    examples = (operand.node.meta["example_value"] for operand in operands)
+    device = next((x.device for x in examples if isinstance(x, torch.Tensor)), None)
+    if device is None:
+        return None
+    known, number = graph_facts(tracer, "_packlight_seeds"), place // SEEDS_AT_ONCE
+    graph = tracer.output.current_tracer
+    while graph is not None:  # what is within a graph takes what is around it as an input
+        if (graph, device, number) in known:
+            return known[graph, device, number]
+        graph = graph.parent
+    draw = torch.ops.packlight.rounding_seeds.default
+    proxy = tracer.output.create_proxy("call_function", draw, (device, number), {})
+    seeds = GRAPH_NODES.values[0](tracer, proxy).as_proxy()
+    known[tracer.output.current_tracer, device, number] = seeds
+    return seeds
 
 
 @question
@@ -248,6 +299,15 @@ def _argument(tracer: Any, value: Any, tensors: list[Any]) -> Any:
             install_guard(value.source.make_guard(guards.ID_MATCH))
             return value.value
     raise _NotKnownError(value)
+
+
+def value_of(tracer: Any, variable: Any) -> Any:
+    """A value of which the traced code is made for this one alone; None for any other."""
+    try:
+        found = _argument(tracer, variable, [])
+    except (_NotKnownError, NotImplementedError):
+        return None
+    return None if isinstance(found, (_Operand, _Parameter, _Made)) else found
 
 
 def _constant(tracer: Any, value: Any) -> Any:

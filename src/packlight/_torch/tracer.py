@@ -5,6 +5,7 @@ Nothing here imports the tracer, which takes a second, before it is used.
 
 import contextlib
 import functools
+import itertools
 import sys
 import threading
 import warnings
@@ -89,7 +90,9 @@ class _Nodes(threading.local):
 
     run = False
     scopes: tuple[int, ...] = (0,)  # that of code between nodes, and of what is not compiled
-    places: Iterator[int] = iter(())
+    places: Iterator[int] = itertools.count(1 << 32)  # of code between nodes
+    seeds: tuple[torch.Tensor, int] | None = None  # and which of the graph's they are
+    asked = False  # for seeds
     said: str | None = None
 
 
@@ -97,14 +100,40 @@ _nodes = _Nodes()
 
 
 @contextlib.contextmanager
-def running_a_node(scopes: tuple[int, ...], places: Iterator[int]) -> Iterator[None]:
+def running_a_node(
+    scopes: tuple[int, ...], places: Iterator[int], seeds: tuple[torch.Tensor, int] | None
+) -> Iterator[None]:
     """What runs is part of a compiled graph, also where a graph runs as it was traced."""
-    before = _nodes.run, _nodes.scopes, _nodes.places
-    _nodes.run, _nodes.scopes, _nodes.places = True, scopes, places
+    before = _nodes.run, _nodes.scopes, _nodes.places, _nodes.seeds
+    _nodes.run, _nodes.scopes, _nodes.places, _nodes.seeds = True, scopes, places, seeds
     try:
         yield
     finally:
-        _nodes.run, _nodes.scopes, _nodes.places = before
+        _nodes.run, _nodes.scopes, _nodes.places, _nodes.seeds = before
+
+
+# How many seeds a graph draws by one operator.
+SEEDS_AT_ONCE = 256
+
+
+def seeds_of_graph(place: int) -> tuple[torch.Tensor, int] | None:
+    """Seeds that the graph draws, and where among them is that of a place; None if it is not there.
+
+    The tracer is told that the node wants them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    _nodes.asked = True
+    number, within = divmod(place, SEEDS_AT_ONCE)
+    if _nodes.seeds is None or _nodes.seeds[1] != number:
+        return None
+    return _nodes.seeds[0], 2 * within
+
+
+def asked_for_seeds() -> bool:
+    """Whether a node has, since this was last asked."""
+    found, _nodes.asked = _nodes.asked, False
+    return found
 
 
 def scopes() -> tuple[int, ...]:
@@ -127,8 +156,8 @@ def next_place() -> int:
     """A number that no other call in the graph that is traced gets, the same for each run of it."""
     if torch.compiler.is_dynamo_compiling():
         number: int = ask("fresh_number", 0)
-        return number << 10
-    return next(_nodes.places, 0)
+        return -number  # those of nodes are not negative
+    return next(_nodes.places)
 
 
 def is_traced() -> bool:

@@ -140,7 +140,7 @@ def _post_norm(
     dtype: torch.dtype,
     method: GroupQuant,
     seeds: tuple[Seed, Seed],
-) -> tuple[Tensor, Tensor, list[Tensor], Kept, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], Kept, Tensor | None]:
     if method.scales_channels:
         return post_norm.plain_forward(x, residual, weight, bias, p, eps, dtype, method, seeds)
     groups = _row_groups(x.shape[-1], method)

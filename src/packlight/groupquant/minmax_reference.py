@@ -112,8 +112,9 @@ def decode(
     Unless those in place of infinities will do, as they do for derivatives, groups with any come
     back as NaN.
     """
-    low = (words & -65536).view(torch.float32).view(-1, 1)
-    step = (words << 16).view(torch.float32).view(-1, 1)
+    words = words.view(-1, 1)
+    low = (words & -65536).view(torch.float32)
+    step = (words << 16).view(torch.float32)
     step = step.abs() if replaced else torch.where(step < 0, torch.nan, step)
     half_low, half_step = low * 0.5, step * 0.5  # the product of whole ones may overflow
     if seed is None:

@@ -24,12 +24,15 @@ def to_bytes(numbers: Tensor, bits: int) -> Tensor:
 def from_bytes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     """The inverse of `to_bytes`: codes [groups, group_size] of uint8."""
     bytes_ = codes.view(-1, group_size * bits // 8)
-    numbers = codes.new_zeros(len(bytes_), group_size)
+    numbers: Tensor | None = None
     first = start = 0
     for width in PLANES[bits]:
         length = group_size * width // 8
         byte = bytes_[:, None, start : start + length]
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device).view(-1, 1)
-        numbers |= ((byte >> shifts) & (2**width - 1)).reshape(-1, group_size) << first
+        plane = ((byte >> shifts) & (2**width - 1)).reshape(-1, group_size)
+        # A compiler has each operation to trace, so none is without effect.
+        numbers = plane if numbers is None else numbers | (plane << first)
         first, start = first + width, start + length
+    assert numbers is not None
     return numbers

@@ -54,7 +54,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     It would keep a 16-bit copy of each weight until its context ends, for the next reader of the
     weight, which few have: at the end of a forward pass, where memory is highest, those of all.
     """
-    if torch.compiler.is_dynamo_compiling() or not torch.is_autocast_cache_enabled():
+    if _torch.is_traced() or not torch.is_autocast_cache_enabled():
         return F.linear(x, weight, bias)
     torch.set_autocast_cache_enabled(False)
     try:

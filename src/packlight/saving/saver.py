@@ -125,8 +125,10 @@ class Saver:
         """Runs a torch function, and packs what it saved."""
         thread = self.thread
         name = getattr(func, "__name__", "")
-        # Reading an attribute is no call: another hook may read one between two hooks of ours.
-        if thread.is_ours or name == "__get__":
+        # Reading an attribute is no call: another hook may read one between two hooks of ours. Nor is
+        # writing one: torch does so while it gives a view that was written to a node, and whoever
+        # asks the view for its node then waits without end.
+        if thread.is_ours or name in ("__get__", "__set__"):
             return func(*args, **kwargs)
         arguments = (*args, *kwargs.values())
         if thread.compiled or thread.waiting:

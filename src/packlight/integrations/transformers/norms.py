@@ -28,7 +28,14 @@ from packlight.integrations._copies import is_copy, once_a_class
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import InvertedNorm
-from packlight.layers.norms import as_rows, norm_rows, own_parameters, rms_norm, row_norm_of
+from packlight.layers.norms import (
+    as_rows,
+    norm_rows,
+    own_parameters,
+    rms_norm,
+    row_norm_of,
+    shaped_as,
+)
 from packlight.method import Method, Rule, Swap, rule_finder
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser
@@ -119,7 +126,7 @@ class _RoundedNorm(torch.autograd.Function):
             dy, kept, rstd, weight, False, needs_weight, False, method
         )
         return (
-            dx.view(grad_output.shape).to(dtype) if needs_x else None,
+            shaped_as(dx, grad_output).to(dtype) if needs_x else None,
             dweight.to(weight.dtype) if needs_weight else None,
             *[None] * 4,
         )
