@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from packlight._checks import without_autocast
 from packlight.elementwise.limits import GREATEST, Limits
 from packlight.groupquant.draws import signs
 from packlight.groupquant.grouping import Grouping
@@ -82,10 +83,11 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 def transform(x: Tensor) -> Tensor:
     """H x of each row of 16-bit `x`, in float32: between its eighths in the dtype of `x`."""
     size = x.shape[1] // 8
-    for step in range(3):
-        low, high = x.view(-1, 4 >> step, 2, size << step).unbind(2)
-        x = torch.stack([low + high, low - high], 2)
-    return (x.view(-1, size).float() @ hadamard(size, x.device)).view(-1, 8 * size)
+    with without_autocast(x.device.type):
+        for step in range(3):
+            low, high = x.view(-1, 4 >> step, 2, size << step).unbind(2)
+            x = torch.stack([low + high, low - high], 2)
+        return (x.view(-1, size).float() @ hadamard(size, x.device)).view(-1, 8 * size)
 
 
 def nearest_bfloat16(x: Tensor) -> Tensor:

@@ -128,8 +128,8 @@ def _kind_of(a: Any, b: Any, method: Quantiser) -> _Kind:
 @_torch.question
 def kind_of_product(tracer: Any, a: Any, b: Any, method: Any) -> _Kind | None:
     kept = _torch.value_of(tracer, method)
-    factors = [_tracer.fake_of(x) if issubclass(x.python_type(), Tensor) else None for x in (a, b)]
-    return None if kept is None else _kind_of(*factors, kept)
+    one, two = (_tracer.fake_of(x) if issubclass(x.python_type(), Tensor) else None for x in (a, b))
+    return None if kept is None else _kind_of(one, two, kept)
 
 
 @_torch.one_node
