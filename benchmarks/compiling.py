@@ -34,9 +34,10 @@ WAYS: dict[str, dict[str, Any] | None] = {
 def model_of(name: str, layers: int, width: int) -> nn.Module:
     torch.manual_seed(0)
     heads = max(2, width // 64)
-    common = {"vocab_size": 1024, "use_cache": False}
+    common: dict[str, Any] = {"vocab_size": 1024, "use_cache": False}
+    models: Any = transformers
     if name == "llama":
-        config: Any = transformers.LlamaConfig(
+        config = models.LlamaConfig(
             hidden_size=width,
             intermediate_size=3 * width,
             num_hidden_layers=layers,
@@ -44,14 +45,14 @@ def model_of(name: str, layers: int, width: int) -> nn.Module:
             num_key_value_heads=heads,
             **common,
         )
-        return transformers.LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+        return models.LlamaForCausalLM(config)  # type: ignore[no-any-return]
     if name == "gpt2":
-        config = transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads, **common)
-        return transformers.GPT2LMHeadModel(config)
-    config = transformers.T5Config(
+        config = models.GPT2Config(n_embd=width, n_layer=layers, n_head=heads, **common)
+        return models.GPT2LMHeadModel(config)  # type: ignore[no-any-return]
+    config = models.T5Config(
         d_model=width, d_kv=64, d_ff=2 * width, num_layers=layers // 2, num_heads=heads, **common
     )
-    return transformers.T5ForConditionalGeneration(config)
+    return models.T5ForConditionalGeneration(config)  # type: ignore[no-any-return]
 
 
 def cpu_seconds() -> float:
@@ -90,9 +91,10 @@ def main() -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if given.model == "gpt2":
-        for block in plain.transformer.h:  # type: ignore[union-attr]
+        blocks: Any = plain.transformer
+        for block in blocks.h:
             block.attn.config.attn_pdrop = 0.0
-    model = copy.deepcopy(plain)
+    model: Any = copy.deepcopy(plain)
     options = WAYS[given.way]
     if options is not None:
         packlight.convert(model, packlight.GroupQuant(bits=4), **options)

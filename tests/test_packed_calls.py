@@ -392,3 +392,18 @@ def test_unbiased_at_4_bits():
     draws = torch.stack([run(model, (a, b))[1][0] for _ in range(64)])
     error = (draws.mean(0) - exact).norm()
     assert error < 2 * draws.std(0).norm() / 8
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_runs_once_more_in_a_checkpoint(reentrant):
+    model = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    convert(model, NEAREST, functional=True)
+    x = torch.randn(BATCH, TOKENS, 64, requires_grad=True)
+    found = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        model.zero_grad()
+        x.grad = None
+        run(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

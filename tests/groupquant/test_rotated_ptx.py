@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, SURVEY, TURN
+from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, LIMIT, SURVEY, TURN
 from packlight.groupquant.rotated_reference import codes, from_bytes, levels, pieces, to_bytes
 
 every_bits = pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -41,7 +41,8 @@ def operation(name, *numbers):
             "sub": lambda: a - b,
             "mul": lambda: a * b,
             "fma": lambda: a * b + c[0],
-            "max": lambda: torch.maximum(a.abs(), b.abs()) * (a.sign() * b.sign()),
+            "max": lambda: greatest(a, b, "abs" in options),
+            "min": lambda: torch.minimum(a, b),
         }[kind]()
         value = value.clamp(0, 1) if "sat" in options else value
         return value.to(dtype).view(torch.int16).numpy().view(numpy.uint32)
@@ -63,6 +64,12 @@ def operation(name, *numbers):
         "shr": lambda: a >> b[0],
         "mad": lambda: a * b[0] + b[1],
     }[kind]()
+
+
+def greatest(a, b, magnitude):
+    if magnitude:
+        return torch.maximum(a.abs(), b.abs()) * (a.sign() * b.sign())
+    return torch.fmax(a, b)
 
 
 def registers_of(x):
@@ -96,6 +103,16 @@ def test_parts_are_signed_and_turned():
     z, (halfwords, signs) = torch.randn(8, 64).bfloat16(), drawn(64)
     found = run(TURN, [*registers_of(z), *registers_of(halfwords)], 8)
     assert torch.equal(numbers_of(found, torch.bfloat16), turned(z * signs))
+
+
+def test_limits_are_kept_and_what_is_not_finite_is_seen():
+    x, bound = (torch.randn(8, 64) * 3).bfloat16(), torch.full((1, 64), -1.5).bfloat16()
+    x[3, 5], x[2, 6] = torch.nan, -torch.inf
+    given = [number for rows in (x, bound) for number in registers_of(rows)]
+    *found, least = numbers_of(run(LIMIT, given, 9), torch.bfloat16)
+    assert torch.equal(torch.stack(found), torch.fmax(x, bound))
+    assert torch.equal(least.isnan(), x.isnan().any(0))
+    assert torch.equal(least.nan_to_num(), x.amin(0).nan_to_num())
 
 
 def test_sums_and_greatest_magnitudes_are_those_of_all_parts():

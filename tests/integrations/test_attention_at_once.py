@@ -21,11 +21,6 @@ NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
 WIDTH = 64
 
 
-@pytest.fixture(autouse=True)
-def _parts_run_attention_again_too(monkeypatch):
-    monkeypatch.setattr(sdpa, "STATISTIC_BITS", 9)
-
-
 def bert(kind=RobertaSelfAttention):
     config = transformers.RobertaConfig(
         hidden_size=WIDTH, num_attention_heads=2, attention_probs_dropout_prob=0.0
@@ -280,10 +275,24 @@ def test_what_layers_refuse_is_refused(name):
     y.sum().backward()
 
 
+@every_kind
+def test_where_attention_keeps_its_statistic_its_own_function_runs(name, monkeypatch):
+    module, _ = converted(KINDS[name][0])
+    monkeypatch.setattr(sdpa, "STATISTIC_KEYS", 4)
+    y, gradients = run(module, sample())
+    found = nodes(y)
+    assert "_KeptAttentionBackward" in found
+    assert not found & {"_WholeAttentionBackward", "_AttentionBackward"}
+    expected, others = run(one_by_one(copy.deepcopy(module)), sample())
+    assert relative_error(y, expected) <= 1e-5
+    for a, b in zip(gradients, others, strict=True):
+        assert relative_error(a, b) <= 1e-5
+
+
 def test_without_covered_calls_attention_of_timm_keeps_what_torch_keeps():
     torch.manual_seed(0)
     module = block()
-    packlight.convert(module, NEAREST)
+    packlight.convert(module, NEAREST, functional=False)
     y = module(sample())
     assert not {"_AttentionBackward", "_WholeAttentionBackward"} & nodes(y)
     assert any("ScaledDotProduct" in node for node in nodes(y))

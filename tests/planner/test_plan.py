@@ -94,6 +94,11 @@ def test_a_plan_converts_and_saves(tmp_path: pathlib.Path) -> None:
     assert after <= 0.5 * plan.plain.kept
     plan.save(tmp_path / "plan.toml")
     assert packlight.load_methods(tmp_path / "plan.toml") == dict(plan)
+    saved = packlight.load_methods(tmp_path / "plan.toml")
+    assert saved.head == plan.head
+    packlight.revert(model)
+    packlight.convert(model, saved, strict=False)
+    assert conversion.bytes(tokens).after.activation_bytes == after
     text = str(plan)
     for part in ("blocks.0", "the peak is in the", "times measured"):
         assert part in text

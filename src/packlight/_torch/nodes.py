@@ -294,7 +294,8 @@ def _argument(tracer: Any, value: Any, tensors: list[Any]) -> Any:
         if value.source is None:
             fields = [_attribute(tracer, value, name) for name in names]
             return _of_parts(tracer, functools.partial(_object, kind, names), fields, tensors)
-        if kind.__dataclass_params__.frozen:
+        parameters: Any = vars(kind).get("__dataclass_params__")
+        if parameters is not None and parameters.frozen:
             # One guard: methods that are equal are one object (`method.the_one`).
             install_guard(value.source.make_guard(guards.ID_MATCH))
             return value.value
@@ -348,11 +349,12 @@ def _module(tracer: Any, value: Any, tensors: list[Any]) -> _Made:
     module = getattr(value, "value", None)
     if not isinstance(module, nn.Module) or module._modules or value.source is None:
         raise _NotKnownError(value)
-    read = _names_read(type(module))
-    kinds = ({**vars(module)}, module._parameters, module._buffers)
-    names = [[name for name in kind if name in read] for kind in kinds]
-    parts = [_attribute(tracer, value, name) for kind in names for name in kind]
-    make = functools.partial(_stand_in, type(module), names)
+    kind: Any = type(module)
+    read = _names_read(kind)
+    groups = (vars(module), module._parameters, module._buffers)
+    names = [[name for name in group if name in read] for group in groups]
+    parts = [_attribute(tracer, value, name) for group in names for name in group]
+    make = functools.partial(_stand_in, kind, names)
     return _of_parts(tracer, make, parts, tensors)
 
 

@@ -42,7 +42,7 @@ PLAIN = tl.constexpr(2)
 
 
 @triton.jit
-def _lower(a, b):
+def lower_of(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -69,8 +69,8 @@ def group_range(
         if p == 0:
             low, high = below, above
         else:
-            low, high = _lower(low, below), _higher(high, above)
-    low, high = tl.reduce(low, 1, _lower), tl.reduce(high, 1, _higher)
+            low, high = lower_of(low, below), _higher(high, above)
+    low, high = tl.reduce(low, 1, lower_of), tl.reduce(high, 1, _higher)
     replaced = tl.zeros(room.shape, dtype=tl.int1)
     if LIMITED != 0:
         lowest, highest, instead_below, instead_above, edge = within

@@ -12,12 +12,12 @@ ROTATED = tl.constexpr(_ROTATED)
 
 
 @triton.jit
-def packed_tile(tile, DTYPE: tl.constexpr, CODE: tl.constexpr):
+def packed_tile(tile, dtype: tl.constexpr, CODE: tl.constexpr):
     """What `store_codes` is to be given of a tile that came of a tensor of this dtype.
 
     A rotated pack takes bfloat16 numbers as they are, two an instruction.
     """
-    if CODE != ROTATED or DTYPE != tl.bfloat16:
+    if CODE != ROTATED or dtype != tl.bfloat16:
         return tile_to_float32(tile)
     elif tile[0].dtype == tl.bfloat16:
         return tile

@@ -192,7 +192,10 @@ def _launch_shape(grouping: Grouping, rows: int) -> tuple[int, int, bool, int, i
     """The stripe, bundles a row, whether they are whole, warps, programs, and rows a program."""
     bundle = 8 * grouping.size
     nq = triton.next_power_of_2(-(-grouping.width // bundle))
-    places = PLACES[grouping.code] if grouping.code == ROTATED else 32
+    if grouping.code == ROTATED:
+        places = PLACES[grouping.code]
+    else:  # of eight rows at a time there are few programs, so each has more threads
+        places = 64 if rows == 1 else 32
     warps = max(1, min(16, nq * grouping.size // places))
     stripe = grouping.rows // rows
     steps = -(-stripe // max(1, min(stripe, PROGRAMS * 4 // warps)))

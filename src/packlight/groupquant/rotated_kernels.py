@@ -14,13 +14,15 @@ from packlight.elementwise.limits import GREATEST as _GREATEST
 from packlight.groupquant.draw_kernels import group_hashes, load_seed, sign_halves, store_seed
 from packlight.groupquant.minmax_kernels import (
     INFINITY,
+    LOWER,
     REPLACES,
     SEED_WORDS,
     group_range,
     limited_to,
+    lower_of,
     scale_of,
 )
-from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, INPUTS, SURVEY, TURN
+from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, INPUTS, LIMIT, SURVEY, TURN
 from packlight.groupquant.rotated_reference import FORMULAS, LEAST
 from packlight.groupquant.tile_kernels import part_there, tile_to_float32, to_float32
 
@@ -31,6 +33,7 @@ LASTS = tl.constexpr(tuple(FORMULAS[bits].last for bits in (1, 2, 3, 4)))
 ENCODE_PTX = tl.constexpr(ENCODE)
 DECODE_PTX = tl.constexpr(DECODE)
 TURN_PTX = tl.constexpr(TURN)
+LIMIT_PTX = tl.constexpr(LIMIT)
 SURVEY_PTX = tl.constexpr(SURVEY)
 DIFFER_PTX = tl.constexpr(DIFFER)
 INPUTS_PTX = tl.constexpr(INPUTS)
@@ -42,16 +45,16 @@ NARROW = tl.constexpr(16)
 
 
 @triton.jit
-def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr):
     """What `product` multiplies by: the Hadamard matrix of SIZE, as often as tensor cores ask."""
     WIDTH: tl.constexpr = SIZE if SIZE >= NARROW or NQ * SIZE < NARROW else NARROW
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
     # Bit v of the constant is the parity of the bits of v; it becomes the sign of 1.
     parity = (0x69969669 ^ -1) >> (i & j & (SIZE - 1))
-    if DTYPE == tl.float32:
+    if dtype == tl.float32:
         matrix = 1.0 - 2.0 * (parity & 1).to(tl.float32)
-    elif DTYPE == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         matrix = (((parity << 15) & 0x8000) | 0x3F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         matrix = (((parity << 15) & 0x8000) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
@@ -73,26 +76,26 @@ def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def across(parts, DTYPE: tl.constexpr):
-    """Eight tensors times the Hadamard matrix of eight, rounded to DTYPE at each step."""
+def across(parts, dtype: tl.constexpr):
+    """Eight tensors times the Hadamard matrix of eight, rounded to dtype at each step."""
     for step in tl.static_range(3):
         sums = ()
         for p in tl.static_range(8):
             if p & (1 << step) == 0:
-                sums = sums + (rounded(parts[p] + parts[p ^ (1 << step)], DTYPE),)
+                sums = sums + (rounded(parts[p] + parts[p ^ (1 << step)], dtype),)
             else:
-                sums = sums + (rounded(parts[p ^ (1 << step)] - parts[p], DTYPE),)
+                sums = sums + (rounded(parts[p ^ (1 << step)] - parts[p], dtype),)
         parts = sums
     return parts
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """`x` to the precision of DTYPE: bfloat16 in float32, in which the interpreter can reckon."""
-    if DTYPE == tl.bfloat16:
+def rounded(x, dtype: tl.constexpr):
+    """`x` to the precision of dtype: bfloat16 in float32, in which the interpreter can reckon."""
+    if dtype == tl.bfloat16:
         return nearest_bfloat16(x).to(tl.float32, bitcast=True)
     else:
-        return x.to(DTYPE)
+        return x.to(dtype)
 
 
 @triton.jit
@@ -230,6 +233,27 @@ def power_of_two(greatest):
 
 
 @triton.jit
+def limited_below(x, within):
+    """A tile of bfloat16 numbers where limits ask for no more than LOWER, and whether that holds
+    of what is not finite.
+    """
+    lowest, _, below, _, _ = within
+    bound = tl.full(x[0].shape, lowest, tl.float32).to(tl.bfloat16)
+    found = tl.inline_asm_elementwise(
+        LIMIT_PTX, INPUTS_PTX[9] + ",r,r,r,r,r,r,r,r,r",
+        [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], bound],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16) * 3, is_pure=True, pack=2,
+    )  # fmt: skip
+    low = tl.reduce(to_float32(found[8]), 1, lower_of)
+    # A NaN is none of them, and -inf only where something stands for it.
+    whole = low >= tl.where(below == below, -INFINITY, -GREATEST)
+    limited = (
+        found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]
+    )  # fmt: skip
+    return limited, whole
+
+
+@triton.jit
 def turned_pairs(x, seed, group, SIZE: tl.constexpr):
     """As `turned_values`, of whole groups of bfloat16 numbers, two an instruction.
 
@@ -313,7 +337,10 @@ def store_rotated(
     store_seed(scales_ptr, seed, group)
     NARROW_TILE: tl.constexpr = PTX and FULL and tile[0].dtype == tl.bfloat16
     values = tile
-    if LIMITED != 0 or not NARROW_TILE:
+    whole = tl.full([NQ], True, tl.int1)
+    if NARROW_TILE and LIMITED == LOWER:
+        values, whole = limited_below(tile, within)
+    elif LIMITED != 0 or not NARROW_TILE:
         values = tile_to_float32(tile)
         if LIMITED != 0:
             low, high, replaced = group_range(values, 0, room, within, SIZE, 8, LIMITED, FULL)
@@ -330,6 +357,7 @@ def store_rotated(
         parts, squares, unit, mean_bits, finite = turned_values(
             values, seed, group, room, low, high, SIZE, LIMITED, FULL
         )
+    finite &= whole
     if LIMITED != 0:
         finite &= high * 0.5 - low * 0.5 < INFINITY
     mean = mean_bits.to(tl.float32, bitcast=True)

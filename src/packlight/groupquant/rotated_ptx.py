@@ -96,6 +96,20 @@ def survey() -> str:
     return text.text(["a", "b"])
 
 
+def limit() -> str:
+    """Of bfloat16 numbers of eight parts and a bound: those above it, and the least before."""
+    text = _Text()
+    text.add("mov.b32 a, $9")
+    for p in _PARTS:
+        text.add(f"max.bf16x2 b{p}, ${9 + p}, $17")
+        if p > 0:
+            text.add(f"min.NaN.bf16x2 a, a, ${9 + p}")
+    for p in _PARTS:
+        text.add(f"mov.b32 ${p}, b{p}")
+    text.add("mov.b32 $8, a")
+    return text.text(["a", *(f"b{p}" for p in _PARTS)])
+
+
 def differ() -> str:
     """Of x of eight parts, a factor, a term and signs: d = x factor + term, signed and turned.
 
@@ -238,6 +252,7 @@ def decode(bits: int) -> str:
 
 
 TURN = turn()
+LIMIT = limit()
 SURVEY = survey()
 DIFFER = differ()
 ENCODE = tuple(encode(bits) for bits in (1, 2, 3, 4))

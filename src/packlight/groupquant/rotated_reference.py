@@ -17,8 +17,9 @@ are bfloat16 numbers in one int32 word, the mean in the high half.
 Without the mean a group far from 0 would spend its codes on that; without signs one whose values
 are alike would be turned into few large ones.
 
-x and m are divided by a power of two near the greatest magnitude. d is a bfloat16
-number from there to the product on tensor cores; what follows, and from the code on, is float16. A group with a NaN or an infinity has a mean of NaN.
+x and m are divided by a power of two near the greatest magnitude. d is a bfloat16 number from there
+to the product on tensor cores; what follows, and from the code on, is float16. A group with a NaN
+or an infinity has a mean of NaN.
 
 A group has eight parts, one after the other, and a place is one element of each. The codes of a
 place are one integer of 8 b bits, the code of part p in bits from b p up. Its `pieces` are the low
@@ -31,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from packlight._checks import without_autocast
 from packlight.elementwise.limits import GREATEST, Limits
 from packlight.groupquant.draws import signs
 from packlight.groupquant.grouping import Grouping
@@ -81,10 +83,11 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 def transform(x: Tensor) -> Tensor:
     """H x of each row of 16-bit `x`, in float32: between its eighths in the dtype of `x`."""
     size = x.shape[1] // 8
-    for step in range(3):
-        low, high = x.view(-1, 4 >> step, 2, size << step).unbind(2)
-        x = torch.stack([low + high, low - high], 2)
-    return (x.view(-1, size).float() @ hadamard(size, x.device)).view(-1, 8 * size)
+    with without_autocast(x.device.type):
+        for step in range(3):
+            low, high = x.view(-1, 4 >> step, 2, size << step).unbind(2)
+            x = torch.stack([low + high, low - high], 2)
+        return (x.view(-1, size).float() @ hadamard(size, x.device)).view(-1, 8 * size)
 
 
 def nearest_bfloat16(x: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def nearest_bfloat16(x: Tensor) -> Tensor:
 def levels(numbers: Tensor, bits: int) -> Tensor:
     """The level of each code, float16."""
     formula = FORMULAS[bits]
-    s = ((numbers.float() - (2**bits - 1) / 2) * formula.step).half()
+    s: Tensor = ((numbers.float() - (2**bits - 1) / 2) * formula.step).half()
     if not formula.smooth:
         return s
     square = (s * s).float()
@@ -113,7 +116,8 @@ def codes(y: Tensor, bits: int) -> Tensor:
         value = (u * u).float() * (3 * top - 2 * top * u.float()).half().float()
     else:
         value = u.float() * top
-    return value.nan_to_num(0.0).round().to(torch.uint8)
+    found: Tensor = value.nan_to_num(0.0).round().to(torch.uint8)
+    return found
 
 
 def to_bytes(numbers: Tensor, bits: int) -> Tensor:
@@ -141,8 +145,8 @@ def from_bytes(bytes_: Tensor, bits: int, group_size: int) -> Tensor:
             whole |= piece[..., byte] << (first + 8 * byte)
         first += width
     shifts = bits * torch.arange(8, device=bytes_.device).view(8, 1)
-    numbers = (whole.unsqueeze(1) >> shifts) & (2**bits - 1)
-    return numbers.to(torch.uint8).view(-1, group_size)
+    numbers: Tensor = ((whole.unsqueeze(1) >> shifts) & (2**bits - 1)).to(torch.uint8)
+    return numbers.view(-1, group_size)
 
 
 def encode(

@@ -40,6 +40,11 @@ class Known(NamedTuple):
         return self.x
 
 
+def known(x: Tensor) -> Known:
+    """What comes into a block."""
+    return Known(x, sharing.pack_of(x))
+
+
 class Block(nn.Module):
     """The forward of a residual block, by `run`; its own code where `run` does not apply.
 

@@ -31,7 +31,8 @@ def multi_head_attention_forward(*args: Any, method: Quantiser, **kwargs: Any) -
     draws = bool(given.get("training", True) and given["dropout_p"])
 
     def call(*found: Tensor) -> Any:
-        return F.multi_head_attention_forward(**dict(zip(names, found, strict=True)), **others)
+        given: dict[str, Any] = {**dict(zip(names, found, strict=True)), **others}
+        return F.multi_head_attention_forward(**given)
 
     if (
         _torch.is_traced()

@@ -49,7 +49,7 @@ class _Replayed(torch.autograd.Function):
         kept: _Operands,
         draws: bool,
         count: int,
-        *given: Tensor | None,
+        *given: Any,
     ) -> Any:
         operands, tensors = given[:count], given[count:]
         ctx.draws = draws_at(operands[0]) if draws else None

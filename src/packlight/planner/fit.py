@@ -196,8 +196,7 @@ def fit(
             found = _extremes(study, choice, inputs, kwargs, usable, longest)
         rows.append(_row(choice.name, choice.code, timelines[choice.name], usable, found))
     if plan is not None:
-        code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), functional=True'
-        code += ", head=True, strict=False)" if study.head else ", strict=False)"
+        code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), strict=False)'
         none: dict[str, int | None] = {"batch": None, "sequence": None}
         rows.append(_row("plan", code, plan.timeline, usable, none))
     return Fit(

@@ -179,7 +179,7 @@ class Saver:
     def _pack(self, tensor: Tensor, number: int, frame: types.FrameType) -> Holder:
         thread = self.thread
         self.has_saved = True
-        self.seen_bytes += tensor.nbytes
+        self.seen_bytes += tensor.numel() * tensor.element_size()  # sparse ones have no nbytes
         holder = hold_exactly(tensor)
         if not self._may_pack(tensor):
             return holder

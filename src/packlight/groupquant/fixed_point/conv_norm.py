@@ -18,6 +18,7 @@ from torch import Tensor
 from packlight import _torch
 from packlight._checks import refuse_second_derivative, saved_with_weight
 from packlight._gradients import recast
+from packlight._overwrite import writable
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, grade
 from packlight.groupquant.fixed_point.relu import times_mask
@@ -53,6 +54,8 @@ class _ConvNorm(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         y = geometry.forward(x, weight, bias)  # autocast casts in here, and keeps no copy
+        if y._is_view():  # of one axis, which torch makes of two
+            y = writable(y)
         if other is None:
             made = ops.batch_norm_(y, gamma, beta, *norm, relu)
         else:

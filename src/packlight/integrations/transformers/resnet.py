@@ -9,7 +9,7 @@ from packlight._classes import joined, origin
 from packlight.calls import is_bare
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.integrations._copies import is_copy, once_a_class
-from packlight.integrations._residual import Block, Known, conv_norm_act, end, passes
+from packlight.integrations._residual import Block, Known, conv_norm_act, end, known, passes
 from packlight.method import Method, Rule, Swap, rule_finder
 
 
@@ -28,7 +28,7 @@ class FixedPointResidualLayer(Block):
 
     def run(self: Any, x: Tensor, covered: bool) -> Tensor:
         *layers, last = self.layer
-        first = at = Known(x)
+        first = at = known(x)
         for each in layers:
             at = conv_norm_act(at, each.convolution, each.normalization, each.activation)
         term = self.shortcut
