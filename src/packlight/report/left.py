@@ -83,7 +83,7 @@ class Left:
         ]
         if packed:
             size = sum(row.bytes for row in packed)
-            lines.append((size, [cell("packs, codes, bits"), "", "", packed[0].remedy]))
+            lines.append((size, [cell("packs"), "", "", packed[0].remedy]))
         for size, cells in sorted(lines, key=lambda line: line[0], reverse=True):
             table.add_row(human_bytes(size), percent(size / after), *cells)
         if others:
