@@ -933,8 +933,9 @@ def test_the_conversion_says_which_calls_keep_other_bits():
         return conversion.functional_bits
 
     methods = GroupQuant(bits=4, code="minmax"), FewBit(bits=3)
-    assert bits(*methods) == {"scaled_dot_product_attention": 8}
-    assert bits(GroupQuant(bits=2, code="rotated")) == {"scaled_dot_product_attention": 4}
+    of_attention = "scaled_dot_product_attention", "multi_head_attention_forward"
+    assert bits(*methods) == dict.fromkeys(of_attention, 8)
+    assert bits(GroupQuant(bits=2, code="rotated")) == dict.fromkeys(of_attention, 4)
     assert bits(GroupQuant(bits=8)) == {}
     assert bits(FewBit(bits=3)) == {"prelu": 4}  # a pack for its slopes
 

@@ -147,7 +147,7 @@ def test_functions_and_attention_have_rotated_packs():
     assert method.for_functions() == method.for_pixels() == GroupQuant(2, code="rotated")
     assert method.for_norms() == method
     assert method.for_attention() == GroupQuant(4, code="rotated")
-    assert method.for_scores() == GroupQuant(8)
+    assert method.for_scores() == GroupQuant(8, code="minmax")
     model = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.LayerNorm(64))
     packlight.convert(model, GroupQuant(1, code="scaled"))
     assert [layer.method.code for layer in model] == ["scaled", "rotated", "scaled"]
