@@ -24,8 +24,7 @@ import itertools
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,7 +96,6 @@ RUNS = {
     "preact29": ["exact", *PREACT_CONVERSIONS],
     "vit": ["exact", *VIT_CONVERSIONS],
 }
-ON_GPU = torch.cuda.is_available()
 BATCH = 256
 # The images at hand are JPEG copies of CIFAR-10, which cost about 3 points: 40 epochs end at 91.4%.
 EPOCHS = {"resnet18": 60, "preact29": 12, "vit": 30}
@@ -228,12 +226,12 @@ def batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tuple
 def accuracy(model: nn.Module, data: Data, size: int, device: str) -> float:
     """Share of the test images that the model puts into their class."""
     model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=device)
+    right = 0
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         for images, labels in zip(data.test.split(size), data.test_labels.split(size), strict=True):
-            right += (model(_normalise(images)).argmax(1) == labels).sum()
+            right += int((model(_normalise(images)).argmax(1) == labels).sum())
     model.train()
-    return int(right) / len(data.test)
+    return right / len(data.test)
 
 
 def replayed(
@@ -274,34 +272,8 @@ def is_calibrated_before(epoch: int, method: str) -> bool:
     return method == CALIBRATED and epoch > 0 and (epoch == 1 or epoch % CALIBRATE_EVERY == 0)
 
 
-def together(runs: Sequence[Generator[None, None, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What trainings return, their steps in turn: on a GPU each on a stream of its own.
-
-    Kernels of small networks leave most of a GPU to those of others.
-    """
-    in_turn = [torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else nullcontext() for _ in runs]
-    results: dict[int, dict[str, Any]] = {}
-    while len(results) < len(runs):
-        for number, (run, stream) in enumerate(zip(runs, in_turn, strict=True)):
-            if number not in results:
-                with stream:
-                    try:
-                        next(run)
-                    except StopIteration as end:
-                        results[number] = end.value
-    return [results[number] for number in range(len(runs))]
-
-
 def train(name: str, method: str, seed: int, data: Data, epochs: int) -> dict[str, Any]:
     """Trains once and returns what goes into the row."""
-    [row] = together([training(name, method, seed, data, epochs)])
-    return row
-
-
-def training(
-    name: str, method: str, seed: int, data: Data, epochs: int
-) -> Generator[None, None, dict[str, Any]]:
-    """A training that stops after each step, and returns what goes into the row."""
     device = data.train.device.type
     torch.manual_seed(seed)
     model = network(name, method).to(device, memory_format=torch.channels_last)
@@ -314,7 +286,7 @@ def training(
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
     else:
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0}]
-        optimizer = torch.optim.AdamW(groups, lr=rate, fused=device == "cuda")
+        optimizer = torch.optim.AdamW(groups, lr=rate)
     steps = len(data.train) // BATCH * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=0.25, cycle_momentum=False
@@ -353,7 +325,6 @@ def training(
             optimizer.step()
             schedule.step()
             count += 1
-            yield
         losses.append(total.item() / count)
         seconds += time.perf_counter() - started  # the loss was waited for
         accuracies.append(accuracy(model, data, BATCH, device))

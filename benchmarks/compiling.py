@@ -1,6 +1,6 @@
 """How long a model takes to compile, and its steps then, beside the plain model.
 
-    python -m benchmarks.compiling llama functional [--layers 4] [--backend inductor]
+    python -m benchmarks.compiling llama functional [--layers 4] [--device cuda] [--backend NAME]
 
 Prints one line of JSON: CPU seconds of the first step (the process's own and those of compilers
 that it starts), milliseconds of a step, and the cosine of its gradient with the uncompiled plain

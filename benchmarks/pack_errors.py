@@ -46,7 +46,7 @@ CODES: dict[str, dict[str, Any]] = {
 }
 BATCH = 16
 # Of the GPT whose attention is looked at.
-GPT = {"layers": 4, "width": 256, "heads": 4, "context": 128, "batch": 16, "steps": 200}
+GPT = {"layers": 4, "width": 192, "heads": 3, "context": 128, "batch": 8, "steps": 150}
 
 
 def method(code: str, bits: int) -> GroupQuant:

@@ -25,7 +25,7 @@ WARPS = (2, 4, 8)
 
 def set_all(setting: kernels.Setting) -> None:
     """Has packing and unpacking launched so."""
-    kernels.PACK = kernels.UNPACK = kernels.REBUILD = setting
+    kernels.PACK = kernels.UNPACK = kernels.REBUILD = kernels.TURNED = setting
     kernels._quantize_launch.cache_clear()
     kernels._dequantize_launch.cache_clear()
 

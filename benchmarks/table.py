@@ -121,6 +121,7 @@ def step_cells(choice: str, own: Rows) -> list[str]:
 METHODS = {
     "few-bit 3": "few-bit, 3 bits",
     "few-bit 3, calibrated": "few-bit, 3 bits, calibrated",
+    **{f"rotated{bits}": f"GroupQuant rotated, {bits} bits" for bits in (4, 3, 2)},
     "default": "default (4 bits)",
     "sketch 0.2": "sketch, a fifth of the tokens",
     **{f"group{bits}": f"GroupQuant, {bits} bits" for bits in (8, 4, 2)},

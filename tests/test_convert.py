@@ -932,7 +932,9 @@ def test_the_conversion_says_which_calls_keep_other_bits():
         assert ("packs at" in str(conversion)) == bool(conversion.functional_bits)
         return conversion.functional_bits
 
-    assert bits(GroupQuant(bits=4), FewBit(bits=3)) == {"scaled_dot_product_attention": 8}
+    methods = GroupQuant(bits=4, code="minmax"), FewBit(bits=3)
+    assert bits(*methods) == {"scaled_dot_product_attention": 8}
+    assert bits(GroupQuant(bits=2, code="rotated")) == {"scaled_dot_product_attention": 4}
     assert bits(GroupQuant(bits=8)) == {}
     assert bits(FewBit(bits=3)) == {"prelu": 4}  # a pack for its slopes
 

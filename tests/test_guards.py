@@ -134,7 +134,7 @@ def batch_norms(guards, shape, bits, stride):
     fixed.batch_norm_(z, *given, True)
     *_, signs = fixed.batch_norm_sum_(z, *given, y)
     fixed.batch_norm_backward(x, codes, table, y.stride(), bits, True)
-    fixed.batch_norm_sum_backward(x, codes, table, signs, y.stride(), bits)
+    fixed.batch_norm_backward(x, codes, table, y.stride(), bits, False, signs)
     fixed.rebuild(codes, table, *layout, True)
     mask = packing.pack_mask((y > 0).view(torch.uint8), y.stride())
     kept = [mask, codes, table]

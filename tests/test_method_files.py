@@ -332,3 +332,17 @@ def test_a_converted_layer_is_selected_by_the_type_that_it_was():
     packlight.convert(model, {"GELU": FewBit(2)})
     conversion = packlight.convert(model, {"GELU": FewBit(1)})
     assert [row.method for row in conversion.replaced] == [FewBit(1)]
+
+
+def test_a_file_may_ask_for_losses_by_chunks(tmp_path):
+    path = tmp_path / "methods.toml"
+    path.write_text('head = true\n[methods]\n"*" = "default"\n')
+    methods = packlight.load_methods(path)
+    assert methods.head is True
+    packlight.save_methods(methods, path)
+    assert packlight.load_methods(path).head is True
+    path.write_text('[methods]\n"*" = "default"\n')
+    assert packlight.load_methods(path).head is False
+    path.write_text('head = 3\n[methods]\n"*" = "default"\n')
+    with pytest.raises(InputError, match="1: head is 3; expected true or false"):
+        packlight.load_methods(path)

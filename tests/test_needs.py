@@ -92,7 +92,6 @@ COMPOSED = (
 # What keeps more than its gradient needs, in a converted model as in torch.
 ABOVE = {
     "AlphaDropout": "its noise, of the input's dtype",
-    "CosineSimilarity": "normalised inputs beside the inputs",
     "CrossMapLRN2d": "scale and result beside the input",
     "L1Loss": "the difference, a loss",
     "LocalResponseNorm": "squares, a padded copy and powers of them",
@@ -389,11 +388,8 @@ FUNCTIONS_ABOVE = {
     "nll_loss": "the input, which a log-softmax before it keeps anyway",
 }
 OPERATIONS_ABOVE = {
-    "cummax": "the input beside the indices",
-    "masked_fill": "a byte an element, of the model's own mask",
-    "maximum": "both inputs",
+    "maximum": "three bits an element, by which ties are told",
     "nansum": "the input",
-    "where": "a byte an element, of the model's own condition",
 }
 
 

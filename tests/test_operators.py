@@ -14,6 +14,7 @@ from packlight.groupquant import ops as group_ops
 from packlight.packing.ops import pack_mask, unpack_mask
 from packlight.rotary import rotate
 from packlight.sketch.method import KINDS
+from tests.groupquant import test_conv_norm
 from tests.groupquant.test_residual import basic, converted, images
 from tests.inverted.norm_layers import LAYERS as NORMS
 from tests.test_contract import LAYERS
@@ -149,6 +150,13 @@ def residual_blocks():
         both_ways(converted(basic(2)), images().to(memory_format=layout))
 
 
+def convolutions_with_norms():
+    for dtype in DTYPES:
+        for act, summed in test_conv_norm.FORMS.values():
+            given = test_conv_norm.tensors(dtype)
+            test_conv_norm.at_once(given, act, summed=summed).sum().backward()
+
+
 def sketches():
     for kind in KINDS:
         for dtype in DTYPES:
@@ -181,7 +189,8 @@ def rotations():
 
 PASSES = (
     activations, dropouts, pools, inverted_norms, group_quantised_norms, group_quantised_products,
-    norms_behind_sums, overwritten, residual_blocks, sketches, masks, heads, rotations,
+    norms_behind_sums, overwritten, residual_blocks, convolutions_with_norms, sketches, masks,
+    heads, rotations,
 )  # fmt: skip
 
 

@@ -218,6 +218,25 @@ def test_hooks_of_the_user_around_the_model_count():
     assert not torch.equal(gradients(model, x), plain)
 
 
+def test_a_view_is_written_to_in_place_while_a_tensor_waits_for_its_operation():
+    class Biased(nn.Module):
+        """Its places are less than a group: torch's own Linear makes of them a view."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = nn.Linear(64, 64)
+            self.bias = nn.Sequential(nn.Linear(2, 64), nn.ReLU(inplace=True))
+            self.register_buffer("places", torch.randn(1, 7, 7, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores(x) + self.bias(self.places).sum((0, 1, 2))
+
+    plain, x = Biased(), batch()
+    model = converted(copy.deepcopy(plain), methods=DEFAULT_METHODS)
+    assert torch.equal(model(x), plain(x))
+    assert 0 < relative_error(gradients(model, x), gradients(plain, x)) < 0.2
+
+
 def test_an_exception_leaves_nothing_behind():
     class Fails(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

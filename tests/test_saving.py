@@ -29,8 +29,8 @@ from packlight.profile import MemoryReport, profile
 from packlight.saving import lossless, rules, saving, tensors
 from tests.helpers import relative_error
 
-FOUR = GroupQuant(bits=4)
-EIGHT = GroupQuant(bits=8)
+FOUR = GroupQuant(bits=4, code="minmax")
+EIGHT = GroupQuant(bits=8, code="minmax")
 NEAREST = GroupQuant(bits=8, rounding="nearest")
 
 
@@ -197,7 +197,7 @@ def test_a_packlight_layer_and_a_torch_layer_share_a_pack(ours_first):
     x = activation(4, 16, 128)
 
     def model(x):
-        parts = [lambda: gq.linear(x, weight), lambda: layer(x)]
+        parts = [lambda: gq.linear(x, weight, code="minmax"), lambda: layer(x)]
         return [part() for part in (parts if ours_first else parts[::-1])]
 
     report = kept(model, x)
@@ -208,7 +208,7 @@ def test_a_packlight_layer_and_a_torch_layer_share_a_pack(ours_first):
 def test_a_torch_layer_reads_what_a_packlight_producer_keeps():
     layer = nn.Linear(128, 128)
     x = activation(4, 16, 128)
-    report = kept(lambda x: layer(gq.gelu(x)), x)
+    report = kept(lambda x: layer(gq.gelu(x, code="minmax")), x)
     assert pack_bytes(report) == packed(x.numel())
     assert not floats(report)
     x = x.detach().requires_grad_()
@@ -251,7 +251,7 @@ def test_masks_take_one_bit_and_are_lossless():
     packlight.manual_seed(3)
     (exact,) = torch.autograd.grad(model(x).sum(), x)
     packlight.manual_seed(3)
-    with saving(GroupQuant(bits=2)):
+    with saving(GroupQuant(bits=2, code="minmax")):
         y = model(x)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], exact)
     codes = kept(lambda x: x * (x.detach().abs() * 100).to(torch.uint8), x)
@@ -328,7 +328,7 @@ LOSSES = {
 def test_softmax_and_losses_are_exact(loss):
     x = activation(64, 128)
     (exact,) = torch.autograd.grad(loss(x).sum(), x)
-    with saving(GroupQuant(bits=2)):
+    with saving(GroupQuant(bits=2, code="minmax")):
         y = loss(x)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], exact)
 
@@ -402,7 +402,7 @@ def test_overrides_are_tried_in_order_before_the_defaults():
         return [x.sigmoid().softmax(-1), x.tanh()]
 
     n = x.numel()
-    overrides = {"SoftmaxBackward0": EIGHT, "Tanh*": None, "*": GroupQuant(bits=2)}
+    overrides = {"SoftmaxBackward0": EIGHT, "Tanh*": None, "*": GroupQuant(bits=2, code="minmax")}
     report = kept(model, x, overrides=overrides)
     assert floats(report) == [("TanhBackward0", n * 4)]
     assert pack_bytes(report) == packed(n, 8) + packed(n, 2)
@@ -501,7 +501,7 @@ def test_unpacked_tensors_have_shape_strides_and_values(view, dtype):
 )
 def test_gradients_are_close(make, shape, bounds):
     model, x = make(), torch.randn(shape)
-    errors = [error(model, x, GroupQuant(bits), min_bytes=0) for bits in (8, 4, 2)]
+    errors = [error(model, x, GroupQuant(bits, code="minmax"), min_bytes=0) for bits in (8, 4, 2)]
     assert 0 < errors[0] < errors[1] < errors[2]
     assert all(found < bound for found, bound in zip(errors, bounds, strict=True)), errors
 
@@ -509,7 +509,7 @@ def test_gradients_are_close(make, shape, bounds):
 def test_forward_values_do_not_change():
     block, x = Block(64), torch.randn(4, 32, 64)
     expected = block(x)
-    with saving(GroupQuant(bits=2)):
+    with saving(GroupQuant(bits=2, code="minmax")):
         assert torch.equal(block(x), expected)
 
 
@@ -518,7 +518,7 @@ def test_the_weight_gradient_is_unbiased():
     exact = gradients(layer, x)
     draws = []
     for _ in range(200):
-        with saving(GroupQuant(bits=2), min_bytes=0):
+        with saving(GroupQuant(bits=2, code="minmax"), min_bytes=0):
             loss = layer(x).square().mean()
         draws.append(torch.autograd.grad(loss, layer.weight)[0].flatten())
     found = torch.stack(draws)
@@ -634,7 +634,7 @@ def test_a_checkpoint_keeps_its_inputs_exactly_and_nothing_else(reentrant):
     assert len(floats(kept(run, x))) == 1
     run(x).square().sum().backward()
     exact, x.grad = x.grad, None
-    with saving(GroupQuant(bits=2)):
+    with saving(GroupQuant(bits=2, code="minmax")):
         y = run(x)
     y.square().sum().backward()
     assert torch.equal(x.grad, exact)
@@ -896,14 +896,15 @@ def test_packs_cross_a_compiled_region():
     errors = [error(compiled, x, EIGHT) for _ in range(3)]
     assert max(errors) < 0.02
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
-    coarse = error(compiled, x, EIGHT, overrides={"CompiledFunctionBackward": GroupQuant(bits=2)})
+    two = GroupQuant(bits=2, code="auto")  # of which rotated packs know no sides
+    coarse = error(compiled, x, EIGHT, overrides={"CompiledFunctionBackward": two})
     assert coarse > 10 * errors[0]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_statistics_of_converted_layers_in_a_compiled_region_stay_exact():
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-    packlight.convert(model, GroupQuant(bits=4))
+    packlight.convert(model, GroupQuant(bits=4, code="minmax"))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(4096, 64, requires_grad=True)
     exact = floats(profile(compiled, x))
@@ -918,7 +919,7 @@ def test_a_compiled_region_may_call_what_the_tracer_cannot_follow_within_a_mode(
         return x.unflatten(-1, (8, -1)).sin()
 
     x = torch.randn(64, 64, requires_grad=True)
-    with saving(GroupQuant(bits=8)):
+    with saving(GroupQuant(bits=8, code="minmax")):
         y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     assert torch.equal(y, model(x))
 
@@ -1120,7 +1121,9 @@ def weighted_gradient(function, x: Tensor, method=None, **options) -> Tensor:
 def test_sides_signs_and_shapes_are_exact(function, dtype):
     x = torch.randn(64, 128).to(dtype)
     exact = weighted_gradient(function, x)
-    assert torch.equal(weighted_gradient(function, x, GroupQuant(bits=2), min_bytes=0), exact)
+    assert torch.equal(
+        weighted_gradient(function, x, GroupQuant(bits=2, code="minmax"), min_bytes=0), exact
+    )
 
 
 @pytest.mark.parametrize("function", SIDES.values(), ids=SIDES.keys())
@@ -1172,12 +1175,15 @@ def test_a_relu_and_a_convolution_share_no_sign(inplace, relu_first):
 def test_a_prelu_has_exact_sides_and_an_unbiased_weight_gradient(bits, negative):
     layer = nn.PReLU(init=negative)
     x = activation(64, 128)
-    assert pack_bytes(kept(layer, x, method=GroupQuant(bits))) == packed(x.numel(), bits) + 1024
+    assert (
+        pack_bytes(kept(layer, x, method=GroupQuant(bits, code="minmax")))
+        == packed(x.numel(), bits) + 1024
+    )
     (exact,) = torch.autograd.grad(layer(x).sum(), x, retain_graph=True)
     (weight,) = torch.autograd.grad(layer(x).sum(), layer.weight)
     found = []
     for _ in range(50):
-        with saving(GroupQuant(bits)):
+        with saving(GroupQuant(bits, code="minmax")):
             y = layer(x)
         dx, dw = torch.autograd.grad(y.sum(), [x, layer.weight], retain_graph=True)
         assert torch.equal(dx, exact)
@@ -1225,7 +1231,7 @@ UNBOUNDED = {
 def test_unbounded_derivatives_are_exact(function):
     x = torch.randn(64, 128)
     exact = weighted_gradient(function, x)
-    assert torch.equal(weighted_gradient(function, x, GroupQuant(bits=2)), exact)
+    assert torch.equal(weighted_gradient(function, x, GroupQuant(bits=2, code="minmax")), exact)
 
 
 def test_an_override_packs_what_is_exact_by_default():
@@ -1323,7 +1329,7 @@ def test_finished_gradients_are_exact(inner, read):
         return loss * 2 if read else loss
 
     exact = torch.autograd.grad(run(), [x, weight])
-    with saving(GroupQuant(bits=2)):
+    with saving(GroupQuant(bits=2, code="minmax")):
         loss = run()
     assert all(map(torch.equal, torch.autograd.grad(loss, [x, weight]), exact))
 
@@ -1357,7 +1363,7 @@ def test_functions_in_a_row_are_found_by_what_reads_the_last():
 
 def test_what_no_call_reads_stays_exact():
     x = torch.randn(64, 128)
-    found = weighted_gradient(Custom.apply, x, GroupQuant(bits=2))
+    found = weighted_gradient(Custom.apply, x, GroupQuant(bits=2, code="minmax"))
     assert torch.equal(found, weighted_gradient(Custom.apply, x))
 
 

@@ -41,8 +41,7 @@ from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "logits_ptr")
-POINTERS += ("residual_ptr", "dresidual_ptr")
-POINTERS += ("g_ptr", "other_ptr")
+POINTERS += ("residual_ptr", "dresidual_ptr", "other_ptr")
 POINTERS += ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "center", "scale", "offset", "low", "eps", "momentum", *LIMITS)
@@ -242,20 +241,19 @@ def fixed_point_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int,
         kernel = kernels._statistics_kernel
         yield f"{label}, statistics", kernel, constants, dtype, kernels.SUM_WARPS, elements
         for bits, same in itertools.product((4, 8), (True, False)):
-            for name, kernel, warps, options in (
-                *(
-                    (f"sums {form}", kernels._sums_kernel, kernels.SUM_WARPS, options)
-                    for form, options in forms.items()
+            for (name, kernel, warps), (form, (relu, added)) in itertools.product(
+                (
+                    ("sums", kernels._sums_kernel, kernels.SUM_WARPS),
+                    ("dx", kernels._dx_kernel, kernels.DX_WARPS),
                 ),
-                ("dx", kernels._dx_kernel, kernels.DX_WARPS, (False,)),
-                ("dx relu", kernels._dx_kernel, kernels.DX_WARPS, (True,)),
+                forms.items(),
             ):
                 elements, constants = tile(warps)
-                constants |= dict(zip(("RELU", "SUM"), options, strict=False))
+                constants |= {"RELU": relu, "SUM": added}
                 constants |= {"BITS": bits, "SAME": same, "FULL": True}
                 elements *= 8 if same else 1
                 yield (
-                    f"{label}, {bits} bits, {same}, {name}",
+                    f"{label}, {bits} bits, {same}, {name} {form}",
                     kernel,
                     constants,
                     dtype,
@@ -332,7 +330,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
         for name, launch in launches.items():
             constants = dict(launch.constants)
             warps = constants.pop("num_warps")
-            size = 8 * constants["NQ"] * constants["SIZE"]
+            size = 8 * constants["NQ"] * constants["SIZE"] * constants.get("ROWS", 1)
             yield f"{label}, {name}", launch.kernel, constants, dtype, warps, size
 
 

@@ -25,12 +25,12 @@ from packlight.inverted import Inverted
 from packlight.method import Method
 from packlight.method_files import load_methods, save_methods
 from packlight.pack import Grade
-from packlight.planner.planning import plan
+from packlight.planner.planner import plan
 from packlight.planner.result import Plan
 from packlight.predict import predict
 from packlight.profile import MemoryReport, profile
 from packlight.quantiser import Quantiser
-from packlight.recompute import Checkpoint, Tiles
+from packlight.recompute import Checkpoint, Offload, Tiles
 from packlight.report.gradients import GradientReport
 from packlight.saving import saving
 from packlight.sketch import Sketch
@@ -57,6 +57,7 @@ __all__ = [
     "MissingDependencyError",
     "ModifiedWeightError",
     "NothingMatchedError",
+    "Offload",
     "PacklightError",
     "Plan",
     "Quantiser",

@@ -16,7 +16,7 @@ from packlight.conversion import Conversion, Replaced, Skipped
 from packlight.errors import CannotConvertError, NothingMatchedError, PacklightError
 from packlight.head.modules import head_kind, heads_of, why_no_head, without_head
 from packlight.method import Calls, Method, NotConverted, Swap, find_patch_rule, find_rule
-from packlight.recompute.method import Checkpoint, Recompute, Tiles
+from packlight.recompute.method import OfBlocks, Recompute, Tiles
 from packlight.recompute.modules import ATTRIBUTE, Tiled
 from packlight.recompute.rules import blocks_of, why_not_by_position
 from packlight.saving.rest import Rest
@@ -79,7 +79,7 @@ class Assignment:
         self.in_tiles: set[nn.Module] = set()
         self.in_checkpoints: set[nn.Module] = set()
         self.blocks: set[nn.Module] = set()
-        if any(isinstance(method, Checkpoint) for method in self.all_methods):
+        if any(isinstance(method, OfBlocks) for method in self.all_methods):
             self.blocks = blocks_of(layers)
 
     def add(self, layer: Layer, otherwise: Selector | None = None) -> None:
@@ -129,7 +129,7 @@ class Assignment:
         """
 
         def is_meant(method: Method) -> bool:
-            if isinstance(method, Checkpoint):
+            if isinstance(method, OfBlocks):
                 asked = selector not in (None, EVERYTHING) or layer.module in self.blocks
                 return asked and layer.module not in self.in_checkpoints
             if isinstance(method, Tiles) and selector in (None, EVERYTHING):
@@ -445,7 +445,7 @@ def _why_no_rule(layer: Layer, methods: tuple[Method, ...]) -> str:
 
 def is_checkpointed(swap: Swap) -> bool:
     """Whether the module is checkpointed by packlight."""
-    return isinstance(swap.attributes.get(ATTRIBUTE), Checkpoint)
+    return isinstance(swap.attributes.get(ATTRIBUTE), OfBlocks)
 
 
 def class_changed(module: nn.Module) -> str | None:

@@ -11,7 +11,8 @@ nothing, whatever the module around it does. In training, calls are covered with
 so that a pass without gradients and the pass with gradients run the same functions: both passes of
 a re-entrant checkpoint draw the same random numbers.
 
-Calls by the layers of torch.nn are left to the rules for layers. The layers of packlight run with
+Calls by the layers of torch.nn are left to the rules for layers, but those of subclasses, which
+have no rules, count as the model's. The layers of packlight run with
 the mode off: they read attributes of tensors a hundred times a block, and the mode would see each.
 """
 
@@ -44,6 +45,13 @@ _BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._j
 _LAYERS = ("torch.nn.", "packlight.")
 # What calls `keep` and `restore` of any method.
 _QUANTISER = "packlight.quantiser"
+# Layers of torch's without a rule, whose code is calls of functions, or of layers and functions.
+_CALLS = (
+    nn.MultiheadAttention,
+    nn.Softmax,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoderLayer,
+)
 
 
 class _Covering(TorchFunctionMode):
@@ -102,7 +110,10 @@ def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and not is_plain(value):
             return False
-    x = args[0] if args else kwargs.get(call.names[0])
+    place = call.subject
+    x = args[place] if len(args) > place else kwargs.get(call.names[place])
+    if isinstance(x, (tuple, list)) and x:  # as `einsum` has its operands
+        x = x[0]
     return isinstance(x, Tensor) and is_taken(x)
 
 
@@ -134,9 +145,25 @@ def _called_by_a_layer() -> bool:
     while frame is not None:
         name: str = frame.f_globals.get("__name__", "")
         if name not in _BETWEEN:
-            return name.startswith(_LAYERS)
+            return name.startswith(_LAYERS) and not _is_of_a_model(frame)
         frame = frame.f_back
     return False
+
+
+def _is_of_a_model(frame: types.FrameType) -> bool:
+    """Whether code of torch's layers runs for a class of the model's.
+
+    As that of a subclass which calls `super().forward`, or has no forward of its own, and of a
+    parametrized layer: there are no rules for such classes.
+    """
+    kind = type(frame.f_locals.get("self"))
+    if kind in _CALLS:  # one that a forward makes, as `nn.Softmax(-1)(x)`
+        return True
+    if not issubclass(kind, nn.Module):
+        return False
+    return getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind or (
+        not kind.__module__.startswith(_LAYERS)
+    )
 
 
 @_torch.question
@@ -259,7 +286,7 @@ def swap_for_calls(
     `of_torch` says that the code of torch's own layers counts as the module's.
     """
     code = kind if swap is None or _may_run(swap.kind) else _owner_of_forward(swap.kind)
-    own = of_torch or not f"{code.__module__}.".startswith(_LAYERS)
+    own = of_torch or code in _CALLS or not f"{code.__module__}.".startswith(_LAYERS)
     own = own and kind.forward is not nn.Module.forward
     if not own or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return None

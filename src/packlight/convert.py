@@ -134,8 +134,9 @@ def convert(
     >>> [row.names for row in conversion.replaced]
     [('0',)]
     """
+    head = head or getattr(methods, "head", False)  # of a plan, or of a file
     if isinstance(methods, Plan):
-        functional, strict, head = True, False, head or methods.head
+        functional, strict = True, False
     _check(model, methods)
     check_rest(rest)
     if not (isinstance(head, (bool, str)) or callable(head)):
@@ -168,21 +169,21 @@ def _convert(
     layers = layers_of(model)
     if exact_ends:
         methods = with_exact_ends(methods, layers)
-    plan = Assignment(methods, layers)
+    assignment = Assignment(methods, layers)
     for layer in layers:
-        plan.add(layer)
+        assignment.add(layer)
     if functional or rest is not None:
-        plan.cover_calls(layers, functional, rest, _entered(model))
-    plan.undo(layers)
+        assignment.cover_calls(layers, functional, rest, _entered(model))
+    assignment.undo(layers)
     if head is not False:
-        plan.add_heads(model, layers, head)
+        assignment.add_heads(model, layers, head)
     if strict:
-        plan.check(layers)
-    plan.check_not_empty(layers)
-    if plan.carry_out():
+        assignment.check(layers)
+    assignment.check_not_empty(layers)
+    if assignment.carry_out():
         start_rounding()
-    follow(layers, plan, methods, functional, rest)
-    return plan.conversion(model, functional, rest)
+    follow(layers, assignment, methods, functional, rest)
+    return assignment.conversion(model, functional, rest)
 
 
 def _entered(model: nn.Module) -> nn.Module:

@@ -39,17 +39,21 @@ _following: list[Any] = []  # the handle of our hook, once there is one
 
 
 def follow(
-    layers: list[Layer], plan: Assignment, methods: Methods, functional: bool, rest: Rest | None
+    layers: list[Layer],
+    assignment: Assignment,
+    methods: Methods,
+    functional: bool,
+    rest: Rest | None,
 ) -> None:
     """Remembers how modules were converted, for the adapters that come into them."""
     adapters = tuple(f"{layer.names[0]}." for layer in layers if _adapts(layer.module))
     for layer in layers:
-        if layer.module in plan.in_tiles or isinstance(layer.module, Tiled):
+        if layer.module in assignment.in_tiles or isinstance(layer.module, Tiled):
             continue  # adapters in there stay as they are too
         name = layer.names[0]
         inside = _adapts(layer.module) or name.startswith(adapters)
         inside = inside and "base_layer" not in name.split(".")
-        given = (layer.names, plan.selected.get(layer.module), inside)
+        given = (layer.names, assignment.selected.get(layer.module), inside)
         _followed[layer.module] = _Given(methods, functional, rest, *given)
     if _warn_of_patches not in before_first_pack:
         before_first_pack.append(_warn_of_patches)
@@ -82,13 +86,13 @@ def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> 
         for layer in layers_of(module)
         if layer.module not in _followed  # the adapted layer, which stays as it is
     ]
-    plan = Assignment(given.methods)
+    assignment = Assignment(given.methods)
     for layer in layers:
-        plan.add(layer, selector)
+        assignment.add(layer, selector)
     if given.functional or given.rest is not None:
-        plan.cover_calls(layers, given.functional, given.rest, None)
-    plan.carry_out()
-    follow(layers, plan, given.methods, given.functional, given.rest)
+        assignment.cover_calls(layers, given.functional, given.rest, None)
+    assignment.carry_out()
+    follow(layers, assignment, given.methods, given.functional, given.rest)
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -206,6 +206,7 @@ class Call(NamedTuple):
     options: dict[str, Any]
     names: tuple[str, ...]  # of the arguments that both functions have
     places: int  # how many of the arguments may be positional
+    subject: int = 0  # which argument says whether ours takes the call: `input`, or the first
 
 
 _call_rules: dict[tuple[type[Method], Callable[..., Any]], Callable[[Any], Call]] = {}
@@ -232,7 +233,8 @@ def call_rule(
             if name not in given and parameter.kind is not parameter.VAR_KEYWORD
         }
         places = sum(kind is by_place for kind in kinds.values())
-        return Call(function, given, tuple(kinds), places)
+        names = tuple(kinds)
+        return Call(function, given, names, places, names.index("input") if "input" in kinds else 0)
 
     Calls._of.cache_clear()
     for theirs, ours in functions.items():

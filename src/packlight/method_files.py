@@ -177,19 +177,23 @@ def _value(tree: ast.expr, text: str) -> Any:
 
 
 class FiledMethods(dict[Selector, Choice]):
-    """The methods of a file, and what it says of the rest: `convert` takes both from here."""
+    """The methods of a file, and what it says of the rest and of heads: `convert` takes all three
+    from here.
+    """
 
     rest: Given = "auto"
+    head: bool = False
 
 
 def load_methods(path: str | os.PathLike[str]) -> FiledMethods:
     """The methods in a TOML file, for `packlight.convert`.
 
     A line `rest = "GroupQuant(8)"` above the table is the argument `rest` of `convert`, where a
-    call gives none. The file has one table `[methods]`. Keys are selectors: the name of a module
-    type, `GELU` or `"torch.nn.GELU"`, or a pattern of names, `"encoder.*.fc2"`; a key with dots or
-    stars needs quotes. Values are texts: `"FewBit(3)"`, several methods with commas between them,
-    `"None"` or `"default"`. The first selector that matches a layer counts.
+    call gives none, and `head = true` is `head=True`. The file has one table `[methods]`. Keys are
+    selectors: the name of a module type, `GELU` or `"torch.nn.GELU"`, or a pattern of names,
+    `"encoder.*.fc2"`; a key with dots or stars needs quotes. Values are texts: `"FewBit(3)"`,
+    several methods with commas between them, `"None"` or `"default"`. The first selector that
+    matches a layer counts.
 
     Raises `InputError` for a file that cannot be read, naming the line.
 
@@ -208,15 +212,19 @@ def load_methods(path: str | os.PathLike[str]) -> FiledMethods:
     if text.startswith(_HEADER) and _END not in text.splitlines():
         raise InputError(f"{path} is cut off: its last line, {_END!r}, is missing; save it again")
     table = data.pop("methods", None)
-    rest = data.pop("rest", "auto")
+    rest, head = data.pop("rest", "auto"), data.pop("head", False)
+    if not isinstance(head, bool):
+        line = _line(text, ("head",))
+        raise InputError(f"{path}:{line}: head is {head!r}; expected true or false")
     for key in data:
         line = _line(text, (key,))
         raise InputError(
-            f"{path}:{line}: {key!r} is not known; expected one table, [methods], and rest"
+            f"{path}:{line}: {key!r} is not known; expected one table, [methods], and rest and head"
         )
     if not isinstance(table, dict) or not table:
         raise InputError(f'{path}: no methods; expected [methods] and lines such as GELU = "..."')
     methods = FiledMethods()
+    methods.head = head
     try:
         methods.rest = parse_rest(rest)
     except InputError as error:
@@ -245,7 +253,8 @@ def parse_rest(text: object) -> Given:
 def save_methods(methods: Methods, path: str | os.PathLike[str], rest: Given = "auto") -> None:
     """Write methods, as `packlight.convert` takes them, to a TOML file for `load_methods`.
 
-    `rest` is the argument of `convert`; "auto" is that of methods which `load_methods` gave.
+    `rest` is the argument of `convert`; "auto" is that of methods which `load_methods` gave. Where
+    they, or a `Plan`, ask for losses by chunks, the file does so too.
 
     Module types are written by their qualified names. What is loaded selects the same layers by the
     same methods. Raises `InputError` for predicates, which no text stands for.
@@ -257,10 +266,10 @@ def save_methods(methods: Methods, path: str | os.PathLike[str], rest: Given = "
     ]
     rest = getattr(methods, "rest", rest) if rest == "auto" else rest
     check_rest(rest)
-    if rest != "auto":
-        lines = [f"rest = {_toml_text(format_methods(rest))}", "[methods]", *lines]
-    else:
-        lines = ["[methods]", *lines]
+    above = [] if rest == "auto" else [f"rest = {_toml_text(format_methods(rest))}"]
+    if getattr(methods, "head", False):
+        above.append("head = true")
+    lines = [*above, "[methods]", *lines]
     write_text(path, "\n".join([_HEADER + _HINT, *lines, _END, ""]))
 
 

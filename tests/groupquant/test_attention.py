@@ -67,13 +67,17 @@ def errors(tensors, causal, **options):
     return relative_error(*(torch.cat([g.flatten() for g in grads]) for grads in (found, exact)))
 
 
+def minmax(bits):
+    return {"bits": bits, "code": "minmax"}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_errors_at_eight_and_four_bits(shape):
     sizes, tied, causal = SHAPES[shape]
     tensors = correlated(*sizes, tied=tied)
     kept, again = (
-        {bits: errors(tensors, causal, bits=bits, recompute=recompute) for bits in (8, 4)}
-        for recompute in (False, True)
+        {bits: errors(tensors, causal, recompute=form, **minmax(bits)) for bits in (8, 4)}
+        for form in (False, True)
     )
     assert again[8] < {"bert": 0.65, "gpt": 0.85}[shape] * kept[8]
     assert again[8] < 0.02
@@ -127,7 +131,7 @@ class Block(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        self.qkv, self.out = groupquant.Linear(128, 384), groupquant.Linear(128, 128)
+        self.qkv, self.out = (groupquant.Linear(128, n, **minmax(4)) for n in (384, 128))
         self.options = options
 
     def forward(self, x):
@@ -147,10 +151,10 @@ def test_packs_of_query_key_and_value_are_kept_and_nothing_else(bits):
     shape = (2, 64, 128)
     count = math.prod(shape)
     linears = 2 * pack_bytes(count, 4)
-    assert kept_by(shape, bits=bits, recompute=True) == 3 * pack_bytes(count, bits) + linears
+    assert kept_by(shape, recompute=True, **minmax(bits)) == 3 * pack_bytes(count, bits) + linears
     statistic = 4 * 2 * 4 * 64
     expected = 4 * pack_bytes(count, 8) + pack_bytes(count, 4) + statistic
-    assert kept_by(shape, bits=8, recompute=False) == expected
+    assert kept_by(shape, recompute=False, **minmax(8)) == expected
 
 
 def test_a_prediction_knows_the_bytes():
@@ -166,8 +170,8 @@ def test_packs_cross_to_a_compiled_backward_pass(bits, fresh_compiler):
     def run(x):
         q, k, v = (x * f for f in (1.0, 2.0, 3.0))
         q, k, v = (t.unflatten(-1, (4, 32)).transpose(1, 2) for t in (q, k, v))
-        options = {"bits": bits, "recompute": True}
-        return groupquant.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        options = {"is_causal": True, "recompute": True, **minmax(bits)}
+        return groupquant.scaled_dot_product_attention(q, k, v, **options)
 
     _, *kept = crossing(run, given)
     assert sum(x.numel() * x.element_size() for x in kept) == 3 * pack_bytes(given.numel(), bits)
@@ -209,10 +213,18 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
-@pytest.mark.parametrize(("bits", "attention_bits"), [(2, 8), (4, 8), (8, 8)])
-def test_a_conversion_gives_attention_bits_enough(bits, attention_bits):
+@pytest.mark.parametrize(
+    ("method", "attention_bits"),
+    [
+        *((GroupQuant(bits, code="minmax"), 8) for bits in (2, 4, 8)),
+        *((GroupQuant(bits, code=code), 4) for bits in (2, 4) for code in ("rotated", "auto")),
+        (GroupQuant(8, code="auto"), 8),
+    ],
+    ids=str,
+)
+def test_a_conversion_gives_attention_bits_enough(method, attention_bits):
     model, tensors = Attention(), correlated(4, 64, 32)
-    packlight.convert(model, GroupQuant(bits), functional=True)
+    packlight.convert(model, method, functional=True)
     report = profile(lambda: model(*(x * 1.0 for x in tensors)))
     codes = sum(row.bytes for row in report.rows if row.dtype == "uint8")
     assert codes == 3 * tensors[0].numel() * attention_bits // 8

@@ -334,6 +334,30 @@ def test_gated_units_keep_two_packs_with_offsets_of_their_own():
         near([x.grad for x in unit], [x.grad for x in plain], SHARE[method.bits])
 
 
+@every_code
+def test_autocast_changes_no_pack(method):
+    """Nor does it round what is read."""
+    x = torch.randn(32, 128)
+    expected = method.pack(x, 7)
+    exact = method.unpack(torch.float32, (32, 128), (128, 1), *expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = method.pack(x, 7)
+        found = method.unpack(torch.float32, (32, 128), (128, 1), *kept)
+    assert all(map(torch.equal, kept, expected))
+    assert torch.equal(found, exact)
+
+
+@every_code
+def test_layers_of_every_code_train_under_autocast(method):
+    model = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128))
+    packlight.convert(model, method, functional=True)
+    x = torch.randn(32, 128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    y.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 # ---- choices -------------------------------------------------------------------------------------
 
 
@@ -393,7 +417,7 @@ def test_layers_of_pixels_and_functions_take_the_method_that_suits_them():
     packlight.convert(model, GroupQuant(1, code="rotated"))
     assert [layer.method.bits for layer in model if hasattr(layer, "method")] == [2, 2, 1, 2]
     packlight.revert(model)
-    packlight.convert(model, GroupQuant(4, rounding="offset"))
+    packlight.convert(model, GroupQuant(4, rounding="offset", code="minmax"))
     kinds = [layer.method.groups[2] for layer in model if hasattr(layer, "method")]
     assert kinds == [MINMAX, MINMAX, OFFSET, OFFSET]
     assert groupquant.Conv1d(4, 8, 3, code="auto").method.groups[2] == MINMAX

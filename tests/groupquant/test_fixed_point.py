@@ -649,7 +649,9 @@ def test_opcheck():
         torch.library.opcheck(operators.fixed_point_batch_norm.default, forward)
         y, codes, table = operators.fixed_point_batch_norm(*forward)
         kept = (y, codes, table, list(y.stride()), 4)
-        torch.library.opcheck(operators.fixed_point_batch_norm_backward.default, kept)
+        torch.library.opcheck(
+            operators.fixed_point_batch_norm_backward.default, (*kept, False, None)
+        )
         torch.library.opcheck(operators.fixed_point_relu_backward.default, kept)
         stored = (codes, table, list(y.shape), list(y.stride()), 4, torch.float32, True)
         torch.library.opcheck(operators.fixed_point_rebuild.default, stored)

@@ -307,3 +307,41 @@ def test_operators_pass_opcheck():
     _, codes, scales, rstd, *_ = ops.norm(x, 96, None, None, 1e-5, True, (4, 32), *operands(None))
     norm_backward = (x, codes, scales, rstd, torch.ones(96), True, True, True, (4, 32))
     check(namespace.group_quant_norm_backward.default, norm_backward)
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_whole_tiles_of_rotated_groups_equal_the_reference(dtype):
+    """They are loaded and stored by whole groups, where others are by parts."""
+    count, groups, seed = 4096, (4, 128, ROTATED), operands(torch.tensor([9]))
+    gate, up, dy = ((torch.randn(count) * 2 + 0.3).to(dtype) for _ in range(3))
+    layout = ((count,), (1,), count, groups)
+    pack = reference.quantize(gate, (1,), groups, *seed)
+    agree(kernels.quantize(gate, (1,), groups, *seed), pack, 1, count, groups)
+    rebuild = (*pack, *layout, dtype, "", (), None, None)
+    close_by(groups, kernels.dequantize(*rebuild), reference.dequantize(*rebuild), dtype)
+    backward = (dy, *pack, "gelu", (), (1,), groups)
+    runs = (kernels.activation_backward, reference.activation_backward)
+    close_by(groups, *(run(*backward) for run in runs), dtype)
+    runs = (gated_kernels.gated, reference.gated)
+    ours, theirs = (run(gate, up, "silu", groups, *seed) for run in runs)
+    close(ours[0], theirs[0], dtype)
+    backward = (dy, *theirs[1:], "silu", (1,), groups, True)
+    for a, b in zip(
+        gated_kernels.gated_backward(*backward), reference.gated_backward(*backward), strict=True
+    ):
+        close_by(groups, a, b, dtype)
+
+
+def test_norms_of_whole_rows_equal_the_reference():
+    rows, width, groups = 4, 1024, (4, 128, ROTATED)
+    x, dy = torch.randn(rows, width) * 2 + 1, torch.randn(rows, width)
+    weight, bias = torch.randn(2, width)
+    seed = operands(torch.tensor([3]))
+    forward = (x, width, weight, bias, 1e-5, True, groups)
+    ours, theirs = norm_kernels.norm(*forward, *seed), norm_reference.norm(*forward, *seed)
+    close(ours[0], theirs[0], FP32)
+    agree(ours[1:3], theirs[1:3], rows, width, groups)
+    backward = (dy, *theirs[1:4], weight, True, True, True, groups)
+    runs = (norm_kernels.norm_backward, norm_reference.norm_backward)
+    for a, b in zip(*(run(*backward) for run in runs), strict=True):
+        close_by(groups, a, b, FP32)

@@ -91,7 +91,8 @@ def test_kernels_and_reference_agree_on_channels_of_any_variance(bits):
     torch.testing.assert_close(ours[2][:, 2:4], theirs[2][:, 2:4], rtol=1e-3, atol=1e-3)
     dy = torch.randn_like(x) + 1
     for (_, codes, table), backward in ((ours, kernels), (theirs, ops)):
-        dx = backward.batch_norm_backward(dy, codes, table, x.stride(), bits)[0]
+        layout = (x.stride(), bits, False, None)
+        dx = backward.batch_norm_backward(dy, codes, table, *layout)[0]
         sums = dx.sum((0, 2, 3)).abs() / dx.abs().sum((0, 2, 3))
         assert sums[[0, 4]].max() < 1e-5
 

@@ -10,10 +10,11 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertSelfAttention
-from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 
 import packlight
 from packlight import DoubleBackwardError, FewBit, GroupQuant, ModifiedWeightError
+from packlight.layers import attention as sdpa
 from tests.helpers import relative_error
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
@@ -28,6 +29,18 @@ def bert(kind=RobertaSelfAttention):
     return kind(config)
 
 
+def bert_layer(p=0.0):
+    config = transformers.RobertaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_attention_heads=2,
+        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=p,
+    )
+    config._attn_implementation = "sdpa"
+    return RobertaLayer(config)
+
+
 def attention(bias=True):
     return Attention(WIDTH, num_heads=2, qkv_bias=bias)
 
@@ -39,6 +52,10 @@ def block(bias=True):
 KINDS = {
     "roberta": (bert, {"_WholeAttentionBackward", "_ProjectionsBackward"}),
     "bert": (lambda: bert(BertSelfAttention), {"_WholeAttentionBackward", "_ProjectionsBackward"}),
+    "bert's layer": (
+        bert_layer,
+        {"_WholeAttentionBackward", "_ProjectionsBackward", "_PostNormBackward", "_MLPBackward"},
+    ),
     "attention": (attention, {"_WholeAttentionBackward"}),
     "attention without bias": (lambda: attention(False), {"_WholeAttentionBackward"}),
     "block": (block, {"_AttentionBackward", "_MLPBackward"}),
@@ -147,6 +164,19 @@ def test_gradients_are_those_of_the_plain_layer_but_for_the_packs(name):
         assert relative_error(a, b) < 0.05 or b.norm() < 1e-3 * truth[0].norm()
 
 
+def test_dropouts_of_a_layer_draw_as_by_themselves():
+    module, _ = converted(lambda: bert_layer(0.3))
+    y, gradients = run(module, sample())
+    assert {"_PostNormBackward", "_MLPBackward"} <= nodes(y)
+    expected, others = run(one_by_one(copy.deepcopy(module)), sample())
+    assert relative_error(y, expected) <= 1e-5
+    assert_alike(module, gradients, others, 1e-5)
+    x = sample()
+    with torch.no_grad():  # the pass of a checkpoint without gradients
+        packlight.manual_seed(2)
+        assert relative_error(module(x), y) <= 1e-5
+
+
 def test_the_gradient_of_a_blocks_projection_is_nearer_the_truth_than_by_a_pack_of_4_bits():
     torch.manual_seed(0)
     plain = Block(128, 2, qkv_bias=True)
@@ -245,10 +275,24 @@ def test_what_layers_refuse_is_refused(name):
     y.sum().backward()
 
 
+@every_kind
+def test_where_attention_keeps_its_statistic_its_own_function_runs(name, monkeypatch):
+    module, _ = converted(KINDS[name][0])
+    monkeypatch.setattr(sdpa, "STATISTIC_KEYS", 4)
+    y, gradients = run(module, sample())
+    found = nodes(y)
+    assert "_KeptAttentionBackward" in found
+    assert not found & {"_WholeAttentionBackward", "_AttentionBackward"}
+    expected, others = run(one_by_one(copy.deepcopy(module)), sample())
+    assert relative_error(y, expected) <= 1e-5
+    for a, b in zip(gradients, others, strict=True):
+        assert relative_error(a, b) <= 1e-5
+
+
 def test_without_covered_calls_attention_of_timm_keeps_what_torch_keeps():
     torch.manual_seed(0)
     module = block()
-    packlight.convert(module, NEAREST)
+    packlight.convert(module, NEAREST, functional=False)
     y = module(sample())
     assert not {"_AttentionBackward", "_WholeAttentionBackward"} & nodes(y)
     assert any("ScaledDotProduct" in node for node in nodes(y))

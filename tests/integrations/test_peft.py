@@ -434,7 +434,8 @@ def test_compiled(kind, fresh_compiler):
 def test_a_sketch_of_the_input_serves_all_adapters():
     inputs = batch("llama")
     model = adapted("LoRA", torch.bfloat16)
-    packlight.convert(model, {nn.Linear: Sketch(rows=16, min_rows=1), _is_adapter: Sketch()})
+    methods = {nn.Linear: Sketch(rows=16, min_rows=1), _is_adapter: Sketch()}
+    packlight.convert(model, methods, functional=False)
     assert any(type(module).__mro__[1] is Adapter for module in model.modules())
     rows = packlight.profile(model, **inputs).rows
     sketches = [row for row in rows if "lora_A" in row.module and "layers.1.mlp" in row.module]

@@ -1,4 +1,4 @@
-"""Residual blocks of torchvision and timm whose convolutions run with their batch norms."""
+"""Residual blocks of other packages whose convolutions run with their batch norms."""
 
 import copy
 import pickle
@@ -15,8 +15,10 @@ from tests.helpers import kept_bytes, relative_error
 
 torchvision = pytest.importorskip("torchvision", reason="needs torchvision")
 timm = pytest.importorskip("timm", reason="needs timm")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 from timm.models import resnet as of_timm  # noqa: E402
 from torchvision.models import resnet as of_torchvision  # noqa: E402
+from transformers.models.resnet import modeling_resnet as of_transformers  # noqa: E402
 
 METHODS = (FixedPoint(4), GroupQuant(bits=4, group_size=32, rounding="nearest"))
 WIDTH = 16
@@ -39,13 +41,22 @@ def timm_block(kind: type, down: bool, **options) -> nn.Module:
     return kind(WIDTH, outer // kind.expansion, 2 if down else 1, downsample, **options)
 
 
+def transformers_block(kind: type, down: bool) -> nn.Module:
+    return kind(WIDTH, WIDTH * (2 if down else 1), 2 if down else 1)
+
+
 BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "torchvision basic": lambda down: torchvision_block(of_torchvision.BasicBlock, down),
     "torchvision bottleneck": lambda down: torchvision_block(of_torchvision.Bottleneck, down),
     "timm basic": lambda down: timm_block(of_timm.BasicBlock, down),
     "timm bottleneck": lambda down: timm_block(of_timm.Bottleneck, down),
+    "transformers basic": lambda down: transformers_block(of_transformers.ResNetBasicLayer, down),
+    "transformers bottleneck": lambda down: transformers_block(
+        of_transformers.ResNetBottleNeckLayer, down
+    ),
 }
 every_block = pytest.mark.parametrize("name", BLOCKS)
+with_numbers = pytest.mark.parametrize("name", [n for n in BLOCKS if "transformers" not in n])
 every_shortcut = pytest.mark.parametrize("down", [False, True], ids=["identity", "downsample"])
 
 
@@ -82,9 +93,13 @@ def converted(model: nn.Module, **options) -> nn.Module:
 
 def part_by_part(model: nn.Module) -> nn.Module:
     """A hook on a part has the parts run by themselves."""
+    return part_by_part_of(model, nn.BatchNorm2d)
+
+
+def part_by_part_of(model: nn.Module, kind: type) -> nn.Module:
     model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, kind):
             module.register_forward_hook(lambda *_: None)
     return model
 
@@ -180,6 +195,13 @@ def test_bytes_are_those_of_the_parts(name, down):
 
 
 @every_block
+def test_a_prediction_is_what_a_run_keeps(name):
+    model, x = converted(net(name, True)), images()
+    predicted = packlight.predict(model, x).activation_bytes
+    assert predicted == packlight.profile(model, x).activation_bytes
+
+
+@every_block
 def test_without_functional_a_sum_is_packed_as_it_was(name):
     model = copy.deepcopy(net(name, True))
     packlight.convert(model, METHODS)
@@ -217,7 +239,7 @@ CHANGES = [frozen_convolution, frozen_statistics, frozen_norm, hook_on_a_convolu
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@every_block
+@with_numbers
 def test_a_part_that_is_something_else_runs_by_itself(name, change):
     model = net(name, True)
     change(model.blocks[0])
@@ -232,6 +254,25 @@ def test_a_part_that_is_something_else_runs_by_itself(name, change):
     assert torch.equal(y, step(plain, x)[0])
     for a, b in zip(gradients, others, strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("what", ["activation", "hook", "shortcut"])
+def test_what_differs_in_a_block_of_transformers(what):
+    plain = net("transformers bottleneck", True)
+    block = plain.blocks[1]
+    if what == "activation":
+        block.layer[1].activation = nn.Tanh()
+    elif what == "hook":
+        block.layer[0].register_forward_hook(lambda *_: None)
+    else:
+        block.shortcut = _down(WIDTH, 2 * WIDTH)
+    model = converted(plain)
+    y, gradients, _ = step(model, images())
+    expected, others, _ = step(part_by_part(model), images())
+    assert torch.equal(y, expected)
+    assert torch.equal(y, step(plain, images())[0])
+    for a, b in zip(gradients, others, strict=True):
+        assert relative_error(a, b) < 1e-4
 
 
 def test_synchronised_batch_norms_stay_theirs():
@@ -340,6 +381,23 @@ def test_within_a_checkpoint(name, down, reentrant):
         assert relative_error(a, b) < 0.2
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_block
+def test_several_blocks_within_one_checkpoint_keep_alike_in_both_passes(name, reentrant):
+    """The second pass has no forward of the model around it, which would cover the calls."""
+    model = converted(Net(*(BLOCKS[name](False) for _ in range(3))))
+    y, gradients, _ = step(model, images())
+
+    def run(x):
+        whole = nn.Sequential(*model.blocks)
+        return model.head(checkpoint(whole, x.clone(), use_reentrant=reentrant))
+
+    again, others, _ = step(model, images(), run=run)
+    assert torch.equal(y, again)
+    for a, b in zip(gradients, others, strict=True):
+        assert relative_error(a, b) < 0.2
+
+
 @every_block
 def test_compiled_blocks_run_part_by_part(name):
     model = converted(net(name, True))
@@ -377,21 +435,40 @@ def test_a_block_whose_code_differs_is_left_alone():
     assert NODE not in nodes(model(images().requires_grad_()))
 
 
-def test_a_copy_of_the_code_is_known():
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_copy_of_the_code_is_known(axes):
+    conv, norm = getattr(nn, f"Conv{axes}d"), getattr(nn, f"BatchNorm{axes}d")
+
     class Mine(nn.Module):
         forward = of_torchvision.BasicBlock.forward
 
         def __init__(self):
             super().__init__()
-            self.conv1 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
-            self.conv2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
-            self.bn1, self.bn2 = nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH)
+            self.conv1 = conv(WIDTH, WIDTH, 3, padding=1)
+            self.conv2 = conv(WIDTH, WIDTH, 3, padding=1)
+            self.bn1, self.bn2 = norm(WIDTH), norm(WIDTH)
             self.relu, self.downsample = nn.ReLU(), None
 
-    plain = Net(Mine())
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Mine()
+
+        def forward(self, x):
+            y = self.block(x * 1)
+            y += 1  # which a view that a function made would not allow
+            return y
+
+    plain = Model()
     model = converted(plain)
-    assert nodes(model(images().requires_grad_())).count(NODE) == 2
-    assert torch.equal(step(model, images())[0], step(plain, images())[0])
+    x = torch.randn(8, WIDTH, *(4,) * axes)
+    assert nodes(copy.deepcopy(model)(x)).count(NODE) == 2
+    y, gradients, _ = step(model, x)
+    with torch.no_grad():  # torch's own ReLU keeps what is written to
+        assert torch.equal(y, plain(x))
+    others = step(part_by_part_of(model, norm), x)[1]
+    for a, b in zip(gradients, others, strict=True):
+        assert relative_error(a, b) < 1e-4
 
 
 def test_gradients_that_are_not_asked_for():
@@ -418,3 +495,44 @@ def test_gradients_add_up_over_two_passes():
             total = {name: p.grad.clone() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, 2 * total[name]) < 1e-6
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every_block
+def test_data_parallel(name, process_group):
+    model = converted(net(name, True))
+    y, gradients, _ = step(model, images())
+    parallel = nn.parallel.DistributedDataParallel(model)
+    again, others, _ = step(model, images(), run=parallel)
+    assert NODE in nodes(parallel(images()))
+    assert torch.equal(y, again)
+    for a, b in zip(gradients, others, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("part", ["block", "convolution"])
+def test_fully_sharded(part, process_group):
+    """A convolution that is sharded by itself gathers its weight in a hook, and runs alone."""
+    model = converted(net("timm bottleneck", True))
+    y, gradients, _ = step(model, images())
+    for block in model.blocks:
+        torch.distributed.fsdp.fully_shard(block if part == "block" else block.conv2)
+    packlight.manual_seed(2)
+    x = images().requires_grad_()
+    again = model(x)
+    found = nodes(again).count(NODE)
+    assert found == convolutions(model) - (0 if part == "block" else 2)
+    again.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(y, again)
+    of_parameters = [p.grad for p in model.parameters()]
+    for a, b in zip(gradients, [x.grad, *of_parameters], strict=True):
+        whole = b.full_tensor() if hasattr(b, "full_tensor") else b
+        assert relative_error(whole, a) < 1e-5

@@ -438,7 +438,8 @@ def test_the_report_says_by_how_many_bits_attention_packs():
     methods = {row.kind: row.method for row in conversion.replaced}
     assert methods["LlamaAttention"] == GroupQuant(bits=8)
     assert methods["Linear"] == GroupQuant(bits=2)
-    assert conversion.functional_bits == {"scaled_dot_product_attention": 8}
+    attention = ("scaled_dot_product_attention", "multi_head_attention_forward")
+    assert conversion.functional_bits == dict.fromkeys(attention, 8)
     text = " ".join(str(conversion).split())
     assert "GroupQuant(bits=8)" in text
     assert "scaled_dot_product_attention packs at 8 bits" in text
@@ -460,20 +461,19 @@ def test_attention_with_a_position_bias_is_left_alone_and_said_to_be():
     assert len(reasons) == 1
     reason = reasons.pop()
     assert "position bias" in reason
-    assert "packlight.saving" in reason
+    assert "functional=True" in reason
 
 
 def test_what_is_said_to_do_about_a_position_bias_helps():
-    model = make("t5")
-    inputs = batch("t5")
-    packlight.convert(model, GroupQuant(bits=4))
+    model, inputs = make("t5"), batch("t5")
+    packlight.convert(model, GroupQuant(bits=4), functional=False)
     before = packlight.profile(model, **inputs)
-    scores = {"*Softmax*": GroupQuant(bits=8)}
-    with packlight.saving(GroupQuant(bits=4), min_bytes=0, overrides=scores):
-        after = packlight.profile(model, **inputs)
+    packlight.convert(model, GroupQuant(bits=4), functional=True)
+    after = packlight.profile(model, **inputs)
     operation = "SafeSoftmaxBackward0"
-    assert before.by_operation()[operation] > 3 * after.by_operation()[operation]
-    assert before.activation_bytes > 1.5 * after.activation_bytes
+    assert operation in before.by_operation()
+    assert operation not in after.by_operation()
+    assert before.activation_bytes > 2 * after.activation_bytes
 
 
 def test_attention_that_has_its_own_way_for_sdpa_is_left_alone():
@@ -515,7 +515,7 @@ def test_generation_with_a_cache_goes_on_as_ever():
 TIMES_LESS = {
     "bert": (3.6, 6.5), "roberta": (3.6, 6.5), "gpt2": (5.0, 8.0), "llama": (4.2, 6.5),
     "mistral": (4.2, 6.5), "qwen2": (4.2, 6.5), "qwen3": (4.2, 6.5), "gemma": (4.2, 6.5),
-    "phi3": (4.2, 6.5), "t5": (2.0, 2.5), "vit": (3.6, 6.0),
+    "phi3": (4.2, 6.5), "t5": (3.5, 5.0), "vit": (3.6, 6.0),
 }  # fmt: skip
 
 
@@ -532,7 +532,7 @@ def test_a_model_computes_the_same_and_keeps_less(name):
     else:
         assert torch.equal(ours.logits, output.logits)
         assert torch.equal(ours.loss, output.loss)
-    assert worst_error(actual, expected) < 0.05
+    assert worst_error(actual, expected) < (0.08 if name == "t5" else 0.05)  # its scores are packed
     kept = [packlight.profile(m, **inputs).activation_bytes for m in (plain, converted, four)]
     eight_bits, four_bits = TIMES_LESS[name]
     assert kept[0] > eight_bits * kept[1]

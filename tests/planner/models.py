@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from packlight.planner.runs import Run, runs_of
+
 
 class Block(nn.Module):
     def __init__(self, width: int, dropout: float = 0.0) -> None:
@@ -36,3 +38,12 @@ class Model(nn.Module):
 def on_meta(**settings: float) -> tuple[Model, Tensor]:
     with torch.device("meta"):
         return Model(**settings), torch.empty(8, 256, dtype=torch.int64)
+
+
+def singles(model: nn.Module) -> list[Run]:
+    """Each block by itself, so that all are walked."""
+    return [
+        Run((name,), run.container, int(name.rpartition(".")[2]))
+        for run in runs_of(model)
+        for name in run.names
+    ]

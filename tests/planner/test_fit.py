@@ -13,12 +13,13 @@ from packlight.planner.calibrate import calibrate
 from packlight.planner.devices import Rates, device_of, parse_bytes, save_rates
 from packlight.planner.fit import fit, largest, resized
 from packlight.planner.optimizers import OPTIMIZERS
+from packlight.planner.walk import Walker
 from tests.planner.models import on_meta
 
 
 @pytest.mark.parametrize(
     ("usable", "expected"),
-    [(1000, 96), (100 + 9 * 7, 7), (105, 0), (109, 1), (100 + 9 * 4096, 4096)],
+    [(1000, 100), (100 + 9 * 7, 7), (105, 0), (109, 1), (100 + 9 * 4096, 4096)],
 )
 def test_the_largest_size_is_found(usable: int, expected: int) -> None:
     looked: list[int] = []
@@ -62,15 +63,16 @@ def test_rows_add_up_and_larger_batches_do_not_fit() -> None:
         assert row.fits == (row.peak <= found.usable)
     named = {row.name: row for row in found.rows}
     assert named["packlight, tiles"].kept < named["packlight"].kept < named["PyTorch"].kept
-    assert named["checkpointing"].largest_batch > named["PyTorch"].largest_batch
-    for name in ("PyTorch", "checkpointing"):
-        most = named[name].largest_batch
-        for batch, fits in ((most, True), (int(1.03 * most) + 1, False)):
-            more = tokens.new_empty(batch, tokens.shape[1])
-            again = fit("", model, (more,), {}, device, OPTIMIZERS["adamw"], sizes=False)
-            assert {row.name: row.fits for row in again.rows}[name] == fits
+    most = named["PyTorch"].largest_batch
+    assert named["checkpointing"].largest_batch > most > 0
+    assert named["checkpointing"].longest_sequence > named["PyTorch"].longest_sequence > 0
+    for batch, fits in ((most, True), (int(1.03 * most) + 1, False)):
+        more = tokens.new_empty(batch, tokens.shape[1])
+        walker = Walker(model, (more,), {}, None, OPTIMIZERS["adamw"])
+        assert (walker.walk(device).timeline.peak <= found.usable) == fits
     text = str(found)
-    assert "fits" in text and "the fastest that fits" in text and "estimated" in text
+    for part in ("fits", "the fastest that fits", "estimated"):
+        assert part in text
 
 
 @pytest.fixture
@@ -92,11 +94,12 @@ def test_the_command_prints_json_and_writes_plan_and_page(
     )  # fmt: skip
     data = json.loads(capsys.readouterr().out)
     assert data["device"] == "RTX 4090"
-    assert [row["name"] for row in data["rows"]][0] == "PyTorch"
+    assert data["rows"][0]["name"] == "PyTorch"
     assert data["fastest"] in [row["name"] for row in data["rows"]]
     assert packlight.load_methods(tmp_path / "plan.toml")
     page = (tmp_path / "fit.html").read_text(encoding="utf-8")
-    assert "<svg" in page and "PyTorch" in page and "blocks.0" in page
+    for part in ("<svg", "PyTorch", "blocks.0"):
+        assert part in page
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
@@ -114,16 +117,23 @@ def test_a_model_of_transformers_with_adapters_on_4_bits(
 ) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    small = ("hidden_size=64", "intermediate_size=128", "num_hidden_layers=6", "vocab_size=512",
+    small = ("hidden_size=64", "intermediate_size=128", "num_hidden_layers=5", "vocab_size=512",
              "num_attention_heads=4")  # fmt: skip
     config = [word for entry in small for word in ("--config", entry)]
     main(
         ["fit", "hf:llama", *config, "--sequence", "64", "--batch", "2", "--dtype", "bf16",
-         "--lora", "r=4,targets=all-linear", "--load-in-4bit", "--gpu", "1GiB", "--json"]
+         "--lora", "r=4,targets=all-linear", "--load-in-4bit", "--gpu", "1GiB", "--json",
+         "--quick"]
     )  # fmt: skip
     data = json.loads(capsys.readouterr().out)
-    assert all(row["largest_batch"] > 2 for row in data["rows"] if row["name"] != "plan")
-    assert all(row["longest_sequence"] > 64 for row in data["rows"] if row["name"] != "plan")
+    assert all(row["fits"] for row in data["rows"])
+    # Adapters are trained, and their Adam has two numbers of 32 bits a weight.
+    tensors = 2 * 7 * 5
+    trained = 4 * 5 * 4 * (4 * 128 + 3 * 192)
+    assert data["optimizer"] == 2 * trained + 512 * tensors  # and each a count of steps
+    embeddings = 2 * 2 * 512 * 64
+    linears = 5 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert data["weights"] == pytest.approx(embeddings + linears // 2 + trained, rel=0.1)
 
 
 def test_weights_of_4_bits_take_half_a_byte_and_a_scale() -> None:
@@ -161,7 +171,8 @@ def test_rates_are_measured_and_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rates = calibrate(device_of("H100"), tiny=True)
     assert isinstance(rates, Rates)
-    assert rates.host_us > 0 and rates.others > 0 and rates.others_packlight > 0
+    assert min(rates.host_us, rates.host_us_packlight, rates.module_us) >= 0
+    assert min(rates.others, rates.others_packlight) > 0
     assert {"aten::mm", "packlight::group_quantize"} <= set(rates.factors)
     from packlight.planner.devices import cache
 

@@ -1,4 +1,4 @@
-"""Plans: within their budgets, the faster the larger these are, and what `convert` makes of them."""
+"""Plans: within their budgets, the faster the larger, and what `convert` makes of them."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ from packlight.planner.searching import candidates
 from packlight.planner.study import Study
 from packlight.planner.timeline import STEP
 from packlight.planner.walk import Walker
-from tests.planner.models import Model, on_meta
+from tests.planner.models import Model, on_meta, singles
 
 H200 = device_of("H200")
 
@@ -52,25 +52,18 @@ def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
     for one in mixed[:: max(len(mixed) // 4, 1)]:
         plan = planned(study, one.peak, None, None)
         model, tokens = on_meta(depth=8)
-        converted = {name: option.name for name, option in one.options.items()}
-        del converted
-        runs = [run for run in _single_runs(model)]
-        walker = Walker(model, (tokens,), {}, None, torch.optim.SGD, runs)
+        walker = Walker(model, (tokens,), {}, None, torch.optim.SGD, singles(model))
         with walker.imagined():
             packlight.convert(walker.model, plan)
         real = walker.walk(H200).timeline
         assert plan.peak_bytes == pytest.approx(real.peak, rel=0.01)
-        assert plan.kept_bytes == pytest.approx(real.kept, rel=0.03)
+        # Where options meet, the pack of a block's input may not serve the block before as well.
+        pack = 8 * 256 * 64 * 33 // 32
+        assert plan.kept_bytes == pytest.approx(real.kept, abs=pack + 4096)
         steps = [
             sum(s.device_ms for s in t.segments if s.phase != STEP) for t in (plan.timeline, real)
         ]
         assert steps[0] == pytest.approx(steps[1], rel=0.05)
-
-
-def _single_runs(model: torch.nn.Module) -> list[object]:
-    from tests.planner.test_walk import singles
-
-    return singles(model)
 
 
 def test_what_no_plan_can_do_is_refused_with_the_least(study: Study) -> None:
@@ -101,8 +94,14 @@ def test_a_plan_converts_and_saves(tmp_path: pathlib.Path) -> None:
     assert after <= 0.5 * plan.plain.kept
     plan.save(tmp_path / "plan.toml")
     assert packlight.load_methods(tmp_path / "plan.toml") == dict(plan)
+    saved = packlight.load_methods(tmp_path / "plan.toml")
+    assert saved.head == plan.head
+    packlight.revert(model)
+    packlight.convert(model, saved, strict=False)
+    assert conversion.bytes(tokens).after.activation_bytes == after
     text = str(plan)
-    assert "blocks.0" in text and "the peak is in the" in text and "times measured" in text
+    for part in ("blocks.0", "the peak is in the", "times measured"):
+        assert part in text
     assert plan.to_dict()["peak_bytes"] == plan.peak_bytes
     assert sum(plan.peak_parts().values()) == plan.peak_bytes
 

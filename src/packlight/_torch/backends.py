@@ -80,6 +80,12 @@ def batch_norm(*arguments: Any) -> tuple[Tensor, ...]:
     return found
 
 
+def grouped_mm() -> tuple[Callable[..., Any], ...]:
+    """What a mode sees of `torch.nn.functional.grouped_mm`; empty in releases without it."""
+    seen = getattr(torch, "_grouped_mm", None)
+    return () if seen is None or not hasattr(torch.nn.functional, "grouped_mm") else (seen,)
+
+
 def adaptive_avg_pool_gradient(axes: int) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The gradient of an adaptive average pooling over two or three axes, by dy and the input.
 

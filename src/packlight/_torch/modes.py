@@ -91,7 +91,7 @@ def without_torch_functions() -> contextlib.AbstractContextManager[Any]:
     return context
 
 
-_Dispatch: Any = look_up("torch.utils._python_dispatch:TorchDispatchMode")
+DispatchMode: Any = look_up("torch.utils._python_dispatch:TorchDispatchMode")
 
 
 def with_operators(
@@ -101,11 +101,11 @@ def with_operators(
 
     None where torch has no mode of the dispatcher.
     """
-    if _Dispatch is None:
+    if DispatchMode is None:
         return None
     called: list[tuple[Any, tuple[Any, ...]]] = []
 
-    class Noting(_Dispatch):  # type: ignore[misc]
+    class Noting(DispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:

@@ -160,7 +160,7 @@ def chosen_methods(texts: Iterable[str], path: Path | None) -> FiledMethods:
         chosen[selector] = choice
     filed = FiledMethods() if path is None else load_methods(path)
     found = FiledMethods({**chosen, **{key: filed[key] for key in filed if key not in chosen}})
-    found.rest = filed.rest
+    found.rest, found.head = filed.rest, filed.head
     return found
 
 

@@ -87,7 +87,8 @@ def _foretold(arguments: argparse.Namespace, loaded: LoadedModel, device: device
 
 
 def _title(arguments: argparse.Namespace, loaded: LoadedModel) -> str:
-    count = loaded.parameters
+    # Two of 4 bits lie in a byte.
+    count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in loaded.model.parameters())
     trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     inputs = ", ".join(f"{name} {text}" for name, text in loaded.inputs().items())
     extras = [

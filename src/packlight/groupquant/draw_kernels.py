@@ -15,12 +15,12 @@ PLACE_STEP = tl.constexpr(STEP)
 
 
 @triton.jit
-def random_tile(seed, row, bundle, SIZE: tl.constexpr, NQ: tl.constexpr):
-    """Two [NQ, SIZE] uint32 tensors for the byte positions of bundles [NQ] of a row."""
+def random_tile(seed, row, bundle, SIZE: tl.constexpr):
+    """Two [NQ, SIZE] uint32 tensors for the places of bundles [NQ] of their rows."""
     seed = seed.to(tl.uint64)
     key = seed.to(tl.uint32)
     c0 = bundle.to(tl.uint32)[:, None] * SIZE + tl.arange(0, SIZE).to(tl.uint32)[None, :]
-    c1 = tl.zeros([NQ, SIZE], dtype=tl.uint32) + (row.to(tl.uint32) ^ (seed >> 32).to(tl.uint32))
+    c1 = tl.broadcast_to((row.to(tl.uint32) ^ (seed >> 32).to(tl.uint32))[:, None], c0.shape)
     for _ in tl.static_range(PHILOX_ROUNDS):
         high = tl.umulhi(c0, MULTIPLIER)
         low = tl.mul(c0, MULTIPLIER, sanitize_overflow=False)
@@ -54,19 +54,20 @@ def group_hashes(seed, group):
 
 
 @triton.jit
-def sign_words(hashes, SIZE: tl.constexpr):
-    """[NQ, SIZE]: bit 31 - p is the sign of element p of each place; see `draws.signs`."""
-    place = mixed(tl.arange(0, SIZE).to(tl.uint32) + PLACE_STEP)
-    word = tl.mul(hashes[:, None] ^ place[None, :], HASH_0, sanitize_overflow=False)
-    return tl.mul(word ^ (word >> 15), HASH_1, sanitize_overflow=False)
+def sign_halves(hashes, SIZE: tl.constexpr):
+    """[NQ, SIZE] of int16: bit 15 - p is the sign of element p of each place; see `draws.signs`."""
+    place = tl.arange(0, SIZE)
+    step = tl.mul((place // 4 + 1).to(tl.uint32), PLACE_STEP, sanitize_overflow=False)
+    words = mixed(hashes[:, None] ^ step[None, :])
+    return ((words >> (place % 4 * 8).to(tl.uint32)[None, :]) << 8).to(tl.int16)
 
 
 @triton.jit
 def store_seed(scales_ptr, seed, group):
-    """Writes the seed to the head of a pack, where a tile begins with its first group."""
-    if group == 0:
-        tl.store(scales_ptr, seed.to(tl.int32))
-        tl.store(scales_ptr + 1, (seed >> 32).to(tl.int32))
+    """Writes the seed to the head of a pack, where the first group is among groups [NQ]."""
+    head = scales_ptr + tl.zeros(group.shape, dtype=tl.int32)
+    tl.store(head, seed.to(tl.int32), group == 0)
+    tl.store(head + 1, (seed >> 32).to(tl.int32), group == 0)
 
 
 @triton.jit

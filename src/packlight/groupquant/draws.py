@@ -86,14 +86,16 @@ def offsets(seed: Tensor, groups: int, bits: int) -> Tensor:
 def signs(seed: Tensor, groups: int, group_size: int) -> Tensor:
     """1 and -1 for each element of each group, [groups, group_size].
 
-    The eight elements group_size / 8 apart have the highest bits of one hash: of the group's, xored
-    with that of their place.
+    The eight elements group_size / 8 apart have a byte of a hash, the highest bit first; four
+    places after each other have its four bytes, the lowest first.
     """
     size = group_size // 8
-    place = mixed((torch.arange(size, device=seed.device) + STEP) & _MASK)
-    words = ((group_hashes(seed, groups).view(-1, 1) ^ place) * HASH[0]) & _MASK
-    words = ((words ^ (words >> 15)) * HASH[1]) & _MASK
-    bits = (words.view(-1, 1, size) >> (31 - torch.arange(8, device=seed.device)).view(8, 1)) & 1
+    place = torch.arange(size, device=seed.device)
+    # Less 2^32, which the mask undoes: a compiler may compute with a range in int32.
+    of_place = (place // 4 + 1) * (STEP - (1 << 32)) & _MASK
+    words = mixed(group_hashes(seed, groups).view(-1, 1) ^ of_place)
+    bytes_ = (words >> (8 * (place % 4))).view(-1, 1, size)
+    bits = (bytes_ >> (7 - torch.arange(8, device=seed.device)).view(8, 1)) & 1
     return (1 - 2 * bits).float().view(groups, group_size)
 
 

@@ -120,7 +120,7 @@ def scaled_dot_product_attention(
     Keeps packs of query, key and value, `bits + 32 / group_size` bits an element, in one of two
     forms. 8 bits are the default, 4 can be used, 2 raise `InputError`.
 
-    `recompute=False`, the form of 8 bits and more than 256 keys, keeps a pack of the output as well,
+    `recompute=False`, the form of 8 bits and more than 256 keys, keeps a pack of the output too,
     which serves the linear layer behind, and the kernel's statistic, 32 bits a row. Nothing runs
     again. The softmax is recomputed from decoded query and key with the statistic of exact ones:
     biased.

@@ -16,17 +16,25 @@ from packlight.elementwise.limits import limits, pack_limits
 from packlight.groupquant.draw_kernels import other_seed
 from packlight.groupquant.grouping import Grouping, Groups
 from packlight.groupquant.kernels import (
+    TURNED_CODE,
     Setting,
     constants,
     greatest,
     limited,
     new_pack,
+    setting_for,
     sized,
     tile_of,
 )
 from packlight.groupquant.minmax_kernels import KEPT, LOST, REPLACES
-from packlight.groupquant.pack_kernels import load_codes, store_codes
-from packlight.groupquant.tile_kernels import load_tile, store_tile, to_float32
+from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
+from packlight.groupquant.tile_kernels import (
+    load_raw_tile,
+    load_whole,
+    row_tile,
+    store_whole,
+    to_float32,
+)
 from packlight.packing.layout import laid_out
 
 
@@ -68,28 +76,34 @@ def _gated_kernel(
     """y = f(gate) up, and the packs of gate and up."""
     bundle = tl.program_id(0).to(tl.int64) * NQ
     start = bundle * (8 * SIZE)
-    left = width - start
+    starts, room = row_tile(width - start, NQ, SIZE)
+    bundle += tl.arange(0, NQ)
     group = bundle * (8 // PARTS)
-    key, row = seed_value(seed, SEED), tl.zeros([], dtype=tl.int64)
-    gate = load_tile(gate_ptr + start, left, NQ, SIZE, FULL)
+    key, row = seed_value(seed, SEED), tl.zeros([NQ], dtype=tl.int64)
+    gate = load_raw_tile(gate_ptr + start, starts, room, SIZE, FULL)
     # One after the other: registers for both would leave room for few programs at once.
     factors = ()
-    for j in tl.static_range(8):
+    for p in tl.static_range(8):
         # torch rounds f(gate) to the tensors' dtype before it multiplies.
-        factors = factors + (FORWARD(gate[j], 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),)
+        factors = factors + (
+            FORWARD(to_float32(gate[p]), 0.0, 0.0, DIGITS).to(y_ptr.dtype.element_ty),
+        )
     within = (lowest, highest, below, above, edge)
     store_codes(
-        gate, gate_codes_ptr, gate_scales_ptr, group, key, row, bundle, left, within, NQ, SIZE,
-        PARTS, BITS, CODE, SEED, LIMITED, GREATEST, FULL,
+        packed_tile(gate, gate_ptr.dtype.element_ty, CODE), gate_codes_ptr, gate_scales_ptr, group,
+        key, row, bundle, room, within, SIZE, PARTS,
+        BITS, CODE, SEED, LIMITED, GREATEST, FULL,
     )  # fmt: skip
-    up = load_tile(up_ptr + start, left, NQ, SIZE, FULL)
-    for j in tl.static_range(8):
-        y = to_float32(factors[j]) * up[j]
-        store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
+    up = load_raw_tile(up_ptr + start, starts, room, SIZE, FULL)
+    y = ()
+    for p in tl.static_range(8):
+        y = y + (to_float32(factors[p]) * to_float32(up[p]),)
+    store_whole(y_ptr + start, y, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     within = (up_lowest, up_highest, up_below, up_above, up_edge)
     store_codes(
-        up, up_codes_ptr, up_scales_ptr, group, other_seed(key), row, bundle, left, within, NQ,
-        SIZE, PARTS, BITS, CODE, SEED, UP_LIMITED, GREATEST, FULL,
+        packed_tile(up, up_ptr.dtype.element_ty, CODE), up_codes_ptr, up_scales_ptr, group,
+        other_seed(key), row, bundle, room, within, SIZE, PARTS, BITS, CODE, SEED, UP_LIMITED,
+        GREATEST, FULL,
     )  # fmt: skip
 
 
@@ -122,29 +136,34 @@ def _gated_backward_kernel(
     """
     bundle = tl.program_id(0).to(tl.int64) * NQ
     start = bundle * (8 * SIZE)
-    left = width - start
+    starts, room = row_tile(width - start, NQ, SIZE)
+    bundle += tl.arange(0, NQ)
     group = bundle * (8 // PARTS)
     if DERIVATIVE is not None:
-        dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
+        dy = load_whole(dy_ptr + start, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     factor = load_codes(
-        gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, LOST
+        gate_codes_ptr, gate_scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, LOST
     )
     gate = factor
     if REPLACED and DERIVATIVE is not None:
         gate = load_codes(
-            gate_codes_ptr, gate_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, KEPT
+            gate_codes_ptr, gate_scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT
         )
-    up = load_codes(up_codes_ptr, up_scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL)
-    for j in tl.static_range(8):
-        f = FORWARD(factor[j], 0.0, 0.0, DIGITS)
+    up = load_codes(up_codes_ptr, up_scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
+    first, second = (), ()
+    for p in tl.static_range(8):
+        f = FORWARD(factor[p], 0.0, 0.0, DIGITS)
         if DERIVATIVE is None:
-            store_tile(dup_ptr + start, f * up[j], left, NQ, SIZE, j, FULL)
+            second = second + (f * up[p],)
         else:
-            dgate = dy[j] * up[j]
+            dgate = dy[p] * up[p]
             if THROUGH:
-                dgate *= DERIVATIVE(gate[j], 0.0, 0.0)
-            store_tile(dgate_ptr + start, dgate, left, NQ, SIZE, j, FULL)
-            store_tile(dup_ptr + start, dy[j] * f, left, NQ, SIZE, j, FULL)
+                dgate *= DERIVATIVE(gate[p], 0.0, 0.0)
+            first = first + (dgate,)
+            second = second + (dy[p] * f,)
+    if DERIVATIVE is not None:
+        store_whole(dgate_ptr + start, first, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+    store_whole(dup_ptr + start, second, starts, room, SIZE, CODE == TURNED_CODE, FULL)
 
 
 GATED = Setting(1024, 8)
@@ -154,7 +173,8 @@ PRODUCT = Setting(1024, 4)
 
 @functools.lru_cache(LAUNCHES)
 def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) -> Launch:
-    nq, tiles, full = tile_of(grouping, GATED.block)
+    block, warps = setting_for(grouping, GATED)
+    nq, tiles, full = tile_of(grouping, block)
     return _gated_kernel.prepare(
         (tiles,),
         grouping.width,
@@ -169,7 +189,7 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) 
         GREATEST=greatest(dtype),
         FULL=full,
         NQ=nq,
-        num_warps=GATED.warps,
+        num_warps=warps,
     )
 
 
@@ -196,7 +216,7 @@ def gated(
 def _gated_backward_launch(
     grouping: Grouping, dtype: torch.dtype, name: str, product: bool, through: bool
 ) -> Launch:
-    block, warps = PRODUCT if product else GATED_BACKWARD
+    block, warps = setting_for(grouping, PRODUCT if product else GATED_BACKWARD)
     nq, tiles, full = tile_of(grouping, block)
     return _gated_backward_kernel.prepare(
         (tiles,),

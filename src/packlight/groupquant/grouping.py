@@ -50,11 +50,12 @@ class Grouping(NamedTuple):
     """Where the codes of a tensor lie: rows of `width` elements, each cut into groups of its own.
 
     A group is `group_bytes` bytes that follow each other, plane by plane. A byte of a plane of w
-    bits holds those of 8 / w elements, which lie group_size w / 8 apart. So groups stand by
+    bits has those of 8 / w elements, which lie group_size w / 8 apart. So groups stand by
     themselves, a thread that packs a byte shifts by constants, and neighbours in a warp read and
-    write neighbouring addresses. The last group of a row may be ragged; its codes take whole bytes.
+    write neighbouring addresses. `rotated_reference.py` says where codes of rotated groups lie. The
+    last group of a row may be ragged; its codes take whole bytes.
 
-    A thread holds `parts` elements of a group for each of its `size` positions: those of one byte
+    A thread holds `parts` elements of a group for each of its `size` places: those of one byte
     of the narrowest plane, and eight where the group is rotated.
     """
 

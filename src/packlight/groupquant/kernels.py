@@ -20,11 +20,19 @@ from packlight.elementwise.kernels import DIGITS, FORWARD, clamp
 from packlight.elementwise.limits import limits, pack_limits
 from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.minmax_kernels import KEPT, LOST, LOWER, PLAIN, REPLACES, UPPER
-from packlight.groupquant.pack_kernels import load_codes, store_codes
-from packlight.groupquant.tile_kernels import load_columns, load_tile, store_tile
+from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
+from packlight.groupquant.tile_kernels import (
+    load_columns,
+    load_raw_tile,
+    load_whole,
+    row_tile,
+    store_whole,
+    to_float32,
+)
 from packlight.packing.layout import dense_stride, laid_out, write_back
 
 HALF_MAX = tl.constexpr(65504.0)
+TURNED_CODE = tl.constexpr(ROTATED)
 
 
 @quick
@@ -61,17 +69,20 @@ def _quantize_kernel(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     bundle = (tl.program_id(0) % tiles).to(tl.int64) * NQ
     start = row * width + bundle * (8 * SIZE)
-    group = row * row_groups + bundle * (8 // PARTS)
-    left = width - bundle * (8 * SIZE)
-    tile = load_tile(x_ptr + start, left, NQ, SIZE, FULL)
+    starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
+    bundle += tl.arange(0, NQ)
+    raw = load_raw_tile(x_ptr + start, starts, room, SIZE, FULL)
     if FORWARD is not None:
-        for j in tl.static_range(8):
-            y = FORWARD(tile[j], a, b, DIGITS)
-            store_tile(y_ptr + start, y, left, NQ, SIZE, j, FULL)
+        y = ()
+        for p in tl.static_range(8):
+            y = y + (FORWARD(to_float32(raw[p]), a, b, DIGITS),)
+        store_whole(y_ptr + start, y, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     within = (lowest, highest, below, above, edge)
     store_codes(
-        tile, codes_ptr, scales_ptr, group, seed_value(seed, SEED), row, bundle, left, within, NQ,
-        SIZE, PARTS, BITS, CODE, SEED, LIMITED, GREATEST, FULL,
+        packed_tile(raw, x_ptr.dtype.element_ty, CODE), codes_ptr, scales_ptr,
+        row * row_groups + bundle * (8 // PARTS), seed_value(seed, SEED),
+        tl.broadcast_to(row, [NQ]), bundle, room, within, SIZE, PARTS, BITS, CODE, SEED, LIMITED,
+        GREATEST, FULL,
     )  # fmt: skip
 
 
@@ -102,30 +113,32 @@ def _dequantize_kernel(
 ):
     """f(v) or v weight + bias of the packed values v."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles * (NQ * (8 // PARTS))  # group of the row
     bundle = (tl.program_id(0) % tiles).to(tl.int64) * NQ
-    column = bundle * (8 * SIZE)
+    start = row * width + bundle * (8 * SIZE)
+    starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
+    bundle += tl.arange(0, NQ)
     group = row * row_groups + bundle * (8 // PARTS)
-    left = width - column
     tile = load_codes(
-        codes_ptr, scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL,
+        codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL,
         PLAIN if FORWARD is None else LOST,
     )  # fmt: skip
     if WEIGHT:
-        weight = load_columns(weight_ptr, first, left, PERIOD, NQ, SIZE, PARTS, FULL)
+        weight = load_columns(weight_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
     if BIAS:
-        bias = load_columns(bias_ptr, first, left, PERIOD, NQ, SIZE, PARTS, FULL)
-    for j in tl.static_range(8):
-        y = tile[j]
+        bias = load_columns(bias_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
+    out = ()
+    for p in tl.static_range(8):
+        y = tile[p]
         if FORWARD is not None:
             y = FORWARD(y, a, b, DIGITS)
         if WEIGHT:
-            y = y * weight[j]
+            y = y * weight[p]
         if BIAS:
-            y = y + bias[j]
+            y = y + bias[p]
         if FORWARD is None and y_ptr.dtype.element_ty == tl.float16:
             y = clamp(y, -HALF_MAX, HALF_MAX)  # the other dtypes hold whatever a pack does
-        store_tile(y_ptr + row * width + column, y, left, NQ, SIZE, j, FULL)
+        out = out + (y,)
+    store_whole(y_ptr + start, out, starts, room, SIZE, CODE == TURNED_CODE, FULL)
 
 
 @quick
@@ -149,20 +162,22 @@ def _activation_backward_kernel(
     """dx = dy f'(x~)."""
     bundle = tl.program_id(0).to(tl.int64) * NQ
     start = bundle * (8 * SIZE)
-    left = width - start
+    starts, room = row_tile(width - start, NQ, SIZE)
+    dy = load_whole(dy_ptr + start, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+    bundle += tl.arange(0, NQ)
     group = bundle * (8 // PARTS)
-    dy = load_tile(dy_ptr + start, left, NQ, SIZE, FULL)
-    tile = load_codes(codes_ptr, scales_ptr, group, left, NQ, SIZE, PARTS, BITS, CODE, FULL, KEPT)
-    for j in tl.static_range(8):
-        dx = dy[j] * DERIVATIVE(tile[j], a, b)
-        store_tile(dx_ptr + start, dx, left, NQ, SIZE, j, FULL)
+    tile = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT)
+    dx = ()
+    for p in tl.static_range(8):
+        dx = dx + (dy[p] * DERIVATIVE(tile[p], a, b),)
+    store_whole(dx_ptr + start, dx, starts, room, SIZE, CODE == TURNED_CODE, FULL)
 
 
 # --- Launchers, with the signatures of reference.py.
 
 
 class Setting(NamedTuple):
-    """Positions a program, eight elements each, and its warps."""
+    """Places a program, eight elements each, and its warps."""
 
     block: int
     warps: int
@@ -175,6 +190,14 @@ ACTIVATION = Setting(512, 4)
 UNPACK = Setting(512, 4)
 REBUILD = Setting(1024, 4)  # through a function
 BACKWARD = Setting(1024, 4)
+# Of whatever packs or reads rotated groups: a warp has what one product on tensor cores takes, and
+# waits for few others.
+TURNED = Setting(512, 2)
+
+
+def setting_for(grouping: Grouping, plain: Setting) -> Setting:
+    """`plain`, or that of rotated groups."""
+    return TURNED if grouping.code == ROTATED else plain
 
 
 def constants(grouping: Grouping) -> dict[str, int]:
@@ -188,7 +211,7 @@ def constants(grouping: Grouping) -> dict[str, int]:
 
 
 def tile_of(grouping: Grouping, block: int) -> tuple[int, int, bool]:
-    """Bundles a tile of `block` positions, tiles a row, and whether every tile is whole."""
+    """Bundles a tile of `block` places, tiles a row, and whether every tile is whole."""
     bundle = 8 * grouping.size
     bundles = -(-grouping.width // bundle)
     nq = max(1, min(block // grouping.size, triton.next_power_of_2(bundles)))
@@ -232,7 +255,7 @@ def _quantize_launch(
     grouping: Grouping, dtype: torch.dtype, name: str, parameters: tuple[float, ...],
     seed: int,
 ) -> Launch:  # fmt: skip
-    block, warps = ACTIVATION if name and grouping.code != ROTATED else PACK
+    block, warps = setting_for(grouping, ACTIVATION if name else PACK)
     nq, tiles, full = tile_of(grouping, block)
     return _quantize_kernel.prepare(
         (grouping.rows * tiles,),
@@ -283,8 +306,7 @@ def _dequantize_launch(
     weight: bool,
     bias: bool,
 ) -> Launch:
-    # A rotated tile has rows enough for the tensor cores of all its warps.
-    block, warps = REBUILD if name or grouping.code == ROTATED else UNPACK
+    block, warps = setting_for(grouping, REBUILD if name else UNPACK)
     period = grouping.row_groups
     if grouping.width % grouping.group_size == 0:  # rows are one row: tiles need not end with them
         grouping = grouping._replace(rows=1, width=grouping.rows * grouping.width)
@@ -353,7 +375,8 @@ def activation_(
 
 @functools.lru_cache(LAUNCHES)
 def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: float) -> Launch:
-    nq, tiles, full = tile_of(grouping, BACKWARD.block)
+    block, warps = setting_for(grouping, BACKWARD)
+    nq, tiles, full = tile_of(grouping, block)
     return _activation_backward_kernel.prepare(
         (tiles,),
         grouping.width,
@@ -363,7 +386,7 @@ def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: floa
         **constants(grouping),
         FULL=full,
         NQ=nq,
-        num_warps=BACKWARD.warps,
+        num_warps=warps,
     )
 
 

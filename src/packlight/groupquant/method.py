@@ -62,10 +62,10 @@ class GroupQuant(Quantiser):
     **`code="rotated"`**: the group less its mean is turned by random signs and a Hadamard matrix,
     which makes its values normal whatever they were, and each takes the code of the nearest of 2^b
     levels for a normal distribution (`rotated_reference.py`). At the same bytes the error is two
-    thirds of that of stochastic rounding at 4 bits and half at 2, and a channel far larger than the
-    others takes nothing from them. Nearly unbiased: the bias is 2% of the squared error at 2 bits
-    and .3% at 4. `rounding` has no part in it. Sources: EDEN, ICML 2022, arXiv 2108.08842;
-    TurboQuant, 2504.19874.
+    thirds of that of stochastic rounding at 4 bits and half at 2. That of a channel far larger than
+    the others spreads over its group: little of the gradient as a whole, much of their columns.
+    Nearly unbiased: the bias is 2% of the squared error at 2 bits and .3% at 4. `rounding` has no
+    part in it. Sources: EDEN, ICML 2022, arXiv 2108.08842; TurboQuant, 2504.19874.
 
     **`code="scaled"`**: rotated, and before that each channel is taken less its mean and over a
     power of two, so that channels far larger than the others, as large language models have, cost

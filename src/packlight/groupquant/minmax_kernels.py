@@ -18,7 +18,7 @@ from packlight.groupquant.draw_kernels import group_hashes, load_seed, random_ti
 from packlight.groupquant.grouping import HEADER
 from packlight.groupquant.grouping import OFFSET as _OFFSET
 from packlight.groupquant.minmax_reference import COARSE, SIGN, TINY
-from packlight.groupquant.tile_kernels import code_bytes, load_bytes, store_bytes, tile_offsets
+from packlight.groupquant.tile_kernels import code_bytes, load_bytes, part_there, store_bytes
 
 INFINITY = tl.constexpr(float("inf"))
 WHOLE = tl.constexpr(8388608.0)
@@ -26,6 +26,7 @@ LEAST_STEP = tl.constexpr(TINY)
 SIGN_BIT = tl.constexpr(SIGN)
 COARSE_STEP = tl.constexpr(COARSE)
 OFFSET = tl.constexpr(_OFFSET)
+LARGE = tl.constexpr(3e38)
 SEED_WORDS = tl.constexpr(HEADER)
 
 # What there is to be done of limits, or-ed: values beyond them, and infinities to replace.
@@ -41,7 +42,7 @@ PLAIN = tl.constexpr(2)
 
 
 @triton.jit
-def _lower(a, b):
+def lower_of(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -52,7 +53,7 @@ def _higher(a, b):
 
 @triton.jit
 def group_range(
-    tile, s: tl.constexpr, left, within, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    tile, s: tl.constexpr, room, within, SIZE: tl.constexpr, PARTS: tl.constexpr,
     LIMITED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Minimum and maximum of set s of the groups of a tile within the limits, [NQ] each.
@@ -62,15 +63,15 @@ def group_range(
     for p in tl.static_range(PARTS):
         below, above = tile[s * PARTS + p], tile[s * PARTS + p]
         if not FULL:
-            inside = tile_offsets(NQ, SIZE, s * PARTS + p) < left
+            inside = part_there(room, SIZE, s * PARTS + p)
             below = tl.where(inside, below, INFINITY)
             above = tl.where(inside, above, -INFINITY)
         if p == 0:
             low, high = below, above
         else:
-            low, high = _lower(low, below), _higher(high, above)
-    low, high = tl.reduce(low, 1, _lower), tl.reduce(high, 1, _higher)
-    replaced = tl.zeros([NQ], dtype=tl.int1)
+            low, high = lower_of(low, below), _higher(high, above)
+    low, high = tl.reduce(low, 1, lower_of), tl.reduce(high, 1, _higher)
+    replaced = tl.zeros(room.shape, dtype=tl.int1)
     if LIMITED != 0:
         lowest, highest, instead_below, instead_above, edge = within
         far_below, far_above = low <= -edge, high >= edge
@@ -180,8 +181,25 @@ def code_and_fraction(
 
 
 @triton.jit
-def code_by_offset(x, half_low, inverse, addend):
-    """As `code_and_fraction`, of an addend 2^(23 - f) + u [NQ, SIZE] or of the group."""
+def saturated(x, factor):
+    """x factor between 0 and 1, 0 for NaN."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "mul.rn.sat.f32 $0, $1, $2;", "=f,f,f", [x, factor],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.minimum(tl.maximum(x * factor, 0.0), 1.0)
+
+
+@triton.jit
+def code_by_offset(x, half_low, inverse, first, more):
+    """As `code_and_fraction`, of an addend 2^(23 - f) + u of the group, and 1 more of x > 0.
+
+    `more` is 0 in groups that do not begin at 0. Comparing would take half of what limits a pack:
+    comparisons and selections are as slow as two products.
+    """
+    addend = tl.fma(saturated(x, LARGE), more, first)
     if PTX:  # not to be fused otherwise, as said there
         return tl.inline_asm_elementwise(
             "{.reg .f32 v; fma.rn.f32 v, $1, 0f3F000000, $2; fma.rn.f32 $0, v, $3, $4;}",
@@ -203,87 +221,79 @@ def group_offsets(seed, group, step, BITS: tl.constexpr):
 
 @triton.jit
 def store_minmax(
-    tile, codes_ptr, scales_ptr, group, seed, row, bundle, left, within, NQ: tl.constexpr,
-    SIZE: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, LIMITED: tl.constexpr, GREATEST: tl.constexpr, FULL: tl.constexpr,
+    tile, codes_ptr, scales_ptr, group, seed, row, bundle, room, within, SIZE: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    LIMITED: tl.constexpr, GREATEST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """See `store_codes`."""
-    SETS: tl.constexpr = 8 // PARTS
     draws = ()
     if CODE == OFFSET:
         store_seed(scales_ptr, seed, group)
         scales_ptr += SEED_WORDS
     elif STOCHASTIC:
-        draws = random_tile(seed, row, bundle + tl.arange(0, NQ), SIZE, NQ)
-    for s in tl.static_range(SETS):
-        local = tl.arange(0, NQ) * SETS + s
-        low, high, replaced = group_range(tile, s, left, within, NQ, SIZE, PARTS, LIMITED, FULL)
+        draws = random_tile(seed, row, bundle, SIZE)
+    for s in tl.static_range(8 // PARTS):
+        low, high, replaced = group_range(tile, s, room, within, SIZE, PARTS, LIMITED, FULL)
         half_low, step, inverse, word = group_scales(
             low, high, replaced, BITS, CODE, LIMITED, GREATEST
         )
         if CODE == OFFSET:
-            u, _ = group_offsets(seed, group + local, step, BITS)
+            u, _ = group_offsets(seed, group + s, step, BITS)
             from_zero = half_low == 0.0
             base = 256.0 if BITS == 8 else 128.0
-            first = u + tl.where(from_zero, base + 1.0, base)
-            # Code 0 of what is 0, where that is the minimum.
-            at_zero = tl.where(from_zero, base, first)[:, None]
-            first = first[:, None]
-            bound = tl.where(from_zero, 0.0, -INFINITY)[:, None]
+            start = tl.where(from_zero, base, base + u)[:, None]
+            more = tl.where(from_zero, u + 1.0, 0.0)[:, None]
         half_low = half_low[:, None]
-        inverse = tl.broadcast_to(inverse[:, None], [NQ, SIZE])
+        inverse = tl.broadcast_to(inverse[:, None], [inverse.shape[0], SIZE])
         parts = ()
         for p in tl.static_range(PARTS):
             x = limited_to(tile[s * PARTS + p], low, high, LIMITED)
             if CODE == OFFSET:
-                addend = tl.where(x > bound, first, at_zero)
-                code = code_by_offset(x, half_low, inverse, addend)
+                code = code_by_offset(x, half_low, inverse, start, more)
             else:
                 code = code_and_fraction(
                     x, half_low, inverse, draws, s * PARTS + p, BITS, STOCHASTIC
                 )
             parts = parts + (code_bytes(code, BITS),)
-        there = None if FULL else local * (PARTS * SIZE) < left
-        store_bytes(parts, codes_ptr, group + local, there, NQ, SIZE, PARTS, BITS)
-        tl.store(scales_ptr + group + local, word, there)
+        there = None if FULL else room > s * PARTS * SIZE
+        store_bytes(parts, codes_ptr, group + s, there, SIZE, PARTS, BITS)
+        tl.store(scales_ptr + group + s, word, there)
 
 
 @triton.jit
 def load_minmax(
-    codes_ptr, scales_ptr, group, left, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, PARTS: tl.constexpr,
     BITS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, REPLACED: tl.constexpr,
 ):  # fmt: skip
     """See `load_codes`."""
-    SETS: tl.constexpr = 8 // PARTS
     HALF: tl.constexpr = 2.0**-16 if BITS == 8 else 2.0**-17  # of what u is a multiple of
     if CODE == OFFSET:
         seed = load_seed(scales_ptr)
         scales_ptr += SEED_WORDS
     tile = ()
-    for s in tl.static_range(SETS):
-        local = tl.arange(0, NQ) * SETS + s
-        there = None if FULL else local * (PARTS * SIZE) < left
-        codes = load_bytes(codes_ptr, group + local, there, NQ, SIZE, PARTS, BITS)
-        word = tl.load(scales_ptr + group + local, there, other=None if FULL else 0)
+    for s in tl.static_range(8 // PARTS):
+        there = None if FULL else room > s * PARTS * SIZE
+        codes = load_bytes(codes_ptr, group + s, there, SIZE, PARTS, BITS)
+        word = tl.load(scales_ptr + group + s, there, other=None if FULL else 0)
         low = (word & -65536).to(tl.float32, bitcast=True)
         step = scale_of(word, REPLACED)
         if CODE == OFFSET:
-            u, fine = group_offsets(seed, group + local, step, BITS)
+            u, fine = group_offsets(seed, group + s, step, BITS)
             from_zero = low == 0.0
             middle = tl.where(fine, 0.5 - HALF, 0.5) - u - tl.where(from_zero, 1.0, 0.0)
             low = (low * 0.5 + step * 0.5 * middle) * 2.0
-            nothing = tl.where(from_zero, 0, -1)[:, None]  # the code of 0, -1 for none
-            zero = (step * 0.0)[:, None]  # NaN in a group with one
-        step = tl.broadcast_to(step[:, None], [NQ, SIZE])
+            more = tl.where(from_zero, low, 0.0)[:, None]
+            low = tl.where(from_zero, 0.0, low)
+        step = tl.broadcast_to(step[:, None], [step.shape[0], SIZE])
         for p in tl.static_range(PARTS):
             # An integer below 2^23 in the low bits of 2^23 is that much more than 2^23.
-            value = (codes[p] | 0x4B000000).to(tl.float32, bitcast=True) - WHOLE
+            code = (codes[p] | 0x4B000000).to(tl.float32, bitcast=True) - WHOLE
             if PTX:
-                value = tl.fma(value, step, low[:, None])
+                value = tl.fma(code, step, low[:, None])
             else:  # the interpreter rounds the product, which may overflow
-                value = (value * (step * 0.5) + low[:, None] * 0.5) * 2.0
-            if CODE == OFFSET:
-                value = tl.where(codes[p] == nothing, zero, value)
+                value = (code * (step * 0.5) + low[:, None] * 0.5) * 2.0
+            if CODE == OFFSET:  # `more` of all codes but that of 0
+                value = tl.fma(saturated(code, 1.0), more, value)
             tile = tile + (value,)
     return tile
 

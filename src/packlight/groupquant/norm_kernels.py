@@ -5,6 +5,7 @@ backward adds up its rows' share of the weight and bias gradients in registers a
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,112 +14,153 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
-from packlight.groupquant.grouping import Grouping, Groups
-from packlight.groupquant.kernels import constants, new_pack, sized
-from packlight.groupquant.pack_kernels import load_codes, store_codes
-from packlight.groupquant.tile_kernels import load_tile, store_tile, tile_offsets
+from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping, Groups
+from packlight.groupquant.kernels import TURNED_CODE, constants, new_pack, sized
+from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
+from packlight.groupquant.tile_kernels import (
+    load_tile,
+    load_whole,
+    part_there,
+    row_tile,
+    rows_tile,
+    store_tile,
+    store_whole,
+)
 
 
 @triton.jit
-def tile_sum(tile):
-    """The sum of all elements of the eight tensors of a tile."""
+def row_sums(tile, in_row, ROWS: tl.constexpr):
+    """[NQ, 1] sums of each row of the eight tensors of a tile, for each of its bundles."""
     pairs = ((tile[0] + tile[1]) + (tile[2] + tile[3])) + (
         (tile[4] + tile[5]) + (tile[6] + tile[7])
     )
-    return tl.sum(tl.sum(pairs, 1), 0)
+    sums = tl.sum(pairs, 1)
+    if sums.shape[0] > ROWS:
+        groups = sums
+        for row in tl.static_range(ROWS):
+            whole = tl.sum(tl.where(in_row == row, groups, 0.0), 0)
+            sums = tl.where(in_row == row, whole, sums)
+    return sums[:, None]
 
 
 @triton.jit
 def load_parameter(
-    p_ptr, copy_ptr, width, GIVEN: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr,
+    p_ptr, copy_ptr, bundle, width, GIVEN: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """A parameter as a tile, which the first program copies; an empty tuple for none."""
+    """A parameter as a tile, which the first program copies; an empty tuple for none.
+
+    Also unless it is to be KEPT, for lack of registers: see `parameter_of`.
+    """
     tile = ()
     if GIVEN:
-        tile = load_tile(p_ptr, width, NQ, SIZE, FULL)
+        column = bundle * (8 * SIZE)
+        found = load_tile(p_ptr, column, width - column, SIZE, FULL)
         if tl.program_id(0) == 0:
-            for j in tl.static_range(8):
-                store_tile(copy_ptr, tile[j], width, NQ, SIZE, j, FULL)
+            for p in tl.static_range(8):
+                store_tile(copy_ptr, found[p], column, width - column, SIZE, p, FULL)
+        if KEPT:
+            tile = found
     return tile
 
 
 @triton.jit
-def norm_row(
-    tile, y_ptr, weight, bias, codes_ptr, scales_ptr, rstd_ptr, seed, row, width, row_groups, eps,
-    CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIZE: tl.constexpr,
-    PARTS: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr,
-    FULL: tl.constexpr, NQ: tl.constexpr,
+def parameter_of(
+    tile, p_ptr, bundle, width, GIVEN: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr
+):
+    """What `load_parameter` gave, or would have given had it been kept."""
+    if GIVEN and len(tile) == 0:
+        column = bundle * (8 * SIZE)
+        return load_tile(p_ptr, column, width - column, SIZE, FULL)
+    else:
+        return tile
+
+
+@triton.jit
+def norm_rows(
+    tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr, seed, row,
+    starts, room, in_row, bundle, width, row_groups, eps, CENTER: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Output, pack and rstd of one row, a tile that is 0 past the row's end."""
+    """Output, pack and rstd of the rows of a tile that is 0 past the end of each."""
     if CENTER:
-        mean = tile_sum(tile) / width
+        mean = row_sums(tile, in_row, ROWS) / width
         centered = ()
-        for j in tl.static_range(8):
+        for p in tl.static_range(8):
             if FULL:
-                centered = centered + (tile[j] - mean,)
+                centered = centered + (tile[p] - mean,)
             else:
-                inside = tile_offsets(NQ, SIZE, j) < width
-                centered = centered + (tl.where(inside, tile[j] - mean, 0.0),)
+                inside = part_there(room, SIZE, p)
+                centered = centered + (tl.where(inside, tile[p] - mean, 0.0),)
         tile = centered
     squares = ()
-    for j in tl.static_range(8):
-        squares = squares + (tile[j] * tile[j],)
-    rstd = tl.rsqrt(tile_sum(squares) / width + eps)
-    tl.store(rstd_ptr + row, rstd)
-    normal = ()
-    for j in tl.static_range(8):
-        x_hat = tile[j] * rstd
+    for p in tl.static_range(8):
+        squares = squares + (tile[p] * tile[p],)
+    rstd = tl.rsqrt(row_sums(squares, in_row, ROWS) / width + eps)
+    tl.store(rstd_ptr + (row + in_row)[:, None], rstd, ((bundle == 0) & (room > 0))[:, None])
+    weight = parameter_of(weight, weight_ptr, bundle, width, WEIGHT, SIZE, FULL)
+    bias = parameter_of(bias, bias_ptr, bundle, width, BIAS, SIZE, FULL)
+    normal, out = (), ()
+    for p in tl.static_range(8):
+        x_hat = tile[p] * rstd
         normal = normal + (x_hat,)
         y = x_hat
         if WEIGHT:
-            y = y * weight[j]
+            y = y * weight[p]
         if BIAS:
-            y = y + bias[j]
-        store_tile(y_ptr + row * width, y, width, NQ, SIZE, j, FULL)
+            y = y + bias[p]
+        out = out + (y,)
+    store_whole(y_ptr + row * width, out, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+    group = (row + in_row) * row_groups + bundle * (8 // PARTS)
     store_codes(
-        normal, codes_ptr, scales_ptr, row * row_groups, seed, row, 0, width, (), NQ, SIZE, PARTS,
-        BITS, CODE, SEED, 0, None, FULL,
+        packed_tile(normal, y_ptr.dtype.element_ty, CODE), codes_ptr, scales_ptr, group, seed,
+        row + in_row, bundle, room, (), SIZE, PARTS, BITS, CODE, SEED, 0, None, FULL,
     )  # fmt: skip
 
 
 @triton.jit
 def row_gradients(
-    dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, width, row_groups, dweight, dbias,
-    CENTER: tl.constexpr, WEIGHT: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width, row_groups,
+    dweight, dbias, CENTER: tl.constexpr, WEIGHT: tl.constexpr, NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
-    CODE: tl.constexpr, FULL: tl.constexpr, NQ: tl.constexpr,
+    CODE: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What comes of one row of gradients: dx, and the sums `dweight` and `dbias` so far."""
-    group = row * row_groups
-    x_hat = load_codes(codes_ptr, scales_ptr, group, width, NQ, SIZE, PARTS, BITS, CODE, FULL)
-    rstd = tl.load(rstd_ptr + row)
+    """What comes of a tile of gradients: dx, and the sums `dweight` and `dbias` so far."""
+    group = (row + in_row) * row_groups + bundle * (8 // PARTS)
+    x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
+    if FULL:
+        rstd = tl.load(rstd_ptr + row + in_row)[:, None]
+    else:
+        rstd = tl.load(rstd_ptr + row + in_row, room > 0, other=0.0)[:, None]
     if NEED_WEIGHT:
         total = ()
-        for j in tl.static_range(8):
-            total = total + (tl.fma(dy[j], x_hat[j], dweight[j]),)
+        for p in tl.static_range(8):
+            total = total + (tl.fma(dy[p], x_hat[p], dweight[p]),)
         dweight = total
     if NEED_BIAS:
         total = ()
-        for j in tl.static_range(8):
-            total = total + (dbias[j] + dy[j],)
+        for p in tl.static_range(8):
+            total = total + (dbias[p] + dy[p],)
         dbias = total
     g = dy
     if WEIGHT:
-        weight = load_tile(weight_ptr, width, NQ, SIZE, FULL)
+        weight = parameter_of((), weight_ptr, bundle, width, WEIGHT, SIZE, FULL)
         g = ()
-        for j in tl.static_range(8):
-            g = g + (dy[j] * weight[j],)
+        for p in tl.static_range(8):
+            g = g + (dy[p] * weight[p],)
     products = ()
-    for j in tl.static_range(8):
-        products = products + (g[j] * x_hat[j],)
-    slope = tile_sum(products) / width  # of x_hat: 0 past the row's end, as g is 0 there
+    for p in tl.static_range(8):
+        products = products + (g[p] * x_hat[p],)
+    # Of x_hat: 0 past the row's end, as g is 0 there.
+    slope = row_sums(products, in_row, ROWS) / width
     mean = 0.0
     if CENTER:
-        mean = tile_sum(g) / width
+        mean = row_sums(g, in_row, ROWS) / width
     dx = ()
-    for j in tl.static_range(8):
-        dx = dx + ((g[j] - mean - x_hat[j] * slope) * rstd,)
+    for p in tl.static_range(8):
+        dx = dx + ((g[p] - mean - x_hat[p] * slope) * rstd,)
     return dx, dweight, dbias
 
 
@@ -126,14 +168,27 @@ def row_gradients(
 def store_sums(
     dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """This program's share of the gradients of weight and bias."""
     partial = tl.program_id(0).to(tl.int64) * width
-    for j in tl.static_range(8):
+    starts, room = row_tile(width, NQ, SIZE)
+    for p in tl.static_range(8):
         if NEED_WEIGHT:
-            store_tile(dweight_ptr + partial, dweight[j], width, NQ, SIZE, j, FULL)
+            sums = over_rows(dweight[p], ROWS)
+            store_tile(dweight_ptr + partial, sums, starts, room, SIZE, p, FULL)
         if NEED_BIAS:
-            store_tile(dbias_ptr + partial, dbias[j], width, NQ, SIZE, j, FULL)
+            sums = over_rows(dbias[p], ROWS)
+            store_tile(dbias_ptr + partial, sums, starts, room, SIZE, p, FULL)
+
+
+@triton.jit
+def over_rows(x, ROWS: tl.constexpr):
+    """[NQ, SIZE] sums over the rows of a tile."""
+    if ROWS == 1:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, [ROWS, x.shape[0] // ROWS, x.shape[1]]), 0)
 
 
 @quick
@@ -163,19 +218,24 @@ def _forward_kernel(
     CODE: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
-    NQ: tl.constexpr,
+    ROWS: tl.constexpr,
+    NQ: tl.constexpr,  # bundles a row
 ):
-    weight = load_parameter(weight_ptr, weight_copy_ptr, width, WEIGHT, NQ, SIZE, FULL)
-    bias = load_parameter(bias_ptr, bias_copy_ptr, width, BIAS, NQ, SIZE, FULL)
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
+    starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
+    KEPT: tl.constexpr = CODE != TURNED_CODE
+    weight = load_parameter(weight_ptr, weight_copy_ptr, bundle, width, WEIGHT, KEPT, SIZE, FULL)
+    bias = load_parameter(bias_ptr, bias_copy_ptr, bundle, width, BIAS, KEPT, SIZE, FULL)
     while row < end:
-        tile = load_tile(x_ptr + row * width, width, NQ, SIZE, FULL)
-        norm_row(
-            tile, y_ptr, weight, bias, codes_ptr, scales_ptr, rstd_ptr, seed_value(seed, SEED), row,
-            width, row_groups, eps, CENTER, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED, FULL, NQ,
+        _, room, _, _ = rows_tile(width, end - row, ROWS, NQ, SIZE)
+        tile = load_tile(x_ptr + row * width, starts, room, SIZE, FULL)
+        norm_rows(
+            tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
+            seed_value(seed, SEED), row, starts, room, in_row, bundle, width, row_groups, eps,
+            CENTER, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED, FULL, ROWS,
         )  # fmt: skip
-        row += 1
+        row += ROWS
 
 
 @quick
@@ -202,24 +262,26 @@ def _backward_kernel(
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
-    NQ: tl.constexpr,
+    ROWS: tl.constexpr,
+    NQ: tl.constexpr,  # bundles a row
 ):
-    zero = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
-    dbias = dweight
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
+    zero = tl.zeros([ROWS * NQ, SIZE], dtype=tl.float32)
+    dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
+    dbias = dweight
     while row < end:
-        dy = load_tile(dy_ptr + row * width, width, NQ, SIZE, FULL)
+        starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
+        dy = load_whole(dy_ptr + row * width, starts, room, SIZE, CODE == TURNED_CODE, FULL)
         dx, dweight, dbias = row_gradients(
-            dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, width, row_groups, dweight, dbias,
-            CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS, CODE, FULL, NQ,
+            dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
+            row_groups, dweight, dbias, CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
+            CODE, FULL, ROWS,
         )  # fmt: skip
-        for j in tl.static_range(8):
-            store_tile(dx_ptr + row * width, dx[j], width, NQ, SIZE, j, FULL)
-        row += 1
+        store_whole(dx_ptr + row * width, dx, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+        row += ROWS
     store_sums(
-        dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT, NEED_BIAS, NQ, SIZE, FULL
+        dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT, NEED_BIAS, NQ, SIZE, FULL, ROWS
     )
 
 
@@ -227,39 +289,54 @@ def _backward_kernel(
 
 # Programs: enough to fill the device, few enough that partial sums stay small.
 PROGRAMS = 132 * 8
+# Places a warp: two, or what one product on tensor cores takes.
+PLACES = {MINMAX: 64, OFFSET: 64, ROTATED: 256}
 
 
-def _launch_shape(grouping: Grouping) -> tuple[int, bool, int, int, int]:
-    """Bundles a row, whether they are whole, warps, programs, and rows a program."""
-    bundle = 8 * grouping.size
-    bundles = -(-grouping.width // bundle)
-    nq = triton.next_power_of_2(bundles)
-    warps = max(1, min(16, nq * grouping.size // 64))
+class Shape(NamedTuple):
+    """How rows are given to programs."""
+
+    bundles: int  # a row, up to a power of two
+    rows: int  # a tile
+    full: bool  # whether tiles are whole
+    warps: int
+    programs: int
+    steps: int  # rows a program
+
+
+def _launch_shape(grouping: Grouping) -> Shape:
+    bundles = triton.next_power_of_2(-(-grouping.width // (8 * grouping.size)))
+    places = bundles * grouping.size
+    warps = max(1, min(16, places // PLACES[grouping.code]))
+    rows = max(1, PLACES[grouping.code] // places) if grouping.code == ROTATED else 1
     programs = max(1, min(grouping.rows, PROGRAMS * 4 // warps))
     steps = -(-grouping.rows // programs)
-    return nq, grouping.width == nq * bundle, warps, -(-grouping.rows // steps), steps
+    steps = -(-steps // rows) * rows
+    full = grouping.width == 8 * places and grouping.rows % rows == 0
+    return Shape(bundles, rows, full, warps, -(-grouping.rows // steps), steps)
 
 
 @functools.lru_cache(LAUNCHES)
 def _forward_launch(
     grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, seed: int
 ) -> Launch:
-    nq, full, warps, programs, steps = _launch_shape(grouping)
+    shape = _launch_shape(grouping)
     return _forward_kernel.prepare(
-        (programs,),
+        (shape.programs,),
         grouping.rows,
         grouping.width,
         grouping.row_groups,
-        steps,
+        shape.steps,
         eps,
         CENTER=center,
         WEIGHT=weight,
         BIAS=bias,
         **constants(grouping),
         SEED=seed,
-        FULL=full,
-        NQ=nq,
-        num_warps=warps,
+        FULL=shape.full,
+        ROWS=shape.rows,
+        NQ=shape.bundles,
+        num_warps=shape.warps,
     )
 
 
@@ -306,23 +383,24 @@ def _backward_launch(
     grouping: Grouping, center: bool, weight: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Launch, int]:
     """The launch, and its programs, each of which writes a partial sum."""
-    nq, full, warps, programs, steps = _launch_shape(grouping)
+    shape = _launch_shape(grouping)
     launch = _backward_kernel.prepare(
-        (programs,),
+        (shape.programs,),
         grouping.rows,
         grouping.width,
         grouping.row_groups,
-        steps,
+        shape.steps,
         CENTER=center,
         WEIGHT=weight,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
         **constants(grouping),
-        FULL=full,
-        NQ=nq,
-        num_warps=warps,
+        FULL=shape.full,
+        ROWS=shape.rows,
+        NQ=shape.bundles,
+        num_warps=shape.warps,
     )
-    return launch, programs
+    return launch, shape.programs
 
 
 def norm_backward(
@@ -343,10 +421,18 @@ def norm_backward(
         zeros = rstd.new_zeros(width)
         return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
     grouping, *_ = sized(rows, width, *groups)
-    needs = (need_weight, need_bias)
+    # A tile of rotated groups leaves no registers for both sums.
+    apart = need_bias and grouping.code == ROTATED
+    needs = (need_weight, need_bias and not apart)
     launch, programs = _backward_launch(grouping, center, weight is not None, *needs)
     dweight = rstd.new_empty(programs, width) if need_weight else nothing
-    dbias = rstd.new_empty(programs, width) if need_bias else nothing
+    dbias = rstd.new_empty(programs, width) if needs[1] else nothing
     gamma = grad_output if weight is None else weight
     launch(grad_output, codes, scales, rstd, gamma, dx, dweight, dbias)
-    return dx, dweight.sum(0) if need_weight else nothing, dbias.sum(0) if need_bias else nothing
+    if apart:
+        dbias = grad_output.view(rows, width)
+    sums = [
+        part.sum(0, dtype=torch.float32) if needed else nothing
+        for part, needed in ((dweight, need_weight), (dbias, need_bias))
+    ]
+    return dx, sums[0], sums[1]

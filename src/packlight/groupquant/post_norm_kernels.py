@@ -20,18 +20,19 @@ from packlight.fewbit import dropout_kernels
 from packlight.fewbit.dropout_kernels import draws_of
 from packlight.fewbit.dropout_reference import drop_below
 from packlight.fewbit.kernels import decode_backward
-from packlight.groupquant.grouping import Grouping, Groups
+from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import constants, new_pack, sized
 from packlight.groupquant.norm_kernels import (
+    PLACES,
     PROGRAMS,
     load_parameter,
     norm,
     norm_backward,
-    norm_row,
+    norm_rows,
     row_gradients,
     store_sums,
 )
-from packlight.groupquant.tile_kernels import load_tile, store_tile, tile_offsets
+from packlight.groupquant.tile_kernels import load_tile, part, part_there, rows_tile, store_tile
 from packlight.packing.layout import lanes, packed_bytes
 
 _ROWS = 8  # a byte of the mask
@@ -73,8 +74,9 @@ def _forward_kernel(
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
-    weight = load_parameter(weight_ptr, weight_copy_ptr, width, WEIGHT, NQ, SIZE, FULL)
-    bias = load_parameter(bias_ptr, bias_copy_ptr, width, BIAS, NQ, SIZE, FULL)
+    starts, room, in_row, bundle = rows_tile(width, 1, 1, NQ, SIZE)
+    weight = load_parameter(weight_ptr, weight_copy_ptr, bundle, width, WEIGHT, True, SIZE, FULL)
+    bias = load_parameter(bias_ptr, bias_copy_ptr, bundle, width, BIAS, True, SIZE, FULL)
     first = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(first + steps, stripe)
     while first < end:
@@ -82,17 +84,17 @@ def _forward_kernel(
         if ROWS > 1:
             below = tl.full([], drop_below, tl.uint32)
             for j in tl.static_range(8):
-                place = first * width + tile_offsets(NQ, SIZE, j)
+                place = first * width + part(starts, SIZE, j)
                 draws = draws_of(seed_value(mask_seed, MASK_SEED), place)
                 byte = tl.zeros([NQ, SIZE], dtype=tl.int32)
                 for k in tl.static_range(8):
                     byte |= (draws[k] >= below).to(tl.int32) << k
-                store_tile(mask_ptr + first * width, byte, width, NQ, SIZE, j, FULL)
+                store_tile(mask_ptr + first * width, byte, starts, room, SIZE, j, FULL)
                 bits = bits + (byte,)
         for k in range(ROWS):
             row = first + k * stripe
-            x = load_tile(x_ptr + row * width, width, NQ, SIZE, FULL)
-            residual = load_tile(residual_ptr + row * width, width, NQ, SIZE, FULL)
+            x = load_tile(x_ptr + row * width, starts, room, SIZE, FULL)
+            residual = load_tile(residual_ptr + row * width, starts, room, SIZE, FULL)
             tile = ()
             for j in tl.static_range(8):
                 term = x[j]
@@ -101,10 +103,10 @@ def _forward_kernel(
                     term = tl.where(kept, term * scale, term * 0.0)
                     term = rounded(term, x_ptr.dtype.element_ty)
                 tile = tile + (rounded(term + residual[j], SUM),)
-            norm_row(
-                tile, y_ptr, weight, bias, codes_ptr, scales_ptr, rstd_ptr, seed_value(seed, SEED),
-                row, width, row_groups, eps, True, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED,
-                FULL, NQ,
+            norm_rows(
+                tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
+                seed_value(seed, SEED), row, starts, room, in_row, bundle, width, row_groups, eps,
+                True, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED, FULL, 1,
             )  # fmt: skip
         first += 1
 
@@ -139,6 +141,7 @@ def _backward_kernel(
     FULL: tl.constexpr,
     NQ: tl.constexpr,
 ):
+    starts, room, in_row, bundle = rows_tile(width, 1, 1, NQ, SIZE)
     zero = tl.zeros([NQ, SIZE], dtype=tl.float32)
     dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
     dbias = dweight
@@ -148,29 +151,30 @@ def _backward_kernel(
         bits = ()
         if ROWS > 1:
             for j in tl.static_range(8):
-                place = mask_ptr + first * width + tile_offsets(NQ, SIZE, j)
+                place = mask_ptr + first * width + part(starts, SIZE, j)
                 if FULL:
                     byte = tl.load(place)
                 else:
-                    byte = tl.load(place, tile_offsets(NQ, SIZE, j) < width, other=0)
+                    byte = tl.load(place, part_there(room, SIZE, j), other=0)
                 bits = bits + (byte.to(tl.int32),)
         for k in range(ROWS):
             row = first + k * stripe
-            dy = load_tile(dy_ptr + row * width, width, NQ, SIZE, FULL)
+            dy = load_tile(dy_ptr + row * width, starts, room, SIZE, FULL)
             total, dweight, dbias = row_gradients(
-                dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, width, row_groups, dweight,
-                dbias, True, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS, CODE, FULL, NQ,
+                dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
+                row_groups, dweight, dbias, True, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
+                CODE, FULL, 1,
             )  # fmt: skip
             for j in tl.static_range(8):
-                store_tile(dresidual_ptr + row * width, total[j], width, NQ, SIZE, j, FULL)
+                store_tile(dresidual_ptr + row * width, total[j], starts, room, SIZE, j, FULL)
                 if APART:
                     dx = rounded(total[j], dx_ptr.dtype.element_ty)
                     if ROWS > 1:
                         dx = dx * tl.where(((bits[j] >> k) & 1) != 0, scale, 0.0)
-                    store_tile(dx_ptr + row * width, dx, width, NQ, SIZE, j, FULL)
+                    store_tile(dx_ptr + row * width, dx, starts, room, SIZE, j, FULL)
         first += 1
     store_sums(
-        dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT, NEED_BIAS, NQ, SIZE, FULL
+        dweight, dbias, dweight_ptr, dbias_ptr, width, NEED_WEIGHT, NEED_BIAS, NQ, SIZE, FULL, 1
     )
 
 
@@ -188,7 +192,11 @@ def _launch_shape(grouping: Grouping, rows: int) -> tuple[int, int, bool, int, i
     """The stripe, bundles a row, whether they are whole, warps, programs, and rows a program."""
     bundle = 8 * grouping.size
     nq = triton.next_power_of_2(-(-grouping.width // bundle))
-    warps = max(1, min(16, nq * grouping.size // 32))
+    if grouping.code == ROTATED:
+        places = PLACES[grouping.code]
+    else:  # of eight rows at a time there are few programs, so each has more threads
+        places = 64 if rows == 1 else 32
+    warps = max(1, min(16, nq * grouping.size // places))
     stripe = grouping.rows // rows
     steps = -(-stripe // max(1, min(stripe, PROGRAMS * 4 // warps)))
     return stripe, nq, grouping.width == nq * bundle, warps, -(-stripe // steps), steps

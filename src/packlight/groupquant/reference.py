@@ -40,9 +40,11 @@ def quantize_rows(
     key = torch.tensor([NEAREST], device=x.device) if seed is None else seed
     if grouping.code == ROTATED:
         numbers, words = rotated_reference.encode(values, grouping, key, within)
+        codes = rotated_reference.to_bytes(numbers, grouping.bits)
     else:
         numbers, words = minmax_reference.encode(values, grouping, key, within, whole.highest)
-    return to_bytes(numbers, grouping.bits), torch.cat([words_of(key), words.view(-1)])
+        codes = to_bytes(numbers, grouping.bits)
+    return codes, torch.cat([words_of(key), words.view(-1)])
 
 
 def dequantize_rows(
@@ -54,13 +56,14 @@ def dequantize_rows(
     back as NaN.
     """
     grouping = Grouping(rows, width, *groups)
-    numbers = from_bytes(codes, grouping.bits, grouping.group_size)
     bits, words = grouping.bits, scales
     if grouping.code != MINMAX:  # the seed stands before them
         words = scales[scales.numel() - grouping.groups :]
     if grouping.code == ROTATED:
+        numbers = rotated_reference.from_bytes(codes, bits, grouping.group_size)
         values = rotated_reference.decode(numbers, words, bits, seed_of(scales), replaced)
     else:
+        numbers = from_bytes(codes, bits, grouping.group_size)
         seed = None if grouping.code == MINMAX else seed_of(scales)
         values = minmax_reference.decode(numbers, words, bits, seed, replaced)
     whole = grouping.row_groups * grouping.group_size

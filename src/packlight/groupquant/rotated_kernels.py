@@ -3,7 +3,7 @@
 A tile has eight parts of each group [NQ, SIZE], so the Hadamard matrix of a group is that of eight
 times that of SIZE: three rounds of sums and differences between the parts, in registers, and for
 each part a product with +-1 on tensor cores. All but the latter is in float16, two numbers an
-instruction.
+instruction (`rotated_ptx.py`).
 """
 
 import triton
@@ -11,47 +11,61 @@ import triton.language as tl
 
 from packlight.elementwise.kernels import PTX
 from packlight.elementwise.limits import GREATEST as _GREATEST
-from packlight.groupquant.draw_kernels import group_hashes, load_seed, sign_words, store_seed
+from packlight.groupquant.draw_kernels import group_hashes, load_seed, sign_halves, store_seed
 from packlight.groupquant.minmax_kernels import (
     INFINITY,
+    LOWER,
     REPLACES,
     SEED_WORDS,
-    SIGN_BIT,
     group_range,
     limited_to,
+    lower_of,
     scale_of,
 )
-from packlight.groupquant.rotated_reference import FORMULAS, LEAST, PART
-from packlight.groupquant.tile_kernels import load_bytes, store_bytes, tile_offsets
+from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, INPUTS, LIMIT, SURVEY, TURN
+from packlight.groupquant.rotated_reference import FORMULAS, LEAST
+from packlight.groupquant.tile_kernels import part_there, tile_to_float32, to_float32
 
-SIXTEENTH = tl.constexpr(PART)
-LEAST_SPREAD = tl.constexpr(LEAST)
 GREATEST = tl.constexpr(_GREATEST)
-FACTORS = tl.constexpr(tuple(FORMULAS[bits] for bits in (1, 2, 3, 4)))
+BOUNDS = tl.constexpr(tuple(FORMULAS[bits].bound for bits in (1, 2, 3, 4)))
+STEPS = tl.constexpr(tuple(FORMULAS[bits].step for bits in (1, 2, 3, 4)))
+LASTS = tl.constexpr(tuple(FORMULAS[bits].last for bits in (1, 2, 3, 4)))
+ENCODE_PTX = tl.constexpr(ENCODE)
+DECODE_PTX = tl.constexpr(DECODE)
+TURN_PTX = tl.constexpr(TURN)
+LIMIT_PTX = tl.constexpr(LIMIT)
+SURVEY_PTX = tl.constexpr(SURVEY)
+DIFFER_PTX = tl.constexpr(DIFFER)
+INPUTS_PTX = tl.constexpr(INPUTS)
+EXPONENT = tl.constexpr(0x7F800000)
+LEAST_INNER = tl.constexpr(LEAST)
+HALF_GREATEST = tl.constexpr(65504.0)
 # Of tl.dot's inner dimension.
 NARROW = tl.constexpr(16)
 
 
 @triton.jit
-def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr):
+def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr):
     """What `product` multiplies by: the Hadamard matrix of SIZE, as often as tensor cores ask."""
     WIDTH: tl.constexpr = SIZE if SIZE >= NARROW or NQ * SIZE < NARROW else NARROW
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
-    common = i & j & (SIZE - 1)
-    if SIZE > 16:
-        common ^= common >> 4
-    common ^= common >> 2
-    common ^= common >> 1
-    matrix = 1 - 2 * (common & 1)
+    # Bit v of the constant is the parity of the bits of v; it becomes the sign of 1.
+    parity = (0x69969669 ^ -1) >> (i & j & (SIZE - 1))
+    if dtype == tl.float32:
+        matrix = 1.0 - 2.0 * (parity & 1).to(tl.float32)
+    elif dtype == tl.bfloat16:
+        matrix = (((parity << 15) & 0x8000) | 0x3F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        matrix = (((parity << 15) & 0x8000) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
     if WIDTH > SIZE:
-        matrix = tl.where(i // SIZE == j // SIZE, matrix, 0)
-    return matrix.to(tl.float16)
+        matrix = tl.where(i // SIZE == j // SIZE, matrix, 0.0)
+    return matrix
 
 
 @triton.jit
 def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
-    """[NQ, SIZE] float32 of float16 `x` and the Hadamard matrix of SIZE."""
+    """[NQ, SIZE] float32 of `x` and the Hadamard matrix of SIZE."""
     if SIZE >= NARROW:
         return tl.dot(x, matrix)
     elif NQ * SIZE >= NARROW:  # several groups a row
@@ -62,61 +76,51 @@ def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def across(parts):
-    """Eight tensors times the Hadamard matrix of eight."""
+def across(parts, dtype: tl.constexpr):
+    """Eight tensors times the Hadamard matrix of eight, rounded to dtype at each step."""
     for step in tl.static_range(3):
         sums = ()
         for p in tl.static_range(8):
             if p & (1 << step) == 0:
-                sums = sums + (parts[p] + parts[p ^ (1 << step)],)
+                sums = sums + (rounded(parts[p] + parts[p ^ (1 << step)], dtype),)
             else:
-                sums = sums + (parts[p ^ (1 << step)] - parts[p],)
+                sums = sums + (rounded(parts[p ^ (1 << step)] - parts[p], dtype),)
         parts = sums
     return parts
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """`x` to the precision of dtype: bfloat16 in float32, in which the interpreter can reckon."""
+    if dtype == tl.bfloat16:
+        return nearest_bfloat16(x).to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def with_sign(x, signs, p: tl.constexpr):
-    """`x` with the sign that element p of each place has."""
-    flipped = x.to(tl.int32, bitcast=True) ^ ((signs << p).to(tl.int32, bitcast=True) & SIGN_BIT)
+    """The same of float32."""
+    flipped = x.to(tl.int32, bitcast=True) ^ ((signs.to(tl.int32) << (16 + p)) & -2147483648)
     return flipped.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def with_half_sign(x, signs, p: tl.constexpr):
-    """The same of float16 `x`, by the upper halves of the words."""
+def signed_across(d, signs):
+    """Float32 numbers as bfloat16 ones, with their signs, times the Hadamard matrix of eight."""
+    parts = ()
     if PTX:
+        for p in tl.static_range(8):
+            parts = parts + (d[p].to(tl.bfloat16),)
         return tl.inline_asm_elementwise(
-            f"{{.reg .b32 a; shl.b32 a, $2, {p}; lop3.b32 $0, $1, a, 0x80008000, 0x78;}}",
-            "=r,r,r", [x, signs], dtype=tl.float16, is_pure=True, pack=2,
+            TURN_PTX, INPUTS_PTX[8] + ",r,r,r,r,r,r,r,r,r",
+            [parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], signs],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16) * 2, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        flipped = x.to(tl.int16, bitcast=True) ^ ((signs << p) & -0x8000)
-        return flipped.to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def without_fraction(number):
-    """16 + code of a float16 number with a fraction behind."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0xFFC0FFC0;",
-            "=r,r", [number], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return (number.to(tl.int16, bitcast=True) & -64).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def sixth_bytes(number, BITS: tl.constexpr):
-    """The code of such a number, as a byte with anything above it."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "{.reg .b32 a, b; shr.u32 a, $1, 6; shr.u32 b, $2, 6; prmt.b32 $0, a, b, 0x6420;}",
-            "=r,r,r", [number], dtype=tl.uint8, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        return (number.to(tl.int16, bitcast=True) >> 6) & ((1 << BITS) - 1)
+        for p in tl.static_range(8):
+            parts = parts + (with_sign(rounded(d[p], tl.bfloat16), signs, p),)
+        return across(parts, tl.bfloat16)
 
 
 @triton.jit
@@ -127,125 +131,283 @@ def nearest_bfloat16(x):
 
 
 @triton.jit
-def half(x: tl.constexpr):
-    """A number of float16: of float32 it would make that of what it is multiplied by."""
-    return tl.full([], x, tl.float16)
+def code_of(y, BITS: tl.constexpr):
+    """The code of each float16 number, as float32."""
+    TOP: tl.constexpr = (1 << BITS) - 1
+    half = tl.full([], 0.5 / BOUNDS[BITS - 1], tl.float16).to(tl.float32)
+    u = tl.minimum(tl.maximum(y.to(tl.float32) * half + 0.5, 0.0), 1.0)
+    u = u.to(tl.float16).to(tl.float32)
+    if BITS > 2:
+        slope = (3 * TOP - 2 * TOP * u).to(tl.float16).to(tl.float32)
+        u = (u * u).to(tl.float16).to(tl.float32) * slope
+    else:
+        u = u * TOP
+    return (u + 8388608.0) - 8388608.0
 
 
 @triton.jit
-def level(number, BITS: tl.constexpr):
-    """l(code) of 16 + code, float16."""
-    s = number - half(16.0 + ((1 << BITS) - 1) / 2)
-    if FACTORS[BITS - 1][2] == 0.0:
-        return s
+def level(code, BITS: tl.constexpr):
+    """The level of each code, a float32 number, in float16."""
+    s = ((code - ((1 << BITS) - 1) / 2) * STEPS[BITS - 1]).to(tl.float16)
+    if BITS > 2:
+        square = (s * s).to(tl.float32)
+        s = s * (square * square + 1.0).to(tl.float16)
+    return s
+
+
+@triton.jit
+def encoded(y, BITS: tl.constexpr):
+    """The pieces of the codes of eight parts, integers of 16 bits, and the sum of y l(code)."""
+    if PTX and BITS < 3:
+        return tl.inline_asm_elementwise(
+            ENCODE_PTX[BITS - 1], INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r",
+            [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]],
+            dtype=(tl.int16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PTX:
+        return tl.inline_asm_elementwise(
+            ENCODE_PTX[BITS - 1], INPUTS_PTX[3] + ",r,r,r,r,r,r,r,r",
+            [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]],
+            dtype=(tl.int16, tl.int16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        square = s * s
-        return s * (square * square * half(FACTORS[BITS - 1][2]) + half(1.0))
+        whole = tl.zeros(y[0].shape, dtype=tl.int32)
+        inner = tl.zeros(y[0].shape, dtype=tl.float32)
+        for p in tl.static_range(8):
+            code = code_of(y[p], BITS)
+            whole |= code.to(tl.int32) << (BITS * p)
+            inner += y[p].to(tl.float32) * level(code, BITS).to(tl.float32)
+        if BITS < 3:
+            return whole.to(tl.int16), inner.to(tl.float16)
+        else:
+            return whole.to(tl.int16), (whole >> 16).to(tl.int16), inner.to(tl.float16)
+
+
+@triton.jit
+def decoded(pieces, BITS: tl.constexpr):
+    """Levels of eight parts of the pieces of their codes, turned between the parts."""
+    if PTX and BITS < 3:
+        return tl.inline_asm_elementwise(
+            DECODE_PTX[BITS - 1], INPUTS_PTX[8] + ",r", [pieces[0]],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16) * 2, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PTX:
+        return tl.inline_asm_elementwise(
+            DECODE_PTX[BITS - 1], INPUTS_PTX[8] + ",r,r", [pieces[0], pieces[1]],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16) * 2, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        whole = pieces[0].to(tl.int32) & 0xFFFF
+        if BITS > 2:
+            whole |= pieces[1].to(tl.int32) << 16
+        levels = ()
+        for p in tl.static_range(8):
+            code = (whole >> (BITS * p)) & ((1 << BITS) - 1)
+            levels = levels + (level(code.to(tl.float32), BITS),)
+        return across(levels, tl.float16)
+
+
+@triton.jit
+def piece_pointers(codes_ptr, group, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """Where the pieces of the codes of groups [NQ] lie, [NQ, SIZE] each; the second past 2 bits."""
+    start = codes_ptr + group[:, None] * (SIZE * BITS)
+    place = tl.arange(0, SIZE)[None, :]
+    halves = tl.pointer_type(tl.int16)
+    if BITS == 1:
+        return (start + place,)
+    elif BITS == 2:
+        return (start.to(halves) + place,)
+    elif BITS == 3:
+        return (start.to(halves) + place, start + 2 * SIZE + place)
+    else:
+        return (start.to(halves) + place, start.to(halves) + SIZE + place)
+
+
+@triton.jit
+def power_of_two(greatest):
+    """The one below it, and its inverse, so that no square of x / unit overflows or underflows."""
+    exponent = greatest.to(tl.int32, bitcast=True) & EXPONENT
+    exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
+    inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+    return exponent.to(tl.float32, bitcast=True), inverse
+
+
+@triton.jit
+def limited_below(x, within):
+    """A tile of bfloat16 numbers where limits ask for no more than LOWER, and whether that holds
+    of what is not finite.
+    """
+    lowest, _, below, _, _ = within
+    bound = tl.full(x[0].shape, lowest, tl.float32).to(tl.bfloat16)
+    found = tl.inline_asm_elementwise(
+        LIMIT_PTX, INPUTS_PTX[9] + ",r,r,r,r,r,r,r,r,r",
+        [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], bound],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16) * 3, is_pure=True, pack=2,
+    )  # fmt: skip
+    low = tl.reduce(to_float32(found[8]), 1, lower_of)
+    # A NaN is none of them, and -inf only where something stands for it.
+    whole = low >= tl.where(below == below, -INFINITY, -GREATEST)
+    limited = (
+        found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]
+    )  # fmt: skip
+    return limited, whole
+
+
+@triton.jit
+def turned_pairs(x, seed, group, SIZE: tl.constexpr):
+    """As `turned_values`, of whole groups of bfloat16 numbers, two an instruction.
+
+    Sums of eight numbers are of their precision, those over places of float32.
+    """
+    total, greatest = tl.inline_asm_elementwise(
+        SURVEY_PTX, INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r",
+        [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]],
+        dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
+    mean = tl.sum(to_float32(total), 1) * (256.0 / (8 * SIZE))
+    unit, inverse = power_of_two(tl.max(tl.abs(to_float32(greatest)), 1))
+    finite = tl.abs(mean) < INFINITY
+    mean_bits = nearest_bfloat16(mean)
+    middle = -(mean_bits.to(tl.float32, bitcast=True) * inverse)
+    signs = sign_halves(group_hashes(seed, group), SIZE)
+    found = tl.inline_asm_elementwise(
+        DIFFER_PTX, INPUTS_PTX[9] + ",r,r,r,r,r,r,r,r,r,r,r",
+        [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7],
+         inverse.to(tl.bfloat16)[:, None], middle.to(tl.bfloat16)[:, None], signs],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16) * 3, is_pure=True, pack=2,
+    )  # fmt: skip
+    turned = (
+        found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]
+    )  # fmt: skip
+    return turned, tl.sum(to_float32(found[8]), 1), unit, mean_bits, finite
+
+
+@triton.jit
+def turned_values(
+    values, seed, group, room, low, high, SIZE: tl.constexpr, LIMITED: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Parts of H D (x - m) / unit before the product, the sum of squares of (x - m) / unit, the
+    unit, the bits of m, and whether all is finite.
+    """
+    WIDTH: tl.constexpr = 8 * SIZE
+    if LIMITED != 0:
+        greatest = tl.maximum(tl.abs(low), tl.abs(high))
+    else:
+        greatest = tl.abs(values[0])
+        for p in tl.static_range(1, 8):
+            greatest = tl.maximum(greatest, tl.abs(values[p]))
+        greatest = tl.max(greatest, 1)
+    unit, inverse = power_of_two(greatest)
+    if FULL:
+        share = tl.full(room.shape, 1.0 / WIDTH, tl.float32)
+    else:
+        count = tl.minimum(tl.maximum(room, 1), WIDTH)
+        share = 1.0 / count.to(tl.float32)
+    total = values[0] * share[:, None]
+    for p in tl.static_range(1, 8):
+        total += values[p] * share[:, None]
+    mean = tl.sum(total, 1)
+    finite = tl.abs(mean) < INFINITY
+    mean_bits = nearest_bfloat16(mean)
+    middle = (mean_bits.to(tl.float32, bitcast=True) * inverse)[:, None]
+    squares = tl.zeros(values[0].shape, dtype=tl.float32)
+    parts = ()
+    for p in tl.static_range(8):
+        d = values[p] * inverse[:, None] - middle
+        if not FULL:
+            d = tl.where(part_there(room, SIZE, p), d, 0.0)
+        parts = parts + (d,)
+        squares += d * d
+    signs = sign_halves(group_hashes(seed, group), SIZE)
+    return signed_across(parts, signs), tl.sum(squares, 1), unit, mean_bits, finite
 
 
 @triton.jit
 def store_rotated(
-    tile, codes_ptr, scales_ptr, group, seed, left, within, NQ: tl.constexpr, SIZE: tl.constexpr,
+    tile, codes_ptr, scales_ptr, group, seed, room, within, SIZE: tl.constexpr,
     BITS: tl.constexpr, LIMITED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """See `store_codes`."""
+    NQ: tl.constexpr = group.shape[0]
     WIDTH: tl.constexpr = 8 * SIZE
-    local = tl.arange(0, NQ)
+    replaced = tl.zeros([NQ], dtype=tl.int1)
     low = tl.zeros([NQ], dtype=tl.float32)
     high = low
-    replaced = tl.zeros([NQ], dtype=tl.int1)
-    if LIMITED != 0:
-        low, high, replaced = group_range(tile, 0, left, within, NQ, SIZE, 8, LIMITED, FULL)
-    share = 1.0 / WIDTH
-    if not FULL:
-        count = tl.minimum(tl.maximum(left - local * WIDTH, 1), WIDTH)
-        share = (1.0 / count.to(tl.float32))[:, None]
-    total = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    values = ()
-    for p in tl.static_range(8):
-        x = limited_to(tile[p], low, high, LIMITED)
-        if LIMITED != 0 and not FULL:
-            x = tl.where(tile_offsets(NQ, SIZE, p) < left, x, 0.0)
-        values = values + (x,)
-        total += x * share
-    mean = tl.sum(total, 1)
-    finite = tl.abs(mean) < INFINITY
+    store_seed(scales_ptr, seed, group)
+    NARROW_TILE: tl.constexpr = PTX and FULL and tile[0].dtype == tl.bfloat16
+    values = tile
+    whole = tl.full([NQ], True, tl.int1)
+    if NARROW_TILE and LIMITED == LOWER:
+        values, whole = limited_below(tile, within)
+    elif LIMITED != 0 or not NARROW_TILE:
+        values = tile_to_float32(tile)
+        if LIMITED != 0:
+            low, high, replaced = group_range(values, 0, room, within, SIZE, 8, LIMITED, FULL)
+        limited = ()
+        for p in tl.static_range(8):
+            x = limited_to(values[p], low, high, LIMITED)
+            if LIMITED != 0 and not FULL:
+                x = tl.where(part_there(room, SIZE, p), x, 0.0)
+            limited = limited + (x.to(tl.bfloat16 if NARROW_TILE else tl.float32),)
+        values = limited
+    if NARROW_TILE:
+        parts, squares, unit, mean_bits, finite = turned_pairs(values, seed, group, SIZE)
+    else:
+        parts, squares, unit, mean_bits, finite = turned_values(
+            values, seed, group, room, low, high, SIZE, LIMITED, FULL
+        )
+    finite &= whole
     if LIMITED != 0:
         finite &= high * 0.5 - low * 0.5 < INFINITY
-    mean_bits = nearest_bfloat16(mean)
     mean = mean_bits.to(tl.float32, bitcast=True)
-
-    greatest = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    differences = ()
-    for p in tl.static_range(8):
-        d = values[p] * SIXTEENTH - (mean * SIXTEENTH)[:, None]
-        if not FULL:
-            d = tl.where(tile_offsets(NQ, SIZE, p) < left, d, 0.0)
-        differences = differences + (d,)
-        greatest = tl.maximum(greatest, tl.abs(d))
-    greatest = tl.max(greatest, 1)
-    spread = greatest >= LEAST_SPREAD
-    inverse = tl.where(spread, 1.0 / tl.where(spread, greatest, 1.0), 0.0)[:, None]
-
-    store_seed(scales_ptr, seed, group)
-    signs = sign_words(group_hashes(seed, group + local), SIZE)
-    half_signs = (signs >> 16).to(tl.int16)
-    matrix = hadamard(NQ, SIZE)
-    squares = tl.zeros([NQ, SIZE], dtype=tl.float32)
-    signed = ()
-    for p in tl.static_range(8):
-        z = differences[p] * inverse
-        squares += z * z
-        signed = signed + (with_half_sign(z.to(tl.float16), half_signs, p),)
-    signed = across(signed)
+    normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST).to(tl.float16)
+    matrix = hadamard(NQ, SIZE, tl.bfloat16 if PTX else tl.float32)
     turned = ()
     for p in tl.static_range(8):
-        turned = turned + (product(signed[p], matrix, NQ, SIZE),)
-
-    squares = tl.sum(squares, 1)
-    normal = tl.where(spread, tl.rsqrt(tl.where(spread, squares, 1.0)), 0.0)
-    inner = tl.zeros([NQ, SIZE], dtype=tl.float16)
-    codes = ()
-    for p in tl.static_range(8):
-        y = (turned[p] * normal[:, None]).to(tl.float16)
-        t = tl.minimum(tl.maximum(y, half(-FACTORS[BITS - 1][3])), half(FACTORS[BITS - 1][3]))
-        if FACTORS[BITS - 1][1] != 0.0:
-            t = t * (half(1.0) - half(FACTORS[BITS - 1][1]) * (t * t))
-        # 16 + code has the code in its bits from 6 up, above a fraction of six bits.
-        number = t * half(FACTORS[BITS - 1][0]) + half(16.0 + (1 << BITS) // 2)
-        codes = codes + (sixth_bytes(number, BITS),)
-        inner += y * level(without_fraction(number), BITS)
-    inner = tl.sum(inner.to(tl.float32), 1)
-    scale = tl.where(spread, greatest / tl.where(spread, normal * inner, 1.0), 0.0)
-    scale *= 1.0 / SIXTEENTH
-    scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (FACTORS[BITS - 1][4] * WIDTH))
+        y = product(parts[p], matrix, NQ, SIZE).to(tl.float16)
+        turned = turned + (y * normal[:, None],)
+    found = encoded(turned, BITS)
+    inner = tl.sum(found[len(found) - 1].to(tl.float32), 1)
+    scale = unit * (squares * normal.to(tl.float32) / inner)
+    scale = tl.where(inner > LEAST_INNER, scale, 0.0)
+    scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (LASTS[BITS - 1] * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
     if REPLACES & LIMITED:
         word = tl.where(replaced, word | 0x8000, word)
-    there = None if FULL else local * WIDTH < left
-    store_bytes(codes, codes_ptr, group + local, there, NQ, SIZE, 8, BITS)
-    tl.store(scales_ptr + SEED_WORDS + group + local, word, there)
+    there = room > 0
+    pointers = piece_pointers(codes_ptr, group, SIZE, BITS)
+    for i in tl.static_range(1 if BITS < 3 else 2):
+        piece = found[i].to(pointers[i].dtype.element_ty)
+        tl.store(pointers[i], piece, None if FULL else there[:, None])
+    tl.store(scales_ptr + SEED_WORDS + group, word, None if FULL else there)
 
 
 @triton.jit
 def load_rotated(
-    codes_ptr, scales_ptr, group, left, NQ: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, BITS: tl.constexpr,
     FULL: tl.constexpr, REPLACED: tl.constexpr,
 ):  # fmt: skip
     """See `load_codes`."""
-    local = tl.arange(0, NQ)
-    there = None if FULL else local * (8 * SIZE) < left
-    codes = load_bytes(codes_ptr, group + local, there, NQ, SIZE, 8, BITS)
-    word = tl.load(scales_ptr + SEED_WORDS + group + local, there, other=None if FULL else 0)
+    NQ: tl.constexpr = group.shape[0]
+    there = room > 0
+    pointers = piece_pointers(codes_ptr, group, SIZE, BITS)
+    pieces = ()
+    for i in tl.static_range(1 if BITS < 3 else 2):
+        if FULL:
+            piece = tl.load(pointers[i])
+        else:
+            piece = tl.load(pointers[i], there[:, None], other=0)
+        pieces = pieces + (piece.to(tl.int16),)
+    if FULL:
+        word = tl.load(scales_ptr + SEED_WORDS + group)
+    else:
+        word = tl.load(scales_ptr + SEED_WORDS + group, there, other=0)
     mean = (word & -65536).to(tl.float32, bitcast=True)[:, None]
     scale = tl.broadcast_to(scale_of(word, REPLACED)[:, None], [NQ, SIZE])
-    signs = sign_words(group_hashes(load_seed(scales_ptr), group + local), SIZE)
-    matrix = hadamard(NQ, SIZE)
-    levels = ()
-    for p in tl.static_range(8):
-        number = ((codes[p] << 6) | 0x4C00).to(tl.int16).to(tl.float16, bitcast=True)  # 16 + code
-        levels = levels + (level(number, BITS),)
-    levels = across(levels)
+    signs = sign_halves(group_hashes(load_seed(scales_ptr), group), SIZE)
+    matrix = hadamard(NQ, SIZE, tl.float16)
+    levels = decoded(pieces, BITS)
     tile = ()
     for p in tl.static_range(8):
         turned = product(levels[p], matrix, NQ, SIZE)

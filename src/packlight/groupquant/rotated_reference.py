@@ -3,46 +3,73 @@
 A group x of G values keeps their mean m, G codes, and a scale k. With d = x - m, signs D drawn for
 the group and the Hadamard matrix H,
 
-    y = H D d / |d|,   code = floor(a y (1 - c y^2) + 2^b / 2),   k = |d|^2 / <H D d, l(code)>,
+    y = H D d / |d|,   code = round((2^b - 1) S(y / (2 F) + 1/2)),   k = |d|^2 / <H D d, l(code)>,
     x~ = m + k D H l(code).
 
 Each of the values y is a sum of G with random signs, so it is nearly normal whatever x is, with
-variance 1, since H H = G. The borders of the codes and their levels l = s (1 + e s^4),
-s = code - (2^b - 1) / 2, are the least-squares ones of a normal distribution (Lloyd, Max) but for
-1%: an error of .119, .0346 and .00957 of the variance at 2, 3 and 4 bits. The scale is that of
-EDEN (Vargaftik et al., ICML 2022): it makes <x~ - m, d> = |d|^2, so the code is unbiased over
-rotations that turn d anywhere, and nearly over these: what is left of a bias is 2% of the squared
-error at 2 bits and .3% at 4. Mean and scale are bfloat16 numbers in one int32 word, the mean in the
-high half.
+variance 1, since H H = G. `Formula` has S, F and the levels l. They are the least-squares ones of a
+normal distribution (Lloyd, Max) but for 2% of the error, which is .135, .0358 and .00969 of the
+variance at 2, 3 and 4 bits with this scale. It is that of EDEN (Vargaftik et al., ICML 2022): it
+makes <x~ - m, d> = |d|^2, so the code is unbiased over rotations that turn d anywhere, and nearly
+over these: what is left of a bias is 2% of the squared error at 2 bits and .3% at 4. Mean and scale
+are bfloat16 numbers in one int32 word, the mean in the high half.
 
 Without the mean a group far from 0 would spend its codes on that; without signs one whose values
 are alike would be turned into few large ones.
 
-d is divided by its greatest magnitude. From there to the code, and from the code on, numbers are
-float16, in which 16 + code has six more bits. A group with a NaN or an infinity has a mean of NaN.
+x and m are divided by a power of two near the greatest magnitude. d is a bfloat16 number from there
+to the product on tensor cores; what follows, and from the code on, is float16. A group with a NaN
+or an infinity has a mean of NaN.
+
+A group has eight parts, one after the other, and a place is one element of each. The codes of a
+place are one integer of 8 b bits, the code of part p in bits from b p up. Its `pieces` are the low
+16 bits, then the next 16 or 8: a group is the first piece of all places, then the second.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from packlight._checks import without_autocast
 from packlight.elementwise.limits import GREATEST, Limits
 from packlight.groupquant.draws import signs
 from packlight.groupquant.grouping import Grouping
 from packlight.groupquant.minmax_reference import SIGN
 
-# By bits: a, c, e, the greatest magnitude of y of which the formula is, and one that is above all
-# levels, which bounds what a pack may stand for.
+
+class Formula(NamedTuple):
+    """How y becomes a code, and what a code stands for.
+
+    code = round((2^b - 1) S(u)), u = y / (2 bound) + 1/2 between 0 and 1, and
+    level = s + s^5, s = step (code - (2^b - 1) / 2). Where smooth, S(u) = u^2 (3 - 2 u); otherwise
+    S(u) = u and level = s. `last` is above all levels and bounds what a pack may stand for.
+    """
+
+    bound: float
+    step: float
+    last: float
+    smooth: bool
+
+
+_HALF = torch.finfo(torch.float16).max
+# Of <y, l(code)>, at least the least level times |y| = 8, unless values differ by less than float16
+# can tell apart: a millionth of the greatest.
+LEAST = 0.125
+
+# By bits. Steps have few bits, so that float16 has s.
 FORMULAS = {
-    1: (1.0, 0.0, 0.0, 0.96, 0.52),
-    2: (1 / 0.97, 0.0, 0.0, 1.92, 1.55),
-    3: (2.0, 0.045, 1.4e-3, 2.89, 4.4),
-    4: (3.8, 0.04, 1.12e-4, 2.89, 10.5),
+    1: Formula(0.5, 1.0, 0.52, False),
+    2: Formula(1.5, 1.0, 1.55, False),
+    3: Formula(2.6, 25 / 128, 0.84, True),
+    4: Formula(3.06, 25 / 256, 0.95, True),
 }
-# Differences are taken of sixteenths: whole ones may overflow, and so may inverses of small ones.
-PART = 0.0625
-LEAST = 2.0**-120
+
+
+def pieces(bits: int) -> tuple[int, ...]:
+    """Sizes of the integers that hold the codes of the eight elements of a place."""
+    return {1: (8,), 2: (16,), 3: (16, 8), 4: (16, 16)}[bits]
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
@@ -54,13 +81,13 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 
 
 def transform(x: Tensor) -> Tensor:
-    """H x of each row of `x`, rounded to float16, in float32: between its eighths in float16."""
+    """H x of each row of 16-bit `x`, in float32: between its eighths in the dtype of `x`."""
     size = x.shape[1] // 8
-    x = x.half()
-    for step in range(3):
-        low, high = x.view(-1, 4 >> step, 2, size << step).unbind(2)
-        x = torch.stack([low + high, low - high], 2)
-    return (x.view(-1, size).float() @ hadamard(size, x.device)).view(-1, 8 * size)
+    with without_autocast(x.device.type):
+        for step in range(3):
+            low, high = x.view(-1, 4 >> step, 2, size << step).unbind(2)
+            x = torch.stack([low + high, low - high], 2)
+        return (x.view(-1, size).float() @ hadamard(size, x.device)).view(-1, 8 * size)
 
 
 def nearest_bfloat16(x: Tensor) -> Tensor:
@@ -70,16 +97,56 @@ def nearest_bfloat16(x: Tensor) -> Tensor:
 
 
 def levels(numbers: Tensor, bits: int) -> Tensor:
-    """l(code), float16."""
-    s = (numbers.float() - (2**bits - 1) / 2).half()
-    square = s * s
-    level: Tensor = s * (square * square * _half(FORMULAS[bits][2]) + 1)
+    """The level of each code, float16."""
+    formula = FORMULAS[bits]
+    s: Tensor = ((numbers.float() - (2**bits - 1) / 2) * formula.step).half()
+    if not formula.smooth:
+        return s
+    square = (s * s).float()
+    level: Tensor = s * (square * square + 1).half()
     return level
 
 
-def _half(number: float) -> float:
-    """A number as float16 has it."""
-    return float(torch.tensor(number).half())
+def codes(y: Tensor, bits: int) -> Tensor:
+    """The code of each float16 number, uint8; of NaN anything."""
+    formula, top = FORMULAS[bits], 2**bits - 1
+    half = torch.tensor(0.5 / formula.bound).half().float()
+    u = (y.float() * half + 0.5).clamp(0.0, 1.0).half()
+    if formula.smooth:
+        value = (u * u).float() * (3 * top - 2 * top * u.float()).half().float()
+    else:
+        value = u.float() * top
+    found: Tensor = value.nan_to_num(0.0).round().to(torch.uint8)
+    return found
+
+
+def to_bytes(numbers: Tensor, bits: int) -> Tensor:
+    """Bytes, flat, of codes [groups, group_size] of uint8: see the top of this file."""
+    size = numbers.shape[-1] // 8
+    parts = numbers.view(-1, 8, size).int()
+    whole = sum((parts[:, p] << (bits * p) for p in range(1, 8)), parts[:, 0])
+    found, first = [], 0
+    for width in pieces(bits):
+        shifts = torch.arange(first, first + width, 8, device=numbers.device)
+        found.append(((whole.unsqueeze(-1) >> shifts) & 0xFF).view(-1, size * width // 8))
+        first += width
+    return torch.cat(found, 1).to(torch.uint8).view(-1)
+
+
+def from_bytes(bytes_: Tensor, bits: int, group_size: int) -> Tensor:
+    """The inverse of `to_bytes`: codes [groups, group_size] of uint8."""
+    size = group_size // 8
+    left = bytes_.view(-1, size * bits).int()
+    whole, first = torch.zeros_like(left[:, :size]), 0
+    for width in pieces(bits):
+        count = width // 8
+        piece, left = left[:, : size * count].view(-1, size, count), left[:, size * count :]
+        for byte in range(count):
+            whole |= piece[..., byte] << (first + 8 * byte)
+        first += width
+    shifts = bits * torch.arange(8, device=bytes_.device).view(8, 1)
+    numbers: Tensor = ((whole.unsqueeze(1) >> shifts) & (2**bits - 1)).to(torch.uint8)
+    return numbers.view(-1, group_size)
 
 
 def encode(
@@ -106,21 +173,21 @@ def encode(
     mean_bits = nearest_bfloat16(torch.where(mean.isfinite(), mean, 0.0)).view(-1, 1)
     mean = mean_bits.view(torch.float32)
     x = torch.where(there, x, mean.view(*x.shape[:2], 1)).view(-1, size)
-    d = torch.where(finite.view(-1, 1), x * PART - mean * PART, 0.0)
+    # Divided by a power of two, so that no square overflows or underflows.
+    greatest = x.abs().amax(1, keepdim=True) if x.numel() else x[:, :1]
+    exponent = (greatest.view(torch.int32) & 0x7F800000).clamp(1 << 23, 253 << 23)
+    unit = exponent.view(torch.float32)
+    inverse = ((254 << 23) - exponent).view(torch.float32)
+    d = torch.where(finite.view(-1, 1), x * inverse - mean * inverse, 0.0)
 
-    greatest = d.abs().amax(1, keepdim=True) if d.numel() else d[:, :1]
-    z = torch.where(greatest >= LEAST, d * (1 / greatest), 0.0)
-    squares = (z * z).sum(1, keepdim=True)
-    turned = transform(signs(seed, len(z), size) * z)
-    a, c, _, furthest, last = FORMULAS[bits]
-    y = (turned * squares.rsqrt()).nan_to_num(0.0).half()
-    t = y.clamp(-furthest, furthest)
-    t = t * (1 - _half(c) * (t * t))
-    numbers = (t * _half(a) + (16 + 2 ** (bits - 1))).float().floor().to(torch.uint8) - 16
+    squares = (d * d).sum(1, keepdim=True)
+    normal = squares.rsqrt().clamp(max=_HALF).half()
+    y = transform((signs(seed, len(d), size) * d).bfloat16()).half() * normal
+    numbers = codes(y, bits)
 
     inner = (y * levels(numbers, bits)).float().sum(1, keepdim=True)
-    scale = (greatest * (squares.sqrt() / inner)).nan_to_num(0.0) / PART
-    scale = scale.minimum((GREATEST - mean.abs()) / (last * size))
+    scale = torch.where(inner > LEAST, unit * (squares * normal.float() / inner), 0.0)
+    scale = scale.minimum((GREATEST - mean.abs()) / (FORMULAS[bits].last * size))
     scale_bits = (nearest_bfloat16(scale) >> 16) & 0xFFFF
     mean_bits = torch.where(finite.view(-1, 1), mean_bits, 0x7FC00000).int()
     words = (mean_bits | scale_bits).view(-1)

@@ -8,12 +8,18 @@ from torch import Tensor, nn
 
 from packlight.groupquant import conv_modules, modules
 from packlight.layers import channel_norms, functional, norms
+from packlight.layers.arithmetic import ARITHMETIC
 from packlight.layers.attention import scaled_dot_product_attention
 from packlight.layers.casts import CASTS
 from packlight.layers.convolution import CONVOLUTIONS, TRANSPOSED
+from packlight.layers.elementary import ELEMENTARY
 from packlight.layers.linear import linear
+from packlight.layers.matmul import PRODUCTS
+from packlight.layers.multi_head import multi_head_attention_forward
 from packlight.layers.prelu import prelu
 from packlight.layers.product import mul
+from packlight.layers.reductions import REDUCTIONS
+from packlight.layers.softmax import SOFTMAXES
 from packlight.method import call_rule, rows
 from packlight.quantiser import Quantiser
 
@@ -54,7 +60,7 @@ rows(
         (nn.Softsign, F.softsign): (modules.Softsign, functional.softsign),
         (nn.Tanh, torch.tanh, Tensor.tanh): (modules.Tanh, functional.tanh),
         (nn.Tanhshrink, F.tanhshrink): (modules.Tanhshrink, functional.tanhshrink),
-        (torch.mul, Tensor.mul): (mul,),
+        (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply): (mul,),
     },
     lambda method: {"method": method.for_functions()},
 )
@@ -97,8 +103,18 @@ rows(
 # Attention runs once more on its packs.
 rows(
     Quantiser,
-    {(F.scaled_dot_product_attention,): (scaled_dot_product_attention,)},
+    {
+        (F.scaled_dot_product_attention,): (scaled_dot_product_attention,),
+        (F.multi_head_attention_forward,): (multi_head_attention_forward,),
+    },
     lambda method: {"method": method.for_attention()},
 )
 
+call_rule(Quantiser, ARITHMETIC)
+call_rule(
+    Quantiser,
+    {**SOFTMAXES, **ELEMENTARY, **REDUCTIONS},
+    lambda method: {"method": method.for_functions()},
+)
+call_rule(Quantiser, PRODUCTS, lambda method: {"method": method})
 call_rule(Quantiser, CASTS)

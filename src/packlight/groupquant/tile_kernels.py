@@ -1,11 +1,14 @@
 """Tiles of groups in Triton: what loads and stores their elements, and the bytes of their codes.
 
-A tile is NQ bundles of a row. A bundle is 8 / PARTS consecutive groups, so that a thread holds
-eight elements for each of SIZE positions, whatever the bits: PARTS elements of each group. Element
-(q, s, p, i) of a tile lies ((q SETS + s) PARTS + p) SIZE + i behind its start, SETS = 8 / PARTS.
+A tile is NQ bundles. A bundle is 8 / PARTS consecutive groups of a row, so that a thread holds
+eight elements for each of SIZE places, whatever the bits: PARTS elements of each group. Element
+(q, s, p, i) of a tile lies (s PARTS + p) SIZE + i behind the start of bundle q.
 
 A byte of a plane of w bits has 8 / w elements of a group, PARTS w / 8 parts apart (`Grouping`): all
 of them are in one thread.
+
+Where bundles lie is told by two tensors [NQ]: `starts`, elements from the start of the tile, and
+`room`, how many elements are left in the row from there on.
 """
 
 import triton
@@ -17,15 +20,40 @@ from packlight.elementwise.kernels import PTX
 
 
 @triton.jit
-def tile_offsets(NQ: tl.constexpr, SIZE: tl.constexpr, j: tl.constexpr):
-    """[NQ, SIZE] offsets of element j = s PARTS + p of every position of a tile."""
-    bundle = tl.arange(0, NQ) * (8 * SIZE)
-    return bundle[:, None] + (j * SIZE + tl.arange(0, SIZE))[None, :]
+def row_tile(left, NQ: tl.constexpr, SIZE: tl.constexpr):
+    """`starts` and `room` of NQ bundles of one row, of which so many elements are left."""
+    starts = tl.arange(0, NQ) * (8 * SIZE)
+    return starts, left - starts
+
+
+@triton.jit
+def rows_tile(width, left, ROWS: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr):
+    """`starts` and `room` of ROWS whole rows of NQ bundles each, of which so many are left.
+
+    And row and bundle of the row, of each.
+    """
+    row, bundle = tl.arange(0, ROWS * NQ) // NQ, tl.arange(0, ROWS * NQ) % NQ
+    column = bundle * (8 * SIZE)
+    return row * width + column, tl.where(row < left, width - column, 0), row, bundle
+
+
+@triton.jit
+def part(starts, SIZE: tl.constexpr, p: tl.constexpr):
+    """[NQ, SIZE] offsets of part p of every place."""
+    return starts[:, None] + (p * SIZE + tl.arange(0, SIZE))[None, :]
+
+
+@triton.jit
+def part_there(room, SIZE: tl.constexpr, p: tl.constexpr):
+    """Whether these elements are there."""
+    return (p * SIZE + tl.arange(0, SIZE))[None, :] < room[:, None]
 
 
 @triton.jit
 def to_float32(x):
-    if PTX and x.dtype == tl.bfloat16:
+    if x.dtype == tl.float32:
+        return x
+    elif PTX and x.dtype == tl.bfloat16:
         # One instruction each. Triton moves every other one down first, then both up.
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x],
@@ -36,56 +64,102 @@ def to_float32(x):
 
 
 @triton.jit
-def load_tile(x_ptr, left, NQ: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
-    """The eight [NQ, SIZE] float32 tensors of a tile at `x_ptr`, 0 past the row's end.
-
-    `left` elements are left of the row.
-    """
+def load_raw_tile(x_ptr, starts, room, SIZE: tl.constexpr, FULL: tl.constexpr):
+    """The eight [NQ, SIZE] tensors of a tile at `x_ptr`, 0 past the end of rows."""
     tile = ()
     for j in tl.static_range(8):
-        offsets = tile_offsets(NQ, SIZE, j)
+        offsets = part(starts, SIZE, j)
         if FULL:
             x = tl.load(x_ptr + offsets)
         else:
-            x = tl.load(x_ptr + offsets, offsets < left, other=0.0)
-        tile = tile + (to_float32(x),)
+            x = tl.load(x_ptr + offsets, part_there(room, SIZE, j), other=0.0)
+        tile = tile + (x,)
     return tile
 
 
 @triton.jit
+def tile_to_float32(tile):
+    values = ()
+    for j in tl.static_range(8):
+        values = values + (to_float32(tile[j]),)
+    return values
+
+
+@triton.jit
+def load_tile(x_ptr, starts, room, SIZE: tl.constexpr, FULL: tl.constexpr):
+    """`load_raw_tile` in float32."""
+    return tile_to_float32(load_raw_tile(x_ptr, starts, room, SIZE, FULL))
+
+
+@triton.jit
 def load_columns(
-    p_ptr, first, left, PERIOD: tl.constexpr, NQ: tl.constexpr, SIZE: tl.constexpr,
-    PARTS: tl.constexpr, FULL: tl.constexpr,
+    p_ptr, bundle, room, PERIOD: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
-    """What `load_tile` gives, of a parameter for a tile that starts at group `first`.
+    """What `load_tile` gives, of a parameter for bundles [NQ] of a row.
 
     It is as long as PERIOD groups, and begins again after so many.
     """
-    SETS: tl.constexpr = 8 // PARTS
     tile = ()
     for j in tl.static_range(8):
-        group = (first + tl.arange(0, NQ) * SETS + j // PARTS).to(tl.uint32) % PERIOD
+        group = (bundle * (8 // PARTS) + j // PARTS).to(tl.uint32) % PERIOD
         within = (j % PARTS) * SIZE + tl.arange(0, SIZE)
         source = p_ptr + group[:, None] * (PARTS * SIZE) + within[None, :]
         if FULL:
             p = tl.load(source)
         else:
-            p = tl.load(source, tile_offsets(NQ, SIZE, j) < left, other=0.0)
+            p = tl.load(source, part_there(room, SIZE, j), other=0.0)
         tile = tile + (to_float32(p),)
     return tile
 
 
 @triton.jit
-def store_tile(
-    y_ptr, y, left, NQ: tl.constexpr, SIZE: tl.constexpr, j: tl.constexpr, FULL: tl.constexpr
-):
-    """Stores element j of a tile in the dtype of `y_ptr`."""
-    offsets = tile_offsets(NQ, SIZE, j)
+def store_tile(y_ptr, y, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL: tl.constexpr):
+    """Stores part p of a tile in the dtype of `y_ptr`."""
+    offsets = part(starts, SIZE, p)
     y = y.to(y_ptr.dtype.element_ty)
     if FULL:
         tl.store(y_ptr + offsets, y)
     else:
-        tl.store(y_ptr + offsets, y, offsets < left)
+        tl.store(y_ptr + offsets, y, part_there(room, SIZE, p))
+
+
+# A part of a rotated group is 32 bytes where a number has 16 bits: too few for memory to be as fast
+# as it can. So whole bundles are loaded and stored, and parts exchanged on the way.
+
+
+@triton.jit
+def load_whole(x_ptr, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):
+    """What `load_tile` gives. WHOLE: by whole bundles, where all are there."""
+    if WHOLE and FULL:
+        NQ: tl.constexpr = starts.shape[0]
+        x = tl.load(x_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :])
+        abcd, efgh = tl.split(tl.permute(tl.reshape(x, [NQ, 2, 2, 2, SIZE]), (0, 4, 3, 2, 1)))
+        ab, cd = tl.split(abcd)
+        ef, gh = tl.split(efgh)
+        tile = tl.split(ab) + tl.split(cd) + tl.split(ef) + tl.split(gh)
+        return tile_to_float32(tile)
+    else:
+        return load_tile(x_ptr, starts, room, SIZE, FULL)
+
+
+@triton.jit
+def store_whole(
+    y_ptr, y, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr
+):
+    """Stores the eight parts of a tile. WHOLE: by whole bundles, where all are there."""
+    if WHOLE and FULL:
+        NQ: tl.constexpr = starts.shape[0]
+        narrow = ()
+        for p in tl.static_range(8):
+            narrow = narrow + (y[p].to(y_ptr.dtype.element_ty),)
+        abcd = tl.join(tl.join(narrow[0], narrow[1]), tl.join(narrow[2], narrow[3]))
+        efgh = tl.join(tl.join(narrow[4], narrow[5]), tl.join(narrow[6], narrow[7]))
+        whole = tl.reshape(tl.permute(tl.join(abcd, efgh), (0, 4, 3, 2, 1)), [NQ, 8 * SIZE])
+        tl.store(y_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :], whole)
+    else:
+        for p in tl.static_range(8):
+            store_tile(y_ptr, y[p], starts, room, SIZE, p, FULL)
 
 
 # ---- codes ---------------------------------------------------------------------------------------
@@ -93,7 +167,7 @@ def store_tile(
 
 @triton.jit
 def store_bytes(
-    parts, codes_ptr, group, there, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    parts, codes_ptr, group, there, SIZE: tl.constexpr, PARTS: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
     """Stores the codes of groups [NQ], PARTS tensors [NQ, SIZE] of bytes; `there` None for all.
@@ -176,7 +250,7 @@ def _insert(byte, code, KEPT: tl.constexpr, MOVE: tl.constexpr):
 
 @triton.jit
 def load_bytes(
-    codes_ptr, group, there, NQ: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    codes_ptr, group, there, SIZE: tl.constexpr, PARTS: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
     """The codes of groups [NQ], PARTS tensors [NQ, SIZE] of int32; 0 where groups are not there."""

@@ -40,18 +40,29 @@ class Known(NamedTuple):
         return self.x
 
 
+def known(x: Tensor) -> Known:
+    """What comes into a block."""
+    return Known(x, sharing.pack_of(x))
+
+
 class Block(nn.Module):
     """The forward of a residual block, by `run`; its own code where `run` does not apply.
 
     Where the calls of the block are covered, what reads the sum rebuilds it from its terms.
     """
 
+    may_run_plain_code = True
+
     def run(self, x: Tensor, covered: bool) -> Tensor:
         raise NotImplementedError
 
+    def fits(self) -> bool:
+        """Whether the parts of the block are those that `run` knows."""
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         trains = self.training and torch.is_grad_enabled()
-        if not trains or torch.compiler.is_compiling() or not is_taken(x):
+        if not trains or torch.compiler.is_compiling() or not is_taken(x) or not self.fits():
             y: Tensor = super().forward(x)
         else:
             y = uncovered(self.run, x, covers_now())

@@ -13,8 +13,8 @@
 
 The dropout and the activation of BatchNormAct2d are modules of their own and converted as such.
 What timm builds of torch.nn has torch's rules; its attention calls
-`F.scaled_dot_product_attention`, which `convert(..., functional=True)` covers, and keeps what torch
-keeps without. All other classes of its own are left alone.
+`F.scaled_dot_product_attention`, which `convert` covers; with `functional=False` it keeps what
+torch keeps. All other classes of its own are left alone.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ from packlight.groupquant.modules import Linear, Quantised
 from packlight.integrations._activations import register
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import function_of_part, parameters_of, takes
-from packlight.integrations._residual import Block, Known, conv_norm_act, end, passes
+from packlight.integrations._residual import Block, Known, conv_norm_act, end, known, passes
 from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import InvertedNorm
@@ -390,7 +390,7 @@ class FixedPointBasicBlock(Block):
     """act2(drop_path(se(bn2(conv2(...)))) + downsample(x))."""
 
     def run(self: Any, x: Tensor, covered: bool) -> Tensor:
-        first = Known(x)
+        first = known(x)
         at = self._middle(first, self.conv1, self.bn1, self.act1)
         between = (self.se, self.drop_path)
         return end(at, self.conv2, self.bn2, self.act2, first, self.downsample, covered, between)
@@ -407,7 +407,7 @@ class FixedPointBottleneck(FixedPointBasicBlock):
     """The same with three convolutions."""
 
     def run(self: Any, x: Tensor, covered: bool) -> Tensor:
-        first = Known(x)
+        first = known(x)
         at = conv_norm_act(first, self.conv1, self.bn1, self.act1)
         at = self._middle(at, self.conv2, self.bn2, self.act2)
         between = (self.se, self.drop_path)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from packlight._classes import joined
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.integrations._copies import is_copy, once_a_class
-from packlight.integrations._residual import Block, Known, conv_norm_act, end
+from packlight.integrations._residual import Block, conv_norm_act, end, known
 from packlight.method import Method, Rule, Swap, rule_finder
 
 
@@ -67,7 +67,7 @@ class FixedPointBasicBlock(Block):
     """relu(bn2(conv2(relu(bn1(conv1(x))))) + downsample(x))."""
 
     def run(self: Any, x: Tensor, covered: bool) -> Tensor:
-        first = Known(x)
+        first = known(x)
         at = conv_norm_act(first, self.conv1, self.bn1, self.relu)
         return end(at, self.conv2, self.bn2, self.relu, first, self.downsample, covered)
 
@@ -76,7 +76,7 @@ class FixedPointBottleneck(Block):
     """The same with three convolutions."""
 
     def run(self: Any, x: Tensor, covered: bool) -> Tensor:
-        first = Known(x)
+        first = known(x)
         at = conv_norm_act(first, self.conv1, self.bn1, self.relu)
         at = conv_norm_act(at, self.conv2, self.bn2, self.relu)
         return end(at, self.conv3, self.bn3, self.relu, first, self.downsample, covered)

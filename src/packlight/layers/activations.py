@@ -21,6 +21,7 @@ from packlight.elementwise.derivatives import BACKWARD, FUNCTIONS
 from packlight.elementwise.limits import unmarked_limits, within
 from packlight.errors import InputError
 from packlight.fewbit.activations import CONTINUOUS
+from packlight.layers.computed import computed, computed_pack_of
 from packlight.pack import Pack
 from packlight.packing.layout import compute_dtype, dense_stride, laid_out
 from packlight.quantiser import KEEPS, Fused, Quantiser
@@ -140,11 +141,53 @@ def activation(
     if not needs_gradient(x):
         return function(x, *parameters)
     x = autocast(x, name, lambda empty: function(empty, *parameters))
+    known = computed_pack_of(x)
+    if known is not None:
+        return _of_computed(x, name, parameters, known)
     y, *kept = _activate(x, name, parameters, method, method.seed(x))
     rebuild = activation_of(method).rebuild(y, name, parameters, method)
     sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))
     if name in UNITS and _torch.is_traced():
         _torch.say(how(name, method))
+    return y
+
+
+class _OfComputed(torch.autograd.Function):
+    """y = f(x); keeps the packs from which x is computed, as scores are that tanh caps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        name: str,
+        parameters: tuple[float, ...],
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.f, ctx.rebuild = (name, parameters), rebuild
+        return CONTINUOUS[name].function(x, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        refuse_second_derivative(KEEPS)
+        (name, parameters), tensors = ctx.f, ctx.saved_tensors
+        dtype = compute_dtype(grad_output)
+        x = ctx.rebuild(dtype, *tensors)
+        dx = BACKWARD[name](grad_output.to(dtype), x, *parameters).to(grad_output.dtype)
+        return dx, None, None, None, *[None] * len(tensors)
+
+
+_apply_to_computed: Callable[..., Tensor] = _OfComputed.apply
+
+
+def _of_computed(x: Tensor, name: str, parameters: tuple[float, ...], known: Pack) -> Tensor:
+    def function(x: Tensor) -> Tensor:
+        return CONTINUOUS[name].function(x, *parameters)
+
+    y = _apply_to_computed(x, name, parameters, known.rebuild, *known.tensors)
+    if y.stride() == x.stride():
+        sharing.note_pack(y, computed(y, function, (x,), (known,)))
     return y
 
 

@@ -14,6 +14,7 @@ A replay of dropout sets torch's generator back, which is done where passes are 
 compiled region and a captured graph attention with dropout has the kept form, at 8 bits.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -36,6 +37,7 @@ from packlight.layers.attention_backends import (
     prepared,
     run,
 )
+from packlight.layers.replayed import replayed
 from packlight.pack import Pack
 from packlight.packing.layout import dense_stride
 from packlight.quantiser import KEEPS, Quantiser, Restore
@@ -225,7 +227,9 @@ def scaled_dot_product_attention(
     needs them repeated.
 
     Where torch would not take a fused kernel, where the mask needs a gradient, and where the head
-    dimension is no multiple of 8, torch's own function runs and keeps what it keeps.
+    dimension is no multiple of 8, torch's own function runs, and runs again in the backward pass;
+    but not in a compiled region, nor with dropout that cannot be drawn again: there it keeps what
+    it keeps.
     """
     for tensor in (query, key, value):
         check_tensor(tensor, "scaled_dot_product_attention")
@@ -233,8 +237,28 @@ def scaled_dot_product_attention(
     out = attend((query, key, value, attn_mask), flags, enable_gqa, method, recompute)
     if out is not None:
         return out
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    plain = functools.partial(
+        F.scaled_dot_product_attention,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+    operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    return (
+        plain(*operands)
+        if _stays(operands, dropout_p)
+        else replayed(plain, operands, method, draws=dropout_p > 0)
+    )
+
+
+def _stays(operands: Sequence[Tensor], dropout_p: float) -> bool:
+    """Whether torch's own function is to keep what it keeps, or to raise."""
+    return (
+        _torch.is_traced()
+        or not all(is_taken(x) for x in operands[:3])
+        or not any(needs_gradient(x) for x in operands)
+        or (dropout_p > 0 and not can_draw_again(operands[0]))
     )
 
 

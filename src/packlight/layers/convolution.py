@@ -23,10 +23,11 @@ from packlight._checks import (
     refuse_second_derivative,
     saved_with_weight,
 )
-from packlight._gradients import recast
+from packlight._gradients import as_dtype, recast
 from packlight._overwrite import writable
 from packlight.errors import InputError
 from packlight.layers import shape_only
+from packlight.layers.computed import is_of_parameters
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
 from packlight.reading import reader
@@ -111,7 +112,10 @@ def _is_read_for_its_layout(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Convolution(torch.autograd.Function):
-    """y = weight * x + bias; keeps the weight and the pack of x."""
+    """y = weight * x + bias; keeps the weight and the pack of x.
+
+    `computed` rebuilds a weight that is no parameter, as of a weight norm, from the first tensors.
+    """
 
     @staticmethod
     def forward(
@@ -121,12 +125,13 @@ class _Convolution(torch.autograd.Function):
         bias: Tensor | None,
         geometry: Geometry,
         rebuild: Callable[..., Tensor],
+        computed: tuple[Callable[..., Tensor], int] | None,
         *tensors: Tensor,
     ) -> Tensor:
         # Autocast casts in here, and keeps no copy.
         y = writable(geometry.forward(x, weight, bias))
-        ctx.save_for_backward(weight, *tensors)
-        ctx.geometry, ctx.rebuild, ctx.shape = geometry, rebuild, x.shape
+        ctx.save_for_backward(weight if computed is None else None, *tensors)
+        ctx.geometry, ctx.rebuild, ctx.shape, ctx.computed = geometry, rebuild, x.shape, computed
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
 
@@ -134,14 +139,20 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         weight, *tensors = saved_with_weight(ctx)
+        if ctx.computed is not None:
+            rebuild, parts = ctx.computed
+            weight, tensors = rebuild(ctx.dtypes[1], *tensors[:parts]), tensors[parts:]
+        count = len(ctx.needs_input_grad)
         mask = list(ctx.needs_input_grad[:3])
         gradients = convolution_gradients(
             ctx.geometry, grad_output, ctx.rebuild, tensors, ctx.shape,
             recast(weight, grad_output), mask,
         )  # fmt: skip
         pairs = zip(gradients, ctx.dtypes, mask, strict=True)
-        cast = [g.to(dtype) if wanted else None for g, dtype, wanted in pairs]
-        return *cast, None, None, *[None] * len(tensors)
+        cast = [
+            None if g is None or not wanted else as_dtype(g, dtype) for g, dtype, wanted in pairs
+        ]
+        return *cast, *[None] * (count - len(cast))
 
 
 _apply: Callable[..., Tensor] = _torch.applied(_Convolution)
@@ -214,7 +225,11 @@ def convolve(
         return geometry.forward(x, weight, bias)
     kept = pack_input(x, method)
     rebuild = reader(kept.reading, kept.rebuild)
-    return _apply(x, weight, bias, geometry, rebuild, *kept.tensors)
+    if is_of_parameters(weight) or not worth_packing(weight, method):
+        return _apply(x, weight, bias, geometry, rebuild, None, *kept.tensors)
+    own = pack_input(weight, method.for_scores())
+    computed = own.rebuild, len(own.tensors)
+    return _apply(x, weight, bias, geometry, rebuild, computed, *own.tensors, *kept.tensors)
 
 
 # --- Padding, which a rebuilt input repeats.

@@ -15,7 +15,7 @@ from packlight._gradients import as_dtype
 from packlight._seeds import Seed
 from packlight.pack import Pack
 from packlight.packing.layout import compute_dtype
-from packlight.quantiser import KEEPS, Fused, Quantiser
+from packlight.quantiser import KEEPS, Fused, Quantiser, worth_packing
 from packlight.reading import reading_of
 
 # ---- what a method without operators of its own does ---------------------------------------------
@@ -120,9 +120,25 @@ def plain_rebuild(y: Tensor, width: int, method: Quantiser) -> Scaled:
 _PLAIN = Fused(plain_forward, plain_backward, plain_rebuild)
 
 
-def row_norm_of(method: Quantiser) -> Fused:
-    """How the method keeps the normalised value of rows."""
-    return method.fused.get("norm", _PLAIN)
+# Rows of fewer elements have a statistic of more than 4 bits an element.
+_NARROWEST = 8
+
+
+def row_norm_of(method: Quantiser, width: int | None = None) -> Fused:
+    """How the method keeps the normalised value of rows of this width.
+
+    Rows that are narrower than a group are packed together, as normalised values are alike.
+    """
+    narrow = width is not None and not method.keeps_rows(width)
+    return _PLAIN if narrow else method.fused.get("norm", _PLAIN)
+
+
+def _keeps(x: Tensor, width: int, method: Quantiser) -> bool:
+    """Whether a norm over rows of this width packs them."""
+    if method.keeps_rows(width):
+        return True
+    traced = torch.compiler.is_dynamo_compiling()
+    return width >= _NARROWEST and not traced and worth_packing(x, method)
 
 
 # ---- norms of rows -------------------------------------------------------------------------------
@@ -149,7 +165,7 @@ class _Norm(torch.autograd.Function):
         seed: Seed,
     ) -> tuple[Tensor, ...]:
         rows = norm_rows(x, width)
-        fused = row_norm_of(method)
+        fused = row_norm_of(method, width)
         y, rstd, copies, kept = fused.forward(rows, weight, bias, eps, center, method, seed)
         if _torch.is_traced():
             copies = []
@@ -251,7 +267,7 @@ def _norm(
     )
     width = math.prod(normalized_shape)
     fits = x.shape[x.dim() - len(normalized_shape) :] == normalized_shape
-    if not (wanted and fits and method.keeps_rows(width)):
+    if not (wanted and fits and _keeps(x, width, method)):
         return plain(x)  # raises for shapes that do not fit
     asked = (name, None if weight is None else weight.dtype)
     x = autocast(x, asked, lambda empty: plain(empty.view(0, *normalized_shape)))
@@ -263,7 +279,7 @@ def _norm(
     if not _torch.is_traced():
         parameters = own_parameters(kept[:2], *parameters)
         kept = kept[2:]
-    rebuild = row_norm_of(method).rebuild(y, width, method)
+    rebuild = row_norm_of(method, width).rebuild(y, width, method)
     tensors = (*kept, *parameters)
     pack = Pack(rebuild, tuple(y.shape), tensors, method.grade, reading_of(rebuild))
     sharing.note_pack(y, pack)

@@ -1,10 +1,11 @@
-"""The end of a sub-layer with its norm behind the sum: layer_norm(dropout(x W^T + b) + residual).
+"""Sub-layers with their norm behind the sum, as BERT has them.
 
-As BERT has it. Apart, the four are three functions and a sum, with notes between them that nothing
-else reads.
+Their end, layer_norm(dropout(x W^T + b) + residual), and layer_norm(dropout(W_2 f(W_1 x)) + x) as a
+whole. Apart, they are three and four functions and a sum, with notes between them that nothing else
+reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import _torch, sharing
-from packlight._checks import autocast_dtype, refuse_second_derivative, saved_with_weight
+from packlight._checks import (
+    autocast,
+    autocast_dtype,
+    refuse_second_derivative,
+    saved_with_weight,
+)
 from packlight._gradients import as_dtype
 from packlight._seeds import Seed, mask_seed, operands
 from packlight.fewbit import ops
+from packlight.fewbit.activations import CONTINUOUS
 from packlight.fewbit.dropout import masked
+from packlight.layers.activations import overwriting_activation_of
 from packlight.layers.linear import affine, linear_gradients
+from packlight.layers.mlp import Parameters
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Fused, Quantiser, pack_input
@@ -81,7 +90,76 @@ def _post_norm_of(method: Quantiser) -> Fused:
     return method.fused.get("post_norm", _PLAIN)
 
 
-# ---- the function --------------------------------------------------------------------------------
+# ---- the norm behind the sum ---------------------------------------------------------------------
+
+# The probability of the dropout, the norm's eps, and how it keeps.
+_Settings = tuple[float, float, Quantiser]
+
+
+def _normed(
+    ctx: Any,
+    branch: Tensor,
+    residual: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    settings: _Settings,
+    seeds: tuple[Seed, Seed],
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """The results of a function, y, copies of the parameters and the pack; and what it keeps."""
+    p, eps, method = settings
+    dtype = _norm_dtype(branch, residual, gamma, beta)
+    fused = _post_norm_of(method)
+    given = (branch, residual.contiguous(), gamma, beta, p, eps, dtype, method, seeds)
+    y, rstd, copies, kept, mask = fused.forward(*given)
+    ctx.mark_non_differentiable(*copies, *kept)
+    ctx.set_materialize_grads(False)
+    ctx.settings = (p, (branch.dtype, residual.dtype), method)
+    ctx.of_norm = gamma.dtype, None if beta is None else beta.dtype
+    # The graph holds the copy of beta for readers.
+    saved = [mask, rstd, *own_parameters(copies, gamma, beta), *kept]
+    ctx.kept = len(saved)
+    return (y, *copies, *kept), saved
+
+
+def _norm_gradients(
+    ctx: Any, grad_output: Tensor, saved: Sequence[Any], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Gradients of branch and residual, and those of gamma and beta that are needed."""
+    mask, rstd, gamma, _, *kept = saved
+    p, dtypes, method = ctx.settings
+    dy = as_rows(grad_output, grad_output.shape[-1])
+    branch, residual, *sums = _post_norm_of(method).backward(
+        dy, kept, rstd, gamma, mask, p, dtypes, needs, method
+    )
+    found = zip(sums, needs, ctx.of_norm, strict=True)
+    return branch, residual, [as_dtype(x, dtype) if need else None for x, need, dtype in found]
+
+
+def _noted(y: Tensor, made: Sequence[Tensor], norm: _Norm, method: Quantiser) -> Tensor:
+    """y, with a note of what stands for it."""
+    gamma, beta, _ = norm
+    tensors = (*made[2:], *own_parameters(made[:2], gamma, beta))
+    rebuild = _post_norm_of(method).rebuild(y, y.shape[-1], method)
+    pack = Pack(rebuild, tuple(y.shape), tensors, method.grade, reading_of(rebuild))
+    sharing.note_pack(y, pack)
+    return y
+
+
+def _norm_dtype(
+    branch: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor | None
+) -> torch.dtype:
+    """That in which torch's layer norm of branch + residual runs."""
+
+    def plain(empty: Tensor) -> Tensor:
+        return F.layer_norm(empty.view(0, gamma.numel()), gamma.shape, gamma, beta)
+
+    total = branch.dtype
+    if residual.dtype != total:
+        total = torch.promote_types(total, residual.dtype)
+    return autocast_dtype(branch, ("layer_norm", gamma.dtype), plain, total)
+
+
+# ---- behind a Linear -----------------------------------------------------------------------------
 
 
 class _PostNorm(torch.autograd.Function):
@@ -99,27 +177,17 @@ class _PostNorm(torch.autograd.Function):
         residual: Tensor,
         gamma: Tensor,
         beta: Tensor | None,
-        settings: tuple[float, float, Quantiser],
+        settings: _Settings,
         seeds: tuple[Seed, Seed],
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        p, eps, method = settings
         branch = affine(x, weight, bias)
-        dtype = _norm_dtype(branch, residual, gamma, beta)
-        fused = _post_norm_of(method)
-        given = (branch, residual.contiguous(), gamma, beta, p, eps, dtype, method, seeds)
-        y, rstd, copies, kept, mask = fused.forward(*given)
-        ctx.mark_non_differentiable(*copies, *kept)
-        ctx.set_materialize_grads(False)
-        # The graph holds the copy of beta for readers.
-        parameters = own_parameters(copies, gamma, beta)
-        ctx.save_for_backward(weight, mask, rstd, *parameters, *kept, *tensors)
-        ctx.rebuild, ctx.differentiate, ctx.kept = rebuild, fused.backward, len(kept)
-        ctx.settings = (p, (branch.dtype, residual.dtype), method)
+        results, saved = _normed(ctx, branch, residual, gamma, beta, settings, seeds)
+        ctx.save_for_backward(weight, *saved, *tensors)
+        ctx.rebuild = rebuild
         ctx.dtypes = [None if each is None else each.dtype for each in (x, weight, bias)]
-        ctx.of_norm = gamma.dtype, None if beta is None else beta.dtype
-        return y, *copies, *kept
+        return results
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -127,38 +195,15 @@ class _PostNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if grad_output is None:
             return (None,) * len(needs)
-        weight, mask, rstd, gamma, _, *saved = saved_with_weight(ctx)
-        kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-        p, dtypes, method = ctx.settings
-        dy = as_rows(grad_output, grad_output.shape[-1])
-        branch, total, dgamma, dbeta = ctx.differentiate(
-            dy, kept, rstd, gamma, mask, p, dtypes, needs[4:6], method
-        )
+        weight, *saved = saved_with_weight(ctx)
+        normed, tensors = saved[: ctx.kept], saved[ctx.kept :]
+        branch, total, sums = _norm_gradients(ctx, grad_output, normed, needs[4:6])
         gradients = linear_gradients(branch, weight, ctx.rebuild, tensors, needs[:3], ctx.dtypes)
-        return (
-            *gradients,
-            total if needs[3] else None,
-            as_dtype(dgamma, ctx.of_norm[0]) if needs[4] else None,
-            as_dtype(dbeta, ctx.of_norm[1]) if needs[5] else None,
-            *[None] * (len(needs) - 6),
-        )
+        others = (None,) * (len(needs) - 6)
+        return *gradients, total if needs[3] else None, *sums, *others
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _torch.applied(_PostNorm)
-
-
-def _norm_dtype(
-    branch: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor | None
-) -> torch.dtype:
-    """That in which torch's layer norm of branch + residual runs."""
-
-    def plain(empty: Tensor) -> Tensor:
-        return F.layer_norm(empty.view(0, gamma.numel()), gamma.shape, gamma, beta)
-
-    total = branch.dtype
-    if residual.dtype != total:
-        total = torch.promote_types(total, residual.dtype)
-    return autocast_dtype(branch, ("layer_norm", gamma.dtype), plain, total)
 
 
 def post_norm(
@@ -184,8 +229,95 @@ def post_norm(
     seeds = (mask_seed(x) if p else None, norm_method.seed(x))
     given = (x, weight, bias, residual, gamma, beta, (p, eps, norm_method), seeds)
     y, *made = _apply(*given, rebuild, *kept.tensors)
-    tensors = (*made[2:], *own_parameters(made[:2], gamma, beta))
-    stands_for = _post_norm_of(norm_method).rebuild(y, y.shape[-1], norm_method)
-    reading = reading_of(stands_for)
-    sharing.note_pack(y, Pack(stands_for, tuple(y.shape), tensors, norm_method.grade, reading))
-    return y
+    return _noted(y, made, norm, norm_method)
+
+
+# ---- behind a feed-forward layer -----------------------------------------------------------------
+
+
+class _MLP(torch.autograd.Function):
+    """As `_PostNorm`, of W_2 f(W_1 x) and x; keeps both weights and the pack of W_1 x besides."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        last_weight: Tensor,
+        last_bias: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor | None,
+        settings: _Settings,
+        seeds: tuple[Seed, Seed, Seed],
+        how: tuple[str, Quantiser],
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        name, method = how
+        h = affine(x, weight, bias)
+        ctx.h = h.dtype
+        h = autocast(h, name, CONTINUOUS[name].function)
+        fused = overwriting_activation_of(method)
+        middle, *pack = fused.forward(h, name, (), method, seeds[2])
+        del h
+        branch = affine(middle, last_weight, last_bias)
+        ctx.middle = fused.rebuild(middle, name, (), method)
+        ctx.differentiate, ctx.f = fused.backward, (name, (), middle.stride(), method)
+        given = (x, weight, bias, middle, last_weight, last_bias)
+        ctx.dtypes = [None if each is None else each.dtype for each in given]
+        del middle, given
+        results, saved = _normed(ctx, branch, x, gamma, beta, settings, seeds[:2])
+        ctx.save_for_backward(weight, last_weight, *saved, *pack, *tensors)
+        ctx.rebuild, ctx.packed = rebuild, len(pack)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        if grad_output is None:
+            return (None,) * len(needs)
+        weight, last_weight, *saved = saved_with_weight(ctx)
+        normed, rest = saved[: ctx.kept], saved[ctx.kept :]
+        pack, tensors = rest[: ctx.packed], rest[ctx.packed :]
+        branch, total, sums = _norm_gradients(ctx, grad_output, normed, needs[5:7])
+        dmiddle, *last = linear_gradients(
+            branch, last_weight, ctx.middle, pack, (True, *needs[3:5]), dtypes[3:]
+        )
+        del branch
+        dh = as_dtype(ctx.differentiate(dmiddle, pack, *ctx.f), ctx.h)
+        del dmiddle
+        dx, *first = linear_gradients(dh, weight, ctx.rebuild, tensors, needs[:3], dtypes[:3])
+        if dx is not None:
+            dx.add_(total)
+        return dx, *first, *last, *sums, *[None] * (len(needs) - 7)
+
+
+_feed: Callable[..., tuple[Tensor, ...]] = _torch.applied(_MLP)
+
+
+def mlp(
+    x: Tensor,
+    projections: Sequence[Parameters],
+    name: str,
+    norm: _Norm,
+    p: float,
+    method: Quantiser,
+    norm_method: Quantiser,
+) -> Tensor:
+    """layer_norm(dropout(W_2 f(W_1 x), p) + x), f by its name. `projections` are W_1's and W_2's.
+
+    In eager mode, in training, with gradients; the checks are the caller's. Keeps what `post_norm`
+    keeps, and a pack of W_1 x. Gradients are those of the layers one by one.
+    """
+    kept = pack_input(x, method)
+    rebuild = reader(kept.reading, kept.rebuild)
+    gamma, beta, eps = norm
+    # As the parts draw them.
+    seed = method.seed(x)
+    seeds = (mask_seed(x) if p else None, norm_method.seed(x), seed)
+    parameters = [each for projection in projections for each in projection]
+    given = (gamma, beta, (p, eps, norm_method), seeds, (name, method), rebuild)
+    y, *made = _feed(x, *parameters, *given, *kept.tensors)
+    return _noted(y, made, norm, norm_method)

@@ -11,20 +11,25 @@ import torch
 from torch import Tensor
 
 from packlight import _torch, _tracer, sharing
-from packlight._checks import needs_gradient, refuse_second_derivative
-from packlight._gradients import column_sums
+from packlight._checks import is_supported, needs_gradient, refuse_second_derivative
+from packlight._gradients import as_dtype, column_sums
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.layers.activations import UNITS, Applied, GatedProduct, gated, how, unit_of
+from packlight.layers.arithmetic import followed
+from packlight.layers.computed import computed_pack_of, exact, is_of_parameters, pack_operand
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, Restore, pack_input, worth_packing
+
+# A factor with this many times fewer elements than the other is kept as it is.
+_MUCH = 16
 
 
 @dataclasses.dataclass  # not frozen: torch.compile of torch 2.11 cannot follow that one
 class _Product:
-    """What the packs of two factors of this shape stand for: their product."""
+    """What the packs of two factors of these shapes stand for: their product."""
 
     rebuilds: tuple[Callable[..., Tensor], Callable[..., Tensor]]
-    shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
     first: int  # how many tensors belong to the first
 
     def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
@@ -33,15 +38,18 @@ class _Product:
 
     def factor_gradients(self, dy: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         one, other = self._factors(dy.dtype, *tensors)
-        return dy * other, dy * one
+        gradients = (dy * other, dy * one)
+        if self.shapes[0] == self.shapes[1]:
+            return gradients
+        return gradients[0].sum_to_size(self.shapes[0]), gradients[1].sum_to_size(self.shapes[1])
 
     def _factors(self, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        one = self.rebuilds[0](dtype, *tensors[: self.first]).reshape(self.shape)
-        other = self.rebuilds[1](dtype, *tensors[self.first :]).reshape(self.shape)
+        one = self.rebuilds[0](dtype, *tensors[: self.first]).reshape(self.shapes[0])
+        other = self.rebuilds[1](dtype, *tensors[self.first :]).reshape(self.shapes[1])
         return one, other
 
 
-def _gated_product(f: Pack, up: Pack, shape: tuple[int, ...]) -> GatedProduct | None:
+def _gated_product(f: Pack, up: Pack, shape: tuple[int, ...] | None) -> GatedProduct | None:
     """The product as f(gate) up, where the kernels of gated units can read the packs."""
     a, b = f.rebuild, up.rebuild
     if not (isinstance(a, Applied) and isinstance(b, Restore)):
@@ -61,14 +69,16 @@ class _Multiplication(torch.autograd.Function):
         ctx: Any, a: Tensor, b: Tensor, product: _Product | GatedProduct, *tensors: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.product = product
+        ctx.product, ctx.dtypes = product, (a.dtype, b.dtype)
         return a * b
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         tensors = ctx.saved_tensors
-        return *ctx.product.factor_gradients(grad_output, *tensors), None, *[None] * len(tensors)
+        da, db = ctx.product.factor_gradients(grad_output, *tensors)
+        one, two = ctx.dtypes
+        return as_dtype(da, one), as_dtype(db, two), None, *[None] * len(tensors)
 
 
 _multiply: Callable[..., Tensor] = _torch.applied(_Multiplication)
@@ -79,9 +89,9 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     """a b, biased: da = dy b~, db = dy a~.
 
     Keeps the pack of each factor: the one that is kept of it already, as for the output of an
-    activation, else a new one. Where neither is packed, and where shapes or dtypes differ or a
-    factor needs no gradient, this is torch's product, which keeps both factors; but one with a
-    vector that is trained is `scale`.
+    activation, else a new one. Of two shapes the smaller factor is kept as it is, if it is much
+    smaller or a parameter. Where a factor needs no gradient this is torch's product, which keeps
+    that factor; one with a vector that is trained is `scale`.
     """
     kind = _kind_of(input, other, method)
     if kind == "scale":
@@ -89,8 +99,8 @@ def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     if kind == "scale of other":
         return scale(other, input, method=method)
     if kind == "torch's":
-        return torch.mul(input, other)
-    if torch.compiler.is_dynamo_compiling():
+        return _torch_s_product(input, other)
+    if torch.compiler.is_dynamo_compiling() and _are_alike(input, other):
         for f, up in ((input, other), (other, input)):
             for name in UNITS:
                 gate = _tracer.source_of(f, how(name, method), up)
@@ -112,7 +122,7 @@ def _kind_of(a: Any, b: Any, method: Quantiser) -> _Kind:
         return "scale"
     if _is_scale(b, a, method):
         return "scale of other"
-    return "product" if _is_product(a, b, method) else "torch's"
+    return "product" if _are_factors(a, b, method) else "torch's"
 
 
 @_torch.question
@@ -123,20 +133,25 @@ def kind_of_product(tracer: Any, a: Any, b: Any, method: Any) -> _Kind | None:
 
 
 @_torch.one_node
+def _torch_s_product(input: Tensor, other: Any) -> Tensor:
+    """The product, from which it may be computed again what stands for it."""
+    return followed(torch.mul, input, other)
+
+
+@_torch.one_node
 def _of_packs(input: Tensor, other: Tensor, method: Quantiser) -> Tensor:
-    """The product, which keeps packs of both where there is one already."""
-    if sharing.pack_of(input) is None and sharing.pack_of(other) is None:
-        return torch.mul(input, other)
-    shape = tuple(input.shape)
-    one, two = pack_input(input, method), pack_input(other, method)
+    """The product, which keeps packs of both."""
+    one, two = _factor(input, other, method), _factor(other, input, method)
     shared = any(tensor is kept for tensor in one.tensors for kept in two.tensors)
+    shapes = tuple(input.shape), tuple(other.shape)
+    shape = shapes[0] if _are_alike(input, other) else None
     product: _Product | GatedProduct | None = _gated_product(one, two, shape)
     if product is None:
         product = _gated_product(two, one, shape)
         if product is not None:  # the kernels take f(gate) first
             input, other, one, two = other, input, two, one
     if product is None:
-        product = _Product((one.rebuild, two.rebuild), shape, len(one.tensors))
+        product = _Product((one.rebuild, two.rebuild), shapes, len(one.tensors))
     tensors = (*one.tensors, *two.tensors)
     y = _multiply(input, other, product, *tensors)
     # The mean of x~ x~ is not that of x~ squared: of factors that share their rounding the product
@@ -265,10 +280,23 @@ def _unit(f: Tensor, gate: Tensor, up: Tensor, name: str, method: Quantiser) -> 
     return y
 
 
-def _is_product(a: object, b: object, method: Quantiser) -> bool:
-    """Whether packs of both factors may serve."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+def _factor(x: Tensor, other: Tensor, method: Quantiser) -> Pack:
+    """What is kept of a factor for the gradient of the other."""
+    small = x.numel() * _MUCH <= other.numel() or not worth_packing(x, method)
+    if small and computed_pack_of(x) is None:
+        return exact(x)
+    return pack_operand(x, method)
+
+
+def _are_factors(a: object, b: object, method: Quantiser) -> bool:
+    """Whether both are tensors with a gradient, the larger of them worth a pack."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.device == b.device):
         return False
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if not (is_supported(a) and is_supported(b) and needs_gradient(a) and needs_gradient(b)):
         return False
-    return needs_gradient(a) and needs_gradient(b) and worth_packing(a, method)
+    larger = a if a.numel() >= b.numel() else b
+    return worth_packing(larger, method) and not (is_of_parameters(a) and is_of_parameters(b))
+
+
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype

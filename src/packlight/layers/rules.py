@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packlight.layers import lp_pooling, shape_only
+from packlight.layers import extremes, lp_pooling, shape_only
 from packlight.layers import shape_only_modules as modules
 from packlight.method import Method, NotConverted, Swap, rows, rule
 
@@ -52,6 +52,10 @@ rows(
         (F.pad,): (shape_only.pad,),
         (F.interpolate,): (shape_only.interpolate,),
         (torch.gather, Tensor.gather): (shape_only.gather,),
+        (torch.amax, Tensor.amax): (extremes.amax,),
+        (torch.amin, Tensor.amin): (extremes.amin,),
+        (torch.maximum, Tensor.maximum): (extremes.maximum,),
+        (torch.minimum, Tensor.minimum): (extremes.minimum,),
         (torch.masked_select, Tensor.masked_select): (shape_only.masked_select,),
     },
 )

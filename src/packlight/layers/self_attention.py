@@ -115,7 +115,7 @@ def projections(x: Tensor, parameters: Sequence[Parameters], method: Quantiser) 
 
 
 class _WholeAttention(torch.autograd.Function):
-    """The output; keeps one pack of query, key and value. See `packlight.layers.attention`."""
+    """The output; keeps one pack of query, key and value, of which attention runs once more."""
 
     @staticmethod
     def forward(
@@ -187,8 +187,9 @@ def self_attention(
     """Attention of the parts of `whole` [batch, length, 3 heads size]: [batch, length, heads size].
 
     In eager mode, in training. Query, key and value lie side by side in that order. What is kept,
-    and gradients, are those of `scaled_dot_product_attention` of the three, which runs where one
-    pack does not serve: where groups would lie across two of them, or the kernel draws dropout that
+    and gradients, are those of `scaled_dot_product_attention` of the three, but that one pack
+    serves all where attention runs once more. That function runs where none does: where it keeps
+    the statistic, groups would lie across two of the three, or the kernel draws dropout that
     cannot be drawn again.
     """
     out = _at_once(whole, heads, mask, flags, method)

@@ -385,15 +385,29 @@ def _slopes_gradient(
 
 
 def gather(input: Tensor, dim: int, index: Tensor) -> Tensor:
-    """`torch.gather`. Keeps the indices, where torch keeps the input besides; exact."""
+    """`torch.gather`. Keeps the indices in as few bytes as they fit, where torch keeps them in 8
+    and the input besides; exact.
+    """
     if not _keeps_shape(input, "gather"):
         return torch.gather(input, dim, index)
-    y: Tensor = _apply(input, torch.gather, _gather_gradient, (dim,), index)
+    if not torch.compiler.is_compiling() and input.dim() and index.is_contiguous():
+        index = index.to(_index_dtype(input.shape[dim]))
+    y: Tensor = _apply(input, _gather, _gather_gradient, (dim,), index)
     return y
 
 
+def _index_dtype(size: int) -> torch.dtype:
+    """The narrowest dtype of indices along a dimension of this size."""
+    dtypes = (torch.int16, torch.int32, torch.int64)
+    return next(dtype for dtype in dtypes if size <= torch.iinfo(dtype).max)
+
+
+def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    return torch.gather(x, dim, index.long())
+
+
 def _gather_gradient(grad_output: Tensor, like: Tensor, dim: int, index: Tensor) -> Any:
-    return torch.ops.aten.gather_backward(grad_output, like, dim, index, False)
+    return torch.ops.aten.gather_backward(grad_output, like, dim, index.long(), False)
 
 
 def masked_select(input: Tensor, mask: Tensor) -> Tensor:

@@ -31,8 +31,11 @@ class FourBits(nn.Linear):
         self.compute_dtype = linear.weight.dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        product: Tensor = _Product.apply(input.to(self.compute_dtype), self)
-        return product if self.bias is None else product + self.bias
+        product: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            input.to(self.compute_dtype), self
+        )
+        bias: Tensor | None = self.bias
+        return product if bias is None else product + bias
 
     def dequantized(self) -> Tensor:
         return self.weight.new_empty(self.out_features, self.in_features, dtype=self.compute_dtype)
@@ -79,7 +82,7 @@ def with_lora(model: nn.Module, settings: dict[str, str]) -> nn.Module:
         rank = int(settings.get("r", 16))
         config = peft.LoraConfig(
             r=rank,
-            lora_alpha=float(settings.get("alpha", 2 * rank)),
+            lora_alpha=int(settings.get("alpha", 2 * rank)),
             lora_dropout=float(settings.get("dropout", 0.0)),
             target_modules=targets if targets == "all-linear" else targets.split("+"),
         )

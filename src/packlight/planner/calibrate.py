@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from packlight._torch import share_storage
+from packlight._torch.attributes import tree_leaves
+from packlight._torch.modes import DispatchMode
 from packlight.convert import DEFAULT_METHODS, convert
 from packlight.groupquant.method import GroupQuant
 from packlight.planner.costs import name_of, nominal_s
@@ -37,7 +37,8 @@ class _Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return self.weight * wide.to(x.dtype)
+        y: Tensor = self.weight * wide.to(x.dtype)
+        return y
 
 
 class _Block(nn.Module):
@@ -62,7 +63,8 @@ class _Block(nn.Module):
         x = x + self.drop(self.out(mixed.transpose(1, 2).flatten(2)))
         y = self.norm2(x)
         h = self.act(self.up(y)) if self.gate is None else self.act(self.gate(y)) * self.up(y)
-        return x + self.drop(self.down(h))
+        out: Tensor = x + self.drop(self.down(h))
+        return out
 
 
 class _Language(nn.Module):
@@ -90,7 +92,8 @@ class _Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.bn1(self.conv1(x)))
         y = self.act(self.bn2(self.conv2(y)))
-        return self.act(x + self.bn3(self.conv3(y)))
+        out: Tensor = self.act(x + self.bn3(self.conv3(y)))
+        return out
 
 
 class _Images(nn.Module):
@@ -113,6 +116,10 @@ class _Case(NamedTuple):
     autocast: bool
 
 
+def _channels_last(model: nn.Module) -> nn.Module:
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def _cases(tiny: bool) -> Iterator[_Case]:
     width, heads, batch, length, words = (64, 4, 2, 16, 256) if tiny else (2048, 16, 8, 2048, 32000)
 
@@ -128,9 +135,7 @@ def _cases(tiny: bool) -> Iterator[_Case]:
 
     yield _Case(of(torch.bfloat16, True), tokens, False)
     yield _Case(of(torch.float32, False), tokens, True)
-    yield _Case(
-        lambda: _Images(64 if tiny else 256).to(memory_format=torch.channels_last), images, True
-    )
+    yield _Case(lambda: _channels_last(_Images(64 if tiny else 256)), images, True)
 
 
 def _changed(model: nn.Module, case: str) -> nn.Module:
@@ -141,7 +146,7 @@ def _changed(model: nn.Module, case: str) -> nn.Module:
     return model
 
 
-class _Timed(TorchDispatchMode):
+class _Timed(DispatchMode):  # type: ignore[misc]
     """Nominal seconds of each operator, and how long it took."""
 
     def __init__(self, device: Device, clock: Callable[[], Any]) -> None:
@@ -273,7 +278,7 @@ def _workspace(kind: str) -> int:
     return torch.cuda.memory_allocated() - before
 
 
-class _Counted(TorchDispatchMode):
+class _Counted(DispatchMode):  # type: ignore[misc]
     """How many operators of torch compute something, and how many of packlight."""
 
     def __init__(self) -> None:

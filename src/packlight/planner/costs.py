@@ -73,7 +73,8 @@ def _bytes(tensor: Tensor) -> int:
 def flops(func: Any, args: Sequence[Any], result: Any) -> int:
     """Floating-point operations of products, of attention and of convolutions; else 0."""
     packet = func.overloadpacket
-    if (count := _ATTENTION.get(packet)) is not None:
+    count: Callable[[Sequence[Any]], int] | None = _ATTENTION.get(packet)
+    if count is not None:
         return count(args)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, out_val=result))
@@ -112,7 +113,7 @@ _ATTENTION = {
 
 def workspace(device: Device, func: Any, args: Sequence[Any]) -> int:
     """Bytes that a kernel takes beside its results, while it runs."""
-    count = _WORKSPACES.get(func.overloadpacket)
+    count: Callable[[Device, Sequence[Any]], int] | None = _WORKSPACES.get(func.overloadpacket)
     return 0 if count is None else count(device, args)
 
 

@@ -1,22 +1,23 @@
 """`fit`: does a training step fit a card, and how large may the batch be, by each choice."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from packlight._torch import flatten, unflatten
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner.devices import Device
 from packlight.planner.menu import CHECKPOINTED, EXACT, PACKED_4, TILED, Option
+from packlight.planner.planner import Loss, OptimizerOf
 from packlight.planner.planning import planned
 from packlight.planner.result import Plan
 from packlight.planner.study import Study
 from packlight.planner.timeline import Timeline
-from packlight.planner.walk import Loss, OptimizerOf
 from packlight.report.printing import new_table, render
 from packlight.report.words import human_bytes
 
@@ -195,8 +196,7 @@ def fit(
             found = _extremes(study, choice, inputs, kwargs, usable, longest)
         rows.append(_row(choice.name, choice.code, timelines[choice.name], usable, found))
     if plan is not None:
-        code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), functional=True'
-        code += ", head=True, strict=False)" if study.head else ", strict=False)"
+        code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), strict=False)'
         none: dict[str, int | None] = {"batch": None, "sequence": None}
         rows.append(_row("plan", code, plan.timeline, usable, none))
     return Fit(
@@ -250,7 +250,7 @@ def _extremes(
     usable: int,
     longest: int | None,
 ) -> dict[str, int | None]:
-    first = next((x for x in tree_leaves((inputs, kwargs)) if isinstance(x, Tensor)), None)
+    first = next((x for x in flatten((inputs, kwargs))[0] if isinstance(x, Tensor)), None)
     if first is None or first.dim() == 0:
         return {"batch": None, "sequence": None}
     batch = first.shape[0]
@@ -289,7 +289,8 @@ def resized(
             shape[1] = length
         return x.new_empty(shape)
 
-    return tree_map(other, given)
+    leaves, structure = flatten(given)
+    return unflatten([other(leaf) for leaf in leaves], structure)
 
 
 def largest(
@@ -316,7 +317,8 @@ def largest(
         else:
             size = _where_it_meets(points, usable)
         size = max(size // unit * unit, low + step)
-        size = size if high is None else min(size, high - unit)
+        if high is not None and size >= high:
+            size = max(int(math.sqrt(max(low, 1) * high)) // unit * unit, low + unit)
         size = size if most is None else min(size, most)
         if size in points or size < unit:
             break

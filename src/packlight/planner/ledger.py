@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from packlight._torch.attributes import tree_leaves
+from packlight._torch.modes import DispatchMode
 from packlight.planner.costs import Costs, workspace
 from packlight.planner.timeline import Segment
 
@@ -24,7 +24,7 @@ def rounded(size: int) -> int:
     return -(-size // _ROUNDED) * _ROUNDED
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(DispatchMode):  # type: ignore[misc]
     """`where` says the phase and the place of what runs."""
 
     def __init__(self, costs: Costs, where: Callable[[], tuple[str, str]]) -> None:

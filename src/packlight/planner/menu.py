@@ -26,14 +26,17 @@ class Option:
     error: float = 0.0
 
     def of_block(self) -> Choice:
-        found = (*([] if self.block is None else [self.block]), *self._without_tiles())
-        return found or None
+        return _choice((*([] if self.block is None else [self.block]), *self._without_tiles()))
 
     def of_layers(self) -> Choice:
-        return self.inside or None
+        return _choice(self.inside)
 
     def _without_tiles(self) -> tuple[Method, ...]:
         return tuple(method for method in self.inside if not isinstance(method, Tiles))
+
+
+def _choice(methods: tuple[Method, ...]) -> Choice:
+    return methods[0] if len(methods) == 1 else methods or None
 
 
 _BITS_4 = (FixedPoint(bits=4), GroupQuant(bits=4), FewBit(bits=3))  # `DEFAULT_METHODS`

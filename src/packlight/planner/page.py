@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from packlight._files import write_text
 from packlight.planner.fit import Fit
 from packlight.planner.result import where
-from packlight.planner.timeline import Timeline
+from packlight.planner.timeline import Segment, Timeline
 from packlight.report.words import human_bytes
 
 _WIDTH, _HEIGHT, _EDGE = 900, 240, 60
@@ -27,8 +27,9 @@ def write_fit(fit: Fit, path: str | os.PathLike[str]) -> None:
         f"<h1>Does it fit?</h1><pre>{html.escape(str(fit))}</pre>",
         "<h2>Bytes and time</h2>",
         "".join(_front(fit)),
-        "<h2>Memory over a step</h2><p>A bar is what runs in one place in a row; its height is the"
-        " most that is allocated meanwhile. Point at one to read where it is.</p>",
+        "<h2>Memory over a step</h2><p>A bar is what runs in one place in a row, or the highest of"
+        " those in a pixel; its height is the most that is allocated meanwhile. Point at one to"
+        " read where it is.</p>",
     ]
     top = 1.05 * max([fit.usable, *(timeline.peak for timeline in fit.timelines.values())])
     for name, timeline in fit.timelines.items():
@@ -68,14 +69,13 @@ def _over_time(timeline: Timeline, top: float, usable: int) -> Iterator[str]:
     total = sum(max(segment.device_ms, segment.host_ms) for segment in timeline.segments)
     body = _axes("time of a step", "", human_bytes(int(top)))
     now = 0.0
-    for segment, size in timeline.points():
-        ms = max(segment.device_ms, segment.host_ms)
+    for segment, ms in _bars(timeline, total / _WIDTH):
+        size = timeline.static + segment.peak
         left, wide = _EDGE + _WIDTH * now / max(total, 1e-9), _WIDTH * ms / max(total, 1e-9)
         now += ms
         high = _HEIGHT * size / top
         title = (
-            f"{where(segment.phase, segment.place)}: {human_bytes(size)} while {segment.operator},"
-            f" {ms:.2f} ms"
+            f"{where(segment.phase, segment.place)}: {human_bytes(size)} while {segment.operator}"
         )
         body += (
             f"<rect class='bar' x='{left:.2f}' y='{10 + _HEIGHT - high:.2f}'"
@@ -83,6 +83,21 @@ def _over_time(timeline: Timeline, top: float, usable: int) -> Iterator[str]:
             f"<title>{html.escape(title)}</title></rect>"
         )
     yield _svg(body + _limit(10 + _HEIGHT * (1 - usable / top)))
+
+
+def _bars(timeline: Timeline, pixel: float) -> Iterator[tuple[Segment, float]]:
+    """Segments with their time; of those that share a pixel the one with the highest peak."""
+    highest: Segment | None = None
+    ms = 0.0
+    for segment in timeline.segments:
+        if highest is not None and (ms >= pixel or segment.phase != highest.phase):
+            yield highest, ms
+            highest, ms = None, 0.0
+        ms += max(segment.device_ms, segment.host_ms)
+        if highest is None or segment.peak > highest.peak:
+            highest = segment
+    if highest is not None:
+        yield highest, ms
 
 
 _SHADES = {"forward": "#1f77b4", "backward": "#ff7f0e", "optimizer": "#2ca02c"}

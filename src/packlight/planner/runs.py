@@ -50,7 +50,7 @@ class Run:
         return f"{self.container}.{self.at + place}" if self.container else str(self.at + place)
 
 
-def lists_of_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def lists_of_blocks(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
     """The lists of a model that hold its blocks, by name, if all that they hold are blocks."""
     blocks = blocks_of(layers_of(model))
     return {

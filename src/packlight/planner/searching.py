@@ -15,7 +15,7 @@ from typing import NamedTuple
 from packlight.planner.menu import EXACT, Option
 from packlight.planner.study import Mix, Study
 from packlight.planner.timeline import FORWARD
-from packlight.planner.walked import Walked
+from packlight.planner.walked import Part, Walked
 
 
 class Candidate(NamedTuple):
@@ -94,7 +94,7 @@ def _in_turn(fast: Candidate, small: Candidate) -> list[str]:
     """Blocks in the order in which they go over from one option to the other."""
     before, after = fast.mix.by_block(), small.mix.by_block()
 
-    def kept_and_ms(parts: dict[str, list[object]], name: str) -> tuple[int, float]:
+    def kept_and_ms(parts: dict[str, list[Part]], name: str) -> tuple[int, float]:
         kept = sum(part.grows for part in parts[name] if part.phase == FORWARD)
         return kept, sum(max(part.device_ms, part.host_ms) for part in parts[name])
 

@@ -12,8 +12,9 @@ from packlight.errors import NothingMatchedError
 from packlight.head.modules import heads_of
 from packlight.planner.devices import Device
 from packlight.planner.menu import EXACT, Option, selectors
+from packlight.planner.planner import Loss, OptimizerOf
 from packlight.planner.timeline import FORWARD, Timeline
-from packlight.planner.walk import Loss, OptimizerOf, Walker
+from packlight.planner.walk import Walker
 from packlight.planner.walked import Part, Walked, joined, strung
 
 

@@ -1,7 +1,6 @@
 """`Timeline`: a training step in its order, with the bytes that are allocated."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import NamedTuple
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "optimizer"
@@ -21,14 +20,6 @@ class Segment(NamedTuple):
     after: int
     device_ms: float
     host_ms: float
-
-    @property
-    def kept(self) -> int:
-        return self.after - self.before
-
-    @property
-    def working(self) -> int:
-        return self.peak - self.before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +76,3 @@ class Timeline:
     def ms(self) -> float:
         """The device waits for the host, or the host for the device, over a whole step."""
         return max(self.device_ms, self.host_ms)
-
-    def points(self) -> Iterator[tuple[Segment, int]]:
-        """Each segment with the bytes of its peak."""
-        for segment in self.segments:
-            yield segment, self.static + segment.peak

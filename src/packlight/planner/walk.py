@@ -13,15 +13,13 @@ from packlight.errors import InputError
 from packlight.planner.costs import Costs
 from packlight.planner.devices import Device
 from packlight.planner.ledger import Ledger
+from packlight.planner.planner import Loss, OptimizerOf
 from packlight.planner.runs import Run, runs_of, shortened
 from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Static
 from packlight.planner.walked import Walked
 from packlight.predict import copied, copied_inputs, fake_tensors, needs_values
 from packlight.profile.recording import watchable
 from packlight.profile.tensors import tensors_in
-
-Loss = Callable[[Any], Tensor]
-OptimizerOf = Callable[[list[nn.Parameter]], Any]  # as a class of torch.optim
 
 
 class Walker:
@@ -126,7 +124,8 @@ class _Walk:
                 self._move("(loss)")
                 loss = _loss_of(output, walker.loss)
                 # As the context ends autocast lets go of its copies of weights.
-                ledger.freed = copies = {}
+                copies: dict[str, int] = {}
+                ledger.freed = copies
             ledger.freed = None
             del output
             self.phase, self.last, self.end = BACKWARD, "(loss)", _torch.next_node_number()
@@ -211,6 +210,7 @@ class _Walk:
 
 
 def _loss_of(output: Any, loss: Loss | None) -> Tensor:
+    value: Any
     if loss is not None:
         value = loss(output)
     elif isinstance(getattr(output, "loss", None), Tensor):

@@ -13,6 +13,7 @@ from packlight.errors import InputError
 from packlight.pack import Pack
 from packlight.quantiser import Quantiser, pack_input
 from packlight.recompute.method import Checkpoint
+from packlight.recompute.offloading import Away, put_away
 
 # Below, a pack is not worth its kernels.
 _SMALLEST = 4096
@@ -22,6 +23,7 @@ def checkpoint(
     function: Callable[..., Any],
     *args: Any,
     keep: Quantiser | None = Checkpoint.keep,
+    offload: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Calls `function`, and has its backward pass call it again; keeps packs of its inputs.
@@ -31,6 +33,8 @@ def checkpoint(
     all calls that are given a tensor. Gradients are those of `function` at the inputs as they come
     back: biased, exact where `keep` is None. Keeps the bits of `keep`, an element of such an input,
     and other inputs as they are: masks, what is below 4096 bytes, float64, parameters.
+
+    With `offload` these packs, or inputs, lie in the memory of the host meanwhile (`Offload`).
 
     In code that `torch.compile` traces, inputs are kept as they are.
 
@@ -43,7 +47,7 @@ def checkpoint(
         return plain(function, *args, use_reentrant=False, **kwargs)
     if not callable(function):
         raise InputError(f"function={function!r} cannot be called")
-    if keep is None or not torch.is_grad_enabled():
+    if (keep is None and not offload) or not torch.is_grad_enabled():
         return plain(function, *args, use_reentrant=False, **kwargs)
     # The checkpoint keeps positional arguments by way of hooks, and others as they are.
     named = {name: value for name, value in kwargs.items() if _needs_gradient(value)}
@@ -54,7 +58,7 @@ def checkpoint(
         given = dict(zip(names, values[places:], strict=True))
         return function(*values[:places], **given, **others)
 
-    inputs = _Inputs((*args, *named.values()), keep)
+    inputs = _Inputs((*args, *named.values()), keep, offload)
     with saved_tensors_hooks(inputs.pack, _unpack):
         try:
             return plain(call, *args, *named.values(), use_reentrant=False)
@@ -72,20 +76,26 @@ class _Kept:
 class _Inputs:
     """The pack hook of one call, which knows what the packs of its inputs are."""
 
-    def __init__(self, values: tuple[Any, ...], keep: Quantiser) -> None:
-        self.packs = [
-            (x, pack_input(x, keep))
+    def __init__(self, values: tuple[Any, ...], keep: Quantiser | None, offload: bool) -> None:
+        found = [
+            x
             for place, x in enumerate(values)
             if isinstance(x, Tensor)
             and (place == 0 or x.requires_grad)
             and _is_packed(x)
-            and x.numel() >= keep.smallest
+            and (keep is None or x.numel() >= keep.smallest)
         ]
+        self.packs: list[tuple[Tensor, _Kept | Away]]
+        if offload:
+            self.packs = [(x, put_away(x, keep)) for x in found]
+        else:
+            assert keep is not None
+            self.packs = [(x, _Kept(pack_input(x, keep), x.dtype)) for x in found]
 
-    def pack(self, tensor: Tensor) -> Tensor | _Kept:
-        for x, pack in self.packs:
+    def pack(self, tensor: Tensor) -> "Tensor | _Kept | Away":
+        for x, kept in self.packs:
             if _is_same(tensor, x):
-                return _Kept(pack, x.dtype)
+                return kept
         return tensor
 
 
@@ -100,9 +110,11 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _unpack(kept: Tensor | _Kept) -> Tensor:
+def _unpack(kept: Tensor | _Kept | Away) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
+    if isinstance(kept, Away):
+        return kept.back()
     return kept.pack.rebuild(kept.dtype, *kept.pack.tensors)
 
 

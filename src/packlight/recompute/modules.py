@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from packlight._checks import is_taken
 from packlight.errors import InputError
 from packlight.recompute.functional import checkpoint
-from packlight.recompute.method import Checkpoint, Tiles
+from packlight.recompute.method import OfBlocks, Tiles
 from packlight.recompute.tiles import in_tiles
 
 ATTRIBUTE = "_packlight_recompute"
@@ -19,11 +19,11 @@ class Checkpointed(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call: Callable[..., Any] = super().__call__
-        method: Checkpoint | None = vars(self).get(ATTRIBUTE)
+        method: OfBlocks | None = vars(self).get(ATTRIBUTE)
         # A module that is made of the class later was not converted.
         if method is None or not self.training:
             return call(*args, **kwargs)
-        return checkpoint(call, *args, keep=method.keep, **kwargs)
+        return checkpoint(call, *args, keep=method.kept_by, offload=method.offloads, **kwargs)
 
 
 class Tiled(nn.Module):

@@ -15,14 +15,14 @@ from packlight import _torch
 from packlight._classes import joined
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.recompute.functional import checkpoint
-from packlight.recompute.method import Checkpoint, Tiles
+from packlight.recompute.method import OfBlocks, Tiles
 from packlight.recompute.modules import ATTRIBUTE, Checkpointed, Tiled
 from packlight.selectors import Layer, kind_of
 
 
 @rule_finder
 def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
-    if issubclass(method, Checkpoint):
+    if issubclass(method, OfBlocks):
         return _checkpointed
     return _tiled if issubclass(method, Tiles) else None
 
@@ -52,7 +52,7 @@ def _may_be_a_block(kind: type[nn.Module], module: nn.Module) -> bool:
     return not of_torch and any(True for _ in module.children())
 
 
-def _checkpointed(method: Checkpoint, module: nn.Module) -> Swap:
+def _checkpointed(method: OfBlocks, module: nn.Module) -> Swap:
     if isinstance(module, _CONTAINERS):
         raise NotConverted("a list of modules, which has no forward; pick the modules in it")
     if any(isinstance(part, _BATCH_NORMS) for part in module.modules()):
@@ -75,11 +75,12 @@ def _checkpointed(method: Checkpoint, module: nn.Module) -> Swap:
 class _Function:
     """`checkpoint` as a layer of transformers calls it; copied and pickled with the layer."""
 
-    def __init__(self, method: Checkpoint) -> None:
+    def __init__(self, method: OfBlocks) -> None:
         self.method = method
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(function, *args, keep=self.method.keep, **kwargs)
+        method = self.method
+        return checkpoint(function, *args, keep=method.kept_by, offload=method.offloads, **kwargs)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Function) and other.method == self.method

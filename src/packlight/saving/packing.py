@@ -30,6 +30,8 @@ def pack(
     if any(repeated):
         narrow = [1 if once else size for once, size in zip(repeated, shape, strict=True)]
         tensor, owner = tensor.as_strided(narrow, tensor.stride()), None
+    if is_compiled:
+        method = method.for_pixels()  # of which sides are known
     if tensor.numel() < method.smallest:
         return None
     if within is not None:

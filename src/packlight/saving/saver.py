@@ -126,7 +126,9 @@ class Saver:
         thread = self.thread
         name = getattr(func, "__name__", "")
         # Reading an attribute is no call: another hook may read one between two hooks of ours.
-        if thread.is_ours or name == "__get__":
+        # Nor is writing one: torch does so while it gives a view that was written to a node, and
+        # whoever asks the view for its node then waits without end.
+        if thread.is_ours or name in ("__get__", "__set__"):
             return func(*args, **kwargs)
         arguments = (*args, *kwargs.values())
         if thread.compiled or thread.waiting:
@@ -177,7 +179,7 @@ class Saver:
     def _pack(self, tensor: Tensor, number: int, frame: types.FrameType) -> Holder:
         thread = self.thread
         self.has_saved = True
-        self.seen_bytes += tensor.nbytes
+        self.seen_bytes += tensor.numel() * tensor.element_size()  # sparse ones have no nbytes
         holder = hold_exactly(tensor)
         if not self._may_pack(tensor):
             return holder

@@ -18,8 +18,10 @@ from torch import Tensor
 from packlight import _torch
 from packlight._checks import refuse_second_derivative, saved_with_weight
 from packlight._gradients import recast
+from packlight._overwrite import writable
 from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, grade
+from packlight.groupquant.fixed_point.relu import times_mask
 from packlight.groupquant.fixed_point.residual import sum_of
 from packlight.layers.channel_norms import MIN_VALUES
 from packlight.layers.convolution import Geometry, convolution_gradients
@@ -52,6 +54,8 @@ class _ConvNorm(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         y = geometry.forward(x, weight, bias)  # autocast casts in here, and keeps no copy
+        if y._is_view():  # of one axis, which torch makes of two
+            y = writable(y)
         if other is None:
             made = ops.batch_norm_(y, gamma, beta, *norm, relu)
         else:
@@ -60,8 +64,8 @@ class _ConvNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, *made, *tensors)
         ctx.geometry, ctx.rebuild, ctx.shape = geometry, rebuild, x.shape
-        ctx.layout, ctx.relu, ctx.is_sum = (y.stride(), norm[4]), relu, other is not None
-        ctx.is_relu = relu or other is not None
+        ctx.layout, ctx.is_sum = (y.stride(), norm[4]), other is not None
+        ctx.relu, ctx.is_relu = relu and other is None, relu or other is not None
         given = (x, weight, bias, gamma, beta, other)
         ctx.dtypes = [None if each is None else each.dtype for each in given]
         return y, *made
@@ -73,19 +77,18 @@ class _ConvNorm(torch.autograd.Function):
         if grad_output is None:
             return (None,) * len(needs)
         weight, codes, table, *tensors = saved_with_weight(ctx)
-        dother = None
-        if ctx.is_sum:
-            signs, *tensors = tensors
-            dother, dh, dgamma, dbeta = ops.batch_norm_sum_backward(
-                grad_output, codes, table, signs, *ctx.layout
-            )
-        else:
-            dh, dgamma, dbeta = ops.batch_norm_backward(
-                grad_output, codes, table, *ctx.layout, ctx.relu
-            )
+        signs = tensors.pop(0) if ctx.is_sum else None
+        stride, bits = ctx.layout
+        dh, dgamma, dbeta = ops.batch_norm_backward(
+            grad_output, codes, table, stride, bits, ctx.relu, signs
+        )
         found = convolution_gradients(
             ctx.geometry, dh, ctx.rebuild, tensors, ctx.shape, recast(weight, dh), needs[:3]
         )
+        del dh, weight
+        dother = None
+        if signs is not None and needs[5]:  # last, when what is as large is gone
+            dother = times_mask(grad_output, signs, stride)
         rows = zip((*found, dgamma, dbeta, dother), dtypes, needs[:6], strict=True)
         gradients = [
             None if not need else g if g.dtype == dtype else g.to(dtype) for g, dtype, need in rows

@@ -56,7 +56,9 @@ class _BatchNorm(torch.autograd.Function):
         dx = dweight = dbias = None
         if grad_output is not None:
             codes, table = ctx.saved_tensors
-            dx, dgamma, dbeta = ops.batch_norm_backward(grad_output, codes, table, *ctx.layout)
+            dx, dgamma, dbeta = ops.batch_norm_backward(
+                grad_output, codes, table, *ctx.layout, False, None
+            )
             needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
             if needs_weight:
                 dweight = dgamma.to(ctx.weight_dtype)

@@ -332,10 +332,14 @@ def _decode_kernel(
 def _gradients_and_codes(
     dy_ptr,
     codes_ptr,
+    signs_ptr,
     place,
     mask,
     n,
     groups,
+    shift,
+    RELU: tl.constexpr,  # g = dy where the code is of a positive value
+    SUM: tl.constexpr,  # g = dy where the sum was positive; without either, g = dy
     BITS: tl.constexpr,
     SAME: tl.constexpr,
     FULL: tl.constexpr,
@@ -348,15 +352,31 @@ def _gradients_and_codes(
         for p in tl.static_range(BITS):
             byte = tl.load(codes_ptr + p * groups + place, mask, other=0)
             planes = planes + (byte.to(tl.int32),)
+        if SUM:
+            signs = tl.load(signs_ptr + place, mask, other=0).to(tl.int32)
+        dys = ()
         for j in tl.static_range(8):
             there = mask if FULL else mask & (place < n - j * groups)
-            gs = gs + (tl.load(dy_ptr + j * groups + place, there, other=0.0),)
+            dys = dys + (tl.load(dy_ptr + j * groups + place, there, other=0.0),)
         for j in tl.static_range(8):
             code = planes[j * BITS // 8] >> (j * BITS % 8)
-            codes = codes + ((code & ((1 << BITS) - 1)).to(tl.float32),)
+            code = (code & ((1 << BITS) - 1)).to(tl.float32)
+            g = dys[j].to(tl.float32)
+            if RELU:
+                g = tl.where(code >= shift, g, 0.0)
+            if SUM:
+                g = tl.where((signs >> j) & 1 != 0, g, 0.0)
+            codes = codes + (code,)
+            gs = gs + (g,)
     else:
-        codes = (code_at(codes_ptr, place, groups, mask, BITS).to(tl.float32),)
-        gs = (tl.load(dy_ptr + place, mask, other=0.0),)
+        code = code_at(codes_ptr, place, groups, mask, BITS).to(tl.float32)
+        g = tl.load(dy_ptr + place, mask, other=0.0).to(tl.float32)
+        if RELU:
+            g = tl.where(code >= shift, g, 0.0)
+        if SUM:
+            g = tl.where(code_at(signs_ptr, place, groups, mask, 1) != 0, g, 0.0)
+        codes = (code,)
+        gs = (g,)
     return gs, codes
 
 
@@ -368,15 +388,14 @@ def _sums_kernel(
     table_ptr,  # [6, channels]
     parts_ptr,  # [4 + 2 parts, channels]: sums of g and of g (code - CENTRE), from row 4 on
     signs_ptr,  # [groups], with SUM
-    g_ptr,  # [n], with SUM: the gradient of both terms
     n,
     groups,
     size,  # words a channel if they are of one channel each, else values
     inner,
     channels,
     share,  # of them, in a part
-    RELU: tl.constexpr,  # g = dy where the code is of a positive value, else dy
-    SUM: tl.constexpr,  # g = dy where the sum was positive
+    RELU: tl.constexpr,  # as in `_gradients_and_codes`
+    SUM: tl.constexpr,
     BITS: tl.constexpr,
     SAME: tl.constexpr,  # the eight elements of a word are of one channel
     FULL: tl.constexpr,  # and all there
@@ -390,8 +409,7 @@ def _sums_kernel(
     channel = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = channel < channels
     centre = tl.load(table_ptr + CENTRE * channels + channel, inside, other=0.0)
-    if RELU:
-        shift = tl.load(table_ptr + SHIFT * channels + channel, inside, other=0.0)
+    shift = tl.load(table_ptr + SHIFT * channels + channel, inside, other=0.0)
     sum_g = tl.zeros([ROWS, COLUMNS], tl.float32)
     sum_product = tl.zeros([ROWS, COLUMNS], tl.float32)
     first = part * (share // ROWS)
@@ -399,23 +417,11 @@ def _sums_kernel(
         _, t, place = _tile(block, tile, inner, channels, LARGE, ROWS, COLUMNS)
         mask = (t < size) & inside
         gs, codes = _gradients_and_codes(
-            dy_ptr, codes_ptr, place, mask, n, groups, BITS, SAME, FULL
+            dy_ptr, codes_ptr, signs_ptr, place, mask, n, groups, shift, RELU, SUM, BITS, SAME, FULL
         )
-        if SUM:
-            if SAME:
-                signs = tl.load(signs_ptr + place, mask, other=0).to(tl.int32)
-            else:
-                signs = code_at(signs_ptr, place, groups, mask, 1)
         for j in tl.static_range(8 if SAME else 1):
-            g = gs[j].to(tl.float32)
-            if RELU:
-                g = tl.where(codes[j] >= shift, g, 0.0)
-            if SUM:
-                g = tl.where((signs >> j) & 1 != 0, g, 0.0)
-                there = mask if FULL else mask & (place < n - j * groups)
-                tl.store(g_ptr + j * groups + place, g.to(g_ptr.dtype.element_ty), there)
-            sum_g += g
-            sum_product += g * (codes[j] - centre)
+            sum_g += gs[j]
+            sum_product += gs[j] * (codes[j] - centre)
     row_ptr = parts_ptr + (4 + part.to(tl.int64)) * channels + channel
     tl.store(row_ptr, tl.sum(sum_g, 0, keep_dims=True), inside)
     row_ptr += tl.num_programs(1).to(tl.int64) * channels
@@ -464,13 +470,15 @@ def _dx_kernel(
     dy_ptr,  # [n]
     codes_ptr,  # [BITS * groups]
     plan_ptr,  # its first four rows as `_finish_kernel` leaves them
+    signs_ptr,  # [groups], with SUM
     dx_ptr,  # [n]
     n,
     groups,
     size,
     inner,
     channels,
-    RELU: tl.constexpr,  # as in `_sums_kernel`
+    RELU: tl.constexpr,  # as in `_gradients_and_codes`
+    SUM: tl.constexpr,
     BITS: tl.constexpr,
     SAME: tl.constexpr,
     FULL: tl.constexpr,
@@ -487,17 +495,15 @@ def _dx_kernel(
     channel, t, place = _tile(block, tile, inner, channels, LARGE, ROWS, COLUMNS)
     inside = channel < channels
     mask = (t < size) & inside
-    gs, codes = _gradients_and_codes(dy_ptr, codes_ptr, place, mask, n, groups, BITS, SAME, FULL)
+    shift = tl.load(plan_ptr + 3 * channels + channel, inside, other=0.0)
+    gs, codes = _gradients_and_codes(
+        dy_ptr, codes_ptr, signs_ptr, place, mask, n, groups, shift, RELU, SUM, BITS, SAME, FULL
+    )
     factor = tl.load(plan_ptr + channel, inside, other=0.0)
     base = tl.load(plan_ptr + channels + channel, inside, other=0.0)
     slope = tl.load(plan_ptr + 2 * channels + channel, inside, other=0.0)
-    if RELU:
-        shift = tl.load(plan_ptr + 3 * channels + channel, inside, other=0.0)
     for j in tl.static_range(8 if SAME else 1):
-        g = gs[j].to(tl.float32)
-        if RELU:
-            g = tl.where(codes[j] >= shift, g, 0.0)
-        dx = factor * (g - base - slope * codes[j])
+        dx = factor * (gs[j] - base - slope * codes[j])
         there = mask if FULL else mask & (place < n - j * groups)
         tl.store(dx_ptr + j * groups + place, dx.to(dx_ptr.dtype.element_ty), there)
 
@@ -783,6 +789,7 @@ def _backward_launches(
     same = groups % (inner * channels) == 0
     size = (groups if same else n) // channels
     block = {"BITS": bits, "SAME": same, "FULL": not same or n == 8 * groups, "LARGE": large}
+    block |= {"RELU": relu, "SUM": added}
     cut = _cut(channels, inner, itemsize, SUM_WARPS)
     parts, share = _parts(device, size, cut.rows, cut.blocks)
     sums = _sums_kernel.prepare(
@@ -793,8 +800,6 @@ def _backward_launches(
         inner,
         channels,
         share,
-        RELU=relu,
-        SUM=added,
         **block,
         ROWS=cut.rows,
         COLUMNS=cut.columns,
@@ -812,7 +817,6 @@ def _backward_launches(
         size,
         inner,
         channels,
-        RELU=relu,
         **block,
         ROWS=cut.rows,
         COLUMNS=cut.columns,
@@ -828,47 +832,24 @@ def batch_norm_backward(
     stride: Sequence[int],
     bits: int,
     relu: bool = False,
+    signs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, channels = grad_output.numel(), table.shape[1]
     if n == 0:
-        return reference.batch_norm_backward(grad_output, codes, table, stride, bits, relu)
+        return reference.batch_norm_backward(grad_output, codes, table, stride, bits, relu, signs)
     dy = laid_out(grad_output, stride)
     dx = torch.empty_like(dy)
     sum_up, finish, make_dx, parts = _backward_launches(
-        n, channels, _inner(channels, stride), dx.element_size(), bits, relu, False, n >= SHORT,
-        dx.device,
+        n, channels, _inner(channels, stride), dx.element_size(), bits, relu, signs is not None,
+        n >= SHORT, dx.device,
     )  # fmt: skip
+    mask = codes if signs is None else signs
     sums = table.new_empty(4 + 2 * parts, channels)
-    sum_up(dy, codes, table, sums, codes, dy)
+    sum_up(dy, codes, table, sums, mask)
     dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
     finish(sums, table, dgamma, dbeta)
-    make_dx(dy, codes, sums, dx)
+    make_dx(dy, codes, sums, mask, dx)
     return dx, dgamma, dbeta
-
-
-def batch_norm_sum_backward(
-    grad_output: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    signs: Tensor,
-    stride: Sequence[int],
-    bits: int,
-) -> tuple[Tensor, ...]:
-    n, channels = grad_output.numel(), table.shape[1]
-    if n == 0:
-        return reference.batch_norm_sum_backward(grad_output, codes, table, signs, stride, bits)
-    dy = laid_out(grad_output, stride)
-    g, dx = torch.empty_like(dy), torch.empty_like(dy)
-    sum_up, finish, make_dx, parts = _backward_launches(
-        n, channels, _inner(channels, stride), dx.element_size(), bits, False, True, n >= SHORT,
-        dx.device,
-    )  # fmt: skip
-    sums = table.new_empty(4 + 2 * parts, channels)
-    sum_up(dy, codes, table, sums, signs, g)
-    dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
-    finish(sums, table, dgamma, dbeta)
-    make_dx(g, codes, sums, dx)
-    return g, dx, dgamma, dbeta
 
 
 def relu_backward(

@@ -41,21 +41,10 @@ def _fake_batch_norm_backward(
     stride: Sequence[int],
     bits: int,
     relu: bool = False,
+    signs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = grad_output.new_empty_strided(grad_output.shape, stride)
     return dx, table.new_empty(table.shape[1]), table.new_empty(table.shape[1])
-
-
-def _fake_batch_norm_sum_backward(
-    grad_output: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    signs: Tensor,
-    stride: Sequence[int],
-    bits: int,
-) -> tuple[Tensor, ...]:
-    g = grad_output.new_empty_strided(grad_output.shape, stride)
-    return g, *_fake_batch_norm_backward(grad_output, codes, table, stride, bits)
 
 
 batch_norm = define_op(
@@ -92,18 +81,11 @@ batch_norm_sum_ = define_op(
 
 batch_norm_backward = define_op(
     "fixed_point_batch_norm_backward(Tensor grad_output, Tensor codes, Tensor table,"
-    " SymInt[] stride, int bits, bool relu=False) -> (Tensor, Tensor, Tensor)",
+    " SymInt[] stride, int bits, bool relu, Tensor? signs)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=reference.batch_norm_backward,
     fake=_fake_batch_norm_backward,
     kernel=f"{_KERNELS}:batch_norm_backward",
-)
-
-batch_norm_sum_backward = define_op(
-    "fixed_point_batch_norm_sum_backward(Tensor grad_output, Tensor codes, Tensor table,"
-    " Tensor signs, SymInt[] stride, int bits) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.batch_norm_sum_backward,
-    fake=_fake_batch_norm_sum_backward,
-    kernel=f"{_KERNELS}:batch_norm_sum_backward",
 )
 
 relu_backward = define_op(

@@ -163,12 +163,18 @@ def batch_norm_backward(
     stride: Sequence[int],
     bits: int,
     relu: bool = False,
+    signs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in the memory order of `stride`, dgamma and dbeta [channels]."""
+    """dx in the memory order of `stride`, dgamma and dbeta [channels].
+
+    With `relu`, of the ReLU of the batch norm; with the mask of `batch_norm_sum_`, of the latter.
+    """
     g = grad_output.to(table.dtype)
     code = _unpack(codes, g.shape, stride, bits).to(table.dtype)
     if relu:
         g = torch.where(code >= along_channels(table[SHIFT], code), g, 0.0)
+    if signs is not None:
+        g = torch.where(_unpack(signs, g.shape, stride, 1) != 0, g, 0.0)
     x = (code - along_channels(table[CENTRE], g)) * along_channels(table[UNIT], g)
     others = [0, *range(2, g.dim())]
     dgamma, dbeta = (g * x).sum(others), g.sum(others)
@@ -177,20 +183,6 @@ def batch_norm_backward(
     scale = along_channels(table[SCALE] * table[UNIT], g)
     dx = grad_output.new_empty_strided(g.shape, tuple(stride))
     return dx.copy_(scale * (g - mean - x * slope)), dgamma, dbeta
-
-
-def batch_norm_sum_backward(
-    grad_output: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    signs: Tensor,
-    stride: Sequence[int],
-    bits: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of the sum, which is that of its other term; then `batch_norm_backward`."""
-    g = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    g.copy_(torch.where(_unpack(signs, g.shape, stride, 1) != 0, grad_output, 0.0))
-    return g, *batch_norm_backward(g, codes, table, stride, bits)
 
 
 def relu_backward(

@@ -72,14 +72,15 @@ class _MaskedReLU(torch.autograd.Function):
         dx = None
         if grad_output is not None:
             (mask,) = ctx.saved_tensors
-            dx = _times_mask(grad_output, mask, ctx.stride)
+            dx = times_mask(grad_output, mask, ctx.stride)
         return dx, None
 
 
 _apply_masked: Callable[..., tuple[Tensor, Tensor]] = _torch.applied(_MaskedReLU)
 
 
-def _times_mask(x: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
+def times_mask(x: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """`x` where the mask is set, else 0, in the memory order of `stride`."""
     y: Tensor = few_bit.decode_backward(x, mask, 1, (0.0, 1.0), True, stride)
     return y
 
@@ -94,7 +95,7 @@ class MaskedRebuild:
 
     def __call__(self, dtype: torch.dtype, mask: Tensor, *tensors: Tensor) -> Tensor:
         x = self.input(dtype, *tensors).reshape(self.shape)
-        return _times_mask(x, mask, self.stride)
+        return times_mask(x, mask, self.stride)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from packlight import _torch, sharing
 from packlight.groupquant.fixed_point.packs import Rebuild, ResidualRebuild
+from packlight.layers import arithmetic
 from packlight.pack import Pack
 
 # Batch norms that a sum is rebuilt from. To rebuild the end of the k-th block of a chain costs k
@@ -22,13 +23,13 @@ _MAX_TENSORS = 4
 
 
 def add(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
-    """torch.add. The sum of two tensors of which something is kept already needs no pack.
+    """`torch.add`. The sum of two tensors of which something is kept already needs no pack.
 
     One of them is the output of `fixed_point.batch_norm`. Shape, dtype and memory order are those
-    of the other; else this is torch's function and nothing more.
+    of the other; else this is the sum of `layers/arithmetic.py`.
     """
     kept = _kept_of_sum(input, other, alpha)
-    y = torch.add(input, other, alpha=alpha)
+    y = arithmetic.add(input, other, alpha=alpha)
     if kept is not None:
         sharing.note_pack(y, kept)
     return y
@@ -38,7 +39,7 @@ def add_(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
     """`add` that overwrites its input, as `y += x` does."""
     # Before the addition, after which no note on the input holds.
     kept = _kept_of_sum(input, other, alpha)
-    y = input.add_(other, alpha=alpha)
+    y = arithmetic.add_(input, other, alpha=alpha)
     if kept is not None:
         sharing.note_pack(y, kept)
     return y

@@ -26,6 +26,7 @@ if int(transformers.__version__.partition(".")[0]) >= _OLDEST:
         masks,
         norms,
         outputs,
+        resnet,
     )
 else:
     warnings.warn(

@@ -167,9 +167,8 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
     code: Any = _torch.code_of(inspect.unwrap(type(module).forward))
     if "position_bias" in code.co_varnames:
         raise NotConverted(
-            "it adds a learned position bias to its scores, whose gradient needs all of them;"
-            " around the forward pass, packlight.saving(GroupQuant(bits=4), overrides={'*Softmax*':"
-            " GroupQuant(bits=8)}) packs them"
+            "it adds a learned position bias to its scores; the calls of its code keep packs where"
+            " they are covered, as with functional=True"
         )
     use_one_kernel(type(module))
     attributes = {"attention_method": method.for_attention(), "model_config": module.config}

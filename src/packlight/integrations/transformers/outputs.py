@@ -1,8 +1,8 @@
 """Parts of sub-layers of BERT and its kin as one function each, known by their code.
 
 `LayerNorm(dropout(dense(x)) + residual)`, in eighty classes of transformers, and `act(dense(x))`
-before it. Where their parts are converted as by default, without hooks, they run as one function
-(`layers/post_norm.py`, `layers/mlp.py`); elsewhere one by one.
+before it; in a block the two as one. Where their parts are converted as by default, without hooks,
+they run as one function (`layers/post_norm.py`, `layers/mlp.py`); elsewhere one by one.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from packlight.calls import is_bare, uncovered
 from packlight.groupquant import modules
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import function_of_part, parameters_of, takes
-from packlight.layers.mlp import activated
-from packlight.layers.post_norm import post_norm
+from packlight.layers.mlp import Parameters, activated
+from packlight.layers.post_norm import mlp, post_norm
 from packlight.method import Method, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser, worth_packing
 
@@ -38,6 +38,12 @@ def _intermediate(self: Any, hidden_states: Any) -> Any:
     return hidden_states  # noqa: RET504  as it is there
 
 
+def _feed_forward(self: Any, attention_output: Any) -> Any:
+    intermediate_output = self.intermediate(attention_output)
+    layer_output = self.output(intermediate_output, attention_output)
+    return layer_output  # noqa: RET504  as it is there
+
+
 class GroupQuantIntermediate(nn.Module):
     """act(dense(x)); keeps a pack of x and one of what dense gives."""
 
@@ -55,11 +61,18 @@ class GroupQuantIntermediate(nn.Module):
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """The result by one function; None where the parts are to run one by one."""
-        parameters = parameters_of((self.dense,), self.method)
-        function = function_of_part(self.intermediate_act_fn, self.method)
-        if parameters is None or function is None or not takes(x, self.method):
+        given = self.given(x)
+        return None if given is None else activated(x, *given, self.method)
+
+    def given(self, x: Tensor) -> tuple[Parameters, str] | None:
+        """The projection and the function; None where the parts are to run one by one."""
+        parts = self._modules
+        dense, act = parts["dense"], parts["intermediate_act_fn"]
+        if dense is None or act is None or not takes(x, self.method):
             return None
-        return activated(x, parameters[0], function, self.method)
+        parameters = parameters_of((dense,), self.method)
+        function = function_of_part(act, self.method)
+        return None if parameters is None or function is None else (parameters[0], function)
 
 
 class GroupQuantOutput(nn.Module):
@@ -80,35 +93,68 @@ class GroupQuantOutput(nn.Module):
 
     def _at_once(self, x: Tensor, residual: Tensor) -> Tensor | None:
         """The result by one function; None where the parts are to run one by one."""
-        dense, dropout, norm = self.dense, self.dropout, self.LayerNorm
+        given = self.given(residual)
+        if given is None or x.dim() < 2 or x.shape[:-1] != residual.shape[:-1] or not is_taken(x):
+            return None
+        (weight, bias), norm, p, method, of_norm = given
+        if not worth_packing(x, method):
+            return None
+        return post_norm(x, weight, bias, residual, norm, p, method, of_norm)
+
+    def given(
+        self, residual: Tensor
+    ) -> tuple[Parameters, tuple[Tensor, Tensor | None, float], float, Quantiser, Quantiser] | None:
+        """The projection, the norm, the probability of the dropout, and the methods of both.
+
+        None where the parts are to run one by one.
+        """
+        parts = self._modules
+        dense, dropout, norm = parts["dense"], parts["dropout"], parts["LayerNorm"]
         if not (isinstance(dense, modules.Linear) and isinstance(norm, modules.LayerNorm)):
             return None
         if not isinstance(dropout, fewbit.Dropout) or not 0.0 <= dropout.p < 1.0:
             return None
-        for part in (dense, dropout, norm):
-            if not part.training or not is_bare(part):
-                return None
+        if not (dense.training and dropout.training and norm.training):
+            return None
+        if not is_bare(dense, dropout, norm) or not is_taken(residual):
+            return None
         weight, method = dense.weight, norm.method
         gamma: Tensor | None = norm.weight
-        if gamma is None:
+        if gamma is None or gamma.dim() != 1 or weight.dim() != 2 or not needs_gradient(weight):
             return None
-        fits = (
-            gamma.dim() == 1
-            and weight.dim() == 2
-            and needs_gradient(weight)
-            and x.dim() > 1
-            and x.shape[:-1] == residual.shape[:-1]
-            and weight.shape[0] == gamma.shape[0] == residual.shape[-1]
-            and is_taken(x)
-            and is_taken(residual)
-            and worth_packing(x, dense.method)
-            and method.keeps_rows(gamma.shape[0])
-        )
-        if not fits:
+        if not weight.shape[0] == gamma.shape[0] == residual.shape[-1]:
             return None
-        parameters = (gamma, norm.bias, norm.eps)
-        p = dropout.p
-        return post_norm(x, weight, dense.bias, residual, parameters, p, dense.method, method)
+        if not method.keeps_rows(gamma.shape[0]):
+            return None
+        affine = (weight, dense.bias)
+        return affine, (gamma, norm.bias, norm.eps), dropout.p, dense.method, method
+
+
+class GroupQuantFeedForward(nn.Module):
+    """A block whose feed-forward layer and the norm behind it are one function."""
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        y: Tensor | None = None
+        if self.training and not torch.compiler.is_compiling():
+            y = uncovered(self._at_once, attention_output)
+        if y is None:
+            y = super().feed_forward_chunk(attention_output)  # type: ignore[misc]
+        assert y is not None
+        return y
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The result by one function; None where the parts are to run one by one."""
+        first, last = self._modules["intermediate"], self._modules["output"]
+        if not isinstance(first, GroupQuantIntermediate) or not isinstance(last, GroupQuantOutput):
+            return None
+        if not (first.training and last.training and is_bare(first, last)):
+            return None
+        start, end = first.given(x), last.given(x)
+        if start is None or end is None or end[3] != first.method:
+            return None
+        projection, name = start
+        last_projection, norm, p, method, of_norm = end
+        return mlp(x, (projection, last_projection), name, norm, p, method, of_norm)
 
 
 # --- The rule.
@@ -116,6 +162,8 @@ class GroupQuantOutput(nn.Module):
 
 @once_a_class
 def _form(kind: type[nn.Module]) -> type[nn.Module] | None:
+    if is_copy(vars(kind).get("feed_forward_chunk"), _feed_forward):
+        return GroupQuantFeedForward
     forward = vars(kind).get("forward")
     if is_copy(forward, _bert):
         return GroupQuantOutput
@@ -131,4 +179,5 @@ def _parts(method: Quantiser, module: nn.Module) -> Swap:
     kind = type(module)
     mixin = _form(kind)
     assert mixin is not None
-    return Swap(joined(mixin, kind), {"method": method})
+    attributes = {} if mixin is GroupQuantFeedForward else {"method": method}
+    return Swap(joined(mixin, kind), attributes)
