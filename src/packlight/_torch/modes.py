@@ -46,7 +46,8 @@ put_on: Callable[[Any], None] = look_up("torch._C:_push_on_torch_function_stack"
 
 def innermost(kind: type[TorchFunctionMode]) -> TorchFunctionMode | None:
     """The innermost function mode that is on and of this kind."""
-    if MODES.values is None or torch.compiler.is_dynamo_compiling():
+    # In this order: the tracer cannot follow the first look at a capability.
+    if torch.compiler.is_dynamo_compiling() or MODES.values is None:
         for mode in reversed(function_modes()):
             if isinstance(mode, kind):
                 return mode
