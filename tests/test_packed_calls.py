@@ -407,3 +407,49 @@ def test_what_runs_once_more_in_a_checkpoint(reentrant):
         found.append([x.grad, *(p.grad for p in model.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# ---- masks in what is added ----------------------------------------------------------------------
+
+
+def _scores(q, k):
+    return q @ k.transpose(-1, -2)
+
+
+ADDED = {
+    "to torch's own": lambda b, q, k, v, m: F.scaled_dot_product_attention(q, k, v, b + m),
+    "as one": lambda b, q, k, v, m: (_scores(q, k) + (b + m)).softmax(-1) @ v,
+    "one by one": lambda b, q, k, v, m: (_scores(q, k) + m + b).softmax(-1) @ v,
+    "of the size of scores": lambda b, q, k, v, m: (
+        (_scores(q, k) + (b + m).expand(BATCH, -1, -1, -1).clone()).softmax(-1) @ v
+    ),
+    "before a scale": lambda b, q, k, v, m: ((_scores(q, k) + b + m) * 0.5).softmax(-1) @ v,
+    "behind a cap": lambda b, q, k, v, m: (
+        (torch.tanh(_scores(q, k) / 20) * 20 + b + m).softmax(-1) @ v
+    ),
+    "filled": lambda b, q, k, v, m: (
+        (_scores(q, k) + b).masked_fill(m < 0, m.min().item()).softmax(-1) @ v
+    ),
+    "chosen": lambda b, q, k, v, m: torch.where(m < 0, m, _scores(q, k) + b).softmax(-1) @ v,
+    "by one operator": lambda b, q, k, v, m: (
+        torch.baddbmm((b + m).expand(BATCH, -1, -1, -1).flatten(0, 1), *_flat(q, k))
+        .softmax(-1)
+        .bmm(v.flatten(0, 1))
+    ),
+}
+
+
+def _flat(q, k):
+    return q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("least", [-1e4, torch.finfo(torch.float32).min, -math.inf])
+@pytest.mark.parametrize("way", ADDED)
+def test_a_mask_leaves_what_stands_beside_it(way, least):
+    """Its numbers are large, and a group of codes that had one of them would have no other."""
+    masks = torch.zeros(TOKENS, TOKENS).masked_fill(torch.ones(TOKENS, TOKENS).triu(1) > 0, least)
+    model = Code(
+        lambda self, *xs: ADDED[way](self.bias, *xs, masks),
+        bias=0.1 * torch.randn(1, HEADS, TOKENS, TOKENS),
+    )
+    compare(model, inputs(*QKV))

@@ -24,13 +24,21 @@ def terms(rows, width, dtypes, device):
     x, residual, dy = (
         (torch.randn(rows, width, device=device) * 2 + 1).to(dtype) for dtype in dtypes
     )
-    weight, bias = (torch.randn(width, device=device) for _ in range(2))
+    # Of torch's norms on CUDA parameters have the dtype of what is normalised.
+    dtype = torch.float32 if device == "cpu" else dtypes[2]
+    weight, bias = (torch.randn(width, device=device).to(dtype) for _ in range(2))
     return x, residual, dy, weight, bias
 
 
 def close(a, b, dtypes):
+    """Within the rounding of `dtypes`; of 100,000 elements one, that lies on a border, within two."""
     tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
-    torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+    a, b = a.float(), b.float()
+    if a.numel() >= 100_000:
+        off = (a - b).abs() > tolerance * (1 + b.abs())
+        assert off.float().mean() < 1e-5
+        tolerance *= 2
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # With a stripe, a ragged group, without a stripe, without a row.

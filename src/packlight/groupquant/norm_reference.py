@@ -13,7 +13,7 @@ from torch import Tensor
 from packlight._seeds import as_tensor
 from packlight.fewbit import dropout_reference
 from packlight.fewbit.reference import decode_backward
-from packlight.groupquant.grouping import ROTATED, Groups
+from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.reference import dequantize_rows, quantize_rows
 from packlight.layers.norms import differentiate, normalise
 
@@ -40,7 +40,7 @@ def norm(
     x_hat, rstd = normalise(x, eps, center)
     key = as_tensor(seed, number, x.device)
     x_hat = x_hat.float()
-    if x.dtype == torch.bfloat16 and groups[2] == ROTATED:
+    if x.dtype == torch.bfloat16 and Grouping(1, width, *groups).code == ROTATED:
         x_hat = x_hat.bfloat16()
     codes, scales = quantize_rows(x_hat.reshape(-1), width, groups, key)
     copies = (x.new_empty(0) if p is None else p.clone() for p in (weight, bias))

@@ -248,7 +248,7 @@ def scaled_dot_product_attention(
     return (
         plain(*operands)
         if _stays(operands, dropout_p)
-        else replayed(plain, operands, method, draws=dropout_p > 0)
+        else replayed(plain, operands, method, dropout_p > 0, range(3, len(operands)))
     )
 
 

@@ -84,10 +84,13 @@ def exact(x: Tensor) -> Pack:
 
 
 def is_of_parameters(x: Tensor) -> bool:
-    """Whether x is a parameter or a view of one, which torch holds anyway, or has no gradient."""
+    """Whether x is a parameter, or another leaf, or a view of one, or has no gradient.
+
+    Whoever made it holds it anyway.
+    """
     if torch.compiler.is_dynamo_compiling():
         return not x.requires_grad or isinstance(x, nn.Parameter)
-    return not x.requires_grad or isinstance(x if x._base is None else x._base, nn.Parameter)
+    return not x.requires_grad or (x if x._base is None else x._base).is_leaf
 
 
 def pack_operand(x: Tensor, method: Quantiser) -> Pack:

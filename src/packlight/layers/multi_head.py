@@ -17,6 +17,7 @@ from packlight.layers.replayed import replayed
 from packlight.quantiser import Quantiser
 
 _NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+_BIASES = ("attn_mask", "key_padding_mask")
 
 
 def multi_head_attention_forward(*args: Any, method: Quantiser, **kwargs: Any) -> Any:
@@ -42,7 +43,8 @@ def multi_head_attention_forward(*args: Any, method: Quantiser, **kwargs: Any) -
         or (draws and not can_draw_again(operands[0]))
     ):
         return call(*operands)
-    return replayed(call, operands, method, draws)
+    biases = [place for place, name in enumerate(names) if name in _BIASES]
+    return replayed(call, operands, method, draws, biases)
 
 
 multi_head_attention_forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ has several results. Nothing of the function is kept, whatever it computes in be
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -102,8 +102,12 @@ def replayed(
     operands: Sequence[Tensor],
     method: Quantiser,
     draws: bool = False,
+    biases: Collection[int] = (),
 ) -> Any:
     """function(*operands), which runs once more on packs of them; biased, as attention is.
+
+    The operands at `biases` are added to scores. They stay as they are, or are computed again: where
+    a mask is in one, its largest numbers would leave no code for the others of their group.
 
     `function` gives a tensor or a tuple of tensors and None, and reads no tensor that needs a
     gradient but its operands. With `draws` it draws on the device of the first, and draws the same
@@ -111,7 +115,8 @@ def replayed(
     """
     own = list({id(x): x for x in operands}.values())
     places = [next(place for place, x in enumerate(own) if x is operand) for operand in operands]
-    packs = [_kept(x, method) for x in own]
+    whole = {id(operands[place]) for place in biases}
+    packs = [_kept(x, None if id(x) in whole else method) for x in own]
     kept = _Operands(packs, [(x.dtype, x.requires_grad) for x in own])
     tensors = [part for pack in packs for part in pack.tensors]
 
@@ -121,10 +126,10 @@ def replayed(
     return _replay(call, kept, draws, len(own), *own, *tensors)
 
 
-def _kept(x: Tensor, method: Quantiser) -> Pack:
+def _kept(x: Tensor, method: Quantiser | None) -> Pack:
     known = computed_pack_of(x)
     if known is not None:
         return known
-    if is_of_parameters(x) or not worth_packing(x, method):
+    if method is None or is_of_parameters(x) or not worth_packing(x, method):
         return exact(x)
     return pack_input(x, method)
