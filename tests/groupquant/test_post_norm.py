@@ -31,7 +31,7 @@ def terms(rows, width, dtypes, device):
 
 
 def close(a, b, dtypes):
-    """Within the rounding of `dtypes`; of 100,000 elements one, that lies on a border, within two."""
+    """Within the rounding of `dtypes`; one of 100,000 elements, on a border, within two."""
     tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
     a, b = a.float(), b.float()
     if a.numel() >= 100_000:

@@ -106,8 +106,8 @@ def replayed(
 ) -> Any:
     """function(*operands), which runs once more on packs of them; biased, as attention is.
 
-    The operands at `biases` are added to scores. They stay as they are, or are computed again: where
-    a mask is in one, its largest numbers would leave no code for the others of their group.
+    The operands at `biases` are added to scores. They stay as they are, or are computed again:
+    where a mask is in one, its largest numbers would leave no code for the others of their group.
 
     `function` gives a tensor or a tuple of tensors and None, and reads no tensor that needs a
     gradient but its operands. With `draws` it draws on the device of the first, and draws the same
