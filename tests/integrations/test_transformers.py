@@ -544,10 +544,12 @@ def test_revert_gives_back_the_very_model(name):
     model = make(name)
     before = {path: (module, type(module)) for path, module in model.named_modules()}
     attributes = {path: set(vars(module)) for path, module in model.named_modules()}
-    conversion = packlight.convert(model, ALL)
-    assert packlight.revert(model) == len(conversion.replaced)
-    assert {path: (module, type(module)) for path, module in model.named_modules()} == before
-    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+    for functional in (False, True):
+        conversion = packlight.convert(model, ALL, functional=functional)
+        reverted = packlight.revert(model)
+        assert reverted == len(conversion.replaced) or (functional and reverted > 0)
+        assert {path: (module, type(module)) for path, module in model.named_modules()} == before
+        assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
