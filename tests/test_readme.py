@@ -6,7 +6,9 @@ import types
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import packlight
 from packlight.cli import main
 from packlight.method import Method
 
@@ -19,14 +21,24 @@ def examples(page: str) -> list[str]:
     return found
 
 
-def test_the_examples_of_the_readme_run_one_after_the_other(capsys):
+def test_the_examples_of_the_readme_run_one_after_the_other(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     names = {}
     for example in examples("README.md"):
         exec(compile(example, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "GELU" in printed
     assert "saved" in printed
-    assert type(names["model"][1]).__module__ == "packlight.fewbit.modules"
+    assert type(names["model"][1]) is nn.GELU
+    assert names["callback"].kept_bytes
+    assert any(isinstance(part, packlight.groupquant.Linear) for part in names["lora"].modules())
+
+
+def test_the_examples_on_layers_run(capsys):
+    names = {}
+    for example in examples("docs/layers.md"):
+        exec(compile(example, "docs/layers.md", "exec"), names)
+    assert isinstance(names["model"][1], packlight.fewbit.GELU)
 
 
 def test_the_examples_on_few_bit_derivatives_run(monkeypatch, tmp_path, capsys):
