@@ -178,7 +178,8 @@ class Assignment:
                 continue
             selector = self.selected.get(layer.module)
             methods = self.all_methods if selector is None else self._methods_of(selector)
-            calls = Calls.of(methods if functional else (), rest)
+            calling = [method for method in methods if functional and method.covers_calls]
+            calls = Calls.of(tuple(calling), rest)
             if methods and calls.does_nothing:
                 continue
             of_torch = rest is not None and (not methods or layer.module is root)

@@ -25,6 +25,9 @@ class Method:
     Methods are values: they compare, hash, print, and travel through `to_dict` and `from_dict`.
     """
 
+    # Whether a conversion by this method covers calls of torch functions, too.
+    covers_calls: ClassVar[bool] = True
+
     _kinds: ClassVar[dict[str, type["Method"]]] = {}
 
     def __init_subclass__(cls, abstract: bool = False) -> None:

@@ -18,6 +18,8 @@ _FINE, _COARSE = GroupQuant(bits=8), GroupQuant(bits=4)
 class Recompute(Method, abstract=True):
     """Base of the methods whose modules keep nothing but their input."""
 
+    covers_calls: ClassVar[bool] = False  # what is within keeps what other methods say
+
 
 @dataclasses.dataclass(frozen=True)
 class OfBlocks(Recompute, abstract=True):
