@@ -14,6 +14,7 @@ from packlight.fewbit import kernels as few_bit
 from packlight.groupquant import gated_kernels as group_gated
 from packlight.groupquant import kernels as group
 from packlight.groupquant import norm_kernels as group_norm
+from packlight.groupquant import post_norm_kernels as post_norm
 from packlight.groupquant.fixed_point import kernels as fixed
 from packlight.groupquant.fixed_point import residual_kernels
 from packlight.groupquant.fixed_point.method import bin_width
@@ -119,6 +120,17 @@ def packed_rows(guards, rows, width, bits, code=MINMAX):
     group.dequantize(*kept[:2], *layout, "", (), weight, bias)
 
 
+def norms_behind_sums(guards, rows, width, code=MINMAX):
+    x, residual, weight, bias = (
+        values(guards, *shape) for shape in ((rows, width), (rows, width), (width,), (width,))
+    )
+    groups = (4, 64, code)
+    drawn = (*draw(), *draw())
+    _, *kept, mask = post_norm.post_norm(x, residual, weight, bias, 0.3, 1e-5, FP32, groups, *drawn)
+    given = (*kept[:3], weight, mask, 0.3, FP32, FP32, True, True, groups)
+    post_norm.post_norm_backward(x, *given)
+
+
 def batch_norms(guards, shape, bits, stride):
     x = values(guards, *shape)
     x = guards.of(x.contiguous(memory_format=torch.channels_last)) if stride else x
@@ -186,6 +198,7 @@ RUNS = {
         ],
     ),
     "rows of packs": (packed_rows, [(4, 128, 4), (3, 72, 4), (3, 72, 8), (3, 72, 4, ROTATED)]),
+    "norms behind sums": (norms_behind_sums, [(8, 128), (8, 72), (16, 72, ROTATED)]),
     "batch norms": (
         batch_norms,
         [((4, 8, 8, 16), 4, False), ((3, 5, 7, 3), 4, False), ((3, 5, 7, 3), 8, True)],

@@ -94,7 +94,8 @@ def made():
     return Model(), (torch.randn(64, 64),)
 
 
-def test_the_command_line_prints_it_and_takes_a_rest(capsys, tmp_path):
+def test_the_command_line_prints_it_and_takes_a_rest(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     out = tmp_path / "methods.toml"
     arguments = ["convert", "tests.test_left:made", "--method", "GroupQuant(4)"]
     assert not main([*arguments, "--rest", "GroupQuant(8)", "--out", str(out)])

@@ -84,11 +84,11 @@ class Conversion:
         Takes what the model takes, runs nothing and allocates nothing: see `packlight.predict`.
 
         >>> import torch, packlight
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Softmax(-1))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LogSoftmax(-1))
         >>> conversion = packlight.convert(model, packlight.GroupQuant(bits=4))
         >>> row = conversion.left(torch.randn(64, 64)).rows[0]
         >>> row.bytes, row.operation, row.why
-        (16384, 'Softmax', 'a softmax is small where its error is largest')
+        (16384, 'LogSoftmax', 'the gradient begins at a loss')
         """
         return self.left_of(self.bytes(*inputs, loss=loss, **kwargs))
 

@@ -563,7 +563,7 @@ def test_a_quantiser_keeps_the_input_of_the_head():
     torch.manual_seed(0)
     model = Model()
     method = GroupQuant(bits=4, group_size=32)
-    conversion = packlight.convert(model, {nn.Linear: method}, head="head")
+    conversion = packlight.convert(model, {nn.Linear: method}, head="head", functional=False)
     assert conversion.heads == ("head",)
     assert "losses of head are computed by chunks" in str(conversion)
     assert conversion.to_dict()["heads"] == ["head"]
