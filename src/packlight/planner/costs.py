@@ -79,7 +79,8 @@ def flops(func: Any, args: Sequence[Any], result: Any) -> int:
     if packet in flop_registry:
         return int(flop_registry[packet](*args, out_val=result))
     if func.namespace == "packlight" and packet.__name__ == "wide_mm":
-        return 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+        rows, inner = args[0].shape
+        return int(2 * rows * inner * args[1].shape[1])
     return 0
 
 
@@ -124,7 +125,8 @@ def _flash_backward(device: Device, args: Sequence[Any]) -> int:
     query = args[1]
     *batch, length, width = query.shape
     rows = math.prod(batch) * (-(-length // 128) * 128)
-    return 4 * rows * (-(-width // 32) * 32) + 4 * rows if query.element_size() == 2 else 4 * rows
+    wide = -(-int(width) // 32) * 32 if query.element_size() == 2 else 0
+    return 4 * rows * (wide + 1)
 
 
 def _sum_of_columns(device: Device, args: Sequence[Any]) -> int:
