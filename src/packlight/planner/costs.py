@@ -124,7 +124,7 @@ def _flash_backward(device: Device, args: Sequence[Any]) -> int:
     """
     query = args[1]
     *batch, length, width = query.shape
-    rows = math.prod(batch) * (-(-length // 128) * 128)
+    rows = int(math.prod(batch)) * (-(-int(length) // 128) * 128)
     wide = -(-int(width) // 32) * 32 if query.element_size() == 2 else 0
     return 4 * rows * (wide + 1)
 
