@@ -89,5 +89,6 @@ def with_lora(model: nn.Module, settings: dict[str, str]) -> nn.Module:
         with torch.device("meta"):
             adapted: nn.Module = peft.get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"--lora {settings}: {error}") from error
+        given = ",".join(f"{name}={value}" for name, value in settings.items())
+        raise InputError(f"--lora {given}: {error}") from error
     return adapted.train()

@@ -55,7 +55,8 @@ def _plain_configuration(transformers: Any, text: str, changes: Mapping[str, Any
     types = list(transformers.CONFIG_MAPPING)
     if name not in types:
         near = difflib.get_close_matches(name, types, n=5)
-        hint = f"near: {', '.join(near)}" if near else f"there are {', '.join(types)}"
+        some = f"there are {len(types)}, such as {', '.join(types[:5])}"
+        hint = f"near: {', '.join(near)}" if near else some
         raise InputError(f"transformers {transformers.__version__} has no model {name!r}; {hint}")
     return transformers.AutoConfig.for_model(name, **changes)
 
