@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packlight import _torch, sharing
+from packlight import sharing
 from packlight.pack import EXACT, Grade, Pack, View
 from packlight.packing.layout import is_dense, laid_out
 from packlight.quantiser import Quantiser, pack_input, worth_packing
@@ -84,15 +84,10 @@ def exact(x: Tensor) -> Pack:
 
 
 def is_of_parameters(x: Tensor) -> bool:
-    """Whether x is a parameter, or another leaf, or a view of one, or has no gradient.
-
-    Whoever made it holds it anyway.
-    """
+    """Whether x is a parameter or a view of one, which torch holds anyway, or has no gradient."""
     if torch.compiler.is_dynamo_compiling():
         return not x.requires_grad or isinstance(x, nn.Parameter)
-    if _torch.is_traced():  # a node is traced twice, and what is a leaf the first time is none then
-        return not x.requires_grad
-    return not x.requires_grad or (x if x._base is None else x._base).is_leaf
+    return not x.requires_grad or isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 def pack_operand(x: Tensor, method: Quantiser) -> Pack:

@@ -225,8 +225,9 @@ def convolve(
         return geometry.forward(x, weight, bias)
     kept = pack_input(x, method)
     rebuild = reader(kept.reading, kept.rebuild)
-    # A tracer cannot tell a parameter from a weight that is computed.
-    if _torch.is_traced() or is_of_parameters(weight) or not worth_packing(weight, method):
+    # A leaf is held by whoever made it. A tracer cannot tell one from a weight that is computed.
+    held = _torch.is_traced() or weight.is_leaf or is_of_parameters(weight)
+    if held or not worth_packing(weight, method):
         return _apply(x, weight, bias, geometry, rebuild, None, *kept.tensors)
     own = pack_input(weight, method.for_scores())
     computed = own.rebuild, len(own.tensors)
