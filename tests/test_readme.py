@@ -24,7 +24,7 @@ def examples(page: str) -> list[str]:
 
 
 def has_its_packages(example: str) -> bool:
-    """Whether all that it imports is installed: the newest torch is tried without other packages."""
+    """Whether what it imports is here: the newest torch is tried without other packages."""
     found = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Import)]
     roots = [alias.name.partition(".")[0] for node in found for alias in node.names]
     return all(importlib.util.find_spec(root) for root in roots)
