@@ -141,11 +141,6 @@ def _present() -> Device:
     return dataclasses.replace(found, memory=properties.total_memory)
 
 
-def sheet_of(name: str) -> str:
-    """The name under which the rates of a device are kept."""
-    return device_of(name).name
-
-
 @functools.cache
 def _known_rates() -> dict[str, Rates]:
     """Rates that ship, and over them those that were calibrated here."""

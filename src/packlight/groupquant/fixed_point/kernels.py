@@ -713,6 +713,16 @@ def batch_norm(
     return y, *_batch_norm(laid_out(x, y.stride()), *settings, y)
 
 
+def _overwritten(
+    x: Tensor, settings: tuple[Any, ...], relu: bool, other: Tensor | None
+) -> tuple[Tensor, ...]:
+    """What is kept; the result is written over x."""
+    dense = laid_out(x, dense_stride(x))
+    made = _batch_norm(dense, *settings, dense, relu, other)
+    write_back(x, dense)
+    return made
+
+
 def batch_norm_(
     x: Tensor,
     weight: Tensor | None,
@@ -728,10 +738,7 @@ def batch_norm_(
     settings = (weight, bias, running_mean, running_var, momentum, eps, bits, width)
     if x.numel() == 0:
         return reference.batch_norm_(x, *settings, relu)
-    dense = laid_out(x, dense_stride(x))
-    made = _batch_norm(dense, *settings, dense, relu)
-    write_back(x, dense)
-    return made
+    return _overwritten(x, settings, relu, None)
 
 
 def batch_norm_sum_(
@@ -749,10 +756,7 @@ def batch_norm_sum_(
     settings = (weight, bias, running_mean, running_var, momentum, eps, bits, width)
     if x.numel() == 0:
         return reference.batch_norm_sum_(x, *settings, other)
-    dense = laid_out(x, dense_stride(x))
-    made = _batch_norm(dense, *settings, dense, False, other)
-    write_back(x, dense)
-    return made
+    return _overwritten(x, settings, False, other)
 
 
 @functools.lru_cache(LAUNCHES)
