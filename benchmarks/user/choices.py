@@ -1,6 +1,7 @@
 """What a user could do about the memory of a training step. Another choice is one more line."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -62,7 +63,15 @@ def graphed(model: nn.Module) -> None:
     packlight.graphed(model)
 
 
+def by_code(model: nn.Module, code: Any) -> None:
+    """As the default, with this code of groups."""
+    fixed, group, few = packlight.DEFAULT_METHODS
+    methods = (fixed, dataclasses.replace(group, code=code), few)
+    packlight.convert(model, methods, functional=True)
+
+
 _head = functools.partial(default, head=True)
+_minmax, _auto = (functools.partial(by_code, code=code) for code in ("minmax", "auto"))
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -110,6 +119,10 @@ CHOICES = {
     "default": Choice("packlight default", (default,)),
     "default+head": Choice("packlight default, head", (_head,), kind="head"),
     "graphed": Choice("graph", (graphed,)),
+    "minmax": Choice("packlight min-max", (_minmax,)),
+    "auto": Choice("packlight auto", (_auto,)),
+    "minmax+graphed": Choice("packlight min-max, graph", (_minmax, graphed)),
+    "auto+graphed": Choice("packlight auto, graph", (_auto, graphed)),
     "default+graphed": Choice("packlight default, graph", (default, graphed)),
     "head+graphed": Choice("packlight default, head, graph", (_head, graphed), kind="head"),
     "liger+checkpoint": Choice("Liger, checkpoint", (liger, checkpoint), kind="liger"),
