@@ -17,6 +17,7 @@ from packlight._gradients import as_dtype
 from packlight._seeds import Seed, draws_at
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.layers.activations import overwriting_activation_of
+from packlight.layers.attention import mean_of
 from packlight.layers.attention_backends import (
     FUSED,
     Flags,
@@ -136,12 +137,15 @@ class _Attention(torch.autograd.Function):
             return None
         draws = draws_at(whole) if flags[0] else None
         out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
+        mean = mean_of(parts[0].detach(), of_attention)
+        if mean is not None:  # nobody else reads the whole
+            parts_of(whole.detach(), heads)[0].sub_(mean)
         pack = of_attention.pack(whole, seeds[1])
         ctx.whole = Restore(of_attention, tuple(whole.shape), whole.stride()), heads
         ctx.middle = whole.dtype, out.dtype
         del parts, whole
         branch = affine(out, last_weight, last_bias)
-        ctx.save_for_backward(weight, last_weight, mask, *normed, *pack)
+        ctx.save_for_backward(weight, last_weight, mask, mean, *normed, *pack)
         ctx.packed = len(normed)
         ctx.how = kernel, flags, draws
         ctx.dtypes = _dtypes(x, gamma, beta, weight, bias, last_weight, last_bias)
@@ -151,13 +155,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        weight, last_weight, mask, *saved = saved_with_weight(ctx)
+        weight, last_weight, mask, mean, *saved = saved_with_weight(ctx)
         normed, pack = saved[: ctx.packed], saved[ctx.packed :]
         needs, dtypes = ctx.needs_input_grad, ctx.dtypes
         whole_dtype, out_dtype = ctx.middle
         rebuild, heads = ctx.whole
         whole = rebuild(whole_dtype, *pack)
-        given, results = run_again(whole, heads, mask, *ctx.how)
+        given, results = run_again(whole, heads, mean, mask, *ctx.how)
         del whole
         out = results[0].transpose(1, 2).flatten(2)
         dout: Any
