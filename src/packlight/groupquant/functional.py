@@ -28,7 +28,6 @@ from packlight.layers import norms as layers_norms
 from packlight.layers.prelu import prelu as layers_prelu
 
 _DEFAULT = GroupQuant()
-_ATTENTION = _DEFAULT.for_attention()
 
 # ---- matrix products and norms -------------------------------------------------------------------
 
@@ -109,28 +108,30 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    bits: int = _ATTENTION.bits,
-    group_size: int = _ATTENTION.group_size,
-    rounding: Rounding = _ATTENTION.rounding,
-    code: Code = _ATTENTION.code,
+    bits: int | None = None,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
     recompute: bool | None = None,
 ) -> Tensor:
     """softmax(Q K^T scale) V by torch's fused kernels, q [..., heads, length, head_dim].
 
     Keeps packs of query, key and value, `bits + 32 / group_size` bits an element, in one of two
-    forms. 8 bits are the default, 4 can be used, 2 raise `InputError`.
+    forms. The default is 4 bits where groups are rotated and 8 where they are not; 3 can be used,
+    2 raise `InputError`.
 
     `recompute=False`, the form of 8 bits and more than 256 keys, keeps a pack of the output too,
     which serves the linear layer behind, and the kernel's statistic, 32 bits a row. Nothing runs
     again. The softmax is recomputed from decoded query and key with the statistic of exact ones:
     biased.
 
-    `recompute=True`, the form of fewer bits or keys, keeps no more. The backward pass decodes the
-    packs, runs the kernel forward again, with the same dropout, and backward: the gradient is that
-    of attention of the decoded tensors, biased, since a softmax is not linear in them, with about
-    half the error of the other form at 8 bits. With dropout in a compiled region or in a captured
-    CUDA graph, where masks cannot be drawn again, the other form runs at 8 bits whatever is asked
-    for.
+    `recompute=True`, the form of fewer bits or keys, keeps no more; below 8 bits the pack of the
+    query is of what is left without its mean over tokens, which is kept beside it. The backward
+    pass decodes the packs, runs the kernel forward again, with the same dropout, and backward: the
+    gradient is that of attention of the decoded tensors, biased, since a softmax is not linear in
+    them, with about half the error of the other form at 8 bits. With dropout in a compiled region
+    or in a captured CUDA graph, where masks cannot be drawn again, the other form runs at 8 bits
+    whatever is asked for.
 
     A mask is kept as it is given, once for all layers that read it; torch keeps a bias made of it
     for each. With `enable_gqa` the heads of key and value are packed once, also where the kernel
@@ -140,7 +141,10 @@ def scaled_dot_product_attention(
     dimension is no multiple of 8, torch's own function runs and keeps what it keeps.
     """
     given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    method = _method(bits, group_size, rounding, code)
+    if bits is None:
+        method = GroupQuant(_DEFAULT.bits, group_size, rounding, code).for_attention()
+    else:
+        method = _method(bits, group_size, rounding, code)
     return attention.scaled_dot_product_attention(
         query, key, value, *given, method=method, recompute=recompute
     )

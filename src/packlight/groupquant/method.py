@@ -31,7 +31,7 @@ from packlight.quantiser import Quantiser
 
 # What a method is that says nothing else.
 DEFAULT_ROUNDING: Rounding = "stochastic"
-DEFAULT_CODE: Code = "minmax"
+DEFAULT_CODE: Code = "auto"
 # The fewest bits that a conversion gives query, key and value of attention.
 ATTENTION_BITS = 8
 ROTATED_ATTENTION_BITS = 4
@@ -246,8 +246,12 @@ class GroupQuant(Quantiser):
     def for_attention(self) -> "GroupQuant":
         """`ATTENTION_BITS` at least; where groups are rotated `ROTATED_ATTENTION_BITS`."""
         method = self.for_functions()
-        fewest = ATTENTION_BITS if self.code == "minmax" else ROTATED_ATTENTION_BITS
-        return method if self.bits >= fewest else dataclasses.replace(method, bits=fewest)
+        if method.bits >= ATTENTION_BITS:
+            return method
+        rotated = dataclasses.replace(method, bits=max(method.bits, ROTATED_ATTENTION_BITS))
+        if rotated.groups[2] == ROTATED:
+            return rotated
+        return dataclasses.replace(method, bits=ATTENTION_BITS)
 
     def keeps_rows(self, width: int) -> bool:
         """Whether the smallest group fits: rows narrower than a group have smaller ones."""
