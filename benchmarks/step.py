@@ -202,7 +202,7 @@ def packlight(model: nn.Module, methods: Methods, attention_bits: int | None = N
     for module in model.modules():
         if isinstance(module, Attention) and attention_bits:
             module.attend = functools.partial(
-                groupquant.scaled_dot_product_attention, bits=attention_bits
+                groupquant.scaled_dot_product_attention, bits=attention_bits, code="rotated"
             )
     convert(model, methods, functional=True)
 

@@ -63,15 +63,16 @@ def graphed(model: nn.Module) -> None:
     packlight.graphed(model)
 
 
-def by_code(model: nn.Module, code: Any) -> None:
-    """As the default, with this code of groups."""
+def packed_by(model: nn.Module, **how: Any) -> None:
+    """As the default, with groups by other bits or another code."""
     fixed, group, few = packlight.DEFAULT_METHODS
-    methods = (fixed, dataclasses.replace(group, code=code), few)
+    methods = (fixed, dataclasses.replace(group, **how), few)
     packlight.convert(model, methods, functional=True)
 
 
 _head = functools.partial(default, head=True)
-_minmax, _auto = (functools.partial(by_code, code=code) for code in ("minmax", "auto"))
+_minmax, _rotated = (functools.partial(packed_by, code=code) for code in ("minmax", "rotated"))
+_minmax2, _auto2 = (functools.partial(packed_by, bits=2, code=code) for code in ("minmax", "auto"))
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -120,9 +121,11 @@ CHOICES = {
     "default+head": Choice("packlight default, head", (_head,), kind="head"),
     "graphed": Choice("graph", (graphed,)),
     "minmax": Choice("packlight min-max", (_minmax,)),
-    "auto": Choice("packlight auto", (_auto,)),
+    "rotated": Choice("packlight rotated", (_rotated,)),
+    "minmax2": Choice("packlight min-max, 2 bits", (_minmax2,)),
+    "auto2": Choice("packlight 2 bits", (_auto2,)),
     "minmax+graphed": Choice("packlight min-max, graph", (_minmax, graphed)),
-    "auto+graphed": Choice("packlight auto, graph", (_auto, graphed)),
+    "auto2+graphed": Choice("packlight 2 bits, graph", (_auto2, graphed)),
     "default+graphed": Choice("packlight default, graph", (default, graphed)),
     "head+graphed": Choice("packlight default, head, graph", (_head, graphed), kind="head"),
     "liger+checkpoint": Choice("Liger, checkpoint", (liger, checkpoint), kind="liger"),

@@ -67,6 +67,9 @@ def errors(tensors, causal, **options):
     return relative_error(*(torch.cat([g.flatten() for g in grads]) for grads in (found, exact)))
 
 
+NEAREST = {"rounding": "nearest"}
+
+
 def minmax(bits):
     return {"bits": bits, "code": "minmax"}
 
@@ -227,8 +230,10 @@ class Attention(nn.Module):
     ("method", "attention_bits"),
     [
         *((GroupQuant(bits, code="minmax"), 8) for bits in (2, 4, 8)),
-        *((GroupQuant(bits, code=code), 4) for bits in (2, 4) for code in ("rotated", "auto")),
-        (GroupQuant(8, code="auto"), 8),
+        *((GroupQuant(bits, code="rotated"), 4) for bits in (2, 4)),
+        *((GroupQuant(bits, code="auto"), 4) for bits in (2, 3)),
+        *((GroupQuant(bits, code="auto"), 8) for bits in (4, 8)),
+        *((GroupQuant(2, code="auto", **given), 8) for given in ({"group_size": 32}, NEAREST)),
     ],
     ids=str,
 )
