@@ -9,9 +9,9 @@ functions need is packed once, with the bits of the first that does:
 - `linear` keeps nothing of its own where its input was made by a norm, an activation or a gated
   unit of this module: it rebuilds its input from what they keep.
 
-Gradients of `linear` with respect to input and bias are exact; the weight's is unbiased with
-stochastic rounding, where the pack is of the input itself, and biased where the input is rebuilt
-through an activation. Where no gradient is asked for nothing is packed and the plain torch function
+Gradients of `linear` with respect to input and bias are exact; where the pack is of the input
+itself the weight's is unbiased with stochastic rounding and offsets and nearly so of rotated
+groups, and it is biased where the input is rebuilt through an activation. Where no gradient is asked for nothing is packed and the plain torch function
 runs. A second derivative raises `DoubleBackwardError`.
 """
 
@@ -50,7 +50,8 @@ def linear(
     """x W^T + b, x [..., in], W [out, in], b [out].
 
     Keeps `bits + 32 / group_size` bits an element of x, or nothing where x is packed already, and W
-    itself. Input and bias gradients exact, weight gradient unbiased with stochastic rounding.
+    itself. Input and bias gradients exact, weight gradient unbiased with stochastic rounding and
+    offsets, nearly so of rotated groups.
     """
     method = GroupQuant(bits, group_size, rounding, code)
     return layers_linear.linear(input, weight, bias, method=method)
@@ -73,7 +74,7 @@ def layer_norm(
     Keeps a pack of x_hat = (x - mean) rstd, from which the next `linear` rebuilds its input, and
     rstd: `bits + 32 / group_size` bits an element and 32 a row. With x~ the packed value,
     dx = rstd (g - mean g - x~ mean(g x~)) for g = dy weight, and dweight = sum dy x~, which is
-    unbiased with stochastic rounding; dbias is exact.
+    unbiased with stochastic rounding and offsets; dbias is exact.
     """
     method = GroupQuant(bits, group_size, rounding, code).for_norms()
     return layers_norms.layer_norm(input, normalized_shape, weight, bias, eps, method=method)
