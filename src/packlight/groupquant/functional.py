@@ -11,8 +11,9 @@ functions need is packed once, with the bits of the first that does:
 
 Gradients of `linear` with respect to input and bias are exact; where the pack is of the input
 itself the weight's is unbiased with stochastic rounding and offsets and nearly so of rotated
-groups, and it is biased where the input is rebuilt through an activation. Where no gradient is asked for nothing is packed and the plain torch function
-runs. A second derivative raises `DoubleBackwardError`.
+groups, and it is biased where the input is rebuilt through an activation. Where no gradient is
+asked for nothing is packed and the plain torch function runs. A second derivative raises
+`DoubleBackwardError`.
 """
 
 from collections.abc import Sequence
