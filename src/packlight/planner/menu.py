@@ -44,17 +44,17 @@ _BITS_8 = (GroupQuant(bits=8), FewBit(bits=8))
 
 EXACT = Option("torch")
 PACKED_8 = Option("packs of 8 bits", _BITS_8, error=0.006)
-PACKED_4 = Option("packs of 4 bits", _BITS_4, error=0.085)
+PACKED_4 = Option("packs of 4 bits", _BITS_4, error=0.08)
 CHECKPOINTED = Option("checkpoint", block=Checkpoint(keep=None))
 CHECKPOINTED_8 = Option("checkpoint of 8 bits", block=Checkpoint(GroupQuant(bits=8)), error=0.005)
 CHECKPOINTED_PACKED = Option(
-    "checkpoint of 8 bits, packs of 4", _BITS_4, Checkpoint(GroupQuant(bits=8)), error=0.085
+    "checkpoint of 8 bits, packs of 4", _BITS_4, Checkpoint(GroupQuant(bits=8)), error=0.08
 )
 TILED = Option(
     "checkpoint of 8 bits, tiles, packs of 4",
     (Tiles(), *_BITS_4),
     Checkpoint(GroupQuant(bits=8)),
-    error=0.085,
+    error=0.08,
 )
 MENU = (EXACT, PACKED_8, PACKED_4, CHECKPOINTED, CHECKPOINTED_8, CHECKPOINTED_PACKED, TILED)
 
