@@ -4,7 +4,7 @@
     python -m benchmarks.user.sharded --scenarios llama1b --choices eager    # on one device
 
 Choices and scenarios are those of the suite `user`. The batch of a scenario is that of all ranks
-together, so that losses can be laid beside one device's; `--batch 2` for a scenario of one sequence.
+together, so that losses can be laid beside one device's: `--batch 2` for one of one sequence.
 A row a choice, written by rank 0: the median step of 50, the largest peak of a rank, bytes kept for
 the backward pass on it, and the losses. All choices of a call share a process: call it once for
 those that patch classes.
