@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from packlight import sharing
 from packlight._checks import is_sharded, needs_gradient
-from packlight.pack import Pack
+from packlight.pack import Grade, Pack, View, WeakPack
 from packlight.quantiser import Quantiser, new_pack, worth_packing
 from packlight.reading import reading_of
 
@@ -94,13 +94,13 @@ def _linear(forward: Forward, layer: nn.Linear, x: "DTensor") -> Tensor | None:
     (placed,) = x.placements
     shape = (*x.shape[:-1], layer.weight.shape[0])
     if cut.is_shard(0):  # columns of the result
-        x = x.redistribute(placements=(Replicate(),))
+        x = x if placed.is_replicate() else x.redistribute(placements=(Replicate(),))
         local = x.to_local(grad_placements=(Partial(),))
-        _pack_a_part(layer, local, mesh)
+        _note_parts(layer, x, local)
         with _local_parameters(layer, cut):
             return _from_local(forward(layer, local), mesh, Shard(last), shape)
     if cut.is_shard(1):  # rows of the weight: a sum over ranks
-        x = x.redistribute(placements=(Shard(last),))
+        x = x if placed.is_shard(last) else x.redistribute(placements=(Shard(last),))
         # The bias counts once: each rank adds its share of it.
         with _local_parameters(layer, cut, _Share(mesh.size())):
             y = forward(layer, x.to_local(grad_placements=(Shard(last),)))
@@ -146,48 +146,74 @@ def _from_local(y: Tensor, mesh: "DeviceMesh", placed: "Placement", shape: Any) 
 
     shape = torch.Size(shape)
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(y, mesh, (placed,), run_check=False, shape=shape, stride=stride)
+    kept = sharing.pack_of(y)
+    made = DTensor.from_local(y, mesh, (placed,), run_check=False, shape=shape, stride=stride)
+    if kept is not None and placed.is_shard() and made.grad_fn is not None:
+        made.grad_fn.packlight_parts = (placed, WeakPack.of(kept))
+    return made
 
 
 # ---- parts of an input that all ranks have -------------------------------------------------------
 
 
-def _pack_a_part(layer: Any, x: Tensor, mesh: "DeviceMesh") -> None:
-    """Has the layer find a pack of `x` of which each rank keeps an equal part."""
-    method, ranks = getattr(layer, "method", None), mesh.size()
-    if not isinstance(method, Quantiser) or x.numel() % ranks or not x.is_contiguous():
+def _note_parts(layer: Any, x: "DTensor", local: Tensor) -> None:
+    """Has the layer find a pack of `local`, all of `x`, of which each rank keeps a part."""
+    method, mesh = getattr(layer, "method", None), x.device_mesh
+    if not isinstance(method, Quantiser) or not needs_gradient(layer.weight):
         return
-    if not needs_gradient(layer.weight) or sharing.pack_of(x, method.grade) is not None:
+    if sharing.pack_of(local, method.grade) is not None:
         return
-    part = x.detach().view(ranks, -1, x.shape[-1] if x.shape[:-1].numel() % ranks == 0 else 1)
-    part = part[mesh.get_local_rank()]
+    kept = _pack_of_parts(x, method.grade) or _pack_of_rows(local, method, mesh)
+    if kept is not None:
+        sharing.note_pack(local, kept)
+
+
+def _pack_of_parts(x: "DTensor", asked: Grade) -> Pack | None:
+    """From the packs of the parts that `x` was gathered of, which a layer on each rank noted."""
+    made = x.grad_fn
+    if made is None or made.name() != "RedistributeBackward":
+        return None
+    placed, weakly = getattr(made.next_functions[0][0], "packlight_parts", (None, None))
+    pack = None if weakly is None else weakly.pack()
+    if pack is None or not pack.grade.serves(asked) or x.shape[placed.dim] % x.device_mesh.size():
+        return None
+    rebuild = _Gathered(pack.rebuild, placed.dim, pack.shape, x.device_mesh)
+    return Pack(rebuild, tuple(x.shape), pack.tensors, pack.grade, reading_of(rebuild))
+
+
+def _pack_of_rows(x: Tensor, method: Quantiser, mesh: "DeviceMesh") -> Pack | None:
+    """A new pack of an equal part of the rows of `x`."""
+    ranks, count = mesh.size(), x.shape[:-1].numel()
+    if count % ranks or not x.is_contiguous():
+        return None
+    part = x.detach().view(ranks, count // ranks, x.shape[-1])[mesh.get_local_rank()]
     if not worth_packing(part, method):
-        return
+        return None
     kept = new_pack(part, method)
-    rebuild = _Gathered(kept.rebuild, tuple(x.shape), mesh)
-    pack = Pack(rebuild, tuple(x.shape), kept.tensors, kept.grade, reading_of(rebuild))
-    sharing.note_pack(x, pack)
+    rebuild = _Gathered(kept.rebuild, 0, tuple(part.shape), mesh)
+    whole = View(rebuild, tuple(x.shape), x.stride())
+    return Pack(whole, tuple(x.shape), kept.tensors, kept.grade, reading_of(whole))
 
 
 @dataclasses.dataclass
 class _Gathered:
-    """A tensor of which each rank keeps a pack of an equal part."""
+    """A tensor of which each rank keeps a pack of an equal part along one dimension."""
 
     rebuild: Callable[..., Tensor]
-    shape: tuple[int, ...]
+    dim: int
+    part: tuple[int, ...]  # its shape
     mesh: "DeviceMesh"
 
     def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
-        ranks = self.mesh.size()
         of_all = [None if kept is None else self._gathered(kept) for kept in tensors]
         parts = [
             self.rebuild(dtype, *[None if kept is None else kept[rank] for kept in of_all])
-            for rank in range(ranks)
+            for rank in range(self.mesh.size())
         ]
-        return torch.cat([part.reshape(-1) for part in parts]).view(self.shape)
+        return torch.cat([part.reshape(self.part) for part in parts], self.dim)
 
     def _gathered(self, kept: Tensor) -> Tensor:
-        group = self.mesh.get_group()
         found = kept.new_empty(self.mesh.size(), *kept.shape)
+        group = self.mesh.get_group()
         torch.distributed.all_gather_into_tensor(found.view(-1), kept.reshape(-1), group=group)
         return found
