@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -24,6 +25,12 @@ def is_supported(x: Tensor) -> bool:
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is no instance of a tensor subclass, which may define torch functions itself."""
     return type(tensor) in (Tensor, nn.Parameter) or _torch.is_fake(tensor)
+
+
+def is_sharded(x: object) -> bool:
+    """Whether it is a DTensor. Nobody has one who has not imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def is_taken(x: Tensor) -> bool:
