@@ -175,10 +175,10 @@ def test_a_prepared_launch_tells_seeds_of_32_bits_from_those_of_64():
     launch = quick(Kernel()).prepare((5,), 32, FORM=2, SCALE=0.5, num_warps=4)
     x = torch.zeros(32)
     for seed in (7, 2**31 - 1, -(2**31)):
-        launch(x, seed)
+        launch(x, seeds=(seed,))
         assert len(launch.found) == 1
     for seed in (2**31, -(2**31) - 1, 2**62):
-        launch(x, seed)
+        launch(x, seeds=(seed,))
         assert len(launch.found) == 2
 
 
