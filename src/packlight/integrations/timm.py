@@ -390,10 +390,10 @@ class FixedPointBasicBlock(Block):
     """act2(drop_path(se(bn2(conv2(...)))) + downsample(x))."""
 
     def run(self: Any, x: Tensor, covered: bool) -> Tensor:
-        first = known(x)
-        at = self._middle(first, self.conv1, self.bn1, self.act1)
-        between = (self.se, self.drop_path)
-        return end(at, self.conv2, self.bn2, self.act2, first, self.downsample, covered, between)
+        first, parts = known(x), self._modules
+        at = self._middle(first, parts["conv1"], parts["bn1"], parts["act1"])
+        last, between = (parts["conv2"], parts["bn2"], parts["act2"]), (self.se, self.drop_path)
+        return end(at, *last, first, self.downsample, covered, between)
 
     def _middle(self: Any, at: Known, conv: Any, norm: Any, act: Any) -> Known:
         """aa(act(drop_block(norm(conv(x)))))."""
@@ -407,11 +407,11 @@ class FixedPointBottleneck(FixedPointBasicBlock):
     """The same with three convolutions."""
 
     def run(self: Any, x: Tensor, covered: bool) -> Tensor:
-        first = known(x)
-        at = conv_norm_act(first, self.conv1, self.bn1, self.act1)
-        at = self._middle(at, self.conv2, self.bn2, self.act2)
-        between = (self.se, self.drop_path)
-        return end(at, self.conv3, self.bn3, self.act3, first, self.downsample, covered, between)
+        first, parts = known(x), self._modules
+        at = conv_norm_act(first, parts["conv1"], parts["bn1"], parts["act1"])
+        at = self._middle(at, parts["conv2"], parts["bn2"], parts["act2"])
+        last, between = (parts["conv3"], parts["bn3"], parts["act3"]), (self.se, self.drop_path)
+        return end(at, *last, first, self.downsample, covered, between)
 
 
 # --- Norms of rows.

@@ -581,9 +581,8 @@ def _words(n: int, channels: int, inner: int) -> tuple[tuple[int], tuple[int, ..
 # By momentum and eps too: another momentum at every call takes a new launch of what is compiled.
 @functools.lru_cache(LAUNCHES)
 def _batch_norm_launch(
-    n: int,
-    channels: int,
-    inner: int,
+    shape: torch.Size,
+    stride: tuple[int, ...],
     itemsize: int,
     given: tuple[bool, bool, bool, bool],  # running mean and variance, weight and bias
     numbers: tuple[float, float],  # momentum and eps
@@ -591,9 +590,13 @@ def _batch_norm_launch(
     relu: bool,
     added: bool,
     device: torch.device,
-) -> tuple[Launch, int]:
-    """The launch of statistics, table and output, and the parts of the statistics."""
-    large = n >= SHORT
+) -> tuple[Launch, int, int, int]:
+    """The launch of statistics, table and output, and what is needed for it.
+
+    That is bytes of the codes and of the mask of a sum, and rows of the moments.
+    """
+    n, channels = shape.numel(), shape[1]
+    inner, large = _inner(channels, stride), n >= SHORT
     cut = _cut(channels, inner, itemsize, SUM_WARPS)
     size = n // channels
     parts, share = _parts(device, size, cut.rows * UNROLL, cut.blocks)
@@ -634,7 +637,7 @@ def _batch_norm_launch(
     )
     # Of x, y, codes, moments, table, other, signs, running mean and variance, weight, bias.
     every = (statistics, (0, 3)), (table, (3, 7, 8, 9, 10, 4)), (output, (0, 1, 2, 3, 4, 5, 6))
-    return together(*every), parts
+    return together(*every), packed_bytes(n, bits), packed_bytes(n, 1), 4 + 2 * parts
 
 
 def _batch_norm(
@@ -655,20 +658,20 @@ def _batch_norm(
 
     Both are of one dense stride, and have elements.
     """
-    n, channels, device, stride = x.numel(), x.shape[1], x.device, y.stride()
-    codes = x.new_empty(packed_bytes(n, bits), dtype=torch.uint8)
+    stride, channels = y.stride(), x.shape[1]
+    given = (running_mean is not None, running_var is not None, weight is not None, bias is not None)
+    numbers, code = (float(momentum), float(eps)), (bits, float(width))
+    launch, size, mask_size, rows = _batch_norm_launch(
+        x.shape, stride, x.dtype.itemsize, given, numbers, code, relu, other is not None, x.device
+    )
+    codes = x.new_empty(size, dtype=torch.uint8)
     table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
-    given = tuple([each is not None for each in (running_mean, running_var, weight, bias)])
-    launch, parts = _batch_norm_launch(
-        n, channels, _inner(channels, stride), x.element_size(), given,
-        (float(momentum), float(eps)), (bits, float(width)), relu, other is not None, device,
-    )  # fmt: skip
-    moments = table.new_empty(4 + 2 * parts, channels)
+    moments = table.new_empty(rows, channels)
     weight = moments if weight is None else weight.contiguous()
     bias = moments if bias is None else bias.contiguous()
     new_mean = moments if running_mean is None else running_mean.contiguous()
     new_var = moments if running_var is None else running_var.contiguous()
-    signs = codes if other is None else codes.new_empty(packed_bytes(n, 1))
+    signs = codes if other is None else codes.new_empty(mask_size)
     term = x if other is None else laid_out(other, stride)
     launch(x, y, codes, moments, table, term, signs, new_mean, new_var, weight, bias)
     if running_mean is not None and running_mean is not new_mean:
@@ -768,11 +771,10 @@ def _backward_launch(
     bits: int,
     relu: bool,
     added: bool,
-    large: bool,
     device: torch.device,
 ) -> tuple[Launch, int]:
-    """The launch of the sums, of their end and of dx, and the parts of the sums."""
-    groups = lanes(n)
+    """The launch of the sums, of their end and of dx, and the rows of the sums."""
+    groups, large = lanes(n), n >= SHORT
     same = groups % (inner * channels) == 0
     size = (groups if same else n) // channels
     block = {"BITS": bits, "SAME": same, "FULL": not same or n == 8 * groups, "LARGE": large}
@@ -811,7 +813,7 @@ def _backward_launch(
     )
     # Of dy, codes, table, sums, mask, the gradients of weight and bias, dx.
     every = (sums, (0, 1, 2, 3, 4)), (finish, (3, 2, 5, 6)), (dx, (0, 1, 3, 4, 7))
-    return together(*every), parts
+    return together(*every), 4 + 2 * parts
 
 
 def batch_norm_backward(
@@ -828,12 +830,12 @@ def batch_norm_backward(
         return reference.batch_norm_backward(grad_output, codes, table, stride, bits, relu, signs)
     dy = laid_out(grad_output, stride)
     dx = torch.empty_like(dy)
-    launch, parts = _backward_launch(
-        n, channels, _inner(channels, stride), dx.element_size(), bits, relu, signs is not None,
-        n >= SHORT, dx.device,
-    )  # fmt: skip
+    inner, of_sum = _inner(channels, stride), signs is not None
+    launch, rows = _backward_launch(
+        n, channels, inner, dx.dtype.itemsize, bits, relu, of_sum, dx.device
+    )
     mask = codes if signs is None else signs
-    sums = table.new_empty(4 + 2 * parts, channels)
+    sums = table.new_empty(rows, channels)
     dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
     launch(dy, codes, table, sums, mask, dgamma, dbeta, dx)
     return dx, dgamma, dbeta
