@@ -27,8 +27,8 @@ def base(tensor: Tensor) -> Tensor | None:
     return found
 
 
-# What torch's `TensorWeakRef` calls on a tensor that a weak reference gave, whose object may have been
-# given up by Python and kept by torch meanwhile. A release without the name has no such objects.
+# What torch's `TensorWeakRef` calls on a tensor that a weak reference gave: Python may have let its
+# object go, and torch kept it. A release without the name has no such objects.
 revive: Callable[[Tensor], None] = look_up("torch:Tensor._fix_weakref") or (lambda tensor: None)
 
 

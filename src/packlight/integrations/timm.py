@@ -37,8 +37,8 @@ from packlight.inverted import norms as inverted
 from packlight.inverted.method import Inverted
 from packlight.inverted.norm_modules import InvertedNorm
 from packlight.layers import channel_norms, norms, pre_norm
-from packlight.layers.linear import linear
-from packlight.layers.mlp import Parameters, mlp
+from packlight.layers.linear import Parameters, linear
+from packlight.layers.mlp import mlp
 from packlight.layers.self_attention import fits, linear_dtype, self_attention
 from packlight.layers.twin import Twin, start_batch
 from packlight.method import Method, NotConverted, Rule, Swap, rule, rule_finder

@@ -20,6 +20,9 @@ from packlight._overwrite import writable
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
 from packlight.reading import reader
 
+# Weight and bias of a Linear.
+Parameters = tuple[Tensor, Tensor | None]
+
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + b; keeps W and the pack of x."""

@@ -659,7 +659,12 @@ def _batch_norm(
     Both are of one dense stride, and have elements.
     """
     stride, channels = y.stride(), x.shape[1]
-    given = (running_mean is not None, running_var is not None, weight is not None, bias is not None)
+    given = (
+        running_mean is not None,
+        running_var is not None,
+        weight is not None,
+        bias is not None,
+    )
     numbers, code = (float(momentum), float(eps)), (bits, float(width))
     launch, size, mask_size, rows = _batch_norm_launch(
         x.shape, stride, x.dtype.itemsize, given, numbers, code, relu, other is not None, x.device

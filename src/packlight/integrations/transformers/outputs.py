@@ -17,7 +17,8 @@ from packlight.calls import is_bare, uncovered
 from packlight.groupquant import modules
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import function_of_part, parameters_of, takes
-from packlight.layers.mlp import Parameters, activated
+from packlight.layers.linear import Parameters
+from packlight.layers.mlp import activated
 from packlight.layers.post_norm import mlp, post_norm
 from packlight.method import Method, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser, worth_packing
