@@ -314,11 +314,11 @@ _next_rounding_seed = define_op(
 
 def operands(seed: Seed) -> tuple[Tensor | None, int]:
     """A seed as operators take it: a tensor or None, and a number."""
+    if type(seed) is int:  # first, as every operator asks
+        return None, seed
     if seed is None:
         return None, NEAREST
-    if isinstance(seed, Drawn):
-        return seed.seeds, seed.place
-    return (None, seed) if isinstance(seed, int) else (seed, 0)
+    return seed if isinstance(seed, Drawn) else (seed, 0)
 
 
 def as_given(seed: Seed) -> Tensor | int | None:
