@@ -85,7 +85,7 @@ class Launch:
         for seed in seeds:
             if type(seed) is int:
                 plain += (seed,)
-                key += (-(2**31) <= seed < 2**31,)
+                key += (32 if -(2**31) <= seed < 2**31 else 64,)
             else:
                 plain += (address := _address(seed),)
                 key += (address & 15 == 0,)
