@@ -46,3 +46,13 @@ def function_of_part(part: nn.Module, method: Quantiser) -> str | None:
 def takes(x: Tensor, method: Quantiser) -> bool:
     """Whether functions of several layers take the input: rows that are worth a pack."""
     return x.dim() > 1 and is_taken(x) and worth_packing(x, method)
+
+
+def are_idle(*modules: nn.Module | None) -> bool:
+    """Whether modules hand on what they are given, as those that a setting left out do."""
+    for module in modules:
+        if type(module) is nn.Identity:
+            continue
+        if not isinstance(module, nn.Dropout) or (module.p and module.training):
+            return False
+    return is_bare(*modules)  # type: ignore[arg-type]
