@@ -318,7 +318,10 @@ def operands(seed: Seed) -> tuple[Tensor | None, int]:
         return None, seed
     if seed is None:
         return None, NEAREST
-    return seed if isinstance(seed, Drawn) else (seed, 0)
+    if isinstance(seed, Drawn):
+        return seed.seeds, seed.place
+    assert not isinstance(seed, int)
+    return seed, 0
 
 
 def as_given(seed: Seed) -> Tensor | int | None:

@@ -29,13 +29,15 @@ from packlight.layers.linear import affine, linear_gradients
 from packlight.layers.self_attention import joined_gradients, parts_of, run_again
 from packlight.quantiser import Quantiser, Restore
 
-# Gradients of weight and bias of a projection, None for those that are not needed.
+# Whether gradients of weight and bias of a projection are needed.
+Needs = tuple[bool, bool]
+# These gradients, None for those that are not needed.
 OfProjection = tuple[Tensor | None, Tensor | None]
 
 
-def dtypes_of(*tensors: Tensor | None) -> list[Any]:
+def dtypes_of(*tensors: Tensor | None) -> Any:
     """Their dtypes, None for None."""
-    return [None if each is None else each.dtype for each in tensors]
+    return tuple([None if each is None else each.dtype for each in tensors])
 
 
 # ---- feed-forward layers -------------------------------------------------------------------------
@@ -47,18 +49,18 @@ class Feed(NamedTuple):
     rebuild: Callable[..., Tensor]  # f(h) from what is kept of h
     differentiate: Callable[..., Tensor]
     settings: tuple[Any, ...]
-    dtypes: list[Any]  # of h, f(h), W_2 and its bias
+    dtypes: tuple[Any, Any, Any, Any]  # of h, f(h), W_2 and its bias
 
     def gradients(
-        self, grad_output: Tensor, weight: Tensor, kept: Sequence[Any], needs: Sequence[bool]
+        self, grad_output: Tensor, weight: Tensor, kept: Sequence[Any], needs: Needs
     ) -> tuple[Tensor, OfProjection]:
         """Gradients of h, and of W_2 and its bias where `needs` says so."""
-        dtype, *dtypes = self.dtypes
+        dtypes = self.dtypes
         middle: Any
         middle, *last = linear_gradients(
-            grad_output, weight, self.rebuild, kept, (True, *needs), dtypes
+            grad_output, weight, self.rebuild, kept, (True, *needs), dtypes[1:]
         )
-        dh = as_dtype(self.differentiate(middle, kept, *self.settings), dtype)
+        dh = as_dtype(self.differentiate(middle, kept, *self.settings), dtypes[0])
         return dh, (last[0], last[1])
 
 
@@ -73,7 +75,7 @@ def feed(
     del h
     rebuild = fused.rebuild(middle, name, (), method)
     settings = (name, (), middle.stride(), method)
-    how = Feed(rebuild, fused.backward, settings, [dtype, *dtypes_of(middle, weight, bias)])
+    how = Feed(rebuild, fused.backward, settings, (dtype, *dtypes_of(middle, weight, bias)))
     return affine(middle, weight, bias), kept, how
 
 
@@ -88,7 +90,7 @@ class Attended(NamedTuple):
     kernel: Kernel
     flags: Flags
     draws: tuple[int, int] | None
-    dtypes: list[Any]  # of h, what W_o reads, W_o and its bias
+    dtypes: tuple[Any, Any, Any, Any]  # of h, what W_o reads, W_o and its bias
 
     def gradients(
         self,
@@ -96,16 +98,18 @@ class Attended(NamedTuple):
         weight: Tensor,
         mask: Tensor | None,
         kept: Sequence[Any],
-        needs: Sequence[bool],
+        needs: Needs,
     ) -> tuple[Tensor, OfProjection]:
         """Gradients of h, and of W_o and its bias where `needs` says so."""
-        _, heads, kernel, flags, draws, (dtype, *dtypes) = self
-        whole = self.rebuild(dtype, *kept)
+        _, heads, kernel, flags, draws, dtypes = self
+        whole = self.rebuild(dtypes[0], *kept)
         given, results = run_again(whole, heads, mask, kernel, flags, draws)
         del whole
         out = results[0].transpose(1, 2).flatten(2)
         dout: Any
-        dout, *last = linear_gradients(grad_output, weight, _itself, (out,), (True, *needs), dtypes)
+        dout, *last = linear_gradients(
+            grad_output, weight, _itself, (out,), (True, *needs), dtypes[1:]
+        )
         dout = dout.unflatten(2, (heads, -1)).transpose(1, 2)
         found = gradients(dout, given, results, kernel, flags)
         del dout, out, given, results
@@ -138,5 +142,5 @@ def attended(
     draws = draws_at(h) if flags[0] else None
     out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
     rebuild = Restore(method, tuple(h.shape), h.stride())
-    dtypes = dtypes_of(h, out, weight, bias)
+    dtypes = (h.dtype, *dtypes_of(out, weight, bias))
     return out, method.pack(h, seed), Attended(rebuild, heads, kernel, flags, draws, dtypes)

@@ -66,7 +66,7 @@ class _Projections(torch.autograd.Function):
 class SideBySide(NamedTuple):
     """How x [W_1; W_2; ...]^T + [b_1; b_2; ...] is differentiated."""
 
-    count: int
+    parts: int
     sizes: list[int]
     rebuild: Callable[..., Tensor]  # x
     dtypes: tuple[Any, Any, Any]  # of x, weights and biases
@@ -115,7 +115,7 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The parts one behind the other in `dtype`, without a copy of each."""
     rows = sum(part.shape[0] for part in parts)
     whole = parts[0].new_empty((rows, *parts[0].shape[1:]), dtype=dtype)
-    return torch.cat(parts, out=whole)
+    return torch.cat(tuple(parts), out=whole)
 
 
 _project: Callable[..., Tensor] = _torch.applied(_Projections)

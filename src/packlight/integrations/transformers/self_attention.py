@@ -155,7 +155,7 @@ class AtOnce(nn.Module):
         if self.model_config._attn_implementation not in self.implementations:
             return None
         method = query.method
-        parts = (query, self._modules["key"], self._modules["value"])
+        parts: Any = (query, self._modules["key"], self._modules["value"])
         parameters = parameters_of(parts, method)
         if parameters is None or x.dim() != 3 or not takes(x, method):
             return None
