@@ -148,7 +148,7 @@ def rounding_seed(x: Tensor) -> Seed:
         seeds = _torch.seeds_of_graph(place)
         return _next_rounding_seed(x.device, place) if seeds is None else Drawn(*seeds)
     if x.is_cuda:
-        if _is_captured(x):
+        if _table is not None or torch.cuda.is_current_stream_capturing():
             return rounding_tensor(x)
         if x.device not in _counters and not _torch.is_fake(x):
             _counter(x.device)  # a graph that is captured later advances it

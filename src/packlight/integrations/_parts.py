@@ -6,9 +6,10 @@ its forward alone. Everywhere else the layer's own code runs, part by part.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from packlight._checks import is_taken, needs_gradient
+from packlight._checks import is_taken
 from packlight.calls import is_bare
 from packlight.groupquant import modules
 from packlight.groupquant.modules import Linear
@@ -22,11 +23,13 @@ def parameters_of(
 ) -> list[tuple[Tensor, Tensor | None]] | None:
     """Weight and bias of each part; None unless all are Linears that train by this method."""
     found: list[tuple[Tensor, Tensor | None]] = []
+    if not torch.is_grad_enabled():
+        return None
     for part in parts:
         if not isinstance(part, Linear) or not part.training or not is_bare(part):
             return None
         weight = part.weight
-        if not needs_gradient(weight) or part.method != method:
+        if not weight.requires_grad or part.method != method:
             return None
         found.append((weight, part.bias))
     return found

@@ -113,7 +113,7 @@ def linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The parts one behind the other in `dtype`, without a copy of each."""
-    rows = sum(part.shape[0] for part in parts)
+    rows = sum([part.shape[0] for part in parts])
     whole = parts[0].new_empty((rows, *parts[0].shape[1:]), dtype=dtype)
     return torch.cat(tuple(parts), out=whole)
 
