@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from packlight import _torch
+from packlight._imagined import kind_of
 from packlight._library import define_op
 from packlight.errors import InputError
 
@@ -183,6 +184,8 @@ def can_draw_again(x: Tensor) -> bool:
 
     Not where one set of instructions draws anew at each run, and so has no numbers to go back to.
     """
+    if _torch.is_fake(x):
+        return kind_of(x) == "cuda" and not _torch.is_traced()
     return x.is_cuda and not _torch.is_traced() and not _is_captured(x)
 
 

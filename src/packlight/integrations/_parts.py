@@ -5,6 +5,7 @@ its forward alone. Everywhere else the layer's own code runs, part by part.
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,21 @@ from packlight.quantiser import Quantiser, worth_packing
 def parameters_of(
     parts: Sequence[nn.Module], method: Quantiser
 ) -> list[tuple[Tensor, Tensor | None]] | None:
-    """Weight and bias of each part; None unless all are Linears that train by this method."""
+    """Weight [out, in] and bias of each part; None unless all are linear and train by this method.
+
+    The weight of a layer that `is_transposed_linear` is a view.
+    """
     found: list[tuple[Tensor, Tensor | None]] = []
     if not torch.is_grad_enabled():
         return None
     for part in parts:
-        if not isinstance(part, Linear) or not part.training or not is_bare(part):
+        transposed = getattr(type(part), "is_transposed_linear", False)
+        if not (transposed or isinstance(part, Linear)) or not part.training or not is_bare(part):
             return None
-        weight = part.weight
+        weight: Any = part.weight
         if not weight.requires_grad or part.method != method:
             return None
-        found.append((weight, part.bias))
+        found.append((weight.t() if transposed else weight, cast("Tensor | None", part.bias)))
     return found
 
 

@@ -94,13 +94,16 @@ class Attended(NamedTuple):
 
     def gradients(
         self,
-        grad_output: Tensor,
+        grad_output: list[Tensor],
         weight: Tensor,
         mask: Tensor | None,
         kept: Sequence[Any],
         needs: Needs,
     ) -> tuple[Tensor, OfProjection]:
-        """Gradients of h, and of W_o and its bias where `needs` says so."""
+        """Gradients of h, and of W_o and its bias where `needs` says so.
+
+        The gradient of the output is taken out of its list, and gone when attention's is made.
+        """
         _, heads, kernel, flags, draws, dtypes = self
         whole = self.rebuild(dtypes[0], *kept)
         given, results = run_again(whole, heads, mask, kernel, flags, draws)
@@ -108,7 +111,7 @@ class Attended(NamedTuple):
         out = results[0].transpose(1, 2).flatten(2)
         dout: Any
         dout, *last = linear_gradients(
-            grad_output, weight, _itself, (out,), (True, *needs), dtypes[1:]
+            grad_output.pop(), weight, _itself, (out,), (True, *needs), dtypes[1:]
         )
         dout = dout.unflatten(2, (heads, -1)).transpose(1, 2)
         found = gradients(dout, given, results, kernel, flags)

@@ -286,9 +286,10 @@ class _Attention(torch.autograd.Function):
         normed, pack, tensors = (
             saved[: ctx.kept], saved[ctx.kept : ctx.packed], saved[ctx.packed :],
         )  # fmt: skip
-        branch, total, sums = _norm_gradients(ctx, grad_output, normed, needs[3:5])
+        dbranch, total, sums = _norm_gradients(ctx, grad_output, normed, needs[3:5])
+        branch = [dbranch]
+        del dbranch
         dwhole, last = ctx.attended.gradients(branch, last_weight, mask, pack, needs[1:3])
-        del branch
         dx, others = ctx.joined.gradients(dwhole, tensors, needs[0])
         if dx is not None:
             dx.add_(total)

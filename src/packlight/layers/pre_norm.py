@@ -135,7 +135,7 @@ class _Attention(torch.autograd.Function):
         normed, pack = saved[: ctx.packed], saved[ctx.packed :]
         needs, dtypes = ctx.needs_input_grad, ctx.dtypes
         dwhole, last = ctx.attended.gradients(
-            as_dtype(grad_output, ctx.branch), last_weight, mask, pack, needs[5:7]
+            [as_dtype(grad_output, ctx.branch)], last_weight, mask, pack, needs[5:7]
         )
         dnormed, *first = linear_gradients(
             dwhole,
