@@ -42,7 +42,9 @@ def is_taken(x: Tensor) -> bool:
         # One question: every layer asks, and the tracer is slow to follow.
         found: bool | None = _torch.ask("takes", None, x)
         return is_supported(x) and not is_transformed() if found is None else found
-    if not is_supported(x) or is_transformed():
+    if x.dtype not in _DTYPES or x.layout is not _STRIDED or x.is_nested:
+        return False
+    if torch.compiler.is_exporting() or _torch.in_transform():
         return False
     return not (x.is_inference() and torch.is_grad_enabled())
 

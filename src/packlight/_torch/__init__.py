@@ -7,7 +7,7 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 `fakes.py` is imported by `predict` when it is called, and `graph.py` by `saving`.
 """
 
-from packlight._torch.attributes import flatten, parameters, storage_uses, unflatten
+from packlight._torch.attributes import flatten, parameters, revive, storage_uses, unflatten
 from packlight._torch.autograd import (
     at_end_of_backward,
     has_storage,
@@ -148,6 +148,7 @@ __all__ = [
     "parameters",
     "put_on",
     "question",
+    "revive",
     "run_as_written",
     "run_backward",
     "running_node_number",

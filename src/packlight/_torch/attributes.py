@@ -2,7 +2,7 @@
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ def base(tensor: Tensor) -> Tensor | None:
     """What the tensor is a view of; None where it is none, or torch does not say."""
     found: Tensor | None = getattr(tensor, "_base", None)
     return found
+
+
+# What torch's `TensorWeakRef` calls on a tensor that a weak reference gave: Python may have let its
+# object go, and torch kept it. A release without the name has no such objects.
+revive: Callable[[Tensor], None] = look_up("torch:Tensor._fix_weakref") or (lambda tensor: None)
 
 
 def storage_key(tensor: Tensor) -> object:
