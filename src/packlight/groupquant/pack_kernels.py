@@ -6,7 +6,7 @@ import triton.language as tl
 from packlight.groupquant.grouping import ROTATED as _ROTATED
 from packlight.groupquant.minmax_kernels import PLAIN, load_minmax, store_minmax
 from packlight.groupquant.rotated_kernels import load_rotated, store_rotated
-from packlight.groupquant.tile_kernels import tile_to_float32
+from packlight.groupquant.tile_kernels import to_float32
 
 ROTATED = tl.constexpr(_ROTATED)
 
@@ -17,15 +17,19 @@ def packed_tile(tile, dtype: tl.constexpr, CODE: tl.constexpr):
 
     A rotated pack takes bfloat16 numbers as they are, two an instruction.
     """
-    if CODE != ROTATED or dtype != tl.bfloat16:
-        return tile_to_float32(tile)
-    elif tile[0].dtype == tl.bfloat16:
-        return tile
+    values = ()
+    for p in tl.static_range(8):
+        values = values + (pack_value(tile[p], dtype, CODE),)
+    return values
+
+
+@triton.jit
+def pack_value(x, dtype: tl.constexpr, CODE: tl.constexpr):
+    """A part of `packed_tile`."""
+    if CODE == ROTATED and dtype == tl.bfloat16:
+        return x.to(tl.bfloat16)
     else:
-        narrow = ()
-        for p in tl.static_range(8):
-            narrow = narrow + (tile[p].to(tl.bfloat16),)
-        return narrow
+        return to_float32(x)
 
 
 @triton.jit
