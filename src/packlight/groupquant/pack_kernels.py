@@ -59,13 +59,15 @@ def store_codes(
 def load_codes(
     codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, PARTS: tl.constexpr,
     BITS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, REPLACED: tl.constexpr = PLAIN,
+    NARROW: tl.constexpr = False,
 ):  # fmt: skip
     """The eight float32 tensors of a tile of bundles by their first groups [NQ].
 
     REPLACED says what becomes of groups with numbers in place of infinities, if there may be any.
+    NARROW: they may be bfloat16 ones, where that takes fewer instructions.
     """
     if CODE == ROTATED:
-        return load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, REPLACED)
+        return load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, REPLACED, NARROW)
     else:
         return load_minmax(
             codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, REPLACED
