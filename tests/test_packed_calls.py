@@ -131,6 +131,24 @@ def test_torch_s_composition_of_attention_runs_once_more(heads):
     assert kept == packs + bias
 
 
+def biased(self, q, k, v, bias):
+    return F.scaled_dot_product_attention(q, k, v, bias.mul(2).masked_fill(self.mask, self.low))
+
+
+@pytest.mark.parametrize("low", [-math.inf, -1e4, torch.finfo(torch.float32).min])
+def test_a_bias_as_large_as_the_scores_is_packed_with_bits_of_its_mask(low):
+    model = Code(biased)
+    model.low, model.mask = low, MASK == -math.inf
+    model.mask[..., 0, :] = low == -math.inf  # where nothing is left all keys count alike, or NaN
+    scores = (BATCH, HEADS, TOKENS, TOKENS)
+    if low == -math.inf:
+        model.mask[..., 0, 0] = False
+    kept = compare(model, inputs(*QKV, scores))
+    rows, elements = BATCH * HEADS * TOKENS, BATCH * HEADS * TOKENS**2
+    mask = model.mask.numel()  # of masked_fill
+    assert kept == PACKS + pack_bytes(elements, 8, 32) + elements // 8 + 4 * rows + mask
+
+
 @pytest.mark.parametrize("weights", [False, True])
 def test_multi_head_attention_keeps_a_pack_of_its_input(weights):
     layer = nn.MultiheadAttention(64, 4, batch_first=True)
