@@ -138,7 +138,7 @@ def biased(self, q, k, v, bias):
 @pytest.mark.parametrize("low", [-math.inf, -1e4, torch.finfo(torch.float32).min])
 def test_a_bias_as_large_as_the_scores_is_packed_with_bits_of_its_mask(low):
     model = Code(biased)
-    model.low, model.mask = low, MASK == -math.inf
+    model.low, model.mask = low, MASK < 0
     model.mask[..., 0, :] = low == -math.inf  # where nothing is left all keys count alike, or NaN
     scores = (BATCH, HEADS, TOKENS, TOKENS)
     if low == -math.inf:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.zoo import ZOO
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +30,6 @@ from packlight.report import human_bytes
 from packlight.report.left import Left
 from packlight.report.words import percent
 from tests.families import FAMILIES, Family
-from tools.zoo import ZOO
 
 ROOT = Path(__file__).parents[1]
 PAGE, RECORD = ROOT / "docs" / "models.md", ROOT / "tests" / "families.json"
@@ -135,9 +135,10 @@ The models are small, so a share differs from that of a large model; what is lef
 `conversion.left(batch)` says it of a model and a batch of yours.
 
 - **error**: of the gradients, |g~ - g| / |g|, the median over the parameters of the model, of one
-  step. **of bf16** is the error of the plain model under autocast to bfloat16, where its code runs so. Both are large where a batch norm
-  has few values a channel, as in the last stages of networks on images of 64 pixels. That of 4 bits
-  is noise of the rounding: with 8 bits it is 16 times smaller, and it averages out over steps.
+  step. **of bf16** is the error of the plain model under autocast to bfloat16, where its code runs
+  so. Both are large where a batch norm has few values a channel, as in the last stages of networks
+  on images of 64 pixels. That of 4 bits is noise of the rounding: with 8 bits it is 16 times
+  smaller, and most of it averages out over steps.
 - **what is left**: the largest share of what is still kept that is no pack, where it is 1% or more,
   and what would help.
 - Gains of 0 and LayerScales of 1e-6 are set to 0.5 first, behind which there would be no gradient.

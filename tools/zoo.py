@@ -22,92 +22,82 @@ def _images(side: int = SIDE) -> Tensor:
 
 # ---- timm ----------------------------------------------------------------------------------------
 
-_FEW = {"layers": [1, 1, 1, 1]}
-_STAGES = {"depths": (1, 1, 1, 1)}
-_BLOCKS = {"img_size": SIDE, "depth": 2}
-_PATCHES_OF_14 = {"img_size": 70, "depth": 2}
+
+def _each(names: str, **options: Any) -> dict[str, dict[str, Any]]:
+    return dict.fromkeys(names.split(), options)
+
 
 _TIMM: dict[str, dict[str, Any]] = {
     # Residual networks.
-    "resnet18": {},
-    **dict.fromkeys(
-        ("resnet50", "resnet50d", "wide_resnet50_2", "resnetrs50", "resnetblur50", "ecaresnet50d",
-         "seresnet50", "resnext50_32x4d", "seresnext50_32x4d", "res2net50_26w_4s", "senet154",
-         "resnetv2_50"),
-        _FEW,
+    **_each(
+        """resnet50 resnet50d wide_resnet50_2 resnetrs50 resnetblur50 ecaresnet50d seresnet50
+        resnext50_32x4d seresnext50_32x4d res2net50_26w_4s senet154 resnetv2_50""",
+        layers=[1, 1, 1, 1],
     ),
-    **dict.fromkeys(
-        ("skresnet18", "resnest14d", "resnetv2_50x1_bit", "tresnet_m", "cspresnet50",
-         "cspdarknet53", "regnetx_002", "regnety_002", "regnetz_b16", "nf_resnet50",
-         "eca_nfnet_l0", "dm_nfnet_f0"),
-        {},
+    **_each(
+        """resnet18 skresnet18 resnest14d resnetv2_50x1_bit tresnet_m cspresnet50 cspdarknet53
+        regnetx_002 regnety_002 regnetz_b16 nf_resnet50 eca_nfnet_l0 dm_nfnet_f0"""
     ),
     # Other convolutional networks.
-    **dict.fromkeys(
-        ("efficientnet_b0", "tf_efficientnet_b0", "tf_efficientnetv2_b0", "efficientnetv2_rw_t",
-         "efficientnet_lite0", "mnasnet_100", "mobilenetv1_100", "mobilenetv2_100",
-         "mobilenetv3_large_100", "mobilenetv3_small_100", "mobilenetv4_conv_small",
-         "mobilenetv4_hybrid_medium", "mixnet_s", "fbnetc_100", "spnasnet_100", "hardcorenas_a",
-         "lcnet_050", "tinynet_e", "rexnet_100", "ghostnet_100", "ghostnetv2_100",
-         "mobileone_s0", "repvgg_a0", "repvit_m0_9", "dla34", "hrnet_w18_small", "vgg11",
-         "vgg11_bn", "inception_v3", "inception_v4", "inception_resnet_v2", "xception41",
-         "legacy_xception", "hgnet_tiny", "hgnetv2_b0", "selecsls42b", "ese_vovnet19b_dw",
-         "convnext_atto", "convnextv2_atto", "mambaout_femto", "starnet_s1", "gernet_s",
-         "fasternet_t0", "efficientvit_b0", "edgenext_xx_small", "convmixer_768_32"),
-        {},
+    **_each(
+        """efficientnet_b0 tf_efficientnet_b0 tf_efficientnetv2_b0 efficientnetv2_rw_t
+        efficientnet_lite0 mnasnet_100 mobilenetv1_100 mobilenetv2_100 mobilenetv3_large_100
+        mobilenetv3_small_100 mobilenetv4_conv_small mobilenetv4_hybrid_medium mixnet_s fbnetc_100
+        spnasnet_100 hardcorenas_a lcnet_050 tinynet_e rexnet_100 ghostnet_100 ghostnetv2_100
+        mobileone_s0 repvgg_a0 repvit_m0_9 dla34 hrnet_w18_small vgg11 vgg11_bn xception41
+        legacy_xception hgnet_tiny hgnetv2_b0 selecsls42b ese_vovnet19b_dw convnext_atto
+        convnextv2_atto mambaout_femto starnet_s1 gernet_s fasternet_t0 efficientvit_b0
+        edgenext_xx_small convmixer_768_32 focalnet_tiny_srf inception_v3 inception_v4
+        inception_resnet_v2"""
     ),
-    "convnext_tiny": _STAGES,
-    "inception_next_tiny": _STAGES,
-    "focalnet_tiny_srf": {},
+    **_each("convnext_tiny inception_next_tiny", depths=(1, 1, 1, 1)),
     "densenet121": {"block_config": (2, 2, 2, 2)},
     # Vision transformers.
-    **dict.fromkeys(
-        ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224",
-         "vit_base_patch16_clip_224", "vit_base_patch16_siglip_224",
-         "vit_base_patch16_rope_reg1_gap_256", "vit_relpos_small_patch16_224",
-         "vit_small_r26_s32_224", "vit_small_patch16_dinov3", "samvit_base_patch16",
-         "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
-         "beit_base_patch16_224", "beitv2_base_patch16_224", "cait_xxs24_224",
-         "xcit_nano_12_p16_224", "tnt_s_patch16_224", "convit_tiny"),
-        _BLOCKS,
+    **_each(
+        """vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224 vit_base_patch16_clip_224
+        vit_base_patch16_siglip_224 vit_base_patch16_rope_reg1_gap_256 vit_relpos_small_patch16_224
+        vit_small_r26_s32_224 vit_small_patch16_dinov3 samvit_base_patch16 deit_tiny_patch16_224
+        deit_tiny_distilled_patch16_224 deit3_small_patch16_224 beit_base_patch16_224
+        beitv2_base_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 tnt_s_patch16_224
+        convit_tiny""",
+        img_size=SIDE, depth=2,
     ),
-    **dict.fromkeys(
-        ("vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224",
-         "eva_large_patch14_196"),
-        _PATCHES_OF_14,
+    **_each(
+        """vit_small_patch14_dinov2 vit_small_patch14_reg4_dinov2 eva02_tiny_patch14_224
+        eva_large_patch14_196""",
+        img_size=70, depth=2,
     ),
     # Hierarchies, and hybrids.
-    **dict.fromkeys(
-        ("swin_tiny_patch4_window7_224", "swinv2_cr_tiny_ns_224", "twins_pcpvt_small",
-         "twins_svt_small", "davit_tiny"),
-        _STAGES,
+    **_each(
+        """swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 twins_pcpvt_small twins_svt_small
+        davit_tiny""",
+        depths=(1, 1, 1, 1),
     ),
-    "swinv2_tiny_window8_256": {"img_size": 128, **_STAGES},
+    "swinv2_tiny_window8_256": {"img_size": 128, "depths": (1, 1, 1, 1)},
     "vitamin_small_224": {"img_size": SIDE},
-    **dict.fromkeys(
-        ("maxvit_rmlp_pico_rw_256", "coatnet_nano_rw_224", "pvt_v2_b0", "poolformer_s12",
-         "poolformerv2_s12", "convformer_s18", "caformer_s18", "mixer_s16_224", "gmlp_s16_224",
-         "resmlp_12_224", "efficientformer_l1", "efficientformerv2_s0", "fastvit_t8", "levit_128s",
-         "crossvit_tiny_240", "volo_d1_224", "nest_tiny", "mobilevit_xxs", "mobilevitv2_050",
-         "gcvit_xxtiny", "hiera_tiny_224", "efficientvit_m0", "coat_lite_tiny", "pit_ti_224",
-         "visformer_tiny", "sequencer2d_s", "mvitv2_tiny", "botnet26t_256", "lambda_resnet26t",
-         "tiny_vit_5m_224", "shvit_s1", "swiftformer_xs", "nextvit_small"),
-        {},
+    **_each(
+        """maxvit_rmlp_pico_rw_256 coatnet_nano_rw_224 pvt_v2_b0 poolformer_s12 poolformerv2_s12
+        convformer_s18 caformer_s18 mixer_s16_224 gmlp_s16_224 resmlp_12_224 efficientformer_l1
+        efficientformerv2_s0 fastvit_t8 levit_128s crossvit_tiny_240 volo_d1_224 nest_tiny
+        mobilevit_xxs mobilevitv2_050 gcvit_xxtiny hiera_tiny_224 efficientvit_m0 coat_lite_tiny
+        pit_ti_224 visformer_tiny sequencer2d_s mvitv2_tiny botnet26t_256 lambda_resnet26t
+        tiny_vit_5m_224 shvit_s1 swiftformer_xs nextvit_small"""
     ),
 }  # fmt: skip
 
 # Sides of images, of networks that take no other.
 _SIDES = {
-    **dict.fromkeys(
-        ("mixer_s16_224", "gmlp_s16_224", "resmlp_12_224", "efficientformer_l1",
-         "efficientformerv2_s0", "levit_128s", "volo_d1_224", "nest_tiny", "gcvit_xxtiny",
-         "hiera_tiny_224", "coat_lite_tiny", "pit_ti_224", "visformer_tiny",
-         "swin_tiny_patch4_window7_224", "swinv2_cr_tiny_ns_224", "coatnet_nano_rw_224"),
-        224,
-    ),
-    **dict.fromkeys(("maxvit_rmlp_pico_rw_256", "botnet26t_256"), 256),
-    **dict.fromkeys(("inception_v3", "inception_v4", "inception_resnet_v2"), 96),
-}  # fmt: skip
+    name: side
+    for side, names in {
+        224: """mixer_s16_224 gmlp_s16_224 resmlp_12_224 efficientformer_l1 efficientformerv2_s0
+            levit_128s volo_d1_224 nest_tiny gcvit_xxtiny hiera_tiny_224 coat_lite_tiny pit_ti_224
+            visformer_tiny swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224
+            coatnet_nano_rw_224""",
+        256: "maxvit_rmlp_pico_rw_256 botnet26t_256",
+        96: "inception_v3 inception_v4 inception_resnet_v2",
+    }.items()
+    for name in names.split()
+}
 
 
 def _of_timm(name: str, options: dict[str, Any]) -> Family:
@@ -177,7 +167,7 @@ class _Detector(nn.Module):
         scores, boxes = self.rpn(list(features.values()))
         regions = nn.functional.adaptive_avg_pool2d(features["0"], 7)
         found = [*scores, *boxes, *self.box_predictor(self.box_head(regions))]
-        return found if self.mask is None else [*found, self.mask(regions)]
+        return [*found, self.mask(regions)] if len(self.mask) else found
 
 
 def _one_stage(name: str) -> Family:

@@ -144,7 +144,7 @@ _MASKED = -1e3
 
 @dataclasses.dataclass
 class _Masked:
-    """A bias with a mask in it, from bits of the mask, the least number a row, and a pack of the rest."""
+    """A bias with a mask in it: bits of the mask, the least number a row, a pack of the rest."""
 
     rebuild: Callable[..., Tensor]
     shape: tuple[int, ...]
