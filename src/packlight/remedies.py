@@ -5,10 +5,7 @@ from collections.abc import Iterable, Mapping
 from packlight.report import KeptTensor, MemoryReport
 from packlight.report.left import Left, LeftRow
 from packlight.report.words import short_operation
-from packlight.saving.rules import why_exact
-
-# Operators of torch's that set a workspace aside, of a format that only they know.
-_WORKSPACES = ("MkldnnRnn", "CudnnRnn", "ThnnFused", "MiopenRnn")
+from packlight.saving.rules import WORKSPACES, why_exact
 
 # What helps where a layer was left alone, by the beginning of the reason that a conversion gives.
 _OF_LAYERS = {
@@ -63,7 +60,7 @@ def _is_packed(row: KeptTensor) -> bool:
     """Whether packlight made the tensor: codes and words lie flat, whatever the tensor's shape."""
     ours = row.operation.startswith("_") and row.dtype != "int64"
     flat = len(row.shape) == 1 and row.dtype in ("uint8", "int32")
-    return (ours or flat) and not row.operation.startswith(_WORKSPACES)
+    return (ours or flat) and not row.operation.startswith(WORKSPACES)
 
 
 def _explained(
@@ -76,7 +73,7 @@ def _explained(
 ) -> tuple[str, str]:
     if is_packed:
         return "packs, codes and statistics", _OF_PACKS
-    if operation.startswith(_WORKSPACES):
+    if operation.startswith(WORKSPACES):
         return "a workspace of torch's kernel", ""
     if why := why_exact(operation):
         return why, _OF_REASONS.get(why, "")
