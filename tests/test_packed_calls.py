@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packlight import DoubleBackwardError, GroupQuant, convert
+from packlight import DoubleBackwardError, GroupQuant, ModifiedWeightError, convert
 from packlight.layers.extremes import amax, maximum, minimum
 from tests.helpers import kept_bytes, pack_bytes, relative_error
 
@@ -102,6 +102,44 @@ def test_what_is_joined_to_scores_is_not_kept_where_it_is_large():
     kept = compare(Code(code), inputs(*QKV, other))
     both = BATCH * HEADS * TOKENS * 2 * TOKENS
     assert kept <= PACKS + pack_bytes(both, 8, 32) + pack_bytes(both // 2, 8, 32)
+
+
+def _written(when, write):
+    """Attention whose mask is written to after the scores or after the probabilities."""
+
+    def code(self, q, k, v):
+        mask = torch.zeros(TOKENS, TOKENS)
+        mask[:, TOKENS // 2 :] = -3
+        scores = q @ k.mT * 0.25 + mask
+        if when == "scores":
+            write(mask)
+        probabilities = scores.softmax(-1)
+        if when == "probabilities":
+            write(mask)
+        return probabilities @ v
+
+    return Code(code)
+
+
+@pytest.mark.parametrize("write", [Tensor.zero_, lambda mask: mask[:, :8].fill_(1)])
+def test_a_mask_that_is_written_to(write):
+    """Before a softmax has read the scores they are not computed from it; after, it says so."""
+    compare(_written("scores", write), inputs(*QKV))
+    model, xs = _written("probabilities", write), inputs(*QKV)
+    run(model, xs)  # torch keeps no mask that it adds
+    convert(model, NEAREST)
+    with pytest.raises(ModifiedWeightError, match="a mask, a bias or a weight"):
+        run(model, xs)
+
+
+def test_a_mask_of_inference_mode():
+    with torch.inference_mode():
+        mask = MASK.clone()
+
+    def code(self, q, k, v):
+        return (q @ k.mT * 0.25 + mask).softmax(-1) @ v
+
+    compare(Code(code), inputs(*QKV))
 
 
 @pytest.mark.parametrize("code", [written_out, capped, in_place, selected])
@@ -306,7 +344,7 @@ def test_an_adapted_weight_whose_parts_changed_is_refused():
     y = model(*inputs((64, 64)))
     with torch.no_grad():
         model.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(ModifiedWeightError, match="write to a copy"):
         y.sum().backward()
 
 

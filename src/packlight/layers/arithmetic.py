@@ -44,6 +44,8 @@ def followed(
     """
     tensors = tuple(x for x in operands if isinstance(x, Tensor))
     known = _known_of(tensors)
+    if again is not None and known is not None and known[0] is None:
+        known = None  # what is written over is not there to compute the result from
     y = function(*operands, **settings)
     packs = None if known is None else _packs_of(tensors, known, y)
     if packs is not None:

@@ -70,7 +70,7 @@ def computed_pack_of(x: Tensor) -> Pack | None:
     return pack if pack is not None and is_computed(pack) else None
 
 
-# A part of a computed tensor that has this share of its elements is worth computing all of it.
+# For a part of a computed tensor with more than this share of its elements all of it is computed.
 _MOST = 0.5
 
 
@@ -82,7 +82,8 @@ class _Part:
     place: tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides and offset
 
     def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
-        return self.rebuild(dtype, *tensors).as_strided(*self.place)
+        whole, (shape, stride, start) = self.rebuild(dtype, *tensors), self.place
+        return whole.as_strided(shape, stride, whole.storage_offset() + start)
 
 
 def _pack_of_part(x: Tensor) -> Pack | None:
@@ -91,7 +92,7 @@ def _pack_of_part(x: Tensor) -> Pack | None:
     For the one reader that a slice has; not where it is a small part, of several perhaps.
     """
     whole = None if torch.compiler.is_dynamo_compiling() else x._base
-    if whole is None or x.dtype != whole.dtype or x.numel() < _MOST * whole.numel():
+    if whole is None or x.dtype != whole.dtype or x.numel() <= _MOST * whole.numel():
         return None
     pack = computed_pack_of(whole)
     if pack is None:

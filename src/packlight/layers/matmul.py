@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import _torch, sharing
-from packlight._checks import autocasts, is_plain, needs_gradient, refuse_second_derivative
+from packlight._checks import autocasts, is_plain, needs_gradient, refuse_second_derivative, saved_with_operands
 from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight.layers.casts import to
@@ -89,7 +89,7 @@ class _Multiply(torch.autograd.Function):
         product, added, (rebuild_a, rebuild_b, parts) = ctx.settings
         a_dtype, a_shape, b_dtype, b_shape = ctx.like
         needs_a, needs_b, needs_base = ctx.needs_input_grad[:3]
-        tensors = ctx.saved_tensors
+        tensors = saved_with_operands(ctx)
         dbase = None
         if needs_base:
             dtype, shape = ctx.base
