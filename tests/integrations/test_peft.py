@@ -664,6 +664,12 @@ def test_experts_and_routers_with_adapters(name, after):
     assert torch.equal(ours.logits, output.logits)
     assert actual.keys() == expected.keys()
     assert worst_error(actual, expected) < 0.1
+    first = model(**inputs).loss  # for which PEFT parametrizes, and parametrizes anew
+    model(**inputs).loss.backward(inputs=[p for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    first.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert worst_error(found, expected) < 0.1
     report = packlight.profile(model, **inputs)
     kept = [packlight.profile(each, **inputs).activation_bytes for each in (plain, model)]
     assert kept[0] > 3 * kept[1]

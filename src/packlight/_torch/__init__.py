@@ -7,7 +7,7 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 `fakes.py` is imported by `predict` when it is called, and `graph.py` by `saving`.
 """
 
-from packlight._torch.attributes import flatten, parameters, storage_uses, unflatten
+from packlight._torch.attributes import flatten, parameters, storage_uses, unflatten, unwritten
 from packlight._torch.autograd import (
     at_end_of_backward,
     has_storage,
@@ -160,6 +160,7 @@ __all__ = [
     "storage_uses",
     "take_off",
     "unflatten",
+    "unwritten",
     "untraced",
     "value_of",
     "variable_of",

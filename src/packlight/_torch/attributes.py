@@ -21,6 +21,18 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else int(getattr(tensor, "_version", -1))
 
 
+_keeps_version = look_up("torch.autograd:_unsafe_preserve_version_counter")
+
+
+def unwritten(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which no value of the tensor changes, whatever torch counts.
+
+    Where torch cannot be told, what was saved of the tensor before counts as written to.
+    """
+    context: Any = contextlib.nullcontext if _keeps_version is None else _keeps_version
+    return context(tensor)  # type: ignore[no-any-return]
+
+
 def base(tensor: Tensor) -> Tensor | None:
     """What the tensor is a view of; None where it is none, or torch does not say."""
     found: Tensor | None = getattr(tensor, "_base", None)
