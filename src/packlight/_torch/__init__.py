@@ -7,7 +7,15 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 `fakes.py` is imported by `predict` when it is called, and `graph.py` by `saving`.
 """
 
-from packlight._torch.attributes import flatten, parameters, storage_uses, unflatten, unwritten
+from packlight._torch.attributes import (
+    flat_weights,
+    flatten,
+    parameters,
+    storage_uses,
+    unflatten,
+    unwritten,
+    with_flat_weights,
+)
 from packlight._torch.autograd import (
     at_end_of_backward,
     has_storage,
@@ -124,6 +132,7 @@ __all__ = [
     "code_of",
     "constant_while_traced",
     "current_stream",
+    "flat_weights",
     "flatten",
     "followed",
     "function_modes",
@@ -160,11 +169,12 @@ __all__ = [
     "storage_uses",
     "take_off",
     "unflatten",
-    "unwritten",
     "untraced",
+    "unwritten",
     "value_of",
     "variable_of",
     "warn_if_untested",
+    "with_flat_weights",
     "with_operators",
     "with_values",
     "without_mode",

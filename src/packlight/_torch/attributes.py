@@ -88,6 +88,26 @@ def storage_uses(tensor: Tensor) -> int:
     return uses
 
 
+# ---- recurrent layers ----------------------------------------------------------------------------
+
+
+def flat_weights(module: nn.Module) -> list[Tensor] | None:
+    """The weights of a recurrent layer in the order of its kernel; None where torch hides them."""
+    update = getattr(module, "_update_flat_weights", None)
+    if update is None:
+        return None
+    update()
+    found: list[Tensor] | None = getattr(module, "_flat_weights", None)
+    return None if found is None or any(each is None for each in found) else list(found)
+
+
+def with_flat_weights(module: nn.Module, weights: list[Tensor]) -> nn.Module:
+    """The layer with these weights in their place; the layer itself stays as it is."""
+    other: nn.Module = object.__new__(type(module))
+    other.__dict__.update(vars(module), _flat_weights=weights)
+    return other
+
+
 # ---- graph nodes ---------------------------------------------------------------------------------
 
 

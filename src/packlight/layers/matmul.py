@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import _torch, sharing
-from packlight._checks import autocasts, is_plain, needs_gradient, refuse_second_derivative, saved_with_operands
+from packlight._checks import (
+    autocasts,
+    is_plain,
+    needs_gradient,
+    refuse_second_derivative,
+    saved_with_operands,
+)
 from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight.layers.casts import to
@@ -162,7 +168,8 @@ def _of_weights(
     Where they are parts of a weight, as W + s B A is that of an adapter, those who read the weight
     keep nothing: they compute it again from what is held already.
     """
-    operands, function = ((a, b), product.forward)
+    operands: tuple[Tensor, ...] = (a, b)
+    function: Callable[..., Tensor] = product.forward
     if base is not None and added is not None:
         operands, function = (base, a, b), added
     y: Tensor = function(*operands)

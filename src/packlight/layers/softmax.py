@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import sharing
-from packlight._checks import autocast_dtype, needs_gradient, refuse_second_derivative, saved_with_operands
+from packlight._checks import (
+    autocast_dtype,
+    needs_gradient,
+    refuse_second_derivative,
+    saved_with_operands,
+)
 from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight.layers.casts import to
