@@ -49,7 +49,8 @@ class Code(nn.Module):
         super().__init__()
         self.first, self.last, self.rows = nn.Linear(32, 32), nn.Linear(32, 1), nn.GRU(32, 32)
         self.bias, self.sink = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(1))
-        self.w, self.a, self.b = (nn.Parameter(torch.randn(n) / 6) for n in ((32, 32), (2, 32), (32, 2)))
+        shapes = (32, 32), (2, 32), (32, 2)
+        self.w, self.a, self.b = (nn.Parameter(torch.randn(shape) / 6) for shape in shapes)
 
     def forward(self, x):
         x = self.rows(self.first(x).expand(8, -1, -1))[0].transpose(0, 1)
