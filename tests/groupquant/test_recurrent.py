@@ -144,6 +144,23 @@ def test_some_weights_frozen_and_two_backward_passes():
         assert relative_error(a, b) < 0.02
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_weights_of_one_call(kind):
+    """As `functional_call` puts them into the layer: the backward pass is of them."""
+    torch.manual_seed(0)
+    layer, x = kind(WIDTH, HIDDEN), torch.randn(SHAPE)
+    others = {name: torch.randn_like(p).requires_grad_() for name, p in layer.named_parameters()}
+
+    def found():
+        y = torch.func.functional_call(layer, others, (x,))[0]
+        return torch.autograd.grad(y.square().sum(), list(others.values()))
+
+    expected = found()
+    convert(layer, METHOD)
+    for a, b in zip(found(), expected, strict=True):
+        assert relative_error(a, b) < 0.05
+
+
 def test_a_weight_that_is_modified_is_refused():
     layer, x = nn.LSTM(WIDTH, HIDDEN), torch.randn(SHAPE, requires_grad=True)
     convert(layer, METHOD)

@@ -8,13 +8,13 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 """
 
 from packlight._torch.attributes import (
+    apart,
     flat_weights,
     flatten,
     parameters,
     storage_uses,
     unflatten,
     unwritten,
-    with_flat_weights,
 )
 from packlight._torch.autograd import (
     at_end_of_backward,
@@ -122,6 +122,7 @@ __all__ = [
     "TRITON",
     "adaptive_avg_pool_gradient",
     "always_untraced",
+    "apart",
     "applied",
     "as_node",
     "ask",
@@ -174,7 +175,6 @@ __all__ = [
     "value_of",
     "variable_of",
     "warn_if_untested",
-    "with_flat_weights",
     "with_operators",
     "with_values",
     "without_mode",

@@ -2,7 +2,7 @@
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,11 +101,19 @@ def flat_weights(module: nn.Module) -> list[Tensor] | None:
     return None if found is None or any(each is None for each in found) else list(found)
 
 
-def with_flat_weights(module: nn.Module, weights: list[Tensor]) -> nn.Module:
-    """The layer with these weights in their place; the layer itself stays as it is."""
-    other: nn.Module = object.__new__(type(module))
-    other.__dict__.update(vars(module), _flat_weights=weights)
-    return other
+def apart(module: nn.Module) -> Callable[[list[Tensor]], nn.Module]:
+    """A recurrent layer as it is now, with whatever weights it is given in the place of its own.
+
+    What is put into the layer itself later, or was put there for one call, is not read.
+    """
+    state = {**vars(module), "_parameters": dict(module._parameters)}
+
+    def with_weights(weights: list[Tensor]) -> nn.Module:
+        other: nn.Module = object.__new__(type(module))
+        other.__dict__.update(state, _flat_weights=weights)
+        return other
+
+    return with_weights
 
 
 # ---- graph nodes ---------------------------------------------------------------------------------

@@ -46,14 +46,14 @@ class Recurrent(Quantised):
         if weights is None or not self._replays(x, (*states, *weights)):
             found: tuple[_Input, _State | None] = super(Twin, self).forward(input, hx)
             return found
-        operands = (x, *states, *weights)
+        operands, with_weights = (x, *states, *weights), _torch.apart(self)
 
         def call(*found: Tensor) -> tuple[Tensor, ...]:
             x, *rest = found
             given = PackedSequence(x, *input[1:]) if isinstance(input, PackedSequence) else x
             own, several = rest[: len(states)], isinstance(hx, tuple)
             state: Any = tuple(own) if several else own[0] if own else None
-            plain: Any = _torch.with_flat_weights(self, rest[len(states) :])
+            plain: Any = with_weights(rest[len(states) :])
             y, last = super(Twin, plain).forward(given, state)
             y = y.data if isinstance(y, PackedSequence) else y
             return y, *(last if isinstance(last, tuple) else (last,))
