@@ -7,7 +7,16 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 `fakes.py` is imported by `predict` when it is called, and `graph.py` by `saving`.
 """
 
-from packlight._torch.attributes import flatten, parameters, revive, storage_uses, unflatten
+from packlight._torch.attributes import (
+    apart,
+    flat_weights,
+    flatten,
+    parameters,
+    revive,
+    storage_uses,
+    unflatten,
+    unwritten,
+)
 from packlight._torch.autograd import (
     at_end_of_backward,
     has_storage,
@@ -114,6 +123,7 @@ __all__ = [
     "TRITON",
     "adaptive_avg_pool_gradient",
     "always_untraced",
+    "apart",
     "applied",
     "as_node",
     "ask",
@@ -124,6 +134,7 @@ __all__ = [
     "code_of",
     "constant_while_traced",
     "current_stream",
+    "flat_weights",
     "flatten",
     "followed",
     "function_modes",
@@ -162,6 +173,7 @@ __all__ = [
     "take_off",
     "unflatten",
     "untraced",
+    "unwritten",
     "value_of",
     "variable_of",
     "warn_if_untested",
