@@ -36,6 +36,25 @@ def on_gpu() -> Iterator[None]:
         _imagining -= 1
 
 
+# Who is told of copies between the GPU imagined and the memory of its host.
+_told: list[Callable[[Tensor], None]] = []
+
+
+@contextlib.contextmanager
+def told_of_copies(listener: Callable[[Tensor], None]) -> Iterator[None]:
+    _told.append(listener)
+    try:
+        yield
+    finally:
+        _told.remove(listener)
+
+
+def copied(x: Tensor) -> None:
+    """Called for each such copy of a run that is imagined: of `x`, out or back."""
+    for listener in _told:
+        listener(x)
+
+
 def as_imagined() -> contextlib.AbstractContextManager[Any]:
     """For a call of torch's own function where modes are off: it is as on the device imagined."""
     return OnGpu() if _imagining else contextlib.nullcontext()

@@ -181,7 +181,7 @@ def calibrate(device: Device, tiny: bool = False) -> Rates:
     `tiny` takes small networks, to try it on the CPU, whose times are no rates.
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    workspace = _workspace(kind)
+    workspace, copies = _workspace(kind), _copies(kind, device)
     nominal, taken = defaultdict[str, float](float), defaultdict[str, float](float)
     for case in _cases(tiny):
         for change in _CASES:
@@ -207,6 +207,7 @@ def calibrate(device: Device, tiny: bool = False) -> Rates:
         factors,
         _share(taken, nominal, set(factors) - own),
         _share(taken, nominal, own & set(factors)),
+        copies,
         1.5,
         host_us,
         host_us_packlight,
@@ -276,6 +277,20 @@ def _workspace(kind: str) -> int:
     (x @ x).sum().backward()
     del x
     return torch.cuda.memory_allocated() - before
+
+
+def _copies(kind: str, device: Device) -> float:
+    """How many times as long copies to and from pinned memory take as the data sheet says."""
+    size = 2**28 if kind == "cuda" else 2**16
+    here = torch.empty(size, dtype=torch.uint8, device=kind)
+    away = torch.empty(size, dtype=torch.uint8, pin_memory=kind == "cuda")
+    times = []
+    for _ in range(5):
+        for one, other in ((here, away), (away, here)):
+            begin = time.perf_counter()
+            one.copy_(other)
+            times.append(time.perf_counter() - begin)
+    return round(statistics.median(times) * device.link / size, 3)
 
 
 class _Counted(DispatchMode):  # type: ignore[misc]

@@ -193,7 +193,7 @@ def fit(
     for choice in all_choices:
         found: dict[str, int | None] = {"batch": None, "sequence": None}
         if sizes:
-            found = _extremes(study, choice, inputs, kwargs, usable, longest)
+            found = extremes(study, choice, usable, longest)
         rows.append(_row(choice.name, choice.code, timelines[choice.name], usable, found))
     if plan is not None:
         code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), strict=False)'
@@ -242,14 +242,11 @@ def _row(
 # ---- the largest batch and the longest sequence --------------------------------------------------
 
 
-def _extremes(
-    study: Study,
-    choice: Choice,
-    inputs: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    usable: int,
-    longest: int | None,
+def extremes(
+    study: Study, choice: Choice, usable: int, longest: int | None
 ) -> dict[str, int | None]:
+    """The largest batch, and the longest sequence of a batch of one, whose peak is in `usable`."""
+    inputs, kwargs = study.inputs, study.kwargs
     first = next((x for x in flatten((inputs, kwargs))[0] if isinstance(x, Tensor)), None)
     if first is None or first.dim() == 0:
         return {"batch": None, "sequence": None}

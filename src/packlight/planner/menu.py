@@ -8,7 +8,7 @@ from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
 from packlight.method import Method
-from packlight.recompute.method import Checkpoint, Recompute, Tiles
+from packlight.recompute.method import Checkpoint, Offload, Recompute, Tiles
 from packlight.selectors import Choice, Selector
 
 
@@ -56,7 +56,20 @@ TILED = Option(
     Checkpoint(GroupQuant(bits=8)),
     error=0.085,
 )
-MENU = (EXACT, PACKED_8, PACKED_4, CHECKPOINTED, CHECKPOINTED_8, CHECKPOINTED_PACKED, TILED)
+OFFLOADED = Option("offload", block=Offload(packed=None))
+OFFLOADED_PACKED = Option(
+    "offload of 8 bits, packs of 4", _BITS_4, Offload(GroupQuant(bits=8)), error=0.085
+)
+OFFLOADED_TILED = Option(
+    "offload of 8 bits, tiles, packs of 4",
+    (Tiles(), *_BITS_4),
+    Offload(GroupQuant(bits=8)),
+    error=0.085,
+)
+MENU = (
+    EXACT, PACKED_8, PACKED_4, CHECKPOINTED, CHECKPOINTED_8, CHECKPOINTED_PACKED, TILED,
+    OFFLOADED, OFFLOADED_PACKED, OFFLOADED_TILED,
+)  # fmt: skip
 
 
 def selectors(blocks: Mapping[str, Option], outside: Option) -> dict[Selector, Choice]:

@@ -42,7 +42,7 @@ def _rows(best: Candidate) -> list[PlannedBlock]:
     for name, parts in best.mix.by_block().items():
         kept = sum(part.grows for part in parts if part.phase == FORWARD)
         working = max((part.peak for part in parts if part.phase != FORWARD), default=0)
-        ms = sum(max(part.device_ms, part.host_ms) for part in parts)
+        ms = sum(part.ms for part in parts)
         option = best.options[name]
         rows.append(PlannedBlock(name, option.name, kept, working, ms, option.error))
     return rows

@@ -1,6 +1,7 @@
 """`Timeline`: a training step in its order, with the bytes that are allocated."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "optimizer"
@@ -20,6 +21,38 @@ class Segment(NamedTuple):
     after: int
     device_ms: float
     host_ms: float
+    copy_ms: float = 0.0  # of copies to and from the memory of the host
+
+
+class Clock:
+    """Milliseconds since the step began, on each of the three.
+
+    The host launches ahead of the device, which waits where it has nothing to do. Copies to and
+    from the memory of the host go over a stream of their own, one after the other, each when what
+    it copies is there. What a block of the backward pass needs was sent for by the one that ran
+    before it (`recompute/offloading.py`), so a block waits for all copies before its own; the first
+    sends for what it needs itself.
+    """
+
+    def __init__(self) -> None:
+        self.host = self.device = self.link = 0.0
+        self._sent_for = False
+
+    def run(self, segment: Segment) -> None:
+        copy = segment.copy_ms
+        if copy and segment.phase == BACKWARD:
+            if not self._sent_for:
+                copy /= 2  # of two blocks, of which one is waited for
+                self._copy(copy)
+                self._sent_for = True
+            self.device = max(self.device, self.link)
+        if copy:
+            self._copy(copy)
+        self.host += segment.host_ms
+        self.device = max(self.device + segment.device_ms, self.host)
+
+    def _copy(self, ms: float) -> None:
+        self.link = max(self.link, self.device) + ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +98,13 @@ class Timeline:
         return next(backward, 0)
 
     @property
-    def device_ms(self) -> float:
-        return sum(segment.device_ms for segment in self.segments)
-
-    @property
-    def host_ms(self) -> float:
-        return sum(segment.host_ms for segment in self.segments)
-
-    @property
     def ms(self) -> float:
-        """The device waits for the host, or the host for the device, over a whole step."""
-        return max(self.device_ms, self.host_ms)
+        """Of a step that ends when the device is done."""
+        return max((end for _, end in self.timed()), default=0.0)
+
+    def timed(self) -> Iterator[tuple[Segment, float]]:
+        """Segments, and when the device is done with each."""
+        clock = Clock()
+        for segment in self.segments:
+            clock.run(segment)
+            yield segment, clock.device
