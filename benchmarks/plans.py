@@ -29,6 +29,7 @@ from packlight.method_files import format_methods, parse_methods
 from packlight.planner import menu
 from packlight.planner.devices import device_of
 from packlight.planner.fit import Choice, choices, extremes
+from packlight.planner.planner import MAX_ERROR
 from packlight.planner.planning import planned
 from packlight.planner.searching import candidates
 from packlight.planner.study import Mix, Study
@@ -62,14 +63,12 @@ def study_of(name: str) -> Study:
 
 
 def _uniform(study: Study) -> Iterator[Choice]:
-    """Choices that are one for all blocks; packs of 2 bits are in no plan."""
+    """Choices that are one for all blocks."""
     for option in menu.MENU:
         packed = any(option.inside)
         outside = option if packed and option.block is None else menu.EXACT
         outside = menu.PACKED_4 if packed and option.block is not None else outside
         yield Choice(option.name, option, outside, packed and study.head, "")
-    two = menu.Option("packs of 2 bits", (packlight.GroupQuant(2), packlight.FewBit(2)))
-    yield Choice(two.name, two, two, study.head, "")
 
 
 def _job(name: str, kind: str, methods: dict[Any, Any], head: bool, **more: Any) -> Row:
@@ -90,7 +89,7 @@ def _foretold(timeline: Any) -> Row:
 
 def _budgets(study: Study, max_error: float | None) -> list[int]:
     options = menu.allowed(menu.MENU, max_error)
-    outsides = menu.allowed((menu.PACKED_4, menu.PACKED_8, menu.EXACT), max_error)
+    outsides = menu.allowed(menu.OUTSIDE, max_error)
     least = min(one.peak for one in candidates(study, options, outsides))
     most = study.plain().timeline.peak
     return [int(least * (most / least) ** share) for share in BUDGETS]
@@ -111,7 +110,7 @@ def foretell(name: str, sizes: bool) -> Iterator[Row]:
         mix = Mix(walks[menu.EXACT], {block: walks[option] for block, option in every.items()})
         methods = menu.selectors(every, menu.EXACT)
         yield _job(name, "checkpoint every second", methods, False, **_foretold(mix.timeline()))
-        for max_error in (None, 0.0):
+        for max_error in (MAX_ERROR, 0.0, None):
             for budget in _budgets(study, max_error):
                 plan = planned(study, budget, None, max_error)
                 options = [block.option for block in plan.blocks]

@@ -13,7 +13,7 @@ from packlight._torch import flatten, unflatten
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner.devices import Device
 from packlight.planner.menu import CHECKPOINTED, EXACT, PACKED_4, TILED, Option
-from packlight.planner.planner import Loss, OptimizerOf
+from packlight.planner.planner import MAX_ERROR, Loss, OptimizerOf
 from packlight.planner.planning import planned
 from packlight.planner.result import Plan
 from packlight.planner.study import Study
@@ -185,7 +185,7 @@ def fit(
         timelines[choice.name] = _timeline(study, choice)
     plan, why = None, None
     try:
-        plan = planned(study, usable, None, None)
+        plan = planned(study, usable, None, MAX_ERROR)
         timelines["plan"] = plan.timeline
     except InfeasibleBudgetError as error:
         why = str(error)

@@ -10,6 +10,7 @@ from packlight.planner.devices import Device, device_of, parse_bytes
 from packlight.planner.result import Plan
 
 Loss = Callable[[Any], Tensor]
+MAX_ERROR = 0.15  # that of the default methods, and a bit
 OptimizerOf = Callable[[list[nn.Parameter]], Any]  # as a class of torch.optim
 
 
@@ -20,7 +21,7 @@ def plan(
     memory: int | float | str,
     optimizer: OptimizerOf | None = None,
     loss: Loss | None = None,
-    max_error: float | None = None,
+    max_error: float | None = MAX_ERROR,
     device: str | Device | None = None,
     head: bool | None = None,
 ) -> Plan:
@@ -28,9 +29,9 @@ def plan(
 
     The step is forward, loss, backward and optimiser, without an accumulation of gradients. It is
     walked on tensors without values, once for each option of the blocks, so nothing is computed, no
-    GPU is needed and the model may be on "meta". Options of a block are: as it is, packs of 8 and 4
-    bits, and checkpoints whose inputs are kept exactly or in 8 bits and whose insides are as they
-    are, in packs or in tiles. With b the options of all blocks, the plan solves
+    GPU is needed and the model may be on "meta". Options of a block are: as it is, packs of 8 to 2
+    bits, and checkpoints whose inputs are kept exactly or in 8 bits, or offloaded, and whose
+    insides are as they are, in packs or in tiles. With b the options of all blocks, the plan solves
 
         min ms(b)   with   max_t static + kept(t; b) + working(t; b) <= memory,
 
@@ -48,7 +49,8 @@ def plan(
             `functools.partial(torch.optim.AdamW, fused=True)`. None: no optimiser is counted.
         loss: of the model's output; None: its `loss`, or else the mean of its floating outputs.
         max_error: the largest error of gradients, relative, that a block's option may have, by the
-            table in docs/plan.md; 0 leaves what is exact. None allows all.
+            table in docs/plan.md; 0 leaves what is exact. As it is, it leaves packs of 4 bits, with
+            which most models train like without; None allows all, down to 2 bits.
         device: a card's name, "H200" or "RTX 4090"; None: the GPU that is here. Times of devices
             that nobody measured are estimated from bandwidth and arithmetic, and say so.
         head: whether losses are computed by chunks of logits, exactly; None: where there is a head

@@ -1,7 +1,7 @@
 """`planned`: the fastest methods with which a training step fits into a number of bytes."""
 
 from packlight.errors import InfeasibleBudgetError, InputError
-from packlight.planner.menu import EXACT, MENU, PACKED_4, PACKED_8, allowed, selectors
+from packlight.planner.menu import MENU, OUTSIDE, allowed, selectors
 from packlight.planner.result import Plan, PlannedBlock, peak_parts, where
 from packlight.planner.searching import Candidate, candidates, fastest
 from packlight.planner.study import Study
@@ -14,7 +14,7 @@ def planned(study: Study, budget: int | None, share: float | None, max_error: fl
     options = allowed(MENU, max_error)
     if not options:
         raise InputError(f"max_error={max_error} is below 0, so that nothing is allowed")
-    found = candidates(study, options, allowed((PACKED_4, PACKED_8, EXACT), max_error))
+    found = candidates(study, options, allowed(OUTSIDE, max_error))
     if share is None:
         assert budget is not None
         best = fastest(found, lambda one: one.peak <= budget)
