@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from packlight.cli.models import load_model, parse_inputs
-from packlight.planner.adapted import in_4_bits, with_lora
+from packlight.planner.adapted import in_4_bits, lora_settings, with_lora
 from packlight.planner.devices import device_of
 from packlight.planner.fit import CONTEXT, USABLE, choices
 from packlight.planner.optimizers import OPTIMIZERS
@@ -84,7 +84,7 @@ def peaks(row: Row) -> dict[str, int]:
     if row.trained == "QLoRA":
         in_4_bits(model)
     if row.trained != "all":
-        model = with_lora(model, {"r": "16", "targets": "all-linear"})
+        model = with_lora(model, lora_settings({"r": "16"}))
     optimizer = OPTIMIZERS["adamw"]
     with torch.autocast("cpu", torch.bfloat16, enabled=row.autocast):
         study = Study(model, (), loaded.keywords, device_of("H100"), None, optimizer)
