@@ -10,7 +10,7 @@ import torch
 
 import packlight
 from packlight.cli import main
-from packlight.planner.adapted import FourBits, in_4_bits
+from packlight.planner.adapted import FourBits, in_4_bits, lora_settings, with_lora
 from packlight.planner.calibrate import calibrate
 from packlight.planner.devices import Rates, device_of, parse_bytes, save_rates
 from packlight.planner.fit import fit, largest, resized
@@ -138,15 +138,11 @@ def _without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
         monkeypatch.setitem(sys.modules, name, None)
 
 
-@pytest.mark.parametrize("with_packages", [True, False])
-def test_a_model_of_transformers_with_adapters_on_4_bits(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, with_packages: bool
+def test_a_model_of_transformers_with_adapters_on_4_bits_without_their_packages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    if with_packages:
-        pytest.importorskip("peft")
-    else:
-        _without(monkeypatch, "peft", "bitsandbytes")
+    _without(monkeypatch, "peft", "bitsandbytes")
     data = _fit_of_a_llama(capsys, "--lora", "r=4,targets=all-linear", "--load-in-4bit")
     assert all(row["fits"] for row in data["rows"])
     # Adapters are trained, and their Adam has two numbers of 32 bits a weight.
@@ -158,17 +154,20 @@ def test_a_model_of_transformers_with_adapters_on_4_bits(
     assert data["weights"] == pytest.approx(embeddings + linears // 2 + trained, rel=0.1)
 
 
-@pytest.mark.parametrize("base", [[], ["--load-in-4bit"]], ids=["16 bits", "4 bits"])
-def test_adapters_take_as_much_without_peft(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, base: list[str]
-) -> None:
-    pytest.importorskip("transformers")
+@pytest.mark.parametrize("in_4", [False, True], ids=["16 bits", "4 bits"])
+def test_adapters_take_as_much_without_peft(monkeypatch: pytest.MonkeyPatch, in_4: bool) -> None:
     pytest.importorskip("peft")
-    words = ["--lora", "r=4,targets=q_proj+up_proj,dropout=0.1", *base]
-    theirs = _fit_of_a_llama(capsys, *words)["rows"]
-    _without(monkeypatch, "peft")
-    for one, other in zip(theirs, _fit_of_a_llama(capsys, *words)["rows"], strict=True):
-        assert other["peak"] == pytest.approx(one["peak"], rel=0.03)
+    settings = lora_settings({"r": "4", "targets": "up+down", "dropout": "0.1"})
+    peaks = []
+    for _ in range(2):
+        model, tokens = on_meta(depth=3)
+        model.to(torch.bfloat16)
+        if in_4:
+            in_4_bits(model)
+        walker = Walker(with_lora(model, settings), (tokens,), {}, None, OPTIMIZERS["adamw"])
+        peaks.append(walker.walk(device_of("H200")).timeline.peak)
+        _without(monkeypatch, "peft")
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
 
 
 @pytest.mark.parametrize(

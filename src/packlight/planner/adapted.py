@@ -67,7 +67,7 @@ def in_4_bits(model: nn.Module) -> None:
 class Adapted(nn.Module):
     """A frozen layer and an adapter of a low rank, as PEFT has it, for what it holds and keeps.
 
-        y = f(x) + s B A dropout(x),   A [r, in] and B [out, r] trained, in float32 as PEFT has them
+    y = f(x) + s B A dropout(x),   A [r, in] and B [out, r] trained, in float32 as PEFT has them
     """
 
     def __init__(self, layer: nn.Linear, rank: int, alpha: int, dropout: float) -> None:
