@@ -14,7 +14,7 @@ from packlight.errors import InfeasibleBudgetError
 from packlight.planner.devices import Device
 from packlight.planner.menu import CHECKPOINTED, EXACT, PACKED_4, TILED, Option
 from packlight.planner.planner import MAX_ERROR, Loss, OptimizerOf
-from packlight.planner.planning import planned
+from packlight.planner.planning import front, planned
 from packlight.planner.result import Plan
 from packlight.planner.study import Study
 from packlight.planner.timeline import Timeline
@@ -98,10 +98,13 @@ class Fit:
     timelines: dict[str, Timeline]
     plan: Plan | None
     why_no_plan: str | None
+    front: tuple[tuple[float, int], ...]  # milliseconds and bytes of what plans can do
 
     @property
     def fastest(self) -> Row | None:
-        return min((row for row in self.rows if row.fits), key=lambda row: row.ms, default=None)
+        """The plainest of those that are as fast to three digits."""
+        fitting = (row for row in self.rows if row.fits)
+        return min(fitting, key=lambda row: float(f"{row.ms:.3g}"), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -117,47 +120,67 @@ class Fit:
             "fastest": None if self.fastest is None else self.fastest.name,
             "plan": None if self.plan is None else self.plan.to_dict(),
             "why_no_plan": self.why_no_plan,
+            "front": [{"ms": ms, "peak": peak} for ms, peak in self.front],
         }
+
+    @property
+    def room(self) -> str:
+        """What the device has."""
+        return (
+            f"{self.device.name}: {human_bytes(self.usable)} of {human_bytes(self.device.memory)}"
+            " for tensors, the rest is CUDA's and the allocator's"
+        )
+
+    @property
+    def verdict(self) -> list[str]:
+        """What fits, and of what the times are."""
+        fastest = self.fastest
+        found = [
+            f"nothing fits; {self.why_no_plan}"
+            if fastest is None
+            else f"the fastest that fits: {fastest.name}"
+        ]
+        if not self.device.measured:
+            found.append(
+                f"times are estimated from the bandwidth and the arithmetic of {self.device.name}"
+            )
+        return found
 
     def __str__(self) -> str:
         return render(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.title)
-        yield Text(
-            f"{self.device.name}: {human_bytes(self.usable)} of {human_bytes(self.device.memory)}"
-            " for tensors, the rest is CUDA's and the allocator's"
-        )
+        yield Text(self.room)
         yield Text(
             f"weights {human_bytes(self.weights)}, optimiser {human_bytes(self.optimizer)},"
             f" batch and cuBLAS {human_bytes(self.other)}, and"
         )
         table = new_table()
         columns = ["choice", "kept", "on top", "peak", "", "margin", "ms"]
-        for column in [*columns, "largest batch", "longest sequence"]:
+        for column in [*columns, "batch", "sequence"]:
             left = column in ("choice", "")
-            table.add_column(column, justify="left" if left else "right", no_wrap=len(column) < 8)
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(
                 row.name,
                 *map(human_bytes, (row.kept, row.gradients + row.working, row.peak)),
-                "fits" if row.fits else "no",
+                "fits" if row.fits else "does not fit",
                 human_bytes(row.margin),
                 f"{row.ms:.0f}",
                 *("" if n is None else f"{n:,}" for n in (row.largest_batch, row.longest_sequence)),
             )
         yield table
-        yield Text("kept as the backward pass begins; on top: gradients and the working set")
-        if self.fastest is None:
-            yield Text(f"nothing fits; {self.why_no_plan}")
-        else:
-            yield Text(f"the fastest that fits: {self.fastest.name}")
-            if self.fastest.code:
-                yield Text(self.fastest.code)
-        if not self.device.measured:
-            yield Text(
-                f"times are estimated from the bandwidth and the arithmetic of {self.device.name}"
-            )
+        yield Text(
+            "kept as the backward pass begins; on top: gradients and the working set; the largest"
+            " batch, and the longest sequence of a batch of one"
+        )
+        verdict, *source = self.verdict
+        yield Text(verdict)
+        if self.fastest is not None and self.fastest.code:
+            yield Text(self.fastest.code)
+        for line in source:
+            yield Text(line)
 
 
 def fit(
@@ -210,6 +233,7 @@ def fit(
         timelines,
         plan,
         why,
+        tuple(front(study, MAX_ERROR)),
     )
 
 

@@ -1,5 +1,7 @@
 """`planned`: the fastest methods with which a training step fits into a number of bytes."""
 
+from collections.abc import Iterator
+
 from packlight.errors import InfeasibleBudgetError, InputError
 from packlight.planner.menu import MENU, OUTSIDE, allowed, selectors
 from packlight.planner.result import Plan, PlannedBlock, peak_parts, where
@@ -11,10 +13,7 @@ from packlight.report.words import human_bytes
 
 def planned(study: Study, budget: int | None, share: float | None, max_error: float | None) -> Plan:
     plain = study.plain().timeline
-    options = allowed(MENU, max_error)
-    if not options:
-        raise InputError(f"max_error={max_error} is below 0, so that nothing is allowed")
-    found = candidates(study, options, allowed(OUTSIDE, max_error))
+    found = _found(study, max_error)
     if share is None:
         assert budget is not None
         best = fastest(found, lambda one: one.peak <= budget)
@@ -35,6 +34,22 @@ def planned(study: Study, budget: int | None, share: float | None, max_error: fl
         source,
         budget,
     )
+
+
+def front(study: Study, max_error: float | None) -> Iterator[tuple[float, int]]:
+    """Milliseconds and bytes at the peak of mixes that no other is better than in both."""
+    least: int | None = None
+    for one in _found(study, max_error):  # the fastest first
+        if least is None or one.peak < least:
+            least = one.peak
+            yield one.ms, one.peak
+
+
+def _found(study: Study, max_error: float | None) -> list[Candidate]:
+    options = allowed(MENU, max_error)
+    if not options:
+        raise InputError(f"max_error={max_error} is below 0, so that nothing is allowed")
+    return candidates(study, options, allowed(OUTSIDE, max_error))
 
 
 def _rows(best: Candidate) -> list[PlannedBlock]:
