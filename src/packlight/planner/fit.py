@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from packlight._torch import flatten, unflatten
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner.devices import Device
-from packlight.planner.menu import CHECKPOINTED, EXACT, PACKED_4, TILED, Option
+from packlight.planner.menu import CHECKPOINTED, EXACT, MENU, PACKED_4, TILED, Option, allowed
 from packlight.planner.planner import MAX_ERROR, Loss, OptimizerOf
 from packlight.planner.planning import front, planned
 from packlight.planner.result import Plan
@@ -220,8 +220,10 @@ def fit(
         rows.append(_row(choice.name, choice.code, timelines[choice.name], usable, found))
     if plan is not None:
         code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), strict=False)'
-        none: dict[str, int | None] = {"batch": None, "sequence": None}
-        rows.append(_row("plan", code, plan.timeline, usable, none))
+        found = {"batch": None, "sequence": None}
+        if sizes:
+            found = _most(rows, extremes(study, _smallest(study), usable, longest))
+        rows.append(_row("plan", code, plan.timeline, usable, found))
     return Fit(
         title,
         device,
@@ -235,6 +237,24 @@ def fit(
         why,
         tuple(front(study, MAX_ERROR)),
     )
+
+
+def _smallest(study: Study) -> Choice:
+    """Of the options of plans that with the lowest peak, for all blocks: a plan for larger sizes."""
+    walked = {
+        option: study.walked(option, PACKED_4).timeline.peak for option in allowed(MENU, MAX_ERROR)
+    }
+    return Choice("plan", min(walked, key=walked.__getitem__), PACKED_4, study.head, "")
+
+
+def _most(rows: list[Row], found: dict[str, int | None]) -> dict[str, int | None]:
+    """The largest sizes of any; what a choice can do, a plan can."""
+    batches = [found["batch"], *(row.largest_batch for row in rows)]
+    sequences = [found["sequence"], *(row.longest_sequence for row in rows)]
+    return {
+        "batch": max((n for n in batches if n is not None), default=None),
+        "sequence": max((n for n in sequences if n is not None), default=None),
+    }
 
 
 def _timeline(study: Study, choice: Choice) -> Timeline:

@@ -126,6 +126,9 @@ class Plan(Mapping[Selector, Choice]):
             f" {self.device} (times {self.source}); PyTorch {human_bytes(self.plain.peak)} and"
             f" {self.plain.ms:.0f} ms"
         )
+        container = os.path.commonprefix([block.name for block in self.blocks]).rpartition(".")[0]
+        if container:
+            yield Text(f"blocks of {container}:")
         table = new_table()
         for column in ("blocks", "become", "keep", "work with", "ms", "error"):
             right = column in ("keep", "work with", "ms", "error")
@@ -133,7 +136,9 @@ class Plan(Mapping[Selector, Choice]):
         for rows in self._alike():
             first = rows[0]
             table.add_row(
-                cell(", ".join(condensed([row.name for row in rows]))),
+                cell(
+                    ", ".join(condensed([row.name[len(container) :].lstrip(".") for row in rows]))
+                ),
                 Text(first.option),
                 human_bytes(sum(row.kept for row in rows)),
                 human_bytes(max(row.working for row in rows)),
