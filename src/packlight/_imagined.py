@@ -7,7 +7,7 @@ told here.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +36,21 @@ def on_gpu() -> Iterator[None]:
         _imagining -= 1
 
 
-# Who is told of copies between the GPU imagined and the memory of its host.
-_told: list[Callable[[Tensor], None]] = []
+class Listener(Protocol):
+    """Is told of copies between the GPU imagined and the memory of its host."""
+
+    def copy(self, tensor: Tensor) -> None:
+        """Of one that begins, out or back."""
+
+    def wait(self) -> None:
+        """What runs next waits for all of them."""
+
+
+_told: list[Listener] = []
 
 
 @contextlib.contextmanager
-def told_of_copies(listener: Callable[[Tensor], None]) -> Iterator[None]:
+def told_of_copies(listener: Listener) -> Iterator[None]:
     _told.append(listener)
     try:
         yield
@@ -50,9 +59,13 @@ def told_of_copies(listener: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 def copied(x: Tensor) -> None:
-    """Called for each such copy of a run that is imagined: of `x`, out or back."""
     for listener in _told:
-        listener(x)
+        listener.copy(x)
+
+
+def waited() -> None:
+    for listener in _told:
+        listener.wait()
 
 
 def as_imagined() -> contextlib.AbstractContextManager[Any]:

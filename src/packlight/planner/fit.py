@@ -240,7 +240,7 @@ def fit(
 
 
 def _smallest(study: Study) -> Choice:
-    """Of the options of plans that with the lowest peak, for all blocks: a plan for larger sizes."""
+    """The option with the lowest peak, for all blocks: what a plan for larger sizes takes."""
     walked = {
         option: study.walked(option, PACKED_4).timeline.peak for option in allowed(MENU, MAX_ERROR)
     }

@@ -64,9 +64,13 @@ class Ledger(DispatchMode):  # type: ignore[misc]
         return result
 
     def copy(self, tensor: Tensor) -> None:
-        """Notes a copy to or from the memory of the host."""
         now = self.allocated
         self._note("copy", now, now, (0.0, 0.0, self.costs.copy_ms(tensor)))
+
+    def wait(self) -> None:
+        now = self.allocated
+        phase, place = self.where()
+        self.segments.append(Segment(phase, place, "wait", now, now, now, 0.0, 0.0, waits=True))
 
     def _allocate(self, tensor: Tensor) -> bool:
         """Counts the storage of a tensor, and whether it is a new one."""

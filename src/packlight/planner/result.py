@@ -126,7 +126,8 @@ class Plan(Mapping[Selector, Choice]):
             f" {self.device} (times {self.source}); PyTorch {human_bytes(self.plain.peak)} and"
             f" {self.plain.ms:.0f} ms"
         )
-        container = os.path.commonprefix([block.name for block in self.blocks]).rpartition(".")[0]
+        containers = {block.name.rpartition(".")[0] for block in self.blocks}
+        container = containers.pop() if len(containers) == 1 else ""
         if container:
             yield Text(f"blocks of {container}:")
         table = new_table()

@@ -22,6 +22,7 @@ class Segment(NamedTuple):
     device_ms: float
     host_ms: float
     copy_ms: float = 0.0  # of copies to and from the memory of the host
+    waits: bool = False  # for all copies before it
 
 
 class Clock:
@@ -29,30 +30,19 @@ class Clock:
 
     The host launches ahead of the device, which waits where it has nothing to do. Copies to and
     from the memory of the host go over a stream of their own, one after the other, each when what
-    it copies is there. What a block of the backward pass needs was sent for by the one that ran
-    before it (`recompute/offloading.py`), so a block waits for all copies before its own; the first
-    sends for what it needs itself.
+    it copies is there (`recompute/offloading.py`).
     """
 
     def __init__(self) -> None:
         self.host = self.device = self.link = 0.0
-        self._sent_for = False
 
     def run(self, segment: Segment) -> None:
-        copy = segment.copy_ms
-        if copy and segment.phase == BACKWARD:
-            if not self._sent_for:
-                copy /= 2  # of two blocks, of which one is waited for
-                self._copy(copy)
-                self._sent_for = True
+        if segment.waits:
             self.device = max(self.device, self.link)
-        if copy:
-            self._copy(copy)
+        if segment.copy_ms:
+            self.link = max(self.link, self.device) + segment.copy_ms
         self.host += segment.host_ms
         self.device = max(self.device + segment.device_ms, self.host)
-
-    def _copy(self, ms: float) -> None:
-        self.link = max(self.link, self.device) + ms
 
 
 @dataclasses.dataclass(frozen=True)

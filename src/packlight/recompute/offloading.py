@@ -46,6 +46,7 @@ class Away:
         """The tensor, or what its pack stands for; called as often as the graph goes through it."""
         self.fetch()
         assert self.here is not None
+        _imagined.waited()
         if self.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
         tensor = self.rebuild(self.dtype, *self.here)
