@@ -17,7 +17,7 @@ from torch import nn
 from packlight.cli.models import load_model, parse_inputs
 from packlight.planner.adapted import in_4_bits, lora_settings, with_lora
 from packlight.planner.devices import device_of
-from packlight.planner.fit import CONTEXT, USABLE, choices
+from packlight.planner.fit import choices, usable
 from packlight.planner.optimizers import OPTIMIZERS
 from packlight.planner.study import Study
 from packlight.report.words import human_bytes
@@ -103,8 +103,8 @@ def main() -> None:
         found = peaks(row)
         cells = []
         for card in cards:
-            usable = USABLE * (card.memory - CONTEXT)
-            fitting = [words.get(name, name) for name, peak in found.items() if peak <= usable]
+            room = usable(card.memory)
+            fitting = [words.get(name, name) for name, peak in found.items() if peak <= room]
             cells.append(fitting[0] if fitting else "-")
         least = ", ".join(human_bytes(peak) for peak in found.values())
         print(f"| {row.title} | {' | '.join(cells)} | {least} |")

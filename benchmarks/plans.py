@@ -4,8 +4,9 @@
     python -m benchmarks.plans measure jobs.jsonl --out benchmarks/results/planner.jsonl
 
 A job is what a model becomes, with the bytes and milliseconds that are foretold. One with a budget
-runs while the allocator is limited to it, as a whole of reserved bytes; where that is too little,
-to a few percent more. Models are those of `benchmarks.user`.
+runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
+yet, as a user's first step; where that is too little, once more without a limit. Models are those of
+`benchmarks.user`.
 """
 
 import argparse
@@ -30,14 +31,12 @@ from packlight.planner import menu
 from packlight.planner.devices import device_of
 from packlight.planner.fit import Choice, choices, extremes
 from packlight.planner.planner import MAX_ERROR
-from packlight.planner.planning import planned
-from packlight.planner.searching import candidates
+from packlight.planner.planning import front, planned
 from packlight.planner.study import Mix, Study
+from packlight.planner.timeline import reserved
 
 NAMES = ("vitb", "llama1b", "lora8b-4k")
-# Where between the least peak and that of PyTorch's step budgets lie, by the logarithm.
-BUDGETS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.7)
-LIMITS = (1.0, 1.02, 1.05)
+BUDGETS = 6
 Row = dict[str, Any]
 
 
@@ -88,11 +87,10 @@ def _foretold(timeline: Any) -> Row:
 
 
 def _budgets(study: Study, max_error: float | None) -> list[int]:
-    options = menu.allowed(menu.MENU, max_error)
-    outsides = menu.allowed(menu.OUTSIDE, max_error)
-    least = min(one.peak for one in candidates(study, options, outsides))
-    most = study.plain().timeline.peak
-    return [int(least * (most / least) ** share) for share in BUDGETS]
+    """Those for which points of the front are enough, from the smallest to the fastest."""
+    peaks = [peak for _, peak in front(study, max_error)][::-1]
+    places = [round(place * (len(peaks) - 1) / (BUDGETS - 1)) for place in range(BUDGETS)]
+    return [reserved(peaks[place]) + 1 for place in sorted(set(places))]
 
 
 def foretell(name: str, sizes: bool) -> Iterator[Row]:
@@ -110,7 +108,7 @@ def foretell(name: str, sizes: bool) -> Iterator[Row]:
         mix = Mix(walks[menu.EXACT], {block: walks[option] for block, option in every.items()})
         methods = menu.selectors(every, menu.EXACT)
         yield _job(name, "checkpoint every second", methods, False, **_foretold(mix.timeline()))
-        for max_error in (MAX_ERROR, 0.0, None):
+        for max_error in (MAX_ERROR, 0.0):
             for budget in _budgets(study, max_error):
                 plan = planned(study, budget, None, max_error)
                 options = [block.option for block in plan.blocks]
@@ -144,26 +142,22 @@ class Measuring:
         self.device = Device("cuda")
         task = SCENARIOS[name]
         self.trained, self.size = Trained(task, CHOICES["eager"], task.size, self.device), task.size
-        self.trained.step()  # makes the optimiser's state
 
     def measure(self, job: Row, steps: int) -> Row:
         """By the job; `out_of_memory` says at which limits a step did not run."""
         failed = []
-        limits = [int(share * job["budget"]) for share in LIMITS] if "budget" in job else [None]
-        for limit in limits:
+        for limit in [job["budget"], None] if "budget" in job else [None]:
             with self._converted(job), _limited(limit):
                 try:
                     return {**self._steps(steps), "limit": limit, "out_of_memory": failed}
                 except torch.OutOfMemoryError:
                     failed.append(limit)
-            self._clean()
         return {"limit": None, "out_of_memory": failed}
 
     def runs(self, job: Row, size: int) -> bool:
         """Whether a step of this size runs within the limit of the job."""
         changed = {"batch": size} if job["by"] == "batch" else {"batch": 1, "length": size}
         self.trained.see(Size(**{**self.size._asdict(), **changed}))
-        self._clean()
         with self._converted(job), _limited(job["limit"]):
             try:
                 self.trained.step()
@@ -178,7 +172,9 @@ class Measuring:
             return self.trained.gradients()
 
     def _clean(self) -> None:
-        self.trained.optimizer.zero_grad(set_to_none=True)
+        trained = self.trained
+        trained.optimizer.zero_grad(set_to_none=True)
+        trained.optimizer = torch.optim.AdamW(trained.parameters, lr=1e-5, fused=True)
         self.device.wait()
         self.device.clean()
 
@@ -196,8 +192,7 @@ class Measuring:
             packlight.revert(model)
 
     def _steps(self, steps: int) -> Row:
-        for _ in range(2):
-            self.trained.step()
+        self.trained.step()
         self.device.wait()
         torch.cuda.reset_peak_memory_stats()
         whole, host = list[float](), list[float]()

@@ -13,7 +13,7 @@ from packlight.planner.planner import MAX_ERROR
 from packlight.planner.planning import planned
 from packlight.planner.searching import candidates
 from packlight.planner.study import Study
-from packlight.planner.timeline import STEP
+from packlight.planner.timeline import STEP, allocatable, reserved
 from packlight.planner.walk import Walker
 from tests.planner.models import Model, on_meta, singles
 
@@ -33,9 +33,9 @@ def test_plans_keep_to_their_budgets_and_larger_ones_are_no_slower(study: Study)
     assert least < 0.9 * most
     times = []
     for tenth in range(11):
-        budget = least + (most - least) * tenth // 10
+        budget = reserved(least + (most - least) * tenth // 10) + 1
         plan = planned(study, budget, None, MAX_ERROR)
-        assert plan.peak_bytes <= budget
+        assert plan.peak_bytes < plan.reserved_bytes <= budget
         times.append(plan.ms)
     assert times == sorted(times, reverse=True)
 
@@ -52,7 +52,7 @@ def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
     found = candidates(study, OPTIONS, [PACKED_4])
     mixed = [one for one in found if len(set(one.options.values())) > 1]
     for one in mixed[:: max(len(mixed) // 4, 1)]:
-        plan = planned(study, one.peak, None, MAX_ERROR)
+        plan = planned(study, reserved(one.peak) + 1, None, MAX_ERROR)
         model, tokens = on_meta(depth=8)
         walker = Walker(model, (tokens,), {}, None, torch.optim.SGD, singles(model))
         with walker.imagined():
@@ -70,9 +70,11 @@ def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
 
 def test_what_no_plan_can_do_is_refused_with_the_least(study: Study) -> None:
     least = min(one.peak for one in candidates(study, OPTIONS, [PACKED_4]))
-    planned(study, least, None, MAX_ERROR)
-    with pytest.raises(InfeasibleBudgetError, match=r"the least is .* in the .*pass.*weights"):
-        planned(study, least - 1, None, MAX_ERROR)
+    planned(study, reserved(least) + 1, None, MAX_ERROR)
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"the least is .* allocated in the .*pass.*weights"
+    ):
+        planned(study, reserved(least) - 1, None, MAX_ERROR)
     with pytest.raises(InfeasibleBudgetError, match="keeps 1e-06 of what plain training keeps"):
         planned(study, None, 1e-6, MAX_ERROR)
 
@@ -102,7 +104,7 @@ def test_a_plan_converts_and_saves(tmp_path: pathlib.Path) -> None:
     packlight.convert(model, saved, strict=False)
     assert conversion.bytes(tokens).after.activation_bytes == after
     text = str(plan)
-    for part in ("blocks.0", "the peak is in the", "times measured"):
+    for part in ("blocks of blocks:", "the peak is in the", "times measured"):
         assert part in text
     assert plan.to_dict()["peak_bytes"] == plan.peak_bytes
     assert sum(plan.peak_parts().values()) == plan.peak_bytes
@@ -145,3 +147,10 @@ def test_what_is_outside_of_blocks_errs_no_more() -> None:
     choice = plan["*"]
     assert choice is None or GroupQuant(4) not in choice
     assert EXACT in allowed(MENU, 0.01)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 2**28, 2**31, 2**32 + 7, 10**11])
+def test_what_is_allocatable_is_reserved_within_the_size(size: int) -> None:
+    assert reserved(allocatable(size)) <= size
+    assert reserved(allocatable(size) + 2) >= size
+    assert allocatable(size + 1) >= allocatable(size)

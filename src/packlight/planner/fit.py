@@ -17,14 +17,17 @@ from packlight.planner.planner import MAX_ERROR, Loss, OptimizerOf
 from packlight.planner.planning import front, planned
 from packlight.planner.result import Plan
 from packlight.planner.study import Study
-from packlight.planner.timeline import Timeline
+from packlight.planner.timeline import Timeline, allocatable
 from packlight.report.printing import new_table, render
 from packlight.report.words import human_bytes
 
 # What CUDA's context and libraries take of a card, beside the allocator: 430 to 520 MiB.
-CONTEXT = 2**29
-# Of what is left, what the allocator can hand out before it fails for want of room in one piece.
-USABLE = 0.97
+_CONTEXT = 2**29
+
+
+def usable(memory: int) -> int:
+    """Bytes for tensors: what CUDA leaves, but for what the allocator cannot hand out."""
+    return allocatable(memory - _CONTEXT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +203,7 @@ def fit(
     which is no longer than `longest`.
     """
     study = Study(model, inputs, kwargs, device, loss, optimizer, head)
-    usable = int(USABLE * (device.memory - CONTEXT))
+    room = usable(device.memory)
     transformers = hasattr(model, "gradient_checkpointing_enable")
     rows, timelines = [], {}
     all_choices = choices(study.head, transformers)
@@ -208,7 +211,7 @@ def fit(
         timelines[choice.name] = _timeline(study, choice)
     plan, why = None, None
     try:
-        plan = planned(study, usable, None, MAX_ERROR)
+        plan = planned(study, device.memory - _CONTEXT, None, MAX_ERROR)
         timelines["plan"] = plan.timeline
     except InfeasibleBudgetError as error:
         why = str(error)
@@ -216,18 +219,18 @@ def fit(
     for choice in all_choices:
         found: dict[str, int | None] = {"batch": None, "sequence": None}
         if sizes:
-            found = extremes(study, choice, usable, longest)
-        rows.append(_row(choice.name, choice.code, timelines[choice.name], usable, found))
+            found = extremes(study, choice, room, longest)
+        rows.append(_row(choice.name, choice.code, timelines[choice.name], room, found))
     if plan is not None:
         code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), strict=False)'
         found = {"batch": None, "sequence": None}
         if sizes:
-            found = _most(rows, extremes(study, _smallest(study), usable, longest))
-        rows.append(_row("plan", code, plan.timeline, usable, found))
+            found = _most(rows, extremes(study, _smallest(study), room, longest))
+        rows.append(_row("plan", code, plan.timeline, room, found))
     return Fit(
         title,
         device,
-        usable,
+        room,
         static.parameters + static.buffers,
         static.optimizer,
         static.inputs + static.workspace,

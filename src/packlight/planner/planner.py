@@ -33,18 +33,19 @@ def plan(
     bits, and checkpoints whose inputs are kept exactly or in 8 bits, or offloaded, and whose
     insides are as they are, in packs or in tiles. With b the options of all blocks, the plan solves
 
-        min ms(b)   with   max_t static + kept(t; b) + working(t; b) <= memory,
+        min ms(b)   with   R(max_t static + kept(t; b) + working(t; b)) <= memory,
 
     over the mixes of two neighbours on the front of bytes and time (`searching.py`). Transients are
-    counted where they are. The planned methods are data: nothing of the model changes.
+    counted where they are. R adds what the allocator of CUDA reserves for a peak, beside what is
+    allocated: 1% and 256 MiB, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the
+    environment; without, it is more. The planned methods are data: nothing of the model changes.
 
     Args:
         model: any module, in training mode. It runs under the caller's autocast.
         batch: what the model is called with: tensors, or one dict of keywords. "meta" will do.
-        memory: bytes at the peak, as CUDA's allocator counts what is allocated: an int or "22GiB".
-            Or a float up to 1, a share of what plain training keeps for its backward pass. A limit
-            of the allocator (`torch.cuda.set_per_process_memory_fraction`) is of reserved bytes,
-            which are up to a few percent more.
+        memory: bytes that the allocator may reserve, as a limit of it is counted
+            (`torch.cuda.set_per_process_memory_fraction`): an int or "22GiB". Or a float up to 1, a
+            share of what plain training keeps for its backward pass.
         optimizer: what makes the optimiser of a list of parameters: a class of torch.optim, or
             `functools.partial(torch.optim.AdamW, fused=True)`. None: no optimiser is counted.
         loss: of the model's output; None: its `loss`, or else the mean of its floating outputs.

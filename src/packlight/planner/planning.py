@@ -7,7 +7,7 @@ from packlight.planner.menu import MENU, OUTSIDE, allowed, selectors
 from packlight.planner.result import Plan, PlannedBlock, peak_parts, where
 from packlight.planner.searching import Candidate, candidates, fastest
 from packlight.planner.study import Study
-from packlight.planner.timeline import FORWARD
+from packlight.planner.timeline import FORWARD, allocatable, reserved
 from packlight.report.words import human_bytes
 
 
@@ -16,7 +16,7 @@ def planned(study: Study, budget: int | None, share: float | None, max_error: fl
     found = _found(study, max_error)
     if share is None:
         assert budget is not None
-        best = fastest(found, lambda one: one.peak <= budget)
+        best = fastest(found, lambda one: one.peak <= allocatable(budget))
     else:
         best = fastest(found, lambda one: one.kept <= share * plain.kept)
     if best is None:
@@ -84,7 +84,8 @@ def _why(
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in peak_parts(timeline).items())
     highest = timeline.highest
     return (
-        f"no plan fits into {human_bytes(budget)}{limit}; the least is {human_bytes(least.peak)},"
-        f" in the {where(highest.phase, highest.place)}: {parts}. A smaller batch, a shorter"
+        f"no plan fits into {human_bytes(budget)}{limit}; the least is"
+        f" {human_bytes(reserved(least.peak))}, of which {human_bytes(least.peak)} are allocated in"
+        f" the {where(highest.phase, highest.place)}: {parts}. A smaller batch, a shorter"
         " sequence, fewer trained weights or a smaller optimiser would take less"
     )
