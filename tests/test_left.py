@@ -127,9 +127,13 @@ def test_advice_needs_no_batch():
         pass
 
     model = nn.Sequential(nn.Linear(8, 8), Own(8, 8), nn.GELU())
-    conversion = packlight.convert(model, {"0": None, "*": packlight.GroupQuant(bits=4)})
-    lines = advice(model, conversion)
-    assert any(line.startswith("0: no None for it") for line in lines)
+    conversion = packlight.convert(model, {"0": None, "2": FOUR}, functional=False)
+    assert advice(model, conversion) == ["1: a selector for it, or '*' (no selector picks it)"]
+    conversion = packlight.convert(model, FOUR, functional=False)
+    (line,) = advice(model, conversion)
+    assert line.startswith("1: build with torch's own class")
+    conversion = packlight.convert(model, {"0": None, "2": FOUR, "*": None})
+    assert advice(model, conversion) == []  # what was asked for is no advice
     model.get_output_embeddings = lambda: model[0]
     assert "head=True" in advice(model, conversion)[-1]
     conversion = packlight.convert(model, packlight.GroupQuant(bits=4), head="0")

@@ -19,7 +19,6 @@ _WORKSPACES = ("MkldnnRnn", "CudnnRnn", "ThnnFused", "MiopenRnn")
 
 # What helps where a layer was left alone, by the beginning of the reason that a conversion gives.
 _OF_LAYERS = {
-    "left alone, as asked": "no None for it",
     "a subclass of": "build with torch's own class, or register a rule for this one",
     "parametrized": "convert first, parametrize afterwards",
     "its forward was replaced": "convert before that",
@@ -108,7 +107,8 @@ def _explained(
     if why := why_exact(operation):
         return why, _OF_REASONS.get(why, "")
     if reason and not (rest and reason.startswith("no rule")):
-        return reason, remedy_of(reason) or ("" if rest else _REST)
+        asked = "no None for it" if reason == "left alone, as asked" else ""
+        return reason, asked or remedy_of(reason) or ("" if rest else _REST)
     if all(not row.dtype.startswith(("float", "bfloat")) for row in kept):
         return "indices, masks and data", ""
     if rest:
