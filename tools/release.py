@@ -3,8 +3,8 @@
     make release                       # or: python tools/release.py
     python tools/release.py --full     # the examples of other packages too
 
-Makes dist/*.whl and dist/*.tar.gz, and stops at the first thing that is wrong. Uploads nothing: that
-is `twine upload dist/*`, by a person, once the address in pyproject.toml is the project's.
+Makes dist/*.whl and dist/*.tar.gz, and stops at the first thing that is wrong. Uploads nothing:
+that is `twine upload dist/*`, by a person, once the address in pyproject.toml is the project's.
 """
 
 import argparse
