@@ -64,6 +64,7 @@ def after_how_to_choose(names, printed, folder):
 def after_integrations(names, printed, folder):
     assert "times less is kept" in printed
     assert printed.count("bytes are kept of a step") == 2
+    assert printed.count("packlight: a step keeps") == 3  # two of Trainers, one of Lightning
 
 
 def after_own_method(names, printed, folder):
