@@ -35,6 +35,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--processes", type=int, default=default, metavar="N", help="side by side")
     run.add_argument("--length", type=int, default=0, metavar="TOKENS", help="of one sequence")
     limit = run.add_mutually_exclusive_group()
+    once = "few steps, checked at a shorter length in the same process"
+    limit.add_argument("--once", action="store_true", help=once)
     limit.add_argument("--longest", type=float, metavar="GIB", help="the longest sequence in it")
     limit.add_argument("--largest", type=float, metavar="GIB", help="the largest batch in it")
     for name in ("table", "plot"):
@@ -58,7 +60,8 @@ def main(words: list[str] | None = None) -> None:
 
     if options.device != "cuda" and (options.longest or options.largest):
         raise SystemExit("a limit of memory needs a CUDA device, whose allocator has one")
-    mode = "longest" if options.longest else "largest" if options.largest else "step"
+    asked = (name for name in ("once", "longest", "largest") if getattr(options, name))
+    mode = next(asked, "step")
     scenarios = runner.order(options.scenarios, SCENARIOS)
     for name in list(scenarios):
         if lacking := missing(SCENARIOS[name]):

@@ -58,6 +58,13 @@ def default(model: nn.Module, **options: Any) -> None:
     packlight.convert(model, functional=True, **options)
 
 
+def attention4(model: nn.Module) -> None:
+    """Attention at 4 bits, which runs once more on its packs."""
+    rotated = packlight.GroupQuant(code="rotated")
+    methods = packlight.DEFAULT_METHODS
+    packlight.convert(model, {"*.self_attn": (rotated, *methods), "*": methods}, head=True)
+
+
 def graphed(model: nn.Module) -> None:
     packlight.graphed(model)
 
@@ -110,6 +117,10 @@ CHOICES = {
     "default": Choice("packlight default", (default,)),
     "default+head": Choice("packlight default, head", (_head,), kind="head"),
     "graphed": Choice("graph", (graphed,)),
+    "attention4": Choice("packlight default, attention 4 bits", (attention4,), kind="liger"),
+    "attention4+graphed": Choice(
+        "packlight default, attention 4 bits, graph", (attention4, graphed), kind="liger"
+    ),
     "default+graphed": Choice("packlight default, graph", (default, graphed)),
     "head+graphed": Choice("packlight default, head, graph", (_head, graphed), kind="head"),
     "liger+checkpoint": Choice("Liger, checkpoint", (liger, checkpoint), kind="liger"),
