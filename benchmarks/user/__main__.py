@@ -33,6 +33,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     # Those that wait are stopped; those that compile want several cores.
     default = max(1, (os.cpu_count() or 1) * 3 // 8)
     run.add_argument("--processes", type=int, default=default, metavar="N", help="side by side")
+    run.add_argument("--plan", metavar="FILE", help='of the choice "plan"')
     run.add_argument("--length", type=int, default=0, metavar="TOKENS", help="of one sequence")
     limit = run.add_mutually_exclusive_group()
     once = "few steps, checked at a shorter length in the same process"
@@ -54,7 +55,7 @@ def main(words: list[str] | None = None) -> None:
         from benchmarks.user import show
 
         return show.main(options)
-    from benchmarks.user import runner
+    from benchmarks.user import choices, runner
     from benchmarks.user.choices import CHOICES
     from benchmarks.user.scenarios import SCENARIOS, missing
 
@@ -78,6 +79,8 @@ def main(words: list[str] | None = None) -> None:
         options.commit or rows.commit(),
         options.length,
     )
+    if options.plan:
+        os.environ[choices.PLAN] = os.path.abspath(options.plan)
     known = rows.read(options.out)
     jobs = runner.jobs(scenarios, runner.order(options.choices, CHOICES), base)
     if options.missing:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 import packlight
+
+PLAN = "PACKLIGHT_BENCHMARKS_PLAN"  # a variable of the environment, which workers see
 
 Change = Callable[[nn.Module], nn.Module | None]  # of a model: in place, or what is to be called
 
@@ -102,6 +105,11 @@ def recompute(model: nn.Module, bits: int, tiles: bool = True) -> None:
     packlight.convert(model, (*methods, *packlight.DEFAULT_METHODS), functional=True, head=True)
 
 
+def planned(model: nn.Module) -> None:
+    """By the file of a plan, `--plan FILE`: `packlight.plan(...).save(FILE)` wrote it."""
+    packlight.convert(model, packlight.load_methods(os.environ[PLAN]), strict=False)
+
+
 def packed() -> contextlib.AbstractContextManager[Any]:
     """Inputs of checkpoints as packs of 8 bits."""
     overrides = {"checkpoint": packlight.GroupQuant(8), "*": None}
@@ -137,6 +145,7 @@ CHOICES = {
         (functools.partial(recompute, bits=8, tiles=False),),
         kind="head",
     ),
+    "plan": Choice("packlight plan", (planned,), kind="plan"),
     "liger+packed": Choice("packlight checkpoint, Liger", (liger, checkpoint), packed, "liger"),
     "default+compile": Choice("packlight default, compile", (default, compile_blocks)),
     "compile+checkpoint": Choice("compile + checkpoint", (checkpoint, torch.compile)),

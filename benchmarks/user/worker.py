@@ -148,14 +148,12 @@ class Trained:
         assert self.exact is not None
         (truth, exact), (loss, grads) = self.exact, self.backward()
         self.exact = None
-        pairs = [
-            (one.float(), other.float())
-            for one, other in zip(grads, exact, strict=True)
-            if one is not None and other is not None
-        ]
-        off = sum((one - other).square().sum() for one, other in pairs)
-        whole = sum(other.square().sum() for _, other in pairs)
-        error = (torch.as_tensor(off) / torch.as_tensor(whole)).sqrt().item()
+        off = whole = torch.zeros((), device=truth.device)
+        for one, other in zip(grads, exact, strict=True):
+            if one is not None and other is not None:
+                off = off + (one.float() - other.float()).square().sum()
+                whole = whole + other.float().square().sum()
+        error = (off / whole).sqrt().item()
         found = {"eager": summary(truth, exact), "gradient_error": float(f"{error:.3g}")}
         return summary(loss, grads) | found
 
