@@ -11,7 +11,8 @@ from torch import nn
 
 import packlight
 
-PLAN = "PACKLIGHT_BENCHMARKS_PLAN"  # a variable of the environment, which workers see
+# A variable of the environment, which workers see: a file, with "{scenario}" for its name.
+PLAN = "PACKLIGHT_BENCHMARKS_PLAN"
 
 Change = Callable[[nn.Module], nn.Module | None]  # of a model: in place, or what is to be called
 
@@ -105,8 +106,12 @@ def recompute(model: nn.Module, bits: int, tiles: bool = True) -> None:
     packlight.convert(model, (*methods, *packlight.DEFAULT_METHODS), functional=True, head=True)
 
 
+def plan_of(scenario: str) -> str:
+    """The file of its plan, which `packlight.plan(...).save(FILE)` wrote."""
+    return os.environ.get(PLAN, "").format(scenario=scenario)
+
+
 def planned(model: nn.Module) -> None:
-    """By the file of a plan, `--plan FILE`: `packlight.plan(...).save(FILE)` wrote it."""
     packlight.convert(model, packlight.load_methods(os.environ[PLAN]), strict=False)
 
 

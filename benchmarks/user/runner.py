@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.user.choices import CHOICES, PLAN
+from benchmarks.user.choices import CHOICES, plan_of
 from benchmarks.user.scenarios import SCENARIOS
 from benchmarks.user.worker import Job
 
@@ -349,7 +349,7 @@ def jobs(scenarios: list[str], choices: list[str], job: Job) -> list[Job]:
 
     def means_something(scenario: str, choice: str) -> bool:
         kinds, changes = {*SCENARIOS[scenario].kinds, ""}, CHOICES[choice]
-        kinds |= {"plan"} if PLAN in os.environ else set()
+        kinds |= {"plan"} if os.path.isfile(plan_of(scenario)) else set()
         if (job.mode == "longest" or job.length) and "long" not in kinds:
             return False
         if job.mode == "largest" and SCENARIOS[scenario].size.batch == 1:
