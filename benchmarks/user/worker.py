@@ -314,7 +314,7 @@ def once(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     taken, host = list[float](), list[float]()
     # Short steps scatter more, and more of them fit.
     most = 5 * job.steps if device.is_cuda else job.steps
-    while len(taken) < job.steps or (sum(taken) < 1.0 and len(taken) < most):
+    while len(taken) < job.steps or (sum(taken) < 2.0 and len(taken) < most):
         start = time.perf_counter()
         trained.step()
         host.append(time.perf_counter() - start)
