@@ -322,21 +322,24 @@ def once(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
         taken.append(time.perf_counter() - start)
     later = slice(1 if len(taken) > 1 else 0, None)
     median = statistics.median(taken[later])
-    yield {
+    row = {
         "ms": round(1e3 * median, 2),
         "host_ms": round(1e3 * statistics.median(host[later]), 2),
         "steps": len(taken[later]),
         "per_s": round(task.size.items / median, 1),
-        "static_gib": None,
-        "peak_gib": None,
     }
-    if device.is_cuda:
-        sizes = {"static_gib": torch.cuda.memory_allocated()}
-        sizes["peak_gib"] = torch.cuda.max_memory_allocated()
-        sizes["reserved_gib"] = torch.cuda.max_memory_reserved()
-        if CHOICES[job.choice].graphed:
-            sizes["peak_gib"] = sizes["reserved_gib"]
-        yield {name: round(size / GIB, 3) for name, size in sizes.items()}
+    yield row | peaks(CHOICES[job.choice], device)  # at once: a row with a time is complete
+
+
+def peaks(choice: Choice, device: Device) -> dict[str, float | None]:
+    """GiB, of what has run so far; of graphs as in `memory`."""
+    if not device.is_cuda:
+        return dict.fromkeys(("static_gib", "peak_gib", "reserved_gib"))
+    found = {"static_gib": torch.cuda.memory_allocated()}
+    found["reserved_gib"] = torch.cuda.max_memory_reserved()
+    allocated = torch.cuda.max_memory_allocated()
+    found["peak_gib"] = found["reserved_gib"] if choice.graphed else allocated
+    return {name: round(size / GIB, 3) for name, size in found.items()}
 
 
 def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
