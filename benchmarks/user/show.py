@@ -27,6 +27,7 @@ README = (
     "default+head",
     "default+graphed",
     "head+graphed",
+    "plan",
 )
 
 
