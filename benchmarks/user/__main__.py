@@ -33,7 +33,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     # Those that wait are stopped; those that compile want several cores.
     default = max(1, (os.cpu_count() or 1) * 3 // 8)
     run.add_argument("--processes", type=int, default=default, metavar="N", help="side by side")
-    plan = 'of the choice "plan"; "{scenario}" in it is the scenario\'s name'
+    plan = 'of choices that are plans; "{scenario}" and "{choice}" in it are their names'
     run.add_argument("--plan", metavar="FILE", help=plan)
     run.add_argument("--length", type=int, default=0, metavar="TOKENS", help="of one sequence")
     limit = run.add_mutually_exclusive_group()

@@ -11,7 +11,7 @@ from torch import nn
 
 import packlight
 
-# A variable of the environment, which workers see: a file, with "{scenario}" for its name.
+# A variable of the environment, which workers see: a file, with "{scenario}" and "{choice}" in it.
 PLAN = "PACKLIGHT_BENCHMARKS_PLAN"
 
 Change = Callable[[nn.Module], nn.Module | None]  # of a model: in place, or what is to be called
@@ -106,9 +106,9 @@ def recompute(model: nn.Module, bits: int, tiles: bool = True) -> None:
     packlight.convert(model, (*methods, *packlight.DEFAULT_METHODS), functional=True, head=True)
 
 
-def plan_of(scenario: str) -> str:
-    """The file of its plan, which `packlight.plan(...).save(FILE)` wrote."""
-    return os.environ.get(PLAN, "").format(scenario=scenario)
+def plan_of(scenario: str, choice: str) -> str:
+    """The file of a plan, which `packlight.plan(...).save(FILE)` wrote."""
+    return os.environ.get(PLAN, "").format(scenario=scenario, choice=choice)
 
 
 def planned(model: nn.Module) -> None:
@@ -151,6 +151,7 @@ CHOICES = {
         kind="head",
     ),
     "plan": Choice("packlight plan", (planned,), kind="plan"),
+    "tight": Choice("packlight plan, tight", (planned,), kind="plan"),
     "liger+packed": Choice("packlight checkpoint, Liger", (liger, checkpoint), packed, "liger"),
     "default+compile": Choice("packlight default, compile", (default, compile_blocks)),
     "compile+checkpoint": Choice("compile + checkpoint", (checkpoint, torch.compile)),

@@ -349,7 +349,7 @@ def jobs(scenarios: list[str], choices: list[str], job: Job) -> list[Job]:
 
     def means_something(scenario: str, choice: str) -> bool:
         kinds, changes = {*SCENARIOS[scenario].kinds, ""}, CHOICES[choice]
-        kinds |= {"plan"} if os.path.isfile(plan_of(scenario)) else set()
+        kinds |= {"plan"} if os.path.isfile(plan_of(scenario, choice)) else set()
         if (job.mode == "longest" or job.length) and "long" not in kinds:
             return False
         if job.mode == "largest" and SCENARIOS[scenario].size.batch == 1:

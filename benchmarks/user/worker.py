@@ -414,7 +414,7 @@ def main() -> None:
         return json.loads(sys.stdin.readline())
 
     job = Job(**json.loads(sys.argv[1]))
-    os.environ[PLAN] = plan_of(job.scenario)
+    os.environ[PLAN] = plan_of(job.scenario, job.choice)
     try:
         for name in ("torch._dynamo", "transformers", "peft", "timm", "liger_kernel.transformers"):
             if importlib.util.find_spec(name.partition(".")[0]):
