@@ -10,8 +10,10 @@ weight and bias are sums over rows, which a kernel of its own adds up, a tile of
 import functools
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_value
@@ -46,7 +48,9 @@ def over_row(sums, ROWS: tl.constexpr, NQ: tl.constexpr):
 @triton.jit
 def total_of(tile):
     """The sum of the eight tensors of a tile."""
-    return ((tile[0] + tile[1]) + (tile[2] + tile[3])) + ((tile[4] + tile[5]) + (tile[6] + tile[7]))
+    return ((tile[0] + tile[1]) + (tile[2] + tile[3])) + (
+        (tile[4] + tile[5]) + (tile[6] + tile[7])
+    )
 
 
 @triton.jit
@@ -275,7 +279,9 @@ def _sums_kernel(
         dy = load_raw_whole(dy_ptr + row * width + first, starts, room, SIZE, True, FULL)
         if NEED_WEIGHT:
             group = (row + in_row) * row_groups + tl.program_id(1) * NQ + bundle
-            x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
+            x_hat = load_codes(
+                codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL
+            )
             sums = ()
             for p in tl.static_range(8):
                 sums = sums + (tl.fma(to_float32(dy[p]), x_hat[p], dweight[p]),)
