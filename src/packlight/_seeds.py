@@ -118,12 +118,23 @@ def _is_number(value: object) -> bool:
 
 
 def rounding_state() -> dict[str, int | None]:
-    """Where the stream of rounding is, as plain data; `set_rounding_state` goes back to it."""
+    """Where the stream of rounding is, as plain data; `set_rounding_state` goes back to it.
+
+    A checkpoint that holds it beside torch's generators has training go on bit for bit. Callbacks
+    of `packlight.integrations` hold it. CUDA graphs count on the device, and are not in it.
+    """
     return {"base": _rounding.base, "next": _rounding.count}
 
 
 def set_rounding_state(state: Mapping[str, int | None]) -> None:
-    """Has the stream of rounding go on from where `rounding_state` found it."""
+    """Has the stream of rounding go on from where `rounding_state` found it.
+
+    Call it after `convert`, which starts the stream anew. An empty mapping changes nothing.
+
+    >>> import packlight
+    >>> state = packlight.rounding_state()
+    >>> packlight.set_rounding_state(state)
+    """
     base, count = state.get("base"), state.get("next")
     if base is not None and count is not None:
         _rounding.start(base, count)

@@ -113,6 +113,11 @@ DISPATCH = Capability(
     "torch._C:_len_torch_dispatch_stack",
     "torch.autograd:_profiler_enabled",
 )
+MODES_OFF = Capability(
+    "asks without modes of the dispatcher",
+    "what is foretold of packed attention counts its forward pass twice",
+    "torch.utils._python_dispatch:_disable_current_modes",
+)
 MODE_STACK = Capability(
     "lists function modes",
     "a part in eval() or excluded keeps as the part of the model around it does",
@@ -212,6 +217,7 @@ CAPABILITIES = (
     MODES,
     MODE_STACK,
     DISPATCH,
+    MODES_OFF,
     TRANSFORMS,
     NODES,
     RUNNING_NODE,

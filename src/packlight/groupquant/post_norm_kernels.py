@@ -163,7 +163,7 @@ def _backward_kernel(
             total, dweight, dbias = row_gradients(
                 dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
                 row_groups, dweight, dbias, True, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
-                CODE, FULL, 1,
+                CODE, FULL, 1, tl.float32,
             )  # fmt: skip
             for j in tl.static_range(8):
                 store_tile(dresidual_ptr + row * width, total[j], starts, room, SIZE, j, FULL)
