@@ -338,7 +338,7 @@ class Saver:
             if holder.waiting is None or not isinstance(holder.kept, Exact):
                 continue
             tensor = holder.kept.tensor
-            method = self.rules.method(name, holder.waiting.function)
+            method = self.rules.method_of_code(name, holder.waiting.function)
             is_made = not holder.waiting.has_history
             if (
                 tensor.dtype == torch.uint8  # codes
