@@ -139,14 +139,14 @@ class Rules:
             exact = any(graph.saves_tensor(node, limit) for limit in ("min", "max"))
         return None if exact else method
 
-    def method_of_code(self, name: str, function: str) -> Quantiser | None:
+    def method_of_code(self, name: str, function: str, several: bool) -> Quantiser | None:
         """The method for a tensor that a Function saves, or a compiled region; None is exact.
 
-        By no less than attention: code may take exponentials of products of what it keeps, less a
-        statistic, whatever its name.
+        By no less than attention where it saves several: it may take exponentials of products of
+        what it keeps, less a statistic, whatever its name.
         """
         method, is_override = self._of_operation(name, function)
-        is_of_anything = not is_override and method is self.defaults["*"]
+        is_of_anything = several and not is_override and method is self.defaults["*"]
         return self.unknown if is_of_anything else method
 
     def asks_for_slots(self, name: str) -> bool:
