@@ -1039,3 +1039,12 @@ def test_a_layer_with_weights_of_another_dtype_is_left_to_torch(dtype):
         ]
     with pytest.raises(CannotConvertError, match="its weight is"):
         convert(nn.Sequential(other, nn.GELU()), {"0": GroupQuant()})
+
+
+def test_a_plan_that_leaves_everything_to_torch_is_no_mistake():
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    plan = packlight.plan(model, torch.randn(8, 32), memory="1GiB", device="H200")
+    assert set(plan.values()) == {None}
+    conversion = convert(model, plan)
+    assert not conversion.replaced
+    assert type(model[1]) is nn.GELU

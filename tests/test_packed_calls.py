@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packlight import DoubleBackwardError, GroupQuant, ModifiedWeightError, convert
+from packlight import DoubleBackwardError, FixedPoint, GroupQuant, ModifiedWeightError, convert
 from packlight.layers.extremes import amax, maximum, minimum
 from tests.helpers import kept_bytes, pack_bytes, relative_error
 
@@ -193,6 +193,24 @@ def test_torch_s_composition_of_attention_runs_once_more(heads):
     packs = sum(pack_bytes(math.prod(shape), 8, 32) for shape in shapes)
     bias = 4 * HEADS * TOKENS * TOKENS if parameters else 0  # as it is: a mask may be in it
     assert kept == packs + bias
+
+
+def biased(self, q, k, v, bias):
+    return F.scaled_dot_product_attention(q, k, v, bias.mul(2).masked_fill(self.mask, self.low))
+
+
+@pytest.mark.parametrize("low", [-math.inf, -1e4, torch.finfo(torch.float32).min])
+def test_a_bias_as_large_as_the_scores_is_packed_with_bits_of_its_mask(low):
+    model = Code(biased)
+    model.low, model.mask = low, MASK < 0
+    model.mask[..., 0, :] = low == -math.inf  # where nothing is left all keys count alike, or NaN
+    scores = (BATCH, HEADS, TOKENS, TOKENS)
+    if low == -math.inf:
+        model.mask[..., 0, 0] = False
+    kept = compare(model, inputs(*QKV, scores))
+    rows, elements = BATCH * HEADS * TOKENS, BATCH * HEADS * TOKENS**2
+    mask = model.mask.numel()  # of masked_fill
+    assert kept == PACKS + pack_bytes(elements, 8, 32) + elements // 8 + 4 * rows + mask
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -570,3 +588,40 @@ def test_a_mask_leaves_what_stands_beside_it(way, least):
         bias=0.1 * torch.randn(1, HEADS, TOKENS, TOKENS),
     )
     compare(model, inputs(*QKV))
+
+
+def standardised(self, x):
+    """A convolution whose weight a batch norm standardises, as those of BiT and NFNets."""
+    weight = F.batch_norm(
+        self.weight.reshape(1, len(self.weight), -1), None, None,
+        weight=None if self.gain is None else self.gain * 0.5, training=True, momentum=0.0,
+    ).reshape_as(self.weight)  # fmt: skip
+    return F.conv2d(x, weight, padding=1)
+
+
+CHANNELS = 32
+
+
+@pytest.mark.parametrize("methods", [NEAREST, (FixedPoint(4), NEAREST)], ids=["pack", "codes"])
+@pytest.mark.parametrize("gain", [False, True])
+def test_a_standardised_weight_is_computed_again(methods, gain):
+    parameters = {"weight": torch.randn(CHANNELS, CHANNELS, 3, 3)}
+    model = Code(standardised, **parameters, **({"gain": torch.rand(CHANNELS)} if gain else {}))
+    model.gain = model.gain if gain else None
+    x = torch.randn(2, CHANNELS, 8, 8, requires_grad=True)
+    before = kept_bytes(lambda: model(x * 1))
+    y, (dx, *_) = run(model, [x])
+    convert(model, methods, rest=None)
+    ours, (found, *_) = run(model, [x])
+    assert torch.equal(ours, y)
+    assert torch.equal(found, dx)  # by the very weight
+    kept = kept_bytes(lambda: model(x * 1))
+    statistics = 8 * CHANNELS + (4 * CHANNELS if gain else 0)
+    # The weight itself counts, which the model holds.
+    assert kept == model.weight.nbytes + pack_bytes(x.numel(), 8, 32) + statistics
+    assert before > kept + model.weight.nbytes  # torch keeps the standardised one as well
+    y = model(x * 1)
+    with torch.no_grad():
+        model.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()

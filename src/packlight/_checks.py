@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -26,6 +27,12 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) or _torch.is_fake(tensor)
 
 
+def is_sharded(x: object) -> bool:
+    """Whether it is a DTensor. Nobody has one who has not imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def is_taken(x: Tensor) -> bool:
     """Whether layers take the tensor; any other is left to torch's own layer.
 
@@ -35,7 +42,9 @@ def is_taken(x: Tensor) -> bool:
         # One question: every layer asks, and the tracer is slow to follow.
         found: bool | None = _torch.ask("takes", None, x)
         return is_supported(x) and not is_transformed() if found is None else found
-    if not is_supported(x) or is_transformed():
+    if x.dtype not in _DTYPES or x.layout is not _STRIDED or x.is_nested:
+        return False
+    if torch.compiler.is_exporting() or _torch.in_transform():
         return False
     return not (x.is_inference() and torch.is_grad_enabled())
 

@@ -39,6 +39,11 @@ def base(tensor: Tensor) -> Tensor | None:
     return found
 
 
+# What torch's `TensorWeakRef` calls on a tensor that a weak reference gave: Python may have let its
+# object go, and torch kept it. A release without the name has no such objects.
+revive: Callable[[Tensor], None] = look_up("torch:Tensor._fix_weakref") or (lambda tensor: None)
+
+
 def storage_key(tensor: Tensor) -> object:
     """What tells the storage of a tensor from others, while both are alive.
 
