@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight._checks import autocasts, refuse_second_derivative
+from packlight._checks import autocasts, refuse_second_derivative, saved_with_operands
 from packlight._overwrite import writable
 from packlight._seeds import drawn_again, draws_at
 from packlight._torch.hooks import unseen_by_hooks
@@ -75,7 +75,7 @@ class _Replayed(torch.autograd.Function):
         nothing = (None,) * (4 + count)
         if all(dy is None for dy in grad_outputs):
             return nothing
-        operands = kept.again(ctx.saved_tensors)
+        operands = kept.again(saved_with_operands(ctx))
         casting = nullcontext() if ctx.autocast is None else torch.autocast(*ctx.autocast)
         drawing = nullcontext() if ctx.draws is None else drawn_again(operands[0], ctx.draws)
         with casting, drawing, torch.enable_grad():
