@@ -7,7 +7,16 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 `fakes.py` is imported by `predict` when it is called, and `graph.py` by `saving`.
 """
 
-from packlight._torch.attributes import flatten, parameters, storage_uses, unflatten
+from packlight._torch.attributes import (
+    apart,
+    flat_weights,
+    flatten,
+    parameters,
+    revive,
+    storage_uses,
+    unflatten,
+    unwritten,
+)
 from packlight._torch.autograd import (
     at_end_of_backward,
     has_storage,
@@ -117,6 +126,7 @@ __all__ = [
     "TRITON",
     "adaptive_avg_pool_gradient",
     "always_untraced",
+    "apart",
     "applied",
     "as_node",
     "ask",
@@ -127,6 +137,7 @@ __all__ = [
     "code_of",
     "constant_while_traced",
     "current_stream",
+    "flat_weights",
     "flatten",
     "followed",
     "function_modes",
@@ -151,6 +162,7 @@ __all__ = [
     "parameters",
     "put_on",
     "question",
+    "revive",
     "run_as_written",
     "run_backward",
     "running_node_number",
@@ -165,6 +177,7 @@ __all__ = [
     "unflatten",
     "unseen_by_modes",
     "untraced",
+    "unwritten",
     "value_of",
     "variable_of",
     "warn_if_untested",

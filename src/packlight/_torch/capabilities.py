@@ -86,7 +86,7 @@ TRACER = Capability(
 TRACING = Capability(
     "knows that a region is compiled",
     "compiled backward passes fuse less",
-    "torch._guards:TracingContext.try_get",
+    "torch._guards:_TLS",
 )
 GRAPH_NODES = Capability(
     "puts calls into the graph of torch.compile",
