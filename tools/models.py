@@ -131,7 +131,8 @@ _HEAD = """# Models
 
 What `packlight.convert(model)`, with no other argument, makes of models of other packages: bytes
 that are kept for the backward pass, of float32 on a CPU, the loss included where the model has one.
-`python -m tools.models` made this page, with {versions}.
+`python -m tools.models` made this page, with
+{versions}.
 The models are small, so a share differs from that of a large model; what is left and why does not.
 `conversion.left(batch)` says it of a model and a batch of yours.
 
@@ -147,8 +148,8 @@ The models are small, so a share differs from that of a large model; what is lef
 - Gains of 0 and LayerScales of 1e-6 are set to 0.5 first, behind which there would be no gradient.
 
 Forward results are torch's, bit for bit{but}. All gradients are finite{infinite}.
-`packlight.predict` foretells what is kept within {off:.1%}{unknown}; a forward pass that depends on
-values cannot be foretold.
+`packlight.predict` foretells what is kept within {off:.1%}{unknown}:
+a forward pass that depends on values cannot be foretold.
 """
 
 _COLUMNS = """
