@@ -131,7 +131,8 @@ _HEAD = """# Models
 
 What `packlight.convert(model)`, with no other argument, makes of models of other packages: bytes
 that are kept for the backward pass, of float32 on a CPU, the loss included where the model has one.
-`python -m tools.models` made this page, with {versions}.
+`python -m tools.models` made this page, with
+{versions}.
 The models are small, so a share differs from that of a large model; what is left and why does not.
 `conversion.left(batch)` says it of a model and a batch of yours.
 
@@ -139,14 +140,16 @@ The models are small, so a share differs from that of a large model; what is lef
   step. **of bf16** is the error of the plain model under autocast to bfloat16, where its code runs
   so. Both are large where a batch norm has few values a channel, as in the last stages of networks
   on images of 64 pixels. That of 4 bits is noise of the rounding: with 8 bits it is 16 times
-  smaller, and most of it averages out over steps.
+  smaller, and most of it averages out. The ViT's is 0.41 of one draw and 0.05 of the mean of 64,
+  Mamba 2's 0.25 and 0.06 of 16; EfficientNet's is 0.30 and 0.16, for the gradient of a batch norm
+  has its packed value twice, and is biased.
 - **what is left**: the largest share of what is still kept that is no pack, where it is 1% or more,
   and what would help.
 - Gains of 0 and LayerScales of 1e-6 are set to 0.5 first, behind which there would be no gradient.
 
 Forward results are torch's, bit for bit{but}. All gradients are finite{infinite}.
-`packlight.predict` foretells what is kept within {off:.1%}{unknown}; a forward pass that depends on
-values cannot be foretold.
+`packlight.predict` foretells what is kept within {off:.1%}{unknown}:
+a forward pass that depends on values cannot be foretold.
 """
 
 _COLUMNS = """

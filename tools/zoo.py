@@ -150,9 +150,8 @@ class _Detector(nn.Module):
         whole = make(weights=None, weights_backbone=None, num_classes=CLASSES)
         self.backbone, self.rpn, heads = whole.backbone, whole.rpn.head, whole.roi_heads
         self.box_head, self.box_predictor = heads.box_head, heads.box_predictor
-        self.mask = (
-            nn.Sequential(heads.mask_head, heads.mask_predictor) if heads.has_mask() else None
-        )
+        parts = (heads.mask_head, heads.mask_predictor) if heads.has_mask() else ()
+        self.mask = nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = self.backbone(x)
