@@ -5,8 +5,8 @@
 
 A job is what a model becomes, with the bytes and milliseconds that are foretold. One with a budget
 runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
-yet, as a user's first step; where that is too little, once more without a limit. Models are those of
-`benchmarks.user`.
+yet, as a user's first step; where that is too little, once more without a limit. Models are those
+of `benchmarks.user`.
 """
 
 import argparse
@@ -129,7 +129,8 @@ def _sizes(name: str, study: Study) -> Iterator[Row]:
         methods = menu.selectors(dict.fromkeys(study.blocks, choice.option), choice.outside)
         for by, size in found.items():
             if size:
-                yield _job(name, choice.name, methods, choice.head, by=by, size=size, limit=usable)
+                limit = reserved(usable)
+                yield _job(name, choice.name, methods, choice.head, by=by, size=size, limit=limit)
 
 
 # ---- what is measured ----------------------------------------------------------------------------
