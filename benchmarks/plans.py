@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 def tensors_of(loss: Loss) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The batch that a loss of a scenario holds, as the model is called with it."""
-    cells = zip(loss.__code__.co_freevars, loss.__closure__ or (), strict=True)  # type: ignore[attr-defined]
+    cells = zip(loss.__code__.co_freevars, loss.__closure__ or (), strict=True)
     held = {name: cell.cell_contents for name, cell in cells}
     if "ids" in held:
         return (), {"input_ids": held["ids"], "labels": held.get("labels", held["ids"])}
@@ -146,7 +146,7 @@ class Measuring:
 
     def measure(self, job: Row, steps: int) -> Row:
         """By the job; `out_of_memory` says at which limits a step did not run."""
-        failed = []
+        failed: list[Any] = []
         for limit in [job["budget"], None] if "budget" in job else [None]:
             with self._converted(job), _limited(limit):
                 try:
