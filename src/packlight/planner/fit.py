@@ -245,7 +245,9 @@ def fit(
 def _smallest(study: Study) -> Choice:
     """The option with the lowest peak, for all blocks: what a plan for larger sizes takes."""
     walked = {
-        option: study.walked(option, PACKED_4).timeline.peak for option in allowed(MENU, MAX_ERROR)
+        option: study.walked(option, PACKED_4).timeline.peak
+        for option in allowed(MENU, MAX_ERROR)
+        if study.runs(option, PACKED_4)
     }
     return Choice("plan", min(walked, key=walked.__getitem__), PACKED_4, study.head, "")
 
