@@ -168,7 +168,7 @@ class Fit:
             table.add_row(
                 row.name,
                 *map(human_bytes, (row.kept, row.gradients + row.working, row.peak)),
-                "fits" if row.fits else "does not fit",
+                "fits" if row.fits else "no",
                 human_bytes(row.margin),
                 f"{row.ms:.0f}",
                 *("" if n is None else f"{n:,}" for n in (row.largest_batch, row.longest_sequence)),
