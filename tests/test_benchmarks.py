@@ -613,8 +613,12 @@ def test_pictures_are_drawn_from_rows(tmp_path):
                 {**ROW, "method": method, "seed": seed, "loss": [2, 1], "accuracy": [0.1, 0.5]}
                 | {"kept_bytes": 2**30},
             )
+    foretold = {"scenario": "vitb", "predicted_peak": 2**31, "predicted_ms": 50.0, "peak": 2**31}
+    for kind, max_error, ms in (("plan", 0.15, 52.0), ("checkpoint", None, 60.0)):
+        row = {**foretold, "kind": kind, "max_error": max_error, "ms": ms}
+        rows.append(results / "planner.jsonl", {**ROW, **row})
     plot.main(["--results", str(results), "--out", str(tmp_path)])
-    for name in ("step.png", "cifar.png"):
+    for name in ("step.png", "cifar.png", "plans.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
