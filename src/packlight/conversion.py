@@ -167,7 +167,10 @@ class Conversion:
             )
             yield Text(f"calls of torch functions are covered in {modules}{bits}")
         if self.rest is not None:
-            yield Text(f"the rest is packed by {brief(self.rest)}, as packlight.saving does")
+            yield Text(
+                f"the rest is packed by {brief(self.rest)}, as packlight.saving does; torch keeps"
+                " the rest of what is compiled"
+            )
         if self.heads:
             heads = ", ".join(condensed(self.heads))
             yield Text(f"losses of {heads} are computed by chunks, without all logits")

@@ -6,8 +6,23 @@ import numpy
 import pytest
 import torch
 
-from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, LIMIT, SURVEY, TURN
-from packlight.groupquant.rotated_reference import codes, from_bytes, levels, pieces, to_bytes
+from packlight.groupquant.rotated_ptx import (
+    DECODE,
+    DIFFER,
+    ENCODE,
+    LIMIT,
+    RESTORE,
+    SURVEY,
+    TURN,
+)
+from packlight.groupquant.rotated_reference import (
+    FORMULAS,
+    codes,
+    from_bytes,
+    levels,
+    pieces,
+    to_bytes,
+)
 
 every_bits = pytest.mark.parametrize("bits", [1, 2, 3, 4])
 
@@ -129,11 +144,21 @@ def test_differences_are_signed_and_turned():
     assert (squares.float() - d.float().square().sum(0)).abs().max() < 2**-6 * squares.max()
 
 
+def test_signs_scale_and_mean_are_undone_at_once():
+    y, (halfwords, signs) = torch.randn(8, 64).bfloat16(), drawn(64)
+    scale, mean = (torch.full((1, 64), number).bfloat16() for number in (3e-30, -1e-29))
+    given = [number for rows in (y, halfwords, scale, mean) for number in registers_of(rows)]
+    found = numbers_of(run(RESTORE, given, 8), torch.bfloat16)
+    assert torch.equal(found, (y.double() * signs * scale + mean.double()).bfloat16())
+
+
 @every_bits
 def test_codes_and_their_inner_product_are_those_of_the_reference(bits):
     y = (torch.randn(8, 4096) * 1.5).half()
     y[:, :2] = torch.tensor([30.0, -30.0]).half()
-    *found, inner = run(ENCODE[bits - 1], registers_of(y), len(pieces(bits)) + 1)
+    by = torch.full((1, 4096), 0.5 / FORMULAS[bits].bound).half()
+    given = [number for rows in (y, by) for number in registers_of(rows)]
+    *found, inner = run(ENCODE[bits - 1], given, len(pieces(bits)) + 1)
     numbers = codes(y, bits)
     found = [halves([piece]).view(-1) for piece in found]
     found = [

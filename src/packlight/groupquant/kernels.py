@@ -118,9 +118,10 @@ def _dequantize_kernel(
     starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
     bundle += tl.arange(0, NQ)
     group = row * row_groups + bundle * (8 // PARTS)
+    NARROW: tl.constexpr = FORWARD is None and y_ptr.dtype.element_ty == tl.bfloat16
     tile = load_codes(
         codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL,
-        PLAIN if FORWARD is None else LOST,
+        PLAIN if FORWARD is None else LOST, NARROW and not (WEIGHT or BIAS),
     )  # fmt: skip
     if WEIGHT:
         weight = load_columns(weight_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
@@ -286,7 +287,7 @@ def _pack(
     if n == 0:
         return codes, scales
     launch = _quantize_launch(grouping, x.dtype, name, tuple(parameters), seed_kind(seed, number))
-    launch(x, x if y is None else y, codes, scales, seed_argument(seed, number))
+    launch(x, x if y is None else y, codes, scales, seeds=(seed_argument(seed, number),))
     return codes, scales
 
 

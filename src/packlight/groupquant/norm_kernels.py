@@ -16,15 +16,19 @@ from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import TURNED_CODE, constants, new_pack, sized
-from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
+from packlight.groupquant.pack_kernels import load_codes, pack_value, store_codes
 from packlight.groupquant.tile_kernels import (
+    load_part,
+    load_raw_tile,
+    load_raw_whole,
     load_tile,
-    load_whole,
     part_there,
     row_tile,
     rows_tile,
     store_tile,
     store_whole,
+    tile_to_float32,
+    to_float32,
 )
 
 
@@ -34,7 +38,13 @@ def row_sums(tile, in_row, ROWS: tl.constexpr):
     pairs = ((tile[0] + tile[1]) + (tile[2] + tile[3])) + (
         (tile[4] + tile[5]) + (tile[6] + tile[7])
     )
-    sums = tl.sum(pairs, 1)
+    return over_row(pairs, in_row, ROWS)
+
+
+@triton.jit
+def over_row(sums, in_row, ROWS: tl.constexpr):
+    """[NQ, 1] sums of each row of one tensor, for each of its bundles."""
+    sums = tl.sum(sums, 1)
     if sums.shape[0] > ROWS:
         groups = sums
         for row in tl.static_range(ROWS):
@@ -50,7 +60,7 @@ def load_parameter(
 ):  # fmt: skip
     """A parameter as a tile, which the first program copies; an empty tuple for none.
 
-    Also unless it is to be KEPT, for lack of registers: see `parameter_of`.
+    Also unless it is to be KEPT, for lack of registers: see `parameter_part`.
     """
     tile = ()
     if GIVEN:
@@ -65,15 +75,15 @@ def load_parameter(
 
 
 @triton.jit
-def parameter_of(
-    tile, p_ptr, bundle, width, GIVEN: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr
+def parameter_part(
+    tile, p_ptr, bundle, width, SIZE: tl.constexpr, p: tl.constexpr, FULL: tl.constexpr
 ):
-    """What `load_parameter` gave, or would have given had it been kept."""
-    if GIVEN and len(tile) == 0:
+    """Part p of what `load_parameter` gave, or would have given had it been kept."""
+    if len(tile) == 0:
         column = bundle * (8 * SIZE)
-        return load_tile(p_ptr, column, width - column, SIZE, FULL)
+        return to_float32(load_part(p_ptr, column, width - column, SIZE, p, FULL))
     else:
-        return tile
+        return tile[p]
 
 
 @triton.jit
@@ -100,22 +110,20 @@ def norm_rows(
         squares = squares + (tile[p] * tile[p],)
     rstd = tl.rsqrt(row_sums(squares, in_row, ROWS) / width + eps)
     tl.store(rstd_ptr + (row + in_row)[:, None], rstd, ((bundle == 0) & (room > 0))[:, None])
-    weight = parameter_of(weight, weight_ptr, bundle, width, WEIGHT, SIZE, FULL)
-    bias = parameter_of(bias, bias_ptr, bundle, width, BIAS, SIZE, FULL)
     normal, out = (), ()
     for p in tl.static_range(8):
         x_hat = tile[p] * rstd
-        normal = normal + (x_hat,)
         y = x_hat
         if WEIGHT:
-            y = y * weight[p]
+            y = y * parameter_part(weight, weight_ptr, bundle, width, SIZE, p, FULL)
         if BIAS:
-            y = y + bias[p]
-        out = out + (y,)
+            y = y + parameter_part(bias, bias_ptr, bundle, width, SIZE, p, FULL)
+        normal = normal + (pack_value(x_hat, y_ptr.dtype.element_ty, CODE),)
+        out = out + (y.to(y_ptr.dtype.element_ty),)
     store_whole(y_ptr + row * width, out, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     group = (row + in_row) * row_groups + bundle * (8 // PARTS)
     store_codes(
-        packed_tile(normal, y_ptr.dtype.element_ty, CODE), codes_ptr, scales_ptr, group, seed,
+        normal, codes_ptr, scales_ptr, group, seed,
         row + in_row, bundle, room, (), SIZE, PARTS, BITS, CODE, SEED, 0, None, FULL,
     )  # fmt: skip
 
@@ -125,7 +133,7 @@ def row_gradients(
     dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width, row_groups,
     dweight, dbias, CENTER: tl.constexpr, WEIGHT: tl.constexpr, NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
-    CODE: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr,
+    CODE: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, DX: tl.constexpr,
 ):  # fmt: skip
     """What comes of a tile of gradients: dx, and the sums `dweight` and `dbias` so far."""
     group = (row + in_row) * row_groups + bundle * (8 // PARTS)
@@ -134,34 +142,38 @@ def row_gradients(
         rstd = tl.load(rstd_ptr + row + in_row)[:, None]
     else:
         rstd = tl.load(rstd_ptr + row + in_row, room > 0, other=0.0)[:, None]
-    if NEED_WEIGHT:
-        total = ()
-        for p in tl.static_range(8):
-            total = total + (tl.fma(dy[p], x_hat[p], dweight[p]),)
-        dweight = total
-    if NEED_BIAS:
-        total = ()
-        for p in tl.static_range(8):
-            total = total + (dbias[p] + dy[p],)
-        dbias = total
-    g = dy
-    if WEIGHT:
-        weight = parameter_of((), weight_ptr, bundle, width, WEIGHT, SIZE, FULL)
-        g = ()
-        for p in tl.static_range(8):
-            g = g + (dy[p] * weight[p],)
-    products = ()
+    # By parts: loaded and widened as they are needed, there are registers for the rest.
+    weights, biases = (), ()
+    products = tl.zeros(x_hat[0].shape, dtype=tl.float32)
+    total = products
     for p in tl.static_range(8):
-        products = products + (g[p] * x_hat[p],)
+        g = to_float32(dy[p])
+        if NEED_WEIGHT:
+            weights = weights + (tl.fma(g, x_hat[p], dweight[p]),)
+        if NEED_BIAS:
+            biases = biases + (dbias[p] + g,)
+        if WEIGHT:
+            g = g * parameter_part((), weight_ptr, bundle, width, SIZE, p, FULL)
+        products += g * x_hat[p]
+        if CENTER:
+            total += g
     # Of x_hat: 0 past the row's end, as g is 0 there.
-    slope = row_sums(products, in_row, ROWS) / width
+    slope = over_row(products, in_row, ROWS) / width
     mean = 0.0
     if CENTER:
-        mean = row_sums(g, in_row, ROWS) / width
+        mean = over_row(total, in_row, ROWS) / width
     dx = ()
     for p in tl.static_range(8):
-        dx = dx + ((g[p] - mean - x_hat[p] * slope) * rstd,)
-    return dx, dweight, dbias
+        g = to_float32(dy[p])
+        if WEIGHT:
+            g = g * parameter_part((), weight_ptr, bundle, width, SIZE, p, FULL)
+        d = (g - mean - x_hat[p] * slope) * rstd
+        dx = dx + (d.to(DX),)
+    if not NEED_WEIGHT:
+        weights = dweight
+    if not NEED_BIAS:
+        biases = dbias
+    return dx, weights, biases
 
 
 @triton.jit
@@ -201,9 +213,9 @@ def _forward_kernel(
     codes_ptr,
     scales_ptr,
     rstd_ptr,  # [rows]
-    seed,  # a number, or a pointer to one
     weight_copy_ptr,  # [width]
     bias_copy_ptr,  # [width]
+    seed,  # a number, or a pointer to one
     rows,
     width,
     row_groups,
@@ -212,6 +224,8 @@ def _forward_kernel(
     CENTER: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
+    KEPT: tl.constexpr,
+    AHEAD: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
@@ -224,14 +238,20 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
     starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
-    KEPT: tl.constexpr = CODE != TURNED_CODE
     weight = load_parameter(weight_ptr, weight_copy_ptr, bundle, width, WEIGHT, KEPT, SIZE, FULL)
     bias = load_parameter(bias_ptr, bias_copy_ptr, bundle, width, BIAS, KEPT, SIZE, FULL)
+    if AHEAD:
+        following = load_raw_tile(x_ptr + row * width, starts, room, SIZE, FULL)
     while row < end:
         _, room, _, _ = rows_tile(width, end - row, ROWS, NQ, SIZE)
-        tile = load_tile(x_ptr + row * width, starts, room, SIZE, FULL)
+        if AHEAD:
+            raw = following
+            ahead = tl.minimum(row + ROWS, end - ROWS)
+            following = load_raw_tile(x_ptr + ahead * width, starts, room, SIZE, FULL)
+        else:
+            raw = load_raw_tile(x_ptr + row * width, starts, room, SIZE, FULL)
         norm_rows(
-            tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
+            tile_to_float32(raw), y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
             seed_value(seed, SEED), row, starts, room, in_row, bundle, width, row_groups, eps,
             CENTER, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED, FULL, ROWS,
         )  # fmt: skip
@@ -272,11 +292,11 @@ def _backward_kernel(
     dbias = dweight
     while row < end:
         starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
-        dy = load_whole(dy_ptr + row * width, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+        dy = load_raw_whole(dy_ptr + row * width, starts, room, SIZE, CODE == TURNED_CODE, FULL)
         dx, dweight, dbias = row_gradients(
             dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
             row_groups, dweight, dbias, CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
-            CODE, FULL, ROWS,
+            CODE, FULL, ROWS, dx_ptr.dtype.element_ty,
         )  # fmt: skip
         store_whole(dx_ptr + row * width, dx, starts, room, SIZE, CODE == TURNED_CODE, FULL)
         row += ROWS
@@ -291,6 +311,9 @@ def _backward_kernel(
 PROGRAMS = 132 * 8
 # Places a warp: two, or what one product on tensor cores takes.
 PLACES = {MINMAX: 64, OFFSET: 64, ROTATED: 256}
+KEPT = {MINMAX: True, OFFSET: True, ROTATED: False}
+AHEAD = {MINMAX: False, OFFSET: False, ROTATED: False}
+WAVES = 1
 
 
 class Shape(NamedTuple):
@@ -304,12 +327,12 @@ class Shape(NamedTuple):
     steps: int  # rows a program
 
 
-def _launch_shape(grouping: Grouping) -> Shape:
+def _launch_shape(grouping: Grouping, waves: int = 1) -> Shape:
     bundles = triton.next_power_of_2(-(-grouping.width // (8 * grouping.size)))
     places = bundles * grouping.size
     warps = max(1, min(16, places // PLACES[grouping.code]))
     rows = max(1, PLACES[grouping.code] // places) if grouping.code == ROTATED else 1
-    programs = max(1, min(grouping.rows, PROGRAMS * 4 // warps))
+    programs = max(1, min(grouping.rows, waves * PROGRAMS * 4 // warps))
     steps = -(-grouping.rows // programs)
     steps = -(-steps // rows) * rows
     full = grouping.width == 8 * places and grouping.rows % rows == 0
@@ -320,7 +343,7 @@ def _launch_shape(grouping: Grouping) -> Shape:
 def _forward_launch(
     grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, seed: int
 ) -> Launch:
-    shape = _launch_shape(grouping)
+    shape = _launch_shape(grouping, WAVES)
     return _forward_kernel.prepare(
         (shape.programs,),
         grouping.rows,
@@ -331,6 +354,8 @@ def _forward_launch(
         CENTER=center,
         WEIGHT=weight,
         BIAS=bias,
+        KEPT=KEPT[grouping.code],
+        AHEAD=AHEAD[grouping.code] and shape.full,
         **constants(grouping),
         SEED=seed,
         FULL=shape.full,
@@ -372,8 +397,8 @@ def norm(
         codes,
         scales,
         rstd,
-        seed_argument(seed, number),
         *copies,
+        seeds=(seed_argument(seed, number),),
     )
     return y, codes, scales, rstd, *copies
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from packlight.groupquant.grouping import ROTATED as _ROTATED
 from packlight.groupquant.minmax_kernels import PLAIN, load_minmax, store_minmax
 from packlight.groupquant.rotated_kernels import load_rotated, store_rotated
-from packlight.groupquant.tile_kernels import tile_to_float32
+from packlight.groupquant.tile_kernels import to_float32
 
 ROTATED = tl.constexpr(_ROTATED)
 
@@ -17,15 +17,19 @@ def packed_tile(tile, dtype: tl.constexpr, CODE: tl.constexpr):
 
     A rotated pack takes bfloat16 numbers as they are, two an instruction.
     """
-    if CODE != ROTATED or dtype != tl.bfloat16:
-        return tile_to_float32(tile)
-    elif tile[0].dtype == tl.bfloat16:
-        return tile
+    values = ()
+    for p in tl.static_range(8):
+        values = values + (pack_value(tile[p], dtype, CODE),)
+    return values
+
+
+@triton.jit
+def pack_value(x, dtype: tl.constexpr, CODE: tl.constexpr):
+    """A part of `packed_tile`."""
+    if CODE == ROTATED and dtype == tl.bfloat16:
+        return x.to(tl.bfloat16)
     else:
-        narrow = ()
-        for p in tl.static_range(8):
-            narrow = narrow + (tile[p].to(tl.bfloat16),)
-        return narrow
+        return to_float32(x)
 
 
 @triton.jit
@@ -55,13 +59,15 @@ def store_codes(
 def load_codes(
     codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, PARTS: tl.constexpr,
     BITS: tl.constexpr, CODE: tl.constexpr, FULL: tl.constexpr, REPLACED: tl.constexpr = PLAIN,
+    NARROW: tl.constexpr = False,
 ):  # fmt: skip
     """The eight float32 tensors of a tile of bundles by their first groups [NQ].
 
     REPLACED says what becomes of groups with numbers in place of infinities, if there may be any.
+    NARROW: they may be bfloat16 ones, where that takes fewer instructions.
     """
     if CODE == ROTATED:
-        return load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, REPLACED)
+        return load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, REPLACED, NARROW)
     else:
         return load_minmax(
             codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, REPLACED

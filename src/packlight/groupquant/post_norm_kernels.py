@@ -50,10 +50,10 @@ def _forward_kernel(
     codes_ptr,
     scales_ptr,
     rstd_ptr,  # [rows]
-    mask_seed,  # a number, or a pointer to one
-    seed,
     weight_copy_ptr,  # [width]
     bias_copy_ptr,  # [width]
+    mask_seed,  # a number, or a pointer to one
+    seed,
     stripe,
     width,
     row_groups,
@@ -163,7 +163,7 @@ def _backward_kernel(
             total, dweight, dbias = row_gradients(
                 dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
                 row_groups, dweight, dbias, True, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
-                CODE, FULL, 1,
+                CODE, FULL, 1, tl.float32,
             )  # fmt: skip
             for j in tl.static_range(8):
                 store_tile(dresidual_ptr + row * width, total[j], starts, room, SIZE, j, FULL)
@@ -277,9 +277,8 @@ def post_norm(
         codes,
         scales,
         rstd,
-        seed_argument(mask_seed, mask_number),
-        seed_argument(seed, number),
         *copies,
+        seeds=(seed_argument(mask_seed, mask_number), seed_argument(seed, number)),
     )
     return y, codes, scales, rstd, *copies, mask
 

@@ -22,7 +22,16 @@ from packlight.groupquant.minmax_kernels import (
     lower_of,
     scale_of,
 )
-from packlight.groupquant.rotated_ptx import DECODE, DIFFER, ENCODE, INPUTS, LIMIT, SURVEY, TURN
+from packlight.groupquant.rotated_ptx import (
+    DECODE,
+    DIFFER,
+    ENCODE,
+    INPUTS,
+    LIMIT,
+    RESTORE,
+    SURVEY,
+    TURN,
+)
 from packlight.groupquant.rotated_reference import FORMULAS, LEAST
 from packlight.groupquant.tile_kernels import part_there, tile_to_float32, to_float32
 
@@ -36,6 +45,7 @@ TURN_PTX = tl.constexpr(TURN)
 LIMIT_PTX = tl.constexpr(LIMIT)
 SURVEY_PTX = tl.constexpr(SURVEY)
 DIFFER_PTX = tl.constexpr(DIFFER)
+RESTORE_PTX = tl.constexpr(RESTORE)
 INPUTS_PTX = tl.constexpr(INPUTS)
 EXPONENT = tl.constexpr(0x7F800000)
 LEAST_INNER = tl.constexpr(LEAST)
@@ -131,11 +141,10 @@ def nearest_bfloat16(x):
 
 
 @triton.jit
-def code_of(y, BITS: tl.constexpr):
-    """The code of each float16 number, as float32."""
+def code_of(y, by, BITS: tl.constexpr):
+    """The code of each float16 number, in units of twice the bound over `by`, as float32."""
     TOP: tl.constexpr = (1 << BITS) - 1
-    half = tl.full([], 0.5 / BOUNDS[BITS - 1], tl.float16).to(tl.float32)
-    u = tl.minimum(tl.maximum(y.to(tl.float32) * half + 0.5, 0.0), 1.0)
+    u = tl.minimum(tl.maximum(y.to(tl.float32) * by.to(tl.float32) + 0.5, 0.0), 1.0)
     u = u.to(tl.float16).to(tl.float32)
     if BITS > 2:
         slope = (3 * TOP - 2 * TOP * u).to(tl.float16).to(tl.float32)
@@ -156,25 +165,28 @@ def level(code, BITS: tl.constexpr):
 
 
 @triton.jit
-def encoded(y, BITS: tl.constexpr):
-    """The pieces of the codes of eight parts, integers of 16 bits, and the sum of y l(code)."""
+def encoded(y, by, BITS: tl.constexpr):
+    """The pieces of the codes of eight parts, integers of 16 bits, and the sum of y l(code).
+
+    `by` [NQ, 1] makes of y what codes are of, over twice their bound.
+    """
     if PTX and BITS < 3:
         return tl.inline_asm_elementwise(
-            ENCODE_PTX[BITS - 1], INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r",
-            [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]],
+            ENCODE_PTX[BITS - 1], INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r,r",
+            [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7], by],
             dtype=(tl.int16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
     elif PTX:
         return tl.inline_asm_elementwise(
-            ENCODE_PTX[BITS - 1], INPUTS_PTX[3] + ",r,r,r,r,r,r,r,r",
-            [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]],
+            ENCODE_PTX[BITS - 1], INPUTS_PTX[3] + ",r,r,r,r,r,r,r,r,r",
+            [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7], by],
             dtype=(tl.int16, tl.int16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
     else:
         whole = tl.zeros(y[0].shape, dtype=tl.int32)
         inner = tl.zeros(y[0].shape, dtype=tl.float32)
         for p in tl.static_range(8):
-            code = code_of(y[p], BITS)
+            code = code_of(y[p], by, BITS)
             whole |= code.to(tl.int32) << (BITS * p)
             inner += y[p].to(tl.float32) * level(code, BITS).to(tl.float32)
         if BITS < 3:
@@ -361,16 +373,16 @@ def store_rotated(
     if LIMITED != 0:
         finite &= high * 0.5 - low * 0.5 < INFINITY
     mean = mean_bits.to(tl.float32, bitcast=True)
-    normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST).to(tl.float16)
+    normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST)
+    by = (normal * (0.5 / BOUNDS[BITS - 1])).to(tl.float16)[:, None]
     matrix = hadamard(NQ, SIZE, tl.bfloat16 if PTX else tl.float32)
     turned = ()
     for p in tl.static_range(8):
-        y = product(parts[p], matrix, NQ, SIZE).to(tl.float16)
-        turned = turned + (y * normal[:, None],)
-    found = encoded(turned, BITS)
+        turned = turned + (product(parts[p], matrix, NQ, SIZE).to(tl.float16),)
+    found = encoded(turned, by, BITS)
     inner = tl.sum(found[len(found) - 1].to(tl.float32), 1)
-    scale = unit * (squares * normal.to(tl.float32) / inner)
-    scale = tl.where(inner > LEAST_INNER, scale, 0.0)
+    scale = unit * (squares / inner)
+    scale = tl.where(inner * normal > LEAST_INNER, scale, 0.0)
     scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (LASTS[BITS - 1] * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
     if REPLACES & LIMITED:
@@ -386,7 +398,7 @@ def store_rotated(
 @triton.jit
 def load_rotated(
     codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, BITS: tl.constexpr,
-    FULL: tl.constexpr, REPLACED: tl.constexpr,
+    FULL: tl.constexpr, REPLACED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """See `load_codes`."""
     NQ: tl.constexpr = group.shape[0]
@@ -404,12 +416,23 @@ def load_rotated(
     else:
         word = tl.load(scales_ptr + SEED_WORDS + group, there, other=0)
     mean = (word & -65536).to(tl.float32, bitcast=True)[:, None]
-    scale = tl.broadcast_to(scale_of(word, REPLACED)[:, None], [NQ, SIZE])
+    scale = scale_of(word, REPLACED)[:, None]
     signs = sign_halves(group_hashes(load_seed(scales_ptr), group), SIZE)
     matrix = hadamard(NQ, SIZE, tl.float16)
     levels = decoded(pieces, BITS)
     tile = ()
-    for p in tl.static_range(8):
-        turned = product(levels[p], matrix, NQ, SIZE)
-        tile = tile + (tl.fma(with_sign(turned, signs, p), scale, mean),)
-    return tile
+    if PTX and NARROW:
+        for p in tl.static_range(8):
+            tile = tile + (product(levels[p], matrix, NQ, SIZE).to(tl.bfloat16),)
+        return tl.inline_asm_elementwise(
+            RESTORE_PTX, INPUTS_PTX[8] + ",r,r,r,r,r,r,r,r,r,r,r",
+            [tile[0], tile[1], tile[2], tile[3], tile[4], tile[5], tile[6], tile[7],
+             signs, scale.to(tl.bfloat16), mean.to(tl.bfloat16)],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16) * 2, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        scale = tl.broadcast_to(scale, [NQ, SIZE])
+        for p in tl.static_range(8):
+            turned = product(levels[p], matrix, NQ, SIZE)
+            tile = tile + (tl.fma(with_sign(turned, signs, p), scale, mean),)
+        return tile

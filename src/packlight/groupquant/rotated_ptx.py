@@ -131,6 +131,21 @@ def differ() -> str:
     return text.text([*(f"a{p}" for p in _PARTS), "t", "q"])
 
 
+def restore() -> str:
+    """Of turned numbers of eight parts, signs, a scale and a mean: what was packed.
+
+    All but the signs are bfloat16.
+    """
+    text = _Text()
+    for p in _PARTS:
+        text.add(f"shl.b32 t, $16, {p}")
+        text.add(f"lop3.b32 t, ${8 + p}, t, 0x80008000, 0x78")
+        text.add(f"fma.rn.bf16x2 a{p}, t, $17, $18")
+    for p in _PARTS:
+        text.add(f"mov.b32 ${p}, a{p}")
+    return text.text([*(f"a{p}" for p in _PARTS), "t"])
+
+
 def _bases(bits: int, count: int) -> list[tuple[int, int]]:
     """Numbers to which `count` codes are added by floating point, in low and high halves.
 
@@ -150,7 +165,9 @@ def _bases(bits: int, count: int) -> list[tuple[int, int]]:
 
 
 def encode(bits: int) -> str:
-    """Of y of eight parts: the pieces of their codes, and the inner product with the levels."""
+    """Of turned numbers of eight parts and what makes y of them over twice the bound: the pieces of
+    the codes of y, and the inner product of the turned numbers with the levels.
+    """
     formula = FORMULAS[bits]
     sizes = pieces(bits)
     text = _Text()
@@ -160,7 +177,7 @@ def encode(bits: int) -> str:
     top = 2**bits - 1
     constant = text.constant
     half = constant(_pair(0.5))
-    by = constant(_pair(_rounded(0.5 / formula.bound)))
+    by = f"${first + 8}"
     part = 0
     fresh = True
     for chain, count in enumerate(chains):
@@ -262,5 +279,6 @@ TURN = turn()
 LIMIT = limit()
 SURVEY = survey()
 DIFFER = differ()
+RESTORE = restore()
 ENCODE = tuple(encode(bits) for bits in (1, 2, 3, 4))
 DECODE = tuple(decode(bits) for bits in (1, 2, 3, 4))

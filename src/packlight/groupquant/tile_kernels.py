@@ -67,14 +67,19 @@ def to_float32(x):
 def load_raw_tile(x_ptr, starts, room, SIZE: tl.constexpr, FULL: tl.constexpr):
     """The eight [NQ, SIZE] tensors of a tile at `x_ptr`, 0 past the end of rows."""
     tile = ()
-    for j in tl.static_range(8):
-        offsets = part(starts, SIZE, j)
-        if FULL:
-            x = tl.load(x_ptr + offsets)
-        else:
-            x = tl.load(x_ptr + offsets, part_there(room, SIZE, j), other=0.0)
-        tile = tile + (x,)
+    for p in tl.static_range(8):
+        tile = tile + (load_part(x_ptr, starts, room, SIZE, p, FULL),)
     return tile
+
+
+@triton.jit
+def load_part(x_ptr, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL: tl.constexpr):
+    """Part p of `load_raw_tile`."""
+    offsets = part(starts, SIZE, p)
+    if FULL:
+        return tl.load(x_ptr + offsets)
+    else:
+        return tl.load(x_ptr + offsets, part_there(room, SIZE, p), other=0.0)
 
 
 @triton.jit
@@ -130,17 +135,24 @@ def store_tile(y_ptr, y, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL
 
 @triton.jit
 def load_whole(x_ptr, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):
-    """What `load_tile` gives. WHOLE: by whole bundles, where all are there."""
+    """`load_raw_whole` in float32."""
+    return tile_to_float32(load_raw_whole(x_ptr, starts, room, SIZE, WHOLE, FULL))
+
+
+@triton.jit
+def load_raw_whole(
+    x_ptr, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr
+):
+    """What `load_raw_tile` gives. WHOLE: by whole bundles, where all are there."""
     if WHOLE and FULL:
         NQ: tl.constexpr = starts.shape[0]
         x = tl.load(x_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :])
         abcd, efgh = tl.split(tl.permute(tl.reshape(x, [NQ, 2, 2, 2, SIZE]), (0, 4, 3, 2, 1)))
         ab, cd = tl.split(abcd)
         ef, gh = tl.split(efgh)
-        tile = tl.split(ab) + tl.split(cd) + tl.split(ef) + tl.split(gh)
-        return tile_to_float32(tile)
+        return tl.split(ab) + tl.split(cd) + tl.split(ef) + tl.split(gh)
     else:
-        return load_tile(x_ptr, starts, room, SIZE, FULL)
+        return load_raw_tile(x_ptr, starts, room, SIZE, FULL)
 
 
 @triton.jit
