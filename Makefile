@@ -17,7 +17,7 @@ PINS   := --constraint constraints.txt
 .PHONY: demo docs release test test-torch test-newest pytest lint mutate gpu-test gpu-sanitize clean
 
 # One stamp: nothing is installed again until the requirements change.
-$(STAMP): pyproject.toml constraints.txt tools/torchvision_schemas.py tools/minilm.txt
+$(STAMP): pyproject.toml constraints.txt src/packlight/_version.py tools/torchvision_schemas.py tools/minilm.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev
