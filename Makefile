@@ -1,6 +1,6 @@
 # make demo   train a small model on real text, with and without packlight
 # make test   lint, format, types, the docs site, the CPU test suite
-# make docs   the site, strictly, into site/; site/index.html opens without a server
+# make docs   the site, strictly, into site/; python -m http.server -d site shows it with its search
 # make release   builds, checks and tries what would be published; uploads nothing
 # make test-torch TORCH=2.11.0   the test suite with another torch; 2.11.0 is the oldest
 # make test-newest   a wheel of this checkout and the torch that pip installs today: what must hold at once
