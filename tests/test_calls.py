@@ -738,6 +738,7 @@ ARGUMENTS = {
     torch.addmm: lambda x: (x.flatten(1)[0, :16], x.flatten(1), _weight(1024, 16)),
     torch.baddbmm: lambda x: (x[0], x[0], x[0] * 2),
     torch.bmm: lambda x: (x[0], x[0] * 2),
+    torch.cat: lambda x: ([_scores(x), torch.ones(4, 16, 8, 1)], -1),
     torch.clamp: lambda x: (x, -0.5),
     torch.clamp_max: lambda x: (x, 0.75),
     torch.clamp_min: lambda x: (x, -0.5),
@@ -790,7 +791,8 @@ class Function(nn.Module):
 
     def forward(self, x):
         arguments = ARGUMENTS.get(self.function, lambda x: (x,))(x * 1.0)
-        subject = next(x for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+        parts = [x for value in arguments for x in (value if type(value) is list else [value])]
+        subject = next(x for x in parts if isinstance(x, Tensor) and x.is_floating_point())
         subject.requires_grad_()
         by_place, rest = arguments[: self.places], arguments[len(arguments[: self.places]) :]
         named = dict(zip(self.names[len(by_place) :], rest, strict=False))

@@ -37,6 +37,7 @@ PAGE, RECORD = ROOT / "docs" / "models.md", ROOT / "tests" / "families.json"
 # What is left of less than these shares of all is not recorded, and not in the page.
 SHARE, SHOWN = 0.05, 0.01
 
+GROUPS = {"families": FAMILIES, "models": ZOO}
 PACKAGES = ("torch", "transformers", "diffusers", "timm", "torchvision")
 
 
@@ -179,11 +180,11 @@ since `nms` and `roi_align` have no kernels beside a CPU build of torch.
 def page(record: dict[str, Any]) -> str:
     rows = {**record["families"], **record["models"]}
     sections = {
-        "families": record["families"],
+        "families": {name: record["families"][name] for name in FAMILIES},
         **{
             package: {
-                name.removeprefix(f"{package}/"): row
-                for name, row in record["models"].items()
+                name.removeprefix(f"{package}/"): record["models"][name]
+                for name in ZOO
                 if name.startswith(f"{package}/")
             }
             for package in ("timm", "torchvision")
@@ -244,17 +245,17 @@ def main() -> None:
     known = json.loads(RECORD.read_text()) if patterns else {}
     if patterns and known["versions"] != versions():
         sys.exit(f"what is recorded was found with {known['versions']}: look at all again")
-    record: dict[str, Any] = {"versions": versions()}
-    for group, families in {"families": FAMILIES, "models": ZOO}.items():
-        record[group] = {}
+    record: dict[str, Any] = {"versions": versions(), **{group: {} for group in GROUPS}}
+    for group, families in GROUPS.items():
+        for name in families:
+            if name in known.get(group, {}):
+                record[group][name] = known[group][name]
+    for group, families in GROUPS.items():
         for name, family in families.items():
-            if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):
-                if name in known[group]:
-                    record[group][name] = known[group][name]
-                continue
-            record[group][name] = row = look_at(family)
-            print(json.dumps({name: row}), file=sys.stderr)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+            if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns):
+                record[group][name] = row = look_at(family)
+                print(json.dumps({name: row}), file=sys.stderr)
+                RECORD.write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text(page(record))
 
 

@@ -84,9 +84,9 @@ def _forward_kernel(
     codes_ptr,
     scales_ptr,
     rstd_ptr,  # [rows]
-    seed,  # a number, or a pointer to one
     weight_copy_ptr,  # [width]
     bias_copy_ptr,  # [width]
+    seed,  # a number, or a pointer to one
     rows,
     width,
     row_groups,
