@@ -15,14 +15,15 @@ import packlight
 from packlight import DEFAULT_REST, FewBit, GroupQuant, profile, saving
 from packlight.convert import DEFAULT_METHODS
 from packlight.errors import DoubleBackwardError, InputError
+from packlight.groupquant.grouping import OFFSET
 from packlight.saving import saver
-from tests.helpers import relative_error
+from tests.helpers import pack_bytes, relative_error
 
 FOUR = GroupQuant(bits=4)
 EIGHT = GroupQuant(bits=8)
 ELEMENTS = 64 * 64
 TENSOR = 4 * ELEMENTS  # bytes
-PACK = ELEMENTS // 2 + 4 * ELEMENTS // 128  # of four bits
+PACK = pack_bytes(ELEMENTS, code=OFFSET)
 
 
 class Wave(nn.Module):
