@@ -195,14 +195,12 @@ def can_draw_again(x: Tensor) -> bool:
 
     Not where one set of instructions draws anew at each run, and so has no numbers to go back to.
     """
-    if _torch.is_fake(x):
-        return kind_of(x) == "cuda" and not _torch.is_traced()
-    return x.is_cuda and not _torch.is_traced() and not _is_captured(x)
+    return kind_of(x) == "cuda" and not _torch.is_traced() and not _is_captured(x)
 
 
 def draws_at(x: Tensor) -> tuple[int, int] | None:
-    """Where torch's generator of the CUDA device of `x` is; None where `x` has no values."""
-    if _torch.is_fake(x):
+    """Where torch's generator of the CUDA device of `x` is; None where that is imagined."""
+    if _torch.is_fake(x) or not x.is_cuda:
         return None
     generator: Any = torch.cuda.default_generators[x.get_device()]
     return generator.initial_seed(), generator.get_offset()
