@@ -16,6 +16,7 @@ from packlight.elementwise.kernels import (
     P7_5,
     P7_6,
     P7_7,
+    PTX,
     divide,
     exp,
 )
@@ -25,8 +26,14 @@ CHEAP = tl.constexpr(11)  # the digits for which the mathematics below is asked
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x)."""
-    return divide(1.0, 1.0 + exp(-x, CHEAP), CHEAP)
+    """1 / (1 + e^-x), by one operation of the slow pipe in place of two."""
+    if PTX:
+        t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.fma(t, 0.5, 0.5)
+    else:
+        return divide(1.0, 1.0 + exp(-x, CHEAP), CHEAP)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_cod
 from packlight.groupquant.tile_kernels import (
     load_columns,
     load_raw_tile,
-    load_whole,
+    load_raw_whole,
     row_tile,
     store_whole,
     to_float32,
@@ -164,13 +164,17 @@ def _activation_backward_kernel(
     bundle = tl.program_id(0).to(tl.int64) * NQ
     start = bundle * (8 * SIZE)
     starts, room = row_tile(width - start, NQ, SIZE)
-    dy = load_whole(dy_ptr + start, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+    dy = load_raw_whole(dy_ptr + start, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     bundle += tl.arange(0, NQ)
     group = bundle * (8 // PARTS)
-    tile = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT)
+    NARROW: tl.constexpr = dx_ptr.dtype.element_ty == tl.bfloat16
+    tile = load_codes(
+        codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT, NARROW
+    )
     dx = ()
     for p in tl.static_range(8):
-        dx = dx + (dy[p] * DERIVATIVE(tile[p], a, b),)
+        d = to_float32(dy[p]) * DERIVATIVE(to_float32(tile[p]), a, b)
+        dx = dx + (d.to(dx_ptr.dtype.element_ty),)
     store_whole(dx_ptr + start, dx, starts, room, SIZE, CODE == TURNED_CODE, FULL)
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
+from packlight.groupquant import rotated_norm_kernels
 from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import TURNED_CODE, constants, new_pack, sized
+from packlight.groupquant.minmax_kernels import PLAIN
 from packlight.groupquant.pack_kernels import load_codes, pack_value, store_codes
 from packlight.groupquant.tile_kernels import (
     load_part,
@@ -137,7 +139,10 @@ def row_gradients(
 ):  # fmt: skip
     """What comes of a tile of gradients: dx, and the sums `dweight` and `dbias` so far."""
     group = (row + in_row) * row_groups + bundle * (8 // PARTS)
-    x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
+    x_hat = load_codes(
+        codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, PLAIN,
+        DX == tl.bfloat16,
+    )  # fmt: skip
     if FULL:
         rstd = tl.load(rstd_ptr + row + in_row)[:, None]
     else:
@@ -149,12 +154,12 @@ def row_gradients(
     for p in tl.static_range(8):
         g = to_float32(dy[p])
         if NEED_WEIGHT:
-            weights = weights + (tl.fma(g, x_hat[p], dweight[p]),)
+            weights = weights + (tl.fma(g, to_float32(x_hat[p]), dweight[p]),)
         if NEED_BIAS:
             biases = biases + (dbias[p] + g,)
         if WEIGHT:
             g = g * parameter_part((), weight_ptr, bundle, width, SIZE, p, FULL)
-        products += g * x_hat[p]
+        products += g * to_float32(x_hat[p])
         if CENTER:
             total += g
     # Of x_hat: 0 past the row's end, as g is 0 there.
@@ -167,7 +172,7 @@ def row_gradients(
         g = to_float32(dy[p])
         if WEIGHT:
             g = g * parameter_part((), weight_ptr, bundle, width, SIZE, p, FULL)
-        d = (g - mean - x_hat[p] * slope) * rstd
+        d = (g - mean - to_float32(x_hat[p]) * slope) * rstd
         dx = dx + (d.to(DX),)
     if not NEED_WEIGHT:
         weights = dweight
@@ -314,6 +319,7 @@ PLACES = {MINMAX: 64, OFFSET: 64, ROTATED: 256}
 KEPT = {MINMAX: True, OFFSET: True, ROTATED: False}
 AHEAD = {MINMAX: False, OFFSET: False, ROTATED: False}
 WAVES = 1
+TILED = True
 
 
 class Shape(NamedTuple):
@@ -389,7 +395,8 @@ def norm(
                 copy.copy_(parameter)
         return y, codes, scales, rstd, *copies
     given = (weight is not None, bias is not None, seed_kind(seed, number))
-    _forward_launch(grouping, eps, center, *given)(
+    prepare = rotated_norm_kernels.forward_launch if TILED and grouping.code == ROTATED else _forward_launch
+    prepare(grouping, eps, center, *given)(
         x,
         y,
         x if weight is None else weight,
@@ -446,6 +453,18 @@ def norm_backward(
         zeros = rstd.new_zeros(width)
         return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
     grouping, *_ = sized(rows, width, *groups)
+    if TILED and grouping.code == ROTATED:
+        gamma = grad_output if weight is None else weight
+        rotated_norm_kernels.backward_launch(grouping, center, weight is not None)(
+            grad_output, codes, scales, rstd, gamma, dx
+        )
+        if not (need_weight or need_bias):
+            return dx, nothing, nothing
+        launch, programs = rotated_norm_kernels.sums_launch(grouping, need_weight, need_bias)
+        dweight = rstd.new_empty(programs, width) if need_weight else nothing
+        dbias = rstd.new_empty(programs, width) if need_bias else nothing
+        launch(grad_output, codes, scales, dweight, dbias)
+        return dx, dweight.sum(0) if need_weight else nothing, dbias.sum(0) if need_bias else nothing
     # A tile of rotated groups leaves no registers for both sums.
     apart = need_bias and grouping.code == ROTATED
     needs = (need_weight, need_bias and not apart)

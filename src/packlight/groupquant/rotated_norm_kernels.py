@@ -18,31 +18,67 @@ from torch import Tensor
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_value
 from packlight.groupquant.grouping import Grouping
-from packlight.groupquant.kernels import constants
-from packlight.groupquant.pack_kernels import load_codes, store_codes
+from packlight.groupquant.minmax_kernels import PLAIN
+from packlight.groupquant.rotated_kernels import load_rotated, store_rotated
 from packlight.groupquant.tile_kernels import (
     load_part,
     load_raw_tile,
-    load_raw_whole,
     load_tile,
     part_there,
     rows_tile,
     store_tile,
     store_whole,
     to_float32,
+    whole_of,
 )
 
 
 @triton.jit
-def over_row(sums, ROWS: tl.constexpr, NQ: tl.constexpr):
-    """[ROWS NQ, 1] sums of each row, of [ROWS NQ, SIZE]."""
-    sums = tl.sum(sums, 1)
+def over_row(x, ROWS: tl.constexpr):
+    """[ROWS NQ, 1] sums of each row of a tile [ROWS NQ, COLUMNS]."""
+    sums = tl.sum(x, 1)
+    NQ: tl.constexpr = sums.shape[0] // ROWS
     if ROWS == 1:
         sums = tl.zeros([NQ], dtype=tl.float32) + tl.sum(sums, 0)
     elif NQ > 1:
         whole = tl.sum(tl.reshape(sums, [ROWS, NQ]), 1)
         sums = tl.reshape(tl.broadcast_to(whole[:, None], [ROWS, NQ]), [ROWS * NQ])
     return sums[:, None]
+
+
+@triton.jit
+def of_eight(x, SIZE: tl.constexpr):
+    """[Q, SIZE] sums of eight neighbours, which are in one thread."""
+    return tl.sum(tl.reshape(x, [x.shape[0], SIZE, 8]), 2)
+
+
+@triton.jit
+def load_groups(x_ptr, offsets, there, FULL: tl.constexpr):
+    """A tile in float32, 0 where groups have ended."""
+    if FULL:
+        x = tl.load(x_ptr + offsets)
+    else:
+        x = tl.load(x_ptr + offsets, there, other=0.0)
+    return to_float32(x)
+
+
+@triton.jit
+def store_groups(y_ptr, offsets, there, y, FULL: tl.constexpr):
+    y = y.to(y_ptr.dtype.element_ty)
+    if FULL:
+        tl.store(y_ptr + offsets, y)
+    else:
+        tl.store(y_ptr + offsets, y, there)
+
+
+@triton.jit
+def packed(
+    codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, BITS: tl.constexpr,
+    NARROW: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The tile that was packed, in float32."""
+    parts = load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, PLAIN, NARROW)
+    return to_float32(whole_of(parts, SIZE))
 
 
 @triton.jit
@@ -95,9 +131,7 @@ def _forward_kernel(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
-    CODE: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -108,7 +142,8 @@ def _forward_kernel(
     NARROW: tl.constexpr = y_ptr.dtype.element_ty == tl.bfloat16
     HELD: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
     first = tl.program_id(0) == 0
-    row = tl.program_id(0).to(tl.int64) * ROWS
+    # The last rows may be those of two programs, which write the same.
+    row = tl.maximum(tl.minimum(tl.program_id(0) * ROWS, rows - ROWS), 0).to(tl.int64)
     starts, room, in_row, group = rows_tile(width, rows - row, ROWS, NQ, SIZE)
     x_ptr += row * width
     y_ptr += row * width
@@ -117,7 +152,7 @@ def _forward_kernel(
     pivot = tl.zeros([ROWS * NQ, 1], dtype=tl.float32)
     if CENTER:
         head = load_tile(x_ptr, starts, room, SIZE, FULL)
-        pivot = over_row(total_of(head), ROWS, NQ) / tl.minimum(width, COLUMNS)
+        pivot = over_row(total_of(head), ROWS) / tl.minimum(width, COLUMNS)
     total = tl.zeros([ROWS * NQ, SIZE], dtype=tl.float32)
     squares = total
     for i in tl.range(TILES, num_stages=1):
@@ -127,9 +162,9 @@ def _forward_kernel(
             tile = less(tile, pivot, left, SIZE, FULL)
             total += total_of(tile)
         squares += total_of(times(tile, tile))
-    square = over_row(squares, ROWS, NQ) / width
+    square = over_row(squares, ROWS) / width
     if CENTER:
-        rest = over_row(total, ROWS, NQ) / width
+        rest = over_row(total, ROWS) / width
         square -= rest * rest
         pivot += rest
     rstd = tl.rsqrt(square + eps)
@@ -160,23 +195,10 @@ def _forward_kernel(
                 y += to_float32(bias)
             out = out + (y.to(y_ptr.dtype.element_ty),)
         store_whole(y_ptr + i * COLUMNS, out, starts, left, SIZE, True, FULL)
-        store_codes(
-            normal, codes_ptr, scales_ptr,
-            (row + in_row) * row_groups + bundle, seed_value(seed, SEED), row + in_row, bundle,
-            left, (), SIZE, PARTS, BITS, CODE, SEED, 0, None, FULL,
+        store_rotated(
+            normal, codes_ptr, scales_ptr, (row + in_row) * row_groups + bundle,
+            seed_value(seed, SEED).to(tl.int64), left, (), SIZE, BITS, 0, FULL,
         )  # fmt: skip
-
-
-@triton.jit
-def gradient(
-    dy, weight_ptr, column, width, WEIGHT: tl.constexpr, SIZE: tl.constexpr, p: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
-    """The gradient of part p of the normalised values."""
-    g = to_float32(dy)
-    if WEIGHT:
-        g *= to_float32(load_part(weight_ptr, column, width - column, SIZE, p, FULL))
-    return g
 
 
 @quick
@@ -194,17 +216,20 @@ def _backward_kernel(
     CENTER: tl.constexpr,
     WEIGHT: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
-    CODE: tl.constexpr,
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
     NQ: tl.constexpr,
     TILES: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = NQ * 8 * SIZE
-    row = tl.program_id(0).to(tl.int64) * ROWS
+    NARROW: tl.constexpr = dx_ptr.dtype.element_ty == tl.bfloat16
+    # The last rows may be those of two programs, which write the same.
+    row = tl.maximum(tl.minimum(tl.program_id(0) * ROWS, rows - ROWS), 0).to(tl.int64)
     starts, room, in_row, bundle = rows_tile(width, rows - row, ROWS, NQ, SIZE)
+    place = tl.arange(0, 8 * SIZE)[None, :]
+    offsets, columns = starts[:, None] + place, (bundle * (8 * SIZE))[:, None] + place
+    group = (row + in_row) * row_groups + bundle
     dy_ptr += row * width
     dx_ptr += row * width
     rstd = tl.load(rstd_ptr + row + in_row, row + in_row < rows, other=0.0)[:, None]
@@ -212,35 +237,28 @@ def _backward_kernel(
     total = products
     for i in tl.range(TILES, num_stages=1):
         left = room - i * COLUMNS
-        group = bundle + i * NQ
-        dy = load_raw_whole(dy_ptr + i * COLUMNS, starts, left, SIZE, True, FULL)
-        x_hat = load_codes(
-            codes_ptr, scales_ptr, (row + in_row) * row_groups + group, left, SIZE, PARTS, BITS,
-            CODE, FULL,
-        )  # fmt: skip
-        for p in tl.static_range(8):
-            g = gradient(dy[p], weight_ptr, group * (8 * SIZE), width, WEIGHT, SIZE, p, FULL)
-            products += g * x_hat[p]
-            if CENTER:
-                total += g
-    slope = over_row(products, ROWS, NQ) / width * rstd
-    mean = over_row(total, ROWS, NQ) / width * rstd
+        g = load_groups(dy_ptr + i * COLUMNS, offsets, place < left[:, None], FULL)
+        if WEIGHT:
+            inside = columns + i * COLUMNS < width
+            g *= load_groups(weight_ptr + i * COLUMNS, columns, inside, FULL)
+        x_hat = packed(codes_ptr, scales_ptr, group + i * NQ, left, SIZE, BITS, NARROW, FULL)
+        products += of_eight(g * x_hat, SIZE)
+        if CENTER:
+            total += of_eight(g, SIZE)
+    slope = over_row(products, ROWS) / width * rstd
+    mean = over_row(total, ROWS) / width * rstd
     for i in tl.range(TILES, num_stages=1):
         left = room - i * COLUMNS
-        group = bundle + i * NQ
-        again = load_raw_whole(dy_ptr + i * COLUMNS, starts, left, SIZE, True, FULL)
-        normal = load_codes(
-            codes_ptr, scales_ptr, (row + in_row) * row_groups + group, left, SIZE, PARTS, BITS,
-            CODE, FULL,
-        )  # fmt: skip
-        dx = ()
-        for p in tl.static_range(8):
-            d = gradient(again[p], weight_ptr, group * (8 * SIZE), width, WEIGHT, SIZE, p, FULL)
-            d = tl.fma(d, rstd, -normal[p] * slope)
-            if CENTER:
-                d -= mean
-            dx = dx + (d.to(dx_ptr.dtype.element_ty),)
-        store_whole(dx_ptr + i * COLUMNS, dx, starts, left, SIZE, True, FULL)
+        there = place < left[:, None]
+        d = load_groups(dy_ptr + i * COLUMNS, offsets, there, FULL)
+        if WEIGHT:
+            inside = columns + i * COLUMNS < width
+            d *= load_groups(weight_ptr + i * COLUMNS, columns, inside, FULL)
+        normal = packed(codes_ptr, scales_ptr, group + i * NQ, left, SIZE, BITS, NARROW, FULL)
+        d = tl.fma(d, rstd, -normal * slope)
+        if CENTER:
+            d -= mean
+        store_groups(dx_ptr + i * COLUMNS, offsets, there, d, FULL)
 
 
 @quick
@@ -258,54 +276,44 @@ def _sums_kernel(
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
-    CODE: tl.constexpr,
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
     NQ: tl.constexpr,
 ):
     """Gradients of weight and bias: the share of some rows, of a tile of columns."""
-    COLUMNS: tl.constexpr = NQ * 8 * SIZE
-    first = tl.program_id(1) * COLUMNS
+    NARROW: tl.constexpr = dy_ptr.dtype.element_ty == tl.bfloat16
+    first = tl.program_id(1) * NQ * 8 * SIZE
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
-    zero = tl.zeros([ROWS * NQ, SIZE], dtype=tl.float32)
-    dweight = (zero, zero, zero, zero, zero, zero, zero, zero)
+    starts, _, in_row, bundle = rows_tile(width, ROWS, ROWS, NQ, SIZE)
+    place = tl.arange(0, 8 * SIZE)[None, :]
+    offsets, columns = starts[:, None] + place, (bundle * (8 * SIZE))[:, None] + place
+    dweight = tl.zeros([ROWS * NQ, 8 * SIZE], dtype=tl.float32)
     dbias = dweight
     while row < end:
-        starts, room, in_row, bundle = rows_tile(width - first, end - row, ROWS, NQ, SIZE)
-        starts = in_row * width + bundle * (8 * SIZE)
-        dy = load_raw_whole(dy_ptr + row * width + first, starts, room, SIZE, True, FULL)
+        room = tl.where(in_row < end - row, width - first - bundle * (8 * SIZE), 0)
+        there = place < room[:, None]
+        dy = load_groups(dy_ptr + row * width + first, offsets, there, FULL)
         if NEED_WEIGHT:
             group = (row + in_row) * row_groups + tl.program_id(1) * NQ + bundle
-            x_hat = load_codes(
-                codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL
-            )
-            sums = ()
-            for p in tl.static_range(8):
-                sums = sums + (tl.fma(to_float32(dy[p]), x_hat[p], dweight[p]),)
-            dweight = sums
+            x_hat = packed(codes_ptr, scales_ptr, group, room, SIZE, BITS, NARROW, FULL)
+            dweight = tl.fma(dy, x_hat, dweight)
         if NEED_BIAS:
-            sums = ()
-            for p in tl.static_range(8):
-                sums = sums + (dbias[p] + to_float32(dy[p]),)
-            dbias = sums
+            dbias += dy
         row += ROWS
     partial = tl.program_id(0).to(tl.int64) * width + first
-    column = tl.arange(0, NQ) * (8 * SIZE)
-    for p in tl.static_range(8):
-        if NEED_WEIGHT:
-            sums = over_rows(dweight[p], ROWS)
-            store_tile(dweight_ptr + partial, sums, column, width - first - column, SIZE, p, FULL)
-        if NEED_BIAS:
-            sums = over_rows(dbias[p], ROWS)
-            store_tile(dbias_ptr + partial, sums, column, width - first - column, SIZE, p, FULL)
+    columns = (tl.arange(0, NQ) * (8 * SIZE))[:, None] + place
+    inside = first + columns < width
+    if NEED_WEIGHT:
+        store_groups(dweight_ptr + partial, columns, inside, over_rows(dweight, ROWS), FULL)
+    if NEED_BIAS:
+        store_groups(dbias_ptr + partial, columns, inside, over_rows(dbias, ROWS), FULL)
 
 
 @triton.jit
 def over_rows(x, ROWS: tl.constexpr):
-    """[NQ, SIZE] sums over the rows of a tile."""
+    """[NQ, COLUMNS] sums over the rows of a tile."""
     if ROWS == 1:
         return x
     else:
@@ -316,7 +324,7 @@ def over_rows(x, ROWS: tl.constexpr):
 
 PLACES = 256  # a warp: what one product on tensor cores takes
 PROGRAMS = 132 * 32  # of sums
-WARPS = (1, 1, 1)  # forward, backward, sums
+MOST = 4  # warps
 
 
 class Shape(NamedTuple):
@@ -326,22 +334,28 @@ class Shape(NamedTuple):
     rows: int
     tiles: int
     full: bool
+    warps: int
 
 
-def shape_of(grouping: Grouping, warps: int) -> Shape:
+def shape_of(grouping: Grouping) -> Shape:
+    """Tiles of as many groups of a row as divide it, a power of two, and as many rows as that
+    leaves room for; one tile a row where warps suffice.
+    """
     groups = grouping.row_groups
-    held = warps * PLACES // grouping.size
-    bundles = min(held, groups & -groups)
-    rows = held // bundles
-    full = grouping.width % grouping.group_size == 0 and grouping.rows % rows == 0
-    return Shape(bundles, rows, -(-groups // bundles), full)
+    divisor = groups & -groups
+    held = PLACES // grouping.size
+    warps = max(1, min(MOST, divisor // held))
+    bundles = min(warps * held, divisor)
+    rows = warps * held // bundles
+    full = grouping.width % grouping.group_size == 0 and grouping.rows >= rows
+    return Shape(bundles, rows, groups // bundles, full, warps)
 
 
 @functools.lru_cache(LAUNCHES)
 def forward_launch(
     grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, seed: int
 ) -> Launch:
-    shape = shape_of(grouping, WARPS[0])
+    shape = shape_of(grouping)
     return _forward_kernel.prepare(
         (-(-grouping.rows // shape.rows),),
         grouping.rows,
@@ -351,19 +365,20 @@ def forward_launch(
         CENTER=center,
         WEIGHT=weight,
         BIAS=bias,
-        **constants(grouping),
+        SIZE=grouping.size,
+        BITS=grouping.bits,
         SEED=seed,
         FULL=shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         TILES=shape.tiles,
-        num_warps=WARPS[0],
+        num_warps=shape.warps,
     )
 
 
 @functools.lru_cache(LAUNCHES)
 def backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
-    shape = shape_of(grouping, WARPS[1])
+    shape = shape_of(grouping)
     return _backward_kernel.prepare(
         (-(-grouping.rows // shape.rows),),
         grouping.rows,
@@ -371,20 +386,21 @@ def backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
         grouping.row_groups,
         CENTER=center,
         WEIGHT=weight,
-        **constants(grouping),
+        SIZE=grouping.size,
+        BITS=grouping.bits,
         FULL=shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         TILES=shape.tiles,
-        num_warps=WARPS[1],
+        num_warps=shape.warps,
     )
 
 
 @functools.lru_cache(LAUNCHES)
 def sums_launch(grouping: Grouping, need_weight: bool, need_bias: bool) -> tuple[Launch, int]:
     """The launch, and how many partial sums it writes."""
-    shape = shape_of(grouping, WARPS[2])
-    programs = max(1, min(grouping.rows // shape.rows, PROGRAMS // shape.tiles))
+    shape = shape_of(grouping)
+    programs = max(1, min(grouping.rows // shape.rows, PROGRAMS // (shape.tiles * shape.warps)))
     steps = -(-grouping.rows // programs)
     steps = -(-steps // shape.rows) * shape.rows
     programs = -(-grouping.rows // steps)
@@ -396,10 +412,11 @@ def sums_launch(grouping: Grouping, need_weight: bool, need_bias: bool) -> tuple
         steps,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
-        **constants(grouping),
-        FULL=shape.full,
+        SIZE=grouping.size,
+        BITS=grouping.bits,
+        FULL=shape.full and grouping.rows % shape.rows == 0,
         ROWS=shape.rows,
         NQ=shape.bundles,
-        num_warps=WARPS[2],
+        num_warps=shape.warps,
     )
     return launch, programs
