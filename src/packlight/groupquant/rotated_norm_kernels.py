@@ -289,7 +289,7 @@ def _sums_kernel(
     starts, _, in_row, bundle = rows_tile(width, ROWS, ROWS, NQ, SIZE)
     place = tl.arange(0, 8 * SIZE)[None, :]
     offsets, columns = starts[:, None] + place, (bundle * (8 * SIZE))[:, None] + place
-    dweight = tl.zeros([ROWS * NQ, 8 * SIZE], dtype=tl.float32)
+    dweight = tl.zeros([NQ, 8 * SIZE], dtype=tl.float32)
     dbias = dweight
     while row < end:
         room = tl.where(in_row < end - row, width - first - bundle * (8 * SIZE), 0)
@@ -298,17 +298,17 @@ def _sums_kernel(
         if NEED_WEIGHT:
             group = (row + in_row) * row_groups + tl.program_id(1) * NQ + bundle
             x_hat = packed(codes_ptr, scales_ptr, group, room, SIZE, BITS, NARROW, FULL)
-            dweight = tl.fma(dy, x_hat, dweight)
+            dweight += over_rows(dy * x_hat, ROWS)
         if NEED_BIAS:
-            dbias += dy
+            dbias += over_rows(dy, ROWS)
         row += ROWS
     partial = tl.program_id(0).to(tl.int64) * width + first
     columns = (tl.arange(0, NQ) * (8 * SIZE))[:, None] + place
     inside = first + columns < width
     if NEED_WEIGHT:
-        store_groups(dweight_ptr + partial, columns, inside, over_rows(dweight, ROWS), FULL)
+        store_groups(dweight_ptr + partial, columns, inside, dweight, FULL)
     if NEED_BIAS:
-        store_groups(dbias_ptr + partial, columns, inside, over_rows(dbias, ROWS), FULL)
+        store_groups(dbias_ptr + partial, columns, inside, dbias, FULL)
 
 
 @triton.jit
@@ -325,6 +325,8 @@ def over_rows(x, ROWS: tl.constexpr):
 PLACES = 256  # a warp: what one product on tensor cores takes
 PROGRAMS = 132 * 32  # of sums
 MOST = 4  # warps
+# Of a row a tile, in sums over rows: those that a thread has are of the same columns then.
+MOST_GROUPS = 2
 
 
 class Shape(NamedTuple):
@@ -337,12 +339,14 @@ class Shape(NamedTuple):
     warps: int
 
 
-def shape_of(grouping: Grouping) -> Shape:
+def shape_of(grouping: Grouping, most: int | None = None) -> Shape:
     """Tiles of as many groups of a row as divide it, a power of two, and as many rows as that
-    leaves room for; one tile a row where warps suffice.
+    leaves room for; one tile a row where warps suffice. `most` bounds the groups.
     """
     groups = grouping.row_groups
     divisor = groups & -groups
+    if most is not None:
+        divisor = min(divisor, most)
     held = PLACES // grouping.size
     warps = max(1, min(MOST, divisor // held))
     bundles = min(warps * held, divisor)
@@ -399,8 +403,8 @@ def backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
 @functools.lru_cache(LAUNCHES)
 def sums_launch(grouping: Grouping, need_weight: bool, need_bias: bool) -> tuple[Launch, int]:
     """The launch, and how many partial sums it writes."""
-    shape = shape_of(grouping)
-    programs = max(1, min(grouping.rows // shape.rows, PROGRAMS // (shape.tiles * shape.warps)))
+    shape = shape_of(grouping, MOST_GROUPS)
+    programs = max(1, min(grouping.rows // shape.rows, PROGRAMS // shape.tiles))
     steps = -(-grouping.rows // programs)
     steps = -(-steps // shape.rows) * shape.rows
     programs = -(-grouping.rows // steps)
