@@ -1,7 +1,8 @@
 """Derivatives of activations for Triton kernels, in fp32.
 
 f'(x, a, b) for an x that is itself approximate, so the cheap forms serve every dtype: absolute
-error below 1e-4, NaN and infinity as torch has them.
+error below 1e-4, NaN and infinity as torch has them. Those with a sigmoid err by up to 5e-4 where a
+device has a hyperbolic tangent, of 11 bits: a tenth of what reading 8 bits costs.
 """
 
 import triton

@@ -198,11 +198,14 @@ BACKWARD = Setting(1024, 4)
 # Of whatever packs or reads rotated groups: a warp has what one product on tensor cores takes, and
 # waits for few others.
 TURNED = Setting(512, 2)
+TURNED_READER = Setting(256, 1)  # of readers, which have fewer instructions
 
 
-def setting_for(grouping: Grouping, plain: Setting) -> Setting:
+def setting_for(grouping: Grouping, plain: Setting, reads: bool = False) -> Setting:
     """`plain`, or that of rotated groups."""
-    return TURNED if grouping.code == ROTATED else plain
+    if grouping.code != ROTATED:
+        return plain
+    return TURNED_READER if reads else TURNED
 
 
 def constants(grouping: Grouping) -> dict[str, int]:
@@ -311,7 +314,7 @@ def _dequantize_launch(
     weight: bool,
     bias: bool,
 ) -> Launch:
-    block, warps = setting_for(grouping, REBUILD if name else UNPACK)
+    block, warps = setting_for(grouping, REBUILD if name else UNPACK, reads=True)
     period = grouping.row_groups
     if grouping.width % grouping.group_size == 0:  # rows are one row: tiles need not end with them
         grouping = grouping._replace(rows=1, width=grouping.rows * grouping.width)
@@ -380,7 +383,7 @@ def activation_(
 
 @functools.lru_cache(LAUNCHES)
 def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: float) -> Launch:
-    block, warps = setting_for(grouping, BACKWARD)
+    block, warps = setting_for(grouping, BACKWARD, reads=True)
     nq, tiles, full = tile_of(grouping, block)
     return _activation_backward_kernel.prepare(
         (tiles,),

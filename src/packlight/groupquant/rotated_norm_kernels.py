@@ -1,10 +1,10 @@
-"""Triton kernels of layer and RMS norm with rotated packs.
+"""Triton kernels that go backward through a layer norm with rotated packs.
 
-Tensor cores take 16 groups a warp, so many that a tile that holds rows leaves too few registers, and
-that rows of another length than a power of two leave some of them empty. So a tile has NQ groups of
-each of ROWS rows here, and a program goes over its rows tile by tile, twice: first for what is
-summed over a row, then for what is written. The second time they are in the cache. The gradients of
-weight and bias are sums over rows, which a kernel of its own adds up, a tile of columns a program.
+Tensor cores take 16 groups a warp: a tile of whole rows leaves no registers for the sums that are
+the gradients of weight and bias, and rows of another length than a power of two leave some of it
+empty. So these have a kernel of their own, and a tile has NQ groups of each of ROWS rows, as many
+as divide a row. Where that is not all of it, a program goes over its rows twice: for what is summed
+over a row, then for the gradient.
 """
 
 import functools
@@ -16,21 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
-from packlight._seed_kernels import seed_value
 from packlight.groupquant.grouping import Grouping
 from packlight.groupquant.minmax_kernels import PLAIN
-from packlight.groupquant.rotated_kernels import load_rotated, store_rotated
-from packlight.groupquant.tile_kernels import (
-    load_part,
-    load_raw_tile,
-    load_tile,
-    part_there,
-    rows_tile,
-    store_tile,
-    store_whole,
-    to_float32,
-    whole_of,
-)
+from packlight.groupquant.rotated_kernels import load_rotated
+from packlight.groupquant.tile_kernels import rows_tile, to_float32, whole_of
 
 
 @triton.jit
@@ -79,126 +68,6 @@ def packed(
     """The tile that was packed, in float32."""
     parts = load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, PLAIN, NARROW)
     return to_float32(whole_of(parts, SIZE))
-
-
-@triton.jit
-def total_of(tile):
-    """The sum of the eight tensors of a tile."""
-    return ((tile[0] + tile[1]) + (tile[2] + tile[3])) + (
-        (tile[4] + tile[5]) + (tile[6] + tile[7])
-    )
-
-
-@triton.jit
-def less(tile, mean, room, SIZE: tl.constexpr, FULL: tl.constexpr):
-    """A tile less `mean`, 0 past the end of rows."""
-    out = ()
-    for p in tl.static_range(8):
-        if FULL:
-            out = out + (tile[p] - mean,)
-        else:
-            out = out + (tl.where(part_there(room, SIZE, p), tile[p] - mean, 0.0),)
-    return out
-
-
-@triton.jit
-def times(a, b):
-    """The products of two tiles."""
-    out = ()
-    for p in tl.static_range(8):
-        out = out + (a[p] * b[p],)
-    return out
-
-
-@quick
-@triton.jit(do_not_specialize=["seed"])
-def _forward_kernel(
-    x_ptr,  # [rows, width]
-    y_ptr,  # [rows, width]
-    weight_ptr,  # [width]
-    bias_ptr,  # [width]
-    codes_ptr,
-    scales_ptr,
-    rstd_ptr,  # [rows]
-    seed,  # a number, or a pointer to one
-    weight_copy_ptr,  # [width]
-    bias_copy_ptr,  # [width]
-    rows,
-    width,
-    row_groups,
-    eps,
-    CENTER: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    SEED: tl.constexpr,
-    FULL: tl.constexpr,
-    ROWS: tl.constexpr,
-    NQ: tl.constexpr,
-    TILES: tl.constexpr,  # a row
-):
-    COLUMNS: tl.constexpr = NQ * 8 * SIZE
-    NARROW: tl.constexpr = y_ptr.dtype.element_ty == tl.bfloat16
-    HELD: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
-    first = tl.program_id(0) == 0
-    # The last rows may be those of two programs, which write the same.
-    row = tl.maximum(tl.minimum(tl.program_id(0) * ROWS, rows - ROWS), 0).to(tl.int64)
-    starts, room, in_row, group = rows_tile(width, rows - row, ROWS, NQ, SIZE)
-    x_ptr += row * width
-    y_ptr += row * width
-    here = (group == 0) & (room > 0)
-    # Of sums of squares about the mean of the first tile no more is lost than a share of TILES.
-    pivot = tl.zeros([ROWS * NQ, 1], dtype=tl.float32)
-    if CENTER:
-        head = load_tile(x_ptr, starts, room, SIZE, FULL)
-        pivot = over_row(total_of(head), ROWS) / tl.minimum(width, COLUMNS)
-    total = tl.zeros([ROWS * NQ, SIZE], dtype=tl.float32)
-    squares = total
-    for i in tl.range(TILES, num_stages=1):
-        left = room - i * COLUMNS
-        tile = load_tile(x_ptr + i * COLUMNS, starts, left, SIZE, FULL)
-        if CENTER:
-            tile = less(tile, pivot, left, SIZE, FULL)
-            total += total_of(tile)
-        squares += total_of(times(tile, tile))
-    square = over_row(squares, ROWS) / width
-    if CENTER:
-        rest = over_row(total, ROWS) / width
-        square -= rest * rest
-        pivot += rest
-    rstd = tl.rsqrt(square + eps)
-    tl.store(rstd_ptr + (row + in_row)[:, None], rstd, here[:, None])
-    for i in tl.range(TILES, num_stages=1):
-        left = room - i * COLUMNS
-        bundle = group + i * NQ
-        column = bundle * (8 * SIZE)
-        raw = load_raw_tile(x_ptr + i * COLUMNS, starts, left, SIZE, FULL)
-        normal, out = (), ()
-        for p in tl.static_range(8):
-            y = to_float32(raw[p])
-            if CENTER:
-                y -= pivot
-                if not FULL:
-                    y = tl.where(part_there(left, SIZE, p), y, 0.0)
-            y *= rstd
-            normal = normal + (y.to(HELD),)
-            if WEIGHT:
-                weight = load_part(weight_ptr, column, width - column, SIZE, p, FULL)
-                if first:
-                    store_tile(weight_copy_ptr, weight, column, width - column, SIZE, p, FULL)
-                y *= to_float32(weight)
-            if BIAS:
-                bias = load_part(bias_ptr, column, width - column, SIZE, p, FULL)
-                if first:
-                    store_tile(bias_copy_ptr, bias, column, width - column, SIZE, p, FULL)
-                y += to_float32(bias)
-            out = out + (y.to(y_ptr.dtype.element_ty),)
-        store_whole(y_ptr + i * COLUMNS, out, starts, left, SIZE, True, FULL)
-        store_rotated(
-            normal, codes_ptr, scales_ptr, (row + in_row) * row_groups + bundle,
-            seed_value(seed, SEED).to(tl.int64), left, (), SIZE, BITS, 0, FULL,
-        )  # fmt: skip
 
 
 @quick
@@ -274,9 +143,9 @@ def _sums_kernel(
     row_groups,
     steps,  # rows a program
     NEED_WEIGHT: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether groups are whole
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
     NQ: tl.constexpr,
@@ -293,22 +162,23 @@ def _sums_kernel(
     dbias = dweight
     while row < end:
         room = tl.where(in_row < end - row, width - first - bundle * (8 * SIZE), 0)
-        there = place < room[:, None]
+        if WHOLE:
+            there = (room > 0)[:, None]
+        else:
+            there = place < room[:, None]
         dy = load_groups(dy_ptr + row * width + first, offsets, there, FULL)
         if NEED_WEIGHT:
             group = (row + in_row) * row_groups + tl.program_id(1) * NQ + bundle
             x_hat = packed(codes_ptr, scales_ptr, group, room, SIZE, BITS, NARROW, FULL)
             dweight += over_rows(dy * x_hat, ROWS)
-        if NEED_BIAS:
-            dbias += over_rows(dy, ROWS)
+        dbias += over_rows(dy, ROWS)
         row += ROWS
     partial = tl.program_id(0).to(tl.int64) * width + first
     columns = (tl.arange(0, NQ) * (8 * SIZE))[:, None] + place
     inside = first + columns < width
     if NEED_WEIGHT:
-        store_groups(dweight_ptr + partial, columns, inside, dweight, FULL)
-    if NEED_BIAS:
-        store_groups(dbias_ptr + partial, columns, inside, dbias, FULL)
+        store_groups(dweight_ptr + partial, columns, inside, dweight, WHOLE)
+    store_groups(dbias_ptr + partial, columns, inside, dbias, WHOLE)
 
 
 @triton.jit
@@ -322,7 +192,7 @@ def over_rows(x, ROWS: tl.constexpr):
 
 # --- Launchers.
 
-PLACES = 256  # a warp: what one product on tensor cores takes
+TURNED_PLACES = 256  # a warp: what one product on tensor cores takes
 PROGRAMS = 132 * 32  # of sums
 MOST = 4  # warps
 # Of a row a tile, in sums over rows: those that a thread has are of the same columns then.
@@ -347,7 +217,7 @@ def shape_of(grouping: Grouping, most: int | None = None) -> Shape:
     divisor = groups & -groups
     if most is not None:
         divisor = min(divisor, most)
-    held = PLACES // grouping.size
+    held = TURNED_PLACES // grouping.size
     warps = max(1, min(MOST, divisor // held))
     bundles = min(warps * held, divisor)
     rows = warps * held // bundles
@@ -356,32 +226,7 @@ def shape_of(grouping: Grouping, most: int | None = None) -> Shape:
 
 
 @functools.lru_cache(LAUNCHES)
-def forward_launch(
-    grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, seed: int
-) -> Launch:
-    shape = shape_of(grouping)
-    return _forward_kernel.prepare(
-        (-(-grouping.rows // shape.rows),),
-        grouping.rows,
-        grouping.width,
-        grouping.row_groups,
-        eps,
-        CENTER=center,
-        WEIGHT=weight,
-        BIAS=bias,
-        SIZE=grouping.size,
-        BITS=grouping.bits,
-        SEED=seed,
-        FULL=shape.full,
-        ROWS=shape.rows,
-        NQ=shape.bundles,
-        TILES=shape.tiles,
-        num_warps=shape.warps,
-    )
-
-
-@functools.lru_cache(LAUNCHES)
-def backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
+def _backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
     shape = shape_of(grouping)
     return _backward_kernel.prepare(
         (-(-grouping.rows // shape.rows),),
@@ -401,7 +246,7 @@ def backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
 
 
 @functools.lru_cache(LAUNCHES)
-def sums_launch(grouping: Grouping, need_weight: bool, need_bias: bool) -> tuple[Launch, int]:
+def _sums_launch(grouping: Grouping, need_weight: bool) -> tuple[Launch, int]:
     """The launch, and how many partial sums it writes."""
     shape = shape_of(grouping, MOST_GROUPS)
     programs = max(1, min(grouping.rows // shape.rows, PROGRAMS // shape.tiles))
@@ -415,12 +260,34 @@ def sums_launch(grouping: Grouping, need_weight: bool, need_bias: bool) -> tuple
         grouping.row_groups,
         steps,
         NEED_WEIGHT=need_weight,
-        NEED_BIAS=need_bias,
         SIZE=grouping.size,
         BITS=grouping.bits,
+        WHOLE=shape.full,
         FULL=shape.full and grouping.rows % shape.rows == 0,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,
     )
     return launch, programs
+
+
+def backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    grouping: Grouping,
+    center: bool,
+    weighted: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Writes dx. Partial sums of the gradients of the weight, if it needs one, and of the bias."""
+    launch = _backward_launch(grouping, center, weighted)
+    launch(grad_output, codes, scales, rstd, weight, dx)
+    launch, programs = _sums_launch(grouping, need_weight)
+    dbias = rstd.new_empty(programs, grouping.width)
+    dweight = torch.empty_like(dbias) if need_weight else dbias
+    launch(grad_output, codes, scales, dweight, dbias)
+    return dweight, dbias
