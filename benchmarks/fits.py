@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from packlight.cli.models import load_model, parse_inputs
-from packlight.planner.adapted import in_4_bits, with_lora
+from packlight.planner.adapted import in_4_bits, lora_settings, with_lora
 from packlight.planner.devices import device_of
-from packlight.planner.fit import CONTEXT, USABLE, choices
+from packlight.planner.fit import choices, usable
 from packlight.planner.optimizers import OPTIMIZERS
 from packlight.planner.study import Study
 from packlight.report.words import human_bytes
@@ -84,7 +84,7 @@ def peaks(row: Row) -> dict[str, int]:
     if row.trained == "QLoRA":
         in_4_bits(model)
     if row.trained != "all":
-        model = with_lora(model, {"r": "16", "targets": "all-linear"})
+        model = with_lora(model, lora_settings({"r": "16"}))
     optimizer = OPTIMIZERS["adamw"]
     with torch.autocast("cpu", torch.bfloat16, enabled=row.autocast):
         study = Study(model, (), loaded.keywords, device_of("H100"), None, optimizer)
@@ -103,8 +103,8 @@ def main() -> None:
         found = peaks(row)
         cells = []
         for card in cards:
-            usable = USABLE * (card.memory - CONTEXT)
-            fitting = [words.get(name, name) for name, peak in found.items() if peak <= usable]
+            room = usable(card.memory)
+            fitting = [words.get(name, name) for name, peak in found.items() if peak <= room]
             cells.append(fitting[0] if fitting else "-")
         least = ", ".join(human_bytes(peak) for peak in found.values())
         print(f"| {row.title} | {' | '.join(cells)} | {least} |")

@@ -1,6 +1,6 @@
 """Writes the tables of documents that are made of rows, each between its two marks.
 
-    python -m benchmarks.table    # those of `docs/benchmarks.md` and the README
+    python -m benchmarks.table    # those of docs/benchmarks.md, docs/distributed.md, README
 
 A table begins behind a line `<!-- table NAME -->` and ends before the next `<!-- end -->`.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import rows, step, train_suite
 
 DOCS = rows.RESULTS.parents[1] / "docs" / "benchmarks.md"
+DISTRIBUTED = rows.RESULTS.parents[1] / "docs" / "distributed.md"
 README = rows.RESULTS.parents[1] / "README.md"
 
 Rows = Sequence[dict[str, Any]]
@@ -162,6 +163,30 @@ def training(found: Rows) -> str:
     return markdown(head + ["training loss"] * classifies, body)
 
 
+# ---- several GPUs ----------------------------------------------------------------------------
+
+
+def sharded(found: Rows) -> str:
+    """A row a choice: of one GPU and of several, ms / GiB at a rank's peak, the last loss."""
+    from benchmarks.user.choices import CHOICES
+    from benchmarks.user.scenarios import SCENARIOS
+
+    latest = {(r["scenario"], r["choice"], r["parallel"], r["world"]): r for r in found}
+    kinds = sorted({(parallel, world) for *_, parallel, world in latest}, key=lambda k: (k[1], k))
+    names = {"fsdp": "FSDP2", "tensor": "tensor and sequence parallel"}
+    head = ["one GPU" if n == 1 else f"{names[parallel]}, {n} GPUs" for parallel, n in kinds]
+    body = []
+    for scenario, choice in dict.fromkeys((r["scenario"], r["choice"]) for r in found):
+        cells = [SCENARIOS[scenario].title.partition(", 1 x")[0], CHOICES[choice].title]
+        for kind in kinds:
+            row = latest.get((scenario, choice, *kind))
+            cells.append(f"{row['ms']:.0f} / {row['peak_gib']:.1f}" if row else "")
+            if row and kind[0] == "fsdp":
+                cells[-1] += f", loss {row['losses'][-1]:.3f} after {len(row['losses'])}"
+        body.append(cells)
+    return markdown(["", "", *head], sorted(body, key=lambda cells: cells[0]))
+
+
 # ---- the document ---------------------------------------------------------------------------
 
 
@@ -190,6 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "user": lambda: _user("steps"),
     "user_extremes": lambda: _user("extremes"),
     "user_readme": lambda: _user("readme"),
+    "sharded": lambda: sharded(rows.read(rows.RESULTS / "sharded.jsonl")),
     "gpt": lambda: training(rows.read(rows.RESULTS / "gpt.jsonl")),
 }
 
@@ -205,7 +231,7 @@ def filled(text: str) -> str:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("paths", nargs="*", type=pathlib.Path, default=[DOCS, README])
+    parser.add_argument("paths", nargs="*", type=pathlib.Path, default=[DOCS, DISTRIBUTED, README])
     for path in parser.parse_args(words).paths:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(path)

@@ -41,6 +41,30 @@ class Family(NamedTuple):
     package: str
     make: Callable[[], tuple[nn.Module, dict[str, Any]]]
 
+    def started(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The model in training, as if it had trained for a while, and its batch."""
+        torch.manual_seed(0)
+        model, batch = self.make()
+        awaken(model)
+        return model.train(), batch
+
+
+def awaken(model: nn.Module) -> None:
+    """Gives what begins as nothing a value, and has nothing drawn anew in each pass.
+
+    No gradient goes behind a gain of 0, or a LayerScale of 1e-6, and the error of none is 0.
+    """
+    draws = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        if name.endswith("bias") or values.abs().max() > 0.02 or values.max() > values.min():
+            continue
+        is_gain = sum(size > 1 for size in values.shape) < 2
+        values.fill_(0.5) if is_gain else values.normal_(std=0.02, generator=draws)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
 
 def _config(key: str, **own: Any) -> Any:
     """A configuration of transformers with our sizes, without dropout, and with its own values."""
@@ -114,15 +138,36 @@ def _whisper() -> tuple[nn.Module, dict[str, Any]]:
     return model, {"input_features": _numbers(ROWS, 16, 128), "labels": _words()}
 
 
-def _timm(name: str, **own: Any) -> Family:
+def _timm(name: str) -> Family:
     def make() -> tuple[nn.Module, dict[str, Any]]:
         import timm
 
-        model = timm.create_model(name, num_classes=10, **own)
+        model = timm.create_model(name, num_classes=10)
         return model, {"x": _numbers(ROWS, 3, *model.default_cfg["input_size"][1:])}
 
     return Family("timm", make)
 
+
+def _diffusers(kind: str, batch: dict[str, Any], **sizes: Any) -> Family:
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        import diffusers
+
+        return getattr(diffusers, kind)(**sizes), batch
+
+    return Family("diffusers", make)
+
+
+_HEADS_OF_32 = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS}
+_LATENTS = {**_HEADS_OF_32, "in_channels": 4, "num_layers": 2, "sample_size": 16, "patch_size": 2}
+_DOWN = {
+    "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 32,
+    "attention_head_dim": 8,
+}  # fmt: skip
+
+_TIMES = {"timestep": torch.tensor([7, 500])}
+_TEXT = {"encoder_hidden_states": _numbers(ROWS, 16, 32)}
+_IMAGE = _numbers(ROWS, 4, 16, 16)
 
 _STAGES = {"depths": [1, 1], "num_stages": 2, "hidden_sizes": [32, 64]}
 _LATENT = {
@@ -179,6 +224,58 @@ FAMILIES: dict[str, Family] = {
     "timm/efficientnet": _timm("test_efficientnet"),
     "timm/convnext": _timm("test_convnext"),
     "timm/resnet": _timm("test_resnet"),
+    # Diffusion.
+    "diffusers/unet": _diffusers(
+        "UNet2DConditionModel", {"sample": _IMAGE, **_TIMES, **_TEXT}, **_DOWN, sample_size=16,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ),
+    "diffusers/controlnet": _diffusers(
+        "ControlNetModel",
+        {"sample": _IMAGE, **_TIMES, **_TEXT, "controlnet_cond": _numbers(ROWS, 3, 32, 32)},
+        **_DOWN, conditioning_embedding_out_channels=(16, 32),
+    ),
+    "diffusers/dit": _diffusers(
+        "DiTTransformer2DModel",
+        {"hidden_states": _IMAGE, **_TIMES, "class_labels": torch.tensor([1, 2])},
+        **_LATENTS, num_embeds_ada_norm=1000,
+    ),
+    "diffusers/sd3": _diffusers(
+        "SD3Transformer2DModel",
+        {"hidden_states": _IMAGE, **_TIMES, **_TEXT, "pooled_projections": _numbers(ROWS, WIDTH)},
+        **_LATENTS, joint_attention_dim=32, caption_projection_dim=WIDTH, out_channels=4,
+        pooled_projection_dim=WIDTH, qk_norm="rms_norm",
+    ),
+    "diffusers/flux": _diffusers(
+        "FluxTransformer2DModel",
+        {
+            "hidden_states": _numbers(ROWS, 64, 16), **_TEXT, "timestep": torch.tensor([0.1, 0.5]),
+            "pooled_projections": _numbers(ROWS, 32), "img_ids": torch.zeros(64, 3),
+            "txt_ids": torch.zeros(16, 3), "guidance": torch.ones(ROWS),
+        },
+        **_HEADS_OF_32, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12),
+        guidance_embeds=True,
+    ),
+    "diffusers/wan": _diffusers(
+        "WanTransformer3DModel",
+        {"hidden_states": _numbers(ROWS, 4, 2, 16, 16), **_TIMES, **_TEXT},
+        **_HEADS_OF_32, patch_size=(1, 2, 2), in_channels=4, out_channels=4, text_dim=32,
+        freq_dim=32, ffn_dim=2 * WIDTH, num_layers=2,
+    ),
+    "diffusers/pixart": _diffusers(
+        "PixArtTransformer2DModel",
+        {
+            "hidden_states": _IMAGE, **_TIMES, **_TEXT,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+        **_LATENTS, out_channels=8, cross_attention_dim=WIDTH, caption_channels=32,
+        use_additional_conditions=False,
+    ),
+    "diffusers/vae": _diffusers(
+        "AutoencoderKL", {"sample": _numbers(ROWS, 3, 32, 32)}, block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    ),
     # Sound.
     **{name: _sound(name) for name in ("wav2vec2", "hubert")},
     "whisper": Family("transformers", _whisper),

@@ -333,6 +333,26 @@ def test_a_user_s_step_is_measured_and_checked(scenario):
     assert runner.check(default, [default]) == "no eager row"
 
 
+@pytest.mark.filterwarnings("ignore")  # of other packages; a user sees them too
+def test_a_long_step_is_compared_with_the_plain_model_s_in_its_process(capsys):
+    found = {}
+    for choice in ("checkpoint", "attention4"):
+        job = worker.Job("lora8b-32k", choice, "cpu", tiny=True, steps=2, mode="once")
+        row = {"scenario": "lora8b-32k", "choice": choice, "mode": "once"}
+        for part in worker.measure(job, turn=list):
+            row |= part
+        assert (row["length"], row["compared"], row["steps"]) == (32, 32, 1)
+        assert runner.check(row, []) == "passed"
+        found[choice] = row
+    exact, packed = found["checkpoint"], found["attention4"]
+    assert exact["gradient_error"] < 1e-3 < packed["gradient_error"] < 0.2
+    assert exact["eager"] == packed["eager"]
+    assert packed["grad_norms"] != packed["eager"]["grad_norms"]
+    wrong = {"loss": 1.1 * exact["loss"]}, {"gradient_error": 0.6}, {"grads_missing": 1}
+    for one in (*wrong, {"grad_norms": [1.4 * norm for norm in exact["grad_norms"]]}):
+        assert runner.check(exact | one, []).startswith("failed")
+
+
 def test_a_choice_has_a_process_and_what_fails_is_a_row(tmp_path, capfd):
     out = tmp_path / "user.jsonl"
     words = f"run --tiny --device cpu --scenarios llama1b --choices eager,liger --out {out}"

@@ -468,10 +468,10 @@ def test_layers_that_run_no_forward_of_their_own():
     attention = nn.MultiheadAttention(16, 2, batch_first=True)
     model = nn.ModuleDict({"attention": attention, "lstm": nn.LSTM(4, 4), "fc": nn.Linear(16, 16)})
     conversion = convert(model, GroupQuant())
-    assert list(names(conversion)) == ["fc"]
+    assert list(names(conversion)) == ["lstm", "fc"]
     why = reasons(conversion)
     assert why["attention.out_proj"].startswith("a subclass of Linear")
-    assert why["attention"] == why["lstm"] == "no rule of GroupQuant"
+    assert why["attention"] == "no rule of GroupQuant"
 
 
 @pytest.mark.parametrize("activation", [F.gelu, nn.GELU()], ids=["function", "module"])
@@ -1039,3 +1039,12 @@ def test_a_layer_with_weights_of_another_dtype_is_left_to_torch(dtype):
         ]
     with pytest.raises(CannotConvertError, match="its weight is"):
         convert(nn.Sequential(other, nn.GELU()), {"0": GroupQuant()})
+
+
+def test_a_plan_that_leaves_everything_to_torch_is_no_mistake():
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    plan = packlight.plan(model, torch.randn(8, 32), memory="1GiB", device="H200")
+    assert set(plan.values()) == {None}
+    conversion = convert(model, plan)
+    assert not conversion.replaced
+    assert type(model[1]) is nn.GELU

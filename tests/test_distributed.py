@@ -43,8 +43,48 @@ def convert():
                               "[5-9]": keep})
     return model
 
+class Code(nn.Module):
+    # Attention with a trained bias and sinks, an adapted weight, functions without a rule.
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.rows = nn.Linear(32, 32), nn.Linear(32, 1), nn.GRU(32, 32)
+        self.bias, self.sink = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(1))
+        shapes = (32, 32), (2, 32), (32, 2)
+        self.w, self.a, self.b = (nn.Parameter(torch.randn(shape) / 6) for shape in shapes)
+
+    def forward(self, x):
+        x = self.rows(self.first(x).expand(8, -1, -1))[0].transpose(0, 1)
+        w = torch.addmm(self.w, self.b, self.a)
+        q, k = x @ w, torch.sin(x).sinh()
+        scores = torch.cat([q @ k.mT + self.bias, self.sink.expand(x.shape[0], 8, 1)], -1)
+        return self.last(scores.softmax(-1)[..., :-1] @ x)
+
+def written_out():
+    packlight.manual_seed(0)
+    model = Code()
+    keep = packlight.GroupQuant(bits=8, group_size=32, rounding="nearest")
+    packlight.convert(model, keep, rest=keep)
+    return model
+
 packlight.manual_seed(1)
-x = torch.randn(8, 6).to(device)
+rows, x = torch.randn(8, 32).to(device), torch.randn(8, 6).to(device)
+for shard in (False, True):
+    one = written_out().to(device)
+    one(rows).mean().backward()
+    model = written_out().to(device)
+    if shard:
+        for layer in (model.first, model.rows):
+            fully_shard(layer)
+        fully_shard(model)
+    else:
+        model = DistributedDataParallel(model)
+    part = rows[4 * rank : 4 * rank + 4]
+    (model(part).mean() * 2 - model(part).mean()).backward()  # two forward passes before
+    for p, q in zip(model.parameters(), one.parameters(), strict=True):
+        grad = p.grad.full_tensor() if shard else p.grad
+        torch.testing.assert_close(grad, q.grad, rtol=1e-4, atol=1e-6)
+    assert packlight._torch.saved_tensor_hooks() is None
+
 one = make().to(device)
 one(x).mean().backward()
 expected = [p.grad for p in one.parameters()]

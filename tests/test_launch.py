@@ -7,7 +7,7 @@ import torch
 from triton import knobs
 
 from packlight import _launch
-from packlight._launch import quick
+from packlight._launch import quick, together
 from packlight._torch import backends
 
 
@@ -175,11 +175,55 @@ def test_a_prepared_launch_tells_seeds_of_32_bits_from_those_of_64():
     launch = quick(Kernel()).prepare((5,), 32, FORM=2, SCALE=0.5, num_warps=4)
     x = torch.zeros(32)
     for seed in (7, 2**31 - 1, -(2**31)):
-        launch(x, seed)
+        launch(x, seeds=(seed,))
         assert len(launch.found) == 1
     for seed in (2**31, -(2**31) - 1, 2**62):
-        launch(x, seed)
+        launch(x, seeds=(seed,))
         assert len(launch.found) == 2
+
+
+def test_a_seed_in_memory_is_an_address_behind_those_of_the_tensors():
+    kernel = Kernel()
+    launch = quick(kernel).prepare((5,), SCALE=0.5, FORM=2)
+    x, seeds = torch.zeros(32), torch.zeros(8, dtype=torch.int64)
+    for seed in (seeds, seeds[2:], seeds[1:], 7):  # the third is not aligned
+        launch(x, seeds=(seed,))
+    assert kinds(kernel) == ["compiled", "direct", "compiled", "compiled"]
+    assert kernel.launches[1][2] == (x.data_ptr(), seeds[2:].data_ptr(), 0.5, 2)
+
+
+def test_launches_together_take_the_tensors_of_all_and_run_in_their_order():
+    first, second = Kernel(), Kernel()
+    launch = together(
+        (quick(first).prepare((5,), 32, SCALE=0.5, FORM=2), (0, 2)),
+        (quick(second).prepare((7,), 48, SCALE=0.25, FORM=1), (2, 1)),
+    )
+    first.arg_names = second.arg_names = ("a_ptr", "b_ptr", "n", "SCALE", "FORM")
+    order = first.launches = second.launches = []
+    tensors = [torch.zeros(32) for _ in range(3)]
+    a, b, c = (x.data_ptr() for x in tensors)
+    for _ in range(2):
+        launch(*tensors)
+    assert [kind for kind, *_ in order] == ["compiled", "compiled", "direct", "direct"]
+    assert order[2:] == [
+        ("direct", (5, 1, 1), (a, c, 32, 0.5, 2), {}),
+        ("direct", (7, 1, 1), (c, b, 48, 0.25, 1), {}),
+    ]
+
+
+def test_launches_together_are_told_apart_by_the_tensors_of_all(monkeypatch):
+    kernel = Kernel()
+    launch = together(
+        (quick(kernel).prepare((1,), SCALE=0.5, FORM=2), (0, 1)),
+        (quick(kernel).prepare((1,), SCALE=0.5, FORM=3), (0, 2)),
+    )
+    x, half = torch.zeros(32), torch.zeros(32, dtype=torch.float16)
+    launch(x, x, x)
+    launch(x, x, half)  # the first of the two is there
+    assert kinds(kernel) == ["compiled", "compiled", "direct", "compiled"]
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    launch(x, x, x)
+    assert kinds(kernel)[4:] == ["hooked", "hooked"]
 
 
 def test_launches_of_other_shapes_share_what_is_compiled():

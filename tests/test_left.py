@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import packlight
 from packlight import FewBit, GroupQuant
 from packlight.cli.command_line import main
+from packlight.remedies import advice
 
 FOUR = GroupQuant(bits=4)
 TENSOR = 4 * 64 * 64
@@ -119,3 +120,21 @@ def test_errors_of_gradients_with_a_rest():
         errors.append(report.rows[0].weights[0].error)
     assert errors[0] == 0
     assert 0 < errors[1] < errors[2]
+
+
+def test_advice_needs_no_batch():
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), Own(8, 8), nn.GELU())
+    conversion = packlight.convert(model, {"0": None, "2": FOUR}, functional=False)
+    assert advice(model, conversion) == ["1: a selector for it, or '*' (no selector picks it)"]
+    conversion = packlight.convert(model, FOUR, functional=False)
+    (line,) = advice(model, conversion)
+    assert line.startswith("1: build with torch's own class")
+    conversion = packlight.convert(model, {"0": None, "2": FOUR, "*": None})
+    assert advice(model, conversion) == []  # what was asked for is no advice
+    model.get_output_embeddings = lambda: model[0]
+    assert "head=True" in advice(model, conversion)[-1]
+    conversion = packlight.convert(model, packlight.GroupQuant(bits=4), head="0")
+    assert not any("head=True" in line for line in advice(model, conversion))

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packlight import DoubleBackwardError, GroupQuant, convert
+from packlight import DoubleBackwardError, FixedPoint, GroupQuant, ModifiedWeightError, convert
 from packlight.layers.extremes import amax, maximum, minimum
 from tests.helpers import kept_bytes, pack_bytes, relative_error
 
@@ -78,6 +78,70 @@ def selected(self, q, k, v):
     return scores.softmax(-1) @ v
 
 
+def with_sinks(self, q, k, v):
+    scores = q @ k.mT * 0.25 + MASK
+    sinks = self.sinks.reshape(1, -1, 1, 1).expand(BATCH, -1, TOKENS, -1)
+    joined = torch.cat([scores, sinks], dim=-1)
+    joined = joined - joined.max(dim=-1, keepdim=True).values
+    return F.softmax(joined, dim=-1)[..., :-1] @ v
+
+
+def test_scores_with_sinks_are_computed_from_packs():
+    """And so is the slice of the probabilities that leaves the sinks out."""
+    model = Code(with_sinks, sinks=torch.randn(HEADS))
+    kept = compare(model, inputs(*QKV))
+    rows = 4 * BATCH * HEADS * TOKENS  # the greatest score of each, and its place
+    assert kept <= PACKS + 2 * MASK.nbytes + 3 * rows + model.sinks.nbytes
+
+
+def test_what_is_joined_to_scores_is_not_kept_where_it_is_large():
+    def code(self, q, k, v, other):
+        return F.softmax(torch.cat([q @ k.mT * 0.25, other], dim=-1), dim=-1)[..., :TOKENS] @ v
+
+    other = (BATCH, HEADS, TOKENS, TOKENS)
+    kept = compare(Code(code), inputs(*QKV, other))
+    both = BATCH * HEADS * TOKENS * 2 * TOKENS
+    assert kept <= PACKS + pack_bytes(both, 8, 32) + pack_bytes(both // 2, 8, 32)
+
+
+def _written(when, write):
+    """Attention whose mask is written to after the scores or after the probabilities."""
+
+    def code(self, q, k, v):
+        mask = torch.zeros(TOKENS, TOKENS)
+        mask[:, TOKENS // 2 :] = -3
+        scores = q @ k.mT * 0.25 + mask
+        if when == "scores":
+            write(mask)
+        probabilities = scores.softmax(-1)
+        if when == "probabilities":
+            write(mask)
+        return probabilities @ v
+
+    return Code(code)
+
+
+@pytest.mark.parametrize("write", [Tensor.zero_, lambda mask: mask[:, :8].fill_(1)])
+def test_a_mask_that_is_written_to(write):
+    """Before a softmax has read the scores they are not computed from it; after, it says so."""
+    compare(_written("scores", write), inputs(*QKV))
+    model, xs = _written("probabilities", write), inputs(*QKV)
+    run(model, xs)  # torch keeps no mask that it adds
+    convert(model, NEAREST)
+    with pytest.raises(ModifiedWeightError, match="a mask, a bias or a weight"):
+        run(model, xs)
+
+
+def test_a_mask_of_inference_mode():
+    with torch.inference_mode():
+        mask = MASK.clone()
+
+    def code(self, q, k, v):
+        return (q @ k.mT * 0.25 + mask).softmax(-1) @ v
+
+    compare(Code(code), inputs(*QKV))
+
+
 @pytest.mark.parametrize("code", [written_out, capped, in_place, selected])
 def test_scores_and_their_softmax_are_computed_from_packs(code):
     kept = compare(Code(code), inputs(*QKV))
@@ -129,6 +193,24 @@ def test_torch_s_composition_of_attention_runs_once_more(heads):
     packs = sum(pack_bytes(math.prod(shape), 8, 32) for shape in shapes)
     bias = 4 * HEADS * TOKENS * TOKENS if parameters else 0  # as it is: a mask may be in it
     assert kept == packs + bias
+
+
+def biased(self, q, k, v, bias):
+    return F.scaled_dot_product_attention(q, k, v, bias.mul(2).masked_fill(self.mask, self.low))
+
+
+@pytest.mark.parametrize("low", [-math.inf, -1e4, torch.finfo(torch.float32).min])
+def test_a_bias_as_large_as_the_scores_is_packed_with_bits_of_its_mask(low):
+    model = Code(biased)
+    model.low, model.mask = low, MASK < 0
+    model.mask[..., 0, :] = low == -math.inf  # where nothing is left all keys count alike, or NaN
+    scores = (BATCH, HEADS, TOKENS, TOKENS)
+    if low == -math.inf:
+        model.mask[..., 0, 0] = False
+    kept = compare(model, inputs(*QKV, scores))
+    rows, elements = BATCH * HEADS * TOKENS, BATCH * HEADS * TOKENS**2
+    mask = model.mask.numel()  # of masked_fill
+    assert kept == PACKS + pack_bytes(elements, 8, 32) + elements // 8 + 4 * rows + mask
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -229,6 +311,59 @@ def test_experts_by_groups_of_rows():
     model = Code(code, up=up, down=down)
     kept = compare(model, inputs((64, 64)))
     assert kept == pack_bytes(64 * 64, 8, 32) + pack_bytes(64 * 32, 8, 32) + up.nbytes + down.nbytes
+
+
+def adapted_experts(self, x):
+    """As PEFT folds the adapter of a stack of experts into its weight."""
+    weight = torch.baddbmm(self.weight, self.second, self.first, alpha=0.5)
+    offsets = torch.tensor([20, 20, 64], dtype=torch.int32)
+    return F.grouped_mm(x, weight.mT, offs=offsets)
+
+
+def adapted_matrix(self, x):
+    weight = torch.addmm(self.weight[0], self.second[0], self.first[0], alpha=0.5)
+    return x @ weight.mT
+
+
+def several_adapters(self, x):
+    delta = torch.einsum("eor,eri->eoi", self.second, self.first) * 0.5
+    delta = delta + torch.bmm(self.second * 0.1, self.first)
+    return torch.bmm(x[None].expand(3, -1, -1), (self.weight + delta).mT)
+
+
+@pytest.mark.parametrize("code", [adapted_experts, adapted_matrix, several_adapters])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_adapted_weight_is_computed_again(code, frozen):
+    """Nothing of the weight's size is kept, and the gradient of the rows is exact."""
+    if code is adapted_experts and not hasattr(F, "grouped_mm"):
+        pytest.skip("torch.nn.functional.grouped_mm is of torch 2.10 and later")
+    shapes = {"weight": (3, 32, 64), "second": (3, 32, 2), "first": (3, 2, 64)}
+    model = Code(code, **{name: torch.randn(shape) for name, shape in shapes.items()})
+    xs = inputs((64, 64))
+    plain = torch.autograd.grad(code(model, xs[0]).square().sum(), xs)[0]
+    model.weight.requires_grad_(not frozen)
+    method = GroupQuant(bits=4, group_size=32, rounding="nearest")
+    y = code(model, xs[0])
+    convert(model, method, functional=True)
+    own = sum(p.nbytes for p in model.parameters())
+    small = 2 * model.second.nbytes  # what torch keeps of products of small factors
+    rows = (3 if code is several_adapters else 1) * 64 * 64
+    assert kept_bytes(lambda: model(xs[0] * 1)) <= own + small + pack_bytes(rows, 4, 32)
+    ours = model(xs[0] * 1)
+    assert torch.equal(ours, y)
+    found = torch.autograd.grad(ours.square().sum(), xs)[0]
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-3)
+
+
+def test_an_adapted_weight_whose_parts_changed_is_refused():
+    shapes = {"weight": (3, 32, 64), "second": (3, 32, 2), "first": (3, 2, 64)}
+    model = Code(adapted_matrix, **{name: torch.randn(shape) for name, shape in shapes.items()})
+    convert(model, NEAREST, functional=True)
+    y = model(*inputs((64, 64)))
+    with torch.no_grad():
+        model.weight.mul_(2)
+    with pytest.raises(ModifiedWeightError, match="write to a copy"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(BATCH, 1, WIDTH), (BATCH, TOKENS, 1), (BATCH, TOKENS, WIDTH)])
@@ -453,3 +588,40 @@ def test_a_mask_leaves_what_stands_beside_it(way, least):
         bias=0.1 * torch.randn(1, HEADS, TOKENS, TOKENS),
     )
     compare(model, inputs(*QKV))
+
+
+def standardised(self, x):
+    """A convolution whose weight a batch norm standardises, as those of BiT and NFNets."""
+    weight = F.batch_norm(
+        self.weight.reshape(1, len(self.weight), -1), None, None,
+        weight=None if self.gain is None else self.gain * 0.5, training=True, momentum=0.0,
+    ).reshape_as(self.weight)  # fmt: skip
+    return F.conv2d(x, weight, padding=1)
+
+
+CHANNELS = 32
+
+
+@pytest.mark.parametrize("methods", [NEAREST, (FixedPoint(4), NEAREST)], ids=["pack", "codes"])
+@pytest.mark.parametrize("gain", [False, True])
+def test_a_standardised_weight_is_computed_again(methods, gain):
+    parameters = {"weight": torch.randn(CHANNELS, CHANNELS, 3, 3)}
+    model = Code(standardised, **parameters, **({"gain": torch.rand(CHANNELS)} if gain else {}))
+    model.gain = model.gain if gain else None
+    x = torch.randn(2, CHANNELS, 8, 8, requires_grad=True)
+    before = kept_bytes(lambda: model(x * 1))
+    y, (dx, *_) = run(model, [x])
+    convert(model, methods, rest=None)
+    ours, (found, *_) = run(model, [x])
+    assert torch.equal(ours, y)
+    assert torch.equal(found, dx)  # by the very weight
+    kept = kept_bytes(lambda: model(x * 1))
+    statistics = 8 * CHANNELS + (4 * CHANNELS if gain else 0)
+    # The weight itself counts, which the model holds.
+    assert kept == model.weight.nbytes + pack_bytes(x.numel(), 8, 32) + statistics
+    assert before > kept + model.weight.nbytes  # torch keeps the standardised one as well
+    y = model(x * 1)
+    with torch.no_grad():
+        model.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from packlight import predict, profile
+from packlight import GroupQuant, convert, predict, profile
 from tests.torch_modules import BASES, CASES, Started, f, ids, made
 
 
@@ -31,6 +31,13 @@ def test_the_prediction_is_what_a_run_keeps(name):
 def test_the_workspace_of_an_lstm_is_right_to_the_byte(steps, batch, width, hidden):
     layer, x = Started(nn.LSTM(width, hidden)), f(steps, batch, width)
     assert predict(layer, x) == profile(layer, x)
+
+
+def test_the_workspace_of_an_lstm_is_taken_for_no_mask():
+    """Bytes without values count as a mask, of which a bit each is kept, where they may be one."""
+    layers, x = nn.Sequential(nn.Linear(16, 16), nn.LSTM(16, 16)), f(9, 4, 16)
+    convert(layers, GroupQuant(bits=4), rest=GroupQuant(bits=4))
+    assert predict(layers, x) == profile(layers, x)
 
 
 def test_a_large_lstm_takes_no_memory():

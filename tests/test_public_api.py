@@ -59,8 +59,10 @@ NAMES = {
     "profile",
     "recompute",
     "revert",
+    "rounding_state",
     "save_methods",
     "saving",
+    "set_rounding_state",
     "sketch",
     "use_reference",
 }

@@ -328,10 +328,11 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                 backward, _ = post_norms._backward_launch(grouping, p, True, True, True, True)
                 launches[f"post norm {width} backward, p {p}"] = backward
         for name, launch in launches.items():
-            constants = dict(launch.constants)
+            (step,) = launch.steps
+            constants = dict(step.constants)
             warps = constants.pop("num_warps")
             size = 8 * constants["NQ"] * constants["SIZE"] * constants.get("ROWS", 1)
-            yield f"{label}, {name}", launch.kernel, constants, dtype, warps, size
+            yield f"{label}, {name}", step.kernel, constants, dtype, warps, size
 
 
 def sketch_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:

@@ -33,8 +33,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     # Those that wait are stopped; those that compile want several cores.
     default = max(1, (os.cpu_count() or 1) * 3 // 8)
     run.add_argument("--processes", type=int, default=default, metavar="N", help="side by side")
+    plan = 'of choices that are plans; "{scenario}" and "{choice}" in it are their names'
+    run.add_argument("--plan", metavar="FILE", help=plan)
     run.add_argument("--length", type=int, default=0, metavar="TOKENS", help="of one sequence")
     limit = run.add_mutually_exclusive_group()
+    once = "few steps, checked at a shorter length in the same process"
+    limit.add_argument("--once", action="store_true", help=once)
     limit.add_argument("--longest", type=float, metavar="GIB", help="the longest sequence in it")
     limit.add_argument("--largest", type=float, metavar="GIB", help="the largest batch in it")
     for name in ("table", "plot"):
@@ -52,13 +56,14 @@ def main(words: list[str] | None = None) -> None:
         from benchmarks.user import show
 
         return show.main(options)
-    from benchmarks.user import runner
+    from benchmarks.user import choices, runner
     from benchmarks.user.choices import CHOICES
     from benchmarks.user.scenarios import SCENARIOS, missing
 
     if options.device != "cuda" and (options.longest or options.largest):
         raise SystemExit("a limit of memory needs a CUDA device, whose allocator has one")
-    mode = "longest" if options.longest else "largest" if options.largest else "step"
+    asked = (name for name in ("once", "longest", "largest") if getattr(options, name))
+    mode = next(asked, "step")
     scenarios = runner.order(options.scenarios, SCENARIOS)
     for name in list(scenarios):
         if lacking := missing(SCENARIOS[name]):
@@ -75,6 +80,8 @@ def main(words: list[str] | None = None) -> None:
         options.commit or rows.commit(),
         options.length,
     )
+    if options.plan:
+        os.environ[choices.PLAN] = os.path.abspath(options.plan)
     known = rows.read(options.out)
     jobs = runner.jobs(scenarios, runner.order(options.choices, CHOICES), base)
     if options.missing:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,9 @@ import torch
 from torch import nn
 
 import packlight
+
+# A variable of the environment, which workers see: a file, with "{scenario}" and "{choice}" in it.
+PLAN = "PACKLIGHT_BENCHMARKS_PLAN"
 
 Change = Callable[[nn.Module], nn.Module | None]  # of a model: in place, or what is to be called
 
@@ -58,6 +62,13 @@ def default(model: nn.Module, **options: Any) -> None:
     packlight.convert(model, functional=True, **options)
 
 
+def attention4(model: nn.Module) -> None:
+    """Attention at 4 bits, which runs once more on its packs."""
+    rotated = packlight.GroupQuant(code="rotated")
+    methods = packlight.DEFAULT_METHODS
+    packlight.convert(model, {"*.self_attn": (rotated, *methods), "*": methods}, head=True)
+
+
 def graphed(model: nn.Module) -> None:
     packlight.graphed(model)
 
@@ -95,6 +106,15 @@ def recompute(model: nn.Module, bits: int, tiles: bool = True) -> None:
     packlight.convert(model, (*methods, *packlight.DEFAULT_METHODS), functional=True, head=True)
 
 
+def plan_of(scenario: str, choice: str) -> str:
+    """The file of a plan, which `packlight.plan(...).save(FILE)` wrote."""
+    return os.environ.get(PLAN, "").format(scenario=scenario, choice=choice)
+
+
+def planned(model: nn.Module) -> None:
+    packlight.convert(model, packlight.load_methods(os.environ[PLAN]), strict=False)
+
+
 def packed() -> contextlib.AbstractContextManager[Any]:
     """Inputs of checkpoints as packs of 8 bits."""
     overrides = {"checkpoint": packlight.GroupQuant(8), "*": None}
@@ -110,6 +130,10 @@ CHOICES = {
     "default": Choice("packlight default", (default,)),
     "default+head": Choice("packlight default, head", (_head,), kind="head"),
     "graphed": Choice("graph", (graphed,)),
+    "attention4": Choice("packlight default, attention 4 bits", (attention4,), kind="liger"),
+    "attention4+graphed": Choice(
+        "packlight default, attention 4 bits, graph", (attention4, graphed), kind="liger"
+    ),
     "default+graphed": Choice("packlight default, graph", (default, graphed)),
     "head+graphed": Choice("packlight default, head, graph", (_head, graphed), kind="head"),
     "liger+checkpoint": Choice("Liger, checkpoint", (liger, checkpoint), kind="liger"),
@@ -126,6 +150,8 @@ CHOICES = {
         (functools.partial(recompute, bits=8, tiles=False),),
         kind="head",
     ),
+    "plan": Choice("packlight plan", (planned,), kind="plan"),
+    "tight": Choice("packlight plan, tight", (planned,), kind="plan"),
     "liger+packed": Choice("packlight checkpoint, Liger", (liger, checkpoint), packed, "liger"),
     "default+compile": Choice("packlight default, compile", (default, compile_blocks)),
     "compile+checkpoint": Choice("compile + checkpoint", (checkpoint, torch.compile)),

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.user.choices import CHOICES
+from benchmarks.user.choices import CHOICES, plan_of
 from benchmarks.user.scenarios import SCENARIOS
 from benchmarks.user.worker import Job
 
@@ -259,7 +259,7 @@ def run(
         extra = {"tiny": True} if job.tiny else {}
         extra |= {"limit_gib": job.limit} if job.limit else {}
         row = key | extra | row | {"processes": processes}
-        if job.mode == "step" and "ms" in row:
+        if job.mode in ("step", "once") and "ms" in row:
             row["check"] = check(row, [*known, row])
         known.append(row)
         rows.append(out, row)
@@ -281,13 +281,17 @@ def check(row: dict[str, Any], known: list[dict[str, Any]]) -> str:
     it: their masks differ from eager's, so that a factor of two is let pass.
     """
     same = ("scenario", "device", "torch", "batch", "length")
-    eager = [
-        other
-        for other in known
-        if other["choice"] == "eager"
-        and "ms" in other
-        and all(other.get(key) == row.get(key) for key in same)
-    ]
+    eager = (
+        [row["eager"]]
+        if "eager" in row
+        else [
+            other
+            for other in known
+            if other["choice"] == "eager"
+            and "ms" in other
+            and all(other.get(key) == row.get(key) for key in same)
+        ]
+    )
     if not eager:
         return "no eager row"
     base, loose = eager[-1], row["dropout_in_check"]
@@ -297,13 +301,23 @@ def check(row: dict[str, Any], known: list[dict[str, Any]]) -> str:
     if not off <= (0.1 if loose else 0.02):  # nor NaN
         return f"failed: loss {row['loss']}, eager's {base['loss']}"
     limit = 1.0 if loose else Job(row["scenario"], row["choice"], "").task.tolerance
+    if (error := row.get("gradient_error")) is not None:
+        if not error <= 0.5:
+            return f"failed: gradients are {error} of their norm away from eager's"
+        limit = 0.3  # what is at random within this error makes norms larger
     for i, (norm, truth) in enumerate(zip(row["grad_norms"], base["grad_norms"], strict=True)):
         if not truth / (1 + limit) <= norm <= truth * (1 + limit):
             return f"failed: norm {i} of gradients is {norm / truth:.3f} of eager's"
     return "passed"
 
 
-BESIDE = {"host": "host_ms", "GPU": "gpu_ms", "kernels": "kernels", "warm": "warm_s"}
+BESIDE = {
+    "host": "host_ms",
+    "GPU": "gpu_ms",
+    "kernels": "kernels",
+    "warm": "warm_s",
+    "error": "gradient_error",
+}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -313,11 +327,12 @@ def line(row: dict[str, Any]) -> str:
     figures = [f"{row['ms']:8.1f} ms", f"{row['per_s']:9.0f} {row['unit']}/s"]
     if row.get("peak_gib") is not None:
         figures.append(f"peak {row['peak_gib']:6.2f} GiB")
-    if row["mode"] != "step":
+    if row["mode"] in ("longest", "largest"):
         by = {"longest": "length", "largest": "batch"}[row["mode"]]
         figures.append(f"{by} {row[by]} in {row['limit_gib']:g} GiB")
     else:
-        figures += [f"{name} {row.get(key)}" for name, key in BESIDE.items()] + [row["check"]]
+        figures += [f"{name} {row[key]}" for name, key in BESIDE.items() if key in row]
+        figures.append(row["check"])
     return " ".join([text, *figures, row.get("error", "")])
 
 
@@ -334,6 +349,7 @@ def jobs(scenarios: list[str], choices: list[str], job: Job) -> list[Job]:
 
     def means_something(scenario: str, choice: str) -> bool:
         kinds, changes = {*SCENARIOS[scenario].kinds, ""}, CHOICES[choice]
+        kinds |= {"plan"} if os.path.isfile(plan_of(scenario, choice)) else set()
         if (job.mode == "longest" or job.length) and "long" not in kinds:
             return False
         if job.mode == "largest" and SCENARIOS[scenario].size.batch == 1:

@@ -223,6 +223,7 @@ SCENARIOS = {
     "lora8b-4k": _lora(4096, 62),
     "lora8b-8k": _lora(8192, 105),
     "lora8b-32k": _lora(32768, 140),
+    "lora8b-110k": _lora(112640, 140),
     "lora8b-4bit-4k": _lora(4096, 55, four_bit=True),
     "lora8b-4bit-8k": _lora(8192, 100, four_bit=True),
     "roberta-32": _roberta(32, 5),

@@ -15,6 +15,8 @@ from benchmarks.user.scenarios import SCENARIOS
 Row = dict[str, Any]
 Rows = Sequence[Row]
 
+STEPS = ("step", "once")
+
 # The columns of the README; a table of all is as wide as there are choices.
 README = (
     "eager",
@@ -25,6 +27,7 @@ README = (
     "default+head",
     "default+graphed",
     "head+graphed",
+    "plan",
 )
 
 
@@ -39,7 +42,7 @@ def read(paths: Sequence[pathlib.Path] | None = None, device: str | None = None)
 
 def latest(found: Rows) -> dict[str, dict[str, Row]]:
     """By scenario and choice the last row of a step that is right."""
-    timed = [row for row in found if row["mode"] == "step" and "ms" in row]
+    timed = [row for row in found if row["mode"] in STEPS and "ms" in row]
     last: dict[str, dict[str, Row]] = {scenario: {} for scenario in SCENARIOS}
     for row in timed:
         if not check(row, timed).startswith("failed"):
@@ -82,7 +85,7 @@ def extremes(found: Rows) -> str:
     """The largest batch or longest sequence in a limit of memory, and items a second there."""
     cells: dict[str, dict[str, str]] = {}
     for row in found:
-        if row["mode"] != "step" and "error" not in row:
+        if row["mode"] not in STEPS and "error" not in row:
             by = "length" if row["mode"] == "longest" else "batch"
             what = f"{row['mode']} {by} in {row['limit_gib']:g} GiB"
             title = f"{SCENARIOS[row['scenario']].title.rpartition(',')[0]}: {what}"
@@ -119,7 +122,7 @@ def main(options: argparse.Namespace) -> None:
         raise SystemExit(f"no rows of a user's step on {options.device or 'any device'}")
     if options.command == "table":
         print(steps(found))
-        if any(row["mode"] != "step" for row in found):
+        if any(row["mode"] not in STEPS for row in found):
             print(f"\n{extremes(found)}")
         return
     for scenario, own in shown.items():

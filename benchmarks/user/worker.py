@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 import packlight
 from benchmarks import rows
-from benchmarks.user.choices import CHOICES, Choice
+from benchmarks.user.choices import CHOICES, PLAN, Choice, plan_of
 from benchmarks.user.scenarios import SCENARIOS, Loss, Scenario, Size
 
 GIB = 2**30
 Stops = list[list[float]]  # from when until when a process was stopped, by the monotonic clock
 SLICES = 8  # of the parameters in their order, each with a norm of its own
+CHECKED = 2048  # tokens of which the gradients of a long step are compared
 
 
 class Job(NamedTuple):
@@ -46,7 +47,7 @@ class Job(NamedTuple):
     device: str
     tiny: bool = False
     steps: int = 6
-    mode: str = "step"  # or "longest", "largest"
+    mode: str = "step"  # or "once", "longest", "largest"
     limit: float = 0.0
     commit: str | None = None
     length: int = 0  # of a sequence, where it is not the scenario's
@@ -79,21 +80,34 @@ class Device:
 
 
 class Trained:
-    """A model as a choice leaves it, its loss and its optimiser."""
+    """A model as a choice leaves it, its loss and its optimiser.
 
-    def __init__(self, scenario: Scenario, choice: Choice, size: Size, device: Device) -> None:
-        self.scenario, self.device, self.around = scenario, device, choice.around
+    With `compared` it takes the gradients of the plain model before it is changed.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        choice: Choice,
+        size: Size,
+        device: Device,
+        compared: bool = False,
+    ) -> None:
+        self.scenario, self.device = scenario, device
+        self.around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         torch.manual_seed(0)
         with torch.device(device.kind):
             self.plain = scenario.model(size)
         self.see(size)
         self.plain.train()
         self.model: nn.Module = self.plain
+        self.autocast = torch.autocast(device.kind, torch.bfloat16, scenario.autocast)
+        self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
+        self.exact = self.backward() if compared else None
+        self.around = choice.around
         for change in choice.changes:
             changed = change(self.model)
             self.model = self.model if changed is None else changed
-        self.autocast = torch.autocast(device.kind, torch.bfloat16, scenario.autocast)
-        self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
 
     def see(self, size: Size) -> None:
@@ -116,23 +130,44 @@ class Trained:
     def dropouts(self) -> list[nn.Module]:
         return [m for m in self.plain.modules() if "Dropout" in type(m).__name__ and m.p]
 
-    def gradients(self) -> dict[str, Any]:
-        """Loss and norms of gradients: of all, and of parameters in their order, in slices."""
+    def backward(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients of a step that changes nothing."""
         torch.manual_seed(1)
         loss = self.forward()
         loss.backward()
-        missing = sum(p.grad is None for p in self.parameters)
-        squares = torch.stack(
-            [p.grad.float().square().sum() for p in self.parameters if p.grad is not None]
-        )
-        norms = [part.sum().sqrt().item() for part in squares.tensor_split(SLICES)]
-        self.optimizer.zero_grad(set_to_none=True)
-        return {
-            "loss": round(loss.item(), 5),
-            "grad_norm": float(f"{math.hypot(*norms):.5g}"),
-            "grad_norms": [float(f"{norm:.5g}") for norm in norms],
-            "grads_missing": missing,
-        }
+        grads = [p.grad for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return loss.detach(), grads
+
+    def gradients(self) -> dict[str, Any]:
+        return summary(*self.backward())
+
+    def compare(self) -> dict[str, Any]:
+        """`gradients`, those of the plain model, and how far apart they are; once."""
+        assert self.exact is not None
+        (truth, exact), (loss, grads) = self.exact, self.backward()
+        self.exact = None
+        off = whole = torch.zeros((), device=truth.device)
+        for one, other in zip(grads, exact, strict=True):
+            if one is not None and other is not None:
+                off = off + (one.float() - other.float()).square().sum()
+                whole = whole + other.float().square().sum()
+        error = (off / whole).sqrt().item()
+        found = {"eager": summary(truth, exact), "gradient_error": float(f"{error:.3g}")}
+        return summary(loss, grads) | found
+
+
+def summary(loss: Tensor, grads: list[Tensor | None]) -> dict[str, Any]:
+    """Loss and norms of gradients: of all, and of parameters in their order, in slices."""
+    squares = torch.stack([grad.float().square().sum() for grad in grads if grad is not None])
+    norms = [part.sum().sqrt().item() for part in squares.tensor_split(SLICES)]
+    return {
+        "loss": round(loss.item(), 5),
+        "grad_norm": float(f"{math.hypot(*norms):.5g}"),
+        "grad_norms": [float(f"{norm:.5g}") for norm in norms],
+        "grads_missing": sum(grad is None for grad in grads),
+    }
 
 
 @contextlib.contextmanager
@@ -159,7 +194,7 @@ def measure(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     settings = rows.settings(job.device, job.commit)
     yield {**settings, "versions": versions(), "unit": task.unit}
     if job.mode != "step":
-        yield from extreme(job, turn)
+        yield from (once if job.mode == "once" else extreme)(job, turn)
         return
     trained = Trained(task, choice, task.size, device)
     yield {"batch": task.size.batch, "length": task.size.length}
@@ -256,6 +291,57 @@ def python_calls(trained: Trained) -> int:
     return pstats.Stats(profiler).total_calls
 
 
+def once(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
+    """Of steps that are long, or of a length that eager has no memory for.
+
+    Loss and gradients are compared with the plain model's in this process, on `CHECKED` tokens of
+    one sequence, which also warms up. The first step of full length is not timed, if there are
+    more.
+    """
+    task, device = job.task, Device(job.device)
+    short = task.size._replace(batch=1, length=min(task.size.length, CHECKED))
+    begin = time.monotonic()
+    trained = Trained(task, CHOICES[job.choice], short, device, compared=True)
+    yield {"batch": task.size.batch, "length": task.size.length, "compared": short.length}
+    yield {**trained.compare(), "dropout_in_check": bool(trained.dropouts())}
+    trained.step()
+    device.wait()
+    end = time.monotonic()
+    trained.see(task.size)
+    device.clean()
+    turn()
+    yield {"warm_s": round(end - begin, 2)}
+    taken, host = list[float](), list[float]()
+    # Short steps scatter more, and more of them fit.
+    most = 5 * job.steps if device.is_cuda else job.steps
+    while len(taken) < job.steps or (sum(taken) < 2.0 and len(taken) < most):
+        start = time.perf_counter()
+        trained.step()
+        host.append(time.perf_counter() - start)
+        device.wait()
+        taken.append(time.perf_counter() - start)
+    later = slice(1 if len(taken) > 1 else 0, None)
+    median = statistics.median(taken[later])
+    row = {
+        "ms": round(1e3 * median, 2),
+        "host_ms": round(1e3 * statistics.median(host[later]), 2),
+        "steps": len(taken[later]),
+        "per_s": round(task.size.items / median, 1),
+    }
+    yield row | peaks(CHOICES[job.choice], device)  # at once: a row with a time is complete
+
+
+def peaks(choice: Choice, device: Device) -> dict[str, float | None]:
+    """GiB, of what has run so far; of graphs as in `memory`."""
+    if not device.is_cuda:
+        return dict.fromkeys(("static_gib", "peak_gib", "reserved_gib"))
+    found = {"static_gib": torch.cuda.memory_allocated()}
+    found["reserved_gib"] = torch.cuda.max_memory_reserved()
+    allocated = torch.cuda.max_memory_allocated()
+    found["peak_gib"] = found["reserved_gib"] if choice.graphed else allocated
+    return {name: round(size / GIB, 3) for name, size in found.items()}
+
+
 def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     """The largest batch, or the longest sequence, whose step fits into `job.limit` GiB.
 
@@ -328,6 +414,7 @@ def main() -> None:
         return json.loads(sys.stdin.readline())
 
     job = Job(**json.loads(sys.argv[1]))
+    os.environ[PLAN] = plan_of(job.scenario, job.choice)
     try:
         for name in ("torch._dynamo", "transformers", "peft", "timm", "liger_kernel.transformers"):
             if importlib.util.find_spec(name.partition(".")[0]):

@@ -2,7 +2,7 @@
 
 from packlight import fewbit, groupquant, head, inverted, layers, recompute, sketch
 from packlight._library import use_reference
-from packlight._seeds import manual_seed
+from packlight._seeds import manual_seed, rounding_state, set_rounding_state
 from packlight._version import __version__
 from packlight.conversion import Conversion
 from packlight.convert import DEFAULT_METHODS, DEFAULT_REST, convert, revert
@@ -81,8 +81,10 @@ __all__ = [
     "profile",
     "recompute",
     "revert",
+    "rounding_state",
     "save_methods",
     "saving",
+    "set_rounding_state",
     "sketch",
     "use_reference",
 ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -26,6 +27,12 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) or _torch.is_fake(tensor)
 
 
+def is_sharded(x: object) -> bool:
+    """Whether it is a DTensor. Nobody has one who has not imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def is_taken(x: Tensor) -> bool:
     """Whether layers take the tensor; any other is left to torch's own layer.
 
@@ -35,7 +42,9 @@ def is_taken(x: Tensor) -> bool:
         # One question: every layer asks, and the tracer is slow to follow.
         found: bool | None = _torch.ask("takes", None, x)
         return is_supported(x) and not is_transformed() if found is None else found
-    if not is_supported(x) or is_transformed():
+    if x.dtype not in _DTYPES or x.layout is not _STRIDED or x.is_nested:
+        return False
+    if torch.compiler.is_exporting() or _torch.in_transform():
         return False
     return not (x.is_inference() and torch.is_grad_enabled())
 
@@ -192,15 +201,34 @@ def saved_with_weight(ctx: Any) -> tuple[Any, ...]:
 
     Under autocast torch's own layer saves a cast copy, which an optimizer's step leaves alone.
     """
+    return _saved(
+        ctx,
+        "the weight of a converted layer was modified, as by an optimizer's step, between the"
+        " layer's forward and its backward pass, which needs it as it was; step after the"
+        " backward pass, or run the forward pass again after the step, or leave the layer to"
+        " torch (None as its method), which under autocast keeps a cast copy",
+    )
+
+
+def saved_with_operands(ctx: Any) -> tuple[Any, ...]:
+    """The tensors that a call saved, masks and weights among them that others are computed from.
+
+    torch keeps no mask that it adds, so there one may be written to.
+    """
+    return _saved(
+        ctx,
+        "a mask, a bias or a weight was modified in place between the forward and the backward pass"
+        " of code that reads it; scores or an adapted weight are computed from it once more, so it"
+        " is needed as it was: write to a copy of it, or leave the module to torch (None as its"
+        " method)",
+    )
+
+
+def _saved(ctx: Any, changed: str) -> tuple[Any, ...]:
     try:
         saved: tuple[Any, ...] = ctx.saved_tensors
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise ModifiedWeightError(
-            "the weight of a converted layer was modified, as by an optimizer's step, between the"
-            " layer's forward and its backward pass, which needs it as it was; step after the"
-            " backward pass, or run the forward pass again after the step, or leave the layer to"
-            " torch (None as its method), which under autocast keeps a cast copy"
-        ) from error
+        raise ModifiedWeightError(changed) from error
     return saved

@@ -7,7 +7,7 @@ told here.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,38 @@ def on_gpu() -> Iterator[None]:
             yield
     finally:
         _imagining -= 1
+
+
+class Listener(Protocol):
+    """Is told of copies between the GPU imagined and the memory of its host."""
+
+    def copy(self, tensor: Tensor) -> None:
+        """Of one that begins, out or back."""
+
+    def wait(self) -> None:
+        """What runs next waits for all of them."""
+
+
+_told: list[Listener] = []
+
+
+@contextlib.contextmanager
+def told_of_copies(listener: Listener) -> Iterator[None]:
+    _told.append(listener)
+    try:
+        yield
+    finally:
+        _told.remove(listener)
+
+
+def copied(x: Tensor) -> None:
+    for listener in _told:
+        listener.copy(x)
+
+
+def waited() -> None:
+    for listener in _told:
+        listener.wait()
 
 
 def as_imagined() -> contextlib.AbstractContextManager[Any]:

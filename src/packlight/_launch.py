@@ -7,13 +7,14 @@ addresses in place of tensors, of which the launcher would ask the address again
 whether it is one.
 
 `prepare` goes further: a launcher keeps what it makes of shapes and settings, under
-`functools.lru_cache`, and hands over nothing but tensors and a seed.
+`functools.lru_cache`, and hands over nothing but tensors and seeds. Kernels that follow each other
+are one launch (`together`), for which addresses, dtypes and the stream are asked once.
 """
 
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,8 +40,8 @@ class quick:
         return call
 
     def prepare(self, grid: tuple[int, ...], *numbers: Any, **constants: Any) -> "Launch":
-        """What is called with the tensors and seed of a launch, which come before its numbers."""
-        return Launch(self, grid, numbers, constants)
+        """What is called with the tensors and seeds of a launch, which come before its numbers."""
+        return Launch(_Step(self, (*grid, 1, 1)[:3], numbers, constants))
 
     def launch(
         self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
@@ -63,71 +64,83 @@ class quick:
 
 
 class Launch:
-    """A kernel with its grid, numbers and constants. Called with the tensors and a seed.
+    """Kernels that run one after the other, each with its grid, numbers and constants.
 
+    Called with the tensors of all of them, and seeds, which a kernel takes behind its tensors.
     A seed may be a number, of which the kernel says `do_not_specialize`.
     """
 
-    def __init__(
-        self,
-        kernel: quick,
-        grid: tuple[int, ...],
-        numbers: tuple[Any, ...],
-        constants: dict[str, Any],
-    ) -> None:
-        self.kernel = kernel
-        self.grid = (*grid, 1, 1)[:3]
-        self.numbers = numbers
-        self.constants = constants
-        # By what differs between calls: the compiled kernel, and the arguments after the tensors.
-        self.found: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+    def __init__(self, *steps: "_Step") -> None:
+        self.steps = steps
+        # By what differs between calls: for each kernel what starts it, its arguments before and
+        # behind the stream, which tensors it takes, and its arguments behind those.
+        self.found: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
 
-    def __call__(self, *arguments: Any) -> None:
+    def __call__(self, *tensors: Tensor, seeds: tuple[Tensor | int, ...] = ()) -> None:
         # Addresses and dtypes are mapped, as a launch has ten of each.
-        key: list[Any]
-        if int in map(type, arguments):
-            plain, key, bits = _addresses(arguments)
-        else:
-            plain, key = list(map(_address, arguments)), list(map(_dtype, arguments))
-            bits = functools.reduce(operator.or_, plain)
-        if bits & 15:  # which arguments are not aligned; seeds are told apart by no more than above
-            key += [
-                type(argument) is not int and address & 15 != 0
-                for argument, address in zip(arguments, plain, strict=True)
-            ]
-        device = arguments[0].get_device()
-        key.append(device)
-        found = self.found.get(tuple(key))
-        if found is not None:
-            compiled, rest = found
-            plain += rest
-            _run(compiled, self.grid, device, plain)
+        plain: list[Any] = list(map(_address, tensors))
+        bits = functools.reduce(operator.or_, plain)
+        device = tensors[0].get_device()
+        key = (*map(_dtype, tensors), device)
+        for seed in seeds:
+            if type(seed) is int:
+                plain += (seed,)
+                key += (32 if -(2**31) <= seed < 2**31 else 64,)
+            else:
+                plain += (address := _address(seed),)
+                key += (address & 15 == 0,)
+        if bits & 15:  # which tensors are not aligned
+            key += tuple([address & 15 == 0 for address in plain[: len(tensors)]])
+        found = self.found.get(key)
+        if found is None or _is_watched():
+            self._start(key, tensors, seeds)
             return
-        launched = self.kernel.launch(self.grid, (*arguments, *self.numbers), self.constants)
-        if launched is not None:
-            compiled, names = launched
-            rest = [*self.numbers, *(self.constants[name] for name in names)]
-            self.found[tuple(key)] = compiled, rest
+        stream = _stream()(device)
+        for launch, grid, settings, places, rest in found:
+            arguments = plain if places is None else places(plain)
+            launch(*grid, stream, *settings, *arguments, *rest)
+
+    def _start(
+        self, key: tuple[Any, ...], tensors: tuple[Tensor, ...], seeds: tuple[Tensor | int, ...]
+    ) -> None:
+        """Runs the kernels, and keeps how a next call with this key may do so sooner."""
+        arguments, found = (*tensors, *seeds), list[tuple[Any, ...]]()
+        for kernel, grid, numbers, constants, places in self.steps:
+            given = arguments if places is None else places(arguments)
+            launched = kernel.launch(grid, (*given, *numbers), constants)
+            launcher = None if launched is None else _launcher(launched[0])
+            if launched is not None and launcher is not None:
+                rest = (*numbers, *(constants[name] for name in launched[1]))
+                found.append((launcher[0], grid, launcher[1], places, rest))
+        if len(found) == len(self.steps):
+            self.found[key] = found
+
+
+class _Step(NamedTuple):
+    """A kernel of a launch; `places` takes its tensors out of all, None where it takes all."""
+
+    kernel: quick
+    grid: tuple[int, ...]
+    numbers: tuple[Any, ...]
+    constants: dict[str, Any]
+    places: Callable[[Any], tuple[Any, ...]] | None = None
+
+
+def together(*launches: tuple[Launch, tuple[int, ...]]) -> Launch:
+    """Launches as one, which takes the tensors of all; each with the places of its own in those.
+
+    What is asked before a launch is asked once. They take no seeds.
+    """
+    steps = [
+        step._replace(places=operator.itemgetter(*places))
+        for launch, places in launches
+        for step in launch.steps
+    ]
+    return Launch(*steps)
 
 
 _address: Callable[[Any], int] = Tensor.data_ptr
 _dtype: Callable[[Any], Any] = operator.attrgetter("dtype")
-
-
-def _addresses(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any], int]:
-    """What a kernel is given for tensors and seeds, by what it was compiled, all addresses."""
-    plain: list[Any] = []
-    key: list[Any] = []
-    bits = 0
-    for argument in arguments:
-        if type(argument) is int:
-            plain.append(argument)
-            key.append(-(2**31) <= argument < 2**31)
-        else:
-            plain.append(address := argument.data_ptr())
-            bits |= address
-            key.append(argument.dtype)
-    return plain, key, bits
 
 
 def _run(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]) -> None:

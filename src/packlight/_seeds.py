@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from packlight import _torch
+from packlight._imagined import kind_of
 from packlight._library import define_op
 from packlight.errors import InputError
 
@@ -117,12 +118,23 @@ def _is_number(value: object) -> bool:
 
 
 def rounding_state() -> dict[str, int | None]:
-    """Where the stream of rounding is, as plain data; `set_rounding_state` goes back to it."""
+    """Where the stream of rounding is, as plain data; `set_rounding_state` goes back to it.
+
+    A checkpoint that holds it beside torch's generators has training go on bit for bit. Callbacks
+    of `packlight.integrations` hold it. CUDA graphs count on the device, and are not in it.
+    """
     return {"base": _rounding.base, "next": _rounding.count}
 
 
 def set_rounding_state(state: Mapping[str, int | None]) -> None:
-    """Has the stream of rounding go on from where `rounding_state` found it."""
+    """Has the stream of rounding go on from where `rounding_state` found it.
+
+    Call it after `convert`, which starts the stream anew. An empty mapping changes nothing.
+
+    >>> import packlight
+    >>> state = packlight.rounding_state()
+    >>> packlight.set_rounding_state(state)
+    """
     base, count = state.get("base"), state.get("next")
     if base is not None and count is not None:
         _rounding.start(base, count)
@@ -148,7 +160,7 @@ def rounding_seed(x: Tensor) -> Seed:
         seeds = _torch.seeds_of_graph(place)
         return _next_rounding_seed(x.device, place) if seeds is None else Drawn(*seeds)
     if x.is_cuda:
-        if _is_captured(x):
+        if _table is not None or torch.cuda.is_current_stream_capturing():
             return rounding_tensor(x)
         if x.device not in _counters and not _torch.is_fake(x):
             _counter(x.device)  # a graph that is captured later advances it
@@ -183,6 +195,8 @@ def can_draw_again(x: Tensor) -> bool:
 
     Not where one set of instructions draws anew at each run, and so has no numbers to go back to.
     """
+    if _torch.is_fake(x):
+        return kind_of(x) == "cuda" and not _torch.is_traced()
     return x.is_cuda and not _torch.is_traced() and not _is_captured(x)
 
 
@@ -314,11 +328,14 @@ _next_rounding_seed = define_op(
 
 def operands(seed: Seed) -> tuple[Tensor | None, int]:
     """A seed as operators take it: a tensor or None, and a number."""
+    if type(seed) is int:  # first, as every operator asks
+        return None, seed
     if seed is None:
         return None, NEAREST
     if isinstance(seed, Drawn):
         return seed.seeds, seed.place
-    return (None, seed) if isinstance(seed, int) else (seed, 0)
+    assert not isinstance(seed, int)
+    return seed, 0
 
 
 def as_given(seed: Seed) -> Tensor | int | None:

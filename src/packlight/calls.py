@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from packlight import _torch
-from packlight._checks import is_plain, is_taken, takes
+from packlight._checks import is_plain, is_sharded, is_taken, takes
 from packlight._classes import derivation, origin
 from packlight.method import Call, Calls, Swap
 
@@ -207,8 +207,14 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
 
     def either(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(x, Tensor) and not is_taken(x):
-            return super(owner, self).forward(*args, **kwargs)
+        if isinstance(x, Tensor):
+            if type(x) is not Tensor and is_sharded(x):
+                from packlight import sharded  # which needs quantisers, and they this file
+
+                plain = super(owner, type(self)).forward
+                return sharded.run(forward, plain, self, *args, **kwargs)
+            if not is_taken(x):
+                return super(owner, self).forward(*args, **kwargs)
         return forward(self, *args, **kwargs)
 
     either.__module__, either.__qualname__ = owner.__module__, owner.__qualname__

@@ -11,11 +11,11 @@ from torch import nn
 from packlight.method import Method
 from packlight.predict import predict_change
 from packlight.quantiser import Quantiser
-from packlight.remedies import what_is_left
+from packlight.remedies import remedy_of, what_is_left
 from packlight.report import MemoryDifference
 from packlight.report.left import Left
-from packlight.report.names import condensed
-from packlight.report.printing import cell, new_table, render
+from packlight.report.names import beginning, condensed, together
+from packlight.report.printing import new_table, render
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,6 +134,10 @@ class Conversion:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         total = len(self.replaced) + len(self.skipped)
         yield Text(f"{self.model}: {len(self.replaced)} of {total} layers converted")
+        first = [row.names[0] for row in self.replaced] + [row.names[0] for row in self.skipped]
+        begin = _common(first)
+        if begin:
+            yield Text(f"names are those within {begin}")
         if self.replaced:
             table = new_table()
             for column in ("converted", "to", "by", "names"):
@@ -141,26 +145,32 @@ class Conversion:
             for (kind, becomes, method), names in _grouped(
                 ((row.kind, row.becomes, brief(row.method)), row.names[0]) for row in self.replaced
             ):
-                to = becomes.removeprefix("packlight.")
-                table.add_row(f"{len(names)} x {kind}", to, Text(method), _names(names))
+                count = f"{len(names)} x {kind}"
+                table.add_row(count, _short(becomes), Text(method), _names(names, begin))
             yield table
         if self.skipped:
             table = new_table()
-            for column in ("left as it is", "why", "names"):
+            helps = any(remedy_of(row.reason) for row in self.skipped)
+            for column in ("left as it is", "why", *(["what would help"] * helps), "names"):
                 table.add_column(column)
             for (kind, reason), names in _grouped(
                 ((row.kind, row.reason), row.names[0]) for row in self.skipped
             ):
-                table.add_row(f"{len(names)} x {kind}", Text(reason), _names(names))
+                remedy = [Text(remedy_of(reason))] * helps
+                count = f"{len(names)} x {kind}"
+                table.add_row(count, Text(reason), *remedy, _names(names, begin))
             yield table
         if self.functional:
-            modules = f"{len(self.functional)} modules: {', '.join(condensed(self.functional))}"
+            modules = f"{len(self.functional)} modules"
             bits = "".join(
                 f"; {name} packs at {bits} bits" for name, bits in self.functional_bits.items()
             )
             yield Text(f"calls of torch functions are covered in {modules}{bits}")
         if self.rest is not None:
-            yield Text(f"the rest is packed by {brief(self.rest)}, as packlight.saving does")
+            yield Text(
+                f"the rest is packed by {brief(self.rest)}, as packlight.saving does; torch keeps"
+                " the rest of what is compiled"
+            )
         if self.heads:
             heads = ", ".join(condensed(self.heads))
             yield Text(f"losses of {heads} are computed by chunks, without all logits")
@@ -178,8 +188,24 @@ def _grouped(pairs: Iterable[tuple[_K, str]]) -> Iterable[tuple[_K, list[str]]]:
     return groups.items()
 
 
-def _names(names: list[str]) -> Text:
-    return cell(", ".join(condensed(names)))
+def _names(names: list[str], begin: str) -> Text:
+    """Wrapped and not cut: what differs may be at the end of a name."""
+    within = [name.removeprefix(begin).removeprefix(".") for name in names]
+    return Text(together(condensed(within)), overflow="fold")
+
+
+def _common(names: list[str]) -> str:
+    """The innermost module that holds all of these, but for those that it is in and itself."""
+    parts = [name.split(".") for name in names if name]
+    deepest = max(parts, key=len, default=[])
+    common = beginning([each for each in parts if each != deepest[: len(each)]])
+    return ".".join(common)
+
+
+def _short(becomes: str) -> str:
+    """Package and class: where in the package is not for a reader."""
+    parts = becomes.removeprefix("packlight.").removeprefix("integrations.").split(".")
+    return f"{parts[0].strip('_')}.{parts[-1]}"
 
 
 # Characters of a field of a method. A codebook has hundreds, and is another for each layer.

@@ -14,7 +14,7 @@ class DoubleBackwardError(PacklightError, RuntimeError):
 
 
 class ModifiedWeightError(PacklightError, RuntimeError):
-    """A layer's weight was modified between its forward and its backward pass."""
+    """A layer's weight, or a mask, was modified between its forward and its backward pass."""
 
 
 class MissingDependencyError(PacklightError, ImportError):

@@ -1,13 +1,14 @@
 """A pack: saved tensors that stand for another, and how near they are to it."""
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
+from packlight import _torch
 from packlight.reading import Reading
 
 
@@ -67,21 +68,23 @@ class WeakPack(NamedTuple):
 
     rebuild: Callable[..., Tensor]
     shape: tuple[int, ...]
-    references: tuple[TensorWeakRef | None, ...]
+    references: tuple["weakref.ref[Tensor] | None", ...]
     grade: Grade
     reading: Reading | None
 
     @staticmethod
     def of(pack: Pack) -> "WeakPack":
         rebuild, shape, tensors, grade, reading = pack
-        references = [None if kept is None else TensorWeakRef(kept) for kept in tensors]
+        references = [None if kept is None else weakref.ref(kept) for kept in tensors]
         return WeakPack(rebuild, shape, tuple(references), grade, reading)
 
     def pack(self) -> Pack | None:
         tensors: list[Tensor | None] = []
         for reference in self.references:  # no generator: this runs at every reader
             tensor = None if reference is None else reference()
-            if tensor is None and reference is not None:
+            if tensor is not None:
+                _torch.revive(tensor)
+            elif reference is not None:
                 return None
-            tensors.append(tensor)
+            tensors += (tensor,)
         return Pack(self.rebuild, self.shape, tuple(tensors), self.grade, self.reading)

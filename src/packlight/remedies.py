@@ -1,18 +1,21 @@
 """Why a converted model keeps what it still keeps, and what would help."""
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from packlight.report import KeptTensor, MemoryReport
 from packlight.report.left import Left, LeftRow
+from packlight.report.names import condensed
 from packlight.report.words import short_operation
-from packlight.saving.rules import why_exact
+from packlight.saving.rules import WORKSPACES, why_exact
 
-# Operators of torch's that set a workspace aside, of a format that only they know.
-_WORKSPACES = ("MkldnnRnn", "CudnnRnn", "ThnnFused", "MiopenRnn")
+if TYPE_CHECKING:
+    from packlight.conversion import Conversion
 
 # What helps where a layer was left alone, by the beginning of the reason that a conversion gives.
 _OF_LAYERS = {
-    "left alone, as asked": "no None for it",
     "a subclass of": "build with torch's own class, or register a rule for this one",
     "parametrized": "convert first, parametrize afterwards",
     "its forward was replaced": "convert before that",
@@ -29,6 +32,26 @@ _OF_REASONS = {
     ),
 }
 _OF_PACKS = "fewer bits, or Checkpoint() and Tiles()"
+
+
+def remedy_of(reason: str) -> str:
+    """What helps a layer that a conversion left alone for `reason`; empty where nothing does."""
+    return next((help for start, help in _OF_LAYERS.items() if reason.startswith(start)), "")
+
+
+def advice(model: nn.Module, conversion: "Conversion") -> list[str]:
+    """What would help, by what is there, without a batch: `Conversion.left` weighs it."""
+    found: dict[str, list[str]] = {}
+    for row in conversion.skipped:
+        if remedy := remedy_of(row.reason):
+            found.setdefault(f"{remedy} ({row.reason})", []).extend(row.names[:1])
+    lines = [f"{', '.join(condensed(names))}: {why}" for why, names in found.items()]
+    embeddings = getattr(model, "get_output_embeddings", None)
+    if not conversion.heads and callable(embeddings) and isinstance(embeddings(), nn.Linear):
+        lines.append("head=True: the loss by chunks, without all logits")
+    if getattr(model, "is_gradient_checkpointing", False):
+        lines.append("no gradient_checkpointing: blocks that run again keep inputs alone")
+    return lines
 
 
 def what_is_left(
@@ -63,7 +86,7 @@ def _is_packed(row: KeptTensor) -> bool:
     """Whether packlight made the tensor: codes and words lie flat, whatever the tensor's shape."""
     ours = row.operation.startswith("_") and row.dtype != "int64"
     flat = len(row.shape) == 1 and row.dtype in ("uint8", "int32")
-    return (ours or flat) and not row.operation.startswith(_WORKSPACES)
+    return (ours or flat) and not row.operation.startswith(WORKSPACES)
 
 
 def _explained(
@@ -76,14 +99,13 @@ def _explained(
 ) -> tuple[str, str]:
     if is_packed:
         return "packs, codes and statistics", _OF_PACKS
-    if operation.startswith(_WORKSPACES):
+    if operation.startswith(WORKSPACES):
         return "a workspace of torch's kernel", ""
     if why := why_exact(operation):
         return why, _OF_REASONS.get(why, "")
     if reason and not (rest and reason.startswith("no rule")):
-        helps = (help for start, help in _OF_LAYERS.items() if reason.startswith(start))
-        remedy = next(helps, "" if rest else _REST)
-        return reason, remedy
+        asked = "no None for it" if reason == "left alone, as asked" else ""
+        return reason, asked or remedy_of(reason) or ("" if rest else _REST)
     if all(not row.dtype.startswith(("float", "bfloat")) for row in kept):
         return "indices, masks and data", ""
     if rest:

@@ -42,9 +42,17 @@ class Layer(NamedTuple):
 
     @property
     def is_container(self) -> bool:
-        """Whether it seems to have nothing but other modules: children, and no parameters."""
+        """Whether it keeps nothing: a module of views, or one that seems to have only others."""
+        if self.kind in _KEEP_NOTHING:
+            return True
         parameters = any(True for _ in self.module.parameters(recurse=False))
         return not parameters and any(True for _ in self.module.children())
+
+
+_KEEP_NOTHING = (
+    *(nn.Identity, nn.Flatten, nn.Unflatten),
+    *(nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
+)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:

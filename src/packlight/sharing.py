@@ -47,7 +47,7 @@ class _Facts(NamedTuple):
     """What a note says about a tensor."""
 
     cast: Tensor | None = None
-    pack: Pack | WeakPack | None = None
+    pack: "Pack | WeakPack | HeldPack | None" = None
     sketch: Pack | WeakPack | None = None
     exact: Any = None  # weakly, an object of the operation that saves the tensor itself
     filled: bool = False  # some elements were filled with an infinity or a huge number
@@ -135,8 +135,12 @@ def note_pack(tensor: Tensor, pack: Pack) -> None:
 
 
 def note_held(tensor: Tensor, pack: Pack) -> None:
-    """Records a pack of a result: the note holds the pack, which no reader has saved yet."""
-    _write(tensor, _Facts(pack=pack), holds=True)
+    """Records a pack of a result: the note holds the pack, which no reader has saved yet.
+
+    Until one has, nobody else would notice that a tensor of the pack is written to.
+    """
+    if all(kept is None or not kept.is_inference() for kept in pack.tensors):
+        _write(tensor, _Facts(pack=HeldPack(pack, _versions(pack))), holds=True)
 
 
 def note_kept(tensor: Tensor, pack: Pack) -> None:
@@ -204,13 +208,26 @@ def sketch_of(tensor: Tensor) -> Pack | None:
     return sketch if source is None else sketch_of(source)
 
 
-def _alive(pack: Pack | WeakPack | None) -> Pack | None:
+class HeldPack(NamedTuple):
+    """A pack that a note holds, and the versions that its tensors had."""
+
+    pack: Pack
+    versions: tuple[int, ...]
+
+
+def _versions(pack: Pack) -> tuple[int, ...]:
+    return tuple([kept._version for kept in pack.tensors if kept is not None])
+
+
+def _alive(pack: Pack | WeakPack | HeldPack | None) -> Pack | None:
+    if isinstance(pack, HeldPack):
+        return pack.pack if _versions(pack.pack) == pack.versions else None
     return pack.pack() if isinstance(pack, WeakPack) else pack
 
 
-def _weakly(pack: Pack | WeakPack | None) -> WeakPack | None:
-    if pack is None:
-        return None
+def _weakly(pack: Pack | WeakPack | HeldPack | None) -> WeakPack | None:
+    if isinstance(pack, HeldPack):
+        pack = pack.pack
     return WeakPack.of(pack) if isinstance(pack, Pack) else pack
 
 

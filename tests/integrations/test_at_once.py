@@ -8,6 +8,8 @@ import transformers
 from timm.layers import Mlp
 from torch import nn
 from transformers.models.bert.modeling_bert import BertOutput
+from transformers.models.clip.modeling_clip import CLIPMLP
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.roberta.modeling_roberta import RobertaIntermediate, RobertaSelfOutput
 
@@ -40,7 +42,18 @@ def plain_mlp():
     return Mlp(WIDTH, MIDDLE)
 
 
+def transposed_mlp():
+    return GPT2MLP(MIDDLE, transformers.GPT2Config(n_embd=WIDTH, resid_pdrop=0.0))
+
+
+def other_mlp():
+    sizes = {"hidden_size": WIDTH, "intermediate_size": MIDDLE}
+    return CLIPMLP(transformers.CLIPVisionConfig(**sizes, num_attention_heads=2, hidden_act="gelu"))
+
+
 KINDS = {
+    "transposed mlp": (transposed_mlp, (WIDTH,), "_MLPBackward"),
+    "other mlp": (other_mlp, (WIDTH,), "_MLPBackward"),
     "half": (half, (WIDTH,), "_ActivatedBackward"),
     "plain mlp": (plain_mlp, (WIDTH,), "_MLPBackward"),
     "output": (output, (WIDTH, WIDTH), "_PostNormBackward"),

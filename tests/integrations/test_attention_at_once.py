@@ -54,7 +54,7 @@ KINDS = {
     "bert": (lambda: bert(BertSelfAttention), {"_WholeAttentionBackward", "_ProjectionsBackward"}),
     "bert's layer": (
         bert_layer,
-        {"_WholeAttentionBackward", "_ProjectionsBackward", "_PostNormBackward", "_MLPBackward"},
+        {"_AttentionBackward", "_MLPBackward"},
     ),
     "attention": (attention, {"_WholeAttentionBackward"}),
     "attention without bias": (lambda: attention(False), {"_WholeAttentionBackward"}),
@@ -114,9 +114,10 @@ def assert_alike(module, gradients, others, near):
     names = ["x"] + [name for name, _ in module.named_parameters()]
     for name, a, b in zip(names, gradients, others, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        # A block's is of the output that comes again, not of a pack.
-        again = isinstance(module, Block) and name == "attn.proj.weight"
-        assert relative_error(a, b) <= (max(near, 0.01) if again else near)
+        # Of a whole sub-layer it is of the output that comes again, not of a pack.
+        again = (Block, "attn.proj.weight"), (RobertaLayer, "attention.output.dense.weight")
+        loose = any(isinstance(module, kind) and name == own for kind, own in again)
+        assert relative_error(a, b) <= (max(near, 0.02) if loose else near)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -167,7 +168,7 @@ def test_gradients_are_those_of_the_plain_layer_but_for_the_packs(name):
 def test_dropouts_of_a_layer_draw_as_by_themselves():
     module, _ = converted(lambda: bert_layer(0.3))
     y, gradients = run(module, sample())
-    assert {"_PostNormBackward", "_MLPBackward"} <= nodes(y)
+    assert {"_AttentionBackward", "_MLPBackward"} <= nodes(y)
     expected, others = run(one_by_one(copy.deepcopy(module)), sample())
     assert relative_error(y, expected) <= 1e-5
     assert_alike(module, gradients, others, 1e-5)

@@ -8,6 +8,7 @@ import bitsandbytes
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import packlight
@@ -599,3 +600,80 @@ def test_what_is_made_again_is_of_the_forward_pass(kind, what):
         assert ours.requires_grad == theirs.requires_grad
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.05, atol=1e-4)
+
+
+# --- Adapters of the experts of a mixture, which are parameters and no layers.
+
+_MIXTURES = {
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {"num_local_experts": 4, "head_dim": 16, "rope_parameters": {"rope_theta": 1e4}},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16},
+    ),
+}
+
+
+def _mixture(name):
+    kind, config, own = _MIXTURES[name]
+    sizes = {
+        "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "use_cache": False,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
+        "num_experts_per_tok": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**{**sizes, **own}))
+    return model.train()
+
+
+def _on_experts(model):
+    router = "gate" if hasattr(model.model.layers[0].mlp, "gate") else "router"
+    packlight.manual_seed(7)
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=[
+            "mlp.experts.gate_up_proj", "mlp.experts.down_proj", f"mlp.{router}.weight"
+        ],
+        init_lora_weights=False,
+    )  # fmt: skip
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", _MIXTURES)
+def test_experts_and_routers_with_adapters(name, after):
+    """What PEFT makes of a stack of experts and an adapter is computed again, and not kept."""
+    plain = _on_experts(_mixture(name))
+    if after:
+        model = _mixture(name)
+        packlight.convert(model, EIGHT)
+        model = _on_experts(model)
+        model.load_state_dict(plain.state_dict())
+    else:
+        model = copy.deepcopy(plain)
+        packlight.convert(model, EIGHT)
+    inputs = batch("llama")
+    output, expected = step(plain, inputs)
+    ours, actual = step(model, inputs)
+    assert torch.equal(ours.logits, output.logits)
+    assert actual.keys() == expected.keys()
+    assert worst_error(actual, expected) < 0.1
+    first = model(**inputs).loss  # for which PEFT parametrizes, and parametrizes anew
+    model(**inputs).loss.backward(inputs=[p for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    first.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert worst_error(found, expected) < 0.1
+    report = packlight.profile(model, **inputs)
+    kept = [packlight.profile(each, **inputs).activation_bytes for each in (plain, model)]
+    assert kept[0] > 3 * kept[1]
+    experts = next(m for m in model.modules() if type(m).__name__.endswith("Experts"))
+    largest = max(p.numel() for p in experts.parameters())
+    own = [row.bytes for row in report.rows if "experts" in row.module]
+    assert max(own) < largest  # not even a pack of a stack

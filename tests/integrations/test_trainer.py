@@ -319,3 +319,88 @@ def test_minilm_learns_sst2_as_well_as_it_does_without(sst2, tmp_path):
     plain = packlight.profile(model.train(), **batch).activation_bytes
     packlight.convert(model, callback.methods)
     assert plain > 8 * packlight.profile(model, **batch).activation_bytes
+
+
+def llama_rows(count=8):
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, 128, (count, 64), generator=generator)
+    return Rows([{"input_ids": row, "labels": row} for row in ids])
+
+
+def trainer_of_llama(folder, callback, **arguments):
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=128,
+    )  # fmt: skip
+    settings = trainer_of(make("bert"), folder, max_steps=1, **arguments).args
+    model = transformers.LlamaForCausalLM(config)
+    return Trainer(model, settings, train_dataset=llama_rows(), callbacks=[callback])
+
+
+def test_it_plans_for_the_memory_that_there_is(tmp_path, capsys):
+    callback = PacklightCallback(memory=0.3, device="H200")
+    trainer = trainer_of_llama(tmp_path, callback)
+    assert callback.plan is None  # the data come when training begins
+    trainer.train()
+    plan = callback.plan
+    assert plan.kept_bytes <= 0.3 * plan.plain.kept
+    assert callback.conversion.heads == ("lm_head",)
+    assert "packlight: a step takes" in capsys.readouterr().out
+    plain = trainer_of_llama(tmp_path, PacklightCallback(FewBit(bits=3)))
+    plain.train()  # the plan drew no numbers: the data come in the same order
+    losses = [each.state.log_history[0]["loss"] for each in (trainer, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_plan_is_for_a_batch_that_is_given_and_for_the_trainer_s_optimiser(tmp_path, monkeypatch):
+    asked = []
+
+    def planned(model, *batch, **options):
+        asked.append((batch, options))
+        return packlight.load_methods(tmp_path / "methods.toml")
+
+    packlight.save_methods(GroupQuant(bits=4), tmp_path / "methods.toml")
+    monkeypatch.setattr("packlight.integrations._converting.plan", planned)
+    batch = {"input_ids": torch.ones(8, 64).long()}
+    trainer_of_llama(tmp_path, PacklightCallback(memory="8GiB", batch=batch)).train()
+    trainer_of_llama(tmp_path, PacklightCallback(memory="8GiB"), learning_rate=0.25).train()
+    (given, options), (rows, of_trainer) = asked
+    assert given == (batch,)
+    assert options == {"memory": "8GiB", "optimizer": None, "device": None}
+    assert torch.equal(
+        rows[0]["input_ids"], torch.stack([x["input_ids"] for x in llama_rows().rows])
+    )
+    made = of_trainer["optimizer"]([nn.Parameter(torch.ones(1))])
+    assert type(made) is torch.optim.AdamW
+    assert made.defaults["lr"] == 0.25
+
+
+def test_memory_without_rows_to_plan_for_is_refused(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(llama_rows().rows)
+
+    callback = PacklightCallback(memory=0.5, device="H200")
+    trainer = trainer_of_llama(tmp_path, callback)
+    trainer.train_dataset = Stream()
+    with pytest.raises(packlight.InputError, match="needs a batch to plan for; give batch="):
+        trainer.train()
+
+
+def test_it_prints_what_it_did_and_what_would_help(tmp_path, capsys):
+    callback = PacklightCallback(GroupQuant(bits=4))
+    trainer = trainer_of_llama(tmp_path, callback, gradient_checkpointing=True)
+    trainer.train()
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("packlight: ")]
+    assert "layers converted" in lines[0]
+    assert "a step keeps" in lines[1]
+    helps = "\n".join(lines[2:])
+    assert "head=True" in helps
+    assert "no gradient_checkpointing" in helps
+    trainer.train()  # a second training says so again
+    assert "layers converted" in capsys.readouterr().out
+
+
+def test_it_prints_nothing_where_it_is_told_so(tmp_path, capsys):
+    trainer_of_llama(tmp_path, PacklightCallback(head=True, report=False)).train()
+    assert "packlight:" not in capsys.readouterr().out

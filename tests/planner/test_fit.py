@@ -2,13 +2,15 @@
 
 import json
 import pathlib
+import sys
+from typing import Any
 
 import pytest
 import torch
 
 import packlight
 from packlight.cli import main
-from packlight.planner.adapted import FourBits, in_4_bits
+from packlight.planner.adapted import FourBits, in_4_bits, lora_settings, with_lora
 from packlight.planner.calibrate import calibrate
 from packlight.planner.devices import Rates, device_of, parse_bytes, save_rates
 from packlight.planner.fit import fit, largest, resized
@@ -112,20 +114,36 @@ def test_the_command_says_what_it_does_not_know(
     assert "unknown device 'a large one'; known: H200" in capsys.readouterr().err
 
 
-def test_a_model_of_transformers_with_adapters_on_4_bits(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    small = ("hidden_size=64", "intermediate_size=128", "num_hidden_layers=5", "vocab_size=512",
-             "num_attention_heads=4")  # fmt: skip
-    config = [word for entry in small for word in ("--config", entry)]
+_SMALL_LLAMA = (
+    "hidden_size=64", "intermediate_size=128", "num_hidden_layers=5", "vocab_size=512",
+    "num_attention_heads=4",
+)  # fmt: skip
+
+
+def _fit_of_a_llama(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    config = [word for entry in _SMALL_LLAMA for word in ("--config", entry)]
     main(
         ["fit", "hf:llama", *config, "--sequence", "64", "--batch", "2", "--dtype", "bf16",
-         "--lora", "r=4,targets=all-linear", "--load-in-4bit", "--gpu", "1GiB", "--json",
-         "--quick"]
+         "--gpu", "1GiB", "--json", "--quick", *words]
     )  # fmt: skip
-    data = json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out)
+
+
+def _without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """As where they are not installed."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in packages:
+            monkeypatch.delitem(sys.modules, name)
+    for name in packages:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_a_model_of_transformers_with_adapters_on_4_bits_without_their_packages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    _without(monkeypatch, "peft", "bitsandbytes")
+    data = _fit_of_a_llama(capsys, "--lora", "r=4,targets=all-linear", "--load-in-4bit")
     assert all(row["fits"] for row in data["rows"])
     # Adapters are trained, and their Adam has two numbers of 32 bits a weight.
     tensors = 2 * 7 * 5
@@ -134,6 +152,45 @@ def test_a_model_of_transformers_with_adapters_on_4_bits(
     embeddings = 2 * 2 * 512 * 64
     linears = 5 * (4 * 64 * 64 + 3 * 64 * 128)
     assert data["weights"] == pytest.approx(embeddings + linears // 2 + trained, rel=0.1)
+
+
+@pytest.mark.parametrize("in_4", [False, True], ids=["16 bits", "4 bits"])
+def test_adapters_take_as_much_without_peft(monkeypatch: pytest.MonkeyPatch, in_4: bool) -> None:
+    pytest.importorskip("peft")
+    settings = lora_settings({"r": "4", "targets": "up+down", "dropout": "0.1"})
+    peaks = []
+    for _ in range(2):
+        model, tokens = on_meta(depth=3)
+        model.to(torch.bfloat16)
+        if in_4:
+            in_4_bits(model)
+        walker = Walker(with_lora(model, settings), (tokens,), {}, None, OPTIMIZERS["adamw"])
+        peaks.append(walker.walk(device_of("H200")).timeline.peak)
+        _without(monkeypatch, "peft")
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("rank=4", "--lora has no rank; expected r=16"),
+        ("r", "--lora r is not NAME=VALUE"),
+        ("r=0", "--lora r=0: r is at least 1"),
+        ("r=many", "--lora r=many: invalid literal"),
+        ("targets=nothing", "--lora targets=nothing: "),
+    ],
+)
+@pytest.mark.parametrize("with_peft", [True, False])
+def test_settings_of_adapters_are_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, lora: str, message: str,
+    with_peft: bool,
+) -> None:  # fmt: skip
+    pytest.importorskip("transformers")
+    if not with_peft:
+        _without(monkeypatch, "peft")
+    with pytest.raises(SystemExit):
+        _fit_of_a_llama(capsys, "--lora", lora)
+    assert message in capsys.readouterr().err
 
 
 def test_weights_of_4_bits_take_half_a_byte_and_a_scale() -> None:

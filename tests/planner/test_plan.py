@@ -9,14 +9,16 @@ import packlight
 from packlight import GroupQuant, InfeasibleBudgetError, InputError, Plan
 from packlight.planner.devices import device_of
 from packlight.planner.menu import EXACT, MENU, PACKED_4, allowed
+from packlight.planner.planner import MAX_ERROR
 from packlight.planner.planning import planned
 from packlight.planner.searching import candidates
 from packlight.planner.study import Study
-from packlight.planner.timeline import STEP
+from packlight.planner.timeline import STEP, allocatable, reserved
 from packlight.planner.walk import Walker
 from tests.planner.models import Model, on_meta, singles
 
 H200 = device_of("H200")
+OPTIONS = allowed(MENU, MAX_ERROR)
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +28,20 @@ def study() -> Study:
 
 
 def test_plans_keep_to_their_budgets_and_larger_ones_are_no_slower(study: Study) -> None:
-    found = candidates(study, MENU, [PACKED_4])
+    found = candidates(study, OPTIONS, [PACKED_4])
     least, most = min(one.peak for one in found), max(one.peak for one in found)
     assert least < 0.9 * most
     times = []
     for tenth in range(11):
-        budget = least + (most - least) * tenth // 10
-        plan = planned(study, budget, None, None)
-        assert plan.peak_bytes <= budget
+        budget = reserved(least + (most - least) * tenth // 10) + 1
+        plan = planned(study, budget, None, MAX_ERROR)
+        assert plan.peak_bytes < plan.reserved_bytes <= budget
         times.append(plan.ms)
     assert times == sorted(times, reverse=True)
 
 
 def test_sums_of_a_mix_are_those_of_its_timeline(study: Study) -> None:
-    for one in candidates(study, MENU, [PACKED_4])[::5]:
+    for one in candidates(study, OPTIONS, [PACKED_4])[::5]:
         timeline = one.mix.timeline()
         assert (one.peak, one.kept) == (timeline.peak, timeline.kept)
         assert one.ms == pytest.approx(timeline.ms)
@@ -47,10 +49,10 @@ def test_sums_of_a_mix_are_those_of_its_timeline(study: Study) -> None:
 
 def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
     """The mix is strung together from walks of other models; here that very model is walked."""
-    found = candidates(study, MENU, [PACKED_4])
+    found = candidates(study, OPTIONS, [PACKED_4])
     mixed = [one for one in found if len(set(one.options.values())) > 1]
     for one in mixed[:: max(len(mixed) // 4, 1)]:
-        plan = planned(study, one.peak, None, None)
+        plan = planned(study, reserved(one.peak) + 1, None, MAX_ERROR)
         model, tokens = on_meta(depth=8)
         walker = Walker(model, (tokens,), {}, None, torch.optim.SGD, singles(model))
         with walker.imagined():
@@ -67,12 +69,14 @@ def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
 
 
 def test_what_no_plan_can_do_is_refused_with_the_least(study: Study) -> None:
-    least = min(one.peak for one in candidates(study, MENU, [PACKED_4]))
-    planned(study, least, None, None)
-    with pytest.raises(InfeasibleBudgetError, match=r"the least is .* in the .*pass.*weights"):
-        planned(study, least - 1, None, None)
+    least = min(one.peak for one in candidates(study, OPTIONS, [PACKED_4]))
+    planned(study, reserved(least) + 1, None, MAX_ERROR)
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"the least is .* allocated in the .*pass.*weights"
+    ):
+        planned(study, reserved(least) - 1, None, MAX_ERROR)
     with pytest.raises(InfeasibleBudgetError, match="keeps 1e-06 of what plain training keeps"):
-        planned(study, None, 1e-6, None)
+        planned(study, None, 1e-6, MAX_ERROR)
 
 
 def test_errors_are_kept_to(study: Study) -> None:
@@ -80,7 +84,7 @@ def test_errors_are_kept_to(study: Study) -> None:
     plan = planned(study, None, 0.4, 0.0)
     assert plan.error == 0
     assert plan.kept_bytes <= 0.4 * plan.plain.kept
-    assert {block.option for block in plan.blocks} <= {"torch", "checkpoint"}
+    assert {block.option for block in plan.blocks} <= {"torch", "checkpoint", "offload"}
 
 
 def test_a_plan_converts_and_saves(tmp_path: pathlib.Path) -> None:
@@ -100,7 +104,7 @@ def test_a_plan_converts_and_saves(tmp_path: pathlib.Path) -> None:
     packlight.convert(model, saved, strict=False)
     assert conversion.bytes(tokens).after.activation_bytes == after
     text = str(plan)
-    for part in ("blocks.0", "the peak is in the", "times measured"):
+    for part in ("blocks of blocks:", "the peak is in the", "times measured"):
         assert part in text
     assert plan.to_dict()["peak_bytes"] == plan.peak_bytes
     assert sum(plan.peak_parts().values()) == plan.peak_bytes
@@ -143,3 +147,10 @@ def test_what_is_outside_of_blocks_errs_no_more() -> None:
     choice = plan["*"]
     assert choice is None or GroupQuant(4) not in choice
     assert EXACT in allowed(MENU, 0.01)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 2**28, 2**31, 2**32 + 7, 10**11])
+def test_what_is_allocatable_is_reserved_within_the_size(size: int) -> None:
+    assert reserved(allocatable(size)) <= size
+    assert reserved(allocatable(size) + 2) >= size
+    assert allocatable(size + 1) >= allocatable(size)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ import packlight
 from benchmarks.user.choices import CHOICES
 from benchmarks.user.scenarios import SCENARIOS
 from packlight import _imagined
+from packlight.planner import walk
+from packlight.planner.costs import Costs
 from packlight.planner.devices import device_of
+from packlight.planner.menu import PACKED_4
 from packlight.planner.optimizers import OPTIMIZERS
 from packlight.planner.runs import runs_of
+from packlight.planner.study import Study
 from packlight.planner.timeline import BACKWARD, FORWARD, STEP
 from packlight.planner.walk import Walker
 from tests.planner.models import Block, Model, on_meta, singles
@@ -132,6 +137,28 @@ def test_autocast_runs_norms_in_32_bits_as_on_a_gpu() -> None:
         Walker(Net(), (torch.empty(4, 8),), {}).walk(H200)
         Net()(torch.zeros(4, 8))
     assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_packed_attention_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernel torch takes is asked by a call on tensors without values: that is no work."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    config = transformers.LlamaConfig(**shape, use_cache=False)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).train()
+    called: list[str] = []
+
+    class Seen(Costs):
+        def of(self, func: Any, args: Any, result: Any, tensors: Any) -> tuple[float, float]:
+            called.append(func.overloadpacket.__name__)
+            return super().of(func, args, result, tensors)
+
+    monkeypatch.setattr(walk, "Costs", Seen)
+    ids = torch.zeros(1, 512, dtype=torch.long)
+    Study(model, (ids,), {"labels": ids}, H200).walked(PACKED_4, PACKED_4)
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    assert called.count(kernel) == called.count(f"{kernel}_backward") == 1
 
 
 def test_a_loss_that_is_no_number_is_refused() -> None:

@@ -81,7 +81,7 @@ def step(model, x, dy=None, run=lambda model, x: model(x)):
     y = run(model, x)
     if dy is None:
         generator = torch.Generator().manual_seed(2)
-        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
     y.backward(dy)
     return y.detach(), {"input": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
 

@@ -7,7 +7,16 @@ a clear refusal, and never a wrong gradient or a failed import. `packlight.env` 
 `fakes.py` is imported by `predict` when it is called, and `graph.py` by `saving`.
 """
 
-from packlight._torch.attributes import flatten, parameters, storage_uses, unflatten
+from packlight._torch.attributes import (
+    apart,
+    flat_weights,
+    flatten,
+    parameters,
+    revive,
+    storage_uses,
+    unflatten,
+    unwritten,
+)
 from packlight._torch.autograd import (
     at_end_of_backward,
     has_storage,
@@ -46,6 +55,7 @@ from packlight._torch.capabilities import (
     HOOKS,
     MODE_STACK,
     MODES,
+    MODES_OFF,
     NODES,
     RUNNING_NODE,
     SAVED,
@@ -65,6 +75,7 @@ from packlight._torch.modes import (
     is_watched,
     put_on,
     take_off,
+    unseen_by_modes,
     with_operators,
     without_mode,
     without_torch_functions,
@@ -100,6 +111,7 @@ __all__ = [
     "HOOKS",
     "HOOK_STACK",
     "MODES",
+    "MODES_OFF",
     "MODE_STACK",
     "NODES",
     "RUNNING_NODE",
@@ -114,6 +126,7 @@ __all__ = [
     "TRITON",
     "adaptive_avg_pool_gradient",
     "always_untraced",
+    "apart",
     "applied",
     "as_node",
     "ask",
@@ -124,6 +137,7 @@ __all__ = [
     "code_of",
     "constant_while_traced",
     "current_stream",
+    "flat_weights",
     "flatten",
     "followed",
     "function_modes",
@@ -148,6 +162,7 @@ __all__ = [
     "parameters",
     "put_on",
     "question",
+    "revive",
     "run_as_written",
     "run_backward",
     "running_node_number",
@@ -160,7 +175,9 @@ __all__ = [
     "storage_uses",
     "take_off",
     "unflatten",
+    "unseen_by_modes",
     "untraced",
+    "unwritten",
     "value_of",
     "variable_of",
     "warn_if_untested",

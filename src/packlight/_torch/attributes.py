@@ -2,7 +2,7 @@
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,10 +21,27 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else int(getattr(tensor, "_version", -1))
 
 
+_keeps_version = look_up("torch.autograd:_unsafe_preserve_version_counter")
+
+
+def unwritten(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which no value of the tensor changes, whatever torch counts.
+
+    Where torch cannot be told, what was saved of the tensor before counts as written to.
+    """
+    context: Any = contextlib.nullcontext if _keeps_version is None else _keeps_version
+    return context(tensor)  # type: ignore[no-any-return]
+
+
 def base(tensor: Tensor) -> Tensor | None:
     """What the tensor is a view of; None where it is none, or torch does not say."""
     found: Tensor | None = getattr(tensor, "_base", None)
     return found
+
+
+# What torch's `TensorWeakRef` calls on a tensor that a weak reference gave: Python may have let its
+# object go, and torch kept it. A release without the name has no such objects.
+revive: Callable[[Tensor], None] = look_up("torch:Tensor._fix_weakref") or (lambda tensor: None)
 
 
 def storage_key(tensor: Tensor) -> object:
@@ -74,6 +91,34 @@ def storage_uses(tensor: Tensor) -> int:
         return 0
     uses: int = STORAGE_USES.values[0](tensor.untyped_storage()._cdata)
     return uses
+
+
+# ---- recurrent layers ----------------------------------------------------------------------------
+
+
+def flat_weights(module: nn.Module) -> list[Tensor] | None:
+    """The weights of a recurrent layer in the order of its kernel; None where torch hides them."""
+    update = getattr(module, "_update_flat_weights", None)
+    if update is None:
+        return None
+    update()
+    found: list[Tensor] | None = getattr(module, "_flat_weights", None)
+    return None if found is None or any(each is None for each in found) else list(found)
+
+
+def apart(module: nn.Module) -> Callable[[list[Tensor]], nn.Module]:
+    """A recurrent layer as it is now, with whatever weights it is given in the place of its own.
+
+    What is put into the layer itself later, or was put there for one call, is not read.
+    """
+    state = {**vars(module), "_parameters": dict(module._parameters)}
+
+    def with_weights(weights: list[Tensor]) -> nn.Module:
+        other: nn.Module = object.__new__(type(module))
+        other.__dict__.update(state, _flat_weights=weights)
+        return other
+
+    return with_weights
 
 
 # ---- graph nodes ---------------------------------------------------------------------------------

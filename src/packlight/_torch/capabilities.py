@@ -86,7 +86,7 @@ TRACER = Capability(
 TRACING = Capability(
     "knows that a region is compiled",
     "compiled backward passes fuse less",
-    "torch._guards:TracingContext.try_get",
+    "torch._guards:_TLS",
 )
 GRAPH_NODES = Capability(
     "puts calls into the graph of torch.compile",
@@ -112,6 +112,11 @@ DISPATCH = Capability(
     "operators always go through the dispatcher, which takes the CPU longer",
     "torch._C:_len_torch_dispatch_stack",
     "torch.autograd:_profiler_enabled",
+)
+MODES_OFF = Capability(
+    "asks without modes of the dispatcher",
+    "what is foretold of packed attention counts its forward pass twice",
+    "torch.utils._python_dispatch:_disable_current_modes",
 )
 MODE_STACK = Capability(
     "lists function modes",
@@ -212,6 +217,7 @@ CAPABILITIES = (
     MODES,
     MODE_STACK,
     DISPATCH,
+    MODES_OFF,
     TRANSFORMS,
     NODES,
     RUNNING_NODE,

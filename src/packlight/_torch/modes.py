@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from packlight._torch.capabilities import DISPATCH, MODE_STACK, MODES, TRANSFORMS, look_up
+from packlight._torch.capabilities import (
+    DISPATCH,
+    MODE_STACK,
+    MODES,
+    MODES_OFF,
+    TRANSFORMS,
+    look_up,
+)
 
 
 def without_mode(
@@ -122,6 +129,13 @@ def is_watched() -> bool:
         return True
     modes, profiler = DISPATCH.values
     return bool(modes() or profiler())
+
+
+def unseen_by_modes() -> contextlib.AbstractContextManager[Any]:
+    """A context whose operators no mode of the dispatcher sees, if torch can do that."""
+    off = MODES_OFF.values
+    context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    return context if off is None else off[0]()
 
 
 def in_transform() -> bool:

@@ -164,7 +164,10 @@ def is_traced() -> bool:
     """Whether what runs becomes compiled code: the tracer follows it, or what comes behind it."""
     if torch.compiler.is_dynamo_compiling() or _nodes.run:
         return True
-    return TRACING.values is not None and TRACING.values[0]() is not None
+    if TRACING.values is None:
+        return False
+    # As `TracingContext.try_get` asks: a step asks hundreds of times.
+    return getattr(TRACING.values[0], "tracing_context", None) is not None
 
 
 def is_traced_or_between() -> bool:

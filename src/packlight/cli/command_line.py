@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _add_codebook,
         _add_calibrate,
         _add_demo,
+        _add_doctor,
         _add_env,
     ):
         add(subcommands)
@@ -456,6 +457,30 @@ def _demo(arguments: argparse.Namespace) -> None:
     names = ("device", "bits", "seed", "steps", "layers", "width", "heads", "context", "batch")
     settings = demo.make_settings(**{name: getattr(arguments, name) for name in names})
     demo.run(settings, arguments.out, plot=not arguments.no_plot)
+
+
+# ---- packlight doctor ----------------------------------------------------------------------------
+
+
+def _add_doctor(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "doctor",
+        help="try a kernel of each kind on this machine, and print what is wrong or missing",
+        description=(
+            "Compare the gradients of one operator of each kind with torch's, and on a GPU those "
+            "of its kernel with its plain-PyTorch reference; print versions, launch times and what "
+            "is not supported here, as one block to copy. Exit status 1 if a check fails."
+        ),
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="default: cuda if there is a GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from packlight.cli.doctor import doctor
+
+    sys.exit(doctor(arguments))
 
 
 # ---- packlight env -------------------------------------------------------------------------------

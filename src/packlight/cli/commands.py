@@ -16,6 +16,7 @@ import torch
 from packlight._torch.attributes import FAKES_LOGGER
 from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs, parse_value
 from packlight.conversion import Conversion
+from packlight.conversion import brief as brief_method
 from packlight.convert import convert
 from packlight.errors import InputError, PacklightError
 from packlight.method_files import (
@@ -61,6 +62,27 @@ class Answer:
             # which is one kernel there, keeps all its scores here.
             lines.append("it has dropout, for which a GPU keeps less, most of all in attention")
         return "\n".join(lines)
+
+    def about(self) -> dict[str, str]:
+        """What a page says was predicted."""
+        loaded = self.loaded
+        of = f"{type(loaded.model).__name__} {loaded.task or ''}".rstrip()
+        inputs = ", ".join(f"{name} {text}" for name, text in loaded.inputs().items())
+        facts = {
+            "model": f"{loaded.text} ({of})",
+            "parameters": f"{_count(loaded.parameters)} in {' and '.join(loaded.dtypes)}",
+            "batch": inputs or "no tensors",
+        }
+        if self.conversion is not None:
+            methods = dict.fromkeys(brief_method(row.method) for row in self.conversion.replaced)
+            rest = (
+                []
+                if self.conversion.rest is None
+                else [f"the rest by {brief_method(self.conversion.rest)}"]
+            )
+            heads = ["losses of heads by chunks"] if self.conversion.heads else []
+            facts["methods"] = ", ".join([*methods, *rest, *heads]) or "none"
+        return {**facts, "how": "predicted, without a run"}
 
     def to_dict(self) -> dict[str, Any]:
         loaded = self.loaded
@@ -288,10 +310,8 @@ def quiet() -> Iterator[None]:
 def _write_html(answer: Answer, path: Path | None) -> None:
     if path is None or answer.before is None:
         return
-    if answer.after is None:
-        answer.before.to_html(path)
-    else:
-        (answer.before - answer.after).to_html(path)
+    shown = answer.before if answer.after is None else answer.before - answer.after
+    shown.to_html(path, answer.about())
 
 
 # ---- words ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_i
 from packlight.cli.models.transformers import positions
 from packlight.errors import InputError, PacklightError
 from packlight.planner import devices
-from packlight.planner.adapted import in_4_bits, with_lora
+from packlight.planner.adapted import in_4_bits, lora_settings, with_lora
 from packlight.planner.fit import Fit, fit
 from packlight.planner.optimizers import optimizer_of
 
@@ -48,7 +48,7 @@ def _loaded(arguments: argparse.Namespace) -> LoadedModel:
         in_4_bits(loaded.model)
     if arguments.lora is None:
         return loaded
-    adapted = with_lora(loaded.model, _settings(arguments.lora))
+    adapted = with_lora(loaded.model, lora_settings(_settings(arguments.lora)))
     return LoadedModel(
         loaded.text, adapted, loaded.arguments, loaded.keywords, loaded.task, loaded.batch
     )

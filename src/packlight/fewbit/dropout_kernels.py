@@ -104,7 +104,7 @@ def _launch(
     codes = x.new_empty(packed_bytes(n, 1) if keep_codes else 0, dtype=torch.uint8)
     if n:
         launch = _prepared(n, p, keep_codes, seed_kind(seed, number))
-        launch(x, y, codes, seed_argument(seed, number))
+        launch(x, y, codes, seeds=(seed_argument(seed, number),))
     return codes
 
 

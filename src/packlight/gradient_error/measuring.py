@@ -87,7 +87,10 @@ def gradient_error(
         loss: called with the model and the batch, gives a scalar, a mean over rows. None: the
             model's output, if that is a scalar, or the output's `loss`, or its first part.
         draws: passes under each method, with other random numbers for the rounding.
-        strict, functional, rest, head: as `packlight.convert` takes them.
+        strict: as for `packlight.convert`.
+        functional: as for `packlight.convert`.
+        rest: as for `packlight.convert`.
+        head: as for `packlight.convert`.
 
     Raises `InputError` for a model in `eval()`, one without parameters that are trained, a loss
     that is no scalar, not finite, without a gradient, or a sum over rows.

@@ -55,8 +55,9 @@ def graphed(model: _Module, *sample: Any, shapes: int = 8, **named: Any) -> _Mod
     Args:
         model: any module; convert it first. When it trains it must be on one CUDA device: on
             another its passes are launched, with a warning.
-        sample, named: arguments of a call to record now. Without them the first pass records.
+        *sample: arguments of a call to record now. Without them the first pass records.
         shapes: kinds of inputs that are recorded; passes of further kinds are launched.
+        **named: of the call to record now, those by keyword.
 
     Raises:
         CannotGraphError: the pass of the sample cannot be recorded. Without a sample a warning

@@ -207,7 +207,7 @@ def gated(
             y,
             *gate_pack,
             *up_pack,
-            seed_argument(seed, number),
+            seeds=(seed_argument(seed, number),),
         )
     return y, *gate_pack, *up_pack
 

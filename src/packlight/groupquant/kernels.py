@@ -294,7 +294,7 @@ def _pack(
     if n == 0:
         return codes, scales
     launch = _quantize_launch(grouping, x.dtype, name, tuple(parameters), seed_kind(seed, number))
-    launch(x, x if y is None else y, codes, scales, seed_argument(seed, number))
+    launch(x, x if y is None else y, codes, scales, seeds=(seed_argument(seed, number),))
     return codes, scales
 
 

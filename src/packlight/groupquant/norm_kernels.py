@@ -213,9 +213,9 @@ def _forward_kernel(
     codes_ptr,
     scales_ptr,
     rstd_ptr,  # [rows]
-    seed,  # a number, or a pointer to one
     weight_copy_ptr,  # [width]
     bias_copy_ptr,  # [width]
+    seed,  # a number, or a pointer to one
     rows,
     width,
     row_groups,
@@ -389,8 +389,8 @@ def norm(
         codes,
         scales,
         rstd,
-        seed_argument(seed, number),
         *copies,
+        seeds=(seed_argument(seed, number),),
     )
     return y, codes, scales, rstd, *copies
 

@@ -50,10 +50,10 @@ def _forward_kernel(
     codes_ptr,
     scales_ptr,
     rstd_ptr,  # [rows]
-    mask_seed,  # a number, or a pointer to one
-    seed,
     weight_copy_ptr,  # [width]
     bias_copy_ptr,  # [width]
+    mask_seed,  # a number, or a pointer to one
+    seed,
     stripe,
     width,
     row_groups,
@@ -277,9 +277,8 @@ def post_norm(
         codes,
         scales,
         rstd,
-        seed_argument(mask_seed, mask_number),
-        seed_argument(seed, number),
         *copies,
+        seeds=(seed_argument(mask_seed, mask_number), seed_argument(seed, number)),
     )
     return y, codes, scales, rstd, *copies, mask
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packlight.groupquant import conv_modules, modules
+from packlight.groupquant import conv_modules, modules, recurrent  # noqa: F401  has its own rule
 from packlight.layers import channel_norms, functional, norms
 from packlight.layers.arithmetic import ARITHMETIC
 from packlight.layers.attention import scaled_dot_product_attention

@@ -16,7 +16,8 @@ class ConvertingFit(Converting):
     checkpoints are plain ones.
 
     The first batch of each fit that keeps anything is measured, up to its first backward pass:
-    `kept_bytes` is what autograd keeps of it, logged as "packlight_kept_bytes".
+    `kept_bytes` is what autograd keeps of it, logged as "packlight_kept_bytes", on a GPU with
+    "packlight_peak_bytes" beside it.
 
     Checkpoints hold where the stream of rounding is, so a resumed fit rounds as an uninterrupted
     one does.
@@ -27,8 +28,9 @@ class ConvertingFit(Converting):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
+            self._plan(pl_module)
             self._convert(pl_module)
-            self.kept_bytes, self._logged = None, False
+            self.kept_bytes, self._logged, self._reported = None, False, False
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -44,7 +46,10 @@ class ConvertingFit(Converting):
         self._stop_measuring()
         if self.kept_bytes is not None and not self._logged:
             self._logged = True
-            pl_module.log("packlight_kept_bytes", float(self.kept_bytes))
+            for name, size in self._measured().items():
+                pl_module.log(name, float(size))
+        if trainer.is_global_zero:
+            self._report_once(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rounding": rounding_state()}

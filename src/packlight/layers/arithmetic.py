@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight.layers.computed import computed_pack_of, exact, note_computed
+from packlight._checks import is_plain
+from packlight.layers.computed import computed_pack_of, exact, is_parameter, note_computed
 from packlight.pack import Pack
 
 
@@ -43,6 +44,8 @@ def followed(
     """
     tensors = tuple(x for x in operands if isinstance(x, Tensor))
     known = _known_of(tensors)
+    if again is not None and known is not None and known[0] is None:
+        known = None  # what is written over is not there to compute the result from
     y = function(*operands, **settings)
     packs = None if known is None else _packs_of(tensors, known, y)
     if packs is not None:
@@ -63,11 +66,13 @@ def _packs_of(
 ) -> list[Pack] | None:
     """What is kept of the operands of a result; None where it would be of the result's size.
 
-    An operand with fewer elements is one for several rows, heads or layers, and torch keeps masks.
+    An operand with fewer elements is one for several rows, heads or layers. Parameters are held
+    anyway, and torch keeps masks.
     """
     packs = []
     for x, pack in zip(tensors, known, strict=True):
-        if pack is None and x.numel() >= y.numel() and x.dtype != torch.bool:
+        held = x.numel() < y.numel() or x.dtype == torch.bool or is_parameter(x)
+        if pack is None and not held:
             return None
         packs.append(exact(x) if pack is None else pack)
     return packs
@@ -113,6 +118,29 @@ def where(condition: Tensor, input: Any, other: Any) -> Tensor:
     return followed(torch.where, condition, input, other)
 
 
+def _cat(*tensors: Tensor, dim: int) -> Tensor:
+    return torch.cat(tensors, dim)
+
+
+# What is joined to scores and is no scores has this many times fewer elements, as a sink has.
+_MUCH = 16
+
+
+def cat(tensors: Any, dim: int = 0) -> Tensor:
+    """`torch.cat`; keeps nothing. Scores to which sinks are joined can be computed again."""
+    y = torch.cat(tensors, dim)
+    parts = tuple(tensors)
+    known = _known_of(parts)
+    if known is None or not any(known) or not all(map(is_plain, parts)):
+        return y
+    rest = sum(x.numel() for x, pack in zip(parts, known, strict=True) if pack is None)
+    packs = None if rest * _MUCH > y.numel() else _packs_of(parts, known, y)
+    if packs is not None:
+        again = _Again(_cat, (None,) * len(parts), {"dim": dim})
+        note_computed(y, again, parts, packs)
+    return y
+
+
 # By what they become in a model's own code.
 ARITHMETIC: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.add: add,
@@ -127,4 +155,5 @@ ARITHMETIC: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.masked_fill: masked_fill,
     Tensor.masked_fill_: masked_fill_,
     torch.where: where,
+    torch.cat: cat,
 }

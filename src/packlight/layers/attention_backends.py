@@ -176,7 +176,8 @@ def _choice(inputs: Inputs, dropout_p: float, is_causal: bool, enable_gqa: bool)
     if mask is not None:  # torch makes numbers of booleans, and here some that do have values
         mask = query.new_empty(mask.shape)
     fake_mode: Any = query.fake_mode  # type: ignore[attr-defined]
-    with fake_mode, torch.enable_grad(), unseen_by_hooks():
+    # Nobody is to count a call that is no more than a question.
+    with _torch.unseen_by_modes(), fake_mode, torch.enable_grad(), unseen_by_hooks():
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, enable_gqa=enable_gqa

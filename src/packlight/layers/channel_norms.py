@@ -16,6 +16,7 @@ from torch import Tensor
 from packlight import _torch, sharing
 from packlight._checks import autocast, check_tensor, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed
+from packlight.layers.computed import exact, is_of_parameters, note_computed
 from packlight.pack import Pack
 from packlight.packing.layout import compute_dtype, dense_stride, laid_out
 from packlight.quantiser import KEEPS, Fused, Quantiser
@@ -274,14 +275,44 @@ def batch_norm(
 
     dgamma unbiased where the method is, dbeta exact, dx biased a little, since it has x~ twice.
     Without `training`, where no gradient is asked for, and for small tensors, this is torch's
-    function.
+    function. Of a parameter too, whose standardised value a convolution takes for its weight: torch
+    keeps the parameter, and what reads the result keeps nothing and computes it again.
     """
     check_tensor(input, "batch_norm")
+    if is_of_a_weight(input, running_mean, training):
+        return standardised(input, weight, bias, eps)
     small = input.numel() < method.smallest
     if not training or small or not worth_packing(input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     statistics = (running_mean, running_var, momentum)
     return _norm(input, weight, bias, "batch_norm", eps, method, *statistics)
+
+
+def is_of_a_weight(x: Tensor, running_mean: Tensor | None, training: bool) -> bool:
+    """Whether the norm standardises a parameter, as for the weight of a convolution."""
+    return training and running_mean is None and x.requires_grad and is_of_parameters(x)
+
+
+def standardised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The batch norm of a parameter, with a note of what it is computed from."""
+    operands = [x, *(p for p in (weight, bias) if p is not None)]
+    function = _Standardise(weight is not None, bias is not None, eps)
+    y = function(*operands)
+    note_computed(y, function, operands, [exact(operand) for operand in operands])
+    return y
+
+
+@dataclasses.dataclass
+class _Standardise:
+    has_weight: bool
+    has_bias: bool
+    eps: float
+
+    def __call__(self, x: Tensor, *affine: Tensor) -> Tensor:
+        left = iter(affine)
+        weight = next(left) if self.has_weight else None
+        bias = next(left) if self.has_bias else None
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
 
 
 def group_norm(

@@ -70,6 +70,37 @@ def computed_pack_of(x: Tensor) -> Pack | None:
     return pack if pack is not None and is_computed(pack) else None
 
 
+# For a part of a computed tensor with more than this share of its elements all of it is computed.
+_MOST = 0.5
+
+
+@dataclasses.dataclass
+class _Part:
+    """A view of what a pack stands for."""
+
+    rebuild: Callable[..., Tensor]
+    place: tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides and offset
+
+    def __call__(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        whole, (shape, stride, start) = self.rebuild(dtype, *tensors), self.place
+        return whole.as_strided(shape, stride, whole.storage_offset() + start)
+
+
+def _pack_of_part(x: Tensor) -> Pack | None:
+    """The packs from which x is computed that is a slice of a result, as without its sinks.
+
+    For the one reader that a slice has; not where it is a small part, of several perhaps.
+    """
+    whole = None if torch.compiler.is_dynamo_compiling() else x._base
+    if whole is None or x.dtype != whole.dtype or x.numel() <= _MOST * whole.numel():
+        return None
+    pack = computed_pack_of(whole)
+    if pack is None:
+        return None
+    place = tuple(x.shape), x.stride(), int(x.storage_offset() - whole.storage_offset())
+    return Pack(_Part(pack.rebuild, place), tuple(x.shape), pack.tensors, pack.grade)
+
+
 def is_computed(pack: Pack) -> bool:
     """Whether a tensor is computed from its pack, rather than restored."""
     rebuild = pack.rebuild
@@ -85,15 +116,23 @@ def exact(x: Tensor) -> Pack:
 
 def is_of_parameters(x: Tensor) -> bool:
     """Whether x is a parameter or a view of one, which torch holds anyway, or has no gradient."""
+    return not x.requires_grad or is_parameter(x)
+
+
+def is_parameter(x: Tensor) -> bool:
+    """Whether x is a parameter or a view of one."""
     if torch.compiler.is_dynamo_compiling():
-        return not x.requires_grad or isinstance(x, nn.Parameter)
-    return not x.requires_grad or isinstance(x if x._base is None else x._base, nn.Parameter)
+        return isinstance(x, nn.Parameter)
+    return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 def pack_operand(x: Tensor, method: Quantiser) -> Pack:
     """What is kept of an operand: its pack, or itself where it is small or held anyway."""
     if is_of_parameters(x) or not worth_packing(x, method):
         return exact(x)
+    part = _pack_of_part(x)
+    if part is not None and part.grade.serves(method.grade):
+        return part
     return pack_input(x, method)
 
 

@@ -22,6 +22,7 @@ from packlight._checks import (
     numbers,
     refuse_second_derivative,
     saved_with_weight,
+    without_autocast,
 )
 from packlight._gradients import as_dtype, recast
 from packlight._overwrite import writable
@@ -77,6 +78,26 @@ class Geometry:
         )  # fmt: skip
         return dx.squeeze(0) if single and mask[0] else dx, dweight, dbias
 
+    def input_gradient(self, grad_output: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """That of an input of this shape, which need not be there.
+
+        A convolution the other way is the same kernel as `backward`'s, which asks a tensor for the
+        shape and cuDNN's copies the gradient to the layout of that tensor.
+        """
+        axes, others = len(self.stride), (0,) * len(self.stride)
+        single = grad_output.dim() == axes + 1
+        dy = grad_output.unsqueeze(0) if single else grad_output
+        if not self.transposed:  # of the sizes that this window makes one, the input's
+            given = zip(
+                shape[-axes:], dy.shape[2:], weight.shape[2:], self.stride, self.padding,
+                self.dilation, strict=True,
+            )  # fmt: skip
+            others = tuple(n - (m - 1) * s + 2 * p - d * (k - 1) - 1 for n, m, k, s, p, d in given)
+        window = (self.stride, self.padding, self.dilation, not self.transposed, others)
+        with without_autocast(dy.device.type):
+            dx = torch.convolution(dy, weight, None, *window, self.groups)
+        return dx.squeeze(0) if single else dx
+
 
 # Of an input that does not stay in memory while the gradient with respect to it is computed. Below,
 # a further operator costs more time than the memory is worth.
@@ -98,11 +119,11 @@ def convolution_gradients(
         x = x.reshape(shape)
     if x.nbytes < LARGE or not mask[0] or _torch.is_traced() or _is_read_for_its_layout(x, weight):
         return geometry.backward(grad_output, x, weight, mask)
+    if geometry.groups > 1:  # torch has kernels for the gradient of a convolution of each channel
+        return geometry.backward(grad_output, x, weight, mask)
     _, *of_parameters = geometry.backward(grad_output, x, weight, [False, *mask[1:]])
-    like = x.new_zeros(()).expand(x.shape)  # no value of it is read
     del x
-    dx, *_ = geometry.backward(grad_output, like, weight, [True, False, False])
-    return dx, *of_parameters
+    return geometry.input_gradient(grad_output, weight, shape), *of_parameters
 
 
 def _is_read_for_its_layout(x: Tensor, weight: Tensor) -> bool:

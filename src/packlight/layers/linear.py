@@ -20,6 +20,9 @@ from packlight._overwrite import writable
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
 from packlight.reading import reader
 
+# Weight and bias of a Linear.
+Parameters = tuple[Tensor, Tensor | None]
+
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + b; keeps W and the pack of x."""
@@ -89,7 +92,7 @@ def linear_gradients(
         wide = torch.promote_types(rows.dtype, bias_dtype)
         dbias = as_dtype(column_sums(rows, wide), bias_dtype)
     if needs_input:
-        if _torch.is_traced():  # which fuses the cast with what follows
+        if rows.dtype == x_dtype or _torch.is_traced():  # which fuses the cast with what follows
             dx = as_dtype(rows.mm(weight), x_dtype)
         else:
             dx = product(rows, weight, x_dtype)

@@ -17,12 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import _torch, sharing
-from packlight._checks import autocasts, is_plain, needs_gradient, refuse_second_derivative
+from packlight._checks import (
+    autocasts,
+    is_plain,
+    needs_gradient,
+    refuse_second_derivative,
+    saved_with_operands,
+)
 from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight.layers.casts import to
-from packlight.layers.computed import computed, exact, is_of_parameters, pack_operand
-from packlight.pack import Pack
+from packlight.layers.computed import (
+    computed,
+    computed_pack_of,
+    exact,
+    is_of_parameters,
+    is_parameter,
+    note_computed,
+    pack_operand,
+)
+from packlight.pack import EXACT, Pack
 from packlight.packing.layout import is_dense
 from packlight.quantiser import KEEPS, Quantiser
 from packlight.reading import reader
@@ -81,7 +95,7 @@ class _Multiply(torch.autograd.Function):
         product, added, (rebuild_a, rebuild_b, parts) = ctx.settings
         a_dtype, a_shape, b_dtype, b_shape = ctx.like
         needs_a, needs_b, needs_base = ctx.needs_input_grad[:3]
-        tensors = ctx.saved_tensors
+        tensors = saved_with_operands(ctx)
         dbase = None
         if needs_base:
             dtype, shape = ctx.base
@@ -110,27 +124,28 @@ def _multiply(
     base: Tensor | None = None,
     added: _Sum | None = None,
 ) -> Tensor | None:
-    """The product; None where torch's own function keeps no more, or is to raise."""
+    """The product; None where torch's own function is to run, or to raise."""
     if torch.compiler.is_dynamo_compiling():
         return None
     needs_a, needs_b = needs_gradient(a), needs_gradient(b)
     if not (needs_a or needs_b) or a.device != b.device:
         return None
     kind = a.device.type
-    if autocasts(kind):
+    casts = autocasts(kind)
+    if casts:
         dtype = torch.get_autocast_dtype(kind)
         a, b = _cast(a, dtype), _cast(b, dtype)
         base = None if base is None else _cast(base, dtype)
     if a.dtype != b.dtype or not a.is_floating_point():
         return None
     weights = is_of_parameters(a), is_of_parameters(b)
-    both = not any(weights)
+    both = not any(weights) and not any(map(_is_weight, (a, b)))
     packs = [
         _kept(x, wanted, method.for_attention() if both else method, not of_parameters)
         for x, wanted, of_parameters in ((a, needs_b, weights[0]), (b, needs_a, weights[1]))
     ]
     if all(pack is None or _is_exact(pack) for pack in packs):
-        return None
+        return None if casts else _of_weights(a, b, base, product, added)
     rebuilds = [None if pack is None else reader(pack.reading, pack.rebuild) for pack in packs]
     tensors = [() if pack is None else pack.tensors for pack in packs]
     kept = (*rebuilds, len(tensors[0]))
@@ -143,6 +158,31 @@ def _multiply(
             packs_of_all = (exact(base), one, two)
             sharing.note_held(y, computed(y, added, (base, a, b), packs_of_all))
     return y
+
+
+def _of_weights(
+    a: Tensor, b: Tensor, base: Tensor | None, product: Product, added: _Sum | None
+) -> Tensor:
+    """torch's own product, which keeps its factors as they are.
+
+    Where they are parts of a weight, as W + s B A is that of an adapter, those who read the weight
+    keep nothing: they compute it again from what is held already.
+    """
+    operands: tuple[Tensor, ...] = (a, b)
+    function: Callable[..., Tensor] = product.forward
+    if base is not None and added is not None:
+        operands, function = (base, a, b), added
+    y: Tensor = function(*operands)
+    held = is_parameter(a) or needs_gradient(b), is_parameter(b) or needs_gradient(a)
+    if all(held) and (base is None or is_parameter(base)) and _is_large(y, a, b):
+        note_computed(y, function, operands, [exact(x) for x in operands])
+    return y
+
+
+def _is_weight(x: Tensor) -> bool:
+    """Whether x is computed from tensors that are kept as they are, as an adapted weight is."""
+    pack = computed_pack_of(x)
+    return pack is not None and pack.grade == EXACT
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,13 +17,11 @@ from packlight._overwrite import writable
 from packlight._seeds import Seed
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.layers.activations import activation_of, overwriting_activation_of, unit_of
-from packlight.layers.linear import affine, linear_gradients
+from packlight.layers.branches import dtypes_of, feed
+from packlight.layers.linear import Parameters, affine, linear_gradients
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, pack_input
 from packlight.reading import reader
-
-# Weight and bias of a Linear.
-Parameters = tuple[Tensor, Tensor | None]
 
 
 class _Activated(torch.autograd.Function):
@@ -102,19 +100,13 @@ class _MLP(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> Tensor:
-        h = affine(x, weight, bias)
-        ctx.h = h.dtype
-        h = autocast(h, name, CONTINUOUS[name].function)
-        fused = overwriting_activation_of(method)
-        middle, *kept = fused.forward(h, name, (), method, seed)
-        del h
-        y = writable(affine(middle, last_weight, last_bias), of_linear=True)
+        y, kept, ctx.feed = feed(
+            affine(x, weight, bias), name, method, seed, last_weight, last_bias
+        )
+        y = writable(y, of_linear=True)
         ctx.save_for_backward(weight, last_weight, *kept, *tensors)
-        ctx.middle = fused.rebuild(middle, name, (), method)
-        ctx.differentiate, ctx.f = fused.backward, (name, (), middle.stride(), method)
         ctx.rebuild, ctx.kept = rebuild, len(kept)
-        given = (x, weight, bias, middle, last_weight, last_bias)
-        ctx.dtypes = [None if each is None else each.dtype for each in given]
+        ctx.dtypes = dtypes_of(x, weight, bias)
         return y
 
     @staticmethod
@@ -123,12 +115,8 @@ class _MLP(torch.autograd.Function):
         needs, dtypes = ctx.needs_input_grad, ctx.dtypes
         weight, last_weight, *saved = saved_with_weight(ctx)
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
-        dmiddle, *last = linear_gradients(
-            grad_output, last_weight, ctx.middle, kept, (True, *needs[3:5]), dtypes[3:]
-        )
-        dh = as_dtype(ctx.differentiate(dmiddle, kept, *ctx.f), ctx.h)
-        del dmiddle
-        first = linear_gradients(dh, weight, ctx.rebuild, tensors, needs[:3], dtypes[:3])
+        dh, last = ctx.feed.gradients(grad_output, last_weight, kept, needs[3:5])
+        first = linear_gradients(dh, weight, ctx.rebuild, tensors, needs[:3], dtypes)
         return *first, *last, *[None] * (len(needs) - 5)
 
 

@@ -1,8 +1,8 @@
 """Sub-layers with their norm behind the sum, as BERT has them.
 
-Their end, layer_norm(dropout(x W^T + b) + residual), and layer_norm(dropout(W_2 f(W_1 x)) + x) as a
-whole. Apart, they are three and four functions and a sum, with notes between them that nothing else
-reads.
+Their end, layer_norm(dropout(x W^T + b) + residual), and layer_norm(dropout(W_2 f(W_1 x)) + x) and
+layer_norm(dropout(W_o attention(W x)) + x) as a whole. Apart, they are three to five functions and
+a sum, with notes between them that nothing else reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from packlight import _torch, sharing
 from packlight._checks import (
-    autocast,
     autocast_dtype,
     refuse_second_derivative,
     saved_with_weight,
@@ -22,12 +21,12 @@ from packlight._checks import (
 from packlight._gradients import as_dtype
 from packlight._seeds import Seed, mask_seed, operands
 from packlight.fewbit import ops
-from packlight.fewbit.activations import CONTINUOUS
 from packlight.fewbit.dropout import masked
-from packlight.layers.activations import overwriting_activation_of
-from packlight.layers.linear import affine, linear_gradients
-from packlight.layers.mlp import Parameters
+from packlight.layers.attention_backends import Flags
+from packlight.layers.branches import attended, dtypes_of, feed
+from packlight.layers.linear import Parameters, affine, linear_gradients
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
+from packlight.layers.self_attention import side_by_side
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Fused, Quantiser, pack_input
 from packlight.reading import reader, reading_of
@@ -186,7 +185,7 @@ class _PostNorm(torch.autograd.Function):
         results, saved = _normed(ctx, branch, residual, gamma, beta, settings, seeds)
         ctx.save_for_backward(weight, *saved, *tensors)
         ctx.rebuild = rebuild
-        ctx.dtypes = [None if each is None else each.dtype for each in (x, weight, bias)]
+        ctx.dtypes = dtypes_of(x, weight, bias)
         return results
 
     @staticmethod
@@ -232,6 +231,102 @@ def post_norm(
     return _noted(y, made, norm, norm_method)
 
 
+# ---- behind attention ----------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """As `_PostNorm`, of W_o attention(W x) and x; keeps the weights and a pack of W x besides.
+
+    What W_o reads comes again with attention. None where torch would take no fused kernel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        last_weight: Tensor,
+        last_bias: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor | None,
+        mask: Tensor | None,
+        settings: _Settings,
+        of_attention: tuple[int, Flags, Quantiser],
+        count: int,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,  # as `_Projections` has them
+    ) -> tuple[Tensor, ...] | None:
+        heads, flags, method = of_attention
+        p, _, of_norm = settings
+        whole, ctx.joined = side_by_side(x, count, rebuild, tensors)
+        last = (last_weight, last_bias)
+        made = attended(whole, heads, mask, flags, method, method.seed(whole), *last)
+        del whole
+        if made is None:
+            return None
+        out, pack, ctx.attended = made
+        del made
+        branch = affine(out, *last)
+        del out
+        # As the parts draw them: attention has drawn its dropout.
+        seeds = (mask_seed(x) if p else None, of_norm.seed(x))
+        results, saved = _normed(ctx, branch, x, gamma, beta, settings, seeds)
+        ctx.save_for_backward(
+            last_weight, mask, *saved, *pack, *tensors[:count], *tensors[2 * count :]
+        )
+        ctx.packed = ctx.kept + len(pack)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        needs = ctx.needs_input_grad
+        if grad_output is None:
+            return (None,) * len(needs)
+        last_weight, mask, *saved = saved_with_weight(ctx)
+        normed, pack, tensors = (
+            saved[: ctx.kept], saved[ctx.kept : ctx.packed], saved[ctx.packed :],
+        )  # fmt: skip
+        dbranch, total, sums = _norm_gradients(ctx, grad_output, normed, needs[3:5])
+        branch = [dbranch]
+        del dbranch
+        dwhole, last = ctx.attended.gradients(branch, last_weight, mask, pack, needs[1:3])
+        dx, others = ctx.joined.gradients(dwhole, tensors, needs[0])
+        if dx is not None:
+            dx.add_(total)
+        return dx, *last, *sums, *[None] * 5, *others
+
+
+_attend: Callable[..., tuple[Tensor, ...] | None] = _torch.applied(_Attention)
+
+
+def attention(
+    x: Tensor,
+    projections: Sequence[Parameters],
+    last: Parameters,
+    norm: _Norm,
+    p: float,
+    heads: int,
+    mask: Tensor | None,
+    flags: Flags,
+    methods: tuple[Quantiser, Quantiser, Quantiser],
+) -> Tensor | None:
+    """layer_norm(dropout(W_o attention(W x), p) + x), x [batch, length, width].
+
+    In eager mode, in training, with gradients; the checks are the caller's. `projections` are W's
+    for query, key and value, `last` is W_o; `methods` are those of x, of W x and of the norm. Keeps
+    what `post_norm` keeps and a pack of W x. Gradients are those of the layers one by one, but for
+    that of W_o, as in `pre_norm.attention`. None where torch would take no fused kernel.
+    """
+    method, of_attention, of_norm = methods
+    kept = pack_input(x, method)
+    rebuild = reader(kept.reading, kept.rebuild)
+    gamma, beta, eps = norm
+    weights, biases = zip(*projections, strict=True)
+    given = (*last, gamma, beta, mask, (p, eps, of_norm), (heads, flags, of_attention))
+    made = _attend(x, *given, len(weights), rebuild, *weights, *biases, *kept.tensors)
+    return None if made is None else _noted(made[0], made[1:], norm, of_norm)
+
+
 # ---- behind a feed-forward layer -----------------------------------------------------------------
 
 
@@ -256,17 +351,9 @@ class _MLP(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         name, method = how
         h = affine(x, weight, bias)
-        ctx.h = h.dtype
-        h = autocast(h, name, CONTINUOUS[name].function)
-        fused = overwriting_activation_of(method)
-        middle, *pack = fused.forward(h, name, (), method, seeds[2])
+        branch, pack, ctx.feed = feed(h, name, method, seeds[2], last_weight, last_bias)
         del h
-        branch = affine(middle, last_weight, last_bias)
-        ctx.middle = fused.rebuild(middle, name, (), method)
-        ctx.differentiate, ctx.f = fused.backward, (name, (), middle.stride(), method)
-        given = (x, weight, bias, middle, last_weight, last_bias)
-        ctx.dtypes = [None if each is None else each.dtype for each in given]
-        del middle, given
+        ctx.dtypes = dtypes_of(x, weight, bias)
         results, saved = _normed(ctx, branch, x, gamma, beta, settings, seeds[:2])
         ctx.save_for_backward(weight, last_weight, *saved, *pack, *tensors)
         ctx.rebuild, ctx.packed = rebuild, len(pack)
@@ -282,13 +369,9 @@ class _MLP(torch.autograd.Function):
         normed, rest = saved[: ctx.kept], saved[ctx.kept :]
         pack, tensors = rest[: ctx.packed], rest[ctx.packed :]
         branch, total, sums = _norm_gradients(ctx, grad_output, normed, needs[5:7])
-        dmiddle, *last = linear_gradients(
-            branch, last_weight, ctx.middle, pack, (True, *needs[3:5]), dtypes[3:]
-        )
+        dh, last = ctx.feed.gradients(branch, last_weight, pack, needs[3:5])
         del branch
-        dh = as_dtype(ctx.differentiate(dmiddle, pack, *ctx.f), ctx.h)
-        del dmiddle
-        dx, *first = linear_gradients(dh, weight, ctx.rebuild, tensors, needs[:3], dtypes[:3])
+        dx, *first = linear_gradients(dh, weight, ctx.rebuild, tensors, needs[:3], dtypes)
         if dx is not None:
             dx.add_(total)
         return dx, *first, *last, *sums, *[None] * (len(needs) - 7)

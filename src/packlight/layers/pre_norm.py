@@ -14,27 +14,17 @@ from torch import Tensor
 from packlight import _torch
 from packlight._checks import autocast, refuse_second_derivative, saved_with_weight
 from packlight._gradients import as_dtype
-from packlight._seeds import Seed, draws_at
-from packlight.fewbit.activations import CONTINUOUS
-from packlight.layers.activations import overwriting_activation_of
+from packlight._seeds import Seed
 from packlight.layers.attention_backends import (
-    FUSED,
     Flags,
-    gradients,
-    kernel_of,
-    prepared,
-    run,
 )
-from packlight.layers.linear import affine, linear_gradients
-from packlight.layers.mlp import Parameters
+from packlight.layers.branches import attended, dtypes_of, feed
+from packlight.layers.linear import Parameters, affine, linear_gradients
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
 from packlight.layers.self_attention import (
-    joined_gradients,
     linear_dtype,
-    parts_of,
-    run_again,
 )
-from packlight.quantiser import KEEPS, Quantiser, Restore
+from packlight.quantiser import KEEPS, Quantiser
 
 
 class Norm(NamedTuple):
@@ -96,10 +86,6 @@ def _reader(ctx: Any, saved: Sequence[Any]) -> tuple[Callable[..., Tensor], list
     return ctx.normed[0], [*kept, weight, bias]
 
 
-def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
-    return [None if each is None else each.dtype for each in tensors]
-
-
 # ---- attention -----------------------------------------------------------------------------------
 
 
@@ -129,23 +115,17 @@ class _Attention(torch.autograd.Function):
         y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0], weight)
         whole = affine(y, weight, bias)
         del y  # here and below: what is not read again makes room
-        with torch.enable_grad():
-            parts = parts_of(whole.requires_grad_(), heads)
-            kernel = kernel_of((*parts, mask), flags[0], flags[1])
-        if kernel[0] not in FUSED:
+        last = (last_weight, last_bias)
+        made = attended(whole, heads, mask, flags, of_attention, seeds[1], *last)
+        del whole
+        if made is None:
             return None
-        draws = draws_at(whole) if flags[0] else None
-        out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
-        pack = of_attention.pack(whole, seeds[1])
-        ctx.whole = Restore(of_attention, tuple(whole.shape), whole.stride()), heads
-        ctx.middle = whole.dtype, out.dtype
-        del parts, whole
-        branch = affine(out, last_weight, last_bias)
+        out, pack, ctx.attended = made
+        del made
+        branch = affine(out, *last)
         ctx.save_for_backward(weight, last_weight, mask, *normed, *pack)
-        ctx.packed = len(normed)
-        ctx.how = kernel, flags, draws
-        ctx.dtypes = _dtypes(x, gamma, beta, weight, bias, last_weight, last_bias)
-        ctx.branch = branch.dtype
+        ctx.packed, ctx.branch = len(normed), branch.dtype
+        ctx.dtypes = dtypes_of(x, gamma, beta, weight, bias)
         return x + branch
 
     @staticmethod
@@ -154,22 +134,9 @@ class _Attention(torch.autograd.Function):
         weight, last_weight, mask, *saved = saved_with_weight(ctx)
         normed, pack = saved[: ctx.packed], saved[ctx.packed :]
         needs, dtypes = ctx.needs_input_grad, ctx.dtypes
-        whole_dtype, out_dtype = ctx.middle
-        rebuild, heads = ctx.whole
-        whole = rebuild(whole_dtype, *pack)
-        given, results = run_again(whole, heads, mask, *ctx.how)
-        del whole
-        out = results[0].transpose(1, 2).flatten(2)
-        dout: Any
-        dout, *last = linear_gradients(
-            as_dtype(grad_output, ctx.branch), last_weight, _itself, (out,),
-            (True, *needs[5:7]), (out_dtype, *dtypes[5:7]),
-        )  # fmt: skip
-        dout = dout.unflatten(2, (heads, -1)).transpose(1, 2)
-        found = gradients(dout, given, results, *ctx.how[:2])
-        del dout, out, given, results
-        dwhole = joined_gradients(found)
-        del found
+        dwhole, last = ctx.attended.gradients(
+            [as_dtype(grad_output, ctx.branch)], last_weight, mask, pack, needs[5:7]
+        )
         dnormed, *first = linear_gradients(
             dwhole,
             weight,
@@ -180,10 +147,6 @@ class _Attention(torch.autograd.Function):
         del dwhole
         front = _norm_gradients(ctx, dnormed, grad_output, normed, needs)
         return *front, *first, *last, *[None] * 4
-
-
-def _itself(_: torch.dtype, x: Tensor) -> Tensor:
-    return x
 
 
 _attend: Callable[..., Tensor | None] = _torch.applied(_Attention)
@@ -238,19 +201,11 @@ class _MLP(torch.autograd.Function):
         y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0], weight)
         h = affine(y, weight, bias)
         del y
-        middle_dtype = h.dtype
-        h = autocast(h, name, CONTINUOUS[name].function)
-        fused = overwriting_activation_of(method)
-        middle, *kept = fused.forward(h, name, (), method, seeds[1])
+        branch, kept, ctx.feed = feed(h, name, method, seeds[1], last_weight, last_bias)
         del h
-        branch = affine(middle, last_weight, last_bias)
         ctx.save_for_backward(weight, last_weight, *normed, *kept)
-        ctx.packed = len(normed)
-        ctx.middle = fused.rebuild(middle, name, (), method)
-        ctx.differentiate, ctx.f = fused.backward, (name, (), middle.stride(), method)
-        ctx.dtypes = _dtypes(x, gamma, beta, weight, bias, last_weight, last_bias)
-        ctx.between = middle_dtype, middle.dtype, branch.dtype
-        del middle
+        ctx.packed, ctx.branch = len(normed), branch.dtype
+        ctx.dtypes = dtypes_of(x, gamma, beta, weight, bias)
         return x + branch
 
     @staticmethod
@@ -259,13 +214,9 @@ class _MLP(torch.autograd.Function):
         weight, last_weight, *saved = saved_with_weight(ctx)
         normed, kept = saved[: ctx.packed], saved[ctx.packed :]
         needs, dtypes = ctx.needs_input_grad, ctx.dtypes
-        h_dtype, middle_dtype, branch_dtype = ctx.between
-        dmiddle, *last = linear_gradients(
-            as_dtype(grad_output, branch_dtype), last_weight, ctx.middle, kept,
-            (True, *needs[5:7]), (middle_dtype, *dtypes[5:7]),
-        )  # fmt: skip
-        dh = as_dtype(ctx.differentiate(dmiddle, kept, *ctx.f), h_dtype)
-        del dmiddle
+        dh, last = ctx.feed.gradients(
+            as_dtype(grad_output, ctx.branch), last_weight, kept, needs[5:7]
+        )
         dnormed, *first = linear_gradients(
             dh, weight, *_reader(ctx, normed), (True, *needs[3:5]), (ctx.normed[1], *dtypes[3:5])
         )

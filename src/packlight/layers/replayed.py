@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight._checks import autocasts, refuse_second_derivative
+from packlight._checks import autocasts, refuse_second_derivative, saved_with_operands
 from packlight._overwrite import writable
 from packlight._seeds import drawn_again, draws_at
 from packlight._torch.hooks import unseen_by_hooks
 from packlight.layers.computed import computed_pack_of, exact, is_of_parameters
 from packlight.pack import Pack
-from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
+from packlight.packing.layout import dense_stride
+from packlight.packing.ops import pack_mask, unpack_mask
+from packlight.quantiser import KEEPS, Quantiser, new_pack, pack_input, worth_packing
 
 
 @dataclasses.dataclass
@@ -73,7 +75,7 @@ class _Replayed(torch.autograd.Function):
         nothing = (None,) * (4 + count)
         if all(dy is None for dy in grad_outputs):
             return nothing
-        operands = kept.again(ctx.saved_tensors)
+        operands = kept.again(saved_with_operands(ctx))
         casting = nullcontext() if ctx.autocast is None else torch.autocast(*ctx.autocast)
         drawing = nullcontext() if ctx.draws is None else drawn_again(operands[0], ctx.draws)
         with casting, drawing, torch.enable_grad():
@@ -106,8 +108,9 @@ def replayed(
 ) -> Any:
     """function(*operands), which runs once more on packs of them; biased, as attention is.
 
-    The operands at `biases` are added to scores. They stay as they are, or are computed again:
-    where a mask is in one, its largest numbers would leave no code for the others of their group.
+    The operands at `biases` are added to scores. They stay as they are, or are computed again; one
+    that is trained and as large as the scores is packed, with a bit for each number of a mask in
+    it: the largest of those would leave no code for the others of their group.
 
     `function` gives a tensor or a tuple of tensors and None, and reads no tensor that needs a
     gradient but its operands. With `draws` it draws on the device of the first, and draws the same
@@ -115,8 +118,8 @@ def replayed(
     """
     own = list({id(x): x for x in operands}.values())
     places = [next(place for place, x in enumerate(own) if x is operand) for operand in operands]
-    whole = {id(operands[place]) for place in biases}
-    packs = [_kept(x, None if id(x) in whole else method) for x in own]
+    added = {id(operands[place]) for place in biases}
+    packs = [_kept_bias(x, own[0], method) if id(x) in added else _kept(x, method) for x in own]
     kept = _Operands(packs, [(x.dtype, x.requires_grad) for x in own])
     tensors = [part for pack in packs for part in pack.tensors]
 
@@ -126,10 +129,47 @@ def replayed(
     return _replay(call, kept, draws, len(own), *own, *tensors)
 
 
-def _kept(x: Tensor, method: Quantiser | None) -> Pack:
+def _kept(x: Tensor, method: Quantiser) -> Pack:
     known = computed_pack_of(x)
     if known is not None:
         return known
-    if method is None or is_of_parameters(x) or not worth_packing(x, method):
+    if is_of_parameters(x) or not worth_packing(x, method):
         return exact(x)
     return pack_input(x, method)
+
+
+# A probability of a score that is so much lower than others is 0.
+_MASKED = -1e3
+
+
+@dataclasses.dataclass
+class _Masked:
+    """A bias with a mask in it: bits of the mask, the least number a row, a pack of the rest."""
+
+    rebuild: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __call__(self, dtype: torch.dtype, bits: Tensor, least: Tensor, *tensors: Tensor) -> Tensor:
+        x = self.rebuild(dtype, *tensors)
+        return torch.where(unpack_mask(bits, self.shape, self.stride), least, x)
+
+
+def _kept_bias(x: Tensor, query: Tensor, method: Quantiser) -> Pack:
+    """What is kept of a bias of scores."""
+    known = computed_pack_of(x)
+    is_as_large = x.numel() * query.shape[-1] == query.numel() * x.shape[-1]
+    if known is not None or is_of_parameters(x) or not is_as_large:
+        return exact(x) if known is None else known
+    if not worth_packing(x, method):
+        return exact(x)
+    bias, stride = x.detach(), dense_stride(x)
+    masked = bias < _MASKED
+    rest = new_pack(bias.masked_fill(masked, 0.0), method)
+    tensors = (
+        pack_mask(masked.view(torch.uint8), stride),
+        bias.amin(-1, keepdim=True),
+        *rest.tensors,
+    )
+    rebuild = _Masked(rest.rebuild, tuple(x.shape), stride)
+    return Pack(rebuild, tuple(x.shape), tensors, rest.grade)

@@ -5,7 +5,7 @@ weights. Apart, they are three functions, three packs and three kernels each way
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,7 @@ from packlight.layers.attention_backends import (
     prepared,
     run,
 )
-from packlight.layers.linear import linear_gradients
-from packlight.layers.mlp import Parameters
+from packlight.layers.linear import Parameters, linear_gradients
 from packlight.quantiser import KEEPS, Quantiser, pack_input
 from packlight.reading import reader
 
@@ -52,33 +51,57 @@ class _Projections(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,  # `count` weights, as many biases, and the pack of x
     ) -> Tensor:
-        weights: Any = tensors[:count]
-        biases: Any = tensors[count : 2 * count]
-        dtype = linear_dtype(x, weights[0])
-        joined = _joined(weights, dtype)
-        bias = None if biases[0] is None else _joined(biases, dtype)
-        y = writable(F.linear(x, joined, bias), of_linear=True)
-        ctx.save_for_backward(*weights, *tensors[2 * count :])
-        ctx.rebuild, ctx.count = rebuild, count
-        ctx.sizes = [weight.shape[0] for weight in weights]
-        ctx.dtypes = (x.dtype, weights[0].dtype, None if bias is None else biases[0].dtype)
-        return y
+        y, ctx.joined = side_by_side(x, count, rebuild, tensors)
+        ctx.save_for_backward(*tensors[:count], *tensors[2 * count :])
+        return writable(y, of_linear=True)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        saved, count = saved_with_weight(ctx), ctx.count
+        saved = saved_with_weight(ctx)
+        dx, others = ctx.joined.gradients(grad_output, saved, ctx.needs_input_grad[0])
+        return dx, None, None, *others
+
+
+class SideBySide(NamedTuple):
+    """How x [W_1; W_2; ...]^T + [b_1; b_2; ...] is differentiated."""
+
+    parts: int
+    sizes: list[int]
+    rebuild: Callable[..., Tensor]  # x
+    dtypes: tuple[Any, Any, Any]  # of x, weights and biases
+
+    def gradients(
+        self, grad_output: Tensor, saved: Sequence[Any], needs_input: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """That of x, if it is needed, and those of weights and biases and of what is kept of x.
+
+        `saved` are the weights and what is kept of x.
+        """
+        count, sizes, rebuild, dtypes = self
         weights, tensors = saved[:count], saved[count:]
-        needs_input = ctx.needs_input_grad[0]
         weight = _joined(weights, grad_output.dtype) if needs_input else weights[0]
-        needs = (needs_input, True, ctx.dtypes[2] is not None)
-        dx: Tensor | None
+        needs = (needs_input, True, dtypes[2] is not None)
         dweight: Any
-        dx, dweight, dbias = linear_gradients(
-            grad_output, weight, ctx.rebuild, tensors, needs, ctx.dtypes
-        )
-        dbiases = [None] * count if dbias is None else dbias.split(ctx.sizes)
-        return dx, None, None, *dweight.split(ctx.sizes), *dbiases, *[None] * len(tensors)
+        dx, dweight, dbias = linear_gradients(grad_output, weight, rebuild, tensors, needs, dtypes)
+        biases = [None] * count if dbias is None else dbias.split(sizes)
+        return dx, [*dweight.split(sizes), *biases, *[None] * len(tensors)]
+
+
+def side_by_side(
+    x: Tensor, count: int, rebuild: Callable[..., Tensor], tensors: Sequence[Any]
+) -> tuple[Tensor, SideBySide]:
+    """x [W_1; W_2; ...]^T + [b_1; b_2; ...] and how it is differentiated.
+
+    `tensors` begin with `count` weights and as many biases.
+    """
+    weights, biases = tensors[:count], tensors[count : 2 * count]
+    dtype = linear_dtype(x, weights[0])
+    joined = _joined(weights, dtype)
+    bias = None if biases[0] is None else _joined(biases, dtype)
+    dtypes = (x.dtype, weights[0].dtype, None if bias is None else biases[0].dtype)
+    how = SideBySide(count, [weight.shape[0] for weight in weights], rebuild, dtypes)
+    return F.linear(x, joined, bias), how
 
 
 def linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -88,11 +111,11 @@ def linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     )
 
 
-def _joined(parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The parts one behind the other in `dtype`, without a copy of each."""
-    rows = sum(part.shape[0] for part in parts)
+    rows = sum([part.shape[0] for part in parts])
     whole = parts[0].new_empty((rows, *parts[0].shape[1:]), dtype=dtype)
-    return torch.cat(parts, out=whole)
+    return torch.cat(tuple(parts), out=whole)
 
 
 _project: Callable[..., Tensor] = _torch.applied(_Projections)

@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight import sharing
-from packlight._checks import autocast_dtype, needs_gradient, refuse_second_derivative
+from packlight._checks import (
+    autocast_dtype,
+    needs_gradient,
+    refuse_second_derivative,
+    saved_with_operands,
+)
 from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight.layers.casts import to
@@ -56,7 +61,7 @@ class _OfScores(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         dim, dtype, rebuild = ctx.settings
-        tensors = ctx.saved_tensors
+        tensors = saved_with_operands(ctx)
         dx = _gradient(dy, rebuild(dy.dtype, *tensors), dim, dtype)
         return dx, None, None, *[None] * len(tensors)
 

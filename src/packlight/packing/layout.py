@@ -13,6 +13,7 @@ Elements are numbered in memory order, whatever the strides: a channels-last ten
 channels-last and is never copied.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -35,20 +36,22 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def dense_stride(x: Tensor) -> tuple[int, ...]:
     """The strides of an elementwise result of `x`: its own if it is dense, else the nearest."""
-    if x.is_contiguous() or _is_permuted(x):  # without making a tensor
+    if x.is_contiguous():
         return x.stride()
+    # A compiler's symbols are not asked.
+    if not _torch.is_traced() and _is_permuted(x.shape, stride := x.stride()):
+        return stride  # without making a tensor
     return torch.empty_like(x, device="meta").stride()
 
 
-def _is_permuted(x: Tensor) -> bool:
-    """Whether `x` is a contiguous tensor with its dimensions in another order.
+@functools.lru_cache(4096)
+def _is_permuted(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether a tensor is a contiguous one with its dimensions in another order.
 
-    A compiler is not asked, nor where a dimension of one element may have any stride.
+    Not where a dimension of one element may have any stride.
     """
-    if _torch.is_traced():
-        return False
     expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if stride != expected or size < 2:
             return False
         expected *= size

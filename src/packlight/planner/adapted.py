@@ -1,11 +1,12 @@
 """Models as people fine-tune them: with adapters, on weights of 4 bits."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from packlight.errors import InputError, MissingDependencyError
+from packlight.errors import InputError
 from packlight.head.modules import heads_of
 
 _BLOCK = 64  # weights to a scale of float32
@@ -63,32 +64,89 @@ def in_4_bits(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def with_lora(model: nn.Module, settings: dict[str, str]) -> nn.Module:
-    """The model with adapters by PEFT: `r`, `alpha`, `dropout`, and `targets`, which are names with
-    plus signs between them, or "all-linear".
+class Adapted(nn.Module):
+    """A frozen layer and an adapter of a low rank, as PEFT has it, for what it holds and keeps.
+
+    y = f(x) + s B A dropout(x),   A [r, in] and B [out, r] trained, in float32 as PEFT has them
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingDependencyError(
-            "adapters are those of PEFT; install it with: pip install peft"
-        ) from error
-    if unknown := set(settings) - {"r", "alpha", "dropout", "targets"}:
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: int, dropout: float) -> None:
+        super().__init__()
+        given: Any = {"bias": False, "device": layer.weight.device, "dtype": torch.float32}
+        self.base_layer = layer
+        self.lora_A = nn.Linear(layer.in_features, rank, **given)
+        self.lora_B = nn.Linear(rank, layer.out_features, **given)
+        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.scaling = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        low = self.lora_A(self.lora_dropout(x.float()))
+        return (y + self.lora_B(low) * self.scaling).to(y.dtype)
+
+
+class Settings(NamedTuple):
+    """Of adapters; `targets` are names of layers, and nothing means all Linears but heads."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    targets: tuple[str, ...]
+
+
+def lora_settings(given: Mapping[str, str]) -> Settings:
+    """By `r`, `alpha`, `dropout`, and `targets`: names with plus signs between, or "all-linear"."""
+    if unknown := set(given) - {"r", "alpha", "dropout", "targets"}:
         raise InputError(
             f"--lora has no {', '.join(sorted(unknown))}; expected r=16,targets=all-linear,alpha=32"
         )
-    targets = settings.get("targets", "all-linear")
+    text = ",".join(f"{name}={value}" for name, value in given.items())
+    targets = given.get("targets", "all-linear")
     try:
-        rank = int(settings.get("r", 16))
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=int(settings.get("alpha", 2 * rank)),
-            lora_dropout=float(settings.get("dropout", 0.0)),
-            target_modules=targets if targets == "all-linear" else targets.split("+"),
-        )
+        rank = int(given.get("r", 16))
+        alpha, dropout = int(given.get("alpha", 2 * rank)), float(given.get("dropout", 0.0))
+    except ValueError as error:
+        raise InputError(f"--lora {text}: {error}") from error
+    if rank < 1 or not 0 <= dropout < 1:
+        raise InputError(f"--lora {text}: r is at least 1, and dropout from 0 up to 1")
+    names = () if targets == "all-linear" else tuple(targets.split("+"))
+    return Settings(rank, alpha, dropout, names)
+
+
+def with_lora(model: nn.Module, settings: Settings) -> nn.Module:
+    """The model with adapters: PEFT's, as they are trained, or where there is no PEFT `Adapted`."""
+    try:
+        import peft
+    except ImportError:
+        return _adapted(model, settings)
+    rank, alpha, dropout, targets = settings
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets) or "all-linear",
+    )
+    try:
         with torch.device("meta"):
             adapted: nn.Module = peft.get_peft_model(model, config)
     except ValueError as error:
-        given = ",".join(f"{name}={value}" for name, value in settings.items())
-        raise InputError(f"--lora {given}: {error}") from error
+        raise InputError(f"--lora targets={'+'.join(targets)}: {error}") from error
     return adapted.train()
+
+
+def _adapted(model: nn.Module, settings: Settings) -> nn.Module:
+    heads = {id(head) for head in heads_of(model)}
+    found = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, nn.Linear)
+        and (name in settings.targets if settings.targets else id(layer) not in heads)
+    ]
+    if not found:
+        raise InputError(f"--lora targets={'+'.join(settings.targets)}: no Linear has such a name")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parent, name, layer in found:
+        setattr(parent, name, Adapted(layer, settings.rank, settings.alpha, settings.dropout))
+    return model.train()

@@ -39,6 +39,10 @@ class Costs:
         host = rates.host_us_packlight if ours else rates.host_us
         return 1e3 * seconds + 1e-3 * rates.kernel_us, 1e-3 * host
 
+    def copy_ms(self, tensor: Tensor) -> float:
+        """Of a copy between the device and pinned memory of the host, one way."""
+        return 1e3 * self.device.rates.copies * _bytes(tensor) / self.device.link
+
 
 def name_of(func: Any) -> str:
     """The name by which an operator's factor is kept: on a GPU as on tensors without values."""

@@ -23,6 +23,7 @@ class Rates:
     - `factors`: by operators, how many times as long they take as the figures of the data sheet
       say: the longer of arithmetic and traffic.
     - `others`, `others_packlight`: the same for operators that are not listed.
+    - `copies`: the same for copies between the device and pinned memory of the host.
     - `kernel_us`: from one kernel to the next.
     - `host_us`, `host_us_packlight`, `module_us`: of the CPU, for an operator and for a call of a
       module.
@@ -33,6 +34,7 @@ class Rates:
     factors: dict[str, float] = dataclasses.field(hash=False)
     others: float
     others_packlight: float
+    copies: float
     kernel_us: float
     host_us: float
     host_us_packlight: float
@@ -49,12 +51,14 @@ class Rates:
 class Device:
     """A GPU: its figures by its data sheet, and the rates that it reaches.
 
-    `flops` are operations a second of products by the dtype's bits, `bandwidth` bytes a second.
+    `flops` are operations a second of products by the dtype's bits, `bandwidth` and `link`, which
+    is to the host one way, bytes a second.
     """
 
     name: str
     memory: int
     bandwidth: float
+    link: float
     flops_16: float
     flops_32: float
     multiprocessors: int
@@ -65,26 +69,26 @@ class Device:
         return self.flops_16 if dtype in (torch.float16, torch.bfloat16) else self.flops_32
 
 
-# Data sheets: GiB that CUDA shows, TB/s, dense TFLOP/s of 16 bits with sums in float32, and of
-# float32 without TF32, which torch leaves off, and multiprocessors.
+# Data sheets: GiB that CUDA shows, TB/s, GB/s of PCIe one way, dense TFLOP/s of 16 bits with sums
+# in float32, and of float32 without TF32, which torch leaves off, and multiprocessors.
 _SHEETS = {
-    "H200": (139.8, 4.8, 989, 67, 132),
-    "H100": (79.1, 3.35, 989, 67, 132),
-    "B200": (178.3, 8.0, 2250, 75, 148),
-    "A100 80GB": (79.1, 2.04, 312, 19.5, 108),
-    "A100 40GB": (39.4, 1.56, 312, 19.5, 108),
-    "A6000": (47.4, 0.768, 155, 38.7, 84),
-    "L40S": (44.4, 0.864, 362, 91.6, 142),
-    "L4": (22.0, 0.3, 121, 30.3, 58),
-    "A10G": (22.1, 0.6, 70, 35, 80),
-    "T4": (14.6, 0.32, 65, 8.1, 40),
-    "RTX 5090": (31.4, 1.79, 210, 105, 170),
-    "RTX 4090": (23.5, 1.01, 165, 82.6, 128),
-    "RTX 4080": (15.6, 0.717, 97, 48.7, 76),
-    "RTX 4070 Ti": (11.6, 0.504, 80, 40.1, 60),
-    "RTX 4060 Ti 16GB": (15.6, 0.288, 44, 22.1, 34),
-    "RTX 3090": (23.6, 0.936, 71, 35.6, 82),
-    "RTX 3060": (11.6, 0.36, 25, 12.7, 28),
+    "H200": (139.8, 4.8, 63, 989, 67, 132),
+    "H100": (79.1, 3.35, 63, 989, 67, 132),
+    "B200": (178.3, 8.0, 63, 2250, 75, 148),
+    "A100 80GB": (79.1, 2.04, 31.5, 312, 19.5, 108),
+    "A100 40GB": (39.4, 1.56, 31.5, 312, 19.5, 108),
+    "A6000": (47.4, 0.768, 31.5, 155, 38.7, 84),
+    "L40S": (44.4, 0.864, 31.5, 362, 91.6, 142),
+    "L4": (22.0, 0.3, 31.5, 121, 30.3, 58),
+    "A10G": (22.1, 0.6, 31.5, 70, 35, 80),
+    "T4": (14.6, 0.32, 15.8, 65, 8.1, 40),
+    "RTX 5090": (31.4, 1.79, 63, 210, 105, 170),
+    "RTX 4090": (23.5, 1.01, 31.5, 165, 82.6, 128),
+    "RTX 4080": (15.6, 0.717, 31.5, 97, 48.7, 76),
+    "RTX 4070 Ti": (11.6, 0.504, 31.5, 80, 40.1, 60),
+    "RTX 4060 Ti 16GB": (15.6, 0.288, 15.8, 44, 22.1, 34),
+    "RTX 3090": (23.6, 0.936, 31.5, 71, 35.6, 82),
+    "RTX 3060": (11.6, 0.36, 31.5, 25, 12.7, 28),
 }
 _DATA = pathlib.Path(__file__).with_name("rates.json")
 # The workspace of cuBLAS and cuBLASLt: 32 MiB each on Hopper and later, 8 MiB and a bit before.
@@ -121,15 +125,15 @@ def _squeezed(text: str) -> str:
 
 
 def _named(name: str) -> Device:
-    gib, bandwidth, flops_16, flops_32, multiprocessors = _SHEETS[name]
+    gib, bandwidth, link, flops_16, flops_32, multiprocessors = _SHEETS[name]
     known = _known_rates()
     rates = known.get(name)
     measured = rates is not None
     if rates is None:
         workspace = _WORKSPACE if name in _BY_HOPPER else _WORKSPACE_BEFORE
         rates = dataclasses.replace(known[_MEASURED], workspace=workspace)
-    figures = (int(gib * _GIB), 1e12 * bandwidth, 1e12 * flops_16, 1e12 * flops_32)
-    return Device(name, *figures, multiprocessors, rates, measured)
+    speeds = (1e12 * bandwidth, 1e9 * link, 1e12 * flops_16, 1e12 * flops_32)
+    return Device(name, int(gib * _GIB), *speeds, multiprocessors, rates, measured)
 
 
 def _present() -> Device:

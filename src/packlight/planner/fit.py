@@ -12,19 +12,22 @@ from torch import Tensor, nn
 from packlight._torch import flatten, unflatten
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner.devices import Device
-from packlight.planner.menu import CHECKPOINTED, EXACT, PACKED_4, TILED, Option
-from packlight.planner.planner import Loss, OptimizerOf
-from packlight.planner.planning import planned
+from packlight.planner.menu import CHECKPOINTED, EXACT, MENU, PACKED_4, TILED, Option, allowed
+from packlight.planner.planner import MAX_ERROR, Loss, OptimizerOf
+from packlight.planner.planning import front, planned
 from packlight.planner.result import Plan
 from packlight.planner.study import Study
-from packlight.planner.timeline import Timeline
+from packlight.planner.timeline import Timeline, allocatable
 from packlight.report.printing import new_table, render
 from packlight.report.words import human_bytes
 
 # What CUDA's context and libraries take of a card, beside the allocator: 430 to 520 MiB.
-CONTEXT = 2**29
-# Of what is left, what the allocator can hand out before it fails for want of room in one piece.
-USABLE = 0.97
+_CONTEXT = 2**29
+
+
+def usable(memory: int) -> int:
+    """Bytes for tensors: what CUDA leaves, but for what the allocator cannot hand out."""
+    return allocatable(memory - _CONTEXT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +101,13 @@ class Fit:
     timelines: dict[str, Timeline]
     plan: Plan | None
     why_no_plan: str | None
+    front: tuple[tuple[float, int], ...]  # milliseconds and bytes of what plans can do
 
     @property
     def fastest(self) -> Row | None:
-        return min((row for row in self.rows if row.fits), key=lambda row: row.ms, default=None)
+        """The plainest of those that are as fast to three digits."""
+        fitting = (row for row in self.rows if row.fits)
+        return min(fitting, key=lambda row: float(f"{row.ms:.3g}"), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -117,47 +123,67 @@ class Fit:
             "fastest": None if self.fastest is None else self.fastest.name,
             "plan": None if self.plan is None else self.plan.to_dict(),
             "why_no_plan": self.why_no_plan,
+            "front": [{"ms": ms, "peak": peak} for ms, peak in self.front],
         }
+
+    @property
+    def room(self) -> str:
+        """What the device has."""
+        return (
+            f"{self.device.name}: {human_bytes(self.usable)} of {human_bytes(self.device.memory)}"
+            " for tensors, the rest is CUDA's and the allocator's"
+        )
+
+    @property
+    def verdict(self) -> list[str]:
+        """What fits, and of what the times are."""
+        fastest = self.fastest
+        found = [
+            f"nothing fits; {self.why_no_plan}"
+            if fastest is None
+            else f"the fastest that fits: {fastest.name}"
+        ]
+        if not self.device.measured:
+            found.append(
+                f"times are estimated from the bandwidth and the arithmetic of {self.device.name}"
+            )
+        return found
 
     def __str__(self) -> str:
         return render(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.title)
-        yield Text(
-            f"{self.device.name}: {human_bytes(self.usable)} of {human_bytes(self.device.memory)}"
-            " for tensors, the rest is CUDA's and the allocator's"
-        )
+        yield Text(self.room)
         yield Text(
             f"weights {human_bytes(self.weights)}, optimiser {human_bytes(self.optimizer)},"
             f" batch and cuBLAS {human_bytes(self.other)}, and"
         )
         table = new_table()
         columns = ["choice", "kept", "on top", "peak", "", "margin", "ms"]
-        for column in [*columns, "largest batch", "longest sequence"]:
+        for column in [*columns, "batch", "sequence"]:
             left = column in ("choice", "")
-            table.add_column(column, justify="left" if left else "right", no_wrap=len(column) < 8)
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(
                 row.name,
                 *map(human_bytes, (row.kept, row.gradients + row.working, row.peak)),
-                "fits" if row.fits else "no",
+                "fits" if row.fits else "does not fit",
                 human_bytes(row.margin),
                 f"{row.ms:.0f}",
                 *("" if n is None else f"{n:,}" for n in (row.largest_batch, row.longest_sequence)),
             )
         yield table
-        yield Text("kept as the backward pass begins; on top: gradients and the working set")
-        if self.fastest is None:
-            yield Text(f"nothing fits; {self.why_no_plan}")
-        else:
-            yield Text(f"the fastest that fits: {self.fastest.name}")
-            if self.fastest.code:
-                yield Text(self.fastest.code)
-        if not self.device.measured:
-            yield Text(
-                f"times are estimated from the bandwidth and the arithmetic of {self.device.name}"
-            )
+        yield Text(
+            "kept as the backward pass begins; on top: gradients and the working set; the largest"
+            " batch, and the longest sequence of a batch of one"
+        )
+        verdict, *source = self.verdict
+        yield Text(verdict)
+        if self.fastest is not None and self.fastest.code:
+            yield Text(self.fastest.code)
+        for line in source:
+            yield Text(line)
 
 
 def fit(
@@ -177,7 +203,7 @@ def fit(
     which is no longer than `longest`.
     """
     study = Study(model, inputs, kwargs, device, loss, optimizer, head)
-    usable = int(USABLE * (device.memory - CONTEXT))
+    room = usable(device.memory)
     transformers = hasattr(model, "gradient_checkpointing_enable")
     rows, timelines = [], {}
     all_choices = choices(study.head, transformers)
@@ -185,7 +211,7 @@ def fit(
         timelines[choice.name] = _timeline(study, choice)
     plan, why = None, None
     try:
-        plan = planned(study, usable, None, None)
+        plan = planned(study, device.memory - _CONTEXT, None, MAX_ERROR)
         timelines["plan"] = plan.timeline
     except InfeasibleBudgetError as error:
         why = str(error)
@@ -193,16 +219,18 @@ def fit(
     for choice in all_choices:
         found: dict[str, int | None] = {"batch": None, "sequence": None}
         if sizes:
-            found = _extremes(study, choice, inputs, kwargs, usable, longest)
-        rows.append(_row(choice.name, choice.code, timelines[choice.name], usable, found))
+            found = extremes(study, choice, room, longest)
+        rows.append(_row(choice.name, choice.code, timelines[choice.name], room, found))
     if plan is not None:
         code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), strict=False)'
-        none: dict[str, int | None] = {"batch": None, "sequence": None}
-        rows.append(_row("plan", code, plan.timeline, usable, none))
+        found = {"batch": None, "sequence": None}
+        if sizes:
+            found = _most(rows, extremes(study, _smallest(study), room, longest))
+        rows.append(_row("plan", code, plan.timeline, room, found))
     return Fit(
         title,
         device,
-        usable,
+        room,
         static.parameters + static.buffers,
         static.optimizer,
         static.inputs + static.workspace,
@@ -210,7 +238,26 @@ def fit(
         timelines,
         plan,
         why,
+        tuple(front(study, MAX_ERROR)),
     )
+
+
+def _smallest(study: Study) -> Choice:
+    """The option with the lowest peak, for all blocks: what a plan for larger sizes takes."""
+    walked = {
+        option: study.walked(option, PACKED_4).timeline.peak for option in allowed(MENU, MAX_ERROR)
+    }
+    return Choice("plan", min(walked, key=walked.__getitem__), PACKED_4, study.head, "")
+
+
+def _most(rows: list[Row], found: dict[str, int | None]) -> dict[str, int | None]:
+    """The largest sizes of any; what a choice can do, a plan can."""
+    batches = [found["batch"], *(row.largest_batch for row in rows)]
+    sequences = [found["sequence"], *(row.longest_sequence for row in rows)]
+    return {
+        "batch": max((n for n in batches if n is not None), default=None),
+        "sequence": max((n for n in sequences if n is not None), default=None),
+    }
 
 
 def _timeline(study: Study, choice: Choice) -> Timeline:
@@ -242,14 +289,11 @@ def _row(
 # ---- the largest batch and the longest sequence --------------------------------------------------
 
 
-def _extremes(
-    study: Study,
-    choice: Choice,
-    inputs: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    usable: int,
-    longest: int | None,
+def extremes(
+    study: Study, choice: Choice, usable: int, longest: int | None
 ) -> dict[str, int | None]:
+    """The largest batch, and the longest sequence of a batch of one, whose peak is in `usable`."""
+    inputs, kwargs = study.inputs, study.kwargs
     first = next((x for x in flatten((inputs, kwargs))[0] if isinstance(x, Tensor)), None)
     if first is None or first.dim() == 0:
         return {"batch": None, "sequence": None}

@@ -58,9 +58,19 @@ class Ledger(DispatchMode):  # type: ignore[misc]
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             peak = self.allocated + workspace(self.costs.device, func, args)
             device_ms, host_ms = self.costs.of(func, args, result, [*given, *made])
-            self._note(func, before, peak, device_ms, host_ms + self.host_ms)
+            name = func.overloadpacket.__name__
+            self._note(name, before, peak, (device_ms, host_ms + self.host_ms, 0.0))
             self.host_ms = 0.0
         return result
+
+    def copy(self, tensor: Tensor) -> None:
+        now = self.allocated
+        self._note("copy", now, now, (0.0, 0.0, self.costs.copy_ms(tensor)))
+
+    def wait(self) -> None:
+        now = self.allocated
+        phase, place = self.where()
+        self.segments.append(Segment(phase, place, "wait", now, now, now, 0.0, 0.0, waits=True))
 
     def _allocate(self, tensor: Tensor) -> bool:
         """Counts the storage of a tensor, and whether it is a new one."""
@@ -83,18 +93,18 @@ class Ledger(DispatchMode):  # type: ignore[misc]
         self._known[key] = weakref.ref(storage, free)
         return size > 0
 
-    def _note(self, func: Any, before: int, peak: int, device_ms: float, host_ms: float) -> None:
+    def _note(self, name: str, before: int, peak: int, times: tuple[float, float, float]) -> None:
+        """`times` are milliseconds of the device, of the host, and of copies between them."""
         phase, place = self.where()
-        name = func.overloadpacket.__name__
         last = self.segments[-1] if self.segments else None
         if last is None or (last.phase, last.place) != (phase, place):
-            now = (before, peak, self.allocated, device_ms, host_ms)
-            self.segments.append(Segment(phase, place, name, *now))
+            self.segments.append(Segment(phase, place, name, before, peak, self.allocated, *times))
             return
         self.segments[-1] = last._replace(
             operator=name if peak > last.peak else last.operator,
             peak=max(peak, last.peak),
             after=self.allocated,
-            device_ms=last.device_ms + device_ms,
-            host_ms=last.host_ms + host_ms,
+            device_ms=last.device_ms + times[0],
+            host_ms=last.host_ms + times[1],
+            copy_ms=last.copy_ms + times[2],
         )

@@ -10,6 +10,7 @@ from packlight.planner.devices import Device, device_of, parse_bytes
 from packlight.planner.result import Plan
 
 Loss = Callable[[Any], Tensor]
+MAX_ERROR = 0.15  # that of the default methods, and a bit
 OptimizerOf = Callable[[list[nn.Parameter]], Any]  # as a class of torch.optim
 
 
@@ -20,7 +21,7 @@ def plan(
     memory: int | float | str,
     optimizer: OptimizerOf | None = None,
     loss: Loss | None = None,
-    max_error: float | None = None,
+    max_error: float | None = MAX_ERROR,
     device: str | Device | None = None,
     head: bool | None = None,
 ) -> Plan:
@@ -28,27 +29,29 @@ def plan(
 
     The step is forward, loss, backward and optimiser, without an accumulation of gradients. It is
     walked on tensors without values, once for each option of the blocks, so nothing is computed, no
-    GPU is needed and the model may be on "meta". Options of a block are: as it is, packs of 8 and 4
-    bits, and checkpoints whose inputs are kept exactly or in 8 bits and whose insides are as they
-    are, in packs or in tiles. With b the options of all blocks, the plan solves
+    GPU is needed and the model may be on "meta". Options of a block are: as it is, packs of 8 to 2
+    bits, and checkpoints whose inputs are kept exactly or in 8 bits, or offloaded, and whose
+    insides are as they are, in packs or in tiles. With b the options of all blocks, the plan solves
 
-        min ms(b)   with   max_t static + kept(t; b) + working(t; b) <= memory,
+        min ms(b)   with   R(max_t static + kept(t; b) + working(t; b)) <= memory,
 
     over the mixes of two neighbours on the front of bytes and time (`searching.py`). Transients are
-    counted where they are. The planned methods are data: nothing of the model changes.
+    counted where they are. R adds what the allocator of CUDA reserves for a peak, beside what is
+    allocated: 1% and 256 MiB, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the
+    environment; without, it is more. The planned methods are data: nothing of the model changes.
 
     Args:
         model: any module, in training mode. It runs under the caller's autocast.
         batch: what the model is called with: tensors, or one dict of keywords. "meta" will do.
-        memory: bytes at the peak, as CUDA's allocator counts what is allocated: an int or "22GiB".
-            Or a float up to 1, a share of what plain training keeps for its backward pass. A limit
-            of the allocator (`torch.cuda.set_per_process_memory_fraction`) is of reserved bytes,
-            which are up to a few percent more.
+        memory: bytes that the allocator may reserve, as a limit of it is counted
+            (`torch.cuda.set_per_process_memory_fraction`): an int or "22GiB". Or a float up to 1, a
+            share of what plain training keeps for its backward pass.
         optimizer: what makes the optimiser of a list of parameters: a class of torch.optim, or
             `functools.partial(torch.optim.AdamW, fused=True)`. None: no optimiser is counted.
         loss: of the model's output; None: its `loss`, or else the mean of its floating outputs.
         max_error: the largest error of gradients, relative, that a block's option may have, by the
-            table in docs/plan.md; 0 leaves what is exact. None allows all.
+            table in docs/plan.md; 0 leaves what is exact. As it is, it leaves packs of 4 bits, with
+            which most models train like without; None allows all, down to 2 bits.
         device: a card's name, "H200" or "RTX 4090"; None: the GPU that is here. Times of devices
             that nobody measured are estimated from bandwidth and arithmetic, and say so.
         head: whether losses are computed by chunks of logits, exactly; None: where there is a head

@@ -1,23 +1,22 @@
 """`planned`: the fastest methods with which a training step fits into a number of bytes."""
 
+from collections.abc import Iterator
+
 from packlight.errors import InfeasibleBudgetError, InputError
-from packlight.planner.menu import EXACT, MENU, PACKED_4, PACKED_8, allowed, selectors
+from packlight.planner.menu import MENU, OUTSIDE, allowed, selectors
 from packlight.planner.result import Plan, PlannedBlock, peak_parts, where
 from packlight.planner.searching import Candidate, candidates, fastest
 from packlight.planner.study import Study
-from packlight.planner.timeline import FORWARD
+from packlight.planner.timeline import FORWARD, allocatable, reserved
 from packlight.report.words import human_bytes
 
 
 def planned(study: Study, budget: int | None, share: float | None, max_error: float | None) -> Plan:
     plain = study.plain().timeline
-    options = allowed(MENU, max_error)
-    if not options:
-        raise InputError(f"max_error={max_error} is below 0, so that nothing is allowed")
-    found = candidates(study, options, allowed((PACKED_4, PACKED_8, EXACT), max_error))
+    found = _found(study, max_error)
     if share is None:
         assert budget is not None
-        best = fastest(found, lambda one: one.peak <= budget)
+        best = fastest(found, lambda one: one.peak <= allocatable(budget))
     else:
         best = fastest(found, lambda one: one.kept <= share * plain.kept)
     if best is None:
@@ -37,12 +36,28 @@ def planned(study: Study, budget: int | None, share: float | None, max_error: fl
     )
 
 
+def front(study: Study, max_error: float | None) -> Iterator[tuple[float, int]]:
+    """Milliseconds and bytes at the peak of mixes that no other is better than in both."""
+    least: int | None = None
+    for one in _found(study, max_error):  # the fastest first
+        if least is None or one.peak < least:
+            least = one.peak
+            yield one.ms, one.peak
+
+
+def _found(study: Study, max_error: float | None) -> list[Candidate]:
+    options = allowed(MENU, max_error)
+    if not options:
+        raise InputError(f"max_error={max_error} is below 0, so that nothing is allowed")
+    return candidates(study, options, allowed(OUTSIDE, max_error))
+
+
 def _rows(best: Candidate) -> list[PlannedBlock]:
     rows = []
     for name, parts in best.mix.by_block().items():
         kept = sum(part.grows for part in parts if part.phase == FORWARD)
         working = max((part.peak for part in parts if part.phase != FORWARD), default=0)
-        ms = sum(max(part.device_ms, part.host_ms) for part in parts)
+        ms = sum(part.ms for part in parts)
         option = best.options[name]
         rows.append(PlannedBlock(name, option.name, kept, working, ms, option.error))
     return rows
@@ -69,7 +84,8 @@ def _why(
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in peak_parts(timeline).items())
     highest = timeline.highest
     return (
-        f"no plan fits into {human_bytes(budget)}{limit}; the least is {human_bytes(least.peak)},"
-        f" in the {where(highest.phase, highest.place)}: {parts}. A smaller batch, a shorter"
+        f"no plan fits into {human_bytes(budget)}{limit}; the least is"
+        f" {human_bytes(reserved(least.peak))}, of which {human_bytes(least.peak)} are allocated in"
+        f" the {where(highest.phase, highest.place)}: {parts}. A smaller batch, a shorter"
         " sequence, fewer trained weights or a smaller optimiser would take less"
     )

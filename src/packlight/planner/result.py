@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Timeline
+from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Timeline, reserved
 from packlight.report.names import condensed
 from packlight.report.printing import cell, new_table, render
 from packlight.report.words import human_bytes
@@ -41,7 +41,7 @@ class Plan(Mapping[Selector, Choice]):
     - `blocks`: a row a block. `timeline`: the step in its order.
     - `plain`: the step as PyTorch trains it.
     - `device`, `source`: what the times are of, and whether they were measured there.
-    - `budget`: the bytes that were asked for; None where a share of what is kept was.
+    - `budget`: the reserved bytes that were asked for; None where a share of what is kept was.
     """
 
     methods: dict[Selector, Choice]
@@ -66,6 +66,11 @@ class Plan(Mapping[Selector, Choice]):
     def peak_bytes(self) -> int:
         """The most that is allocated at once."""
         return self.timeline.peak
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the allocator reserves for that: no more than the budget."""
+        return reserved(self.peak_bytes)
 
     @property
     def kept_bytes(self) -> int:
@@ -95,6 +100,7 @@ class Plan(Mapping[Selector, Choice]):
             "source": self.source,
             "budget": self.budget,
             "peak_bytes": self.peak_bytes,
+            "reserved_bytes": self.reserved_bytes,
             "kept_bytes": self.kept_bytes,
             "ms": self.ms,
             "error": self.error,
@@ -122,10 +128,15 @@ class Plan(Mapping[Selector, Choice]):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         budget = "" if self.budget is None else f" of {human_bytes(self.budget)}"
         yield Text(
-            f"a step takes {human_bytes(self.peak_bytes)}{budget} and {self.ms:.0f} ms on"
-            f" {self.device} (times {self.source}); PyTorch {human_bytes(self.plain.peak)} and"
+            f"a step takes {human_bytes(self.peak_bytes)}, for which the allocator reserves"
+            f" {human_bytes(self.reserved_bytes)}{budget}, and {self.ms:.0f} ms on {self.device}"
+            f" (times {self.source}); PyTorch takes {human_bytes(self.plain.peak)} and"
             f" {self.plain.ms:.0f} ms"
         )
+        containers = {block.name.rpartition(".")[0] for block in self.blocks}
+        container = containers.pop() if len(containers) == 1 else ""
+        if container:
+            yield Text(f"blocks of {container}:")
         table = new_table()
         for column in ("blocks", "become", "keep", "work with", "ms", "error"):
             right = column in ("keep", "work with", "ms", "error")
@@ -133,7 +144,9 @@ class Plan(Mapping[Selector, Choice]):
         for rows in self._alike():
             first = rows[0]
             table.add_row(
-                cell(", ".join(condensed([row.name for row in rows]))),
+                cell(
+                    ", ".join(condensed([row.name[len(container) :].lstrip(".") for row in rows]))
+                ),
                 Text(first.option),
                 human_bytes(sum(row.kept for row in rows)),
                 human_bytes(max(row.working for row in rows)),

@@ -96,7 +96,7 @@ def _in_turn(fast: Candidate, small: Candidate) -> list[str]:
 
     def kept_and_ms(parts: dict[str, list[Part]], name: str) -> tuple[int, float]:
         kept = sum(part.grows for part in parts[name] if part.phase == FORWARD)
-        return kept, sum(max(part.device_ms, part.host_ms) for part in parts[name])
+        return kept, sum(part.ms for part in parts[name])
 
     def slope(name: str) -> float:
         (kept, ms), (less, more) = kept_and_ms(before, name), kept_and_ms(after, name)

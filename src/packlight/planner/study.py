@@ -13,7 +13,7 @@ from packlight.head.modules import heads_of
 from packlight.planner.devices import Device
 from packlight.planner.menu import EXACT, Option, selectors
 from packlight.planner.planner import Loss, OptimizerOf
-from packlight.planner.timeline import FORWARD, Timeline
+from packlight.planner.timeline import FORWARD, Clock, Timeline
 from packlight.planner.walk import Walker
 from packlight.planner.walked import Part, Walked, joined, strung
 
@@ -31,7 +31,7 @@ class Study:
         optimizer: OptimizerOf | None = None,
         head: bool | None = None,
     ) -> None:
-        self.device = device
+        self.device, self.inputs, self.kwargs = device, inputs, kwargs
         self.walker = Walker(model, inputs, kwargs, loss, optimizer)
         self.head = any(True for _ in heads_of(model)) if head is None else head
         self._walked: dict[tuple[Option, Option, bool], Walked] = {}
@@ -81,15 +81,16 @@ class Mix:
     def sums(self) -> tuple[int, int, float]:
         """Bytes at the peak, bytes kept, and milliseconds."""
         now = peak = kept = 0
-        device = host = 0.0
+        clock = Clock()
         for part, _ in strung(self.base, self.others):
             peak = max(peak, now + part.peak)
-            device, host = device + part.device_ms, host + part.host_ms
+            for segment in part.segments:
+                clock.run(segment)
             now += part.grows
             if part.phase == FORWARD:
                 kept = now
         static = self.base.static.total
-        return static + peak, kept, max(device, host)
+        return static + peak, kept, clock.device
 
     def timeline(self) -> Timeline:
         return Timeline(self.base.static, tuple(joined(self.base, self.others)))

@@ -118,7 +118,7 @@ class _Walk:
             trained,
         )
         dtype = self.autocast
-        with self._watched():
+        with self._watched(), _imagined.told_of_copies(ledger):
             with ledger, torch.autocast("cpu", dtype, enabled=dtype is not None):
                 output = self.model(*walker.inputs, **walker.kwargs)
                 self._move("(loss)")

@@ -31,12 +31,11 @@ class Part(NamedTuple):
         return max((segment.peak for segment in self.segments), default=0)
 
     @property
-    def device_ms(self) -> float:
-        return sum(segment.device_ms for segment in self.segments)
-
-    @property
-    def host_ms(self) -> float:
-        return sum(segment.host_ms for segment in self.segments)
+    def ms(self) -> float:
+        """By itself: of the device, the host or the link, whichever takes longest."""
+        device = sum(segment.device_ms for segment in self.segments)
+        host = sum(segment.host_ms for segment in self.segments)
+        return max(device, host, sum(segment.copy_ms for segment in self.segments))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +162,7 @@ def _scaled(part: Part, times: float) -> Part:
                 after=int(times * segment.after),
                 device_ms=times * segment.device_ms,
                 host_ms=times * segment.host_ms,
+                copy_ms=times * segment.copy_ms,
             )
             for segment in part.segments
         )

@@ -93,7 +93,8 @@ def storages(tensor: Tensor) -> Iterator[Storage]:
 def inner_tensors(tensor: Any) -> list[Tensor]:
     if is_wrapper(tensor):
         names, _ = tensor.__tensor_flatten__()
-        return [getattr(tensor, name) for name in names]
+        parts = [getattr(tensor, name) for name in names]
+        return [part for part in parts if isinstance(part, Tensor)]  # a DTensor names its mesh too
     if tensor.layout == torch.sparse_coo:
         return sparse_parts(tensor)
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

@@ -46,6 +46,7 @@ class Away:
         """The tensor, or what its pack stands for; called as often as the graph goes through it."""
         self.fetch()
         assert self.here is not None
+        _imagined.waited()
         if self.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
         tensor = self.rebuild(self.dtype, *self.here)
@@ -88,6 +89,7 @@ def _stream(device: torch.device) -> Any:
 
 def _to_host(tensor: Tensor) -> Tensor:
     if _imagined.kind_of(tensor) == "cuda" and not tensor.is_cuda:
+        _imagined.copied(tensor)
         return torch.empty_like(tensor, device="meta")  # in no memory of the device
     if not tensor.is_cuda:
         return tensor.clone()
@@ -109,7 +111,11 @@ def _to_device(
     made = [None if host is None else torch.empty_like(host, device=device) for host in hosted]
     if device.type != "cuda":
         for host, tensor in zip(hosted, made, strict=True):
-            if host is not None and tensor is not None and not host.is_meta:
+            if host is None or tensor is None:
+                continue
+            if host.is_meta:
+                _imagined.copied(tensor)
+            else:
                 tensor.copy_(host)
         return made, None
     stream = _stream(device)

@@ -11,8 +11,11 @@ from packlight._files import write_text
 _TEMPLATE = "report.html"
 
 
-def write_page(path: str | os.PathLike[str], title: str, data: dict[str, Any]) -> None:
-    """Write one file that needs no other and no network."""
+def write_page(
+    path: str | os.PathLike[str], title: str, reports: dict[str, Any], about: dict[str, str]
+) -> None:
+    """Write one file that needs no other and no network; `about` says what was measured."""
+    data = {**reports, "about": about}
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     page = template.replace("{{title}}", html.escape(title)).replace("{{data}}", _embedded(data))
     write_text(path, page)

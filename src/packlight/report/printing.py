@@ -66,16 +66,21 @@ def report_parts(report: "MemoryReport", depth: int | None) -> Iterator[ConsoleR
             yield _listing("by device", report.by_device())
         if unshared := report.unshared_outputs():
             yield Text(_unshared_note(report, unshared))
-    yield Text(
-        f"apart: parameters {human_bytes(report.parameter_bytes)}, buffers "
-        f"{human_bytes(report.buffer_bytes)}, inputs kept {human_bytes(report.input_bytes)}"
-    )
+    yield _apart(report)
     if report.allocated_bytes is not None:
         peak = "not measured" if report.peak_bytes is None else human_bytes(report.peak_bytes)
         yield Text(
             f"CUDA allocator: forward {human_bytes(report.allocated_bytes)}, "
             f"peak of forward and backward {peak}"
         )
+
+
+def _apart(report: "MemoryReport") -> Text:
+    """What is there whatever is kept."""
+    return Text(
+        f"apart: parameters {human_bytes(report.parameter_bytes)}, buffers "
+        f"{human_bytes(report.buffer_bytes)}, inputs kept {human_bytes(report.input_bytes)}"
+    )
 
 
 def difference_parts(
@@ -89,6 +94,7 @@ def difference_parts(
         f"after{times_less(*sizes)}"
     )
     yield _difference_table(difference, depth)
+    yield _apart(before)
     if before.peak_bytes is not None and after.peak_bytes is not None:
         yield Text(
             f"CUDA allocator: peak {human_bytes(before.peak_bytes)} before, "

@@ -4,7 +4,8 @@ The outermost module of the model that runs enters the context, for all that run
 is called apart, by a trainer or by a re-entrant checkpoint, enters it by itself.
 
 Hooks and a mode cost time at each call of a torch function. So a pass says whether they were worth
-it, and where they were not, passes on no larger inputs go without.
+it, and where they were not, passes on no larger inputs go without, and so do the modules within,
+whose notes about tensors would not be those of the layers around them.
 
 Hooks that are active already stay the ones that count: those of a checkpoint, which keeps nothing
 inside, of `save_on_cpu`, and of a `saving` that stands around the model. Those of a measurement
@@ -13,6 +14,7 @@ only look on.
 
 import dataclasses
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -59,14 +61,18 @@ class Rest:
             return forward(*args, **kwargs)
         hooks = hooks_looked_through()
         around = Rest(None) if hooks is None else getattr(hooks[0], _OF_REST, self)
-        if around == self:
+        if around == self or _passes.without == self:
             return forward(*args, **kwargs)
         if self.method is None:
             with saved_tensors_hooks(_exactly, unpack):
                 return forward(*args, **kwargs)
         elements = sum(tensor.numel() for tensor in tensors_in((*args, *kwargs.values())))
         if 0 < elements <= _in_vain.get(module, {}).get(self, 0):
-            return forward(*args, **kwargs)
+            outer, _passes.without = _passes.without, self
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                _passes.without = outer
         saver = Saver(_rules(self.method), _MIN_BYTES, None)
         setattr(saver.hook, _OF_REST, self)
         with saver.active():
@@ -76,6 +82,12 @@ class Rest:
             _in_vain.setdefault(module, {})[self] = elements
         return result
 
+
+class _Passes(threading.local):
+    without: Rest | None = None  # the one without which a module around runs
+
+
+_passes = _Passes()
 
 # The share of what a pass saves that has to be packed here, so that a next pass does so again.
 _WORTH = 0.02

@@ -19,6 +19,9 @@ CHECKPOINT = "checkpoint"  # the name for inputs of checkpoints, which have no n
 # A compiled region shows neither its operations nor its casts and views of weights.
 COMPILED = "CompiledFunctionBackward"
 
+# Operators that set a workspace aside, of a format that only they know.
+WORKSPACES = ("MkldnnRnn", "CudnnRnn", "ThnnFused", "MiopenRnn")
+
 # Operations that stay exact: a softmax is small where its error is largest, and the gradient begins
 # at a loss. Names of functions are for losses that torch composes of elementary operations.
 _EXACT = (

@@ -37,7 +37,7 @@ from packlight.layers.casts import CASTS, noted
 from packlight.quantiser import Quantiser
 from packlight.saving import activations, lossless, norms, packing, tensors
 from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting, unpack
-from packlight.saving.rules import CHECKPOINT, COMPILED, Rules
+from packlight.saving.rules import CHECKPOINT, COMPILED, WORKSPACES, Rules
 
 # Nothing says what the tensors of a Function are for. A tensor with this many times fewer elements
 # than another beside it counts as a statistic (of a norm, the logsumexp of attention). A tensor
@@ -277,13 +277,14 @@ class Saver:
         self, name: str, function: str, slots: dict[str, list[Holder]], node: Node | None = None
     ) -> None:
         """Decides how the tensors that an operation of torch saved are kept."""
+        may_be_masks = not name.startswith(WORKSPACES)
         for slot, holders in slots.items():
             method = self.rules.method(name, function, slot, node)
             for holder in holders:
                 if holder.waiting is None or not isinstance(holder.kept, Exact):
                     continue
                 tensor = holder.kept.tensor
-                if tensor.dtype == torch.uint8 and _is_mask(tensor):
+                if tensor.dtype == torch.uint8 and may_be_masks and _is_mask(tensor):
                     self._replace(holder, Mask.of(tensor))
                 else:
                     packs = tensor.dtype != torch.uint8 and holder.waiting.has_history

@@ -94,9 +94,11 @@ def batch_norm(
 
     dbeta and the path through the mean exact, the rest biased by the error of x~ (`FixedPoint`).
     Without `training`, where no gradient is asked for, and below 16 values a channel, this is
-    torch's function.
+    torch's function. Of a parameter it is that of `packlight.groupquant`.
     """
     check_tensor(input, "batch_norm")
+    if channel_norms.is_of_a_weight(input, running_mean, training):
+        return channel_norms.standardised(input, weight, bias, eps)
     width = bin_width(bits, window)
     if not training or not channel_norms.worth_packing(input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

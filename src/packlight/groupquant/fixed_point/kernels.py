@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import LAUNCHES, Launch, quick
+from packlight._launch import LAUNCHES, Launch, quick, together
 from packlight.groupquant.fixed_point import reference
 from packlight.groupquant.fixed_point.method import EDGE
 from packlight.layers import channel_norms
@@ -578,15 +578,29 @@ def _words(n: int, channels: int, inner: int) -> tuple[tuple[int], tuple[int, ..
     return (triton.cdiv(groups, BLOCK),), (n, groups, inner, channels), constants
 
 
+# By momentum and eps too: another momentum at every call takes a new launch of what is compiled.
 @functools.lru_cache(LAUNCHES)
-def _statistics_launch(
-    n: int, channels: int, inner: int, itemsize: int, large: bool, device: torch.device
-) -> tuple[Launch, int, int]:
-    """The launch, its parts and the values of each."""
+def _batch_norm_launch(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    itemsize: int,
+    given: tuple[bool, bool, bool, bool],  # running mean and variance, weight and bias
+    numbers: tuple[float, float],  # momentum and eps
+    code: tuple[int, float],  # bits and width
+    relu: bool,
+    added: bool,
+    device: torch.device,
+) -> tuple[Launch, int, int, int]:
+    """The launch of statistics, table and output, and what is needed for it.
+
+    That is bytes of the codes and of the mask of a sum, and rows of the moments.
+    """
+    n, channels = shape.numel(), shape[1]
+    inner, large = _inner(channels, stride), n >= SHORT
     cut = _cut(channels, inner, itemsize, SUM_WARPS)
     size = n // channels
     parts, share = _parts(device, size, cut.rows * UNROLL, cut.blocks)
-    launch = _statistics_kernel.prepare(
+    statistics = _statistics_kernel.prepare(
         (cut.blocks, parts),
         size,
         inner,
@@ -598,35 +612,16 @@ def _statistics_launch(
         UNROLL=UNROLL,
         num_warps=SUM_WARPS,
     )
-    return launch, parts, share
-
-
-# By itself, since momentum may be another at every call.
-@functools.lru_cache(LAUNCHES)
-def _table_launch(
-    size: int,
-    channels: int,
-    share: int,
-    parts: int,
-    momentum: float,
-    eps: float,
-    running_mean: bool,
-    running_var: bool,
-    weight: bool,
-    bias: bool,
-    bits: int,
-    width: float,
-    device: torch.device,
-) -> Launch:
     grid, ending = _ending(device, channels)
-    return _table_kernel.prepare(
+    running_mean, running_var, weight, bias = given
+    bits, width = code
+    table = _table_kernel.prepare(
         grid,
         size,
         channels,
         share,
         parts,
-        momentum,
-        eps,
+        *numbers,
         RUNNING_MEAN=running_mean,
         RUNNING_VAR=running_var,
         WEIGHT=weight,
@@ -636,15 +631,13 @@ def _table_launch(
         **ending,
         num_warps=END_WARPS,
     )
-
-
-@functools.lru_cache(LAUNCHES)
-def _forward_launch(
-    n: int, channels: int, inner: int, relu: bool, added: bool, bits: int, width: float
-) -> Launch:
-    grid, numbers, constants = _words(n, channels, inner)
-    given = {"RELU": relu, "SUM": added, "BITS": bits, "WIDTH": width}
-    return _forward_kernel.prepare(grid, *numbers, **given, **constants)
+    grid, sizes, constants = _words(n, channels, inner)
+    output = _forward_kernel.prepare(
+        grid, *sizes, RELU=relu, SUM=added, BITS=bits, WIDTH=width, **constants
+    )
+    # Of x, y, codes, moments, table, other, signs, running mean and variance, weight, bias.
+    every = (statistics, (0, 3)), (table, (3, 7, 8, 9, 10, 4)), (output, (0, 1, 2, 3, 4, 5, 6))
+    return together(*every), packed_bytes(n, bits), packed_bytes(n, 1), 4 + 2 * parts
 
 
 def _batch_norm(
@@ -665,34 +658,32 @@ def _batch_norm(
 
     Both are of one dense stride, and have elements.
     """
-    n, channels, device, stride = x.numel(), x.shape[1], x.device, y.stride()
-    codes = x.new_empty(packed_bytes(n, bits), dtype=torch.uint8)
-    table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
-    inner, given = _inner(channels, stride), (weight is not None, bias is not None)
-    launch, parts, share = _statistics_launch(
-        n, channels, inner, x.element_size(), n >= SHORT, device
+    stride, channels = y.stride(), x.shape[1]
+    given = (
+        running_mean is not None,
+        running_var is not None,
+        weight is not None,
+        bias is not None,
     )
-    moments = table.new_empty(4 + 2 * parts, channels)
-    launch(x, moments)
+    numbers, code = (float(momentum), float(eps)), (bits, float(width))
+    launch, size, mask_size, rows = _batch_norm_launch(
+        x.shape, stride, x.dtype.itemsize, given, numbers, code, relu, other is not None, x.device
+    )
+    codes = x.new_empty(size, dtype=torch.uint8)
+    table = x.new_empty(reference.ROWS, channels, dtype=torch.float32)
+    moments = table.new_empty(rows, channels)
     weight = moments if weight is None else weight.contiguous()
     bias = moments if bias is None else bias.contiguous()
     new_mean = moments if running_mean is None else running_mean.contiguous()
     new_var = moments if running_var is None else running_var.contiguous()
-    _table_launch(
-        n // channels, channels, share, parts, float(momentum), float(eps),
-        running_mean is not None, running_var is not None, *given, bits, float(width), device,
-    )(moments, new_mean, new_var, weight, bias, table)  # fmt: skip
+    signs = codes if other is None else codes.new_empty(mask_size)
+    term = x if other is None else laid_out(other, stride)
+    launch(x, y, codes, moments, table, term, signs, new_mean, new_var, weight, bias)
     if running_mean is not None and running_mean is not new_mean:
         running_mean.copy_(new_mean)
     if running_var is not None and running_var is not new_var:
         running_var.copy_(new_var)
-    launch = _forward_launch(n, channels, inner, relu, other is not None, bits, float(width))
-    if other is None:
-        launch(x, y, codes, moments, table, x, codes)
-        return codes, table
-    signs = codes.new_empty(packed_bytes(n, 1))
-    launch(x, y, codes, moments, table, laid_out(other, stride), signs)
-    return codes, table, signs
+    return (codes, table) if other is None else (codes, table, signs)
 
 
 def batch_norm(
@@ -777,7 +768,7 @@ def _decode(
 
 
 @functools.lru_cache(LAUNCHES)
-def _backward_launches(
+def _backward_launch(
     n: int,
     channels: int,
     inner: int,
@@ -785,11 +776,10 @@ def _backward_launches(
     bits: int,
     relu: bool,
     added: bool,
-    large: bool,
     device: torch.device,
-) -> tuple[Launch, Launch, Launch, int]:
-    """Those of the sums, of their end and of dx, and the parts of the sums."""
-    groups = lanes(n)
+) -> tuple[Launch, int]:
+    """The launch of the sums, of their end and of dx, and the rows of the sums."""
+    groups, large = lanes(n), n >= SHORT
     same = groups % (inner * channels) == 0
     size = (groups if same else n) // channels
     block = {"BITS": bits, "SAME": same, "FULL": not same or n == 8 * groups, "LARGE": large}
@@ -826,7 +816,9 @@ def _backward_launches(
         COLUMNS=cut.columns,
         num_warps=DX_WARPS,
     )
-    return sums, finish, dx, parts
+    # Of dy, codes, table, sums, mask, the gradients of weight and bias, dx.
+    every = (sums, (0, 1, 2, 3, 4)), (finish, (3, 2, 5, 6)), (dx, (0, 1, 3, 4, 7))
+    return together(*every), 4 + 2 * parts
 
 
 def batch_norm_backward(
@@ -843,16 +835,14 @@ def batch_norm_backward(
         return reference.batch_norm_backward(grad_output, codes, table, stride, bits, relu, signs)
     dy = laid_out(grad_output, stride)
     dx = torch.empty_like(dy)
-    sum_up, finish, make_dx, parts = _backward_launches(
-        n, channels, _inner(channels, stride), dx.element_size(), bits, relu, signs is not None,
-        n >= SHORT, dx.device,
-    )  # fmt: skip
+    inner, of_sum = _inner(channels, stride), signs is not None
+    launch, rows = _backward_launch(
+        n, channels, inner, dx.dtype.itemsize, bits, relu, of_sum, dx.device
+    )
     mask = codes if signs is None else signs
-    sums = table.new_empty(4 + 2 * parts, channels)
-    sum_up(dy, codes, table, sums, mask)
+    sums = table.new_empty(rows, channels)
     dgamma, dbeta = table.new_empty(channels), table.new_empty(channels)
-    finish(sums, table, dgamma, dbeta)
-    make_dx(dy, codes, sums, mask, dx)
+    launch(dy, codes, table, sums, mask, dgamma, dbeta, dx)
     return dx, dgamma, dbeta
 
 

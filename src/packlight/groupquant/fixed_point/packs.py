@@ -1,6 +1,7 @@
 """What a pack of fixed-point codes stands for."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from packlight.groupquant.fixed_point.residual_ops import residual
 from packlight.pack import Grade
 
 
+@functools.cache
 def grade(bits: int) -> Grade:
     """What a code offers its readers: its error is its method's own, and no reader's choice."""
     return Grade(bits, 1, unbiased=True)

@@ -5,13 +5,16 @@ layers of torch.nn, which have torch's rules, or parameters, of which the files 
 some. Of every other kind the casts alone are known.
 """
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from packlight import _torch
 from packlight._classes import joined
 from packlight.layers.casts import noted
 from packlight.method import Method, Rule, Swap, rule_finder
@@ -29,6 +32,32 @@ class Adapter(nn.Module):
         return noted(cast, x) if isinstance(x, Tensor) else cast
 
 
+class ParameterAdapter(Adapter):
+    """An adapter of a parameter, as of all experts of a mixture, which changes no value of it.
+
+    PEFT makes the parameter a parametrized one for each forward pass, for which torch counts as if
+    it were written to. Code that reads the adapted weight keeps its parts, the parameter among
+    them, until the backward pass.
+    """
+
+    @contextlib.contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        wrapper: Any = super()
+        adapted = wrapper._activate_lora(active_adapters)
+        if torch.compiler.is_compiling():
+            with adapted:
+                yield
+            return
+        weight = self.get_param()  # type: ignore[operator]
+        with _torch.unwritten(weight):
+            adapted.__enter__()
+        try:
+            yield
+        finally:
+            with _torch.unwritten(weight):
+                adapted.__exit__(*sys.exc_info())
+
+
 # By the adapter's class: what it becomes, if it is known by more than its casts. The first that
 # knows a class counts.
 Known = Callable[[type[nn.Module]], type[nn.Module] | None]
@@ -39,6 +68,12 @@ def knows(function: Known) -> Known:
     """Registers the decorated function, which may know what to make of a class for a quantiser."""
     _known.append(function)
     return function
+
+
+@knows
+def _of_parameter(kind: type[nn.Module]) -> type[nn.Module] | None:
+    has = hasattr(kind, "_activate_lora") and hasattr(kind, "get_param")
+    return ParameterAdapter if has and issubclass(kind, BaseTunerLayer) else None
 
 
 @rule_finder

@@ -1,7 +1,11 @@
 """A callback for `transformers.Trainer`."""
 
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -9,6 +13,7 @@ from packlight._seeds import rounding_state, set_rounding_state
 from packlight.convert import revert
 from packlight.following import is_patched
 from packlight.integrations._converting import Converting
+from packlight.planner.planner import OptimizerOf
 
 _ROUNDING = "PacklightRounding"
 
@@ -22,8 +27,9 @@ class PacklightCallback(Converting, TrainerCallback):
 
     The first step of each training that keeps anything is measured, up to its first backward pass:
     `kept_bytes` is what autograd keeps of it, with a loss that the `Trainer` computes, and the next
-    log has it as "packlight_kept_bytes". Under `torch.compile` the first step, which
-    has the hooks of the measurement, is compiled apart from the others.
+    log has it as "packlight_kept_bytes", on a GPU with "packlight_peak_bytes" beside it. Under
+    `torch.compile` the first step, which has the hooks of the measurement, is compiled apart from
+    the others.
 
     Checkpoints hold where the stream of rounding is, in `trainer_state.json`, so a resumed training
     rounds as an uninterrupted one does.
@@ -33,13 +39,19 @@ class PacklightCallback(Converting, TrainerCallback):
     _converted: nn.Module | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if kwargs.get("model") is not None:  # none where the Trainer has `model_init`
-            self._convert(kwargs["model"])
+        model = kwargs.get("model")  # None where the Trainer has `model_init`
+        if model is not None and (self.memory is None or self.batch is not None):
+            self._plan(model)
+            self._convert(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop_measuring()  # of a training that an exception ended
-        self._convert(kwargs["model"])
-        self.kept_bytes, self._logged = None, False
+        model = kwargs["model"]
+        if self.memory is not None and self.plan is None:
+            with _autocast_of(args, model):
+                self._plan(model.train(), *_planned_for(kwargs))
+        self._convert(model)
+        self.kept_bytes, self._logged, self._reported = None, False, False
         if state.global_step:  # resumed
             set_rounding_state(state.stateful_callbacks.get(_ROUNDING, {}).get("attributes", {}))
 
@@ -54,6 +66,8 @@ class PacklightCallback(Converting, TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop_measuring()
+        if state.is_world_process_zero:
+            self._report_once(kwargs["model"])
         # As the state of a callback of its own: the `Trainer` would make this one anew of its
         # state, and methods have no place in one.
         state.stateful_callbacks[_ROUNDING] = {"args": {}, "attributes": rounding_state()}
@@ -63,8 +77,8 @@ class PacklightCallback(Converting, TrainerCallback):
     ) -> None:
         if self._logged or self.kept_bytes is None or logs is None:
             return
-        logs["packlight_kept_bytes"] = self.kept_bytes
-        state.log_history[-1]["packlight_kept_bytes"] = self.kept_bytes  # a copy of the logs
+        logs |= self._measured()
+        state.log_history[-1] |= self._measured()  # a copy of the logs
         self._logged = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,3 +92,30 @@ class PacklightCallback(Converting, TrainerCallback):
         if self._converted is not model or any(map(is_patched, model.modules())):
             super()._convert(model)
             self._converted = model
+
+
+def _planned_for(kwargs: dict[str, Any]) -> tuple[dict[str, Any] | None, OptimizerOf | None]:
+    """The first rows of a Trainer's data as a batch, and what makes its optimiser."""
+    optimizer, loader = kwargs.get("optimizer"), kwargs.get("train_dataloader")
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around it
+    make = None if inner is None else _maker_of(inner)
+    rows: Any = getattr(loader, "dataset", None)
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if loader is None or size is None or isinstance(rows, torch.utils.data.IterableDataset):
+        return None, make
+    count = min(size, len(rows))
+    with torch.random.fork_rng(devices=[]):  # a collator may draw, and training must not see it
+        return dict(loader.collate_fn([rows[place] for place in range(count)])), make
+
+
+def _maker_of(optimizer: torch.optim.Optimizer) -> OptimizerOf:
+    known = inspect.signature(type(optimizer).__init__).parameters
+    return partial(
+        type(optimizer), **{name: x for name, x in optimizer.defaults.items() if name in known}
+    )
+
+
+def _autocast_of(args: Any, model: nn.Module) -> AbstractContextManager[Any]:
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)

@@ -20,6 +20,7 @@ from packlight.sketch.modules import Sketched
 class GroupQuantConv1D(Quantised):
     """x W + b; keeps a pack of x, or shares one, as `packlight.groupquant.Linear` does."""
 
+    is_transposed_linear = True  # to functions of several layers
     weight: Tensor
     bias: Tensor
 

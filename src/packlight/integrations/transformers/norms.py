@@ -149,6 +149,7 @@ class GroupQuantRMSNorm(Quantised):
     Gradients are those of `packlight.groupquant.rms_norm`.
     """
 
+    by_rows = True
     weight: Tensor
     variance_epsilon: float
     rounds_to_weight: bool
@@ -187,6 +188,7 @@ class GroupQuantWideRMSNorm(Quantised):
     `packlight.groupquant.rms_norm`.
     """
 
+    by_rows = True
     weight: Tensor
     offset: float
     eps: float

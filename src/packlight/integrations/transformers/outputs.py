@@ -5,6 +5,7 @@ before it; in a block the two as one. Where their parts are converted as by defa
 they run as one function (`layers/post_norm.py`, `layers/mlp.py`); elsewhere one by one.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from packlight.calls import is_bare, uncovered
 from packlight.groupquant import modules
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import function_of_part, parameters_of, takes
-from packlight.layers.mlp import Parameters, activated
+from packlight.layers.linear import Parameters
+from packlight.layers.mlp import activated
 from packlight.layers.post_norm import mlp, post_norm
 from packlight.method import Method, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser, worth_packing
@@ -93,8 +95,10 @@ class GroupQuantOutput(nn.Module):
 
     def _at_once(self, x: Tensor, residual: Tensor) -> Tensor | None:
         """The result by one function; None where the parts are to run one by one."""
-        given = self.given(residual)
-        if given is None or x.dim() < 2 or x.shape[:-1] != residual.shape[:-1] or not is_taken(x):
+        if x.dim() < 2 or x.shape[:-1] != residual.shape[:-1]:
+            return None
+        given = self.given(residual) if is_taken(x) and is_taken(residual) else None
+        if given is None:
             return None
         (weight, bias), norm, p, method, of_norm = given
         if not worth_packing(x, method):
@@ -106,7 +110,7 @@ class GroupQuantOutput(nn.Module):
     ) -> tuple[Parameters, tuple[Tensor, Tensor | None, float], float, Quantiser, Quantiser] | None:
         """The projection, the norm, the probability of the dropout, and the methods of both.
 
-        None where the parts are to run one by one.
+        Of a tensor that layers take; None where the parts are to run one by one.
         """
         parts = self._modules
         dense, dropout, norm = parts["dense"], parts["dropout"], parts["LayerNorm"]
@@ -116,7 +120,7 @@ class GroupQuantOutput(nn.Module):
             return None
         if not (dense.training and dropout.training and norm.training):
             return None
-        if not is_bare(dense, dropout, norm) or not is_taken(residual):
+        if not is_bare(dense, dropout, norm):
             return None
         weight, method = dense.weight, norm.method
         gamma: Tensor | None = norm.weight
@@ -141,6 +145,9 @@ class GroupQuantFeedForward(nn.Module):
             y = super().feed_forward_chunk(attention_output)  # type: ignore[misc]
         assert y is not None
         return y
+
+    # transformers looks at the signature of what it calls at every call.
+    feed_forward_chunk.__signature__ = inspect.signature(feed_forward_chunk)  # type: ignore[attr-defined]
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """The result by one function; None where the parts are to run one by one."""

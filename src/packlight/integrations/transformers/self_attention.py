@@ -2,6 +2,8 @@
 
 Where the three are converted as by default, without hooks, one function computes them, one pack
 keeps them and one gradient comes back (`layers/self_attention.py`); elsewhere they run one by one.
+With the projection behind attention and the norm behind the sum it is one function of all
+(`layers/post_norm.py`).
 """
 
 from typing import Any
@@ -11,11 +13,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from packlight.calls import uncovered
+from packlight._checks import needs_gradient
+from packlight._classes import joined
+from packlight.calls import is_bare, uncovered
 from packlight.groupquant.modules import Linear
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import parameters_of, takes
-from packlight.layers.self_attention import projections, self_attention
+from packlight.integrations.transformers.outputs import GroupQuantOutput
+from packlight.layers.attention_backends import Flags
+from packlight.layers.linear import Parameters
+from packlight.layers.post_norm import attention
+from packlight.layers.self_attention import fits, linear_dtype, projections, self_attention
+from packlight.method import Method, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
 
 # --- The code that is known, as transformers has it. Never run: `is_copy` compares with it.
@@ -62,13 +71,34 @@ def _bert(
     return attn_output, attn_weights
 
 
+def _attention(
+    self: Any,
+    hidden_states: Any,
+    attention_mask: Any,
+    encoder_hidden_states: Any,
+    encoder_attention_mask: Any,
+    past_key_values: Any,
+    **kwargs: Any,
+) -> Any:
+    attention_mask = attention_mask if not self.is_cross_attention else encoder_attention_mask
+    attention_output, attn_weights = self.self(
+        hidden_states,
+        encoder_hidden_states=encoder_hidden_states,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
+    attention_output = self.output(attention_output, hidden_states)
+    return attention_output, attn_weights
+
+
 @once_a_class
 def is_known(kind: type[nn.Module]) -> bool:
     """Whether a class has this code."""
     return is_copy(vars(kind).get("forward"), _bert, _OWN)
 
 
-# --- The layer.
+# --- The layers.
 
 
 class AtOnce(nn.Module):
@@ -105,13 +135,28 @@ class AtOnce(nn.Module):
 
     def _at_once(self, x: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor | None:
         """The output by two functions; None where the parts are to run one by one."""
-        query = self.query
+        given = self.given(x, mask, options)
+        if given is None:
+            return None
+        parameters, flags, method = given
+        whole = projections(x, parameters, method)
+        return self_attention(whole, self.num_attention_heads, mask, flags, self.attention_method)
+
+    def given(
+        self, x: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> tuple[list[Parameters], Flags, Quantiser] | None:
+        """The projections, flags of attention, and the method by which x is kept.
+
+        None where the parts are to run one by one.
+        """
+        query = self._modules["query"]
         if not isinstance(query, Linear) or options.get("position_bias") is not None:
             return None
         if self.model_config._attn_implementation not in self.implementations:
             return None
         method = query.method
-        parameters = parameters_of((query, self.key, self.value), method)
+        parts: Any = (query, self._modules["key"], self._modules["value"])
+        parameters = parameters_of(parts, method)
         if parameters is None or x.dim() != 3 or not takes(x, method):
             return None
         shape = (self.num_attention_heads * self.attention_head_size, x.shape[2])
@@ -128,5 +173,66 @@ class AtOnce(nn.Module):
         if is_causal is None:
             is_causal = self.is_causal
         flags = (self.dropout.p, is_causal and mask is None and x.shape[1] > 1, self.scaling)
-        whole = projections(x, parameters, method)
-        return self_attention(whole, self.num_attention_heads, mask, flags, self.attention_method)
+        return parameters, flags, method
+
+
+class WithNorm(nn.Module):
+    """Self-attention, its projection and the norm behind the sum by one function."""
+
+    may_run_plain_code = True
+    is_cross_attention: bool
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        others = (encoder_hidden_states, encoder_attention_mask, past_key_values)
+        if self.training and others == (None, None, None) and not torch.compiler.is_compiling():
+            out = uncovered(self._at_once, hidden_states, attention_mask, kwargs)
+            if out is not None:
+                return out, None
+        plain: tuple[Tensor, Tensor | None] = super().forward(
+            hidden_states, attention_mask, *others, **kwargs
+        )
+        return plain
+
+    def _at_once(self, x: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+        """The result by one function; None where the parts are to run one by one."""
+        inner, output = self._modules["self"], self._modules["output"]
+        if not isinstance(inner, AtOnce) or not isinstance(output, GroupQuantOutput):
+            return None
+        if not (inner.training and output.training and is_bare(inner, output)):
+            return None
+        start, end = inner.given(x, mask, options), output.given(x)
+        if start is None or end is None or not needs_gradient(start[0][0][0]):
+            return None
+        parameters, flags, method = start
+        last, norm, p, of_last, of_norm = end
+        of_attention, heads = inner.attention_method, inner.num_attention_heads
+        dtype, width = linear_dtype(x, parameters[0][0]), parameters[0][0].shape[0]
+        if of_last != method or not fits(x, dtype, heads, width, mask, flags[0], of_attention):
+            return None
+        methods = (method, of_attention, of_norm)
+        return attention(x, parameters, last, norm, p, heads, mask, flags, methods)
+
+
+# --- The rule of the sub-layer.
+
+
+@once_a_class
+def _is_sub_layer(kind: type[nn.Module]) -> bool:
+    return is_copy(vars(kind).get("forward"), _attention)
+
+
+@rule_finder
+def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
+    return _whole if issubclass(method, Quantiser) and _is_sub_layer(kind) else None
+
+
+def _whole(method: Quantiser, module: nn.Module) -> Swap:
+    return Swap(joined(WithNorm, type(module)), {})

@@ -1,0 +1,269 @@
+"""Plans beside what a GPU does: peaks and times of them, and of choices that are one for all.
+
+    python -m benchmarks.plans foretell --out jobs.jsonl       # no GPU: walks models, makes plans
+    python -m benchmarks.plans measure jobs.jsonl --out benchmarks/results/planner.jsonl
+
+A job is what a model becomes, with the bytes and milliseconds that are foretold. One with a budget
+runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
+yet, as a user's first step; where that is too little, once more without a limit. Models are those of
+`benchmarks.user`.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import pathlib
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import packlight
+from benchmarks import rows
+from benchmarks.user.choices import CHOICES
+from benchmarks.user.scenarios import SCENARIOS, Loss, Size
+from benchmarks.user.worker import Device, Trained
+from packlight.method_files import format_methods, parse_methods
+from packlight.planner import menu
+from packlight.planner.devices import device_of
+from packlight.planner.fit import Choice, choices, extremes
+from packlight.planner.planner import MAX_ERROR
+from packlight.planner.planning import front, planned
+from packlight.planner.study import Mix, Study
+from packlight.planner.timeline import reserved
+
+NAMES = ("vitb", "llama1b", "lora8b-4k")
+BUDGETS = 6
+Row = dict[str, Any]
+
+
+# ---- what is foretold ----------------------------------------------------------------------------
+
+
+def tensors_of(loss: Loss) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The batch that a loss of a scenario holds, as the model is called with it."""
+    cells = zip(loss.__code__.co_freevars, loss.__closure__ or (), strict=True)  # type: ignore[attr-defined]
+    held = {name: cell.cell_contents for name, cell in cells}
+    if "ids" in held:
+        return (), {"input_ids": held["ids"], "labels": held.get("labels", held["ids"])}
+    return (held["x"],), {}
+
+
+def study_of(name: str) -> Study:
+    scenario = SCENARIOS[name]
+    with torch.device("meta"):
+        model, loss = scenario.model(scenario.size), scenario.batch(scenario.size)
+    inputs, kwargs = tensors_of(loss)
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-5, fused=True)
+    return Study(model.train(), inputs, kwargs, device_of("H200"), None, optimizer)
+
+
+def _uniform(study: Study) -> Iterator[Choice]:
+    """Choices that are one for all blocks."""
+    for option in menu.MENU:
+        packed = any(option.inside)
+        outside = option if packed and option.block is None else menu.EXACT
+        outside = menu.PACKED_4 if packed and option.block is not None else outside
+        yield Choice(option.name, option, outside, packed and study.head, "")
+
+
+def _job(name: str, kind: str, methods: dict[Any, Any], head: bool, **more: Any) -> Row:
+    texts = [(selector, format_methods(choice)) for selector, choice in methods.items()]
+    return {"scenario": name, "kind": kind, "methods": texts, "head": head, **more}
+
+
+def _foretold(timeline: Any) -> Row:
+    device = sum(segment.device_ms for segment in timeline.segments)
+    host = sum(segment.host_ms for segment in timeline.segments)
+    return {
+        "predicted_peak": timeline.peak,
+        "predicted_ms": round(timeline.ms, 2),
+        "predicted_device_ms": round(device, 2),
+        "predicted_host_ms": round(host, 2),
+    }
+
+
+def _budgets(study: Study, max_error: float | None) -> list[int]:
+    """Those for which points of the front are enough, from the smallest to the fastest."""
+    peaks = [peak for _, peak in front(study, max_error)][::-1]
+    places = [round(place * (len(peaks) - 1) / (BUDGETS - 1)) for place in range(BUDGETS)]
+    return [reserved(peaks[place]) + 1 for place in sorted(set(places))]
+
+
+def foretell(name: str, sizes: bool) -> Iterator[Row]:
+    study = study_of(name)
+    with torch.autocast("cpu", torch.bfloat16, enabled=SCENARIOS[name].autocast):
+        for choice in _uniform(study):
+            methods = menu.selectors(dict.fromkeys(study.blocks, choice.option), choice.outside)
+            timeline = study.walked(choice.option, choice.outside, choice.head).timeline
+            yield _job(name, choice.name, methods, choice.head, **_foretold(timeline))
+        every = {
+            block: menu.CHECKPOINTED if place % 2 else menu.EXACT
+            for place, block in enumerate(study.blocks)
+        }
+        walks = {o: study.walked(o, menu.EXACT, False) for o in (menu.EXACT, menu.CHECKPOINTED)}
+        mix = Mix(walks[menu.EXACT], {block: walks[option] for block, option in every.items()})
+        methods = menu.selectors(every, menu.EXACT)
+        yield _job(name, "checkpoint every second", methods, False, **_foretold(mix.timeline()))
+        for max_error in (MAX_ERROR, 0.0):
+            for budget in _budgets(study, max_error):
+                plan = planned(study, budget, None, max_error)
+                options = [block.option for block in plan.blocks]
+                yield _job(
+                    name, "plan", dict(plan), plan.head, budget=budget, max_error=max_error,
+                    options={option: options.count(option) for option in dict.fromkeys(options)},
+                    **_foretold(plan.timeline),
+                )  # fmt: skip
+        if sizes:
+            yield from _sizes(name, study)
+
+
+def _sizes(name: str, study: Study) -> Iterator[Row]:
+    """The largest batch and the longest sequence, with the memory of a card of 24 GiB."""
+    usable = 23 * 2**30
+    for choice in choices(study.head, transformers=False):
+        found = extremes(study, choice, usable, None)
+        methods = menu.selectors(dict.fromkeys(study.blocks, choice.option), choice.outside)
+        for by, size in found.items():
+            if size:
+                yield _job(name, choice.name, methods, choice.head, by=by, size=size, limit=usable)
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+class Measuring:
+    """A model of a scenario on the GPU, which becomes what jobs say and is as it was after each."""
+
+    def __init__(self, name: str) -> None:
+        self.device = Device("cuda")
+        task = SCENARIOS[name]
+        self.trained, self.size = Trained(task, CHOICES["eager"], task.size, self.device), task.size
+
+    def measure(self, job: Row, steps: int) -> Row:
+        """By the job; `out_of_memory` says at which limits a step did not run."""
+        failed = []
+        for limit in [job["budget"], None] if "budget" in job else [None]:
+            with self._converted(job), _limited(limit):
+                try:
+                    return {**self._steps(steps), "limit": limit, "out_of_memory": failed}
+                except torch.OutOfMemoryError:
+                    failed.append(limit)
+        return {"limit": None, "out_of_memory": failed}
+
+    def runs(self, job: Row, size: int) -> bool:
+        """Whether a step of this size runs within the limit of the job."""
+        changed = {"batch": size} if job["by"] == "batch" else {"batch": 1, "length": size}
+        self.trained.see(Size(**{**self.size._asdict(), **changed}))
+        with self._converted(job), _limited(job["limit"]):
+            try:
+                self.trained.step()
+                return True
+            except torch.OutOfMemoryError:
+                return False
+            finally:
+                self.trained.see(self.size)
+
+    def gradients(self, job: Row) -> Row:
+        with self._converted(job):
+            return self.trained.gradients()
+
+    def _clean(self) -> None:
+        trained = self.trained
+        trained.optimizer.zero_grad(set_to_none=True)
+        trained.optimizer = torch.optim.AdamW(trained.parameters, lr=1e-5, fused=True)
+        self.device.wait()
+        self.device.clean()
+
+    @contextlib.contextmanager
+    def _converted(self, job: Row) -> Iterator[None]:
+        self._clean()
+        methods = {selector: parse_methods(text) for selector, text in job["methods"]}
+        model = self.trained.plain
+        with contextlib.suppress(packlight.NothingMatchedError):
+            if job["head"] or any(methods.values()):
+                packlight.convert(model, methods, functional=True, head=job["head"], strict=False)
+        try:
+            yield
+        finally:
+            packlight.revert(model)
+
+    def _steps(self, steps: int) -> Row:
+        self.trained.step()
+        self.device.wait()
+        torch.cuda.reset_peak_memory_stats()
+        whole, host = list[float](), list[float]()
+        for _ in range(steps):
+            begin = time.perf_counter()
+            self.trained.step()
+            host.append(time.perf_counter() - begin)
+            self.device.wait()
+            whole.append(time.perf_counter() - begin)
+        return {
+            "peak": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+            "ms": round(1e3 * statistics.median(whole), 2),
+            "host_ms": round(1e3 * statistics.median(host), 2),
+        }
+
+
+@contextlib.contextmanager
+def _limited(limit: int | None) -> Iterator[None]:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else limit / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def measure(jobs: list[Row], out: pathlib.Path, steps: int, until: float, commit: str) -> None:
+    settings = rows.settings("cuda", commit)
+    for name in dict.fromkeys(job["scenario"] for job in jobs):
+        measuring = Measuring(name)
+        for job in jobs:
+            if job["scenario"] != name or time.monotonic() > until:
+                continue
+            if "by" in job:
+                tried = {n: measuring.runs(job, n) for n in _around(job)}
+                found: Row = {"tried": tried}
+            else:
+                found = measuring.measure(job, steps)
+            shown = {key: value for key, value in job.items() if key != "methods"}
+            rows.append(out, {**settings, **shown, **found})
+        del measuring
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _around(job: Row) -> list[int]:
+    unit = 64 if job["by"] == "sequence" else 1
+    near = (0.97 * job["size"], job["size"], 1.03 * job["size"] + unit)
+    return sorted({max(int(n) // unit * unit, unit) for n in near})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["foretell", "measure"])
+    parser.add_argument("jobs", nargs="?", type=pathlib.Path, help="that are measured")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--only", nargs="*", default=NAMES)
+    parser.add_argument("--sizes", action="store_true", help="also largest batches and sequences")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no job after these")
+    parser.add_argument("--commit")
+    given = parser.parse_args()
+    if given.what == "foretell":
+        for name in given.only:
+            for job in foretell(name, given.sizes):
+                rows.append(given.out, job)
+        return
+    jobs = [job for job in rows.read(given.jobs) if job["scenario"] in given.only]
+    measure(jobs, given.out, given.steps, time.monotonic() + given.seconds, given.commit)
+
+
+if __name__ == "__main__":
+    main()
