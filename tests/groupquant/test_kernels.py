@@ -332,7 +332,7 @@ def test_whole_tiles_of_rotated_groups_equal_the_reference(dtype):
         close_by(groups, a, b, dtype)
 
 
-@pytest.mark.parametrize("rows, width", [(4, 1024), (11, 768)])
+@pytest.mark.parametrize(("rows", "width"), [(4, 1024), (11, 768)])
 def test_norms_of_whole_groups_equal_the_reference(rows, width):
     """One tile a row; three, of eight rows, the last of which are those of two tiles."""
     groups = (4, 128, ROTATED)
