@@ -1,6 +1,6 @@
 # make demo   train a small model on real text, with and without packlight
 # make test   lint, format, types, the docs site, the CPU test suite
-# make docs   the site, strictly, into site/; site/index.html opens without a server
+# make docs   the site, strictly, into site/; python -m http.server -d site shows it with its search
 # make release   builds, checks and tries what would be published; uploads nothing
 # make test-torch TORCH=2.11.0   the test suite with another torch; 2.11.0 is the oldest
 # make test-newest   a wheel of this checkout and the torch that pip installs today: what must hold at once
@@ -17,7 +17,7 @@ PINS   := --constraint constraints.txt
 .PHONY: demo docs release test test-torch test-newest pytest lint mutate gpu-test gpu-sanitize clean
 
 # One stamp: nothing is installed again until the requirements change.
-$(STAMP): pyproject.toml constraints.txt tools/torchvision_schemas.py tools/minilm.txt
+$(STAMP): pyproject.toml constraints.txt src/packlight/_version.py tools/torchvision_schemas.py tools/minilm.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev

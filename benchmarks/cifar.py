@@ -76,7 +76,7 @@ CONVERSIONS: dict[str, Methods] = {
     "default": DEFAULT_METHODS,
 }
 VIT_CONVERSIONS: dict[str, Methods] = {
-    **{f"group{bits}": (GroupQuant(bits), FewBit(3)) for bits in (8, 4, 2)},
+    **{f"group{bits}": (GroupQuant(bits, code="minmax"), FewBit(3)) for bits in (8, 4, 2)},
     **{f"rotated{bits}": (GroupQuant(bits, code="rotated"), FewBit(3)) for bits in (4, 3, 2)},
     **{name: method for name, method in CONVERSIONS.items() if name != "default"},
     "sketch 0.2": {nn.Linear: Sketch(0.2)},

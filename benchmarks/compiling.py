@@ -50,7 +50,13 @@ def model_of(name: str, layers: int, width: int) -> nn.Module:
         config = models.GPT2Config(n_embd=width, n_layer=layers, n_head=heads, **common)
         return models.GPT2LMHeadModel(config)  # type: ignore[no-any-return]
     config = models.T5Config(
-        d_model=width, d_kv=64, d_ff=2 * width, num_layers=layers // 2, num_heads=heads, **common
+        d_model=width,
+        d_kv=64,
+        d_ff=2 * width,
+        num_layers=layers // 2,
+        num_heads=heads,
+        decoder_start_token_id=0,
+        **common,
     )
     return models.T5ForConditionalGeneration(config)  # type: ignore[no-any-return]
 

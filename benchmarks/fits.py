@@ -97,7 +97,7 @@ def peaks(row: Row) -> dict[str, int]:
 def main() -> None:
     cards = [device_of(card) for card in CARDS]
     words = {"PyTorch": "plain", "packlight, tiles": "tiles"}
-    print(f"| model | {' | '.join(card.name for card in cards)} | least of each choice |")
+    print(f"| model | {' | '.join(card.name for card in cards)} | peaks of the choices |")
     print("| --- " * (len(cards) + 2) + "|")
     for row in ROWS:
         found = peaks(row)

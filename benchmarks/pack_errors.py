@@ -39,8 +39,8 @@ from packlight.quantiser import new_pack
 
 BITS = (4, 3, 2)
 CODES: dict[str, dict[str, Any]] = {
-    "minmax": {"rounding": "stochastic"},
-    "offset": {"rounding": "offset"},
+    "minmax": {"code": "minmax", "rounding": "stochastic"},
+    "offset": {"code": "minmax", "rounding": "offset"},
     "rotated": {"code": "rotated"},
     "scaled": {"code": "scaled"},
 }

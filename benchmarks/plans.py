@@ -5,8 +5,8 @@
 
 A job is what a model becomes, with the bytes and milliseconds that are foretold. One with a budget
 runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
-yet, as a user's first step; where that is too little, once more without a limit. Models are those of
-`benchmarks.user`.
+yet, as a user's first step; where that is too little, once more without a limit. Models are those
+of `benchmarks.user`.
 """
 
 import argparse
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 def tensors_of(loss: Loss) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The batch that a loss of a scenario holds, as the model is called with it."""
-    cells = zip(loss.__code__.co_freevars, loss.__closure__ or (), strict=True)  # type: ignore[attr-defined]
+    cells = zip(loss.__code__.co_freevars, loss.__closure__ or (), strict=True)
     held = {name: cell.cell_contents for name, cell in cells}
     if "ids" in held:
         return (), {"input_ids": held["ids"], "labels": held.get("labels", held["ids"])}
@@ -129,7 +129,8 @@ def _sizes(name: str, study: Study) -> Iterator[Row]:
         methods = menu.selectors(dict.fromkeys(study.blocks, choice.option), choice.outside)
         for by, size in found.items():
             if size:
-                yield _job(name, choice.name, methods, choice.head, by=by, size=size, limit=usable)
+                limit = reserved(usable)
+                yield _job(name, choice.name, methods, choice.head, by=by, size=size, limit=limit)
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -145,7 +146,7 @@ class Measuring:
 
     def measure(self, job: Row, steps: int) -> Row:
         """By the job; `out_of_memory` says at which limits a step did not run."""
-        failed = []
+        failed: list[Any] = []
         for limit in [job["budget"], None] if "budget" in job else [None]:
             with self._converted(job), _limited(limit):
                 try:

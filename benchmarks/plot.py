@@ -4,7 +4,8 @@
 
 `docs/pictures/step.png`: activation memory against speed, a panel a model, of the device with most
 points or the one that `--device` names. A point is the latest row of its choice, beside the eager
-row of the same commit. `docs/pictures/cifar.png`, where there are rows: losses and accuracies.
+row of the same commit. Where there are rows, `docs/pictures/cifar.png`: losses and accuracies; and
+`docs/pictures/plans.png`: plans, as foretold and as measured.
 """
 
 import argparse
@@ -313,6 +314,58 @@ def draw_network(network: str, found: Sequence[dict[str, Any]], axes: Sequence[A
     )
 
 
+def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Plans beside choices that are one for all blocks, a panel a model: bytes reserved and time.
+
+    A line leads from what was foretold to what was measured.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in found if row.get("ms") and "by" not in row]
+    names = list(dict.fromkeys(row["scenario"] for row in measured))
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5.4 * len(names), 4.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        own = [row for row in measured if row["scenario"] == name]
+        for row in own:
+            is_plan = row["kind"] == "plan"
+            colour = OURS if is_plan and row["max_error"] != 0.0 else FRONT if is_plan else OTHERS
+            sizes = [row[key] / 2**30 for key in ("predicted_peak", "peak")]
+            times = [row["predicted_ms"], row["ms"]]
+            axis.plot(sizes, times, color=colour, linewidth=1)
+            axis.plot(sizes[1], times[1], "o" if is_plan else "s", color=colour, markersize=6)
+            if not is_plan:
+                axis.annotate(
+                    row["kind"], (sizes[1], times[1]), (6, 3), textcoords="offset points",
+                    fontsize=8, color=colour,
+                )  # fmt: skip
+        peaks = [row["peak"] / 2**30 for row in own]
+        low, high = 0.9 * min(peaks), 1.7 * max(peaks)  # labels are to the right
+        axis.set_xscale("log")
+        axis.set(xlabel="peak, GiB", title=name, ylim=(0, None), xlim=(low, high))
+        ticks = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if low < n < high]
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.set_xticks([], minor=True)
+        axis.grid(color="#eeeeee")
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0][0].set_ylabel("ms a step")
+    handles = [
+        pyplot.Line2D([], [], marker=marker, color=colour, linestyle="", label=label)
+        for marker, colour, label in (
+            ("o", OURS, "plans"),
+            ("o", FRONT, "plans without errors"),
+            ("s", OTHERS, "one choice for all blocks"),
+        )
+    ]
+    handles.append(pyplot.Line2D([], [], color=FRONT, label="from what was foretold"))
+    axes[0][-1].legend(handles=handles, frameon=False, fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
 def save(figure: Any, path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
@@ -332,6 +385,8 @@ def main(words: list[str] | None = None) -> None:
     training = [row for row in rows.read(options.results / "cifar.jsonl") if "accuracy" in row]
     if training:
         draw_training(training, options.out / "cifar.png")
+    if plans := rows.read(options.results / "planner.jsonl"):
+        draw_plans(plans, options.out / "plans.png")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from packlight import (
     profile,
     saving,
 )
+from packlight.groupquant.grouping import Code
 from packlight.selectors import Methods
 from tests import resnets
 from tests.blocks import Attention, DecoderBlock, EncoderBlock, PreNormBlock, Stack, SwiGLU
@@ -197,12 +198,14 @@ def liger(model: Stack) -> None:
                 setattr(parent, name, ours)
 
 
-def packlight(model: nn.Module, methods: Methods, attention_bits: int | None = None) -> None:
+def packlight(
+    model: nn.Module, methods: Methods, attention_bits: int | None = None, code: Code = "auto"
+) -> None:
     """Converts layers and calls; `attention_bits` in place of the 8 of the conversion."""
     for module in model.modules():
         if isinstance(module, Attention) and attention_bits:
             module.attend = functools.partial(
-                groupquant.scaled_dot_product_attention, bits=attention_bits
+                groupquant.scaled_dot_product_attention, bits=attention_bits, code=code
             )
     convert(model, methods, functional=True)
 
@@ -215,17 +218,19 @@ def _then(*changes: Callable[[Stack], None]) -> Callable[[Stack], None]:
     return prepare
 
 
-def _grouped(bits: int, attention_bits: int | None = None) -> Callable[[nn.Module], None]:
+def _grouped(
+    bits: int, attention_bits: int | None = None, code: Code = "auto"
+) -> Callable[[nn.Module], None]:
     # Dropout, and max pooling, by FewBit: one bit, exact.
-    methods = (GroupQuant(bits), FewBit(3))
-    return functools.partial(packlight, methods=methods, attention_bits=attention_bits)
+    methods = (GroupQuant(bits, code=code), FewBit(3))
+    return functools.partial(packlight, methods=methods, attention_bits=attention_bits, code=code)
 
 
 def _one_of_three(model: Stack) -> None:
     """Every third block packed at 2 bits, the others checkpointed."""
     for i, block in enumerate(model.blocks):
         if i % 3 == 2:
-            _grouped(2, 4)(block)
+            _grouped(2, 4, "minmax")(block)
         else:
             model.checkpoints[block] = {}
 
@@ -239,7 +244,8 @@ _PACKLIGHT = {
     "packlight default": Choice(
         functools.partial(packlight, methods=DEFAULT_METHODS), limit=LIMITS[4]
     ),
-    "packlight 2": Choice(_grouped(2, 4), limit=LIMITS[2]),
+    "packlight 2": Choice(_grouped(2, 4, "minmax"), limit=LIMITS[2]),
+    "packlight 2, rotated": Choice(_grouped(2, 4, "rotated"), limit=LIMITS[2]),
     "packlight 8": Choice(_grouped(8), limit=LIMITS[8]),
     "packlight 4, attention 4": Choice(_grouped(4, 4), limit=LIMITS[4]),
     "packlight 4 + checkpoint": Choice(

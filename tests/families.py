@@ -169,6 +169,17 @@ _TIMES = {"timestep": torch.tensor([7, 500])}
 _TEXT = {"encoder_hidden_states": _numbers(ROWS, 16, 32)}
 _IMAGE = _numbers(ROWS, 4, 16, 16)
 
+
+def _encodec() -> tuple[nn.Module, dict[str, Any]]:
+    import transformers
+
+    config = transformers.EncodecConfig(
+        num_filters=8, hidden_size=32, codebook_size=64, codebook_dim=32, num_lstm_layers=1,
+        upsampling_ratios=[4, 2],
+    )  # fmt: skip
+    return transformers.EncodecModel(config), {"input_values": _numbers(ROWS, 1, 1024)}
+
+
 _STAGES = {"depths": [1, 1], "num_stages": 2, "hidden_sizes": [32, 64]}
 _LATENT = {
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
@@ -279,4 +290,5 @@ FAMILIES: dict[str, Family] = {
     # Sound.
     **{name: _sound(name) for name in ("wav2vec2", "hubert")},
     "whisper": Family("transformers", _whisper),
+    "encodec": Family("transformers", _encodec),
 }  # fmt: skip

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -281,6 +282,19 @@ def test_a_roberta_of_a_directory_is_fine_tuned(tmp_path, capsys):
     assert found[1]["kept_bytes"] < found[0]["kept_bytes"]
     assert {row["model"] for row in found} == {str(model)}
     assert "cola, gelu3, seed 5" in capsys.readouterr().out
+
+
+def test_what_repack_writes_has_the_words_that_occur_and_weights_in_bfloat16():
+    glue = train_suite.glue
+    weight = torch.randn(9, 4)
+    ids = {"cola/train/ids": np.array([5, 8, 3]), "cola/dev/ids": np.array([8, 5])}
+    given = {"config": np.array('{"vocab_size": 9}'), glue._WORDS: weight.numpy(), **ids}
+    arrays = glue.with_words_that_occur(given)
+    assert arrays["cola/train/ids"].tolist() == [2, 3, 1]
+    assert arrays["cola/dev/ids"].tolist() == [3, 2]
+    assert json.loads(str(arrays["config"])) == {"vocab_size": 4}
+    kept = torch.from_numpy(glue.from_bytes(glue.in_bytes(arrays[glue._WORDS])))
+    assert torch.equal(kept, weight[[0, 3, 5, 8]].bfloat16().float())
 
 
 def test_the_network_of_the_paper_on_approximate_activations():
@@ -599,8 +613,12 @@ def test_pictures_are_drawn_from_rows(tmp_path):
                 {**ROW, "method": method, "seed": seed, "loss": [2, 1], "accuracy": [0.1, 0.5]}
                 | {"kept_bytes": 2**30},
             )
+    foretold = {"scenario": "vitb", "predicted_peak": 2**31, "predicted_ms": 50.0, "peak": 2**31}
+    for kind, max_error, ms in (("plan", 0.15, 52.0), ("checkpoint", None, 60.0)):
+        row = {**foretold, "kind": kind, "max_error": max_error, "ms": ms}
+        rows.append(results / "planner.jsonl", {**ROW, **row})
     plot.main(["--results", str(results), "--out", str(tmp_path)])
-    for name in ("step.png", "cifar.png"):
+    for name in ("step.png", "cifar.png", "plans.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -625,7 +643,8 @@ def test_no_rows_no_picture(tmp_path):
 
 
 def test_the_tables_of_the_docs_are_those_of_the_rows():
-    text = "".join(page.read_text(encoding="utf-8") for page in (table.DOCS, table.README))
+    pages = (table.DOCS, table.README, table.DISTRIBUTED)
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     assert table.filled(text) == text
     shown = {name for name, made in table.TABLES.items() if len(made().splitlines()) > 2}
     assert {f"<!-- table {name} -->" for name in shown} <= set(text.splitlines())

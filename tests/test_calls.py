@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -738,6 +739,7 @@ ARGUMENTS = {
     torch.addmm: lambda x: (x.flatten(1)[0, :16], x.flatten(1), _weight(1024, 16)),
     torch.baddbmm: lambda x: (x[0], x[0], x[0] * 2),
     torch.bmm: lambda x: (x[0], x[0] * 2),
+    torch.cat: lambda x: ([_scores(x), torch.ones(4, 16, 8, 1)], -1),
     torch.clamp: lambda x: (x, -0.5),
     torch.clamp_max: lambda x: (x, 0.75),
     torch.clamp_min: lambda x: (x, -0.5),
@@ -790,7 +792,8 @@ class Function(nn.Module):
 
     def forward(self, x):
         arguments = ARGUMENTS.get(self.function, lambda x: (x,))(x * 1.0)
-        subject = next(x for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+        parts = [x for value in arguments for x in (value if type(value) is list else [value])]
+        subject = next(x for x in parts if isinstance(x, Tensor) and x.is_floating_point())
         subject.requires_grad_()
         by_place, rest = arguments[: self.places], arguments[len(arguments[: self.places]) :]
         named = dict(zip(self.names[len(by_place) :], rest, strict=False))
@@ -1154,3 +1157,33 @@ def test_where_tracing_gives_up_each_function_is_itself(fresh_compiler):
     convert(model, GroupQuant(8), functional=True)
     x = torch.randn(32, 64, requires_grad=True)
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+class Breaks(nn.Module):
+    """Its code breaks the graph of torch.compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = F.gelu(self.linear(x))
+        torch._dynamo.graph_break()
+        return F.gelu(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tracer looks at it
+def test_a_break_of_the_graph_is_traced_for_one_more_frame(fresh_compiler):
+    """The one that covers the module's calls."""
+    x, breaks = torch.randn(32, 64), []
+    for is_converted in (False, True):
+        torch.manual_seed(0)
+        model = Breaks()
+        if is_converted:
+            packlight.convert(model, GroupQuant(bits=8))
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(model, backend="eager")(x).square().mean().backward()
+        breaks.append(sum(counters["graph_break"].values()))
+        assert model.linear.weight.grad is not None
+    assert breaks == [1, 2]

@@ -15,6 +15,7 @@ import packlight
 from packlight import fewbit, groupquant, inverted
 from packlight.cli import demo
 from packlight.cli.demo import comparison
+from packlight.cli.demo.further import print_further
 from packlight.cli.demo.model import Block
 from packlight.errors import InputError, MissingDependencyError
 
@@ -148,7 +149,7 @@ def test_a_block_is_that_of_torch() -> None:
         ("PyTorch", {nn.GELU, nn.LayerNorm, nn.Linear}),
         ("FewBit", {fewbit.GELU, nn.LayerNorm, nn.Linear}),
         ("Inverted", {inverted.GELU, inverted.LayerNorm, inverted.Linear}),
-        ("GroupQuant", {groupquant.GELU, groupquant.LayerNorm, groupquant.Linear}),
+        ("default", {groupquant.GELU, groupquant.LayerNorm, groupquant.Linear}),
     ],
 )
 def test_variants_change_layers_and_no_parameter(variant: str, kinds: set[type]) -> None:
@@ -281,6 +282,16 @@ def test_the_report_names_what_was_saved_and_the_difference(
     assert f"validation loss {difference:+z.4f}" in printed
     assert f"{packed.total_bytes / plain.total_bytes - 1:+.1%}" in printed
     assert "peak memory" not in printed
+
+
+def test_the_head_and_a_plan_are_foretold(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tiny(layers=4, width=32, heads=2, context=64, batch=8)
+    print_further(settings, Console(width=160))
+    printed = capsys.readouterr().out
+    assert 'convert(model, head="head") keeps' in printed
+    assert "times less: no logits" in printed
+    assert "memory=0.12): keeps" in printed
+    assert "checkpoint of 8 bits" in printed
 
 
 def test_the_report_shows_peaks_where_there_are_any(

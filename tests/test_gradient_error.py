@@ -81,7 +81,8 @@ def test_one_linear_layer_by_hand():
 def test_error_and_bias_of_stochastic_rounding():
     """Of a weight gradient that is unbiased, with a variance that the codes imply."""
     torch.manual_seed(0)
-    model, method = nn.Sequential(nn.Linear(128, 16, bias=False)), GroupQuant(2)
+    model = nn.Sequential(nn.Linear(128, 16, bias=False))
+    method = GroupQuant(2, code="minmax")
     x, target = torch.randn(64, 128), torch.randn(64, 16)
     (row,) = gradient_error(model, (x, target), method, loss=mean_loss, draws=64).rows
     (found,) = row.weights

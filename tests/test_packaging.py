@@ -43,3 +43,18 @@ def test_an_installed_package_has_its_data_and_its_command():
         if path.is_file() and "__pycache__" not in path.parts:
             copy = installed / path.relative_to(source)
             assert copy.read_bytes() == path.read_bytes(), f"{copy} is not what {path} is"
+
+
+def test_the_version_is_the_same_wherever_it_is_named():
+    assert f"\n## {packlight.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {packlight.__version__}\n" in citation
+
+
+def test_what_installs_without_triton_asks_for_it_nowhere():
+    """macOS and Windows have none: it is an extra, and of that Linux's alone."""
+    asked = [each for each in requirements() if each.startswith("triton")]
+    assert asked
+    assert all("extra==" in each for each in asked)
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "triton >= 3.6; sys_platform == 'linux'" in pyproject

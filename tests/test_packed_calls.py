@@ -625,3 +625,17 @@ def test_a_standardised_weight_is_computed_again(methods, gain):
         model.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified"):
         y.sum().backward()
+
+
+def test_a_quotient_counts_an_error_by_its_divisor_once():
+    """Attention without a softmax: where a row's sum is small, so is what is divided by it."""
+    draws = torch.Generator().manual_seed(2)
+    values = torch.randn(TOKENS, 8, generator=draws)  # groups of four rows
+    small = torch.logspace(-6, 0, TOKENS)[torch.randperm(TOKENS, generator=draws), None]
+    x = [(values * small).requires_grad_(), small.requires_grad_()]
+    model = Code(lambda self, a, b: a / b)
+    _, (_, exact) = run(model, x)
+    before = kept_bytes(lambda: model(*(y * 1 for y in x)))
+    assert compare(model, x, 0.03) == small.nbytes + pack_bytes(values.numel(), 8, 32) < before / 2
+    _, (_, ours) = run(model, x)
+    assert ((ours - exact).abs() <= 0.1 * values.abs().max() / small).all()

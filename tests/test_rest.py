@@ -15,14 +15,15 @@ import packlight
 from packlight import DEFAULT_REST, FewBit, GroupQuant, profile, saving
 from packlight.convert import DEFAULT_METHODS
 from packlight.errors import DoubleBackwardError, InputError
+from packlight.groupquant.grouping import OFFSET
 from packlight.saving import saver
-from tests.helpers import relative_error
+from tests.helpers import pack_bytes, relative_error
 
 FOUR = GroupQuant(bits=4)
 EIGHT = GroupQuant(bits=8)
 ELEMENTS = 64 * 64
 TENSOR = 4 * ELEMENTS  # bytes
-PACK = ELEMENTS // 2 + 4 * ELEMENTS // 128  # of four bits
+PACK = pack_bytes(ELEMENTS, code=OFFSET)
 
 
 class Wave(nn.Module):
@@ -323,3 +324,59 @@ def test_files_say_what_becomes_of_the_rest(tmp_path):
     path.write_text('rest = "FewBit(2)"\n[methods]\nGELU = "FewBit(2)"\n')
     with pytest.raises(InputError, match=r"methods\.toml:1: rest: 'FewBit\(2\)' is no quantiser"):
         packlight.load_methods(path)
+
+
+class Attend(torch.autograd.Function):
+    """Attention as kernels of other packages have it: exponentials of scores less a statistic."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        scores = q @ k.mT
+        statistic = scores.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(q, k, v, statistic)
+        return (scores - statistic).exp() @ v
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, statistic = ctx.saved_tensors
+        p = (q @ k.mT - statistic).exp()
+        dp = dy @ v.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+        return ds @ k, ds.mT @ q, p.mT @ dy
+
+
+@torch.library.custom_op("packlight_tests::attend", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ k.mT
+    statistic = scores.logsumexp(-1, keepdim=True)
+    return (scores - statistic).exp() @ v, statistic
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+attend.register_autograd(lambda ctx, dy, _: Attend.backward(ctx, dy), setup_context=_keep)
+
+
+@pytest.mark.parametrize("function", [Attend.apply, lambda *qkv: attend(*qkv)[0]])
+def test_functions_of_other_packages_are_packed_at_8_bits(function):
+    """At four, probabilities are off by any factor: they are exponentials of what is kept."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, 1, 1, 32))
+
+        def forward(self, x):
+            return function(*(x * self.scale).unbind())
+
+    x = 0.7 * torch.randn(3, 2, 64, 32, generator=torch.Generator().manual_seed(0))
+    plain = Attention()
+    expected = gradients(plain, x)
+    model = converted(plain, rest=FOUR)
+    assert relative_error(gradients(model, x), expected) < 0.1
+    rows = [row for row in profile(model, x).rows if "ttend" in row.operation]
+    count = x.numel() // 3
+    assert sum(row.bytes for row in rows if row.dtype == "uint8") == 3 * count
+    assert [row.bytes for row in rows if row.dtype == "float32"] == [4 * 2 * 64]

@@ -266,3 +266,25 @@ def test_replays_of_a_graph_round_differently_and_draw_nothing_from_torch():
     assert torch.cuda.default_generators[0].get_offset() == offset
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
+
+
+def test_a_loop_that_resumes_needs_the_stream_of_rounding():
+    def resumed(with_rounding):
+        torch.manual_seed(0)
+        layer = packlight.groupquant.Linear(64, 64, bits=2)
+        x = torch.randn(256, 64)
+        layer(x).sum().backward()  # the step before the checkpoint
+        state, generator = packlight.rounding_state(), torch.get_rng_state()
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        expected = layer.weight.grad
+        packlight.manual_seed(99)  # another process
+        torch.set_rng_state(generator)
+        if with_rounding:
+            packlight.set_rounding_state(state)
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        return torch.equal(layer.weight.grad, expected)
+
+    assert resumed(with_rounding=True)
+    assert not resumed(with_rounding=False)

@@ -37,6 +37,7 @@ PAGE, RECORD = ROOT / "docs" / "models.md", ROOT / "tests" / "families.json"
 # What is left of less than these shares of all is not recorded, and not in the page.
 SHARE, SHOWN = 0.05, 0.01
 
+GROUPS = {"families": FAMILIES, "models": ZOO}
 PACKAGES = ("torch", "transformers", "diffusers", "timm", "torchvision")
 
 
@@ -130,7 +131,8 @@ _HEAD = """# Models
 
 What `packlight.convert(model)`, with no other argument, makes of models of other packages: bytes
 that are kept for the backward pass, of float32 on a CPU, the loss included where the model has one.
-`python -m tools.models` made this page, with {versions}.
+`python -m tools.models` made this page, with
+{versions}.
 The models are small, so a share differs from that of a large model; what is left and why does not.
 `conversion.left(batch)` says it of a model and a batch of yours.
 
@@ -138,14 +140,16 @@ The models are small, so a share differs from that of a large model; what is lef
   step. **of bf16** is the error of the plain model under autocast to bfloat16, where its code runs
   so. Both are large where a batch norm has few values a channel, as in the last stages of networks
   on images of 64 pixels. That of 4 bits is noise of the rounding: with 8 bits it is 16 times
-  smaller, and most of it averages out over steps.
+  smaller, and most of it averages out. The ViT's is 0.41 of one draw and 0.05 of the mean of 64,
+  Mamba 2's 0.25 and 0.06 of 16; EfficientNet's is 0.30 and 0.16, for the gradient of a batch norm
+  has its packed value twice, and is biased.
 - **what is left**: the largest share of what is still kept that is no pack, where it is 1% or more,
   and what would help.
 - Gains of 0 and LayerScales of 1e-6 are set to 0.5 first, behind which there would be no gradient.
 
 Forward results are torch's, bit for bit{but}. All gradients are finite{infinite}.
-`packlight.predict` foretells what is kept within {off:.1%}{unknown}; a forward pass that depends on
-values cannot be foretold.
+`packlight.predict` foretells what is kept within {off:.1%}{unknown}:
+a forward pass that depends on values cannot be foretold.
 """
 
 _COLUMNS = """
@@ -179,11 +183,11 @@ since `nms` and `roi_align` have no kernels beside a CPU build of torch.
 def page(record: dict[str, Any]) -> str:
     rows = {**record["families"], **record["models"]}
     sections = {
-        "families": record["families"],
+        "families": {name: record["families"][name] for name in FAMILIES},
         **{
             package: {
-                name.removeprefix(f"{package}/"): row
-                for name, row in record["models"].items()
+                name.removeprefix(f"{package}/"): record["models"][name]
+                for name in ZOO
                 if name.startswith(f"{package}/")
             }
             for package in ("timm", "torchvision")
@@ -244,17 +248,17 @@ def main() -> None:
     known = json.loads(RECORD.read_text()) if patterns else {}
     if patterns and known["versions"] != versions():
         sys.exit(f"what is recorded was found with {known['versions']}: look at all again")
-    record: dict[str, Any] = {"versions": versions()}
-    for group, families in {"families": FAMILIES, "models": ZOO}.items():
-        record[group] = {}
+    record: dict[str, Any] = {"versions": versions(), **{group: {} for group in GROUPS}}
+    for group, families in GROUPS.items():
+        for name in families:
+            if name in known.get(group, {}):
+                record[group][name] = known[group][name]
+    for group, families in GROUPS.items():
         for name, family in families.items():
-            if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):
-                if name in known[group]:
-                    record[group][name] = known[group][name]
-                continue
-            record[group][name] = row = look_at(family)
-            print(json.dumps({name: row}), file=sys.stderr)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+            if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns):
+                record[group][name] = row = look_at(family)
+                print(json.dumps({name: row}), file=sys.stderr)
+                RECORD.write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text(page(record))
 
 

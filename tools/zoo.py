@@ -30,36 +30,32 @@ def _each(names: str, **options: Any) -> dict[str, dict[str, Any]]:
 _TIMM: dict[str, dict[str, Any]] = {
     # Residual networks.
     **_each(
-        """resnet50 resnet50d wide_resnet50_2 resnetrs50 resnetblur50 ecaresnet50d seresnet50
-        resnext50_32x4d seresnext50_32x4d res2net50_26w_4s senet154 resnetv2_50""",
+        """resnet50 resnet50d wide_resnet50_2 resnetblur50 ecaresnet50d seresnet50
+        resnext50_32x4d seresnext50_32x4d res2net50_26w_4s resnetv2_50""",
         layers=[1, 1, 1, 1],
     ),
     **_each(
-        """resnet18 skresnet18 resnest14d resnetv2_50x1_bit tresnet_m cspresnet50 cspdarknet53
-        regnetx_002 regnety_002 regnetz_b16 nf_resnet50 eca_nfnet_l0 dm_nfnet_f0"""
+        """resnet18 skresnet18 resnest14d resnetv2_50x1_bit tresnet_m cspresnet50 regnetx_002
+        regnety_002 regnetz_b16 nf_resnet50 dm_nfnet_f0"""
     ),
     # Other convolutional networks.
     **_each(
-        """efficientnet_b0 tf_efficientnet_b0 tf_efficientnetv2_b0 efficientnetv2_rw_t
-        efficientnet_lite0 mnasnet_100 mobilenetv1_100 mobilenetv2_100 mobilenetv3_large_100
-        mobilenetv3_small_100 mobilenetv4_conv_small mobilenetv4_hybrid_medium mixnet_s fbnetc_100
-        spnasnet_100 hardcorenas_a lcnet_050 tinynet_e rexnet_100 ghostnet_100 ghostnetv2_100
-        mobileone_s0 repvgg_a0 repvit_m0_9 dla34 hrnet_w18_small vgg11 vgg11_bn xception41
-        legacy_xception hgnet_tiny hgnetv2_b0 selecsls42b ese_vovnet19b_dw convnext_atto
-        convnextv2_atto mambaout_femto starnet_s1 gernet_s fasternet_t0 efficientvit_b0
-        edgenext_xx_small convmixer_768_32 focalnet_tiny_srf inception_v3 inception_v4
-        inception_resnet_v2"""
+        """efficientnet_b0 tf_efficientnet_b0 tf_efficientnetv2_b0 efficientnet_lite0
+        mobilenetv1_100 mobilenetv2_100 mobilenetv3_large_100 mobilenetv3_small_100
+        mobilenetv4_conv_small mixnet_s rexnet_100 ghostnet_100 repvgg_a0 repvit_m0_9 dla34
+        hrnet_w18_small vgg11 vgg11_bn xception41 hgnetv2_b0 convnext_atto convnextv2_atto
+        mambaout_femto starnet_s1 fasternet_t0 efficientvit_b0 edgenext_xx_small
+        convmixer_768_32 focalnet_tiny_srf inception_v3"""
     ),
     **_each("convnext_tiny inception_next_tiny", depths=(1, 1, 1, 1)),
     "densenet121": {"block_config": (2, 2, 2, 2)},
     # Vision transformers.
     **_each(
-        """vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224 vit_base_patch16_clip_224
-        vit_base_patch16_siglip_224 vit_base_patch16_rope_reg1_gap_256 vit_relpos_small_patch16_224
+        """vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224
+        vit_base_patch16_clip_224 vit_base_patch16_siglip_224 vit_base_patch16_rope_reg1_gap_256
         vit_small_r26_s32_224 vit_small_patch16_dinov3 samvit_base_patch16 deit_tiny_patch16_224
         deit_tiny_distilled_patch16_224 deit3_small_patch16_224 beit_base_patch16_224
-        beitv2_base_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 tnt_s_patch16_224
-        convit_tiny""",
+        cait_xxs24_224 xcit_nano_12_p16_224 tnt_s_patch16_224""",
         img_size=SIDE, depth=2,
     ),
     **_each(
@@ -69,19 +65,16 @@ _TIMM: dict[str, dict[str, Any]] = {
     ),
     # Hierarchies, and hybrids.
     **_each(
-        """swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 twins_pcpvt_small twins_svt_small
-        davit_tiny""",
+        """swin_tiny_patch4_window7_224 twins_svt_small davit_tiny""",
         depths=(1, 1, 1, 1),
     ),
     "swinv2_tiny_window8_256": {"img_size": 128, "depths": (1, 1, 1, 1)},
     "vitamin_small_224": {"img_size": SIDE},
     **_each(
-        """maxvit_rmlp_pico_rw_256 coatnet_nano_rw_224 pvt_v2_b0 poolformer_s12 poolformerv2_s12
-        convformer_s18 caformer_s18 mixer_s16_224 gmlp_s16_224 resmlp_12_224 efficientformer_l1
-        efficientformerv2_s0 fastvit_t8 levit_128s crossvit_tiny_240 volo_d1_224 nest_tiny
-        mobilevit_xxs mobilevitv2_050 gcvit_xxtiny hiera_tiny_224 efficientvit_m0 coat_lite_tiny
-        pit_ti_224 visformer_tiny sequencer2d_s mvitv2_tiny botnet26t_256 lambda_resnet26t
-        tiny_vit_5m_224 shvit_s1 swiftformer_xs nextvit_small"""
+        """maxvit_rmlp_pico_rw_256 coatnet_nano_rw_224 pvt_v2_b0 poolformer_s12 convformer_s18
+        caformer_s18 mixer_s16_224 resmlp_12_224 efficientformer_l1 efficientformerv2_s0
+        fastvit_t8 levit_128s crossvit_tiny_240 volo_d1_224 nest_tiny mobilevit_xxs
+        mobilevitv2_050 gcvit_xxtiny hiera_tiny_224 mvitv2_tiny tiny_vit_5m_224"""
     ),
 }  # fmt: skip
 
@@ -89,12 +82,11 @@ _TIMM: dict[str, dict[str, Any]] = {
 _SIDES = {
     name: side
     for side, names in {
-        224: """mixer_s16_224 gmlp_s16_224 resmlp_12_224 efficientformer_l1 efficientformerv2_s0
-            levit_128s volo_d1_224 nest_tiny gcvit_xxtiny hiera_tiny_224 coat_lite_tiny pit_ti_224
-            visformer_tiny swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224
+        224: """mixer_s16_224 resmlp_12_224 efficientformer_l1 efficientformerv2_s0 levit_128s
+            volo_d1_224 nest_tiny gcvit_xxtiny hiera_tiny_224 swin_tiny_patch4_window7_224
             coatnet_nano_rw_224""",
-        256: "maxvit_rmlp_pico_rw_256 botnet26t_256",
-        96: "inception_v3 inception_v4 inception_resnet_v2",
+        256: "maxvit_rmlp_pico_rw_256",
+        96: "inception_v3",
     }.items()
     for name in names.split()
 }
@@ -158,9 +150,8 @@ class _Detector(nn.Module):
         whole = make(weights=None, weights_backbone=None, num_classes=CLASSES)
         self.backbone, self.rpn, heads = whole.backbone, whole.rpn.head, whole.roi_heads
         self.box_head, self.box_predictor = heads.box_head, heads.box_predictor
-        self.mask = (
-            nn.Sequential(heads.mask_head, heads.mask_predictor) if heads.has_mask() else None
-        )
+        parts = (heads.mask_head, heads.mask_predictor) if heads.has_mask() else ()
+        self.mask = nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = self.backbone(x)

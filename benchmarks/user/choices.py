@@ -1,6 +1,7 @@
 """What a user could do about the memory of a training step. Another choice is one more line."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -73,7 +74,16 @@ def graphed(model: nn.Module) -> None:
     packlight.graphed(model)
 
 
+def packed_by(model: nn.Module, **how: Any) -> None:
+    """As the default, with groups by other bits or another code."""
+    fixed, group, few = packlight.DEFAULT_METHODS
+    methods = (fixed, dataclasses.replace(group, **how), few)
+    packlight.convert(model, methods, functional=True)
+
+
 _head = functools.partial(default, head=True)
+_minmax, _rotated = (functools.partial(packed_by, code=code) for code in ("minmax", "rotated"))
+_minmax2, _auto2 = (functools.partial(packed_by, bits=2, code=code) for code in ("minmax", "auto"))
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -130,6 +140,12 @@ CHOICES = {
     "default": Choice("packlight default", (default,)),
     "default+head": Choice("packlight default, head", (_head,), kind="head"),
     "graphed": Choice("graph", (graphed,)),
+    "minmax": Choice("packlight min-max", (_minmax,)),
+    "rotated": Choice("packlight rotated", (_rotated,)),
+    "minmax2": Choice("packlight min-max, 2 bits", (_minmax2,)),
+    "auto2": Choice("packlight 2 bits", (_auto2,)),
+    "minmax+graphed": Choice("packlight min-max, graph", (_minmax, graphed)),
+    "auto2+graphed": Choice("packlight 2 bits, graph", (_auto2, graphed)),
     "attention4": Choice("packlight default, attention 4 bits", (attention4,), kind="liger"),
     "attention4+graphed": Choice(
         "packlight default, attention 4 bits, graph", (attention4, graphed), kind="liger"

@@ -47,7 +47,8 @@ def latest(found: Rows) -> dict[str, dict[str, Row]]:
     for row in timed:
         if not check(row, timed).startswith("failed"):
             last[row["scenario"]][row["choice"]] = row
-    return {scenario: own for scenario, own in last.items() if own}
+    # One choice alone says nothing.
+    return {scenario: own for scenario, own in last.items() if len(own) > 1}
 
 
 def points(own: dict[str, Row]) -> list[plot.Point]:

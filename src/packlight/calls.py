@@ -337,7 +337,10 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
         if now is calls or (now is _NONE and calls.untouched is None):
             return kind.forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():  # a mode within one that is off would be off too
-            return _cover(calls, kind.forward, self, *args, **kwargs)
+            # Without a function in between: where the code within breaks its graph, the tracer
+            # begins anew for each frame around it.
+            with _Covering(calls):
+                return kind.forward(self, *args, **kwargs)
         return _torch.without_mode(_Covering, _cover, calls, kind.forward, self, *args, **kwargs)
 
     _torch.give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")

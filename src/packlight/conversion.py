@@ -168,8 +168,8 @@ class Conversion:
             yield Text(f"calls of torch functions are covered in {modules}{bits}")
         if self.rest is not None:
             yield Text(
-                f"the rest is packed by {brief(self.rest)}, as packlight.saving does; torch keeps"
-                " the rest of what is compiled"
+                f"the rest is packed by {brief(self.rest)}, as packlight.saving does; a model that"
+                " is compiled as a whole needs that around it"
             )
         if self.heads:
             heads = ", ".join(condensed(self.heads))

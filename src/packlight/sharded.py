@@ -21,7 +21,7 @@ arXiv 2205.05198.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ from packlight.reading import reading_of
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.placement_types import Placement
 
 _POINTWISE = (
     nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU, nn.LogSigmoid, nn.Mish,
@@ -75,7 +74,7 @@ def _by_rows(forward: Forward, layer: Any, x: "DTensor", width: int) -> Tensor |
     """Of a layer to which the last `width` dimensions are one row, and all others alike."""
     from torch.distributed.tensor import Partial
 
-    (placed,) = x.placements
+    placed: Any = x.placements[0]
     if placed.is_partial() or (placed.is_shard() and placed.dim % x.dim() >= x.dim() - width):
         return None
     if any(not p.placements[0].is_replicate() for p in layer._parameters.values() if p is not None):
@@ -90,9 +89,12 @@ def _linear(forward: Forward, layer: nn.Linear, x: "DTensor") -> Tensor | None:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     mesh, last = x.device_mesh, x.dim() - 1
-    (cut,) = layer.weight.placements
+    (cut,) = cast("Any", layer.weight).placements
     (placed,) = x.placements
     shape = (*x.shape[:-1], layer.weight.shape[0])
+    bias: Any = layer.bias
+    if bias is not None and bias.placements != ((cut,) if cut.is_shard(0) else (Replicate(),)):
+        return None
     if cut.is_shard(0):  # columns of the result
         x = x if placed.is_replicate() else x.redistribute(placements=(Replicate(),))
         local = x.to_local(grad_placements=(Partial(),))
@@ -126,30 +128,33 @@ class _Share:
 
 @contextlib.contextmanager
 def _local_parameters(
-    layer: Any, gradients: "Placement", of_bias: Callable[["DTensor"], Tensor] | None = None
+    layer: Any, gradients: Any, of_bias: Callable[[Any], Tensor] | None = None
 ) -> Iterator[None]:
     """The layer with this rank's part of its parameters, whose gradients are placed so."""
     whole = dict(layer._parameters)
     for name, parameter in whole.items():
-        if parameter is not None:
-            is_bias = of_bias is not None and name == "bias"
-            local = parameter.to_local(grad_placements=(gradients,)) if not is_bias else None
-            layer._parameters[name] = of_bias(parameter) if local is None else local
+        if parameter is None:
+            continue
+        if name == "bias" and of_bias is not None:
+            layer._parameters[name] = of_bias(parameter)
+        else:
+            layer._parameters[name] = parameter.to_local(grad_placements=(gradients,))
     try:
         yield
     finally:
         layer._parameters.update(whole)
 
 
-def _from_local(y: Tensor, mesh: "DeviceMesh", placed: "Placement", shape: Any) -> Tensor:
+def _from_local(y: Tensor, mesh: "DeviceMesh", placed: Any, shape: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size(shape)
     stride = torch.empty(shape, device="meta").stride()
     kept = sharing.pack_of(y)
     made = DTensor.from_local(y, mesh, (placed,), run_check=False, shape=shape, stride=stride)
-    if kept is not None and placed.is_shard() and made.grad_fn is not None:
-        made.grad_fn.packlight_parts = (placed, WeakPack.of(kept))
+    node: Any = made.grad_fn
+    if kept is not None and placed.is_shard() and node is not None:
+        node.packlight_parts = (placed, WeakPack.of(kept))
     return made
 
 
@@ -173,8 +178,10 @@ def _pack_of_parts(x: "DTensor", asked: Grade) -> Pack | None:
     made = x.grad_fn
     if made is None or made.name() != "RedistributeBackward":
         return None
-    placed, weakly = getattr(made.next_functions[0][0], "packlight_parts", (None, None))
-    pack = None if weakly is None else weakly.pack()
+    noted: Any = getattr(made.next_functions[0][0], "packlight_parts", None)
+    if noted is None:
+        return None
+    placed, pack = noted[0], noted[1].pack()
     if pack is None or not pack.grade.serves(asked) or x.shape[placed.dim] % x.device_mesh.size():
         return None
     rebuild = _Gathered(pack.rebuild, placed.dim, pack.shape, x.device_mesh)

@@ -67,6 +67,9 @@ def errors(tensors, causal, **options):
     return relative_error(*(torch.cat([g.flatten() for g in grads]) for grads in (found, exact)))
 
 
+NEAREST = {"rounding": "nearest"}
+
+
 def minmax(bits):
     return {"bits": bits, "code": "minmax"}
 
@@ -96,17 +99,20 @@ def test_scores_as_far_apart_as_in_a_first_layer():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_gradient_is_that_of_attention_of_what_is_decoded(dtype, causal):
+    """Of the query less its mean over tokens, and that mean."""
     method = GroupQuant(4, rounding="nearest")
     tensors = [x.detach().to(dtype).requires_grad_() for x in correlated(4, 64, 32)]
     y = scaled_dot_product_attention(*tensors, is_causal=causal, method=method)
     dy = torch.randn_like(y)
     found = torch.autograd.grad(y, tensors, dy)
+    mean = tensors[0].detach().mean((0, 2), keepdim=True)
     decoded = [
-        method.unpack(dtype, tuple(x.shape), x.stride(), *method.pack(x.detach(), None))
-        .clone(memory_format=torch.preserve_format)
-        .requires_grad_()
-        for x in tensors
+        method.unpack(dtype, tuple(x.shape), x.stride(), *method.pack(x.detach() - less, None))
+        + less
+        for x, less in zip(tensors, (mean, 0.0, 0.0), strict=True)
     ]
+    for x in decoded:
+        x.requires_grad_()
     again = F.scaled_dot_product_attention(*decoded, is_causal=causal)
     expected = torch.autograd.grad(again, decoded, dy)
     for one, other in zip(found, expected, strict=True):
@@ -151,7 +157,9 @@ def test_packs_of_query_key_and_value_are_kept_and_nothing_else(bits):
     shape = (2, 64, 128)
     count = math.prod(shape)
     linears = 2 * pack_bytes(count, 4)
-    assert kept_by(shape, recompute=True, **minmax(bits)) == 3 * pack_bytes(count, bits) + linears
+    mean = 4 * 128 if bits < 8 else 0  # of the query
+    packs = 3 * pack_bytes(count, bits) + mean
+    assert kept_by(shape, recompute=True, **minmax(bits)) == packs + linears
     statistic = 4 * 2 * 4 * 64
     expected = 4 * pack_bytes(count, 8) + pack_bytes(count, 4) + statistic
     assert kept_by(shape, recompute=False, **minmax(8)) == expected
@@ -174,7 +182,9 @@ def test_packs_cross_to_a_compiled_backward_pass(bits, fresh_compiler):
         return groupquant.scaled_dot_product_attention(q, k, v, **options)
 
     _, *kept = crossing(run, given)
-    assert sum(x.numel() * x.element_size() for x in kept) == 3 * pack_bytes(given.numel(), bits)
+    mean = 4 * 128 if bits < 8 else 0  # of the query
+    packs = 3 * pack_bytes(given.numel(), bits) + mean
+    assert sum(x.numel() * x.element_size() for x in kept) == packs
 
 
 def test_under_autocast_what_is_packed_is_16_bits_wide():
@@ -188,14 +198,17 @@ def test_under_autocast_what_is_packed_is_16_bits_wide():
     assert all(relative_error(a, b) < 0.04 for a, b in zip(*pairs, strict=True))
 
 
-def test_a_nan_stays_one():
+@pytest.mark.parametrize("which", ["query", "key"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_where_it_is(which, value):
     q, k, v = (x.detach().clone() for x in correlated(4, 64, 32))
-    k[0, 0, 0, 0] = math.nan
+    (q if which == "query" else k)[0, 0, 0, 0] = value
     tensors = [x.requires_grad_() for x in (q, k, v)]
     y = groupquant.scaled_dot_product_attention(*tensors, bits=4, recompute=True)
-    dq, _, _ = torch.autograd.grad(y.sum(), tensors)
-    assert dq[0, 0].isnan().all()
+    dq, dk, _ = torch.autograd.grad(y.sum(), tensors)
+    assert (dk if which == "query" else dq)[0, 0].isnan().all()
     assert dq[1].isfinite().all()
+    assert dk[1].isfinite().all()
 
 
 # ---- what is refused, and the defaults -----------------------------------------------------------
@@ -217,8 +230,10 @@ class Attention(nn.Module):
     ("method", "attention_bits"),
     [
         *((GroupQuant(bits, code="minmax"), 8) for bits in (2, 4, 8)),
-        *((GroupQuant(bits, code=code), 4) for bits in (2, 4) for code in ("rotated", "auto")),
-        (GroupQuant(8, code="auto"), 8),
+        *((GroupQuant(bits, code="rotated"), 4) for bits in (2, 4)),
+        *((GroupQuant(bits, code="auto"), 4) for bits in (2, 3)),
+        *((GroupQuant(bits, code="auto"), 8) for bits in (4, 8)),
+        *((GroupQuant(2, code="auto", **given), 8) for given in ({"group_size": 32}, NEAREST)),
     ],
     ids=str,
 )

@@ -377,6 +377,20 @@ def test_a_large_input_is_freed_before_its_gradient_is_made(
         torch.testing.assert_close(a, b)
 
 
+def test_an_autocast_around_the_backward_pass_does_not_round_the_gradient(monkeypatch):
+    monkeypatch.setattr(convolution, "LARGE", 0)
+    layer = nn.Conv2d(8, 16, 3)
+    packlight.convert(layer, METHOD)
+    found = []
+    for enabled in (False, True):
+        leaf = torch.ones(2, 8, 9, 9).requires_grad_()
+        y = layer(leaf)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y.sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
 def test_the_peak_is_lower_by_a_large_input(monkeypatch):
     layer = nn.Conv2d(64, 64, 1, bias=False)
     packlight.convert(layer, METHOD)

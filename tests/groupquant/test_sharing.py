@@ -15,11 +15,11 @@ import packlight
 import packlight.groupquant as group_quant
 from packlight import profile, sharing
 from packlight.errors import DoubleBackwardError
-from tests.helpers import gradient, kept_bytes, relative_error
+from packlight.groupquant.grouping import MINMAX
+from tests.helpers import gradient, kept_bytes, pack_bytes, relative_error
 
 WIDTH, TOKENS = 256, 128
-# Bytes an element of a 4-bit pack with groups of 128.
-PACK = 4.25 / 8
+CODE = packlight.GroupQuant().groups[2]
 NEAREST = {"rounding": "nearest"}
 
 
@@ -70,7 +70,7 @@ def RMSNormLinear(**options):
 
 
 class Block(nn.Module):
-    """A GPT block: 4-bit packs, attention's query, key and value at 8 bits."""
+    """A GPT block: 4-bit packs, attention's query, key and value at 8 bits, to nearest."""
 
     def __init__(self, **options):
         super().__init__()
@@ -102,15 +102,19 @@ class QKVAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(x.shape))
 
 
-# Model, bytes a token and width in units of PACK, what else is kept a token, and the parameters of
-# a norm, of which copies are kept.
+# Model, widths of the packs that are kept, what else is kept a token, and the parameters of a norm,
+# of which copies are kept.
 CASES = {
-    "q, k, v": (QKV, 1, 0, 0),
-    "fc1, GELU, fc2": (MLP, 1 + 4, 0, 0),
-    "gate, up, SwiGLU, down": (SwiGLU, 1 + 2 + 2, 0, 0),
-    "LayerNorm, Linear": (NormLinear, 1, 4, 2),
-    "RMSNorm, Linear": (RMSNormLinear, 1, 4, 1),
+    "q, k, v": (QKV, [1], 0, 0),
+    "fc1, GELU, fc2": (MLP, [1, 4], 0, 0),
+    "gate, up, SwiGLU, down": (SwiGLU, [1, 2, 2], 0, 0),
+    "LayerNorm, Linear": (NormLinear, [1], 4, 2),
+    "RMSNorm, Linear": (RMSNormLinear, [1], 4, 1),
 }
+
+
+def bytes_of(packs, code=CODE):
+    return sum(pack_bytes(TOKENS * WIDTH * width, code=code) for width in packs)
 
 
 def input_of(dtype=torch.float32):
@@ -125,7 +129,7 @@ def test_layers_share_one_pack(case, mode):
     model, x = make().to(dtype), input_of(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         kept = profile(model, x).activation_bytes
-    assert kept == TOKENS * WIDTH * packs * PACK + TOKENS * extra + copies * WIDTH * dtype.itemsize
+    assert kept == bytes_of(packs) + TOKENS * extra + copies * WIDTH * dtype.itemsize
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
@@ -147,7 +151,7 @@ def test_compiled_layers_share_the_same_packs(case, reads, autocast, fresh_compi
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     eager, kept = kept_bytes(lambda: run(x)), kept_bytes(lambda: compiled(x))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert kept <= TOKENS * WIDTH * packs * PACK + TOKENS * extra + parameters
+    assert kept <= bytes_of(packs) + TOKENS * extra + parameters
     assert kept <= eager + 64
 
 
@@ -322,9 +326,10 @@ def test_a_gpt_block_keeps_at_most_7_bytes_a_token_and_width(mode):
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         report = profile(model, x.to(model.mlp.fc1.weight.dtype) * 1.0)
     statistics = TOKENS * 2 * 4  # rstd of two norms
-    packs = (1 + 1 + 1 + 4) * PACK + 3 * 8.25 / 8  # the output of attention is a Linear's input
+    # The output of attention is a Linear's input.
+    packs = bytes_of([1, 1, 1, 4], MINMAX) + 3 * pack_bytes(TOKENS * WIDTH, 8)
     copies = 4 * WIDTH * dtype.itemsize  # of the norms' weights and biases
-    assert report.activation_bytes == TOKENS * WIDTH * packs + statistics + copies
+    assert report.activation_bytes == packs + statistics + copies
     assert report.activation_bytes - copies <= 7 * WIDTH * TOKENS
 
 

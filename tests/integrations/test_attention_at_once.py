@@ -199,6 +199,15 @@ def test_it_keeps_no_more(name):
     assert kept <= packlight.profile(one_by_one(module), x).activation_bytes
 
 
+def test_what_the_projection_of_a_whole_sub_layer_reads_is_not_kept():
+    module, _ = converted(bert_layer)
+    x = torch.randn(4, 16, WIDTH, requires_grad=True)
+    kept = packlight.profile(module, x).activation_bytes
+    parts = packlight.profile(one_by_one(copy.deepcopy(module)), x).activation_bytes
+    groups = x.numel() // NEAREST.group_size
+    assert parts - kept == x.numel() + 4 * groups  # a byte an element and a word a group
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @every_kind
 def test_within_a_checkpoint(name, reentrant):

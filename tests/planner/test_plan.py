@@ -154,3 +154,12 @@ def test_what_is_allocatable_is_reserved_within_the_size(size: int) -> None:
     assert reserved(allocatable(size)) <= size
     assert reserved(allocatable(size) + 2) >= size
     assert allocatable(size + 1) >= allocatable(size)
+
+
+def test_options_that_torch_refuses_to_run_again_are_left_out() -> None:
+    """Packs of 4 bits in offloaded encoder layers, whose input the layer before has packed."""
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    plan = packlight.plan(model, torch.randn(4, 64, 64), memory="1GiB", device="H200")
+    packlight.convert(model, plan, strict=False)
+    model(torch.randn(4, 64, 64)).sum().backward()

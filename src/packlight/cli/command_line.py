@@ -423,7 +423,7 @@ def _add_demo(subcommands: Any) -> None:
     )
     # The defaults stand in packlight.cli.demo.DEFAULTS; a test compares them with these texts.
     for name, text in (
-        ("steps", "training steps (default: 160 on a CPU, 400 on a GPU)"),
+        ("steps", "training steps (default: 70 on a CPU, 400 on a GPU)"),
         ("layers", "transformer blocks (default: 4, 12)"),
         ("width", "width of the model, a multiple of the heads (default: 128, 768)"),
         ("heads", "attention heads (default: 4, 12)"),

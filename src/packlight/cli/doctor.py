@@ -6,11 +6,10 @@ PyTorch that defines what is true. What is said is one block of text for an issu
 
 import argparse
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +57,7 @@ class Outcome:
         limit: what `torchs` may be.
         launch_us: microseconds that a forward and a backward pass on small tensors take.
         torch_us: the same of torch's function.
+        seconds: of the whole check; a kernel that was never used before is compiled in them.
         failure: what was wrong, or the error that was raised; None where all is well.
     """
 
@@ -67,21 +67,25 @@ class Outcome:
     limit: float = 0.0
     launch_us: float | None = None
     torch_us: float | None = None
+    seconds: float = 0.0
     failure: str | None = None
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Prints what was found; 1 if anything is wrong, else 0."""
+    """Prints what was found, a line a check as it is done; 1 if anything is wrong, else 0."""
     device = _device(arguments.device)
     attempts = {kind.name: partial(_tried, kind, device) for kind in kinds()} | _models(device)
-    outcomes = [_outcome(*attempt) for attempt in attempts.items()]
-    missing = list(unsupported(device))
+    outcomes: list[Outcome] = []
+    lines = _lines((_outcome(*attempt) for attempt in attempts.items()), outcomes, device)
     if arguments.json:
+        for _ in lines:
+            pass
         answers = [asdict(outcome) for outcome in outcomes]
-        data = {"machine": env.collect(), "checks": answers, "without": missing}
+        data = {"machine": env.collect(), "checks": answers, "without": list(unsupported(device))}
         print(json.dumps(data, indent=1))
     else:
-        sys.stdout.write(as_text(outcomes, missing, device))
+        for line in lines:
+            print(line, flush=True)
     return int(any(outcome.failure is not None for outcome in outcomes))
 
 
@@ -203,11 +207,13 @@ def _turned_by(function: Function) -> Function:
 
 def _outcome(name: str, attempt: Callable[[], Outcome]) -> Outcome:
     """What came of an attempt, an error among it: the other kinds are tried all the same."""
+    start = time.perf_counter()
     try:
-        return attempt()
+        found = attempt()
     except Exception as error:  # noqa: BLE001  whatever a machine may raise is what is asked for
         reason = str(error).partition("\n")[0][:200]
-        return Outcome(name, failure=f"{type(error).__name__}: {reason}")
+        found = Outcome(name, failure=f"{type(error).__name__}: {reason}")
+    return replace(found, seconds=time.perf_counter() - start)
 
 
 def _tried(kind: Kind, device: torch.device) -> Outcome:
@@ -230,7 +236,7 @@ def _tried(kind: Kind, device: torch.device) -> Outcome:
         kind.limit,
         _launch_us(kind.ours, tensors, device),
         _launch_us(kind.torchs, tensors, device),
-        "; ".join(failures) or None,
+        failure="; ".join(failures) or None,
     )
 
 
@@ -360,37 +366,40 @@ def unsupported(device: torch.device) -> Iterator[str]:
 
 # ---- what is said --------------------------------------------------------------------------------
 
-_WIDTHS = (20, 16, 12, 8, 8, 12)
+_WIDTHS = (20, 16, 12, 8, 8, 12, 8)
 
 
-def as_text(outcomes: list[Outcome], missing: list[str], device: torch.device) -> str:
-    """One block to copy into an issue."""
+def _lines(
+    tried: Iterator[Outcome], outcomes: list[Outcome], device: torch.device
+) -> Iterator[str]:
+    """One block to copy into an issue; what `tried` gives goes into `outcomes`."""
     machine = env.collect()
-    packages = machine["packages"].items()
-    rows = [
-        *(f"{name}: {machine[name]}" for name in ("packlight", "python", "platform")),
-        *(f"{name}: {machine[name]}" for name in ("torch", "torch built for", "GPUs", "kernels")),
-        *(f"{name}: {version}" for name, version in packages if version != "not installed"),
-        "",
-        _row("", "from reference", "from torch", "limit", "us", "torch's us"),
-    ]
-    for outcome in outcomes:
+    yield "```text"
+    for name in ("packlight", "python", "platform", "torch", "torch built for", "GPUs", "kernels"):
+        yield f"{name}: {machine[name]}"
+    for name, version in machine["packages"].items():
+        if version != "not installed":
+            yield f"{name}: {version}"
+    yield ""
+    yield _row("", "from reference", "from torch", "limit", "us", "torch's us", "s")
+    for outcome in tried:
+        outcomes.append(outcome)
         limit = None if outcome.torchs is None else outcome.limit
         cells = (outcome.reference, outcome.torchs, limit, outcome.launch_us, outcome.torch_us)
-        if any(cell is not None for cell in cells):
-            shown = zip(cells, (".1e", ".1e", "g", ".0f", ".0f"), strict=True)
-            rows.append(_row(outcome.name, *("" if x is None else format(x, f) for x, f in shown)))
+        shown = zip(cells, (".1e", ".1e", "g", ".0f", ".0f"), strict=True)
+        texts = ("" if x is None else format(x, form) for x, form in shown)
+        yield _row(outcome.name, *texts, f"{outcome.seconds:.1f}")
         if outcome.failure is not None:
-            rows.append(f"FAILED: {outcome.name.strip()}: {outcome.failure}")
-    rows += [
+            yield f"FAILED: {outcome.name.strip()}: {outcome.failure}"
+    yield (
         "from: relative errors of gradients, of the kernel from its reference (at most "
-        f"{_SAME:g}), from torch's",
-        "us: of the host, for a forward and a backward pass on small tensors",
-        "",
-        *(f"note: {each}" for each in missing),
-        f"{device}: " + _verdict(outcomes),
-    ]
-    return "\n".join(["```text", *rows, "```", ""])
+        f"{_SAME:g}), from torch's"
+    )
+    yield "us: of the host, for a forward and a backward pass on small tensors; s: of the check"
+    yield ""
+    yield from (f"note: {each}" for each in unsupported(device))
+    yield f"{device}: " + _verdict(outcomes)
+    yield "```"
 
 
 def _row(name: str, *cells: str) -> str:

@@ -9,10 +9,11 @@ functions need is packed once, with the bits of the first that does:
 - `linear` keeps nothing of its own where its input was made by a norm, an activation or a gated
   unit of this module: it rebuilds its input from what they keep.
 
-Gradients of `linear` with respect to input and bias are exact; the weight's is unbiased with
-stochastic rounding, where the pack is of the input itself, and biased where the input is rebuilt
-through an activation. Where no gradient is asked for nothing is packed and the plain torch function
-runs. A second derivative raises `DoubleBackwardError`.
+Gradients of `linear` with respect to input and bias are exact; where the pack is of the input
+itself the weight's is unbiased with stochastic rounding and offsets and nearly so of rotated
+groups, and it is biased where the input is rebuilt through an activation. Where no gradient is
+asked for nothing is packed and the plain torch function runs. A second derivative raises
+`DoubleBackwardError`.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,6 @@ from packlight.layers import norms as layers_norms
 from packlight.layers.prelu import prelu as layers_prelu
 
 _DEFAULT = GroupQuant()
-_ATTENTION = _DEFAULT.for_attention()
 
 # ---- matrix products and norms -------------------------------------------------------------------
 
@@ -51,7 +51,8 @@ def linear(
     """x W^T + b, x [..., in], W [out, in], b [out].
 
     Keeps `bits + 32 / group_size` bits an element of x, or nothing where x is packed already, and W
-    itself. Input and bias gradients exact, weight gradient unbiased with stochastic rounding.
+    itself. Input and bias gradients exact, weight gradient unbiased with stochastic rounding and
+    offsets, nearly so of rotated groups.
     """
     method = GroupQuant(bits, group_size, rounding, code)
     return layers_linear.linear(input, weight, bias, method=method)
@@ -74,7 +75,7 @@ def layer_norm(
     Keeps a pack of x_hat = (x - mean) rstd, from which the next `linear` rebuilds its input, and
     rstd: `bits + 32 / group_size` bits an element and 32 a row. With x~ the packed value,
     dx = rstd (g - mean g - x~ mean(g x~)) for g = dy weight, and dweight = sum dy x~, which is
-    unbiased with stochastic rounding; dbias is exact.
+    unbiased with stochastic rounding and offsets; dbias is exact.
     """
     method = GroupQuant(bits, group_size, rounding, code).for_norms()
     return layers_norms.layer_norm(input, normalized_shape, weight, bias, eps, method=method)
@@ -109,28 +110,30 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    bits: int = _ATTENTION.bits,
-    group_size: int = _ATTENTION.group_size,
-    rounding: Rounding = _ATTENTION.rounding,
-    code: Code = _ATTENTION.code,
+    bits: int | None = None,
+    group_size: int = _DEFAULT.group_size,
+    rounding: Rounding = _DEFAULT.rounding,
+    code: Code = _DEFAULT.code,
     recompute: bool | None = None,
 ) -> Tensor:
     """softmax(Q K^T scale) V by torch's fused kernels, q [..., heads, length, head_dim].
 
     Keeps packs of query, key and value, `bits + 32 / group_size` bits an element, in one of two
-    forms. 8 bits are the default, 4 can be used, 2 raise `InputError`.
+    forms. The default is 4 bits where groups are rotated and 8 where they are not; 3 can be used,
+    2 raise `InputError`.
 
     `recompute=False`, the form of 8 bits and more than 256 keys, keeps a pack of the output too,
     which serves the linear layer behind, and the kernel's statistic, 32 bits a row. Nothing runs
     again. The softmax is recomputed from decoded query and key with the statistic of exact ones:
     biased.
 
-    `recompute=True`, the form of fewer bits or keys, keeps no more. The backward pass decodes the
-    packs, runs the kernel forward again, with the same dropout, and backward: the gradient is that
-    of attention of the decoded tensors, biased, since a softmax is not linear in them, with about
-    half the error of the other form at 8 bits. With dropout in a compiled region or in a captured
-    CUDA graph, where masks cannot be drawn again, the other form runs at 8 bits whatever is asked
-    for.
+    `recompute=True`, the form of fewer bits or keys, keeps no more; below 8 bits the pack of the
+    query is of what is left without its mean over tokens, which is kept beside it. The backward
+    pass decodes the packs, runs the kernel forward again, with the same dropout, and backward: the
+    gradient is that of attention of the decoded tensors, biased, since a softmax is not linear in
+    them, with about half the error of the other form at 8 bits. With dropout in a compiled region
+    or in a captured CUDA graph, where masks cannot be drawn again, the other form runs at 8 bits
+    whatever is asked for.
 
     A mask is kept as it is given, once for all layers that read it; torch keeps a bias made of it
     for each. With `enable_gqa` the heads of key and value are packed once, also where the kernel
@@ -140,7 +143,10 @@ def scaled_dot_product_attention(
     dimension is no multiple of 8, torch's own function runs and keeps what it keeps.
     """
     given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    method = _method(bits, group_size, rounding, code)
+    if bits is None:
+        method = GroupQuant(_DEFAULT.bits, group_size, rounding, code).for_attention()
+    else:
+        method = _method(bits, group_size, rounding, code)
     return attention.scaled_dot_product_attention(
         query, key, value, *given, method=method, recompute=recompute
     )

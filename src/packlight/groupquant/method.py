@@ -31,7 +31,10 @@ from packlight.quantiser import Quantiser
 
 # What a method is that says nothing else.
 DEFAULT_ROUNDING: Rounding = "stochastic"
-DEFAULT_CODE: Code = "minmax"
+DEFAULT_CODE: Code = "auto"
+# The most bits at which "auto" rotates, and at which it takes offsets where it does not. Where two
+# bits more halve an error that few can tell from none, the faster code is better.
+AUTO_ROTATED, AUTO_OFFSET = 3, 4
 # The fewest bits that a conversion gives query, key and value of attention.
 ATTENTION_BITS = 8
 ROTATED_ATTENTION_BITS = 4
@@ -74,9 +77,11 @@ class GroupQuant(Quantiser):
     Of fewer than 256 rows, or rows not of whole groups, groups are rotated alone. Finite values up
     to 1e30 come back finite.
 
-    **`code="auto"`**: "rotated" up to 4 bits in groups of its sizes; "minmax" with 8 bits, for
-    convolutions and norms of channels, and at 3 and 4 bits for what a ReLU made, with the minimum
-    exact.
+    **`code="auto"`**, the default: "rotated" at 2 and 3 bits in groups of its sizes, and "minmax"
+    for convolutions and norms of channels, with 4 and 8 bits, and at 3 for what a ReLU made, with
+    the minimum exact. At 3 and 4 bits "minmax" is by offsets in place of stochastic rounding, but
+    for convolutions and norms of channels. At 4 bits "rotated" has .7 of the error of offsets or
+    less, and steps of a transformer take 5 to 20% longer.
 
     Of the input of an activation a pack holds what the derivative tells apart (`limits.py`). So a
     mask of -3e38 leaves its group a step, and where torch has a derivative at infinity it is that.
@@ -123,11 +128,13 @@ class GroupQuant(Quantiser):
                 " the nearest level in any case, so leave rounding out"
             )
         # Made once: every layer asks several times.
-        fits = self.bits in ROTATED_BITS and self.group_size in ROTATED_SIZES
-        if rotated or (self.code == "auto" and fits and self.rounding != "nearest"):
+        chosen = self.code == "auto" and self.rounding != "nearest"
+        if rotated or (chosen and self.bits <= AUTO_ROTATED and self.group_size in ROTATED_SIZES):
             code = ROTATED
+        elif self.rounding == "offset" or (chosen and self.bits <= AUTO_OFFSET):
+            code = OFFSET
         else:
-            code = OFFSET if self.rounding == "offset" else MINMAX
+            code = MINMAX
         grade = Grade(self.bits, self.group_size, self.rounding != "nearest")
         object.__setattr__(self, "_grade", grade)
         object.__setattr__(self, "_groups", (self.bits, self.group_size, code))
@@ -246,8 +253,10 @@ class GroupQuant(Quantiser):
     def for_attention(self) -> "GroupQuant":
         """`ATTENTION_BITS` at least; where groups are rotated `ROTATED_ATTENTION_BITS`."""
         method = self.for_functions()
-        fewest = ATTENTION_BITS if self.code == "minmax" else ROTATED_ATTENTION_BITS
-        return method if self.bits >= fewest else dataclasses.replace(method, bits=fewest)
+        if method.groups[2] == ROTATED:
+            bits = max(method.bits, ROTATED_ATTENTION_BITS)
+            return dataclasses.replace(method, bits=bits, code="rotated")
+        return dataclasses.replace(method, bits=max(method.bits, ATTENTION_BITS))
 
     def keeps_rows(self, width: int) -> bool:
         """Whether the smallest group fits: rows narrower than a group have smaller ones."""

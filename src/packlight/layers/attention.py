@@ -10,6 +10,12 @@ Here the same kernels run, forward and backward, in one of two forms:
   reads it too. Nothing runs again. Probabilities are exponentials of decoded scores over a sum of
   exact ones, and so they are off by a factor: a small one at 8 bits.
 
+Below 8 bits the recomputed form packs the query less its mean over tokens, one number a channel,
+which is kept beside the pack. Of what all queries have in common a product with a key would have
+the errors of all, and errors of the gradients of query and key fall by a twentieth. Keys and values
+are packed as they are: the few that most queries look at are far from the mean of all, and their
+errors grow without it.
+
 A replay of dropout sets torch's generator back, which is done where passes are launched; in a
 compiled region and a captured graph attention with dropout has the kept form, at 8 bits.
 """
@@ -47,6 +53,10 @@ from packlight.quantiser import KEEPS, Quantiser, Restore
 # saves a twelfth of what a transformer keeps.
 STATISTIC_BITS, STATISTIC_KEYS = 8, 256
 
+# Tokens of which the query's mean is taken, about so many: all would be read for it once more, and
+# of these it is off by a sixteenth of a deviation.
+SAMPLED = 256
+
 # With fewer bits the error is larger than the gradient, in either form.
 FEWEST_BITS = 3
 
@@ -69,8 +79,9 @@ class _RecomputedAttention(torch.autograd.Function):
     ) -> Tensor:
         draws = draws_at(query) if flags[0] else None
         out: Tensor = run(prepared((query, key, value, mask), kernel), kernel, flags)[0]
-        packs = _packed(ctx, (query, key, value), whole, method, seeds)
-        ctx.save_for_backward(*packs, mask)
+        mean = mean_of(query, method)
+        packs = _packed(ctx, (query, key, value), whole, method, seeds, mean)
+        ctx.save_for_backward(*packs, mean, mask)
         ctx.settings = (query.dtype, kernel, flags, draws)
         return out
 
@@ -78,8 +89,10 @@ class _RecomputedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         dtype, kernel, flags, draws = ctx.settings
-        *packs, mask = ctx.saved_tensors
+        *packs, mean, mask = ctx.saved_tensors
         query, key, value = _unpacked(ctx, dtype, packs)
+        if mean is not None:
+            query.add_(mean)
         given = prepared((query, key, value, mask), kernel)
         with nullcontext() if draws is None else drawn_again(query, draws):
             results = run(given, kernel, flags)
@@ -135,13 +148,22 @@ def _packed(
     whole: Tensor | None,
     method: Quantiser,
     seeds: tuple[Seed, ...],
+    mean: Tensor | None = None,
 ) -> list[Tensor]:
     """The packs of all, one behind the other; how they come back is noted on `ctx`.
 
     `whole` is what the first three, query, key and value, are parts of, where they are all of it.
+    The query is packed less its mean where that is given.
     """
-    own = tensors if whole is None else (whole, *tensors[3:])
-    ctx.places = None if whole is None else [_place(x, whole) for x in tensors[:3]]
+    if whole is None:
+        ctx.places = None
+        own = tensors if mean is None else (tensors[0] - mean, *tensors[1:])
+    else:
+        ctx.places = [_place(x, whole) for x in tensors[:3]]
+        if mean is not None:
+            whole = whole.clone()
+            whole.as_strided(*ctx.places[0]).sub_(mean)
+        own = (whole, *tensors[3:])
     ctx.rebuilds = [Restore(method, tuple(x.shape), dense_stride(x)) for x in own]
     packs = [method.pack(x, seed) for x, seed in zip(own, seeds, strict=True)]
     return [part for pack in packs for part in pack]
@@ -160,6 +182,19 @@ def _unpacked(ctx: Any, dtype: torch.dtype, packs: Sequence[Tensor]) -> list[Ten
 
 _attend_recomputed: Callable[..., Tensor] = _torch.applied(_RecomputedAttention)
 _attend_kept: Callable[..., tuple[Tensor, ...]] = _torch.applied(_KeptAttention)
+
+
+def mean_of(query: Tensor, method: Quantiser) -> Tensor | None:
+    """Of each channel of each head over some tokens, [1, heads, 1, size]; none from 8 bits on.
+
+    0 in a channel with a NaN or an infinity, which so stays where it is.
+    """
+    if method.grade.bits >= STATISTIC_BITS:
+        return None
+    batch, _, length, _ = query.shape
+    step = max(1, min(length, batch * length // SAMPLED))
+    some = query[:, :, step // 2 :: step]
+    return some.mean((0, 2), keepdim=True).nan_to_num(0.0, 0.0, 0.0)
 
 
 # --- Query, key and value as parts of one tensor.
@@ -210,7 +245,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(Q K^T scale) V by torch's fused kernels, q [..., heads, length, head_dim].
 
-    With `recompute` it keeps packs of query, key and value; the backward pass decodes them, runs
+    With `recompute` it keeps packs of query, key and value, below 8 bits of the query less its mean
+    over tokens, and that mean; the backward pass decodes them, runs
     the kernel forward again on what it decoded, with the same dropout, and backward. The gradient
     is that of attention of the decoded tensors: biased, since a softmax is not linear in them.
     Without, it keeps a pack of the output too, which serves the linear layer behind, and the

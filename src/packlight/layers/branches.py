@@ -16,6 +16,7 @@ from packlight._gradients import as_dtype
 from packlight._seeds import Seed, draws_at
 from packlight.fewbit.activations import CONTINUOUS
 from packlight.layers.activations import overwriting_activation_of
+from packlight.layers.attention import mean_of
 from packlight.layers.attention_backends import (
     FUSED,
     Flags,
@@ -105,8 +106,9 @@ class Attended(NamedTuple):
         The gradient of the output is taken out of its list, and gone when attention's is made.
         """
         _, heads, kernel, flags, draws, dtypes = self
-        whole = self.rebuild(dtypes[0], *kept)
-        given, results = run_again(whole, heads, mask, kernel, flags, draws)
+        *pack, mean = kept
+        whole = self.rebuild(dtypes[0], *pack)
+        given, results = run_again(whole, heads, mean, mask, kernel, flags, draws)
         del whole
         out = results[0].transpose(1, 2).flatten(2)
         dout: Any
@@ -132,10 +134,11 @@ def attended(
     seed: Seed,
     weight: Tensor,
     bias: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, ...], Attended] | None:
+) -> tuple[Tensor, tuple[Tensor | None, ...], Attended] | None:
     """attention(h), which W_o is to read; what is kept of h [batch, length, 3 width]; `Attended`.
 
-    None where torch would take no fused kernel.
+    h is the caller's to give: its query may come to be less its mean. None where torch would take
+    no fused kernel.
     """
     with torch.enable_grad():
         parts = parts_of(h.requires_grad_(), heads)
@@ -146,4 +149,9 @@ def attended(
     out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
     rebuild = Restore(method, tuple(h.shape), h.stride())
     dtypes = (h.dtype, *dtypes_of(out, weight, bias))
-    return out, method.pack(h, seed), Attended(rebuild, heads, kernel, flags, draws, dtypes)
+    query = parts_of(h.detach(), heads)[0]
+    mean = mean_of(query, method)
+    if mean is not None:
+        query.sub_(mean)
+    kept = (*method.pack(h, seed), mean)
+    return out, kept, Attended(rebuild, heads, kernel, flags, draws, dtypes)

@@ -109,6 +109,18 @@ def is_computed(pack: Pack) -> bool:
     return isinstance(rebuild, Computed)
 
 
+def is_of_exact(rebuild: Callable[..., Any]) -> bool:
+    """Whether a tensor comes back of tensors that are kept as they are, as an adapted weight does.
+
+    A grade does not say so: codes whose error their method was chosen for count as exact.
+    """
+    if isinstance(rebuild, View):
+        return is_of_exact(rebuild.rebuild)
+    if isinstance(rebuild, Computed):
+        return all(map(is_of_exact, rebuild.rebuilds))
+    return isinstance(rebuild, Itself)
+
+
 def exact(x: Tensor) -> Pack:
     """The tensor as its own pack."""
     return Pack(Itself(), tuple(x.shape), (x.detach(),))

@@ -183,12 +183,45 @@ class _Quotient(torch.autograd.Function):
 _divide: Callable[..., Tensor] = _Quotient.apply
 
 
+class _KeptQuotient(torch.autograd.Function):
+    """y = a / b and a pack of y, which it keeps, and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, values: Tensor, method: Quantiser, seed: Any
+    ) -> tuple[Tensor, ...]:
+        y = a / b
+        kept = method.pack(y, seed)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(values, *kept)
+        ctx.settings = (a.dtype, Restore(method, tuple(y.shape), dense_stride(y)))
+        return y, *kept
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        if dy is None:
+            return (None,) * 5
+        b, *kept = ctx.saved_tensors
+        dtype, rebuild = ctx.settings
+        da = dy / b
+        db = -(da * rebuild(dy.dtype, *kept)).sum_to_size(b.shape)
+        return as_dtype(da, dtype), as_dtype(db, b.dtype), None, None, None
+
+
+_divide_keeping: Callable[..., tuple[Tensor, ...]] = _KeptQuotient.apply
+
+
 def div(
     input: Tensor, other: Any, *, rounding_mode: str | None = None, method: Quantiser
 ) -> Tensor:
-    """`torch.div`. Keeps a pack of a dividend whose divisor needs a gradient, and the divisor.
+    """`torch.div`. Where the divisor needs a gradient, keeps it, and a pack of the quotient.
 
-    A quotient has no bound near a divisor of 0, so the divisor is kept as it is.
+    A quotient has no bound near a divisor of 0, so the divisor is kept as it is. Its gradient is
+    -sum(dy / b y~): an error of the quotient counts as it is, one of the dividend would be divided
+    by b once more, which is small where attention without a softmax finds no key. A dividend of
+    which a pack is kept already, as by the norm that is the divisor, serves in place of y.
     """
     packed = (
         rounding_mode is None
@@ -205,7 +238,15 @@ def div(
         if rounding_mode is not None:
             return torch.div(input, other, rounding_mode=rounding_mode)
         return followed(torch.div, input, other)
-    pack, values = pack_operand(input, method), exact(other)
+    values = exact(other)
+    known = is_of_parameters(input) or sharing.pack_of(input, method.grade) is not None
+    if not known and torch.broadcast_shapes(input.shape, other.shape) == input.shape:
+        y, *kept = _divide_keeping(input, other, *values.tensors, method, method.seed(input))
+        shape = tuple(y.shape)
+        restore = Restore(method, shape, dense_stride(y))
+        sharing.note_pack(y, Pack(restore, shape, tuple(kept), method.grade))
+        return y
+    pack = pack_operand(input, method)
     y = _divide(input, other, *values.tensors, pack.rebuild, *pack.tensors)
     if is_dense(y):
         sharing.note_pack(y, computed(y, torch.div, (input, other), (pack, values)))

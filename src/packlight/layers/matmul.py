@@ -31,12 +31,13 @@ from packlight.layers.computed import (
     computed,
     computed_pack_of,
     exact,
+    is_of_exact,
     is_of_parameters,
     is_parameter,
     note_computed,
     pack_operand,
 )
-from packlight.pack import EXACT, Pack
+from packlight.pack import Pack
 from packlight.packing.layout import is_dense
 from packlight.quantiser import KEEPS, Quantiser
 from packlight.reading import reader
@@ -182,7 +183,7 @@ def _of_weights(
 def _is_weight(x: Tensor) -> bool:
     """Whether x is computed from tensors that are kept as they are, as an adapted weight is."""
     pack = computed_pack_of(x)
-    return pack is not None and pack.grade == EXACT
+    return pack is not None and is_of_exact(pack.rebuild)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

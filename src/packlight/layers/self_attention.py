@@ -153,7 +153,11 @@ class _WholeAttention(torch.autograd.Function):
     ) -> Tensor:
         draws = draws_at(whole) if flags[0] else None
         out: Tensor = run(prepared((*parts, mask), kernel), kernel, flags)[0]
-        ctx.save_for_backward(mask, *method.pack(whole, seed))
+        mean = attention.mean_of(parts[0], method)
+        if mean is not None:
+            whole = whole.clone()
+            parts_of(whole, parts[0].shape[1])[0].sub_(mean)
+        ctx.save_for_backward(mask, mean, *method.pack(whole, seed))
         ctx.settings = (whole.dtype, whole.shape, whole.stride(), parts[0].shape[1])
         ctx.how = (kernel, flags, draws, method)
         return out
@@ -161,11 +165,11 @@ class _WholeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        mask, *pack = ctx.saved_tensors
+        mask, mean, *pack = ctx.saved_tensors
         dtype, shape, stride, heads = ctx.settings
         kernel, flags, draws, method = ctx.how
         whole = method.unpack(dtype, shape, stride, *pack)
-        given, results = run_again(whole, heads, mask, kernel, flags, draws)
+        given, results = run_again(whole, heads, mean, mask, kernel, flags, draws)
         del whole
         found = gradients(grad_output, given, results, kernel, flags)
         del given, results
@@ -175,13 +179,20 @@ class _WholeAttention(torch.autograd.Function):
 def run_again(
     whole: Tensor,
     heads: int,
+    mean: Tensor | None,
     mask: Tensor | None,
     kernel: Kernel,
     flags: Flags,
     draws: tuple[int, int] | None,
 ) -> tuple[Inputs, Results]:
-    """Attention of the parts of `whole` in a backward pass, with the dropout of `draws`."""
-    given = prepared((*parts_of(whole, heads), mask), kernel)
+    """Attention of the parts of `whole` in a backward pass, with the dropout of `draws`.
+
+    `mean` is what the query was packed less, and is added to it in `whole`.
+    """
+    parts = parts_of(whole, heads)
+    if mean is not None:
+        parts[0].add_(mean)
+    given = prepared((*parts, mask), kernel)
     if draws is None:
         return given, run(given, kernel, flags)
     with drawn_again(whole, draws):

@@ -82,7 +82,8 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
         low = self.lora_A(self.lora_dropout(x.float()))
-        return (y + self.lora_B(low) * self.scaling).to(y.dtype)
+        both: Tensor = y + self.lora_B(low) * self.scaling
+        return both.to(y.dtype)
 
 
 class Settings(NamedTuple):

@@ -168,7 +168,7 @@ class Fit:
             table.add_row(
                 row.name,
                 *map(human_bytes, (row.kept, row.gradients + row.working, row.peak)),
-                "fits" if row.fits else "does not fit",
+                "fits" if row.fits else "no",
                 human_bytes(row.margin),
                 f"{row.ms:.0f}",
                 *("" if n is None else f"{n:,}" for n in (row.largest_batch, row.longest_sequence)),
@@ -245,7 +245,9 @@ def fit(
 def _smallest(study: Study) -> Choice:
     """The option with the lowest peak, for all blocks: what a plan for larger sizes takes."""
     walked = {
-        option: study.walked(option, PACKED_4).timeline.peak for option in allowed(MENU, MAX_ERROR)
+        option: study.walked(option, PACKED_4).timeline.peak
+        for option in allowed(MENU, MAX_ERROR)
+        if study.runs(option, PACKED_4)
     }
     return Choice("plan", min(walked, key=walked.__getitem__), PACKED_4, study.head, "")
 
@@ -343,16 +345,16 @@ def largest(
     """The largest multiple of `unit`, up to `most`, whose peak fits; 0 where there is none.
 
     The peak is near linear in the size, so the line through the two sizes that are nearest to the
-    limit says where to look next, until one fits and takes all but a hundredth, or one that fits
-    and one that does not are within a fiftieth. `known` has the peaks of sizes that are known.
+    limit says where to look next, until one fits and takes all but a 200th, or one that fits and
+    one that does not are within a hundredth. `known` has the peaks of sizes that are known.
     """
     points = dict(known)
     most = None if most is None else max(most // unit * unit, unit)
     for _ in range(8):
         low = max((n for n, p in points.items() if p <= usable), default=0)
         high = min((n for n, p in points.items() if p > usable), default=None)
-        step = max(low // 50 // unit, 1) * unit
-        if low and (low == most or points[low] > 0.99 * usable):
+        step = max(low // 100 // unit, 1) * unit
+        if low and (low == most or points[low] > 0.995 * usable):
             break
         if high is not None and high - low <= step:
             break

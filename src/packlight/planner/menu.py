@@ -44,29 +44,29 @@ _BITS_8 = (GroupQuant(bits=8), FewBit(bits=8))
 
 EXACT = Option("torch")
 PACKED_8 = Option("packs of 8 bits", _BITS_8, error=0.0065)
-PACKED_4 = Option("packs of 4 bits", _BITS_4, error=0.11)
-PACKED_3 = Option("packs of 3 bits", (GroupQuant(bits=3), FewBit(bits=3)), error=0.24)
-PACKED_2 = Option("packs of 2 bits", (GroupQuant(bits=2), FewBit(bits=2)), error=0.57)
+PACKED_4 = Option("packs of 4 bits", _BITS_4, error=0.08)
+PACKED_3 = Option("packs of 3 bits", (GroupQuant(bits=3), FewBit(bits=3)), error=0.145)
+PACKED_2 = Option("packs of 2 bits", (GroupQuant(bits=2), FewBit(bits=2)), error=0.28)
 CHECKPOINTED = Option("checkpoint", block=Checkpoint(keep=None))
 CHECKPOINTED_8 = Option("checkpoint of 8 bits", block=Checkpoint(GroupQuant(bits=8)), error=0.0055)
 CHECKPOINTED_PACKED = Option(
-    "checkpoint of 8 bits, packs of 4", _BITS_4, Checkpoint(GroupQuant(bits=8)), error=0.11
+    "checkpoint of 8 bits, packs of 4", _BITS_4, Checkpoint(GroupQuant(bits=8)), error=0.08
 )
 TILED = Option(
     "checkpoint of 8 bits, tiles, packs of 4",
     (Tiles(), *_BITS_4),
     Checkpoint(GroupQuant(bits=8)),
-    error=0.11,
+    error=0.08,
 )
 OFFLOADED = Option("offload", block=Offload(packed=None))
 OFFLOADED_PACKED = Option(
-    "offload of 8 bits, packs of 4", _BITS_4, Offload(GroupQuant(bits=8)), error=0.11
+    "offload of 8 bits, packs of 4", _BITS_4, Offload(GroupQuant(bits=8)), error=0.08
 )
 OFFLOADED_TILED = Option(
     "offload of 8 bits, tiles, packs of 4",
     (Tiles(), *_BITS_4),
     Offload(GroupQuant(bits=8)),
-    error=0.11,
+    error=0.08,
 )
 MENU = (
     EXACT, PACKED_8, PACKED_4, PACKED_3, PACKED_2,

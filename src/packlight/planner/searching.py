@@ -40,6 +40,7 @@ def candidates(
         alone = [_candidate({}, outside, study.walked(EXACT, outside), {}) for outside in outsides]
         return sorted(alone, key=_by_time)
     outside = outsides[0]
+    options = [option for option in options if study.runs(option, outside)]
     walks = {option: study.walked(option, outside) for option in options}
     blocks = study.blocks
     base = walks[options[0]]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 from packlight.convert import convert, revert
 from packlight.errors import NothingMatchedError
@@ -35,6 +36,7 @@ class Study:
         self.walker = Walker(model, inputs, kwargs, loss, optimizer)
         self.head = any(True for _ in heads_of(model)) if head is None else head
         self._walked: dict[tuple[Option, Option, bool], Walked] = {}
+        self._refused: set[tuple[Option, Option]] = set()
 
     @property
     def blocks(self) -> list[str]:
@@ -52,6 +54,16 @@ class Study:
             with self.converted(option, outside, head):
                 self._walked[key] = self.walker.walk(self.device)
         return self._walked[key]
+
+    def runs(self, option: Option, outside: Option) -> bool:
+        """Whether a step can be taken with it: torch refuses blocks that run otherwise again."""
+        if (option, outside) not in self._refused:
+            try:
+                self.walked(option, outside)
+                return True
+            except CheckpointError:
+                self._refused.add((option, outside))
+        return False
 
     @contextlib.contextmanager
     def converted(self, option: Option, outside: Option, head: bool) -> Iterator[None]:

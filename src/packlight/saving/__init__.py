@@ -91,12 +91,14 @@ def saving(
     graph of its own.
 
     The queries, keys, values and output of attention are packed by a finer method
-    (`Quantiser.for_scores`; 8 bits of `GroupQuant`). The input of a norm is packed normalised, in
-    units of its deviation, since rstd multiplies its error. The input of an activation (ELU, CELU,
-    SELU, erf, GELU, GLU, hardswish, logsigmoid, Mish, SiLU, softplus) is packed within the limits
-    beyond which the derivative is constant, so that a mask leaves its neighbours a step. No other
-    operation reads these two packs. The input of an RMS norm that torch composes of elementary
-    operations (on the CPU) is saved exactly if a group would hold parts of several rows.
+    (`Quantiser.for_scores`; 8 bits of `GroupQuant`), and so are those of functions of other
+    packages that save several, and may take exponentials of their products. The input of a norm is
+    packed normalised, in units of its deviation, since rstd multiplies its error. The input of an
+    activation (ELU, CELU, SELU, erf, GELU, GLU, hardswish, logsigmoid, Mish, SiLU, softplus) is
+    packed within the limits beyond which the derivative is constant, so that a mask leaves its
+    neighbours a step. No other operation reads these two packs. The input of an RMS norm that torch
+    composes of elementary operations (on the CPU) is saved exactly if a group would hold parts of
+    several rows.
 
     Args:
         method: how tensors are packed.

@@ -121,6 +121,7 @@ class Rules:
             COMPILED: fine.for_pixels(),  # of whatever operations; a ReLU's side is in its codes
             "*": method.for_functions(),
         }
+        self.unknown = fine.for_functions()
         self.known: dict[tuple[str, str], tuple[Quantiser | None, bool]] = {}
 
     def method(
@@ -140,6 +141,16 @@ class Rules:
         elif operation in ("Clamp", "ClampMin", "ClampMax"):  # limits may be tensors
             exact = any(graph.saves_tensor(node, limit) for limit in ("min", "max"))
         return None if exact else method
+
+    def method_of_code(self, name: str, function: str, several: bool) -> Quantiser | None:
+        """The method for a tensor that a Function saves, or a compiled region; None is exact.
+
+        By no less than attention where it saves several: it may take exponentials of products of
+        what it keeps, less a statistic, whatever its name.
+        """
+        method, is_override = self._of_operation(name, function)
+        is_of_anything = several and not is_override and method is self.defaults["*"]
+        return self.unknown if is_of_anything else method
 
     def asks_for_slots(self, name: str) -> bool:
         """Whether the method depends on which of its tensors an operation saves."""

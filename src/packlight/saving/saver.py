@@ -335,11 +335,12 @@ class Saver:
         """
         exact = [holder.kept for holder in holders if isinstance(holder.kept, Exact)]
         largest = max((one.tensor.numel() for one in exact), default=0)
+        several = sum(_is_large(holder, largest) for holder in holders) > 1
         for holder in holders:
             if holder.waiting is None or not isinstance(holder.kept, Exact):
                 continue
             tensor = holder.kept.tensor
-            method = self.rules.method(name, holder.waiting.function)
+            method = self.rules.method_of_code(name, holder.waiting.function, several)
             is_made = not holder.waiting.has_history
             if (
                 tensor.dtype == torch.uint8  # codes
@@ -447,6 +448,14 @@ def _is_mask(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu":
         return False
     return _torch.is_fake(tensor) or bool(tensor.max() <= 1)
+
+
+def _is_large(holder: Holder, largest: int) -> bool:
+    """Whether a holder may pack a tensor of numbers, of about as many elements as the largest."""
+    if holder.waiting is None or not isinstance(holder.kept, Exact):
+        return False
+    tensor = holder.kept.tensor
+    return tensor.dtype in tensors.FLOATING and tensor.numel() * _MUCH > largest
 
 
 def _keep_exactly(holder: Holder) -> None:

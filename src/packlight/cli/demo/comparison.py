@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from packlight.cli.demo.further import print_further
 from packlight.cli.demo.model import VARIANTS, VOCABULARY
 from packlight.cli.demo.picture import check_matplotlib, save_picture
 from packlight.cli.demo.report import print_report, save_json
@@ -57,6 +58,7 @@ def run(
                     f"{settings.device}; choose a smaller --batch, --width or --layers"
                 ) from error
     print_report(results, settings, console)
+    print_further(settings, console)
     save_json(results, settings, out / "demo.json")
     written = [out / "demo.json"]
     if plot:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packlight import fewbit, groupquant, inverted
+from packlight import fewbit, inverted
+from packlight.convert import convert
 
 # ---- the model: a GPT on bytes -------------------------------------------------------------------
 
@@ -22,13 +23,12 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = self.attend(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return result
 
@@ -112,19 +112,9 @@ def invert(model: GPT, bits: int) -> None:
     )
 
 
-def group_quant(model: GPT, bits: int) -> None:
-    """Every layer keeps 4-bit packs, shared with its neighbours; attention keeps 8-bit ones."""
-    replace(
-        model,
-        {
-            nn.GELU: lambda gelu: groupquant.GELU(),
-            nn.LayerNorm: lambda norm: groupquant.LayerNorm(norm.normalized_shape, norm.eps),
-            nn.Linear: lambda old: groupquant.Linear(old.in_features, old.out_features),
-        },
-    )
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.attend = groupquant.scaled_dot_product_attention
+def default(model: GPT, bits: int) -> None:
+    """`packlight.convert(model)`: packs of 4 bits, shared by neighbours, attention's of 8."""
+    convert(model)
 
 
 def replace(model: nn.Module, twins: dict[type, Callable[[Any], nn.Module]]) -> None:
@@ -145,5 +135,5 @@ VARIANTS: dict[str, Callable[[GPT, int], None]] = {
     "PyTorch": unchanged,
     "FewBit": few_bit,
     "Inverted": invert,
-    "GroupQuant": group_quant,
+    "default": default,
 }

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from packlight._checks import needs_gradient
 from packlight._classes import joined
 from packlight.calls import is_bare, uncovered
 from packlight.groupquant.modules import Linear
@@ -191,11 +190,12 @@ class WithNorm(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        others = (encoder_hidden_states, encoder_attention_mask, past_key_values)
-        if self.training and others == (None, None, None) and not torch.compiler.is_compiling():
+        alone = encoder_hidden_states is None and past_key_values is None
+        if self.training and alone and not torch.compiler.is_compiling():
             out = uncovered(self._at_once, hidden_states, attention_mask, kwargs)
             if out is not None:
                 return out, None
+        others = (encoder_hidden_states, encoder_attention_mask, past_key_values)
         plain: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states, attention_mask, *others, **kwargs
         )
@@ -209,7 +209,7 @@ class WithNorm(nn.Module):
         if not (inner.training and output.training and is_bare(inner, output)):
             return None
         start, end = inner.given(x, mask, options), output.given(x)
-        if start is None or end is None or not needs_gradient(start[0][0][0]):
+        if start is None or end is None:
             return None
         parameters, flags, method = start
         last, norm, p, of_last, of_norm = end
