@@ -248,7 +248,9 @@ def cases(options: argparse.Namespace) -> list[rows.Case]:
         if dtype == bf16:
             names += newer[:1] if bits == 8 else newer
             if bits != 8:
-                fused = ("gelu", "silu", "swiglu", "layer_norm 1024", "rms_norm 4096")
+                fused = ["gelu", "silu", "swiglu", "layer_norm 1024", "rms_norm 4096"]
+                if bits == 4:
+                    fused += ["layer_norm 768", "layer_norm 4096"]
                 names += [f"{name} rotated" for name in fused]
         for name in names:
             key = {"case": name, "dtype": dtype, "bits": bits, "elements": 1 << log2}

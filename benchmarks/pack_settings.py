@@ -20,12 +20,13 @@ from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED
 CODES = {"minmax": MINMAX, "offset": OFFSET, "rotated": ROTATED}
 KINDS = {"minmax": "stochastic", "offset": "offset", "rotated": "rotated"}
 BLOCKS = (256, 512, 1024, 2048)
-WARPS = (2, 4, 8)
+WARPS = (1, 2, 4, 8)
 
 
 def set_all(setting: kernels.Setting) -> None:
     """Has packing and unpacking launched so."""
-    kernels.PACK = kernels.UNPACK = kernels.REBUILD = kernels.TURNED = setting
+    kernels.PACK = kernels.UNPACK = kernels.REBUILD = setting
+    kernels.TURNED = kernels.TURNED_READER = setting
     kernels._quantize_launch.cache_clear()
     kernels._dequantize_launch.cache_clear()
 

@@ -28,6 +28,7 @@ from packlight.groupquant import gated_kernels
 from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant import post_norm_kernels as post_norms
+from packlight.groupquant import rotated_norm_kernels as rotated_norms
 from packlight.groupquant.fixed_point import kernels as fixed_point_kernels
 from packlight.groupquant.fixed_point import residual_kernels
 from packlight.groupquant.fixed_point.method import bin_width
@@ -320,6 +321,10 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             launches[f"norm {width}"] = forward
             backward, _ = norms._backward_launch(grouping, True, True, True, True)
             launches[f"norm {width} backward"] = backward
+            if code == ROTATED:
+                backward = rotated_norms._backward_launch(grouping, True, True)
+                launches[f"norm {width} backward, groups a tile"] = backward
+                launches[f"norm {width} sums"], _ = rotated_norms._sums_launch(grouping, True)
             for p in (0.0, 0.1):
                 forward = post_norms._forward_launch(
                     grouping, torch.float32, p, 1e-5, True, True, 1, 1

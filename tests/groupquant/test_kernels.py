@@ -332,8 +332,10 @@ def test_whole_tiles_of_rotated_groups_equal_the_reference(dtype):
         close_by(groups, a, b, dtype)
 
 
-def test_norms_of_whole_rows_equal_the_reference():
-    rows, width, groups = 4, 1024, (4, 128, ROTATED)
+@pytest.mark.parametrize(("rows", "width"), [(4, 1024), (11, 768)])
+def test_norms_of_whole_groups_equal_the_reference(rows, width):
+    """One tile a row; three, of eight rows, the last of which are those of two tiles."""
+    groups = (4, 128, ROTATED)
     x, dy = torch.randn(rows, width) * 2 + 1, torch.randn(rows, width)
     weight, bias = torch.randn(2, width)
     seed = operands(torch.tensor([3]))

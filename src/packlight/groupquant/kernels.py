@@ -24,7 +24,7 @@ from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_cod
 from packlight.groupquant.tile_kernels import (
     load_columns,
     load_raw_tile,
-    load_whole,
+    load_raw_whole,
     row_tile,
     store_whole,
     to_float32,
@@ -164,13 +164,17 @@ def _activation_backward_kernel(
     bundle = tl.program_id(0).to(tl.int64) * NQ
     start = bundle * (8 * SIZE)
     starts, room = row_tile(width - start, NQ, SIZE)
-    dy = load_whole(dy_ptr + start, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+    dy = load_raw_whole(dy_ptr + start, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     bundle += tl.arange(0, NQ)
     group = bundle * (8 // PARTS)
-    tile = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT)
+    NARROW: tl.constexpr = dx_ptr.dtype.element_ty == tl.bfloat16
+    tile = load_codes(
+        codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, KEPT, NARROW
+    )
     dx = ()
     for p in tl.static_range(8):
-        dx = dx + (dy[p] * DERIVATIVE(tile[p], a, b),)
+        d = to_float32(dy[p]) * DERIVATIVE(to_float32(tile[p]), a, b)
+        dx = dx + (d.to(dx_ptr.dtype.element_ty),)
     store_whole(dx_ptr + start, dx, starts, room, SIZE, CODE == TURNED_CODE, FULL)
 
 
@@ -194,11 +198,14 @@ BACKWARD = Setting(1024, 4)
 # Of whatever packs or reads rotated groups: a warp has what one product on tensor cores takes, and
 # waits for few others.
 TURNED = Setting(512, 2)
+TURNED_READER = Setting(256, 1)  # of readers, which have fewer instructions
 
 
-def setting_for(grouping: Grouping, plain: Setting) -> Setting:
+def setting_for(grouping: Grouping, plain: Setting, reads: bool = False) -> Setting:
     """`plain`, or that of rotated groups."""
-    return TURNED if grouping.code == ROTATED else plain
+    if grouping.code != ROTATED:
+        return plain
+    return TURNED_READER if reads else TURNED
 
 
 def constants(grouping: Grouping) -> dict[str, int]:
@@ -307,7 +314,7 @@ def _dequantize_launch(
     weight: bool,
     bias: bool,
 ) -> Launch:
-    block, warps = setting_for(grouping, REBUILD if name else UNPACK)
+    block, warps = setting_for(grouping, REBUILD if name else UNPACK, reads=True)
     period = grouping.row_groups
     if grouping.width % grouping.group_size == 0:  # rows are one row: tiles need not end with them
         grouping = grouping._replace(rows=1, width=grouping.rows * grouping.width)
@@ -376,7 +383,7 @@ def activation_(
 
 @functools.lru_cache(LAUNCHES)
 def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: float) -> Launch:
-    block, warps = setting_for(grouping, BACKWARD)
+    block, warps = setting_for(grouping, BACKWARD, reads=True)
     nq, tiles, full = tile_of(grouping, block)
     return _activation_backward_kernel.prepare(
         (tiles,),

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
-from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping, Groups
+from packlight.groupquant import rotated_norm_kernels as rotated_norms
+from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import TURNED_CODE, constants, new_pack, sized
 from packlight.groupquant.pack_kernels import load_codes, pack_value, store_codes
+from packlight.groupquant.rotated_norm_kernels import TURNED_PLACES
 from packlight.groupquant.tile_kernels import (
     load_part,
-    load_raw_tile,
     load_raw_whole,
     load_tile,
     part_there,
@@ -27,7 +28,6 @@ from packlight.groupquant.tile_kernels import (
     rows_tile,
     store_tile,
     store_whole,
-    tile_to_float32,
     to_float32,
 )
 
@@ -224,8 +224,6 @@ def _forward_kernel(
     CENTER: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
-    KEPT: tl.constexpr,
-    AHEAD: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
@@ -238,20 +236,13 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
     starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
-    weight = load_parameter(weight_ptr, weight_copy_ptr, bundle, width, WEIGHT, KEPT, SIZE, FULL)
-    bias = load_parameter(bias_ptr, bias_copy_ptr, bundle, width, BIAS, KEPT, SIZE, FULL)
-    if AHEAD:
-        following = load_raw_tile(x_ptr + row * width, starts, room, SIZE, FULL)
+    weight = load_parameter(weight_ptr, weight_copy_ptr, bundle, width, WEIGHT, False, SIZE, FULL)
+    bias = load_parameter(bias_ptr, bias_copy_ptr, bundle, width, BIAS, False, SIZE, FULL)
     while row < end:
         _, room, _, _ = rows_tile(width, end - row, ROWS, NQ, SIZE)
-        if AHEAD:
-            raw = following
-            ahead = tl.minimum(row + ROWS, end - ROWS)
-            following = load_raw_tile(x_ptr + ahead * width, starts, room, SIZE, FULL)
-        else:
-            raw = load_raw_tile(x_ptr + row * width, starts, room, SIZE, FULL)
+        tile = load_tile(x_ptr + row * width, starts, room, SIZE, FULL)
         norm_rows(
-            tile_to_float32(raw), y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
+            tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
             seed_value(seed, SEED), row, starts, room, in_row, bundle, width, row_groups, eps,
             CENTER, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED, FULL, ROWS,
         )  # fmt: skip
@@ -307,13 +298,14 @@ def _backward_kernel(
 
 # --- Launchers, with the signatures of norm_reference.py.
 
-# Programs: enough to fill the device, few enough that partial sums stay small.
+# Programs of a backward pass: enough to fill the device, few enough that partial sums stay small.
 PROGRAMS = 132 * 8
-# Places a warp: two, or what one product on tensor cores takes.
-PLACES = {MINMAX: 64, OFFSET: 64, ROTATED: 256}
-KEPT = {MINMAX: True, OFFSET: True, ROTATED: False}
-AHEAD = {MINMAX: False, OFFSET: False, ROTATED: False}
-WAVES = 1
+# Times as many of a forward pass, which has no sums: none of the device waits for the last of them.
+WAVES = 8
+# Places a warp. In the forward pass a thread then has 32 elements: with fewer, what a group has in
+# common takes a shuffle each; with more, too few threads run at once.
+FORWARD_PLACES = 128
+BACKWARD_PLACES = 64
 
 
 class Shape(NamedTuple):
@@ -327,12 +319,14 @@ class Shape(NamedTuple):
     steps: int  # rows a program
 
 
-def _launch_shape(grouping: Grouping, waves: int = 1) -> Shape:
+def _launch_shape(grouping: Grouping, plain: int, programs: int) -> Shape:
+    """`plain` places a warp, or what one product on tensor cores takes."""
     bundles = triton.next_power_of_2(-(-grouping.width // (8 * grouping.size)))
     places = bundles * grouping.size
-    warps = max(1, min(16, places // PLACES[grouping.code]))
-    rows = max(1, PLACES[grouping.code] // places) if grouping.code == ROTATED else 1
-    programs = max(1, min(grouping.rows, waves * PROGRAMS * 4 // warps))
+    turned = grouping.code == ROTATED
+    warps = max(1, min(16, places // (TURNED_PLACES if turned else plain)))
+    rows = max(1, TURNED_PLACES // places) if turned else 1
+    programs = max(1, min(grouping.rows, programs * 4 // warps))
     steps = -(-grouping.rows // programs)
     steps = -(-steps // rows) * rows
     full = grouping.width == 8 * places and grouping.rows % rows == 0
@@ -343,7 +337,7 @@ def _launch_shape(grouping: Grouping, waves: int = 1) -> Shape:
 def _forward_launch(
     grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, seed: int
 ) -> Launch:
-    shape = _launch_shape(grouping, WAVES)
+    shape = _launch_shape(grouping, FORWARD_PLACES, PROGRAMS * WAVES)
     return _forward_kernel.prepare(
         (shape.programs,),
         grouping.rows,
@@ -354,8 +348,6 @@ def _forward_launch(
         CENTER=center,
         WEIGHT=weight,
         BIAS=bias,
-        KEPT=KEPT[grouping.code],
-        AHEAD=AHEAD[grouping.code] and shape.full,
         **constants(grouping),
         SEED=seed,
         FULL=shape.full,
@@ -408,7 +400,7 @@ def _backward_launch(
     grouping: Grouping, center: bool, weight: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Launch, int]:
     """The launch, and its programs, each of which writes a partial sum."""
-    shape = _launch_shape(grouping)
+    shape = _launch_shape(grouping, BACKWARD_PLACES, PROGRAMS)
     launch = _backward_kernel.prepare(
         (shape.programs,),
         grouping.rows,
@@ -446,18 +438,22 @@ def norm_backward(
         zeros = rstd.new_zeros(width)
         return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
     grouping, *_ = sized(rows, width, *groups)
-    # A tile of rotated groups leaves no registers for both sums.
-    apart = need_bias and grouping.code == ROTATED
-    needs = (need_weight, need_bias and not apart)
-    launch, programs = _backward_launch(grouping, center, weight is not None, *needs)
-    dweight = rstd.new_empty(programs, width) if need_weight else nothing
-    dbias = rstd.new_empty(programs, width) if needs[1] else nothing
     gamma = grad_output if weight is None else weight
-    launch(grad_output, codes, scales, rstd, gamma, dx, dweight, dbias)
-    if apart:
-        dbias = grad_output.view(rows, width)
-    sums = [
-        part.sum(0, dtype=torch.float32) if needed else nothing
-        for part, needed in ((dweight, need_weight), (dbias, need_bias))
-    ]
-    return dx, sums[0], sums[1]
+    if need_bias and grouping.code == ROTATED:  # there are no registers for both sums
+        sums = rotated_norms.backward(
+            grad_output, codes, scales, rstd, gamma, dx, grouping, center, weight is not None,
+            need_weight,
+        )  # fmt: skip
+    else:
+        launch, programs = _backward_launch(
+            grouping, center, weight is not None, need_weight, need_bias
+        )
+        dweight = rstd.new_empty(programs, width) if need_weight else nothing
+        dbias = rstd.new_empty(programs, width) if need_bias else nothing
+        launch(grad_output, codes, scales, rstd, gamma, dx, dweight, dbias)
+        sums = dweight, dbias
+    dweight, dbias = (
+        part.sum(0) if needed else nothing
+        for part, needed in zip(sums, (need_weight, need_bias), strict=True)
+    )
+    return dx, dweight, dbias

@@ -23,7 +23,6 @@ from packlight.fewbit.kernels import decode_backward
 from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import constants, new_pack, sized
 from packlight.groupquant.norm_kernels import (
-    PLACES,
     PROGRAMS,
     load_parameter,
     norm,
@@ -32,6 +31,7 @@ from packlight.groupquant.norm_kernels import (
     row_gradients,
     store_sums,
 )
+from packlight.groupquant.rotated_norm_kernels import TURNED_PLACES
 from packlight.groupquant.tile_kernels import load_tile, part, part_there, rows_tile, store_tile
 from packlight.packing.layout import lanes, packed_bytes
 
@@ -193,7 +193,7 @@ def _launch_shape(grouping: Grouping, rows: int) -> tuple[int, int, bool, int, i
     bundle = 8 * grouping.size
     nq = triton.next_power_of_2(-(-grouping.width // bundle))
     if grouping.code == ROTATED:
-        places = PLACES[grouping.code]
+        places = TURNED_PLACES
     else:  # of eight rows at a time there are few programs, so each has more threads
         places = 64 if rows == 1 else 32
     warps = max(1, min(16, nq * grouping.size // places))

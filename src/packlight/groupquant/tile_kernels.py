@@ -32,7 +32,10 @@ def rows_tile(width, left, ROWS: tl.constexpr, NQ: tl.constexpr, SIZE: tl.conste
 
     And row and bundle of the row, of each.
     """
-    row, bundle = tl.arange(0, ROWS * NQ) // NQ, tl.arange(0, ROWS * NQ) % NQ
+    if ROWS == 1:  # quotients would hide from the compiler that addresses differ by constants
+        row, bundle = tl.zeros([NQ], dtype=tl.int32), tl.arange(0, NQ)
+    else:
+        row, bundle = tl.arange(0, ROWS * NQ) // NQ, tl.arange(0, ROWS * NQ) % NQ
     column = bundle * (8 * SIZE)
     return row * width + column, tl.where(row < left, width - column, 0), row, bundle
 
@@ -134,6 +137,25 @@ def store_tile(y_ptr, y, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL
 
 
 @triton.jit
+def parts_of(x, SIZE: tl.constexpr):
+    """The eight parts [NQ, SIZE] of whole bundles [NQ, 8 SIZE]."""
+    NQ: tl.constexpr = x.shape[0]
+    abcd, efgh = tl.split(tl.permute(tl.reshape(x, [NQ, 2, 2, 2, SIZE]), (0, 4, 3, 2, 1)))
+    ab, cd = tl.split(abcd)
+    ef, gh = tl.split(efgh)
+    return tl.split(ab) + tl.split(cd) + tl.split(ef) + tl.split(gh)
+
+
+@triton.jit
+def whole_of(parts, SIZE: tl.constexpr):
+    """Whole bundles [NQ, 8 SIZE] of their eight parts."""
+    abcd = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
+    efgh = tl.join(tl.join(parts[4], parts[5]), tl.join(parts[6], parts[7]))
+    NQ: tl.constexpr = parts[0].shape[0]
+    return tl.reshape(tl.permute(tl.join(abcd, efgh), (0, 4, 3, 2, 1)), [NQ, 8 * SIZE])
+
+
+@triton.jit
 def load_whole(x_ptr, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):
     """`load_raw_whole` in float32."""
     return tile_to_float32(load_raw_whole(x_ptr, starts, room, SIZE, WHOLE, FULL))
@@ -145,12 +167,8 @@ def load_raw_whole(
 ):
     """What `load_raw_tile` gives. WHOLE: by whole bundles, where all are there."""
     if WHOLE and FULL:
-        NQ: tl.constexpr = starts.shape[0]
         x = tl.load(x_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :])
-        abcd, efgh = tl.split(tl.permute(tl.reshape(x, [NQ, 2, 2, 2, SIZE]), (0, 4, 3, 2, 1)))
-        ab, cd = tl.split(abcd)
-        ef, gh = tl.split(efgh)
-        return tl.split(ab) + tl.split(cd) + tl.split(ef) + tl.split(gh)
+        return parts_of(x, SIZE)
     else:
         return load_raw_tile(x_ptr, starts, room, SIZE, FULL)
 
@@ -161,14 +179,11 @@ def store_whole(
 ):
     """Stores the eight parts of a tile. WHOLE: by whole bundles, where all are there."""
     if WHOLE and FULL:
-        NQ: tl.constexpr = starts.shape[0]
         narrow = ()
         for p in tl.static_range(8):
             narrow = narrow + (y[p].to(y_ptr.dtype.element_ty),)
-        abcd = tl.join(tl.join(narrow[0], narrow[1]), tl.join(narrow[2], narrow[3]))
-        efgh = tl.join(tl.join(narrow[4], narrow[5]), tl.join(narrow[6], narrow[7]))
-        whole = tl.reshape(tl.permute(tl.join(abcd, efgh), (0, 4, 3, 2, 1)), [NQ, 8 * SIZE])
-        tl.store(y_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :], whole)
+        target = y_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :]
+        tl.store(target, whole_of(narrow, SIZE))
     else:
         for p in tl.static_range(8):
             store_tile(y_ptr, y[p], starts, room, SIZE, p, FULL)
