@@ -15,7 +15,7 @@ from packlight import _imagined
 from packlight.planner import walk
 from packlight.planner.costs import Costs
 from packlight.planner.devices import device_of
-from packlight.planner.menu import PACKED_4
+from packlight.planner.menu import MENU, PACKED_4
 from packlight.planner.optimizers import OPTIMIZERS
 from packlight.planner.runs import runs_of
 from packlight.planner.study import Study
@@ -212,3 +212,12 @@ def test_peaks_are_those_that_an_h200_counted(scenario: str, choice: str) -> Non
         timeline = walker.walk(H200).timeline
     assert timeline.static / GIB == pytest.approx(measured["static_gib"], rel=0.01)
     assert timeline.peak / GIB == pytest.approx(measured["peak_gib"], rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_a_batch_with_values_is_packed_as_one_without_is() -> None:
+    """The second run of a checkpoint has its input without values; attention draws masks in both."""
+    layer = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.1, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    study = Study(model, (torch.randn(2, 64, 64),), {}, H200)
+    assert all(study.runs(option, PACKED_4) for option in MENU)
