@@ -100,7 +100,7 @@ def test_calls_keep_less_and_give_the_same_results():
 
 def test_a_product_of_an_activation_keeps_nothing_for_it():
     model, x = Gated(), torch.randn(128, 64)
-    convert(model, GroupQuant(bits=4), functional=True)
+    convert(model, GroupQuant(bits=4, code="minmax"), functional=True)
     # Packs of the input, of gate and of up: the activation and the product are rebuilt.
     assert profile(model, x).activation_bytes == 3 * x.numel() * 17 // 32
 
@@ -838,7 +838,7 @@ def test_every_function_gives_torch_s_results(method, function):
 
 def test_attention_is_packed_at_8_bits_whatever_the_method():
     model = Function(F.scaled_dot_product_attention)
-    convert(model, GroupQuant(bits=2), functional=True)
+    convert(model, GroupQuant(bits=2, code="minmax"), functional=True)
     kept = profile(model, X.clone().requires_grad_())
     packed = sum(row.bytes for row in kept.rows if row.dtype == "uint8")
     assert packed == 3 * X.numel()

@@ -291,7 +291,7 @@ def test_the_head_and_a_plan_are_foretold(capsys: pytest.CaptureFixture[str]) ->
     assert 'convert(model, head="head") keeps' in printed
     assert "times less: no logits" in printed
     assert "memory=0.12): keeps" in printed
-    assert "checkpoint of 8 bits" in printed
+    assert "blocks: 4 x " in printed
 
 
 def test_the_report_shows_peaks_where_there_are_any(

@@ -197,7 +197,11 @@ RUNS = {
             (1050, 3, ROTATED),
         ],
     ),
-    "rows of packs": (packed_rows, [(4, 128, 4), (3, 72, 4), (3, 72, 8), (3, 72, 4, ROTATED)]),
+    "rows of packs": (
+        packed_rows,
+        [(4, 128, 4), (3, 72, 4), (3, 72, 8)],
+    ),
+    "rows of rotated packs": (packed_rows, [(3, 72, 4, ROTATED), (8, 192, 4, ROTATED)]),
     "norms behind sums": (norms_behind_sums, [(8, 128), (8, 72), (16, 72, ROTATED)]),
     "batch norms": (
         batch_norms,

@@ -256,7 +256,8 @@ def test_masks_leave_their_neighbours_a_step(function, dtype, monkeypatch):
         # A step is that of values from -14.5 to 3, which are ordinary for a Mish, and not of 10000.
         assert relative_error(found[~hidden], exact[~hidden]) < 0.32
         if exact.isfinite().all():
-            assert (found - exact)[hidden].abs().max() <= 0.02 * exact[~hidden].abs().max()
+            # In place the derivative is read off the result, which offsets have off by half a step.
+            assert (found - exact)[hidden].abs().max() <= 0.06 * exact[~hidden].abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

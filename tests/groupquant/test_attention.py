@@ -279,7 +279,7 @@ class Generator:
 def test_a_replay_leaves_the_generator_where_it_was(monkeypatch):
     generator = Generator()
     monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
-    x = SimpleNamespace(get_device=lambda: 0)
+    x = SimpleNamespace(is_cuda=True, get_device=lambda: 0)
     place = draws_at(x)
     generator.manual_seed(9)
     generator.offset = 12

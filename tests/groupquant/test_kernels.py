@@ -189,7 +189,11 @@ def agree(ours, theirs, rows, width, groups):
     given, expected = (
         reference.dequantize_rows(*pack, rows, width, groups) for pack in (ours, theirs)
     )
-    assert (given - expected).norm() <= 0.02 * expected.norm()
+    # Of a rotated pack one code moves its whole group, of which a row of these has three.
+    limit = 0.06 if groups[2] == ROTATED else 0.02
+    assert (given - expected).norm() <= limit * expected.norm()
+    if groups[2] == ROTATED:
+        assert (ours[0] != theirs[0]).float().mean() <= 0.01
     assert torch.equal(ours[1][:2], theirs[1][:2]) or groups[2] == MINMAX  # the seed
 
 

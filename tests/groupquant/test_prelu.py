@@ -9,8 +9,9 @@ import packlight
 from packlight import FewBit, GroupQuant
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant import PReLU, prelu
+from packlight.groupquant.grouping import OFFSET
 from packlight.packing.layout import packed_bytes
-from tests.helpers import every_device, kept_bytes, sample
+from tests.helpers import every_device, kept_bytes, pack_bytes, sample
 
 SHAPES = [(64,), (4, 16), (4, 16, 8, 8), (2, 16, 5)]
 
@@ -74,7 +75,7 @@ def test_the_slopes_s_gradient_is_unbiased():
 def test_bytes_are_a_bit_and_a_pack_or_the_bit_alone():
     x = torch.randn(4, 16, 64).requires_grad_()
     weight = torch.rand(16, requires_grad=True)
-    bit, pack = packed_bytes(x.numel(), 1), x.numel() // 2 + x.numel() // 128 * 4
+    bit, pack = packed_bytes(x.numel(), 1), pack_bytes(x.numel(), code=OFFSET)
     assert kept_bytes(lambda: prelu(x, weight)) == bit + pack + 16 * 4
     assert kept_bytes(lambda: prelu(x, weight.detach())) == bit + 16 * 4
     with torch.no_grad():

@@ -79,7 +79,7 @@ def test_a_bare_layer_is_converted_before_it_is_prepared(accelerator, precision)
     with pytest.raises(packlight.CannotConvertError, match="convert before that"):
         packlight.convert(layer, GroupQuant())
     other = nn.Linear(64, 64)
-    packlight.convert(other, GroupQuant(bits=4))
+    packlight.convert(other, GroupQuant(bits=4, code="minmax"))
     x = torch.randn(64, 64, requires_grad=True)
     prepared = accelerator.prepare(other)
     kept = packlight.profile(prepared, x).activation_bytes

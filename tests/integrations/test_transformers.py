@@ -190,7 +190,7 @@ def test_inverted_norms_are_within_a_unit_of_the_plain_norm(name, dtype):
 def test_a_norm_keeps_a_pack_which_the_next_layer_shares():
     norm, linear = make_norm("llama.LlamaRMSNorm"), nn.Linear(WIDTH, 32)
     model = nn.Sequential(norm, linear)
-    packlight.convert(model, GroupQuant(bits=4))
+    packlight.convert(model, GroupQuant(bits=4, code="minmax"))
     x = torch.randn(16, WIDTH, requires_grad=True)
     count = x.numel()
     report = packlight.profile(model, x)
@@ -354,7 +354,7 @@ def test_a_gated_layer_packs_gate_and_up_once_and_rebuilds_the_product(name):
     for key, gradient in expected.items():
         assert relative_error(actual[key], gradient) < 0.02, key
     four = copy.deepcopy(plain)
-    packlight.convert(four, GroupQuant(bits=4))
+    packlight.convert(four, GroupQuant(bits=4, code="minmax"))
     kept = packlight.profile(four, x.requires_grad_()).activation_bytes
     pack = 0.5 + 4 / 128
     assert kept == 32 * (WIDTH + 2 * 160) * pack
@@ -434,14 +434,15 @@ def test_attention_follows_the_config_of_the_model():
 
 
 def test_the_report_says_by_how_many_bits_attention_packs():
-    conversion = packlight.convert(make("llama"), GroupQuant(bits=2), functional=True)
+    two = GroupQuant(bits=2, code="minmax")
+    conversion = packlight.convert(make("llama"), two, functional=True)
     methods = {row.kind: row.method for row in conversion.replaced}
-    assert methods["LlamaAttention"] == GroupQuant(bits=8)
-    assert methods["Linear"] == GroupQuant(bits=2)
+    assert methods["LlamaAttention"] == GroupQuant(bits=8, code="minmax")
+    assert methods["Linear"] == two
     attention = ("scaled_dot_product_attention", "multi_head_attention_forward")
     assert conversion.functional_bits == dict.fromkeys(attention, 8)
     text = " ".join(str(conversion).split())
-    assert "GroupQuant(bits=8)" in text
+    assert "GroupQuant(bits=8, code='minmax')" in text
     assert "scaled_dot_product_attention packs at 8 bits" in text
 
 

@@ -4,7 +4,6 @@ import copy
 import itertools
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
@@ -17,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import packlight
 from packlight import Checkpoint, GroupQuant
-from tests.parallel.ranks import join
+from tests.parallel.ranks import join, leave
 
 NEAREST = GroupQuant(8, group_size=32, rounding="nearest")
 METHODS = {"packs": NEAREST, "checkpoint": (Checkpoint(NEAREST), NEAREST)}
@@ -134,5 +133,4 @@ if __name__ == "__main__":
         found = get_model_state_dict(model, options=whole)
         assert found.keys() == state.keys()
         assert all(torch.equal(found[key].cpu(), state[key]) for key in state)
-    dist.destroy_process_group()
-    print("same gradients")
+    leave("same gradients")

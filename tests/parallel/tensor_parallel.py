@@ -3,7 +3,6 @@
 import copy
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +17,7 @@ from torch.distributed.tensor.parallel import (
 
 import packlight
 from packlight import FewBit, GroupQuant, Inverted
-from tests.parallel.ranks import join
+from tests.parallel.ranks import join, leave
 
 WIDTH, TOKENS = 128, 32
 
@@ -136,5 +135,4 @@ if __name__ == "__main__":
                     assert share < (0.53 if by_tokens else 0.86), share
                 model.eval()
                 model(part)
-    dist.destroy_process_group()
-    print("same gradients")
+    leave("same gradients")

@@ -216,7 +216,7 @@ def test_peaks_are_those_that_an_h200_counted(scenario: str, choice: str) -> Non
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_a_batch_with_values_is_packed_as_one_without_is() -> None:
-    """The second run of a checkpoint has its input without values; attention draws masks in both."""
+    """The second run of a checkpoint has its input without values."""
     layer = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.1, batch_first=True)
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     study = Study(model, (torch.randn(2, 64, 64),), {}, H200)

@@ -1,7 +1,6 @@
 """What a pack of fixed-point codes stands for."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import torch
@@ -11,11 +10,12 @@ from packlight.groupquant.fixed_point import ops
 from packlight.groupquant.fixed_point.residual_ops import residual
 from packlight.pack import Grade
 
+_GRADES = {bits: Grade(bits, 1, unbiased=True) for bits in range(1, 9)}
 
-@functools.cache
+
 def grade(bits: int) -> Grade:
     """What a code offers its readers: its error is its method's own, and no reader's choice."""
-    return Grade(bits, 1, unbiased=True)
+    return _GRADES[bits]  # a cache of functools is nothing that torch.compile follows
 
 
 # What the error of a second derivative says is kept.
