@@ -71,6 +71,8 @@ test-newest:
 	$(BIN)/python -m pip install --quiet --group test
 	PYTHONPATH= $(PYTEST) tests/test_packaging.py tests/test_public_api.py tests/test_readme.py tests/test_saving.py tests/test_compiled_resnet.py
 	PYTHONPATH= $(PYTEST) tests/test_contract.py -k 'not compile'
+	$(BIN)/python -m pip install --quiet accelerate peft transformers
+	PYTHONPATH= $(PYTEST) tests/recompute tests/integrations/test_transformers.py
 
 mutate: $(STAMP)
 	$(BIN)/python tools/mutate.py $(MODULES)

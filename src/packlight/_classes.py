@@ -15,6 +15,7 @@ import copyreg
 import dis
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +75,22 @@ def _made(bases: tuple[type[nn.Module], ...], own: dict[str, Any]) -> type[nn.Mo
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise CannotConvertError(f"no class can be derived from {name}: {reason}") from error
+    _checkpoint_in(made)
     return made
+
+
+def _checkpoint_in(made: type[nn.Module]) -> None:
+    """Has a layer of transformers go on checkpointing itself, in a class that nobody is told of.
+
+    Newer releases wrap the forward of each subclass as it is announced, and of all wrappers the one
+    of the module's own class checkpoints. Older ones do so in `__call__`.
+    """
+    layers: Any = sys.modules.get("transformers.modeling_layers")
+    base = getattr(layers, "GradientCheckpointingLayer", None)
+    if base is not None and issubclass(made, base):
+        wrap: Any = vars(base).get("__init_subclass__")
+        if wrap is not None:
+            wrap.__func__(made)
 
 
 def _never_ends(name: str, value: object) -> bool:

@@ -39,6 +39,14 @@ def remedy_of(reason: str) -> str:
     return next((help for start, help in _OF_LAYERS.items() if reason.startswith(start)), "")
 
 
+def _is_checkpointed_by_transformers(module: nn.Module) -> bool:
+    """By `gradient_checkpointing_enable`, and not by a method of ours, which sets the same."""
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return function is not None and not type(function).__module__.startswith("packlight.")
+
+
 def advice(model: nn.Module, conversion: "Conversion") -> list[str]:
     """What would help, by what is there, without a batch: `Conversion.left` weighs it."""
     found: dict[str, list[str]] = {}
@@ -49,7 +57,7 @@ def advice(model: nn.Module, conversion: "Conversion") -> list[str]:
     embeddings = getattr(model, "get_output_embeddings", None)
     if not conversion.heads and callable(embeddings) and isinstance(embeddings(), nn.Linear):
         lines.append("head=True: the loss by chunks, without all logits")
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(map(_is_checkpointed_by_transformers, model.modules())):
         lines.append("no gradient_checkpointing: blocks that run again keep inputs alone")
     return lines
 

@@ -108,6 +108,8 @@ def device_of(text: str | None) -> Device:
             )
         return _present()
     if (size := parse_bytes(text)) is not None:
+        if size < 2**30:
+            raise InputError(f"a device of {size} bytes trains nothing; say which unit, as 24GiB")
         return dataclasses.replace(_named(_MEASURED), name=text, memory=size, measured=False)
     wanted = _squeezed(text)
     names = [name for name in _SHEETS if _squeezed(name) == wanted] or [
