@@ -108,7 +108,7 @@ def device_of(text: str | None) -> Device:
             )
         return _present()
     if (size := parse_bytes(text)) is not None:
-        if size < 2**30:
+        if size < 2**20:
             raise InputError(f"a device of {size} bytes trains nothing; say which unit, as 24GiB")
         return dataclasses.replace(_named(_MEASURED), name=text, memory=size, measured=False)
     wanted = _squeezed(text)
