@@ -72,7 +72,7 @@ test-newest:
 	PYTHONPATH= $(PYTEST) tests/test_packaging.py tests/test_public_api.py tests/test_readme.py tests/test_saving.py tests/test_compiled_resnet.py
 	PYTHONPATH= $(PYTEST) tests/test_contract.py -k 'not compile'
 	$(BIN)/python -m pip install --quiet accelerate peft transformers
-	PYTHONPATH= $(PYTEST) tests/recompute tests/integrations/test_transformers.py
+	PYTHONPATH= $(PYTEST) tests/recompute/test_checkpoint.py tests/integrations/test_transformers.py
 
 mutate: $(STAMP)
 	$(BIN)/python tools/mutate.py $(MODULES)
