@@ -46,6 +46,8 @@ def is_taken(x: Tensor) -> bool:
         return False
     if torch.compiler.is_exporting() or _torch.in_transform():
         return False
+    if type(x) is not Tensor and is_sharded(x):  # `packlight.sharded` gives layers their part of it
+        return False
     return not (x.is_inference() and torch.is_grad_enabled())
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 
 import packlight
 from packlight import FewBit, GroupQuant, Inverted
+from packlight._checks import is_taken
 from tests.parallel.ranks import join, leave
 
 WIDTH, TOKENS = 128, 32
@@ -94,6 +95,10 @@ if __name__ == "__main__":
     own = (
         slice(2 * mesh.get_local_rank("dp"), 2 * mesh.get_local_rank("dp") + 2) if two else slice(4)
     )
+
+    whole = DTensor.from_local(x, tp, [Replicate()], run_check=False)
+    assert is_taken(x)
+    assert not is_taken(whole)  # what runs several layers at once takes no DTensors
 
     for by_tokens in (False, True):
         part = x[own]
