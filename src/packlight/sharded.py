@@ -103,8 +103,7 @@ def _linear(forward: Forward, layer: nn.Linear, x: "DTensor") -> Tensor | None:
             return _from_local(forward(layer, local), mesh, Shard(last), shape)
     if cut.is_shard(1):  # rows of the weight: a sum over ranks
         x = x if placed.is_shard(last) else x.redistribute(placements=(Shard(last),))
-        # The bias counts once: each rank adds its share of it.
-        with _local_parameters(layer, cut, _Share(mesh.size())):
+        with _local_parameters(layer, cut, shares=mesh.size()):
             y = forward(layer, x.to_local(grad_placements=(Shard(last),)))
         return _from_local(y, mesh, Partial(), shape)
     if not cut.is_replicate() or placed.is_partial() or placed.is_shard(last):
@@ -114,31 +113,23 @@ def _linear(forward: Forward, layer: nn.Linear, x: "DTensor") -> Tensor | None:
     return _from_local(y, mesh, placed, shape)
 
 
-@dataclasses.dataclass
-class _Share:
-    """Of the bias of a Linear cut by rows."""
-
-    count: int
-
-    def __call__(self, bias: "DTensor") -> Tensor:
-        from torch.distributed.tensor import Partial
-
-        return bias.to_local(grad_placements=(Partial(),)) / self.count
-
-
 @contextlib.contextmanager
-def _local_parameters(
-    layer: Any, gradients: Any, of_bias: Callable[[Any], Tensor] | None = None
-) -> Iterator[None]:
-    """The layer with this rank's part of its parameters, whose gradients are placed so."""
+def _local_parameters(layer: Any, gradients: Any, shares: int | None = None) -> Iterator[None]:
+    """The layer with this rank's part of its parameters, whose gradients are placed so.
+
+    Of several shares of a sum over ranks each has one of the bias, which counts once.
+    """
+    from torch.distributed.tensor import Partial
+
     whole = dict(layer._parameters)
     for name, parameter in whole.items():
         if parameter is None:
             continue
-        if name == "bias" and of_bias is not None:
-            layer._parameters[name] = of_bias(parameter)
+        if name == "bias" and shares is not None:
+            local = parameter.to_local(grad_placements=(Partial(),)) / shares
         else:
-            layer._parameters[name] = parameter.to_local(grad_placements=(gradients,))
+            local = parameter.to_local(grad_placements=(gradients,))
+        layer._parameters[name] = local
     try:
         yield
     finally:
