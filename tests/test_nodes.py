@@ -232,7 +232,13 @@ def test_a_frozen_layer_is_one_behind_the_tracer_too(fresh_compiler):
     assert compiled(torch.ones(3)).all()
 
 
-def test_a_graph_draws_its_seeds_at_once(fresh_compiler):
+@pytest.mark.parametrize("known", [True, False])  # that a Linear asks for seeds
+def test_a_graph_draws_its_seeds_at_once(fresh_compiler, monkeypatch, known):
+    if known:
+        test_a_graph_draws_its_seeds_at_once(fresh_compiler, monkeypatch, False)
+        torch._dynamo.reset()
+    else:
+        monkeypatch.setattr(_torch.nodes, "_wanting", set())
     layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
     packlight.convert(layers, GroupQuant(bits=4))
     places = []

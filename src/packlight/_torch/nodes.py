@@ -121,10 +121,13 @@ def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
     operands = [value.as_proxy() for value in tensors]
     seeds = _seeds(tracer, operands, first) if function in _wanting else None
     asked_for_seeds(), said()  # by whatever ran before
+    after = first
     while True:
         given_seeds = () if seeds is None else (seeds,)
         proxy = tracer.output.create_proxy("call_function", call, (*operands, *given_seeds), {})
         results = wrap(tracer, proxy)
+        # A second run may find the notes of the first, and ask for less than the graph will.
+        after = max(after, next(places))
         if not asked_for_seeds() or seeds is not None:
             break
         _wanting.add(function)
@@ -132,7 +135,7 @@ def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
         if seeds is None:
             break
         tracer.output.remove_node(proxy.node)
-    facts["next"] = next(places)
+    facts["next"] = after
     what = said()
     if what is not None:
         graph_facts(tracer, SAID)[proxy.node] = what, tensors[0]
