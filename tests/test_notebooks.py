@@ -19,6 +19,7 @@ def test_a_notebook_runs(path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # of the kernel
     import nbformat  # what reads notebooks is not on every machine that runs tests of kernels
+
     import run_notebooks
 
     stored = nbformat.read(path, as_version=4)
