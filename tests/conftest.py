@@ -72,7 +72,7 @@ def _interpreter_loops():
 
 @pytest.fixture
 def collected():
-    """For tests that capture: a graph of an earlier test that is freed meanwhile would end the capture."""
+    """For tests that capture: a graph of an earlier test that is freed then ends a capture."""
     from packlight.graphs.recorder import nothing_freed
 
     with nothing_freed():
