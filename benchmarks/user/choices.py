@@ -116,6 +116,26 @@ def recompute(model: nn.Module, bits: int, tiles: bool = True) -> None:
     packlight.convert(model, (*methods, *packlight.DEFAULT_METHODS), functional=True, head=True)
 
 
+def bits3(model: nn.Module) -> None:
+    """Packs of 3 bits, whose groups are rotated, and the head's loss by chunks."""
+    methods = (packlight.GroupQuant(bits=3), packlight.FewBit(bits=3))
+    packlight.convert(model, methods, functional=True, head=True)
+
+
+# GiB that may be allocated at the peak of a choice that is a plan, by scenario. `benchmarks.plans
+# write` makes the files of them.
+PLANS: dict[str, dict[str, float]] = {
+    "plan": {
+        "llama1b": 8.4,
+        "lora8b-4k": 17.9,
+        "lora8b-8k": 20.0,
+        "lora8b-32k": 33.9,
+        "lora8b-110k": 78.0,
+    },
+    "tight": {"lora8b-4k": 17.0, "lora8b-8k": 18.0, "lora8b-32k": 26.4},
+}
+
+
 def plan_of(scenario: str, choice: str) -> str:
     """The file of a plan, which `packlight.plan(...).save(FILE)` wrote."""
     return os.environ.get(PLAN, "").format(scenario=scenario, choice=choice)
@@ -140,6 +160,7 @@ CHOICES = {
     "default": Choice("packlight default", (default,)),
     "default+head": Choice("packlight default, head", (_head,), kind="head"),
     "graphed": Choice("graph", (graphed,)),
+    "bits3": Choice("packlight 3 bits, head", (bits3,), kind="head"),
     "minmax": Choice("packlight min-max", (_minmax,)),
     "rotated": Choice("packlight rotated", (_rotated,)),
     "minmax2": Choice("packlight min-max, 2 bits", (_minmax2,)),

@@ -239,6 +239,14 @@ class _Norm(torch.autograd.Function):
 _apply: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Norm)
 
 
+def _as_torch_lays_it_out(x: Tensor) -> Tensor:
+    """`x` in the layout of torch's norm of it: channels-last, or contiguous.
+
+    A Linear behind the norm rounds once where its input is contiguous, and twice elsewhere.
+    """
+    return x.contiguous(memory_format=_torch.memory_format(x))
+
+
 def _norm(
     x: Tensor,
     weight: Tensor | None,
@@ -248,6 +256,7 @@ def _norm(
     method: Quantiser,
     *numbers: Any,
 ) -> Tensor:
+    x = _as_torch_lays_it_out(x)
     y, *kept = _apply(x, weight, bias, name, eps, method, method.seed(x), *numbers)
     rebuild = _keeping(method, name).rebuild(y, eps, method)
     sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))
