@@ -130,7 +130,7 @@ PLANS: dict[str, dict[str, float]] = {
         "lora8b-4k": 17.9,
         "lora8b-8k": 20.0,
         "lora8b-32k": 33.9,
-        "lora8b-110k": 78.0,
+        "lora8b-110k": 74.0,
     },
     "tight": {"lora8b-4k": 17.0, "lora8b-8k": 18.0, "lora8b-32k": 26.4},
 }
