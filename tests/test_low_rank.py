@@ -53,7 +53,7 @@ def test_kernels_are_the_reference(size, dtype, turned, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sum_is_rounded_as_separate_operations_round_it(dtype):
-    for narrow in (torch.float32, dtype):
+    for narrow in (torch.float32, dtype, torch.float16):
         for scaling in (2.0, 0.3):
             x, low, factor = (t.to(d) for t, d in zip(
                 tensors((70, 64, 8), dtype, "cpu"), (dtype, narrow, narrow), strict=True
@@ -92,3 +92,15 @@ def test_of_nothing_there_is_nothing():
         assert torch.equal(run.outer(x, low), torch.zeros(8, 64))
     with use_reference():
         assert ops.outer(x, low).shape == (8, 64)
+
+
+def test_factors_that_are_not_finite_stay_so(monkeypatch):
+    for precision in ("tf32", "tf32x3"):
+        monkeypatch.setattr(kernels, "_precision", lambda precision=precision: precision)
+        for odd in (torch.inf, -torch.inf, torch.nan):
+            x, low, factor = tensors((20, 64, 16), torch.bfloat16, "cpu")
+            factor[2, 5] = odd
+            ours, theirs = x.clone(), x.clone()
+            kernels.add_widened_(ours, low, factor, 2.0, False)
+            reference.add_widened_(theirs, low, factor, 2.0, False)
+            assert torch.equal(ours.isfinite(), theirs.isfinite())

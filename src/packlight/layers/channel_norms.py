@@ -18,7 +18,7 @@ from packlight._checks import autocast, check_tensor, needs_gradient, refuse_sec
 from packlight._seeds import Seed
 from packlight.layers.computed import exact, is_of_parameters, note_computed
 from packlight.pack import Pack
-from packlight.packing.layout import compute_dtype, dense_stride, laid_out
+from packlight.packing.layout import compute_dtype, dense_stride, in_memory_format, laid_out
 from packlight.quantiser import KEEPS, Fused, Quantiser
 
 # Below so many values a channel, what is kept of the channel outweighs what codes save.
@@ -239,14 +239,6 @@ class _Norm(torch.autograd.Function):
 _apply: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Norm)
 
 
-def _as_torch_lays_it_out(x: Tensor) -> Tensor:
-    """`x` in the layout of torch's norm of it: channels-last, or contiguous.
-
-    A Linear behind the norm rounds once where its input is contiguous, and twice elsewhere.
-    """
-    return x.contiguous(memory_format=_torch.memory_format(x))
-
-
 def _norm(
     x: Tensor,
     weight: Tensor | None,
@@ -256,7 +248,7 @@ def _norm(
     method: Quantiser,
     *numbers: Any,
 ) -> Tensor:
-    x = _as_torch_lays_it_out(x)
+    x = in_memory_format(x)
     y, *kept = _apply(x, weight, bias, name, eps, method, method.seed(x), *numbers)
     rebuild = _keeping(method, name).rebuild(y, eps, method)
     sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))

@@ -13,6 +13,19 @@ from packlight.low_rank import reference
 MOST = 128  # a rank above which cuBLAS, which casts, is no slower
 
 
+@triton.jit
+def _rounded(x, PRECISION: tl.constexpr):
+    """float32 to the 10 bits of TF32, to nearest as cuBLAS does: tensor cores cut bits off.
+
+    Three products take what is cut off as well.
+    """
+    if PRECISION != "tf32":
+        return x
+    bits = x.to(tl.int32, bitcast=True)
+    near = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), near, x)
+
+
 @quick
 @triton.jit
 def _narrowed_kernel(
@@ -46,6 +59,7 @@ def _narrowed_kernel(
             there[:, None] & ranks[None, :],
             0.0,
         )
+        factor = _rounded(factor, PRECISION)
         total = tl.dot(x.to(tl.float32), factor, total, input_precision=PRECISION)
     tl.store(low_ptr + row[:, None] * rank + r[None, :], total, inside[:, None] & ranks[None, :])
 
@@ -84,6 +98,7 @@ def _add_widened_kernel(
         there[None, :] & ranks[:, None],
         0.0,
     )
+    low, factor = _rounded(low, PRECISION), _rounded(factor, PRECISION)
     delta = tl.dot(low, factor, input_precision=PRECISION) * scaling
     if ROUNDS:
         delta = delta.to(y.dtype).to(tl.float32)
@@ -122,6 +137,7 @@ def _outer_kernel(
         low = tl.load(
             low_ptr + row[None, :] * rank + r[:, None], inside[None, :] & ranks[:, None], 0.0
         )
+        low = _rounded(low, PRECISION)
         total = tl.dot(low, x.to(tl.float32), total, input_precision=PRECISION)
     y_ptr += part.to(tl.int64) * rank * width
     tl.store(y_ptr + r[:, None] * width + place[None, :], total, ranks[:, None] & there[None, :])
@@ -140,7 +156,7 @@ def _rank(rank: int) -> int:
 def _precision() -> str:
     """How torch multiplies float32 with these settings: rounded to 10 bits, or as three products.
 
-    x has 16 bits, so only the factor is rounded.
+    What has 16 bits is not rounded.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 

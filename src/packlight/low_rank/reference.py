@@ -1,5 +1,6 @@
 """What the operators are, in plain PyTorch: by tiles of rows, so that casts of x are short."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -31,9 +32,14 @@ def add_widened_(y: Tensor, low: Tensor, factor: Tensor, scaling: float, rounds:
     The product and s times it are rounded to the dtype of the factor, with `rounds` then to that of
     y, and the sum to that of y.
     """
+    alpha = 1.0
+    if not rounds and math.frexp(scaling)[0] == 0.5 and factor.dtype != torch.float16:
+        alpha, scaling = scaling, 1.0  # a power of two rounds nothing
     for tile, part in _tiles(y, low):
-        delta = part.mm(factor).mul_(scaling)
-        tile.add_(as_dtype(delta, tile.dtype) if rounds else delta)
+        delta = part.mm(factor)
+        if scaling != 1.0:
+            delta.mul_(scaling)
+        tile.add_(as_dtype(delta, tile.dtype) if rounds else delta, alpha=alpha)
 
 
 def outer(x: Tensor, low: Tensor) -> Tensor:
