@@ -67,12 +67,12 @@ def write(names: list[str], folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         study = study_of(name)
-        for choice, peaks in PLANS.items():
-            if name not in peaks:
+        for choice, limits in PLANS.items():
+            if name not in limits:
                 continue
-            budget = reserved(int(peaks[name] * 2**30))
+            budget = reserved(int(limits[name].gib * 2**30))
             with torch.autocast("cpu", torch.bfloat16, enabled=SCENARIOS[name].autocast):
-                plan = planned(study, budget, None, MAX_ERROR)
+                plan = planned(study, budget, None, limits[name].error)
             plan.save(folder / f"{name}-{choice}.toml")
             options = [block.option for block in plan.blocks]
             counts = {option: options.count(option) for option in dict.fromkeys(options)}
