@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight._torch.capabilities import BACKWARD, HOOKS, NODES, RUNNING_NODE, STORAGES
+from packlight._torch.capabilities import BACKWARD, FREEING, HOOKS, NODES, RUNNING_NODE, STORAGES
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -52,6 +52,15 @@ def at_end_of_backward(function: Callable[[], Any]) -> bool:
         return False
     engine.queue_callback(function)
     return True
+
+
+def let_go_of_saved(ctx: Any) -> None:
+    """Has a node of the graph hold no more of what it saved, which its backward pass has read.
+
+    Nothing happens where the graph is retained, or no backward pass runs.
+    """
+    if FREEING.values is not None:
+        FREEING.values[0](ctx)
 
 
 def run_backward(loss: Tensor) -> None:

@@ -129,6 +129,11 @@ TRANSFORMS = Capability(
     "torch._C:_are_functorch_transforms_active",
     "torch.autograd.forward_ad:_current_level",
 )
+FREEING = Capability(
+    "frees what a graph node saved before its backward pass ends",
+    "packs of a gated feed-forward layer take memory until its gradients are made",
+    "torch._C:_FunctionBase.maybe_clear_saved_tensors",
+)
 BACKWARD = Capability(
     "knows that a backward pass runs",
     "what a user holds of a checkpoint's second pass holds packs",
@@ -209,6 +214,7 @@ CAPABILITIES = (
     HOOKS,
     HOOK_STACK,
     SAVED,
+    FREEING,
     BACKWARD,
     STORAGES,
     TRACER,
