@@ -470,7 +470,7 @@ def test_layers_that_run_no_forward_of_their_own():
     conversion = convert(model, GroupQuant())
     assert list(names(conversion)) == ["lstm", "fc"]
     why = reasons(conversion)
-    assert why["attention.out_proj"].startswith("a subclass of Linear")
+    assert "attention.out_proj" not in why
     assert why["attention"] == "no rule of GroupQuant"
 
 

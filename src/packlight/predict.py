@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from packlight import _torch
 from packlight._swap import restore
 from packlight._torch.attributes import CALL_MODULE, plain_attributes, slots
+from packlight.batches import arguments_of
 from packlight.errors import InputError
 from packlight.profile import profile
 from packlight.profile.lines import is_internal, short_path
@@ -37,6 +38,8 @@ def predict(
     **kwargs: Any,
 ) -> MemoryReport:
     """What `packlight.profile(model, *inputs, loss=loss, **kwargs)` would report, without a run.
+
+    The batch may also be one mapping of keywords, as a tokenizer or a collator makes it.
 
     Model and inputs may lie on any device, fake ones and "meta" among them, where a model of any
     size costs nothing: `with torch.device("meta"): model = Llama(config)`. `device` says where the
@@ -100,6 +103,7 @@ def _predict(
             f"model is a {type(model).__name__}, of which no copy without values can be made; pass"
             " an nn.Module, or profile a run of it"
         )
+    inputs, kwargs = arguments_of(model, *inputs, **kwargs)
     fakes = fake_tensors()
     mode = fakes.Fakes()
     fake, fake_inputs, fake_kwargs = copied(mode, device, model, inputs, kwargs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight import graphs
+from packlight.batches import call
 from packlight.errors import InputError
 from packlight.predict import copied_model, restore_all
 from packlight.profile.recording import watchable
@@ -137,12 +138,8 @@ def _loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
 
 def _output(model: nn.Module, batch: Any) -> Any:
     """The loss that the model itself, or the batch, returns; any other output as it is."""
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    elif isinstance(batch, tuple | list):
-        output = model(*batch)
-    else:
-        output = batch(model) if callable(batch) and not isinstance(batch, Tensor) else model(batch)
+    is_loss = callable(batch) and not isinstance(batch, Tensor | Mapping)
+    output = batch(model) if is_loss else call(model, batch)
     if isinstance(output, Mapping):
         return output.get("loss", output)
     if isinstance(output, tuple | list) and output:
