@@ -79,8 +79,6 @@ def _add_fit(subcommands: Any) -> None:
     parser.add_argument(
         "--gpu", metavar="GPU", help="24GiB, or a card's name, H100 (default: the GPU that is here)"
     )
-    parser.add_argument("--batch", type=_positive, metavar="N", help="sequences or images a step")
-    parser.add_argument("--sequence", type=_positive, metavar="N", help="tokens a sequence")
     parser.add_argument(
         "--optimizer",
         choices=_OPTIMIZERS,
@@ -225,6 +223,10 @@ def _add_model_and_input(parser: argparse.ArgumentParser) -> None:
         metavar="SIZES",
         help="batch=8,sequence=1024 or batch=8,image=384 for transformers (default: batch 1, "
         "sequence 512); for MODULE:NAME without inputs, their shapes: 8x3x224x224 or 8x128:int64",
+    )
+    parser.add_argument("--batch", type=_positive, metavar="N", help="short for --input batch=N")
+    parser.add_argument(
+        "--sequence", type=_positive, metavar="N", help="short for --input sequence=N"
     )
     parser.add_argument(
         "--task",

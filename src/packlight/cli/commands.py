@@ -214,14 +214,20 @@ def _chosen(text: str) -> tuple[str, Choice]:
 
 def _loaded(arguments: argparse.Namespace) -> Answer:
     device = device_of(arguments.device)
-    loaded = load_model(
+    return Answer(loaded_model(arguments), device)
+
+
+def loaded_model(arguments: argparse.Namespace) -> LoadedModel:
+    """The model of a command line, without values, with its inputs."""
+    named = {"batch": arguments.batch, "sequence": arguments.sequence}
+    sizes = [f"{name}={value}" for name, value in named.items() if value is not None]
+    return load_model(
         arguments.model,
-        parse_inputs(arguments.input),
+        parse_inputs([*arguments.input, *sizes]),
         task=arguments.task,
         config=parsed_config(arguments.config),
         dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
     )
-    return Answer(loaded, device)
 
 
 def parsed_config(texts: Iterable[str]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from packlight.cli.commands import autocast_of, parsed_config, quiet
-from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs
+from packlight.cli.commands import autocast_of, loaded_model, quiet
+from packlight.cli.models import LoadedModel, brief
 from packlight.cli.models.transformers import positions
 from packlight.errors import InputError, PacklightError
 from packlight.planner import devices
@@ -32,18 +32,7 @@ def run_fit(arguments: argparse.Namespace) -> None:
 
 
 def _loaded(arguments: argparse.Namespace) -> LoadedModel:
-    sizes = [
-        f"{name}={value}"
-        for name in ("batch", "sequence")
-        if (value := getattr(arguments, name)) is not None
-    ]
-    loaded = load_model(
-        arguments.model,
-        parse_inputs([*arguments.input, *sizes]),
-        task=arguments.task,
-        config=parsed_config(arguments.config),
-        dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
-    )
+    loaded = loaded_model(arguments)
     if arguments.load_in_4bit:
         in_4_bits(loaded.model)
     if arguments.lora is None:

@@ -75,7 +75,7 @@ class Left:
         before, after = self.before_bytes, self.after_bytes
         yield Text(
             f"{self.model} keeps {human_bytes(before)} before and {human_bytes(after)} after"
-            f"{times_less(before, after)}; {percent(self.covered)} of the bytes before are covered"
+            f"{times_less(before, after)}; {percent(self.covered)} of the bytes are covered"
         )
         if not self.rows:
             return
