@@ -459,7 +459,7 @@ def test_pages_are_written(net: None, capsys: pytest.CaptureFixture[str]) -> Non
         ("profile net:mlp --method default --method default", "'*' is given twice"),
         ("profile hf:gpt2 --input batch=2 --batch 4", "batch is given twice; give it once, by"),
         ("fit hf:gpt2 --sequence 4096 --gpu H100", "sequence=4096 is longer than the 1024 pos"),
-        ("fit net:pair --batch 4 --gpu H100", "brings its own inputs, whose sizes no option"),
+        ("fit net:wrong --batch 4 --gpu H100", "brings its own inputs, whose sizes no option"),
         ("fit net:mlp --batch 4 --gpu H100", "net:mlp has no inputs; give their shapes"),
         (
             "profile net:mlp --input 8x32 --method GLEU=FewBit(3)",

@@ -205,6 +205,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page to look at in a browser"
     )
+    parser.add_argument(
+        "--gpu",
+        metavar="GPU",
+        help="24GiB, or a card's name, whose memory the page draws beside that of a step (default:"
+        " the GPU that is here)",
+    )
 
 
 def _add_model_and_input(parser: argparse.ArgumentParser) -> None:

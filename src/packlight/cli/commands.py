@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ from packlight.method_files import (
     save_methods,
     shortened,
 )
+from packlight.planner import devices
+from packlight.planner.devices import Device
+from packlight.planner.fit import usable
+from packlight.planner.optimizers import optimizer_of
+from packlight.planner.page import steps
+from packlight.planner.timeline import Timeline
+from packlight.planner.walk import Walker
 from packlight.predict import failing_module, predict
 from packlight.report import MemoryReport, check_depth, human_bytes
 from packlight.report.words import times_less
@@ -46,6 +53,7 @@ class Answer:
     before: MemoryReport | None = None
     after: MemoryReport | None = None
     conversion: Conversion | None = None
+    steps: dict[str, Timeline] = field(default_factory=dict)
 
     def heading(self) -> str:
         loaded = self.loaded
@@ -106,10 +114,12 @@ def profile(arguments: argparse.Namespace) -> None:
     chosen = chosen_methods(arguments.method, arguments.methods)
     answer = _loaded(arguments)
     answer.before = _predicted(answer, arguments)
+    _walk(answer, arguments)
     if chosen or arguments.head:
         answer.conversion = _converted(answer, chosen, arguments)
         answer.after = _predicted(answer, arguments)
-    _write_html(answer, arguments.html)
+        _walk(answer, arguments)
+    _write_html(answer, arguments)
     if arguments.json:
         _print_json(answer)
         return
@@ -132,12 +142,14 @@ def convert_model(arguments: argparse.Namespace) -> None:
     unknown = None
     try:
         answer.before = _predicted(answer, arguments)
+        _walk(answer, arguments)
     except PacklightError as error:
         unknown = str(error)
     answer.conversion = _converted(answer, chosen, arguments)
     if answer.before is not None:
         answer.after = _predicted(answer, arguments)
-        _write_html(answer, arguments.html)
+        _walk(answer, arguments)
+        _write_html(answer, arguments)
     elif arguments.html is not None:
         raise InputError(str(unknown))
     if arguments.out is not None:
@@ -313,11 +325,39 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _write_html(answer: Answer, path: Path | None) -> None:
-    if path is None or answer.before is None:
+# ---- the page ------------------------------------------------------------------------------------
+
+_IMAGINED = "H200"  # the device of steps where no other is named or there
+
+
+def _card(arguments: argparse.Namespace) -> tuple[Device, bool]:
+    """The device of steps, and whether it is someone's, with a budget."""
+    known = arguments.gpu is not None or torch.cuda.is_available()
+    return devices.device_of(arguments.gpu if known else _IMAGINED), known
+
+
+def _walk(answer: Answer, arguments: argparse.Namespace) -> None:
+    """A step with what is there of the conversion, for the page."""
+    if arguments.html is None:
         return
+    loaded, (card, _) = answer.loaded, _card(arguments)
+    name = "as PyTorch trains it" if answer.conversion is None else "converted"
+    adamw = optimizer_of("adamw")
+    walker = Walker(loaded.model, loaded.arguments, loaded.keywords, None, adamw)
+    with quiet(), autocast_of(arguments, torch.device("cpu")):
+        answer.steps[name] = walker.walk(card).timeline
+
+
+def _write_html(answer: Answer, arguments: argparse.Namespace) -> None:
+    if arguments.html is None or answer.before is None:
+        return
+    card, known = _card(arguments)
+    of = f"Foretold of a step with fused AdamW on {card.name}; packlight fit has other choices."
+    if not known:
+        of += " --gpu draws the memory of a card of yours as a line."
+    further = steps(answer.steps, usable(card.memory) if known else None, of)
     shown = answer.before if answer.after is None else answer.before - answer.after
-    shown.to_html(path, answer.about())
+    shown.to_html(arguments.html, answer.about(), further=further)
 
 
 # ---- words ---------------------------------------------------------------------------------------
