@@ -107,3 +107,39 @@ def test_functions_take_mappings_as_their_parameters_say():
 def test_a_script_whose_parameters_are_not_known_takes_keywords(monkeypatch):
     monkeypatch.setattr("inspect.signature", lambda function: int("x"))  # a ValueError
     assert arguments_of(Keywords(), TENSORS) == ((), TENSORS)
+
+
+@pytest.mark.parametrize("loss", [lambda y: 2 * y, lambda model, x: 2 * model(*x)])
+def test_a_loss_is_of_the_output_or_of_model_and_batch(loss):
+    batch = tuple(TENSORS.values())
+    report = packlight.gradient_error(Keywords(), batch, packlight.GroupQuant(8), loss=loss)
+    assert report.rows[0].weights[0].error < 0.1
+
+
+WRONG = {
+    "predict": lambda *batch: packlight.predict(nn.Sequential(nn.Linear(8, 8)), *batch),
+    "plan": lambda *batch: packlight.plan(
+        nn.Sequential(nn.Linear(8, 8)), *batch, memory=1.0, device="H100"
+    ),
+}
+
+
+@pytest.mark.parametrize("use", WRONG)
+def test_a_model_that_fails_says_where_and_torch_logs_nothing(use, caplog):
+    with pytest.raises(RuntimeError) as raised:
+        WRONG[use](torch.randn(4, 9))
+    (note,) = raised.value.__notes__
+    assert note.startswith("The forward pass of 0 (Linear) failed where packlight ran it without v")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("use", WRONG)
+def test_the_batch_of_a_loader_is_one_argument(use):
+    with pytest.raises(TypeError) as raised:
+        WRONG[use]([torch.randn(4, 8), torch.randn(4)])
+    assert "The list was passed as one argument; *batch passes what" in raised.value.__notes__[1]
+
+
+def test_a_device_that_is_none_is_named():
+    with pytest.raises(InputError, match=re.escape("device='gpu' is no device of torch's")):
+        packlight.predict(nn.Linear(8, 8), torch.randn(4, 8), device="gpu")

@@ -27,13 +27,12 @@ def arguments_of(model: Callable[..., Any], *batch: Any, **kwargs: Any) -> Argum
     if len(batch) != 1 or not isinstance(batch[0], Mapping):
         return batch, kwargs
     (mapping,) = batch
-    signature = _signature(model)
     is_named = all(isinstance(key, str) for key in mapping)
-    if is_named and (signature is None or _takes(signature, **mapping, **kwargs)):
+    if is_named and takes(model, **mapping, **kwargs):
         return (), {**mapping, **kwargs}
-    if signature is None or (
-        _takes(signature, mapping, **kwargs) and not signature.parameters.keys() & mapping.keys()
-    ):
+    signature = _signature(model)
+    parameters = () if signature is None else signature.parameters
+    if takes(model, mapping, **kwargs) and not set(parameters) & set(mapping):
         return batch, kwargs
     name = type(model).__name__ if isinstance(model, nn.Module) else "the function"
     raise InputError(
@@ -56,9 +55,12 @@ def _signature(model: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def _takes(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+def takes(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> bool:
+    """Whether a function or a model can be called so, as far as Python can tell."""
+    signature = _signature(function)
     try:
-        signature.bind(*args, **kwargs)
+        if signature is not None:
+            signature.bind(*args, **kwargs)
     except TypeError:
         return False
     return True

@@ -162,9 +162,11 @@ class Conversion:
                 table.add_row(f"{len(names)} x {kind}", Group(*why, _names(names, begin)))
             yield table
         if self.functional:
-            modules = f"{len(self.functional)} modules"
+            covered = len(self.functional)
+            modules = "1 module" if covered == 1 else f"{covered} modules"
             bits = "".join(
-                f"; {name} packs at {bits} bits" for name, bits in self.functional_bits.items()
+                f"; {' and '.join(names)} at {bits} bits"
+                for bits, names in _grouped((b, name) for name, b in self.functional_bits.items())
             )
             yield Text(f"calls of torch functions are covered in {modules}{bits}")
         if self.rest is not None:

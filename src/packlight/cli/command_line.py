@@ -7,6 +7,7 @@ runs. Only the latter imports what it runs on, so that `packlight --help` waits 
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,10 +114,9 @@ def _add_fit(subcommands: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not a positive whole number")
+    return int(text[:20])
 
 
 def _fit(arguments: argparse.Namespace) -> None:
@@ -180,8 +180,10 @@ def _add_convert(subcommands: Any) -> None:
         ),
     )
     _add_model(parser)
-    result = parser.add_mutually_exclusive_group(required=True)
-    result.add_argument("--dry-run", action="store_true", help="print only, write no methods")
+    result = parser.add_mutually_exclusive_group()
+    result.add_argument(
+        "--dry-run", action="store_true", help="print only, write no methods, as without --out"
+    )
     result.add_argument("--out", type=Path, metavar="FILE", help="write the methods to this TOML")
     parser.set_defaults(run=_convert)
 

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 
-from packlight._torch.attributes import FAKES_LOGGER
 from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs, parse_value
 from packlight.conversion import Conversion
 from packlight.conversion import brief as brief_method
@@ -59,11 +59,10 @@ class Answer:
         loaded = self.loaded
         task = f" for {loaded.task}" if loaded.task else ""
         dtypes = " and ".join(loaded.dtypes) or "no dtype"
-        inputs = ", ".join(f"{name} {text}" for name, text in loaded.inputs().items())
         lines = [
             f"{loaded.text}: {type(loaded.model).__name__}{task}, "
             f"{_count(loaded.parameters)} parameters in {dtypes}",
-            f"predicted for one batch ({inputs or 'no tensors'}) as on {self.device}",
+            f"predicted for one batch ({loaded.inputs_text or 'no tensors'}) as on {self.device}",
         ]
         if self.device.type == "cpu" and loaded.has_dropout:
             # A mask of a byte an element there, a scaled copy here; and attention with dropout,
@@ -75,11 +74,10 @@ class Answer:
         """What a page says was predicted."""
         loaded = self.loaded
         of = f"{type(loaded.model).__name__} {loaded.task or ''}".rstrip()
-        inputs = ", ".join(f"{name} {text}" for name, text in loaded.inputs().items())
         facts = {
             "model": f"{loaded.text} ({of})",
             "parameters": f"{_count(loaded.parameters)} in {' and '.join(loaded.dtypes)}",
-            "batch": inputs or "no tensors",
+            "batch": loaded.inputs_text or "no tensors",
         }
         if self.conversion is not None:
             methods = dict.fromkeys(brief_method(row.method) for row in self.conversion.replaced)
@@ -313,16 +311,17 @@ def device_of(text: str | None) -> torch.device:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what fake tensors and transformers log on the way; errors are reported by us."""
-    levels = {FAKES_LOGGER: logging.CRITICAL, "transformers": logging.ERROR}
-    before = {name: logging.getLogger(name).level for name in levels}
-    try:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+    """Without what other packages log and warn of on the way; errors are reported by us."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    with warnings.catch_warnings():
+        # Of packages to each other: what PEFT asks transformers for has another name by now.
+        warnings.simplefilter("ignore", FutureWarning)
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 # ---- the page ------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ def _loaded(arguments: argparse.Namespace) -> LoadedModel:
         in_4_bits(loaded.model)
     if arguments.lora is None:
         return loaded
-    adapted = with_lora(loaded.model, lora_settings(_settings(arguments.lora)))
+    with quiet():
+        adapted = with_lora(loaded.model, lora_settings(_settings(arguments.lora)))
     return LoadedModel(
         loaded.text, adapted, loaded.arguments, loaded.keywords, loaded.task, loaded.batch
     )
@@ -79,7 +80,6 @@ def _title(arguments: argparse.Namespace, loaded: LoadedModel) -> str:
     # Two of 4 bits lie in a byte.
     count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in loaded.model.parameters())
     trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    inputs = ", ".join(f"{name} {text}" for name, text in loaded.inputs().items())
     extras = [
         "weights of 4 bits" if arguments.load_in_4bit else "",
         f"LoRA {arguments.lora}" if arguments.lora is not None else "",
@@ -88,7 +88,7 @@ def _title(arguments: argparse.Namespace, loaded: LoadedModel) -> str:
     ]
     return (
         f"{loaded.text}: {type(loaded.model).__name__}, {count:,} parameters in"
-        f" {' and '.join(loaded.dtypes)}, {trained:,} of them trained; {inputs};"
+        f" {' and '.join(loaded.dtypes)}, {trained:,} of them trained; {loaded.inputs_text};"
         f" {', '.join(filter(None, extras))}"
     )
 

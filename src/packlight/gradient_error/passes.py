@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight import graphs
-from packlight.batches import call
+from packlight.batches import call, takes
 from packlight.errors import InputError
 from packlight.predict import copied_model, restore_all
 from packlight.profile.recording import watchable
@@ -17,7 +17,7 @@ from packlight.profile.restoring import left_as_found
 from packlight.profile.scene import scene_of
 from packlight.selectors import Layer
 
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[..., Tensor]
 
 
 class Key(NamedTuple):
@@ -122,7 +122,12 @@ class Run:
 
 
 def _loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
-    value = _output(model, batch) if loss is None else loss(model, batch)
+    if loss is None:
+        value = _output(model, batch)
+    elif takes(loss, model, batch):
+        value = loss(model, batch)
+    else:
+        value = loss(call(model, batch))
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
         raise InputError(

@@ -53,7 +53,8 @@ h2 { font-size: 1.2rem; margin-top: 2rem } h3 { margin: 1.5rem 0 .3rem }
 .drawn .dot { padding: .2rem .35rem; border-radius: .6rem; transform: translate(-50%, 50%);
  background: var(--ink); color: var(--page) }
 .peak { transform: translate(-50%, -.2rem) }
-.limit { color: var(--limit); right: 0; margin-bottom: .2rem }
+.drawn .limit { color: var(--limit); right: 0; margin-bottom: .2rem; padding: .1rem .2rem;
+ background: var(--page) }
 .cursor { top: 0; bottom: 0; width: 1px; background: var(--ink); display: none }
 .read { min-height: 3em; margin: 1.6rem 0 0 3.6rem; font-size: .85rem }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .8rem }

@@ -73,6 +73,12 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
+    for name, value, such in (
+        ("optimizer", optimizer, "a class of torch.optim, such as torch.optim.AdamW"),
+        ("loss", loss, "a function of the model's output that returns a scalar"),
+    ):
+        if value is not None and not callable(value):
+            raise InputError(f"{name} is a {type(value).__name__}, which cannot be called; {such}")
     budget, share = _asked(memory)
     inputs, kwargs = arguments_of(model, *batch)
     known = device if isinstance(device, Device) else device_of(device)
