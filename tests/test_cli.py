@@ -374,7 +374,7 @@ def test_convert_prints_what_it_does_and_writes_the_methods(
     assert "Sequential: 1 of 3 layers converted" in text
     assert "fewbit.GELU" in text
     assert "no selector picks it" in text
-    assert "kept for the backward pass: 8.00 KiB before, 4.25 KiB after, 1.88 times less" in text
+    assert "keeps 8.00 KiB before and 4.25 KiB after, 1.88 times less" in text
     assert os.listdir() == ["net.py"] or set(os.listdir()) == {"net.py", "__pycache__"}
 
     text = printed([*line, "--method", "*=None", "--out", "m.toml"], capsys)

@@ -35,8 +35,7 @@ from packlight.planner.page import steps
 from packlight.planner.timeline import Timeline
 from packlight.planner.walk import Walker
 from packlight.predict import failing_module, predict
-from packlight.report import MemoryReport, check_depth, human_bytes
-from packlight.report.words import times_less
+from packlight.report import MemoryReport, check_depth
 from packlight.saving.rest import Given
 from packlight.selectors import EVERYTHING, Choice, Selector
 
@@ -163,10 +162,8 @@ def convert_model(arguments: argparse.Namespace) -> None:
 def _print_conversion(answer: Answer, arguments: argparse.Namespace) -> None:
     print(answer.heading())
     print(answer.conversion)
-    if answer.before is not None and answer.after is not None:
-        print(f"kept for the backward pass: {_change(answer.before, answer.after)}")
-        if answer.conversion is not None:
-            print(answer.conversion.left_of(answer.before - answer.after))
+    if answer.conversion and answer.before and answer.after:
+        print(answer.conversion.left_of(answer.before - answer.after))
     if arguments.html is not None:
         print(f"{arguments.html} written")
     if arguments.out is not None:
@@ -369,11 +366,6 @@ def _print_json(answer: Answer) -> None:
 def _report_data(report: MemoryReport | None) -> dict[str, Any] | None:
     """What `MemoryReport.from_json` reads."""
     return None if report is None else json.loads(report.to_json())
-
-
-def _change(before: MemoryReport, after: MemoryReport) -> str:
-    sizes = before.activation_bytes, after.activation_bytes
-    return f"{human_bytes(sizes[0])} before, {human_bytes(sizes[1])} after{times_less(*sizes)}"
 
 
 def _count(number: int) -> str:
