@@ -81,6 +81,7 @@ from packlight._torch.modes import (
     without_torch_functions,
 )
 from packlight._torch.nodes import SAID, applied, as_node, followed, graph_facts, one_node, value_of
+from packlight._torch.operators import call_by
 from packlight._torch.tracer import (
     SEEDS_AT_ONCE,
     always_untraced,
@@ -133,6 +134,7 @@ __all__ = [
     "at_end_of_backward",
     "attention_backend",
     "batch_norm",
+    "call_by",
     "can_ask",
     "code_of",
     "constant_while_traced",
