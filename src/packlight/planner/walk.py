@@ -17,7 +17,7 @@ from packlight.planner.planner import Loss, OptimizerOf
 from packlight.planner.runs import Run, runs_of, shortened
 from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Static
 from packlight.planner.walked import Walked
-from packlight.predict import copied, copied_inputs, fake_tensors, needs_values
+from packlight.predict import copied, copied_inputs, fake_tensors, imagining
 from packlight.profile.recording import watchable
 from packlight.profile.tensors import tensors_in
 
@@ -70,10 +70,8 @@ class Walker:
                 self.mode,
             ):
                 stack.enter_context(context)
-            try:
+            with imagining(self.inputs):
                 yield
-            except self.fakes.NEEDS_VALUES as error:
-                raise InputError(needs_values(error)) from error
 
 
 @contextlib.contextmanager
