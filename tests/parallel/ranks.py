@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).parent
+LIMIT = 300  # seconds
 
 
 def run(program: str, count: int, folder: pathlib.Path, backend: str = "gloo") -> str:
@@ -33,14 +34,19 @@ def run(program: str, count: int, folder: pathlib.Path, backend: str = "gloo") -
     said = []
     try:
         for process in started:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-4000:]
-            said.append(output)
+            said.append(process.communicate(timeout=LIMIT))
     finally:
         for process in started:
             process.kill()
             process.communicate()
-    return said[0]
+    # Where one fails, others lose their connection: the reason may be in any of them.
+    failed = [
+        f"rank {rank}:\n{errors[-2000:]}"
+        for rank, (process, (_, errors)) in enumerate(zip(started, said, strict=True))
+        if process.returncode
+    ]
+    assert not failed, "\n".join(failed)
+    return said[0][0]
 
 
 def join() -> tuple[int, int, str]:

@@ -92,7 +92,8 @@ class _Lora(torch.autograd.Function):
         refuse_second_derivative(KEEPS)
         weight, first, second, hidden, *tensors = saved_with_weight(ctx)
         layer, scaling, rebuild = ctx.settings
-        needs_input, needs_first, needs_second = ctx.needs_input_grad[:3]
+        needs = _torch.needed_gradients(ctx)
+        needs_input, needs_first, needs_second = needs[:3]
         rows, hidden = _matrix(grad_output), _matrix(hidden)
         dhidden = rows.new_empty((rows.shape[0], second.shape[1]), dtype=second.dtype)
         dx = dfirst = dsecond = None
@@ -113,7 +114,7 @@ class _Lora(torch.autograd.Function):
             for tile, low in _tiles(dx, dhidden):
                 tile.add_(low.mm(first))
             dx = dx.view(*grad_output.shape[:-1], -1)
-        return dx, dfirst, dsecond, *[None] * (len(ctx.needs_input_grad) - 3)
+        return dx, dfirst, dsecond, *[None] * (len(needs) - 3)
 
 
 class _Sum(torch.autograd.Function):
