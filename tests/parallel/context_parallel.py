@@ -42,7 +42,9 @@ class Own(nn.Module):
 
     def forward(self, x, places):
         h = self.norm(x)
-        heads = [each(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (self.q, self.k, self.v)]
+        heads = [
+            each(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (self.q, self.k, self.v)
+        ]
         if self.exchange is not None:
             heads = [self.exchange(each, 1, 2) for each in heads]
         mixed = F.scaled_dot_product_attention(*heads, is_causal=self.causal)
@@ -100,7 +102,9 @@ class _Gathered(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size(), 2)[dist.get_rank()]
 
 
-def over_all_ranks(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def over_all_ranks(
+    q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     """Attention of this rank's queries to the keys of all ranks, by torch's own function."""
     own, rank = q.shape[2], dist.get_rank()
     mask = torch.ones(own, own * dist.get_world_size(), dtype=torch.bool, device=q.device)
@@ -173,7 +177,10 @@ def gradients(model, x, places, dy):
     model.zero_grad()
     x = x.detach().requires_grad_()
     model(x, places).backward(dy)
-    return {"x": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    return {
+        "x": x.grad,
+        **{name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    }
 
 
 def near(found, expected, own, what, limit=1e-6):

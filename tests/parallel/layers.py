@@ -1,6 +1,7 @@
 """Layers and converted models in DDP and FSDP2."""
 
 import itertools
+import operator
 
 import torch
 from torch import nn
@@ -99,7 +100,7 @@ if __name__ == "__main__":
     rows, x = torch.randn(4 * count, 32).to(kind), torch.randn(4 * count, 6).to(kind)
     own = slice(4 * rank, 4 * rank + 4)
 
-    for parts in (None, lambda model: (model.first, model.rows)):
+    for parts in (None, operator.attrgetter("first", "rows")):
         one, model = written_out().to(kind), wrapped(written_out().to(kind), parts)
         one(rows).mean().backward()
         (model(rows[own]).mean() * 2 - model(rows[own]).mean()).backward()  # two forward passes
@@ -108,9 +109,15 @@ if __name__ == "__main__":
 
     one = make().to(kind)
     one(x).mean().backward()
-    few = (lambda model: (model[0], model[2], model[5], model[7]))
-    for build, parts in itertools.product((make, convert), (None, few)):
+    some = operator.itemgetter(0, 2, 5, 7)
+    for build, parts in itertools.product((make, convert), (None, some)):
         model = wrapped(build().to(kind), parts)
         model(x[own]).mean().backward()
         check(model, one)
+
+    model = wrapped(convert().to(kind))
+    with model.no_sync():  # gradients of two micro-batches, of which the last sends them
+        model(x[own][:2]).mean().div(2).backward()
+    model(x[own][2:]).mean().div(2).backward()
+    check(model, one)
     leave("same gradients")

@@ -49,7 +49,9 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.last = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)
-        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=each) for each in (True, False, True))
+        self.q, self.k, self.v = (
+            nn.Linear(WIDTH, WIDTH, bias=each) for each in (True, False, True)
+        )
         self.up, self.act, self.down = nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH)
 
     def forward(self, x):
@@ -200,8 +202,8 @@ def check_bytes(group, device):
 
 
 def check_seeds(group, device):
-    """No two steps, micro-batches, layers or stages round by one seed, and so errors average out."""
-    method = {nn.Linear: GroupQuant(4, group_size=32), nn.LayerNorm: GroupQuant(4, group_size=32)}
+    """No two steps, micro-batches, layers or stages round by one seed, so errors average out."""
+    method = dict.fromkeys((nn.Linear, nn.LayerNorm), GroupQuant(4, group_size=32))
     many = [converted(number, method, functional=False).to(device) for number in (0, 1)]
     plain = nn.Sequential(*(converted(number, {}) for number in (0, 1))).to(device)
     torch.manual_seed(1)
@@ -248,7 +250,9 @@ if __name__ == "__main__":
         check_bytes(mesh["pp"].get_group(), device)
         check_seeds(mesh["pp"].get_group(), device)
     else:
-        check_gradients(mesh, device, (Schedule1F1B, ScheduleZBVZeroBubble), ("packs", "checkpoint"))
+        check_gradients(
+            mesh, device, (Schedule1F1B, ScheduleZBVZeroBubble), ("packs", "checkpoint")
+        )
         # All four in a row.
         line = init_device_mesh(kind, (count, 1), mesh_dim_names=("pp", "dp"))
         check_gradients(line, device, (ScheduleZBVZeroBubble,), ("packs", "random"))

@@ -11,7 +11,7 @@ PROGRAMS = {
     "sketches.py": (2,),
     "tiles.py": (2,),
     "heads.py": (2,),
-    "fully_sharded.py": (2, 4),
+    "fully_sharded.py": (2, 4),  # 4: two shards of two copies
     "tensor_parallel.py": (2, 4),  # 4: two of data by two of tensors
     "pipeline.py": (2, 4),  # 4: two of stages by two of data, and all in a row
     "context_parallel.py": (2, 4),

@@ -48,14 +48,14 @@ def running_node_number() -> int | None:
     return number
 
 
-def needed_gradients(ctx: Any) -> tuple[bool, ...]:
+def needed_gradients(ctx: Any) -> Any:
     """`ctx.needs_input_grad` of a Function, less what the backward pass that runs is not for.
 
     torch says what the forward pass knew. A backward pass by `torch.autograd.grad`, as zero-bubble
     schedules of a pipeline make one for the input of a stage and another for its weights, asks for
     less, and what nobody asked for is computed and dropped.
     """
-    known: tuple[bool, ...] = ctx.needs_input_grad
+    known = ctx.needs_input_grad
     if NEEDED.values is None or is_traced():
         return known
     (runs,) = NEEDED.values
