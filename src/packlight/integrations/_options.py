@@ -25,6 +25,7 @@ _OF_TRAININGS: dict[str, tuple[type, ...]] = {
     "revert_at_end": (bool,),
     "measure": (bool,),
     "report": (bool,),
+    "batch": (),  # anything that a model is called with; from a program, not from a file
 }
 _NAMES = {str: "a text", bool: "true or false", int: "an integer", float: "a number"}
 
@@ -40,7 +41,7 @@ def read_options(given: object, engine: str, *, trains: bool = True) -> dict[str
     | `rest` | a quantiser as a text, "None" or "auto" |
     | `head` | true, or a selector of heads, "lm_head" |
     | `functional`, `exact_ends`, `strict` | as for `packlight.convert` |
-    | `memory`, `device`, `revert_at_end`, `measure`, `report` | as for the callbacks of trainers |
+    | `memory`, `batch`, `device`, `revert_at_end`, `measure`, `report` | as for `Converting` |
 
     Raises `InputError`, naming the engine and the option, for one that is unknown or has a value
     that it does not take.
@@ -61,7 +62,7 @@ def read_options(given: object, engine: str, *, trains: bool = True) -> dict[str
             raise InputError(f"{engine}: {_unknown(name, engine, kinds)}")
         if value is None:  # left out, in YAML
             continue
-        if type(value) not in kinds[name]:
+        if kinds[name] and type(value) not in kinds[name]:
             expected = " or ".join(_NAMES[kind] for kind in kinds[name])
             raise InputError(f"{engine}: option {name}={value!r} of packlight: expected {expected}")
         try:
@@ -87,7 +88,19 @@ def _methods(text: str) -> Any:
     return load_methods(text) if text.endswith(".toml") else parse_methods(text)
 
 
-_READ = {"methods": _methods, "rest": parse_rest}
+def _head(value: Any) -> Any:
+    return {"true": True, "false": False}.get(str(value).lower(), value)
+
+
+def _memory(value: Any) -> Any:
+    """Of a command line a share is a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:  # "22GiB"
+        return value
+
+
+_READ = {"methods": _methods, "rest": parse_rest, "head": _head, "memory": _memory}
 
 
 def imported(module: str) -> ModuleType:
