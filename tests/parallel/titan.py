@@ -1,11 +1,10 @@
 """torchtitan's way to a model, with packlight by a line of its options, against one process.
 
 What its `Trainer` does up to the first step, in its order and by its functions; its `Trainer` asks
-for a GPU. Run by `test_engines.py`, as RANK of WORLD_SIZE processes.
+for a GPU. Run as RANK of WORLD_SIZE.
 """
 
 import logging
-import sys
 
 import torch
 import torchtitan.distributed.parallel_dims
@@ -41,7 +40,13 @@ def spec():
     known = found.model
     rope = ComplexRoPE.Config(dim=16, max_seq_len=LENGTH, theta=10000, scaling="none")
     layers = _build_llama3_layers(
-        n_layers=2, dim=64, n_heads=4, hidden_dim=128, rope=rope, attn_backend="flex", fuse_qkv=False
+        n_layers=2,
+        dim=64,
+        n_heads=4,
+        hidden_dim=128,
+        rope=rope,
+        attn_backend="flex",
+        fuse_qkv=False,
     )
     for layer in layers:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()

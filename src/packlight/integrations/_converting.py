@@ -170,10 +170,9 @@ def first_rows(loader: Any) -> dict[str, Any] | None:
 
 def maker_of(optimizer: torch.optim.Optimizer | None) -> OptimizerOf | None:
     """What makes an optimiser like this one, for other parameters."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around it
-    if optimizer is None:
+    # accelerate's is around it
+    inner: torch.optim.Optimizer | None = getattr(optimizer, "optimizer", optimizer)
+    if inner is None:
         return None
-    known = inspect.signature(type(optimizer).__init__).parameters
-    return partial(
-        type(optimizer), **{name: x for name, x in optimizer.defaults.items() if name in known}
-    )
+    known = inspect.signature(type(inner).__init__).parameters
+    return partial(type(inner), **{name: x for name, x in inner.defaults.items() if name in known})

@@ -3,23 +3,23 @@
 import difflib
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 from packlight.errors import InputError, MissingDependencyError
 from packlight.method_files import load_methods, parse_methods, parse_rest
 
-# Options of a conversion, and those that need a training around it, with the kinds of their values.
+# Options of a conversion, and those of a training around it, with the kinds of their values.
 _OF_CONVERSIONS: dict[str, tuple[type, ...]] = {
     "methods": (str,),
     "rest": (str,),
-    "head": (bool, str),
     "functional": (bool,),
     "exact_ends": (bool,),
     "strict": (bool,),
 }
 _OF_TRAININGS: dict[str, tuple[type, ...]] = {
+    "head": (bool, str),
     "memory": (str, int, float),
     "device": (str,),
     "revert_at_end": (bool,),
@@ -66,13 +66,15 @@ def read_options(given: object, engine: str, *, trains: bool = True) -> dict[str
             expected = " or ".join(_NAMES[kind] for kind in kinds[name])
             raise InputError(f"{engine}: option {name}={value!r} of packlight: expected {expected}")
         try:
-            arguments[name] = _READ.get(name, lambda value: value)(value)
+            arguments[name] = _READ[name](value) if name in _READ else value
         except InputError as error:
             raise InputError(f"{engine}: option {name} of packlight: {error}") from error
     return arguments
 
 
 def _unknown(name: object, engine: str, kinds: Mapping[str, object]) -> str:
+    if name == "head":
+        return f"packlight has no option head here: {engine} has losses of its own"
     if name in _OF_TRAININGS:
         return (
             f"packlight has no option {name} here, as {engine} converts a model before there are a"
@@ -100,7 +102,12 @@ def _memory(value: Any) -> Any:
         return value
 
 
-_READ = {"methods": _methods, "rest": parse_rest, "head": _head, "memory": _memory}
+_READ: dict[str, Callable[[Any], Any]] = {
+    "methods": _methods,
+    "rest": parse_rest,
+    "head": _head,
+    "memory": _memory,
+}
 
 
 def imported(module: str) -> ModuleType:

@@ -25,7 +25,7 @@ def convert(config: Any, **options: Any) -> Any:
     """The same configuration of a model, which builds the model converted.
 
     Torchtitan calls it with the options that stand behind its name in `--override.imports`:
-    `methods` (a text, or the path of a file, also one that `Plan.save` wrote), `rest`, `head`,
+    `methods` (a text, or the path of a file, also one that `Plan.save` wrote), `rest`,
     `functional`, `exact_ends` and `strict`, as for `packlight.convert`. The first line of what was
     converted goes to torchtitan's log.
 
@@ -58,7 +58,8 @@ imported("torchtitan.config.override").override(
 @rule_finder
 def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
     """The rule of the layer of torch whose forward a layer of torchtitan runs."""
-    plain = next((base for base in kind.__mro__ if base.__module__.startswith("torch.nn.")), None)
+    bases = (base for base in kind.__mro__ if base.__module__.startswith("torch.nn."))
+    plain: Any = next(bases, None)
     if plain is None or plain is nn.Module or not kind.__module__.startswith("torchtitan."):
         return None
     rule = registered_rule(method, plain)

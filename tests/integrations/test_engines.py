@@ -1,0 +1,284 @@
+"""Adapters of engines: what a line of their configurations says, in engines as pip has them.
+
+Engines of several processes are in `tests/parallel`, torchtitan and Megatron-Core among them.
+"""
+
+import copy
+import sys
+
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+from axolotl.integrations.base import PluginManager
+from axolotl.integrations.config import merge_input_args
+from axolotl.utils.dict import DictDefault
+from torchtitan.config.override import OverrideConfig, apply_overrides, parse_cli_imports
+from torchtitan.models.common import RMSNorm
+from torchtitan.models.common import linear as titan_linear
+from torchtitan.models.llama3 import model_registry
+from trl import TrlParser
+
+import packlight
+from packlight import FewBit, GroupQuant
+from packlight.integrations import megatron
+from packlight.integrations._options import imported, read_options
+from packlight.integrations.accelerate import Accelerator
+from packlight.integrations.axolotl import PacklightArgs, PacklightPlugin
+from packlight.integrations.transformers import PacklightCallback
+from packlight.integrations.trl import PacklightConfig
+from tests.integrations.models import batch, make
+
+TEXT = "GroupQuant(8, group_size=32, rounding='nearest'), FewBit(8)"
+METHODS = (GroupQuant(8, group_size=32, rounding="nearest"), FewBit(8))
+
+# --- Options.
+
+
+def test_options_are_arguments(tmp_path):
+    path = tmp_path / "methods.toml"
+    packlight.save_methods({"Linear": GroupQuant(4)}, path, rest=GroupQuant(8))
+    given = {"methods": str(path), "head": "lm_head", "rest": "None", "strict": None}
+    found = read_options(given, "engine")
+    assert found == {"methods": {"Linear": GroupQuant(4)}, "head": "lm_head", "rest": None}
+    assert found["methods"].rest == GroupQuant(8)
+    assert read_options(TEXT, "engine") == {"methods": METHODS}
+    assert read_options(None, "engine") == {}
+    assert read_options({"head": "True", "memory": "0.3"}, "engine") == {
+        "head": True,
+        "memory": 0.3,
+    }
+    assert read_options({"memory": "22GiB"}, "engine") == {"memory": "22GiB"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"metods": TEXT}, r"engine: packlight has no option 'metods' \(near: methods\)"),
+        ({"methods": "GroupQant(4)"}, r"engine: option methods .*near: GroupQuant"),
+        ({"methods": "no/such.toml"}, r"engine: option methods .*no/such.toml cannot be read"),
+        ({"methods": 4}, r"engine: option methods=4 .*expected a text"),
+        ({"rest": "FewBit(3)"}, r"engine: option rest .*is no quantiser"),
+        ({"strict": "no"}, r"engine: option strict='no' .*expected true or false"),
+        ({"head": 1}, r"engine: option head=1 .*expected true or false or a text"),
+        (4, r"engine: the options of packlight are 4; expected a mapping"),
+    ],
+)
+def test_a_wrong_option_is_named(given, said):
+    with pytest.raises(packlight.InputError, match=said):
+        read_options(given, "engine")
+
+
+def test_a_plan_needs_a_batch():
+    said = r"no option memory here, as engine converts a model before .*plan\.save\('plan\.toml'\)"
+    with pytest.raises(packlight.InputError, match=said):
+        read_options({"memory": 0.3}, "engine", trains=False)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.core.transformer.spec_utils", None)
+    said = r"packlight\.integrations\.megatron needs megatron\.core.*install megatron"
+    with pytest.raises(packlight.MissingDependencyError, match=said):
+        megatron.converted(None)
+    with pytest.raises(packlight.MissingDependencyError, match="install axolotl"):
+        imported("axolotl.integrations.of_a_newer_release")
+
+
+# --- torchtitan.
+
+
+LINE = "packlight.integrations.torchtitan.convert"
+
+
+def titan(line):
+    """A Llama of torchtitan's by a line of its command, and the configuration it had before."""
+    spec = model_registry("debugmodel")
+    spec.model.layers = spec.model.layers[:1]
+    config = spec.model
+    entries = parse_cli_imports([line])
+    apply_overrides(OverrideConfig(imports=entries), spec)
+    return config, spec.model
+
+
+def test_a_line_of_torchtitan_converts():
+    before, config = titan(f'{LINE}={{"methods": "GroupQuant(4)"}}')
+    assert config is before  # the trainer has a name for it
+    assert copy.deepcopy(config).to_dict() == config.to_dict()
+    with torch.device("meta"):
+        model = config.build()
+    model.verify_module_protocol()
+    for layer, plain in [(model.lm_head, titan_linear.Linear), (model.norm, RMSNorm)]:
+        assert isinstance(layer, plain)
+        assert layer.method == GroupQuant(4)
+    exact = model_registry("debugmodel").model
+    exact.layers = exact.layers[:1]
+    with torch.device("meta"):
+        plain = exact.build()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert packlight.revert(model) > 0
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_a_layer_of_torchtitan_with_a_forward_of_its_own_stays():
+    config = {"in_features": 64, "out_features": 64, "bias": True}
+    kinds = (titan_linear.Linear, titan_linear.ScaledBiasRowwiseLinear)
+    layers = torch.nn.Sequential(*(kind.Config(**config).build() for kind in kinds))
+    conversion = packlight.convert(layers, GroupQuant(4), functional=False)
+    assert [row.names for row in conversion.replaced] == [("0",)]
+    assert [row.names for row in conversion.skipped] == [("1",)]
+
+
+def test_torchtitan_names_a_wrong_option():
+    with pytest.raises(packlight.InputError, match="torchtitan: packlight has no option 'metods'"):
+        titan(f'{LINE}={{"metods": "GroupQuant(4)"}}')
+    with pytest.raises(packlight.InputError, match=r"no option memory .* as torchtitan converts"):
+        titan(f'{LINE}={{"memory": 0.3}}')
+    with pytest.raises(packlight.InputError, match="no option head here: torchtitan has losses"):
+        titan(f'{LINE}={{"head": true}}')
+
+
+# --- TRL.
+
+
+def test_options_in_a_file_and_on_the_command_line_of_trl(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("packlight_methods: GroupQuant(4)\npacklight_head: true\n")
+
+    def parse(arguments):
+        return TrlParser(PacklightConfig).parse_args_and_config(arguments)
+
+    (options,) = parse(["--config", str(path), "--packlight_memory", "0.5"])
+    (callback,) = options.callbacks()
+    assert isinstance(callback, PacklightCallback)
+    assert (callback.methods, callback.head, callback.memory) == (GroupQuant(4), True, 0.5)
+    (callback,) = parse([])[0].callbacks()
+    assert callback.methods == packlight.DEFAULT_METHODS
+    assert parse(["--packlight_methods", "off"])[0].callbacks() == []
+    with pytest.raises(packlight.InputError, match="trl: option rest of packlight"):
+        parse(["--packlight_rest", "FewBit(3)"])
+
+
+# --- Trainers of transformers, through Axolotl and TRL.
+
+
+def trained(folder, callbacks):
+    """Losses of a tiny Llama, the model, and its weights after a few steps."""
+    model = make("llama")
+    rows = [{name: rows[i] for name, rows in batch("llama").items()} for i in range(4)]
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=3, use_cpu=True, report_to=[], save_strategy="no", logging_steps=1,
+        disable_tqdm=True, dataloader_pin_memory=False, per_device_train_batch_size=4,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], model
+
+
+def test_a_trainer_of_axolotl_trains_as_one_with_the_callback(tmp_path):
+    plugins = PluginManager.get_instance()
+    name = "packlight.integrations.axolotl.PacklightPlugin"
+    written = {"plugins": [name], "packlight": {"methods": TEXT}, "lora_qkv_kernel": True}
+    plugins.register(name)
+    try:
+        cfg = DictDefault(written)
+        plugins.plugins[name].register(cfg)
+        assert (cfg.lora_mlp_kernel, cfg.lora_qkv_kernel) == (False, True)
+        _, schema = merge_input_args()
+        assert "packlight" in schema.model_fields
+        (callback,) = plugins.add_callbacks_pre_trainer(cfg, None)
+    finally:
+        del plugins.plugins[name]
+    direct = PacklightCallback(METHODS)
+    losses, model = trained(tmp_path, [callback])
+    expected, other = trained(tmp_path, [direct])
+    assert losses == expected
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    exact, plain = trained(tmp_path, [])
+    assert losses == pytest.approx(exact, rel=1e-3)
+    assert callback.kept_bytes == direct.kept_bytes
+    measured = packlight.profile(plain, **batch("llama")).activation_bytes
+    assert 0 < callback.kept_bytes < 0.5 * measured
+
+
+def test_axolotl_names_a_wrong_option():
+    with pytest.raises(ValueError, match="axolotl: packlight has no option 'metods'"):
+        PacklightArgs(packlight={"metods": TEXT})
+    with pytest.raises(packlight.InputError, match="axolotl: option methods of packlight"):
+        PacklightPlugin().add_callbacks_pre_trainer({"packlight": {"methods": "Few(3)"}}, None)
+
+
+# --- accelerate.
+
+
+@pytest.fixture
+def accelerators():
+    """Makes an `Accelerator` of packlight's."""
+    made = []
+
+    def make_one(**options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        made.append(Accelerator(cpu=True, **options))
+        return made[-1]
+
+    yield make_one
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def steps(accelerator, model, optimizer, count):
+    inputs = batch("llama")
+    for _ in range(count):
+        accelerator.backward(model(**inputs).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_an_accelerator_converts_and_says_so(accelerators, capsys):
+    accelerator = accelerators(packlight={"methods": TEXT, "head": True})
+    model, other = make("llama"), make("llama")
+    plain = packlight.profile(model, **batch("llama")).activation_bytes
+    packlight.convert(other, METHODS, head=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    found = steps(accelerator, model, optimizer, 2)
+    direct = torch.optim.SGD(other.parameters(), lr=0.1)
+    assert torch.equal(found, steps(accelerators(packlight=None), other, direct, 2))
+    assert 0 < accelerator.packlight.kept_bytes < 0.5 * plain
+    assert capsys.readouterr().out.count("packlight: a step keeps") == 1
+
+
+def test_a_saved_state_goes_on_with_the_stream_of_rounding(accelerators, tmp_path):
+    def trained(first, then, load=False):
+        accelerator = accelerators(packlight={"methods": "GroupQuant(2)", "report": False})
+        packlight.manual_seed(11)
+        model = make("llama")
+        made = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        if load:
+            accelerator.load_state(tmp_path)
+        else:
+            steps(accelerator, *made, first)
+            accelerator.save_state(tmp_path)
+        return steps(accelerator, *made, then)
+
+    whole = trained(2, 2)
+    assert torch.equal(trained(0, 2, load=True), whole)
+    (tmp_path / "packlight_rounding_0.json").unlink()  # as of a training without packlight
+    assert not torch.equal(trained(0, 2, load=True), whole)
+
+
+def test_an_accelerator_plans_for_the_rows_of_its_loader(accelerators):
+    accelerator = accelerators(packlight={"memory": 0.5, "device": "H200", "report": False})
+    model = make("llama")
+    rows = [{name: rows[i] for name, rows in batch("llama").items()} for i in range(4)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=2)
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
+    assert isinstance(accelerator.packlight.plan, packlight.Plan)
+    with pytest.raises(packlight.InputError, match=r"memory=0\.5 needs a batch"):
+        accelerators(packlight={"memory": 0.5}).prepare(make("llama"))
+
+
+@pytest.mark.parametrize("name", ["metods", "memories"])
+def test_an_accelerator_names_a_wrong_option(accelerators, name):
+    with pytest.raises(packlight.InputError, match=f"accelerate: packlight has no option '{name}'"):
+        accelerators(packlight={name: TEXT})
