@@ -4,11 +4,14 @@ Engines of several processes are in `tests/parallel`, torchtitan and Megatron-Co
 torchtitan's configuration is in `test_torchtitan.py`.
 """
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_input_args
@@ -69,6 +72,11 @@ def test_a_plan_needs_a_batch():
     said = r"no option memory here, as engine converts a model before .*plan\.save\('plan\.toml'\)"
     with pytest.raises(packlight.InputError, match=said):
         read_options({"memory": 0.3}, "engine", trains=False)
+
+
+def test_megatron_names_a_wrong_option():
+    with pytest.raises(packlight.InputError, match="no option head here: megatron has losses"):
+        megatron.converted(None, head=True)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
@@ -141,6 +149,16 @@ def test_a_trainer_of_axolotl_trains_as_one_with_the_callback(tmp_path):
     assert callback.kept_bytes == direct.kept_bytes
     measured = packlight.profile(plain, **batch("llama")).activation_bytes
     assert 0 < callback.kept_bytes < 0.5 * measured
+
+
+def test_the_file_in_the_docs_is_one_of_axolotl():
+    page = Path(__file__).parents[2] / "docs" / "engines.md"
+    (block,) = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    written = yaml.safe_load(block)
+    assert written["plugins"] == [f"{PacklightPlugin.__module__}.{PacklightPlugin.__name__}"]
+    (callback,) = PacklightPlugin().add_callbacks_pre_trainer(written, None)
+    assert callback.methods == (GroupQuant(4), FewBit(3))
+    assert callback.head is True
 
 
 def test_axolotl_names_a_wrong_option():

@@ -10,6 +10,7 @@ import sys
 
 import torch
 import transformers
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 
@@ -59,6 +60,7 @@ if __name__ == "__main__":
     for plugged, options in [(False, {}), *((True, way) for way in ways)]:
         if plugged:
             # accelerate shards nothing on CPUs of its own accord.
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             accelerator.state.distributed_type = DistributedType.FSDP
             accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options

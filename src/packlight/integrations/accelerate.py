@@ -51,7 +51,8 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         self.register_load_state_pre_hook(self._load_rounding)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        for model in (each for each in args if isinstance(each, nn.Module)):
+        models = [each for each in args if isinstance(each, nn.Module)]
+        for model in models:
             batch, optimizer = None, None
             for each in args:
                 if isinstance(each, torch.utils.data.DataLoader):
@@ -61,8 +62,10 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
             with self.autocast():
                 self.packlight._plan(model, batch, optimizer)
             self.packlight._convert(model)
-            self.packlight._start_measuring(model)
-        return super().prepare(*args, **kwargs)
+        prepared = super().prepare(*args, **kwargs)
+        if models:  # its parameters are those of the prepared one by now
+            self.packlight._start_measuring(self._models[-1])
+        return prepared
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         super().backward(loss, **kwargs)
