@@ -44,8 +44,8 @@ def convert(config: Any, **options: Any) -> Any:
         )
         return model
 
-    body = {"__slots__": (), "__module__": kind.__module__, "build": build}
-    config.__class__ = type(kind.__name__, (kind,), body)
+    body = {"__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    config.__class__ = type(kind.__name__, (kind,), {**body, "build": build})
     return config
 
 
