@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
 
-from packlight._torch import flatten, unflatten
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner.devices import Device
 from packlight.planner.menu import CHECKPOINTED, EXACT, MENU, PACKED_4, TILED, Option, allowed
+from packlight.planner.parts import batch_and_length, resized
 from packlight.planner.planner import MAX_ERROR, Loss, OptimizerOf
 from packlight.planner.planning import front, planned
 from packlight.planner.result import Plan
@@ -296,15 +296,13 @@ def extremes(
 ) -> dict[str, int | None]:
     """The largest batch, and the longest sequence of a batch of one, whose peak is in `usable`."""
     inputs, kwargs = study.inputs, study.kwargs
-    first = next((x for x in flatten((inputs, kwargs))[0] if isinstance(x, Tensor)), None)
-    if first is None or first.dim() == 0:
+    batch, length = was = batch_and_length(inputs, kwargs)
+    if batch is None:
         return {"batch": None, "sequence": None}
-    batch = first.shape[0]
-    length = first.shape[1] if first.dim() == 2 and not first.is_floating_point() else None
 
     def peak(**sizes: int) -> int:
-        study.walker.see(*resized((inputs, kwargs), (batch, length), **sizes))
-        return study.walker.walk(study.device).timeline.peak
+        study.walker.see(*resized((inputs, kwargs), was, **sizes))
+        return study.walk().timeline.peak
 
     found: dict[str, int | None] = {"batch": None, "sequence": None}
     known = {batch: _timeline(study, choice).peak}
@@ -319,24 +317,6 @@ def extremes(
     finally:
         study.walker.see(inputs, kwargs)
     return found
-
-
-def resized(
-    given: Any, was: tuple[int, int | None], batch: int | None = None, length: int | None = None
-) -> Any:
-    """Inputs with other sizes in their first dimensions, where these are batch and length."""
-
-    def other(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != was[0]:
-            return x
-        shape = list(x.shape)
-        shape[0] = batch or shape[0]
-        if length is not None and x.dim() > 1 and shape[1] == was[1]:
-            shape[1] = length
-        return x.new_empty(shape)
-
-    leaves, structure = flatten(given)
-    return unflatten([other(leaf) for leaf in leaves], structure)
 
 
 def largest(

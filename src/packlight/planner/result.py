@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Timeline, reserved
+from packlight.planner.timeline import BACKWARDS, FORWARD, PASSES, STEP, Timeline, reserved
 from packlight.report.names import condensed
 from packlight.report.printing import cell, new_table, render
 from packlight.report.words import human_bytes
@@ -178,10 +178,11 @@ def peak_parts(timeline: Timeline) -> dict[str, int]:
         "optimiser": static.optimizer,
         "batch": static.inputs,
         "cuBLAS": static.workspace,
+        "weights gathered and buffers": static.wires,
     }
     if highest.phase == FORWARD:
         found["kept"] = highest.before
-    elif highest.phase == BACKWARD:
+    elif highest.phase in PASSES:
         found["kept and gradients"] = highest.before
     else:
         found["gradients"] = highest.before
@@ -191,7 +192,7 @@ def peak_parts(timeline: Timeline) -> dict[str, int]:
 
 def where(phase: str, place: str) -> str:
     """A place of a step for reading."""
-    passes = {FORWARD: "forward pass", BACKWARD: "backward pass", STEP: "optimiser's step"}
     if phase == STEP:
-        return passes[phase]
-    return f"{passes[phase]} of {place or 'what is outside of blocks'}"
+        return "optimiser's step"
+    name = "backward pass" if phase in BACKWARDS else "forward pass"
+    return f"{name} of {place or 'what is outside of blocks'}"
