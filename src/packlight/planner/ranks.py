@@ -12,7 +12,8 @@ order of the step alone is strung together here, from the parts that were walked
 - **Pipeline, 1F1B.** A stage begins with the forward passes of as many micro-batches as there are
   stages from it to the last, and goes on with a backward and a forward pass by turns. Weights stay
   gathered and gradients whole until the last micro-batch. A stage has buffers for what it receives
-  of each micro-batch, as `torch.distributed.pipelining` allocates them.
+  of each micro-batch, and holds its results until their backward pass is over, as
+  `torch.distributed.pipelining` does.
 
 Sources: FSDP2, `torch.distributed.fsdp.fully_shard`; 1F1B, PipeDream-Flush, arXiv 2006.09503, and
 arXiv 2104.04473, whose bubble is (stages - 1) / (micro-batches + stages - 1) of a step.
@@ -83,7 +84,9 @@ def held(weights: Iterable[Weight], parallel: Parallel) -> Held:
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
-    """Of a stage. `passed` are the bytes that it receives and sends for a micro-batch."""
+    """Of a stage. `passed` are the bytes that it receives and sends for a micro-batch, `returned`
+    those of the last one's result.
+    """
 
     parallel: Parallel
     stage: int
@@ -91,6 +94,7 @@ class Rank:
     of_block: dict[str, Held]
     around: Held
     passed: int
+    returned: int
 
     @classmethod
     def of(cls, walked: Walked, parallel: Parallel, stage: int, microbatches: int) -> "Rank":
@@ -115,7 +119,7 @@ class Rank:
             ),
             parallel,
         )
-        return cls(parallel, stage, microbatches, of_block, around, walked.passed)
+        return cls(parallel, stage, microbatches, of_block, around, walked.passed, walked.returned)
 
     @property
     def all(self) -> Held:
@@ -218,6 +222,8 @@ class Rank:
             yield self._with_weights(part, name, phase, 2 * self._while_running(name)), name
         if not self.is_last:
             yield _of_no_operator(phase, "send", 0, {"pipeline": self.passed}), ""
+        elif not self.is_first:
+            yield _of_no_operator(phase, "return", self.returned), ""
 
     def _backward(self, parts: Sequence[Named], phase: str) -> Iterator[Named]:
         # Its output is the root of the pass, and is there until that ends.

@@ -127,7 +127,7 @@ class _Walk:
         self.ledger = Ledger(Costs(device), self.where, walker.parallel)
         walker.ledger, self.rates = self.ledger, device.rates
         self.phase = FORWARD
-        self.passed = 0  # bytes from one block to the next
+        self.passed = self.returned = 0  # bytes from one block to the next, and of results
         self.lets_go, self._input = False, None
         self.stack: list[str] = [""]
         # From which number of graph nodes on the forward pass was where.
@@ -160,7 +160,7 @@ class _Walk:
         here = sum(local_bytes(p) for p in parameters if p.requires_grad)
         segments, runs = tuple(ledger.segments), tuple(walker.runs)
         return Walked(
-            static, runs, segments, copies, weights, here, self.passed, self.lets_go
+            static, runs, segments, copies, weights, here, self.passed, self.returned, self.lets_go
         )
 
     def _passes(self, forward: str, backward: str) -> dict[str, int]:
@@ -176,6 +176,7 @@ class _Walk:
             copies: dict[str, int] = {}
             ledger.freed = copies
         ledger.freed = None
+        self.returned = sum(map(local_bytes, returned_by(output)))
         del output
         self.phase, self.last, self.end = backward, "(loss)", _torch.next_node_number()
         with ledger, torch.autograd.set_multithreading_enabled(False):
@@ -281,6 +282,12 @@ class _Walk:
                 after = module.register_forward_hook(leave)
                 handles.callback(after.remove)
             yield
+
+
+def returned_by(output: Any) -> list[Tensor]:
+    """What a loss is computed of: the floating results with a gradient, but for losses."""
+    found = (x for x in tensors_in(output) if x.requires_grad and x.is_floating_point())
+    return [x for x in found if x.numel() > 1]
 
 
 def _loss_of(output: Any, loss: Loss | None) -> Tensor:

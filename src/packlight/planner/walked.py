@@ -73,6 +73,7 @@ class Walked:
     weights: tuple[Weight, ...]
     trained_here: int  # bytes of the copy that are trained
     passed: int  # bytes from one block to the next
+    returned: int  # bytes of what the model returns for the loss
     lets_go: bool  # whether these are freed in the forward pass
     rank: "Rank | None" = None  # of a parallel run
 
