@@ -105,16 +105,24 @@ class Parallel:
         """Micro-batches whose packs a stage has at once at most: by 1F1B the first has most."""
         return min(self.pipeline - stage, microbatches)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as for JSON."""
+        found = {name: getattr(self, name) for name in (*_DEGREES, "ranks", "sequence", "reshard")}
+        dtype = self.shard_dtype
+        named = None if dtype is None else str(dtype).removeprefix("torch.")
+        return {**found, "imbalance": self.imbalance, "shard_dtype": named}
+
     def __str__(self) -> str:
-        degrees = [
-            f"{name} {value}" for name in _DEGREES if (value := getattr(self, name)) != 1
-        ]
+        degrees = [f"{name} {value}" for name in _DEGREES if (value := getattr(self, name)) != 1]
         return ", ".join(degrees) or "one rank"
+
+
+ONE_RANK = Parallel()
 
 
 def checked(parallel: object) -> Parallel:
     if parallel is None:
-        return Parallel()
+        return ONE_RANK
     if not isinstance(parallel, Parallel):
         raise InputError(f"parallel is a {type(parallel).__name__}; expected packlight.Parallel")
     return parallel

@@ -21,7 +21,7 @@ def imagined_group(ranks: int) -> Iterator[None]:
     has no group without a network.
     """
     dist = torch.distributed
-    if not dist.is_available() or look_up(_FAKE) is None:
+    if not dist.is_available() or None in (look_up(_FAKE), look_up(_STORE)):
         raise InputError(
             f"torch {torch.__version__} has no process group without a network as packlight knows"
             " it, so that tensor parallel cannot be foretold"
@@ -31,7 +31,7 @@ def imagined_group(ranks: int) -> Iterator[None]:
             "tensor parallel is foretold in a process group that is imagined, and torch allows one"
             " group: call this before torch.distributed.init_process_group"
         )
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=look_up(_STORE)(), rank=0, world_size=ranks)
     try:
         yield
     finally:
@@ -39,4 +39,5 @@ def imagined_group(ranks: int) -> Iterator[None]:
 
 
 # Its import tells torch of the backend "fake".
+_STORE = "torch.distributed:HashStore"
 _FAKE = "torch.testing._internal.distributed.fake_pg:FakeStore"

@@ -16,15 +16,18 @@ Sources: Megatron-LM, arXiv 1909.08053; sequence parallel, arXiv 2205.05198; exp
 
 import contextlib
 import fnmatch
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from packlight._torch.groups import imagined_group
 from packlight.errors import InputError
 from packlight.parallel import Parallel, check_heads, divided
+from packlight.planner.parts import batch_and_length, part_of_a_rank
+from packlight.planner.runs import runs_of
 
 Told = Callable[[str, float], None]  # by what kind, and how many bytes
 
@@ -44,6 +47,25 @@ def group_for(parallel: Parallel) -> Iterator[None]:
 
         with loss_parallel():
             yield
+
+
+@contextlib.contextmanager
+def predicted_pass(
+    model: nn.Module, given: Any, parallel: Parallel
+) -> Iterator[tuple[Any, Callable[[nn.Module], None]]]:
+    """For `packlight.predict`: what a pass on a rank is given, and what cuts a model's copy."""
+    if parallel.pipeline > 1:
+        raise InputError(
+            "predict looks at one pass, and a pipeline has several at once; packlight.plan and"
+            " packlight fit count them"
+        )
+    microbatches = parallel.count_of_microbatches(batch_and_length(*given)[0])
+    blocks = [name for run in runs_of(model) for name in run.names]
+    with group_for(parallel):
+        yield (
+            part_of_a_rank(given, parallel, microbatches),
+            lambda copy: cut(copy, parallel, blocks, lambda kind, size: None),
+        )
 
 
 def cut(model: nn.Module, parallel: Parallel, blocks: list[str], told: Told) -> None:
@@ -90,11 +112,16 @@ def _cut_linears(
             divided(f"words of {name}", module.num_embeddings, "tensor", parallel.tensor)
             styles[name] = RowwiseParallel(input_layouts=Replicate())
     if by_tokens:
-        widths = {model.get_submodule(name).in_features for name, how in found.items() if how in _COLUMNS}
+        linears: dict[str, Any] = dict(model.named_modules())
+        widths = {linears[name].in_features for name, how in found.items() if how in _COLUMNS}
         for name, module in model.named_modules():
             if _is_norm(module, widths) and not any(_inside(name, [other]) for other in mixtures):
                 styles[name] = SequenceParallel()
-        parents = {name.rpartition(".")[0] for name, how in found.items() if how in _COLUMNS and _inside(name, blocks)}
+        parents = {
+            name.rpartition(".")[0]
+            for name, how in found.items()
+            if how in _COLUMNS and _inside(name, blocks)
+        }
         for name in parents:
             parent = model.get_submodule(name)
             parent.register_forward_pre_hook(_Gathers(mesh), with_kwargs=True)
@@ -208,8 +235,9 @@ def _spread_experts(model: nn.Module, parallel: Parallel, told: Told) -> list[st
             part = weight.detach()[:own].clone()
             setattr(module, key, nn.Parameter(part, weight.requires_grad))
         module.num_experts = own
-        module.register_forward_pre_hook(_Dispatches(parallel, told))
-        module.register_forward_hook(_combined)
+        dispatches = _Dispatches(parallel, told)
+        module.register_forward_pre_hook(dispatches)
+        module.register_forward_hook(dispatches.combined)
     if parallel.expert > 1 and not mixtures:
         raise InputError(
             f"expert={parallel.expert}, but {type(model).__name__} has no module with `num_experts`"
@@ -221,20 +249,30 @@ def _spread_experts(model: nn.Module, parallel: Parallel, told: Told) -> list[st
 class _Dispatches:
     """Has experts read the rows that a rank gets, and tells what it sends for them.
 
-    Rows and indices are the arguments [tokens, ..] of experts. Each token is sent as often as it
-    has experts, there and back, and so are gradients.
+    The arguments of experts are rows [tokens, width], and for each the numbers of its experts and
+    their weights. A token goes to each of its experts and comes back, and so do gradients.
     """
 
     def __init__(self, parallel: Parallel, told: Told) -> None:
         self.parallel, self.told = parallel, told
 
     def __call__(self, module: Any, args: Any) -> Any:
-        hidden, index, *more = args
-        sent = hidden.numel() * hidden.element_size() * index.shape[-1]
-        self.told("expert", 2 * sent * (1 - 1 / self.parallel.expert))
-        hidden.register_hook  # noqa: B018
-        return args
+        rows = [x for x in args if isinstance(x, Tensor) and x.dim() == 2]
+        if len(rows) != len(args) or len({x.shape[0] for x in rows}) != 1:
+            raise InputError(
+                f"{type(module).__name__} does not read rows, their experts and weights, so that"
+                " what goes to other ranks is not known"
+            )
+        hidden, index = rows[:2]
+        size = hidden.numel() * hidden.element_size() * index.shape[1]
+        sent = 2 * size * (1 - 1 / self.parallel.expert)
+        self.told("expert", sent)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self.told("expert", sent))
+        self.rows = hidden.shape[0]
+        more = math.ceil((self.parallel.imbalance - 1) * self.rows)
+        return tuple(F.pad(x, (0, 0, 0, more)) for x in rows) if more else args
 
-
-def _combined(module: nn.Module, args: Any, output: Any) -> Any:
-    return output
+    def combined(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """The rows that this rank sent."""
+        return output[: self.rows] if output.shape[0] > self.rows else output

@@ -6,7 +6,6 @@ those that autograd and the model's own code give them, and nothing is assumed a
 """
 
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,8 @@ from packlight._torch.attributes import tree_leaves
 from packlight._torch.modes import DispatchMode
 from packlight.parallel import Parallel
 from packlight.planner.costs import Costs, workspace
+from packlight.planner.timeline import Segment, Sent, added
 from packlight.planner.wires import is_on_shards, local_parts, on_the_wires
-from packlight.planner.timeline import Segment
 
 _ROUNDED = 512  # bytes: what the allocator of CUDA counts in
 
@@ -35,7 +34,7 @@ class Ledger(DispatchMode):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.costs, self.where, self.parallel = costs, where, parallel
-        self.sent: Counter[str] = Counter()  # bytes to other ranks, to be added to the next
+        self.sent: Sent = {}  # what the next operator sends
         self.host_ms = 0.0  # of Python between operators, to be added to the next
         self.segments: list[Segment] = []
         self.allocated = 0
@@ -68,11 +67,11 @@ class Ledger(DispatchMode):  # type: ignore[misc]
             device_ms, host_ms = self.costs.of(func, args, result, [*given, *made])
             times, sent = on_the_wires(func, args, self.parallel)
             device_ms *= times
-            self.sent.update(sent)
+            self.sent = added(self.sent, sent)
             name = func.overloadpacket.__name__
             self._note(name, before, peak, (device_ms, host_ms + self.host_ms, 0.0))
             self.host_ms = 0.0
-            self.sent = Counter()
+            self.sent = {}
         return result
 
     def copy(self, tensor: Tensor) -> None:
@@ -121,5 +120,5 @@ class Ledger(DispatchMode):  # type: ignore[misc]
             device_ms=last.device_ms + times[0],
             host_ms=last.host_ms + times[1],
             copy_ms=last.copy_ms + times[2],
-            sent=Counter(last.sent) + self.sent if self.sent else last.sent,
+            sent=added(last.sent, self.sent),
         )

@@ -30,6 +30,7 @@ def planned(study: Study, budget: int | None, share: float | None, max_error: fl
         study.device.name,
         source,
         budget,
+        worst.stage,
     )
 
 

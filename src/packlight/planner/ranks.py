@@ -21,7 +21,6 @@ arXiv 2104.04473, whose bubble is (stages - 1) / (micro-batches + stages - 1) of
 
 import dataclasses
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from packlight.parallel import Parallel, divided
@@ -35,6 +34,7 @@ from packlight.planner.timeline import (
     STEP,
     Segment,
     Static,
+    added,
 )
 from packlight.planner.walked import Part, Walked, Weight, is_in, shifted
 from packlight.planner.wires import all_gathered, all_reduced
@@ -46,16 +46,20 @@ Named = tuple[Part, str]  # of no block by an empty name
 class Held:
     """Weights of a block, or around blocks, on one rank, in bytes.
 
-    `gathered` and `gradients` are whole but for what tensor and expert parallel divide; the others
-    are shards.
+    `gathered` and `gradients` are whole but for what tensor and expert parallel divide, `reduced`
+    are such gradients in the dtype in which they are reduced; `shards`, `trained` and `optimizer`
+    are this rank's shards. `gathering` and `reducing` are what it sends for all to have the whole,
+    and for each to have the sum of its shard.
     """
 
     gathered: int = 0
     gradients: int = 0
+    reduced: int = 0
     shards: int = 0
     trained: int = 0
     optimizer: int = 0
-    reduced: int = 0  # gradients in the dtype in which they are reduced
+    gathering: int = 0
+    reducing: int = 0
 
     def __add__(self, other: "Held") -> "Held":
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -74,10 +78,12 @@ def held(weights: Iterable[Weight], parallel: Parallel) -> Held:
         found += Held(
             weight.size,
             weight.trained,
+            int(wider * weight.trained),
             int(wider * weight.size / over),
             int(wider * weight.trained / over),
             int(weight.optimizer / over),
-            int(wider * weight.trained),
+            int(all_gathered(weight.size, over)),
+            int(all_gathered(wider * weight.trained, over)),
         )
     return found
 
@@ -100,7 +106,8 @@ class Rank:
     def of(cls, walked: Walked, parallel: Parallel, stage: int, microbatches: int) -> "Rank":
         names = [name for run in walked.runs for name in run.names]
         own = set(stages(names, parallel)[stage])
-        of_block, blocks = {}, []
+        of_block: dict[str, Held] = {}
+        blocks = []
         for run in walked.runs:
             for place in range(run.places):
                 block = run.walked(place)
@@ -216,7 +223,7 @@ class Rank:
     def _forward(self, parts: Sequence[Named], phase: str, held_input: int) -> Iterator[Named]:
         if held_input:
             yield _of_no_operator(phase, "receive", held_input), ""
-        sends = {"shard": self._gathering(self.around)}
+        sends = {"shard": self.around.gathering}
         yield _of_no_operator(phase, "gather", 0, sends), ""
         for part, name in parts:
             yield self._with_weights(part, name, phase, 2 * self._while_running(name)), name
@@ -269,25 +276,19 @@ class Rank:
         gathers = self.parallel.shards > 1 and self.parallel.reshards
         return self.of_block[name].gathered if name and gathers else 0
 
-    def _gathering(self, of_it: Held) -> float:
-        return all_gathered(of_it.gathered, self.parallel.shards)
-
     def _with_weights(self, part: Part, name: str, phase: str, more: int) -> Part:
-        segments = [
-            shifted(segment, more)._replace(phase=phase) for segment in part.segments
-        ]
+        segments = [shifted(segment, more)._replace(phase=phase) for segment in part.segments]
         gathers = self.parallel.reshards or phase in (FORWARD, FORWARD_2)
         if name and segments and gathers and self.parallel.shards > 1:
-            sent = Counter(segments[0].sent)
-            sent["shard"] += self._gathering(self.of_block[name])
-            segments[0] = segments[0]._replace(sent=sent)
+            gathering = {"shard": self.of_block[name].gathering}
+            segments[0] = segments[0]._replace(sent=added(segments[0].sent, gathering))
         return part._replace(phase=phase, segments=tuple(segments))
 
     def _reduced(self, of_it: Held, phase: str, now: int | None = None) -> Part:
         """Whole gradients, of so many bytes now, go through a buffer and become shards."""
         whole = of_it.gradients if now is None else now
         shards = of_it.trained if phase == BACKWARD or now is not None else 0
-        sends = {"shard": all_gathered(of_it.reduced, self.parallel.shards)}
+        sends = {"shard": of_it.reducing}
         after = shards - whole
         part = _of_no_operator(phase, "reduce_scatter", after, sends)
         (segment,) = part.segments

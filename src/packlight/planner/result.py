@@ -41,6 +41,7 @@ class Plan(Mapping[Selector, Choice]):
     - `blocks`: a row a block. `timeline`: the step in its order.
     - `plain`: the step as PyTorch trains it.
     - `device`, `source`: what the times are of, and whether they were measured there.
+    - `stage`: that of a pipeline of which the bytes and times are: that with the highest peak.
     - `budget`: the reserved bytes that were asked for; None where a share of what is kept was.
     """
 
@@ -52,6 +53,7 @@ class Plan(Mapping[Selector, Choice]):
     device: str
     source: str
     budget: int | None = None
+    stage: int = 0
 
     def __getitem__(self, selector: Selector) -> Choice:
         return self.methods[selector]

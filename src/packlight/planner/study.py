@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointError
 from packlight.convert import convert, revert
 from packlight.errors import NothingMatchedError
 from packlight.head.modules import heads_of
-from packlight.parallel import Parallel
+from packlight.parallel import ONE_RANK, Parallel
 from packlight.planner.devices import Device
 from packlight.planner.menu import EXACT, Option, selectors
 from packlight.planner.parts import batch_and_length, part_of_a_rank
@@ -40,7 +40,7 @@ class Study:
         head: bool | None = None,
         parallel: Parallel | None = None,
     ) -> None:
-        self.parallel = parallel or Parallel()
+        self.parallel = parallel or ONE_RANK
         self.microbatches = self.parallel.count_of_microbatches(batch_and_length(inputs, kwargs)[0])
         inputs, kwargs = part_of_a_rank((inputs, kwargs), self.parallel, self.microbatches)
         self.device, self.inputs, self.kwargs = device, inputs, kwargs

@@ -1,8 +1,8 @@
 """`Timeline`: a training step in its order, with the bytes that are allocated."""
 
 import dataclasses
+import functools
 import types
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -27,6 +27,15 @@ def allocatable(size: int) -> int:
     return int(max((size - _BETWEEN) / (1 + _SHARE), size / (1 + _SHARE + _OF_SMALL)))
 
 
+Sent = Mapping[str, float]  # bytes to other ranks, by the degree of parallelism that asks for them
+
+
+def added(one: Sent, other: Sent) -> Sent:
+    if not (one and other):
+        return one or other
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
+
+
 class Segment(NamedTuple):
     """What runs in one place of the model in a row.
 
@@ -43,7 +52,7 @@ class Segment(NamedTuple):
     host_ms: float
     copy_ms: float = 0.0  # of copies to and from the memory of the host
     waits: bool = False  # for all copies before it
-    sent: Mapping[str, float] = types.MappingProxyType({})  # bytes to other ranks, by the degree
+    sent: Sent = types.MappingProxyType({})
 
 
 class Clock:
@@ -112,10 +121,9 @@ class Timeline:
 
     @property
     def sent(self) -> dict[str, int]:
-        """Bytes that a rank sends in a step, by the degree of parallelism that asks for them."""
-        total: Counter[str] = Counter()
-        for segment in self.segments:
-            total.update(segment.sent)
+        """What a rank sends in a step."""
+        nothing: Sent = {}
+        total = functools.reduce(added, (segment.sent for segment in self.segments), nothing)
         return {name: int(size) for name, size in total.items()}
 
     @property

@@ -25,6 +25,7 @@ from packlight.planner.timeline import (
     FORWARD_2,
     STEP,
     Static,
+    added,
 )
 from packlight.planner.walked import Walked, Weight
 from packlight.planner.wires import local_bytes, local_parts
@@ -70,7 +71,7 @@ class Walker:
     def _told(self, kind: str, size: float) -> None:
         """Of bytes to other ranks that the next operator sends."""
         if self.ledger is not None:
-            self.ledger.sent[kind] += size
+            self.ledger.sent = added(self.ledger.sent, {kind: size})
 
     def see(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Has another batch."""
@@ -128,7 +129,8 @@ class _Walk:
         walker.ledger, self.rates = self.ledger, device.rates
         self.phase = FORWARD
         self.passed = self.returned = 0  # bytes from one block to the next, and of results
-        self.lets_go, self._input = False, None
+        self.lets_go = False
+        self._input: weakref.ref[Any] | None = None
         self.stack: list[str] = [""]
         # From which number of graph nodes on the forward pass was where.
         self.moves: list[tuple[int, str]] = [(_torch.next_node_number(), "")]
@@ -219,13 +221,25 @@ class _Walk:
         """An optimiser with the state that it has after a step, and that of a parameter."""
         if self.walker.optimizer is None or not trained:
             return None, lambda _: []
-        optimizer = self.walker.optimizer(trained)
-        for parameter in trained:
+        seen = {parameter: self._as_shard(parameter) for parameter in trained}
+        optimizer = self.walker.optimizer(list(seen.values()))
+        for parameter in seen.values():
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
-        for parameter in trained:
-            parameter.grad = None
-        return optimizer, lambda p: list(tensors_in(optimizer.state.get(p, {})))
+        for parameter, shard in seen.items():
+            if shard is parameter:
+                parameter.grad = None
+            else:  # the step is on shards, which stand beside the weights
+                self.ledger.owns(*tensors_in((shard, shard.grad)))
+        return optimizer, lambda p: list(tensors_in(optimizer.state.get(seen.get(p), {})))
+
+    def _as_shard(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimiser sees of a parameter, but for its size."""
+        dtype = self.walker.parallel.shard_dtype
+        (local,) = local_parts([parameter])
+        if local is parameter and dtype is None:
+            return parameter
+        return nn.Parameter(torch.empty_like(local, dtype=dtype or local.dtype))
 
     # ---- where the step is -------------------------------------------------------------------
 
