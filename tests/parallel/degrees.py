@@ -117,7 +117,7 @@ def whole(case: str, model: nn.Module, tokens, timelines, sees_loss: bool = True
     check(f"{case}: kept", kept, timeline.kept + wires, 0.03)
     expected = timeline.peak - timeline.static + wires
     if sees_loss:
-        check(f"{case}: peak", peak, expected, 0.03)
+        check(f"{case}: peak", peak, expected, 0.05)
     else:  # what the loss allocates on shards of logits no mode sees
         assert peak < 1.03 * expected, (case, peak, expected)
 
@@ -171,7 +171,7 @@ def pipeline(case: str, mesh, option: Option, tokens, timelines) -> None:
             )
     check(f"{case}, stage {mine}: kept", kept[0], timeline.kept + timeline.parts.wires, 0.03)
     peak = timeline.peak - timeline.static + timeline.parts.wires
-    check(f"{case}, stage {mine}: peak", allocated.peak, peak, 0.03)
+    check(f"{case}, stage {mine}: peak", allocated.peak, peak, 0.05)
 
 
 def cases(count: int) -> dict[str, Parallel]:
