@@ -23,7 +23,7 @@ class Parallel:
     - `shard`: FSDP2, each block and what is around blocks by itself. Shards lie over `shard x
       context` ranks.
     - `tensor`: Linears cut by columns and by rows. `sequence` says whether what is between them is
-      cut by tokens.
+      cut by tokens, `loss` whether the loss is computed on shards of logits, or gathers them.
     - `context`: tokens of a sequence, with keys and values passed on in attention.
     - `pipeline`: stages of alike numbers of blocks, by the schedule 1F1B; `microbatches`, one for
       each row where it is None, are the parts of the batch. Without a pipeline, an accumulation of
@@ -46,6 +46,7 @@ class Parallel:
     shard: int = 1
     tensor: int = 1
     sequence: bool = True
+    loss: bool = True
     context: int = 1
     pipeline: int = 1
     microbatches: int | None = None
@@ -107,7 +108,10 @@ class Parallel:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as for JSON."""
-        found = {name: getattr(self, name) for name in (*_DEGREES, "ranks", "sequence", "reshard")}
+        found = {
+            name: getattr(self, name)
+            for name in (*_DEGREES, "ranks", "sequence", "loss", "reshard")
+        }
         dtype = self.shard_dtype
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         return {**found, "imbalance": self.imbalance, "shard_dtype": named}

@@ -132,6 +132,9 @@ def _add_degrees(parser: argparse.ArgumentParser) -> None:
         "--no-sequence", action="store_true", help="tensor parallel without cut tokens"
     )
     group.add_argument(
+        "--no-loss-parallel", action="store_true", help="tensor parallel gathers logits"
+    )
+    group.add_argument(
         "--no-reshard", action="store_true", help="weights stay gathered after the forward pass"
     )
     group.add_argument(

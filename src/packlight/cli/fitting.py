@@ -96,6 +96,7 @@ def _parallel(arguments: argparse.Namespace) -> Parallel:
     return Parallel(
         **{name: value for name, value in given.items() if value is not None},
         sequence=not arguments.no_sequence,
+        loss=not arguments.no_loss_parallel,
         reshard=not arguments.no_reshard,
         imbalance=arguments.imbalance,
         shard_dtype=None if dtype is None else DTYPES[dtype],

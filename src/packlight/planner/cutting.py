@@ -4,7 +4,7 @@ Tensor and sequence parallel are torch's own, DTensors on a mesh of a group in w
 (`_torch/groups.py`), so what a rank keeps is what layers on shards keep (`packlight.sharded`).
 Where tokens are cut, the inputs of what holds column-wise Linears are gathered once for all of
 them, norms run on tokens, and row-wise Linears scatter their sums by tokens. Embedding and head are
-cut by words, and the loss is computed on shards of logits.
+cut by words.
 
 Experts are modules with `num_experts` and weights [experts, ..]. A rank has some of them, and where
 tokens are balanced it gets as many rows as it sends. What it sends and gets is counted for an
@@ -45,7 +45,7 @@ def group_for(parallel: Parallel) -> Iterator[None]:
     with imagined_group(parallel.tensor):
         from torch.distributed.tensor.parallel import loss_parallel
 
-        with loss_parallel():
+        with loss_parallel() if parallel.loss else contextlib.nullcontext():
             yield
 
 
@@ -101,9 +101,10 @@ def _cut_linears(
             styles[name] = RowwiseParallel(output_layouts=tokens)
         elif _inside(name, blocks):
             styles[name] = ColwiseParallel()
-        else:  # a head, whose logits stay on shards
+        else:  # a head
+            logits = Shard(-1) if parallel.loss else Replicate()
             styles[name] = ColwiseParallel(
-                input_layouts=tokens, output_layouts=Shard(-1), use_local_output=False
+                input_layouts=tokens, output_layouts=logits, use_local_output=not parallel.loss
             )
     mesh = init_device_mesh("cpu", (parallel.tensor,))
     tied = _tied(model)

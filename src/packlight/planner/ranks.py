@@ -30,6 +30,7 @@ from packlight.planner.timeline import (
     BACKWARDS,
     FORWARD,
     FORWARD_2,
+    LOSS,
     PASSES,
     STEP,
     Segment,
@@ -225,8 +226,12 @@ class Rank:
             yield _of_no_operator(phase, "receive", held_input), ""
         sends = {"shard": self.around.gathering}
         yield _of_no_operator(phase, "gather", 0, sends), ""
+        last = ""
         for part, name in parts:
-            yield self._with_weights(part, name, phase, 2 * self._while_running(name)), name
+            last = name or last
+            # Until the next is gathered, or the pass of the model is over, the buffer stays.
+            weights = self._while_running(name) + self._while_running(last)
+            yield self._with_weights(part, name, phase, weights), name
         if not self.is_last:
             yield _of_no_operator(phase, "send", 0, {"pipeline": self.passed}), ""
         elif not self.is_first:
@@ -239,9 +244,13 @@ class Rank:
             yield _of_no_operator(phase, "receive", root), ""
         reducing = 0  # bytes in the buffer of the reduce-scatter that is under way
         names = [name for _, name in parts if name]
-        following = dict(itertools.pairwise(names))
+        following = dict(itertools.pairwise(["", *names, ""]))
+        begun = False
         for part, name in parts:
-            weights = self._while_running(name) + self._while_running(following.get(name, ""))
+            begun |= bool(name)
+            weights = self._while_running(name)
+            if name or not begun:
+                weights += self._while_running(following[name])
             yield self._with_weights(part, name, phase, weights + reducing), name
             if name and self.reduces_by_block:
                 yield self._reduced(self.of_block[name], phase), name
@@ -277,7 +286,10 @@ class Rank:
         return self.of_block[name].gathered if name and gathers else 0
 
     def _with_weights(self, part: Part, name: str, phase: str, more: int) -> Part:
-        segments = [shifted(segment, more)._replace(phase=phase) for segment in part.segments]
+        segments = [
+            (segment if segment.place == LOSS else shifted(segment, more))._replace(phase=phase)
+            for segment in part.segments
+        ]
         gathers = self.parallel.reshards or phase in (FORWARD, FORWARD_2)
         if name and segments and gathers and self.parallel.shards > 1:
             gathering = {"shard": self.of_block[name].gathering}

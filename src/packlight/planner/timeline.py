@@ -9,6 +9,7 @@ from typing import NamedTuple
 FORWARD, BACKWARD, STEP = "forward", "backward", "optimizer"
 # Of the micro-batches after the first, which find gradients there: the passes of a second one.
 FORWARD_2, BACKWARD_2 = "second forward", "second backward"
+LOSS = "(loss)"  # the place of a loss that is computed outside of the model
 BACKWARDS = (BACKWARD, BACKWARD_2)
 PASSES = (FORWARD, BACKWARD, FORWARD_2, BACKWARD_2)
 

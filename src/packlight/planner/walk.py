@@ -23,6 +23,7 @@ from packlight.planner.timeline import (
     BACKWARD_2,
     FORWARD,
     FORWARD_2,
+    LOSS,
     STEP,
     Static,
     added,
@@ -172,7 +173,7 @@ class _Walk:
         self.moves = [(_torch.next_node_number(), "")]
         with ledger, torch.autocast("cpu", dtype, enabled=dtype is not None):
             output = self.model(*walker.inputs, **walker.kwargs)
-            self._move("(loss)")
+            self._move(LOSS)
             loss = _loss_of(output, walker.loss)
             # As the context ends autocast lets go of its copies of weights.
             copies: dict[str, int] = {}
@@ -180,7 +181,7 @@ class _Walk:
         ledger.freed = None
         self.returned = sum(map(local_bytes, returned_by(output)))
         del output
-        self.phase, self.last, self.end = backward, "(loss)", _torch.next_node_number()
+        self.phase, self.last, self.end = backward, LOSS, _torch.next_node_number()
         with ledger, torch.autograd.set_multithreading_enabled(False):
             _torch.run_backward(loss)
         return copies
