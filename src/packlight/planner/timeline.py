@@ -125,7 +125,7 @@ class Timeline:
         """What a rank sends in a step."""
         nothing: Sent = {}
         total = functools.reduce(added, (segment.sent for segment in self.segments), nothing)
-        return {name: int(size) for name, size in total.items()}
+        return {name: int(size) for name, size in total.items() if size}
 
     @property
     def ms(self) -> float:
