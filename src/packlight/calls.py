@@ -60,8 +60,6 @@ class _Covering(TorchFunctionMode):
     def __init__(self, calls: Calls) -> None:
         super().__init__()
         self.calls = calls
-        if torch.compiler.is_dynamo_compiling():
-            _torch.ask("enters_mode", None)
         self.hooks = None if torch.compiler.is_compiling() else _torch.saved_tensor_hooks()
 
     def holds(self) -> bool:
@@ -120,6 +118,7 @@ def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 @_torch.question
 def is_for_us(tracer: Any, places: Any, names: Any, args: Any, kwargs: Any) -> bool:
     """`_is_covered` of what is traced."""
+    _torch.run_graph_without(tracer, _Covering)
     positional, own = args.unpack_var_sequence(tracer), names.as_python_constant()
     given = kwargs.unpack_var_sequence(tracer)
     named = {key.as_python_constant(): kwargs.getitem_const(tracer, key) for key in given}
@@ -166,13 +165,9 @@ def _is_of_a_model(frame: types.FrameType) -> bool:
     )
 
 
-@_torch.question
-def enters_mode(tracer: Any) -> None:
-    """Where tracing gives up, the handler runs as it is written.
-
-    The compiler would make one frame of it for all functions, which it does not tell apart.
-    """
-    _torch.run_as_written(_Covering.__torch_function__)
+# The compiler would make one frame of it for all functions, which it does not tell apart, and one of
+# each function of ours, where a plain model calls functions of torch between its frames.
+_torch.run_as_written(_Covering.__torch_function__, with_all_within=True)
 
 
 @_torch.question
@@ -336,38 +331,21 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
         now = _covered_now()
         if now is calls or (now is _NONE and calls.untouched is None):
             return kind.forward(self, *args, **kwargs)
+        # Where code breaks its graph, the tracer begins anew for each frame around it. So in what
+        # follows no function stands in between, and this one is left alone.
         if torch.compiler.is_dynamo_compiling():  # a mode within one that is off would be off too
-            # Without a function in between: where the code within breaks its graph, the tracer
-            # begins anew for each frame around it.
             with _Covering(calls):
+                return kind.forward(self, *args, **kwargs)
+        if _torch.compiles_frames():
+            with _Alone(calls):
                 return kind.forward(self, *args, **kwargs)
         return _torch.without_mode(_Covering, _cover, calls, kind.forward, self, *args, **kwargs)
 
     _torch.give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
+    if not f"{kind.forward.__module__}.".startswith("torch."):  # of torch's no frames are compiled
+        _torch.run_as_written(forward)
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body = {**names, "forward": forward}
-    if kind.compile is nn.Module.compile:
-        body["compile"] = _compile
-    return body
-
-
-def _compile(self: Any, *args: Any, **kwargs: Any) -> None:
-    """`nn.Module.compile` of a covered module."""
-    nn.Module.compile(self, *args, **kwargs)
-    self._compiled_call_impl = functools.partial(_run_compiled, self, self._compiled_call_impl)
-
-
-def _run_compiled(module: Any, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs the compiled code of a module with the mode off: its calls are covered in the code.
-
-    The mode stays on if it covers other calls than the module's own mode would.
-    """
-    if not torch.compiler.is_compiling():
-        alike = vars(module).get(_ATTRIBUTE) is _covered_now()
-        hooks = module._forward_hooks, module._forward_pre_hooks, *_GLOBAL_HOOKS
-        if alike and module.training and not any(hooks):
-            return _torch.without_mode(_Covering, compiled, *args, **kwargs)
-    return compiled(*args, **kwargs)
+    return {**names, "forward": forward}
 
 
 _NONE = Calls.of(())
@@ -397,6 +375,27 @@ def _cover(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any)
         with _Covering(calls):
             return forward(*args, **kwargs)
     return calls.rest.run(args[0], _cover_within, calls, forward, *args, **kwargs)
+
+
+class _Alone:
+    """A context in which these calls are covered and no others, between compiled frames."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+
+    def __enter__(self) -> None:
+        self.outer = _torch.take_off(_Covering)
+        _torch.put_on(_Covering(self.calls))
+
+    def __exit__(self, *_: object) -> None:
+        _torch.take_off(_Covering)
+        if self.outer is not None:
+            _torch.put_on(self.outer)
+
+
+_torch.run_as_written(
+    _covered_now, _Alone.__init__, _Alone.__enter__, _Alone.__exit__, with_all_within=True
+)
 
 
 def _cover_within(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

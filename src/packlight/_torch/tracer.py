@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from packlight._torch.capabilities import TRACER, TRACING
+from packlight._torch.capabilities import FRAME_CALLBACK, FRAMES, TRACER, TRACING
 from packlight._torch.code import code_of
+from packlight._torch.modes import without_mode
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _P = ParamSpec("_P")
@@ -172,14 +174,7 @@ def is_traced() -> bool:
 
 def is_traced_or_between() -> bool:
     """Whether a region is traced, or runs between two graphs where tracing gave up."""
-    if torch.compiler.is_compiling():
-        return True
-    if "torch._dynamo" not in sys.modules:
-        return False
-    frames = getattr(torch._C._dynamo, "eval_frame", None)
-    get = getattr(frames, "get_eval_frame_callback", None)
-    callback = None if get is None else get()
-    return callback is not None and callback is not False
+    return torch.compiler.is_compiling() or compiles_frames()
 
 
 def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -204,13 +199,48 @@ def always_untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
-def run_as_written(function: Callable[..., Any]) -> None:
-    """Has `torch.compile` leave the frames of the function alone, but not what it calls.
+def run_as_written(*functions: Callable[..., Any], with_all_within: bool = False) -> None:
+    """Has `torch.compile` leave frames of the functions alone, where they would be compiled apart.
 
-    Where tracing gives up, frames that run in between are compiled one by one; without `skip_code`
-    that takes time, and changes nothing else.
+    What they call is compiled still, but `with_all_within`. Frames that are traced as part of a
+    region around them are traced as ever. Without the capability they are compiled.
     """
-    if "torch._dynamo" in sys.modules:
-        skip_code = getattr(sys.modules.get("torch._dynamo.decorators"), "skip_code", None)
-        if skip_code is not None:
-            skip_code(code_of(function))
+    if FRAMES.values is None:
+        return
+    give, strategy, action = FRAMES.values
+    within = action.SKIP if with_all_within else action.DEFAULT
+    for function in functions:
+        give(code_of(function), strategy(action.SKIP, within))
+
+
+def compiles_frames() -> bool:
+    """Whether `torch.compile` looks at each frame that begins, which is none of a region's."""
+    callback = None if _frame_callback is None else _frame_callback()
+    return callback is not None and callback is not False
+
+
+_frame_callback: Callable[[], Any] | None = (FRAME_CALLBACK.values or (None,))[0]
+run_as_written(compiles_frames)
+
+
+def run_graph_without(tracer: Any, kind: type[TorchFunctionMode]) -> None:
+    """Has the graph that is traced run with the function mode off that is on while it is traced.
+
+    What the mode does to the calls in it is part of the graph.
+    """
+    output = tracer.output
+    compiler = output.compiler_fn
+    if hasattr(compiler, _RUNS_WITHOUT) or all(
+        type(mode) is not kind for mode in output.torch_function_mode_stack
+    ):
+        return
+
+    @functools.wraps(compiler)
+    def compile_graph(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return functools.partial(without_mode, kind, compiler(*args, **kwargs))
+
+    setattr(compile_graph, _RUNS_WITHOUT, True)
+    output.compiler_fn = compile_graph
+
+
+_RUNS_WITHOUT = "_packlight_runs_without"
