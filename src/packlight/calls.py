@@ -165,8 +165,8 @@ def _is_of_a_model(frame: types.FrameType) -> bool:
     )
 
 
-# The compiler would make one frame of it for all functions, which it does not tell apart, and one of
-# each function of ours, where a plain model calls functions of torch between its frames.
+# The compiler would make one frame of it for all functions, which it does not tell apart, and one
+# of each function of ours, where a plain model calls functions of torch between its frames.
 _torch.run_as_written(_Covering.__torch_function__, with_all_within=True)
 
 
