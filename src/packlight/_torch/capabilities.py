@@ -119,6 +119,12 @@ MODES = Capability(
     "torch._C:_pop_torch_function_stack",
     "torch._C:_push_on_torch_function_stack",
 )
+MODE_VARIABLE = Capability(
+    "answers for a function mode in traced code",
+    "torch.compile follows the code that covers calls, and compiling takes longer",
+    "torch._dynamo.variables.torch_function:TorchFunctionModeVariable",
+    "torch._dynamo.variables.torch_function:TorchFunctionModeVariable.call_torch_function",
+)
 DISPATCH = Capability(
     "sees who looks at operators",
     "operators always go through the dispatcher, which takes the CPU longer",
@@ -230,6 +236,7 @@ CAPABILITIES = (
     GRAPH_NODES,
     MODES,
     MODE_STACK,
+    MODE_VARIABLE,
     DISPATCH,
     MODES_OFF,
     TRANSFORMS,

@@ -9,13 +9,13 @@ import itertools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from packlight._torch.capabilities import FRAME_CALLBACK, FRAMES, TRACER, TRACING
+from packlight._torch.capabilities import FRAME_CALLBACK, FRAMES, MODE_VARIABLE, TRACER, TRACING
 from packlight._torch.code import code_of
 from packlight._torch.modes import without_mode
 
@@ -47,10 +47,11 @@ def ask(question: str, default: Any, *values: Any) -> Any:
     """
     answer = default
     if can_ask():
-        from torch._dynamo.comptime import comptime  # an import of a second, so only here
-
-        comptime(_answer)
+        _comptime(_answer)
     return answer
+
+
+_comptime: Any = None  # torch's, once something is traced: its import takes a second
 
 
 @question
@@ -61,6 +62,9 @@ def is_exported(tracer: Any) -> bool:
 @constant_while_traced
 def can_ask() -> bool:
     """Whether questions to the tracer are answered."""
+    global _comptime
+    if TRACER.values is not None:
+        _comptime = TRACER.values[0]
     return bool(TRACER)
 
 
@@ -197,6 +201,45 @@ def always_untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
         return function(*args, **kwargs) if disabled is None else disabled(*args, **kwargs)
 
     return call
+
+
+# What is asked for a call in traced code that goes to a function mode: given the tracer, variables
+# of the function and of its arguments, it gives the variable of the results.
+Handle = Callable[[Any, Any, Sequence[Any], dict[str, Any]], Any]
+
+
+def handle_here(tracer: Any, handle: Handle) -> None:
+    """Has the tracer ask `handle` about calls that go to the mode whose handler it follows.
+
+    It follows the handler where the answer is None. The handler is a hundred instructions a call.
+    """
+    if MODE_VARIABLE.values is None:
+        return
+    mode = tracer.symbolic_torch_function_state.cur_mode.realize()
+    if type(mode) is MODE_VARIABLE.values[0]:
+        mode.__class__ = _handled_by(handle)
+
+
+@functools.cache
+def _handled_by(handle: Handle) -> type:
+    assert MODE_VARIABLE.values is not None
+    kind: Any = MODE_VARIABLE.values[0]
+
+    def call_torch_function(
+        self: Any, tx: Any, fn: Any, types: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        args = list(args)
+        results = handle(tx, fn, args, kwargs)
+        if results is None:
+            return kind.call_torch_function(self, tx, fn, types, args, kwargs)
+        return results
+
+    return type(kind.__name__, (kind,), {"call_torch_function": call_torch_function})
+
+
+def modes_of(tracer: Any) -> list[Any]:
+    """The variables of the function modes that are on in traced code, the innermost last."""
+    return [mode.realize() for mode in tracer.symbolic_torch_function_state.mode_stack]
 
 
 def run_as_written(*functions: Callable[..., Any], with_all_within: bool = False) -> None:
