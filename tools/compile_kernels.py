@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from packlight.elementwise.kernels import FORWARD
 from packlight.fewbit import dropout_kernels, kernels, pooling_kernels
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.groupquant import gated_kernels
+from packlight.groupquant import gated_kernels, line_kernels
 from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant import post_norm_kernels as post_norms
@@ -298,6 +298,8 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                 rows._replace(width=1000), kind, "", 0.0, 0.0, True, True
             ),
         }
+        if code == OFFSET:
+            launches["line"] = line_kernels._line_launch(8192, bits)
         for name in ("gelu", "silu"):
             launches |= {
                 name: kernels._quantize_launch(flat, kind, name, (), 1),
