@@ -46,7 +46,8 @@ def _line_kernel(
 
 @functools.lru_cache(LAUNCHES)
 def _line_launch(groups: int, bits: int) -> Launch:
-    return _line_kernel.prepare((triton.cdiv(groups, BLOCK),), groups, BITS=bits, BLOCK=BLOCK)
+    grid = (triton.cdiv(groups, BLOCK),)
+    return _line_kernel.prepare(grid, groups, BITS=bits, BLOCK=BLOCK, num_warps=4)
 
 
 def line(scales: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
