@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from packlight.elementwise.kernels import FORWARD
 from packlight.fewbit import dropout_kernels, kernels, pooling_kernels
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.groupquant import gated_kernels
+from packlight.groupquant import gated_kernels, line_kernels
 from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant import post_norm_kernels as post_norms
@@ -332,11 +332,14 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                 launches[f"post norm {width}, p {p}"] = forward
                 backward, _ = post_norms._backward_launch(grouping, p, True, True, True, True)
                 launches[f"post norm {width} backward, p {p}"] = backward
+        if code == OFFSET:
+            launches["line"] = line_kernels._line_launch(8192, bits)
         for name, launch in launches.items():
             (step,) = launch.steps
             constants = dict(step.constants)
             warps = constants.pop("num_warps")
-            size = 8 * constants["NQ"] * constants["SIZE"] * constants.get("ROWS", 1)
+            size = 8 * constants.get("NQ", 1) * constants.get("SIZE", line_kernels.BLOCK // 8)
+            size *= constants.get("ROWS", 1)
             yield f"{label}, {name}", step.kernel, constants, dtype, warps, size
 
 
@@ -423,6 +426,7 @@ def compile_kernel(
             special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
             special["moments_ptr"] = special["norms_ptr"] = "*fp32"
+            special |= dict.fromkeys(("first_ptr", "step_ptr", "lowest_ptr"), "*fp32")
             special |= dict.fromkeys(("index_ptr", "places_ptr", "chosen_ptr"), "*i32")
             special["draws_ptr"] = special["targets_ptr"] = "*i64"
             names = ("logsumexp_ptr", "total_ptr", "on_softmax_ptr", "on_target_ptr", "on_all_ptr")
