@@ -92,10 +92,18 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 1:
             kinds = {type(module) for module in container}
-            if len(kinds) == 1 and not kinds.pop().__module__.startswith(("torch.", "packlight.")):
+            if len(kinds) == 1 and _is_of_a_model(kinds.pop()):
                 found.extend(container)
     inner = {id(part) for block in found for part in block.modules() if part is not block}
+    if not found:  # a row would say "compiled" of a model that is launched
+        raise ValueError(f"{type(model).__name__} has no layers that repeat")
     return [block for block in found if id(block) not in inner]
+
+
+def _is_of_a_model(kind: type) -> bool:
+    """Whether a class, or one that a converted class derives from, is neither torch's nor ours."""
+    ours = ("torch.", "packlight.", "builtins")
+    return any(not base.__module__.startswith(ours) for base in kind.__mro__)
 
 
 def compile_blocks(model: nn.Module) -> None:

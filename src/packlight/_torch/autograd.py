@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight._torch.capabilities import BACKWARD, FREEING, HOOKS, NODES, RUNNING_NODE, STORAGES
+from packlight._torch.capabilities import (
+    BACKWARD,
+    FREEING,
+    HOOKS,
+    NEEDED,
+    NODES,
+    RUNNING_NODE,
+    STORAGES,
+)
+from packlight._torch.tracer import is_traced
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -38,6 +47,28 @@ def running_node_number() -> int | None:
         return None
     number: int = node._sequence_nr()
     return number
+
+
+def needed_gradients(ctx: Any) -> Any:
+    """`ctx.needs_input_grad` of a Function, less what the backward pass that runs is not for.
+
+    torch says what the forward pass knew. A backward pass by `torch.autograd.grad`, as zero-bubble
+    schedules of a pipeline make one for the input of a stage and another for its weights, asks for
+    less, and what nobody asked for is computed and dropped.
+    """
+    known = ctx.needs_input_grad
+    if NEEDED.values is None or is_traced():
+        return known
+    (runs,) = NEEDED.values
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    return tuple([needs and _will_run(runs, next(nodes)) for needs in known])
+
+
+def _will_run(runs: Callable[[Any], bool], node: Any) -> bool:
+    try:
+        return runs(node)
+    except RuntimeError:  # torch's answer for a leaf whose gradient `grad` hands out
+        return True
 
 
 def at_end_of_backward(function: Callable[[], Any]) -> bool:

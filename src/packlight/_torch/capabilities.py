@@ -163,6 +163,11 @@ RUNNING_NODE = Capability(
     "torch._C:_current_autograd_node",
     "torch.autograd.graph:Node._sequence_nr",
 )
+NEEDED = Capability(
+    "knows which gradients a backward pass is for",
+    "layers make gradients of input and weight in both passes of a backward pass that is split",
+    "torch._C:_will_engine_execute_node",
+)
 CURRENT_DEVICE = Capability(
     "reads the current CUDA device",
     "each kernel switches devices, which is slower",
@@ -227,6 +232,7 @@ CAPABILITIES = (
     TRANSFORMS,
     NODES,
     RUNNING_NODE,
+    NEEDED,
     CURRENT_DEVICE,
     CURRENT_STREAM,
     FUSED_ATTENTION,

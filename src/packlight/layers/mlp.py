@@ -60,7 +60,7 @@ class _Activated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
-        needs = ctx.needs_input_grad
+        needs = _torch.needed_gradients(ctx)
         if grad_output is None:
             return (None,) * len(needs)
         weight, *saved = saved_with_weight(ctx)
@@ -116,7 +116,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        needs, dtypes = _torch.needed_gradients(ctx), ctx.dtypes
         weight, last_weight, *saved = saved_with_weight(ctx)
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
         dh, last = ctx.feed.gradients(grad_output, last_weight, kept, needs[3:5])
@@ -174,7 +174,7 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        needs, dtypes = _torch.needed_gradients(ctx), ctx.dtypes
         gate_weight, up_weight, down_weight, *saved = saved_with_weight(ctx)
         packs, tensors = saved[: ctx.packs], saved[ctx.packs :]
         _torch.let_go_of_saved(ctx)

@@ -79,7 +79,8 @@ class _Lora(torch.autograd.Function):
         refuse_second_derivative(KEEPS)
         weight, first, second, low, *tensors = saved_with_weight(ctx)
         layer, scaling, rebuild = ctx.settings
-        needs_input, needs_first, needs_second = ctx.needs_input_grad[:3]
+        needs = _torch.needed_gradients(ctx)
+        needs_input, needs_first, needs_second = needs[:3]
         rows = _matrix(grad_output)
         dx = dfirst = dsecond = None
         if needs_second:
@@ -91,7 +92,7 @@ class _Lora(torch.autograd.Function):
             dx = rows.mm(weight if layer is None else _decoded(layer, rows.dtype))
             low_rank.add_widened_(dx, dlow, first, 1.0, False)
             dx = dx.view(*grad_output.shape[:-1], -1)
-        return dx, dfirst, dsecond, *[None] * (len(ctx.needs_input_grad) - 3)
+        return dx, dfirst, dsecond, *[None] * (len(needs) - 3)
 
 
 class _Sum(torch.autograd.Function):
