@@ -36,6 +36,7 @@ from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping
 from packlight.head import kernels as head_kernels
 from packlight.inverted import kernels as inverted_kernels
 from packlight.inverted import norm_kernels
+from packlight.low_rank import kernels as low_rank_kernels
 from packlight.rotary import kernels as rotary
 from packlight.sketch import kernels as sketch_kernels
 from packlight.sketch.reference import BUNDLE, POLYNOMIALS
@@ -46,7 +47,7 @@ POINTERS += ("residual_ptr", "dresidual_ptr", "other_ptr")
 POINTERS += ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "center", "scale", "offset", "low", "eps", "momentum", *LIMITS)
-FLOATS += ("cap",)
+FLOATS += ("cap", "scaling")
 FLOATS += tuple(f"up_{name}" for name in LIMITS)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
@@ -397,6 +398,23 @@ def rotary_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]
         yield f"rotary {dtype}, back {back}", rotary._rotary_kernel, constants, dtype, 4, 40 * 128
 
 
+def low_rank_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `norm_variants`: adapters of 16 and 64 of a layer of 4096."""
+    wide = (8192, 4096, 4096)
+    for dtype, rank, precision in itertools.product(("bf16", "fp16"), (16, 64), ("tf32", "tf32x3")):
+        steps, label = (rank, 1), f"low rank {dtype} {rank} {precision}"
+        launches = {
+            "narrowed": low_rank_kernels._narrowed_launch(wide, rank, steps, precision),
+            "outer": low_rank_kernels._outer_launch(wide, rank, precision)[0],
+            "added": low_rank_kernels._add_widened_launch(wide, rank, steps, 2.0, False, precision),
+        }
+        for name, launch in launches.items():
+            (step,) = launch.steps
+            constants = {**step.constants, "rank_step": 1}
+            warps, size = constants.pop("num_warps"), constants["ROWS"] * constants["PLACES"]
+            yield f"{label}, {name}", step.kernel, constants, dtype, warps, size
+
+
 def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
     """Constants of the activations' forward kernel."""
     return {
@@ -439,6 +457,7 @@ def compile_kernel(
             special |= dict.fromkeys(("gate_codes_ptr", "up_codes_ptr"), "*u8")
             special |= dict.fromkeys(("scales_ptr", "gate_scales_ptr", "up_scales_ptr"), "*i32")
             special |= dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32")
+            special |= dict.fromkeys(("low_ptr", "factor_ptr"), "*fp32")
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -457,6 +476,10 @@ def compile_kernel(
                 "C",
                 "IW",
                 "OW",
+                "row_step",
+                "rank",
+                "step",
+                "each",
             ):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
@@ -505,6 +528,7 @@ def main() -> None:
         *sketch_variants(),
         *head_variants(),
         *rotary_variants(),
+        *low_rank_variants(),
     ):
         if options.match not in name:
             continue
