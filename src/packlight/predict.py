@@ -24,6 +24,7 @@ from packlight._swap import restore
 from packlight._torch.attributes import CALL_MODULE, FAKES_LOGGER, plain_attributes, slots
 from packlight.batches import arguments_of
 from packlight.errors import InputError, PacklightError
+from packlight.parallel import Parallel, checked
 from packlight.profile import profile
 from packlight.profile.lines import is_internal, short_path
 from packlight.report import MemoryDifference, MemoryReport
@@ -37,6 +38,7 @@ def predict(
     *inputs: Any,
     loss: Callable[[Any], Tensor] | None = None,
     device: str | torch.device | None = None,
+    parallel: Parallel | None = None,
     **kwargs: Any,
 ) -> MemoryReport:
     """What `packlight.profile(model, *inputs, loss=loss, **kwargs)` would report, without a run.
@@ -54,12 +56,18 @@ def predict(
     what the real ones return: within 3% for every module of `torch.nn` on a CPU, most to the byte.
     Exceptions are recurrent layers on a GPU, without the memory that cuDNN reserves.
 
+    `parallel` has degrees of parallelism: then the inputs are the batch of a data-parallel rank,
+    and the report is of the pass of one micro-batch on a rank, with parts of layers and of tokens
+    as `Parallel` says. Stages of a pipeline are for `packlight.plan` and `packlight fit`, which
+    count the micro-batches that are alive.
+
     Activations are taken for finite numbers: `isfinite`, `isnan` and such have an answer. Inputs of
     up to a million elements that are on the device keep their values, and so does what is computed
     of them and of constants alone: lengths, labels, masks.
 
-    Raises `InputError` for what is no module, for nested tensors, for a device that is not there
-    (autograd cannot do without it), and for a model whose forward pass depends on other values
+    Raises `InputError` for what is no module, for a degree that does not divide what it should, for
+    nested tensors, for a device that is not there (autograd cannot do without it), and for a model
+    whose forward pass depends on other values
     (`.item()`, `nonzero`): naming the operation and the line. Profile a run of that one.
 
     >>> import torch, packlight
@@ -68,7 +76,15 @@ def predict(
     >>> packlight.predict(model, torch.empty(2048, 4096, device="meta")).activation_bytes
     134217728
     """
-    (report,) = _predict(model, inputs, kwargs, loss, device, [lambda _: None])
+    changes: list[Callable[[nn.Module], None]] = [lambda _: None]
+    if parallel is None:
+        (report,) = _predict(model, inputs, kwargs, loss, device, changes)
+        return report
+    from packlight.planner.cutting import predicted_pass
+
+    with predicted_pass(model, (inputs, kwargs), checked(parallel)) as (part, cut):
+        given, named = part
+        (report,) = _predict(model, given, named, loss, device, [cut])
     return report
 
 

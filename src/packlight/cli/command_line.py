@@ -105,12 +105,43 @@ def _add_fit(subcommands: Any) -> None:
         "--quick", action="store_true", help="no search for the largest batch and sequence"
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="write the plan to this TOML")
+    _add_degrees(parser)
     _add_configuration(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page: the front, and memory over time"
     )
     parser.set_defaults(run=_fit)
+
+
+def _add_degrees(parser: argparse.ArgumentParser) -> None:
+    """Those of `packlight.Parallel`."""
+    group = parser.add_argument_group("parallel runs, of which a rank is foretold")
+    for name, text in {
+        "replicate": "data-parallel ranks that have all weights (DDP, HSDP)",
+        "shard": "data-parallel ranks that have shards (FSDP2)",
+        "tensor": "ranks among which Linears are cut",
+        "context": "ranks among which a sequence is cut",
+        "pipeline": "stages of blocks",
+        "microbatches": "parts of the batch (default: a row each in a pipeline)",
+        "expert": "ranks among which experts are spread",
+    }.items():
+        group.add_argument(f"--{name}", type=_positive, metavar="N", help=text)
+    group.add_argument(
+        "--no-sequence", action="store_true", help="tensor parallel without cut tokens"
+    )
+    group.add_argument(
+        "--no-loss-parallel", action="store_true", help="tensor parallel gathers logits"
+    )
+    group.add_argument(
+        "--no-reshard", action="store_true", help="weights stay gathered after the forward pass"
+    )
+    group.add_argument(
+        "--imbalance", type=float, default=1.0, metavar="F", help="of tokens among experts"
+    )
+    group.add_argument(
+        "--shard-dtype", metavar="TYPE", help="of shards, gradients and optimiser: fp32"
+    )
 
 
 def _positive(text: str) -> int:

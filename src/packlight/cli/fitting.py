@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from packlight.cli.commands import autocast_of, loaded_model, quiet
-from packlight.cli.models import LoadedModel, brief
+from packlight.cli.models import DTYPES, LoadedModel, brief
 from packlight.cli.models.transformers import positions
 from packlight.errors import InputError, PacklightError
+from packlight.parallel import Parallel
 from packlight.planner import devices
 from packlight.planner.adapted import in_4_bits, lora_settings, with_lora
 from packlight.planner.fit import Fit, fit
@@ -69,11 +70,30 @@ def _foretold(arguments: argparse.Namespace, loaded: LoadedModel, device: device
                 sizes=not arguments.quick,
                 longest=positions(loaded.model)[1],
                 plan_file=str(arguments.plan or "plan.toml"),
+                parallel=_parallel(arguments),
             )
     except PacklightError:
         raise
     except Exception as error:  # someone's model: anything can happen
         raise InputError(f"a step of {loaded.text} cannot be foretold: {brief(error)}") from error
+
+
+def _parallel(arguments: argparse.Namespace) -> Parallel:
+    given = {name: getattr(arguments, name) for name in _DEGREES}
+    dtype = arguments.shard_dtype
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--shard-dtype {dtype} is none of {', '.join(DTYPES)}")
+    return Parallel(
+        **{name: value for name, value in given.items() if value is not None},
+        sequence=not arguments.no_sequence,
+        loss=not arguments.no_loss_parallel,
+        reshard=not arguments.no_reshard,
+        imbalance=arguments.imbalance,
+        shard_dtype=None if dtype is None else DTYPES[dtype],
+    )
+
+
+_DEGREES = ("replicate", "shard", "tensor", "context", "pipeline", "microbatches", "expert")
 
 
 def _title(arguments: argparse.Namespace, loaded: LoadedModel) -> str:

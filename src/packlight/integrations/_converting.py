@@ -1,5 +1,8 @@
 """What the callbacks of all trainers share: they convert a model, and measure what it keeps."""
 
+import inspect
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,3 +154,25 @@ class Converting:
             lines.append(f"a step keeps {human_bytes(self.kept_bytes)} for its backward pass{peak}")
         lines += [f"would help: {each}" for each in advice(model, self.conversion)]
         return [f"packlight: {line}" for line in lines]
+
+
+def first_rows(loader: Any) -> dict[str, Any] | None:
+    """The first rows of a loader's data as a batch of keywords; None where there is none such."""
+    rows: Any = getattr(loader, "dataset", None)
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if loader is None or size is None or isinstance(rows, torch.utils.data.IterableDataset):
+        return None
+    count = min(size, len(rows))
+    with torch.random.fork_rng(devices=[]):  # a collator may draw, and training must not see it
+        batch = loader.collate_fn([rows[place] for place in range(count)])
+    return dict(batch) if isinstance(batch, Mapping) else None
+
+
+def maker_of(optimizer: torch.optim.Optimizer | None) -> OptimizerOf | None:
+    """What makes an optimiser like this one, for other parameters."""
+    # accelerate's is around it
+    inner: torch.optim.Optimizer | None = getattr(optimizer, "optimizer", optimizer)
+    if inner is None:
+        return None
+    known = inspect.signature(type(inner).__init__).parameters
+    return partial(type(inner), **{name: x for name, x in inner.defaults.items() if name in known})

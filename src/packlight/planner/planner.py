@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from packlight.batches import arguments_of
 from packlight.errors import InputError
+from packlight.parallel import Parallel, checked
 from packlight.planner.devices import Device, device_of, parse_bytes
 from packlight.planner.result import Plan
 
@@ -25,6 +26,7 @@ def plan(
     max_error: float | None = MAX_ERROR,
     device: str | Device | None = None,
     head: bool | None = None,
+    parallel: Parallel | None = None,
 ) -> Plan:
     """The methods with which a step of training fits into `memory` and takes the least time.
 
@@ -58,6 +60,9 @@ def plan(
             that nobody measured are estimated from bandwidth and arithmetic, and say so.
         head: whether losses are computed by chunks of logits, exactly; None: where there is a head
             of a language model.
+        parallel: degrees of parallelism, see `Parallel`. Then `batch` is that of a data-parallel
+            rank, bytes are those of the rank with most, and each rank is converted by the plan,
+            whose rows are the blocks of all stages. Times are without waits for other ranks.
 
     Raises `InfeasibleBudgetError` where no plan fits, naming the least that is possible and what
     holds it, and `InputError` for a model whose step cannot be foretold (see `packlight.predict`).
@@ -83,11 +88,14 @@ def plan(
     inputs, kwargs = arguments_of(model, *batch)
     known = device if isinstance(device, Device) else device_of(device)
     # What it runs on takes much of torch's inside, which `import packlight` leaves alone.
+    from packlight.planner.cutting import group_for
     from packlight.planner.planning import planned
     from packlight.planner.study import Study
 
-    study = Study(model, inputs, kwargs, known, loss, optimizer, head)
-    return planned(study, budget, share, max_error)
+    degrees = checked(parallel)
+    with group_for(degrees):
+        study = Study(model, inputs, kwargs, known, loss, optimizer, head, degrees)
+        return planned(study, budget, share, max_error)
 
 
 def _asked(memory: object) -> tuple[int | None, float | None]:
