@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from packlight.batches import several
 from packlight.conversion import Conversion
 from packlight.convert import DEFAULT_METHODS, convert
 from packlight.errors import InputError
@@ -51,8 +52,8 @@ class Converting:
             memory: bytes at the peak of a step, "22GiB", or a share of what plain training keeps:
                 the model is converted by a `packlight.plan` for it, in place of `methods`.
             batch: what the plan is for, as large as any batch of the training: what the model is
-                called with, a tensor, several, or one dict of keywords. None: the first rows of a
-                Trainer's data.
+                called with, a tensor, several, or one mapping of keywords. None: the first rows of
+                a Trainer's data.
             device: the card that the plan is for; None: the one that is here.
             revert_at_end: whether the model is as it was before when training has ended. Saving
                 needs no such thing: keys and tensors of `state_dict` are the plain model's.
@@ -98,9 +99,8 @@ class Converting:
                 f"memory={self.memory!r} needs a batch to plan for; give batch=, what the model is "
                 "called with, or methods=packlight.plan(...)"
             )
-        inputs = batch if isinstance(batch, tuple | list) else (batch,)
         self.plan = plan(
-            model, *inputs, memory=self.memory, optimizer=optimizer, device=self.device
+            model, *several(batch), memory=self.memory, optimizer=optimizer, device=self.device
         )
 
     def _convert(self, model: nn.Module) -> None:
