@@ -8,6 +8,7 @@ from torch import Tensor
 
 from packlight._torch.capabilities import (
     BACKWARD,
+    FREEING,
     HOOKS,
     NEEDED,
     NODES,
@@ -82,6 +83,15 @@ def at_end_of_backward(function: Callable[[], Any]) -> bool:
         return False
     engine.queue_callback(function)
     return True
+
+
+def let_go_of_saved(ctx: Any) -> None:
+    """Has a node of the graph hold no more of what it saved, which its backward pass has read.
+
+    Nothing happens where the graph is retained, or no backward pass runs.
+    """
+    if FREEING.values is not None:
+        FREEING.values[0](ctx)
 
 
 def run_backward(loss: Tensor) -> None:
