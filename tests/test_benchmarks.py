@@ -643,8 +643,7 @@ def test_no_rows_no_picture(tmp_path):
 
 
 def test_the_tables_of_the_docs_are_those_of_the_rows():
-    pages = (table.DOCS, table.README, table.DISTRIBUTED)
-    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    text = "".join(page.read_text(encoding="utf-8") for page in table.PAGES)
     assert table.filled(text) == text
     shown = {name for name, made in table.TABLES.items() if len(made().splitlines()) > 2}
     assert {f"<!-- table {name} -->" for name in shown} <= set(text.splitlines())

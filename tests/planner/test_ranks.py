@@ -164,10 +164,10 @@ def test_experts_are_spread():
 @pytest.mark.parametrize(
     ("parallel", "says"),
     [
-        (Parallel(tensor=3, cuts=CUTS), "tensor=3 does not divide columns of"),
+        (Parallel(tensor=3, sequence=False, cuts=CUTS), "tensor=3 does not divide columns of"),
         (Parallel(tensor=2), "has no tp_plan"),
         (Parallel(tensor=2, cuts={"*.nothing": "colwise"}), r"no Linear has a name"),
-        (Parallel(tensor=2, cuts={"*.norm": "colwise"}), "norm, a LayerNorm, is to be cut"),
+        (Parallel(tensor=2, cuts={"norm": "colwise"}), "norm, a LayerNorm, is to be cut"),
         (Parallel(pipeline=3, microbatches=4), "pipeline=3 does not divide blocks"),
         (Parallel(pipeline=2, microbatches=3), "microbatches=3 does not divide rows"),
         (Parallel(context=3), "context=3 does not divide tokens"),
@@ -254,7 +254,7 @@ def test_a_fit_says_what_is_sent():
 
 def test_a_process_that_has_a_group_is_told(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(InputError, match="before torch.distributed.init_process_group"):
+    with pytest.raises(InputError, match="call this before torch"):
         timelines(Parallel(tensor=2, cuts=CUTS))
 
 
