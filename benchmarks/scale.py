@@ -65,6 +65,12 @@ def _llama(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
 
 _8B = _llama(4096, 14336, 32, 32)
 _70B = _llama(8192, 28672, 80, 64)
+_235B = {
+    "hidden_size": 4096, "moe_intermediate_size": 1536, "num_hidden_layers": 94,
+    "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 2**15,
+    "mlp_only_layers": [],
+}  # fmt: skip
 _parallel = functools.partial(Parallel, shard_dtype=torch.float32)
 RUNS = (
     Run("8B, 8 GPUs", "Llama", _8B, 2, 8192, _parallel(shard=8)),
@@ -74,13 +80,14 @@ RUNS = (
     Run("70B, 64 GPUs", "Llama", _70B, 1, 8192, _parallel(shard=64)),
     Run("70B, 256 GPUs", "Llama", _70B, 16, 8192, _parallel(shard=32, tensor=8)),
     Run("70B, 1024 GPUs", "Llama", _70B, 32, 8192, _parallel(shard=16, tensor=8, pipeline=8)),
-    Run("671B mixture, 256 GPUs", "DeepseekV3", {}, 1, 4096, _parallel(shard=256, expert=64)),
-    Run("671B mixture, 1024 GPUs", "DeepseekV3", {}, 1, 4096, _parallel(shard=1024, expert=64)),
+    Run("235B mixture, 64 GPUs", "Qwen3Moe", _235B, 1, 8192, _parallel(shard=64, expert=32)),
+    Run("235B mixture, 256 GPUs", "Qwen3Moe", _235B, 1, 8192, _parallel(shard=256, expert=64)),
+    Run("235B mixture, 1024 GPUs", "Qwen3Moe", _235B, 1, 8192, _parallel(shard=1024, expert=64)),
 )
 
 
-def measure(run: Run) -> dict[str, Any]:
-    """A row: what each choice takes of a rank, at the stage where that is most."""
+def measure(run: Run, only: str = "") -> dict[str, Any]:
+    """A row: what each choice, or one, takes of a rank, at the stage where that is most."""
     ids = torch.empty(run.batch, run.length, dtype=torch.int64, device="meta")
     optimizer = functools.partial(torch.optim.AdamW, fused=True)
     given = {"input_ids": ids, "labels": ids}
@@ -91,6 +98,8 @@ def measure(run: Run) -> dict[str, Any]:
         device = device_of("H100")
         study = Study(model, (), given, device, None, optimizer, parallel=run.parallel)
         for choice in choices(study.head, transformers=True):
+            if only not in ("", choice.name):
+                continue
             stages = [
                 stage.walked(choice.option, choice.outside, choice.head).timeline
                 for stage in study.stages

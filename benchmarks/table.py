@@ -192,7 +192,7 @@ def sharded(found: Rows) -> str:
 # ---- ranks that are foretold ----------------------------------------------------------------
 
 
-def _scale(which: str) -> Rows:
+def scale_rows(which: str) -> Rows:
     """The last row of each run, or of each comparison."""
     found = [row for row in rows.read(rows.RESULTS / "scale.jsonl") if which in row]
     if which == "title":
@@ -233,7 +233,8 @@ def scale_wires(found: Rows) -> str:
         choice = row["choices"]["packlight"]
         for kind in kinds:
             size = choice["sent"].get(kind, 0)
-            cells.append(f"{size / 2**30:.2g}" if size else "")
+            gib = size / 2**30
+            cells.append("" if not size else f"{gib:,.0f}" if gib >= 10 else f"{gib:.1f}")
         pipeline, count = row["parallel"]["pipeline"], row["microbatches"]
         idle = (pipeline - 1) / (count + pipeline - 1)
         wires = f"{wires_ms(choice['sent']):,.0f}"
@@ -280,9 +281,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "user": lambda: _user("steps"),
     "user_extremes": lambda: _user("extremes"),
     "user_readme": lambda: _user("readme"),
-    "scale_bytes": lambda: scale_bytes(_scale("title")),
-    "scale_wires": lambda: scale_wires(_scale("title")),
-    "scale_measured": lambda: scale_measured(_scale("measured")),
+    "scale_bytes": lambda: scale_bytes(scale_rows("title")),
+    "scale_wires": lambda: scale_wires(scale_rows("title")),
+    "scale_measured": lambda: scale_measured(scale_rows("measured")),
     "sharded": lambda: sharded(rows.read(rows.RESULTS / "sharded.jsonl")),
     "gpt": lambda: training(rows.read(rows.RESULTS / "gpt.jsonl")),
 }

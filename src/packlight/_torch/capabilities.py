@@ -216,8 +216,7 @@ SHAPES = Capability(
     "hides how DTensors find shapes",
     "transients of tensor parallel are foretold too large",
     "torch.distributed.tensor._sharding_prop:ShardingPropagator",
-    "torch.distributed.tensor._sharding_prop:"
-    "ShardingPropagator._propagate_tensor_meta_non_cached",
+    "torch.distributed.tensor._sharding_prop:ShardingPropagator._propagate_tensor_meta_non_cached",
 )
 
 CAPABILITIES = (
