@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from packlight.batches import arguments_of
 from packlight.errors import InputError
 from packlight.parallel import Parallel, checked
 from packlight.planner.devices import Device, device_of, parse_bytes
@@ -39,12 +40,13 @@ def plan(
 
     over the mixes of two neighbours on the front of bytes and time (`searching.py`). Transients are
     counted where they are. R adds what the allocator of CUDA reserves for a peak, beside what is
-    allocated: 1% and 256 MiB, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the
+    allocated: 1% and 256 MiB, with PYTORCH_ALLOC_CONF=expandable_segments:True in the
     environment; without, it is more. The planned methods are data: nothing of the model changes.
 
     Args:
         model: any module, in training mode. It runs under the caller's autocast.
-        batch: what the model is called with: tensors, or one dict of keywords. "meta" will do.
+        batch: what the model is called with: a tensor, several, or one mapping of keywords.
+            "meta" will do.
         memory: bytes that the allocator may reserve, as a limit of it is counted
             (`torch.cuda.set_per_process_memory_fraction`): an int or "22GiB". Or a float up to 1, a
             share of what plain training keeps for its backward pass.
@@ -76,10 +78,14 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
+    for name, value, such in (
+        ("optimizer", optimizer, "a class of torch.optim, such as torch.optim.AdamW"),
+        ("loss", loss, "a function of the model's output that returns a scalar"),
+    ):
+        if value is not None and not callable(value):
+            raise InputError(f"{name} is a {type(value).__name__}, which cannot be called; {such}")
     budget, share = _asked(memory)
-    inputs, kwargs = (
-        ((), batch[0]) if len(batch) == 1 and isinstance(batch[0], dict) else (batch, {})
-    )
+    inputs, kwargs = arguments_of(model, *batch)
     known = device if isinstance(device, Device) else device_of(device)
     # What it runs on takes much of torch's inside, which `import packlight` leaves alone.
     from packlight.planner.cutting import group_for

@@ -30,7 +30,7 @@ from packlight.planner.timeline import (
 )
 from packlight.planner.walked import Walked, Weight
 from packlight.planner.wires import local_bytes, local_parts
-from packlight.predict import copied, copied_inputs, fake_tensors, needs_values
+from packlight.predict import copied, copied_inputs, fake_tensors, imagining
 from packlight.profile.recording import watchable
 from packlight.profile.tensors import tensors_in
 
@@ -98,10 +98,8 @@ class Walker:
                 self.mode,
             ):
                 stack.enter_context(context)
-            try:
+            with imagining(self.inputs):
                 yield
-            except self.fakes.NEEDS_VALUES as error:
-                raise InputError(needs_values(error)) from error
 
 
 @contextlib.contextmanager
