@@ -268,6 +268,14 @@ def test_a_process_that_has_a_group_is_told(monkeypatch):
         timelines(Parallel(tensor=2, cuts=CUTS))
 
 
+def test_stages_are_not_foretold_under_autocast():
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InputError, match="without autocast"),
+    ):
+        timelines(Parallel(pipeline=2))
+
+
 def test_packs_fall_with_the_tensors():
     (one,) = timelines(Parallel(), PACKED_4)
     (rank,) = timelines(Parallel(tensor=4, cuts=CUTS), PACKED_4)
