@@ -176,7 +176,7 @@ def test_adapters_take_as_much_without_peft(monkeypatch: pytest.MonkeyPatch, in_
         ("rank=4", "--lora has no rank; expected r=16"),
         ("r", "--lora r is not NAME=VALUE"),
         ("r=0", "--lora r=0: r is at least 1"),
-        ("r=many", "--lora r=many: invalid literal"),
+        ("r=many", "--lora r=many: r and alpha are whole numbers"),
         ("targets=nothing", "--lora targets=nothing: "),
     ],
 )

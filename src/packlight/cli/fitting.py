@@ -10,7 +10,7 @@ import torch
 from packlight.cli.commands import autocast_of, parsed_config, quiet
 from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs
 from packlight.cli.models.transformers import positions
-from packlight.errors import InputError, PacklightError
+from packlight.errors import InfeasibleBudgetError, InputError, PacklightError
 from packlight.planner import devices
 from packlight.planner.adapted import in_4_bits, lora_settings, with_lora
 from packlight.planner.fit import Fit, fit
@@ -29,6 +29,8 @@ def run_fit(arguments: argparse.Namespace) -> None:
 
         write_fit(found, arguments.html)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
+    if arguments.plan is not None and found.plan is None:
+        raise InfeasibleBudgetError(f"{arguments.plan} is not written: {found.why_no_plan}")
 
 
 def _loaded(arguments: argparse.Namespace) -> LoadedModel:

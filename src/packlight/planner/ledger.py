@@ -14,7 +14,7 @@ from torch import Tensor
 
 from packlight._torch.attributes import tree_leaves
 from packlight._torch.modes import DispatchMode
-from packlight.planner.costs import Costs, workspace
+from packlight.planner.costs import Costs, name_of, workspace
 from packlight.planner.timeline import Segment
 
 _ROUNDED = 512  # bytes: what the allocator of CUDA counts in
@@ -58,7 +58,7 @@ class Ledger(DispatchMode):  # type: ignore[misc]
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             peak = self.allocated + workspace(self.costs.device, func, args)
             device_ms, host_ms = self.costs.of(func, args, result, [*given, *made])
-            name = func.overloadpacket.__name__
+            name = name_of(func, args).partition("::")[2]  # as it is on a GPU
             self._note(name, before, peak, (device_ms, host_ms + self.host_ms, 0.0))
             self.host_ms = 0.0
         return result
