@@ -180,6 +180,7 @@ class Fit:
         )
         sizes = self.sizes
         table = new_table()
+        table.padding = (0, 1, 0, 0)  # so that a hundred columns are enough
         for column in ["choice", "kept", "on top", "peak", "margin", "ms", *sizes]:
             left = column in ("choice", "margin")
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
