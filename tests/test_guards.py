@@ -108,6 +108,7 @@ def packs(guards, n, bits, code=MINMAX):
     group.activation_backward(x, *inputs, "silu", (), (1,), groups)
     _, *both = group_gated.gated(x, x, "silu", groups, *draw())
     group_gated.gated_backward(x, *both, "silu", (1,), groups, True)
+    group_gated.gated_backward_(x.clone(), *both, "silu", groups)
     group_gated.gated_product(*both, "silu", (n,), (1,), groups, FP32)
 
 

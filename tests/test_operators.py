@@ -132,6 +132,9 @@ def overwritten():
             f = ("gelu", (), (4, 64, 0))
             pack = group_ops.activation_(x, *f, None, 7)
             group_ops.activation_backward_(x, *pack, *f)
+            f = ("silu", (4, 64, 0))
+            _, *packs = group_ops.gated(x, x, *f, None, 7)
+            group_ops.gated_backward_(x, *packs, *f)
 
 
 def group_quantised_products():

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,6 +33,7 @@ from packlight._classes import derivation, origin
 from packlight.method import Call, Calls, Swap
 
 _ATTRIBUTE = "_packlight_calls"
+_ATTENTION = F.scaled_dot_product_attention
 
 # Hooks of torch for all modules; they run outside a module's forward.
 _GLOBAL_HOOKS = (
@@ -82,6 +84,9 @@ class _Covering(TorchFunctionMode):
             # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
             if func is Tensor.unflatten:
                 func = torch.unflatten
+            return func(*args, **(kwargs or {}))
+        if func is _ATTENTION and func is not F.scaled_dot_product_attention:
+            # What stands in its place calls it, as torch's `context_parallel` does.
             return func(*args, **(kwargs or {}))
         call, kwargs = self.calls.table[func], kwargs or {}
         if kwargs and "out" in kwargs and kwargs["out"] is None:

@@ -76,6 +76,12 @@ def test_results_written_over_what_they_are_of_are_those_written_elsewhere(dtype
         over = over.clone()
         kernels.activation_backward_(over, *pack, *f)
         assert torch.equal(over, dx)
+        _, *packs = gated_kernels.gated(x, x, "silu", (4, 32), *seed)
+        settings = ("silu", over.stride(), (4, 32), True)
+        dgate, dup = gated_kernels.gated_backward(x, *packs, *settings)
+        over = x.contiguous().clone()
+        assert torch.equal(gated_kernels.gated_backward_(over, *packs, "silu", (4, 32)), dup)
+        assert torch.equal(over, dgate)
 
 
 @every_device
@@ -306,6 +312,8 @@ def test_operators_pass_opcheck():
     for through in (True, False):
         gated = (x, *packs, "silu", [96, 1], (4, 32), through)
         check(namespace.group_quant_gated_backward.default, gated)
+    over = (x.contiguous(), *packs, "silu", (4, 32))
+    check(namespace.group_quant_gated_backward_.default, over)
     product = (*packs, "silu", [4, 96], [96, 1], (4, 32), FP32)
     check(namespace.group_quant_gated_product.default, product)
     _, codes, scales, rstd, *_ = ops.norm(x, 96, None, None, 1e-5, True, (4, 32), *operands(None))

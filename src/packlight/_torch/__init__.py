@@ -20,6 +20,8 @@ from packlight._torch.attributes import (
 from packlight._torch.autograd import (
     at_end_of_backward,
     has_storage,
+    let_go_of_saved,
+    needed_gradients,
     next_node_number,
     run_backward,
     running_node_number,
@@ -48,6 +50,7 @@ from packlight._torch.capabilities import (
     CURRENT_STREAM,
     DISPATCH,
     FAKES,
+    FREEING,
     FUSED_ATTENTION,
     GRAPH_NODES,
     HOLLOW,
@@ -56,6 +59,7 @@ from packlight._torch.capabilities import (
     MODE_STACK,
     MODES,
     MODES_OFF,
+    NEEDED,
     NODES,
     RUNNING_NODE,
     SAVED,
@@ -81,6 +85,7 @@ from packlight._torch.modes import (
     without_torch_functions,
 )
 from packlight._torch.nodes import SAID, applied, as_node, followed, graph_facts, one_node, value_of
+from packlight._torch.operators import call_by
 from packlight._torch.tracer import (
     SEEDS_AT_ONCE,
     always_untraced,
@@ -105,6 +110,7 @@ __all__ = [
     "CURRENT_STREAM",
     "DISPATCH",
     "FAKES",
+    "FREEING",
     "FUSED_ATTENTION",
     "GRAPH_NODES",
     "HOLLOW",
@@ -113,6 +119,7 @@ __all__ = [
     "MODES",
     "MODES_OFF",
     "MODE_STACK",
+    "NEEDED",
     "NODES",
     "RUNNING_NODE",
     "SAID",
@@ -133,6 +140,7 @@ __all__ = [
     "at_end_of_backward",
     "attention_backend",
     "batch_norm",
+    "call_by",
     "can_ask",
     "code_of",
     "constant_while_traced",
@@ -154,7 +162,9 @@ __all__ = [
     "is_traced_or_between",
     "is_watched",
     "launches_directly",
+    "let_go_of_saved",
     "memory_format",
+    "needed_gradients",
     "next_node_number",
     "next_place",
     "one_node",

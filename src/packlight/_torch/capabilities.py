@@ -129,6 +129,11 @@ TRANSFORMS = Capability(
     "torch._C:_are_functorch_transforms_active",
     "torch.autograd.forward_ad:_current_level",
 )
+FREEING = Capability(
+    "frees what a graph node saved before its backward pass ends",
+    "packs of a gated feed-forward layer take memory until its gradients are made",
+    "torch._C:_FunctionBase.maybe_clear_saved_tensors",
+)
 BACKWARD = Capability(
     "knows that a backward pass runs",
     "what a user holds of a checkpoint's second pass holds packs",
@@ -157,6 +162,11 @@ RUNNING_NODE = Capability(
     "a planned backward pass is one line",
     "torch._C:_current_autograd_node",
     "torch.autograd.graph:Node._sequence_nr",
+)
+NEEDED = Capability(
+    "knows which gradients a backward pass is for",
+    "layers make gradients of input and weight in both passes of a backward pass that is split",
+    "torch._C:_will_engine_execute_node",
 )
 CURRENT_DEVICE = Capability(
     "reads the current CUDA device",
@@ -209,6 +219,7 @@ CAPABILITIES = (
     HOOKS,
     HOOK_STACK,
     SAVED,
+    FREEING,
     BACKWARD,
     STORAGES,
     TRACER,
@@ -221,6 +232,7 @@ CAPABILITIES = (
     TRANSFORMS,
     NODES,
     RUNNING_NODE,
+    NEEDED,
     CURRENT_DEVICE,
     CURRENT_STREAM,
     FUSED_ATTENTION,

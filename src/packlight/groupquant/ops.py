@@ -122,6 +122,14 @@ gated_backward = define_op(
     kernel=f"{_GATED}:gated_backward",
 )
 
+gated_backward_ = define_op(
+    "group_quant_gated_backward_(Tensor(a!) grad_output, Tensor gate_codes, Tensor gate_scales,"
+    " Tensor up_codes, Tensor up_scales, str name, int[] groups) -> Tensor",
+    reference=reference.gated_backward_,
+    fake=lambda grad_output, _1, _2, _3, _4, name, groups: torch.empty_like(grad_output),
+    kernel=f"{_GATED}:gated_backward_",
+)
+
 gated_product = define_op(
     "group_quant_gated_product(Tensor gate_codes, Tensor gate_scales, Tensor up_codes,"
     " Tensor up_scales, str name, SymInt[] shape, SymInt[] stride, int[] groups,"

@@ -229,6 +229,22 @@ def gated_backward(
     return dgate, dup
 
 
+def gated_backward_(
+    grad_output: Tensor,
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    groups: Groups,
+) -> Tensor:
+    """As `gated_backward`, with dgate written over a dense gradient; dup."""
+    packs = (gate_codes, gate_scales, up_codes, up_scales)
+    dgate, dup = gated_backward(grad_output, *packs, name, grad_output.stride(), groups, True)
+    grad_output.copy_(dgate)
+    return dup
+
+
 def gated_product(
     gate_codes: Tensor,
     gate_scales: Tensor,
