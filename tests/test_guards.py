@@ -13,6 +13,7 @@ from packlight.fewbit import dropout_kernels, pooling_kernels
 from packlight.fewbit import kernels as few_bit
 from packlight.groupquant import gated_kernels as group_gated
 from packlight.groupquant import kernels as group
+from packlight.groupquant import line_kernels as group_line
 from packlight.groupquant import norm_kernels as group_norm
 from packlight.groupquant import post_norm_kernels as post_norm
 from packlight.groupquant.fixed_point import kernels as fixed
@@ -22,6 +23,7 @@ from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED
 from packlight.head import kernels as head
 from packlight.inverted import kernels as inverted
 from packlight.inverted import norm_kernels as inverted_norm
+from packlight.low_rank import kernels as low_rank
 from packlight.packing import kernels as packing
 from packlight.rotary import kernels as rotary
 from packlight.sketch import kernels as sketch
@@ -95,6 +97,11 @@ def wide_inverted_norms(guards, rows, width):
         for name in ("FORWARD_WIDTH", "BACKWARD_WIDTH", "WIDE_BLOCK"):
             patch.setattr(inverted_norm, name, 16)
         inverted_norms(guards, rows, width)
+
+
+def lines(guards, n, bits):
+    _, scales = group.quantize(values(guards, n), (1,), (bits, 64, OFFSET), *draw())
+    group_line.line(scales, bits)
 
 
 def packs(guards, n, bits, code=MINMAX):
@@ -179,6 +186,14 @@ def rotations(guards, batch, heads, groups, length, size):
         rotary.rotary(q.transpose(1, 2), k.transpose(1, 2), *angles, back)
 
 
+def low_ranks(guards, rows, width, rank):
+    x = values(guards, rows, width, dtype=torch.bfloat16)
+    low, factor = values(guards, rows, rank), values(guards, rank, width)
+    low_rank.narrowed(x, factor.t())
+    low_rank.add_widened_(x, low, factor, 2.0, False)
+    low_rank.outer(x, low)
+
+
 RUNS = {
     "masks": (masks, [(4096,), (4173,), (1,)]),
     "few bits": (few_bits, [(4096,), (4173,)]),
@@ -198,6 +213,7 @@ RUNS = {
             (1050, 3, ROTATED),
         ],
     ),
+    "lines": (lines, [(4096, 4), (4173, 3)]),
     "rows of packs": (
         packed_rows,
         [(4, 128, 4), (3, 72, 4), (3, 72, 8)],
@@ -210,6 +226,7 @@ RUNS = {
     ),
     "rotations": (rotations, [(2, 4, 2, 4, 64), (1, 3, 1, 3, 18)]),
     "heads": (heads, [(4, 2048), (3, 2050), (1, 1)]),
+    "factors of low rank": (low_ranks, [(64, 128, 16), (70, 50, 5)]),
     "sketches": (sketches, [(128, 32, 32), (101, 33, 30), (20, 5, 4)]),
 }
 CASES = [

@@ -88,6 +88,18 @@ TRACING = Capability(
     "compiled backward passes fuse less",
     "torch._guards:_TLS",
 )
+FRAME_CALLBACK = Capability(
+    "knows that frames are compiled",
+    "code between two compiled regions runs as uncompiled code does",
+    "torch._C._dynamo.eval_frame:get_eval_frame_callback",
+)
+FRAMES = Capability(
+    "has torch.compile leave frames alone",
+    "where a graph breaks, it breaks once more for each converted module around",
+    "torch._C._dynamo.eval_frame:set_code_exec_strategy",
+    "torch._C._dynamo.eval_frame:_FrameExecStrategy",
+    "torch._C._dynamo.eval_frame:_FrameAction",
+)
 GRAPH_NODES = Capability(
     "puts calls into the graph of torch.compile",
     "the tracer follows every layer's backward pass, and compiling takes longer",
@@ -106,6 +118,12 @@ MODES = Capability(
     "torch._C:_get_function_stack_at",
     "torch._C:_pop_torch_function_stack",
     "torch._C:_push_on_torch_function_stack",
+)
+MODE_VARIABLE = Capability(
+    "answers for a function mode in traced code",
+    "torch.compile follows the code that covers calls, and compiling takes longer",
+    "torch._dynamo.variables.torch_function:TorchFunctionModeVariable",
+    "torch._dynamo.variables.torch_function:TorchFunctionModeVariable.call_torch_function",
 )
 DISPATCH = Capability(
     "sees who looks at operators",
@@ -215,6 +233,20 @@ TRITON = Capability(
     "triton.runtime.driver:driver",
 )
 
+RANKS = Capability(
+    "imagines ranks",
+    "tensor parallel cannot be foretold",
+    "torch.distributed:HashStore",
+    # Its import tells torch of the backend "fake".
+    "torch.testing._internal.distributed.fake_pg:FakeStore",
+)
+SHAPES = Capability(
+    "hides how DTensors find shapes",
+    "transients of tensor parallel are foretold too large",
+    "torch.distributed.tensor._sharding_prop:ShardingPropagator",
+    "torch.distributed.tensor._sharding_prop:ShardingPropagator._propagate_tensor_meta_non_cached",
+)
+
 CAPABILITIES = (
     HOOKS,
     HOOK_STACK,
@@ -224,9 +256,12 @@ CAPABILITIES = (
     STORAGES,
     TRACER,
     TRACING,
+    FRAME_CALLBACK,
+    FRAMES,
     GRAPH_NODES,
     MODES,
     MODE_STACK,
+    MODE_VARIABLE,
     DISPATCH,
     MODES_OFF,
     TRANSFORMS,
@@ -240,5 +275,7 @@ CAPABILITIES = (
     TREES,
     STORAGE_USES,
     HOLLOW,
+    RANKS,
+    SHAPES,
     TRITON,
 )

@@ -26,6 +26,31 @@ def _rounded(x, PRECISION: tl.constexpr):
     return tl.where(tl.abs(x) < float("inf"), near, x)
 
 
+@triton.jit
+def _dot(wide, narrow, total, FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """total + wide narrow, or narrow wide unless FIRST: 32 bits times 16.
+
+    bfloat16 is multiplied as it is: a number of float32 is a sum of three of its numbers, and of
+    two but for a part of 2^-17, where TF32 leaves out 2^-12.
+    """
+    if narrow.dtype == tl.bfloat16:
+        PARTS: tl.constexpr = 2 if PRECISION == "tf32" else 3
+        for _ in tl.static_range(PARTS):
+            part = wide.to(tl.bfloat16)
+            if FIRST:
+                total = tl.dot(part, narrow, total)
+            else:
+                total = tl.dot(narrow, part, total)
+            wide -= part.to(tl.float32)
+    else:
+        wide = _rounded(wide, PRECISION)
+        if FIRST:
+            total = tl.dot(wide, narrow.to(tl.float32), total, input_precision=PRECISION)
+        else:
+            total = tl.dot(narrow.to(tl.float32), wide, total, input_precision=PRECISION)
+    return total
+
+
 @quick
 @triton.jit
 def _narrowed_kernel(
@@ -59,8 +84,7 @@ def _narrowed_kernel(
             there[:, None] & ranks[None, :],
             0.0,
         )
-        factor = _rounded(factor, PRECISION)
-        total = tl.dot(x.to(tl.float32), factor, total, input_precision=PRECISION)
+        total = _dot(factor, x, total, False, PRECISION)
     tl.store(low_ptr + row[:, None] * rank + r[None, :], total, inside[:, None] & ranks[None, :])
 
 
@@ -110,7 +134,7 @@ def _add_widened_kernel(
 def _outer_kernel(
     x_ptr,  # [rows, width], rows by their step
     low_ptr,  # [rows, rank]
-    y_ptr,  # [parts, rank, width]
+    parts_ptr,  # [parts, rank, width]
     rows,
     width,
     row_step,
@@ -137,10 +161,11 @@ def _outer_kernel(
         low = tl.load(
             low_ptr + row[None, :] * rank + r[:, None], inside[None, :] & ranks[:, None], 0.0
         )
-        low = _rounded(low, PRECISION)
-        total = tl.dot(low, x.to(tl.float32), total, input_precision=PRECISION)
-    y_ptr += part.to(tl.int64) * rank * width
-    tl.store(y_ptr + r[:, None] * width + place[None, :], total, ranks[:, None] & there[None, :])
+        total = _dot(low, x, total, True, PRECISION)
+    parts_ptr += part.to(tl.int64) * rank * width
+    tl.store(
+        parts_ptr + r[:, None] * width + place[None, :], total, ranks[:, None] & there[None, :]
+    )
 
 
 # ---- launches: not tuned on a device yet ---------------------------------------------------------
@@ -164,7 +189,7 @@ def _precision() -> str:
 @functools.lru_cache(LAUNCHES)
 def _narrowed_launch(x: _Wide, rank: int, steps: _Steps, precision: str) -> Launch:
     rows = x[0]
-    tile = 32 if rows >= 8192 else 16
+    tile = min(max(triton.next_power_of_2(rows // 128), 16), 64)  # for 128 programs
     return _narrowed_kernel.prepare(
         (triton.cdiv(rows, tile),), *x, rank, *steps,
         ROWS=tile, PLACES=128, RANK=_rank(rank), PRECISION=precision, num_warps=4, num_stages=4,
