@@ -6,8 +6,9 @@
 
 A job is what a model becomes, with the bytes and milliseconds that are foretold. One with a budget
 runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
-yet, as a user's first step; where that is too little, once more without a limit. Models are those
-of `benchmarks.user`.
+yet, as a user's first step; where that is too little, once more without a limit. One that says
+"least" is also run at lower limits, for the lowest in which its first steps run. Losses and norms
+of gradients stand beside those of the plain model. Models are those of `benchmarks.user`.
 """
 
 import argparse
@@ -104,14 +105,14 @@ def _foretold(timeline: Any) -> Row:
     }
 
 
-def _budgets(study: Study, max_error: float | None) -> list[int]:
+def _budgets(study: Study, max_error: float | None, count: int) -> list[int]:
     """Those for which points of the front are enough, from the smallest to the fastest."""
     peaks = [peak for _, peak in front(study, max_error)][::-1]
-    places = [round(place * (len(peaks) - 1) / (BUDGETS - 1)) for place in range(BUDGETS)]
+    places = [round(place * (len(peaks) - 1) / (count - 1)) for place in range(count)]
     return [reserved(peaks[place]) + 1 for place in sorted(set(places))]
 
 
-def foretell(name: str, sizes: bool) -> Iterator[Row]:
+def foretell(name: str, sizes: bool, budgets: int) -> Iterator[Row]:
     study = study_of(name)
     with torch.autocast("cpu", torch.bfloat16, enabled=SCENARIOS[name].autocast):
         for choice in _uniform(study):
@@ -127,7 +128,7 @@ def foretell(name: str, sizes: bool) -> Iterator[Row]:
         methods = menu.selectors(every, menu.EXACT)
         yield _job(name, "checkpoint every second", methods, False, **_foretold(mix.timeline()))
         for max_error in (MAX_ERROR, 0.0):
-            for budget in _budgets(study, max_error):
+            for budget in _budgets(study, max_error, budgets):
                 plan = planned(study, budget, None, max_error)
                 options = [block.option for block in plan.blocks]
                 yield _job(
@@ -137,6 +138,9 @@ def foretell(name: str, sizes: bool) -> Iterator[Row]:
                 )  # fmt: skip
         if sizes:
             yield from _sizes(name, study)
+    if "liger" in SCENARIOS[name].kinds:
+        choice = "liger+checkpoint"
+        yield _job(name, "Liger, checkpoint", {}, False, choice=choice)
 
 
 def _sizes(name: str, study: Study) -> Iterator[Row]:
@@ -186,14 +190,32 @@ class Measuring:
             finally:
                 self.trained.see(self.size)
 
+    def least(self, job: Row) -> int:
+        """The lowest limit of reserved bytes in which two steps run, to 0.3%."""
+        low, high = int(0.99 * job["predicted_peak"]), int(1.02 * job["budget"])
+        with self._converted(job):
+            while high - low > 0.003 * high:
+                middle = (low + high) // 2
+                self._clean()
+                with _limited(middle):
+                    try:
+                        self.trained.step()
+                        self.trained.step()
+                        high = middle
+                    except torch.OutOfMemoryError:
+                        low = middle
+        return high
+
     def gradients(self, job: Row) -> Row:
         with self._converted(job):
-            return self.trained.gradients()
+            found = self.trained.gradients()
+            return {name: found[name] for name in ("loss", "grad_norm")}
 
     def _clean(self) -> None:
         trained = self.trained
         trained.optimizer.zero_grad(set_to_none=True)
-        trained.optimizer = torch.optim.AdamW(trained.parameters, lr=1e-5, fused=True)
+        # Weights stay what they are, so that gradients can be compared.
+        trained.optimizer = torch.optim.AdamW(trained.parameters, lr=0.0, fused=True)
         self.device.wait()
         self.device.clean()
 
@@ -205,6 +227,9 @@ class Measuring:
         with contextlib.suppress(packlight.NothingMatchedError):
             if job["head"] or any(methods.values()):
                 packlight.convert(model, methods, functional=True, head=job["head"], strict=False)
+        if "choice" in job:  # which is not undone, so of the last job of a model
+            for change in CHOICES[job["choice"]].changes:
+                change(model)
         try:
             yield
         finally:
@@ -243,6 +268,7 @@ def measure(jobs: list[Row], out: pathlib.Path, steps: int, until: float, commit
     settings = rows.settings("cuda", commit)
     for name in dict.fromkeys(job["scenario"] for job in jobs):
         measuring = Measuring(name)
+        plain = measuring.gradients({"methods": [], "head": False})
         for job in jobs:
             if job["scenario"] != name or time.monotonic() > until:
                 continue
@@ -250,7 +276,10 @@ def measure(jobs: list[Row], out: pathlib.Path, steps: int, until: float, commit
                 tried = {n: measuring.runs(job, n) for n in _around(job)}
                 found: Row = {"tried": tried}
             else:
-                found = measuring.measure(job, steps)
+                found = {"plain": plain, **measuring.gradients(job)}
+                found |= measuring.measure(job, steps)
+                if job.get("least"):
+                    found["least_limit"] = measuring.least(job)
             shown = {key: value for key, value in job.items() if key != "methods"}
             rows.append(out, {**settings, **shown, **found})
         del measuring
@@ -272,6 +301,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=NAMES)
     parser.add_argument("--sizes", action="store_true", help="also largest batches and sequences")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--budgets", type=int, default=BUDGETS, help="of each model and error")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no job after these")
     parser.add_argument("--commit")
     given = parser.parse_args()
@@ -280,7 +310,7 @@ def main() -> None:
         return
     if given.what == "foretell":
         for name in given.only:
-            for job in foretell(name, given.sizes):
+            for job in foretell(name, given.sizes, given.budgets):
                 rows.append(given.out, job)
         return
     jobs = [job for job in rows.read(given.jobs) if job["scenario"] in given.only]

@@ -129,7 +129,7 @@ def draw_steps(found: Sequence[dict[str, Any]], device: str | None, path: pathli
     )
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.68 / figure.get_figheight()))
     for axis, name in zip(axes.flat, order, strict=False):
-        place_labels(axis, panels[name])
+        label_points(axis, panels[name])
     save(figure, path)
 
 
@@ -204,16 +204,33 @@ def legend() -> list[Any]:
     ]
 
 
-def place_labels(axis: Any, points: list[Point]) -> None:
-    """Writes each point's label where nothing else is, as near as can be."""
+class Label(NamedTuple):
+    """A text at a point of the data."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+def label_points(axis: Any, points: Sequence[Point]) -> None:
+    labels = [
+        Label(point.memory, point.speed, point.label, OURS if point.is_ours else OTHERS)
+        for point in points
+    ]
+    place_labels(axis, labels, [label[:2] for label in labels])
+
+
+def place_labels(axis: Any, labels: Sequence[Label], points: Sequence[tuple[float, float]]) -> None:
+    """Writes each label where nothing else is, neither a label nor a point, as near as can be."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     figure = axis.figure
     renderer = figure.canvas.get_renderer()
     inside = axis.get_window_extent(renderer)
-    dots = [axis.transData.transform((point.memory, point.speed)) for point in points]
     size = 5 * figure.dpi / 72
+    dots = [axis.transData.transform(point) for point in points]
     taken = [Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size) for x, y in dots]
     # Nearest first; beside a point before above or below it.
     reaches = (0.5, 1.0, 1.6, 2.4, 3.4, 4.6, 6.0, 7.6, 9.4, 11.4, 14.0)
@@ -222,12 +239,11 @@ def place_labels(axis: Any, points: list[Point]) -> None:
         (place for place in itertools.product(steps, steps) if max(map(abs, place)) >= 1),
         key=lambda place: math.hypot(place[0], 1.01 * place[1]),
     )
-    for point, dot in zip(points, dots, strict=True):
-        colour = OURS if point.is_ours else OTHERS
+    for x, y, words, colour in labels:
         for across, up in places:
             text = axis.annotate(
-                point.label,
-                (point.memory, point.speed),
+                words,
+                (x, y),
                 xytext=(8 * across, 9 * up),
                 textcoords="offset points",
                 ha={1: "left", -1: "right", 0: "center"}[(across > 0) - (across < 0)],
@@ -250,7 +266,7 @@ def place_labels(axis: Any, points: list[Point]) -> None:
                 break
             text.remove()
         else:
-            raise RuntimeError(f"no room for {point.label!r} beside {dot}")
+            raise RuntimeError(f"no room for {words!r} at {x:.3g}, {y:.3g}")
 
 
 def draw_training(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -326,7 +342,9 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
     measured = [row for row in found if row.get("ms") and "by" not in row]
     names = list(dict.fromkeys(row["scenario"] for row in measured))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(5.4 * len(names), 4.6), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5.4 * len(names), 5.2), squeeze=False)
+    labels: dict[str, list[Label]] = {name: [] for name in names}
+    dots: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for axis, name in zip(axes[0], names, strict=True):
         own = [row for row in measured if row["scenario"] == name]
         for row in own:
@@ -336,13 +354,11 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
             times = [row["predicted_ms"], row["ms"]]
             axis.plot(sizes, times, color=colour, linewidth=1)
             axis.plot(sizes[1], times[1], "o" if is_plan else "s", color=colour, markersize=6)
+            dots[name].append((sizes[1], times[1]))
             if not is_plan:
-                axis.annotate(
-                    row["kind"], (sizes[1], times[1]), (6, 3), textcoords="offset points",
-                    fontsize=8, color=colour,
-                )  # fmt: skip
+                labels[name].append(Label(sizes[1], times[1], row["kind"], colour))
         peaks = [row["peak"] / 2**30 for row in own]
-        low, high = 0.9 * min(peaks), 1.7 * max(peaks)  # labels are to the right
+        low, high = 0.8 * min(peaks), 1.3 * max(peaks)
         axis.set_xscale("log")
         axis.set(xlabel="peak, GiB", title=name, ylim=(0, None), xlim=(low, high))
         ticks = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if low < n < high]
@@ -361,8 +377,10 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         )
     ]
     handles.append(pyplot.Line2D([], [], color=FRONT, label="from what was foretold"))
-    axes[0][-1].legend(handles=handles, frameon=False, fontsize=8)
-    figure.tight_layout()
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    for axis, name in zip(axes[0], names, strict=True):
+        place_labels(axis, labels[name], dots[name])
     save(figure, path)
 
 

@@ -113,7 +113,7 @@ def draw(scenario: str, own: dict[str, Row], path: pathlib.Path) -> None:
     marks = [mark for mark in plot.legend() if "launched" not in mark.get_label()]
     figure.legend(handles=marks, loc="lower center", ncols=3, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    plot.place_labels(axis, shown)
+    plot.label_points(axis, shown)
     plot.save(figure, path)
 
 

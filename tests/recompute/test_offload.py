@@ -10,6 +10,7 @@ from torch import nn
 import packlight
 from packlight import Checkpoint, GroupQuant, InputError, Offload
 from packlight.method_files import format_methods, parse_methods
+from packlight.planner import menu
 from packlight.planner.devices import device_of
 from packlight.planner.walk import Walker
 from packlight.recompute import offloading
@@ -184,3 +185,19 @@ def test_a_walk_has_no_packs_on_the_device() -> None:
             packlight.convert(walker.model, method)
         kept[name] = walker.walk(device_of("H200")).timeline.kept
     assert kept["off"] < kept["on"] - 4 * 64 * 64 * WIDTH
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("option", menu.MENU, ids=lambda option: option.name)
+def test_options_run_in_blocks_of_torch_beside_packs(option: menu.Option, dropout: float) -> None:
+    """What a block's second run sees of its input is what its first saw: the packs that the block
+    before made of it, and the notes of these, are in neither.
+    """
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=dropout, batch_first=True)
+    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    chosen = (menu.PACKED_4, option, menu.PACKED_4, option)
+    blocks = {f"layers.{place}": one for place, one in enumerate(chosen)}
+    packlight.convert(model, menu.selectors(blocks, menu.PACKED_4), functional=True, strict=False)
+    x = torch.randn(2, 64, 64, requires_grad=True)
+    model(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in (x, *model.parameters()))

@@ -10,7 +10,7 @@ import torch
 from packlight.cli.commands import autocast_of, loaded_model, quiet
 from packlight.cli.models import DTYPES, LoadedModel, brief
 from packlight.cli.models.transformers import positions
-from packlight.errors import InputError, PacklightError
+from packlight.errors import InfeasibleBudgetError, InputError, PacklightError
 from packlight.parallel import Parallel
 from packlight.planner import devices
 from packlight.planner.adapted import in_4_bits, lora_settings, with_lora
@@ -30,6 +30,8 @@ def run_fit(arguments: argparse.Namespace) -> None:
 
         write_fit(found, arguments.html)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
+    if arguments.plan is not None and found.plan is None:
+        raise InfeasibleBudgetError(f"{arguments.plan} is not written: {found.why_no_plan}")
 
 
 def _loaded(arguments: argparse.Namespace) -> LoadedModel:

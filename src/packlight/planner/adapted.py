@@ -107,7 +107,9 @@ def lora_settings(given: Mapping[str, str]) -> Settings:
         rank = int(given.get("r", 16))
         alpha, dropout = int(given.get("alpha", 2 * rank)), float(given.get("dropout", 0.0))
     except ValueError as error:
-        raise InputError(f"--lora {text}: {error}") from error
+        raise InputError(
+            f"--lora {text}: r and alpha are whole numbers, and dropout is a number"
+        ) from error
     if rank < 1 or not 0 <= dropout < 1:
         raise InputError(f"--lora {text}: r is at least 1, and dropout from 0 up to 1")
     names = () if targets == "all-linear" else tuple(targets.split("+"))

@@ -2,7 +2,9 @@
 
 Small networks of the kinds that people train take a step each, plain and converted, under a mode of
 the dispatcher that puts an event of CUDA before and after each operator. The device is kept busy
-first, so that the host is ahead and what lies between two events is the operator alone.
+first, so that the host is ahead and what lies between two events is the operator alone. Then the
+same steps run without events: under load clocks are lower, and what operators take is scaled to
+what the steps take.
 """
 
 import statistics
@@ -20,12 +22,14 @@ from packlight._torch.attributes import tree_leaves
 from packlight._torch.modes import DispatchMode
 from packlight.convert import DEFAULT_METHODS, convert
 from packlight.groupquant.method import GroupQuant
-from packlight.planner.costs import name_of, nominal_s
+from packlight.planner.adapted import Adapted
+from packlight.planner.costs import is_hooked, name_of, nominal_s
 from packlight.planner.devices import Device, Rates
 from packlight.recompute.method import Checkpoint
 
-_CASES = ("plain", "default", "recomputed")
+_CHANGES = ("plain", "default", "recomputed")
 _STEPS = 3  # that are timed
+_RANK = 16  # of adapters
 
 
 class _Norm(nn.Module):
@@ -115,6 +119,8 @@ class _Case(NamedTuple):
     model: Callable[[], nn.Module]
     batch: Callable[[], Tensor]
     autocast: bool
+    changes: tuple[str, ...] = _CHANGES
+    has_blocks: bool = True  # that can be checkpointed
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
@@ -136,7 +142,21 @@ def _cases(tiny: bool) -> Iterator[_Case]:
 
     yield _Case(of(torch.bfloat16, True), tokens, False)
     yield _Case(of(torch.float32, False), tokens, True)
-    yield _Case(lambda: _channels_last(_Images(64 if tiny else 256)), images, True)
+    adapted = of(torch.bfloat16, True)
+    yield _Case(lambda: _adapted(adapted()), tokens, False, ("plain",))
+    yield _Case(
+        lambda: _channels_last(_Images(64 if tiny else 256)), images, True, has_blocks=False
+    )
+
+
+def _adapted(model: nn.Module) -> nn.Module:
+    """With adapters on all Linears of blocks."""
+    model.requires_grad_(False)
+    for module in [part for part in model.modules() if isinstance(part, _Block)]:
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Adapted(layer, _RANK, 2 * _RANK, 0.0))
+    return model
 
 
 def _changed(model: nn.Module, case: str) -> nn.Module:
@@ -144,6 +164,8 @@ def _changed(model: nn.Module, case: str) -> nn.Module:
         convert(model, functional=True, head="head", strict=False)
     elif case == "recomputed":
         convert(model, (Checkpoint(GroupQuant(8)), *DEFAULT_METHODS), strict=False)
+    elif case == "checkpointed":
+        convert(model, Checkpoint(keep=None), strict=False)
     return model
 
 
@@ -167,7 +189,7 @@ class _Timed(DispatchMode):  # type: ignore[misc]
             return result
         tensors = [*given, *made]
         seconds = nominal_s(self.device, func, args, result, tensors)
-        self.rows.append((name_of(func), seconds, begin, end))
+        self.rows.append((name_of(func, args), seconds, begin, end))
         return result
 
 
@@ -182,20 +204,13 @@ def calibrate(device: Device, tiny: bool = False) -> Rates:
     `tiny` takes small networks, to try it on the CPU, whose times are no rates.
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    workspace, copies = _workspace(kind), _copies(kind, device)
+    workspace, copies, kernel_s = _workspace(kind), _copies(kind, device), _kernel_s(kind)
     nominal, taken = defaultdict[str, float](float), defaultdict[str, float](float)
     for case in _cases(tiny):
-        for change in _CASES:
-            torch.manual_seed(0)
-            with torch.device(kind):
-                model, batch = _changed(case.model(), change), case.batch()
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-            for _ in range(2):
-                _step(model, batch, optimizer, case.autocast)
-            for name, seconds, took in _timed(device, model, batch, optimizer, case.autocast):
+        for change in case.changes:
+            for name, seconds, took in _operators(device, kind, case, change, kernel_s):
                 nominal[name] += seconds
                 taken[name] += took
-            del model, optimizer
     own = {name for name in nominal if name.startswith("packlight::")}
     # What moves next to nothing says nothing of a rate.
     factors = {
@@ -203,19 +218,41 @@ def calibrate(device: Device, tiny: bool = False) -> Rates:
         for name in sorted(nominal)
         if nominal[name] > (0 if tiny else 2e-5)
     }
-    host_us, host_us_packlight, module_us = _host(kind)
+    host_us, host_us_packlight, module_us, hooks_us = _host(kind)
     return Rates(
         factors,
         _share(taken, nominal, set(factors) - own),
         _share(taken, nominal, own & set(factors)),
         copies,
-        1.5,
+        round(1e6 * kernel_s, 2),
         host_us,
         host_us_packlight,
         module_us,
+        hooks_us,
         workspace,
         f"measured on {_called(kind)}, torch {torch.__version__}",
     )
+
+
+def _operators(
+    device: Device, kind: str, case: _Case, change: str, kernel_s: float
+) -> Iterator[tuple[str, float, float]]:
+    """Nominal seconds of the operators of a step, and seconds that they take in it."""
+    torch.manual_seed(0)
+    with torch.device(kind):
+        model, batch = _changed(case.model(), change), case.batch()
+    optimizer = _optimizer(model)
+
+    def step() -> None:
+        _step(model, batch, optimizer, case.autocast)
+
+    for _ in range(2):
+        step()
+    operators = list(_timed(device, batch.is_cuda, step))
+    alone = sum(took for _, _, took in operators)
+    whole = _whole_s(step) - kernel_s * len(operators) if batch.is_cuda else alone
+    for name, seconds, took in operators:
+        yield name, seconds, took * max(whole, 0.0) / alone
 
 
 def _share(taken: dict[str, float], nominal: dict[str, float], names: set[str]) -> float:
@@ -235,31 +272,70 @@ def _step(model: nn.Module, batch: Tensor, optimizer: Any, autocast: bool) -> No
     optimizer.zero_grad(set_to_none=True)
 
 
+def _optimizer(model: nn.Module) -> Any:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, fused=True)
+
+
+def _now() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _kept_busy(products: int) -> None:
+    """The host gets ahead while the device multiplies."""
+    torch.cuda.synchronize()
+    big = torch.randn(16384, 16384, device="cuda", dtype=torch.bfloat16)
+    for _ in range(products):
+        big @ big
+
+
+def _kernel_s(kind: str, kernels: int = 500) -> float:
+    """Seconds from one kernel to the next."""
+    x = torch.zeros(1024, device=kind)
+    if kind == "cpu":
+        begin = time.perf_counter()
+        for _ in range(kernels):
+            x.add_(1)
+        return (time.perf_counter() - begin) / kernels
+    x.add_(1)
+    _kept_busy(5)
+    first = _now()
+    for _ in range(kernels):
+        x.add_(1)
+    last = _now()
+    torch.cuda.synchronize()
+    return float(1e-3 * first.elapsed_time(last) / kernels)
+
+
+def _whole_s(step: Callable[[], None], steps: int = 2 * _STEPS) -> float:
+    """Seconds of a step among others, of the device."""
+    _kept_busy(10)
+    first = _now()
+    for _ in range(steps):
+        step()
+    last = _now()
+    torch.cuda.synchronize()
+    return float(1e-3 * first.elapsed_time(last) / steps)
+
+
 def _timed(
-    device: Device, model: nn.Module, batch: Tensor, optimizer: Any, autocast: bool
+    device: Device, is_cuda: bool, step: Callable[[], None]
 ) -> Iterator[tuple[str, float, float]]:
-    if not batch.is_cuda:
+    if not is_cuda:
         timed = _Timed(device, time.perf_counter)
         with timed:
-            _step(model, batch, optimizer, autocast)
+            step()
         for name, seconds, begin, end in timed.rows:
             yield name, seconds, end - begin
         return
 
-    def now() -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    timed = _Timed(device, now)
-    torch.cuda.synchronize()
-    # The host gets ahead while the device multiplies.
-    big = torch.randn(16384, 16384, device=batch.device, dtype=torch.bfloat16)
-    for _ in range(20 * _STEPS):
-        big @ big
+    timed = _Timed(device, _now)
+    _kept_busy(20 * _STEPS)
     with timed, torch.autograd.set_multithreading_enabled(False):
         for _ in range(_STEPS):
-            _step(model, batch, optimizer, autocast)
+            step()
     torch.cuda.synchronize()
     # Between two events that follow each other there is time too.
     ends = [(a, b) for (_, _, _, a), (_, _, b, _) in zip(timed.rows, timed.rows[1:], strict=False)]
@@ -300,11 +376,13 @@ def _copies(kind: str, device: Device) -> float:
 
 
 class _Counted(DispatchMode):  # type: ignore[misc]
-    """How many operators of torch compute something, and how many of packlight."""
+    """How many operators of torch compute something, how many of packlight, and how many save
+    something that hooks see.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = [0, 0]
+        self.counts = [0, 0, 0]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -314,20 +392,22 @@ class _Counted(DispatchMode):  # type: ignore[misc]
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if func._schema.is_mutable or not _are_views(made, given):
             self.counts[func.namespace == "packlight"] += 1
+            self.counts[2] += is_hooked()
         return result
 
 
-def _host(kind: str) -> tuple[float, float, float]:
-    """Microseconds of the host for an operator, for one of packlight's, and for a module's call.
+def _host(kind: str) -> tuple[float, float, float, float]:
+    """Microseconds of the host for an operator, for one of packlight's, for a module's call, and
+    for hooks that see what an operator saves.
 
     By least squares over the steps of networks that are so small that the device waits.
     """
     rows, times = [], []
     for case in _cases(tiny=True):
-        for change in _CASES:
+        for change in (*case.changes, *(["checkpointed"] if case.has_blocks else [])):
             with torch.device(kind):
                 model, batch = _changed(case.model(), change), case.batch()
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            optimizer = _optimizer(model)
             calls = [0]
 
             def count(module: nn.Module, args: Any, calls: list[int] = calls) -> None:
@@ -339,19 +419,20 @@ def _host(kind: str) -> tuple[float, float, float]:
                 _step(model, batch, optimizer, case.autocast)
             for hook in hooks:
                 hook.remove()
-            rows.append([*counted.counts, calls[0]])
+            operators, own, hooked = counted.counts
+            rows.append([operators, own, calls[0], hooked])
             times.append(_host_us(lambda: _step(model, batch, optimizer, case.autocast), kind))  # noqa: B023
     # Relative, and no time is negative: one that would be is left out.
     matrix = torch.tensor(rows, dtype=torch.float64) / torch.tensor(times)[:, None]
-    kinds = [0, 1, 2]
+    kinds = [0, 1, 2, 3]
     while True:
         solved = torch.linalg.lstsq(matrix[:, kinds], torch.ones(len(times), 1).double()).solution
         if bool((solved >= 0).all()):
             break
         kinds.pop(int(solved.flatten().argmin()))
     found = dict(zip(kinds, solved.flatten().tolist(), strict=True))
-    operator, own, module = (round(found.get(kind, 0.0), 2) for kind in range(3))
-    return operator, own, module
+    operator, own, module, hooks = (round(found.get(kind, 0.0), 2) for kind in range(4))
+    return operator, own, module, hooks
 
 
 def _host_us(function: Callable[[], Any], kind: str, steps: int = 10) -> float:

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from packlight import _torch
+from packlight.groupquant.grouping import ROTATED
 from packlight.planner.devices import Device
+from packlight.saving.rest import is_of_rest
 
 _aten = torch.ops.aten
 
@@ -34,9 +37,14 @@ class Costs:
         """
         device, rates = self.device, self.device.rates
         ours = func.namespace == "packlight"
-        factor = rates.factors.get(name_of(func), rates.others_packlight if ours else rates.others)
+        others = rates.others_packlight if ours else rates.others
+        factor = rates.factors.get(name_of(func, args), others)
+        if ours and _is_rotated(func, args):
+            factor *= _ROTATED
         seconds = factor * nominal_s(device, func, args, result, tensors)
         host = rates.host_us_packlight if ours else rates.host_us
+        if is_hooked():
+            host += rates.hooks_us
         return 1e3 * seconds + 1e-3 * rates.kernel_us, 1e-3 * host
 
     def copy_ms(self, tensor: Tensor) -> float:
@@ -44,12 +52,42 @@ class Costs:
         return 1e3 * self.device.rates.copies * _bytes(tensor) / self.device.link
 
 
-def name_of(func: Any) -> str:
-    """The name by which an operator's factor is kept: on a GPU as on tensors without values."""
+_ROTATED = 1.33  # how many times as long packs take whose groups are rotated: H200, 4 to 2 bits
+
+
+def _is_rotated(func: Any, args: Sequence[Any]) -> bool:
+    given = zip(func._schema.arguments, args, strict=False)
+    return any(x.name == "groups" and value[2] == ROTATED for x, value in given)
+
+
+def is_hooked() -> bool:
+    """Whether hooks of Python see what an operator saves: in checkpoints, in both passes.
+
+    Those that a first pass has to find out whether there is anything to pack are not counted.
+    """
+    hooks = _torch.saved_tensor_hooks()
+    return hooks is not None and not is_of_rest(hooks[0])
+
+
+_PRODUCTS = ("mm", "addmm", "wide_mm")
+_THIN = 64  # the longest side of a product that is far from what long ones reach
+
+
+def name_of(func: Any, args: Sequence[Any]) -> str:
+    """The name by which an operator's factor is kept: on a GPU as on tensors without values.
+
+    Products with a side as short as the rank of an adapter have one of their own.
+    """
     name = _BACKENDS.sub("", func.overloadpacket.__name__)
+    if name in _PRODUCTS:
+        one, other = [x for x in args if isinstance(x, Tensor)][-2:]
+        if min(*one.shape, *other.shape) <= _THIN:
+            return THIN_PRODUCTS
+        return "aten::mm" if name == "wide_mm" else f"aten::{name}"
     return f"{func.namespace}::{name.replace('cudnn_batch', 'native_batch')}"
 
 
+THIN_PRODUCTS = "aten::mm of a short side"
 _BACKENDS = re.compile("_for_cpu|(?<=product)_(flash|efficient|cudnn)")
 
 

@@ -24,9 +24,10 @@ class Rates:
       say: the longer of arithmetic and traffic.
     - `others`, `others_packlight`: the same for operators that are not listed.
     - `copies`: the same for copies between the device and pinned memory of the host.
-    - `kernel_us`: from one kernel to the next.
+    - `kernel_us`: from one kernel to the next, where they compute next to nothing.
     - `host_us`, `host_us_packlight`, `module_us`: of the CPU, for an operator and for a call of a
       module.
+    - `hooks_us`: what an operator takes more where hooks see what it saves, as in checkpoints.
     - `workspace`: bytes that cuBLAS takes at its first product and holds.
     - `source`: which device, which versions.
     """
@@ -39,6 +40,7 @@ class Rates:
     host_us: float
     host_us_packlight: float
     module_us: float
+    hooks_us: float
     workspace: int
     source: str
 
@@ -90,6 +92,7 @@ _SHEETS = {
     "RTX 3090": (23.6, 0.936, 31.5, 71, 35.6, 82),
     "RTX 3060": (11.6, 0.36, 31.5, 25, 12.7, 28),
 }
+_FORM = 2  # of `Rates`, so that files of other forms are not read
 _DATA = pathlib.Path(__file__).with_name("rates.json")
 # The workspace of cuBLAS and cuBLASLt: 32 MiB each on Hopper and later, 8 MiB and a bit before.
 _WORKSPACE = 2 * 2**25
@@ -161,7 +164,8 @@ def _known_rates() -> dict[str, Rates]:
 def cache() -> pathlib.Path:
     """The file of rates that were calibrated here."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base, "packlight", f"rates-torch{torch.__version__.split('+')[0]}.json")
+    version = torch.__version__.split("+")[0]
+    return pathlib.Path(base, "packlight", f"rates-{_FORM}-torch{version}.json")
 
 
 def save_rates(name: str, rates: Rates, path: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from packlight.errors import InfeasibleBudgetError
 from packlight.parallel import ONE_RANK, Parallel, checked
 from packlight.planner.cutting import group_for
-from packlight.planner.devices import Device
+from packlight.planner.devices import Device, parse_bytes
 from packlight.planner.menu import CHECKPOINTED, EXACT, MENU, PACKED_4, TILED, Option, allowed
 from packlight.planner.parts import batch_and_length, resized
 from packlight.planner.planner import MAX_ERROR, Loss, OptimizerOf
@@ -92,6 +92,10 @@ class Row:
     def fits(self) -> bool:
         return self.margin >= 0
 
+    @property
+    def verdict(self) -> str:
+        return "fits" if self.fits else "does not fit"
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Fit:
@@ -138,6 +142,19 @@ class Fit:
         }
 
     @property
+    def sizes(self) -> dict[str, list[str]]:
+        """The largest batch and the longest sequence of each row, where one has any."""
+        columns = {
+            "batch": [row.largest_batch for row in self.rows],
+            "sequence": [row.longest_sequence for row in self.rows],
+        }
+        return {
+            name: ["" if n is None else f"{n:,}" for n in found]
+            for name, found in columns.items()
+            if any(n is not None for n in found)
+        }
+
+    @property
     def of_ranks(self) -> list[str]:
         """How a parallel run is spread, and what a rank sends."""
         parallel = self.parallel
@@ -171,7 +188,9 @@ class Fit:
             if fastest is None
             else f"the fastest that fits: {fastest.name}"
         ]
-        if not self.device.measured:
+        if parse_bytes(self.device.name) is not None:
+            found.append("times are those of an H200, since the card has no name; --gpu takes one")
+        elif not self.device.measured:
             found.append(
                 f"times are estimated from the bandwidth and the arithmetic of {self.device.name}"
             )
@@ -188,24 +207,28 @@ class Fit:
             + (f" gathered and buffers {human_bytes(self.wires)}," if self.wires else "")
             + f" batch and cuBLAS {human_bytes(self.other)}, and"
         )
+        sizes = self.sizes
         table = new_table()
-        columns = ["choice", "kept", "on top", "peak", "", "margin", "ms"]
-        for column in [*columns, "batch", "sequence"]:
-            left = column in ("choice", "")
+        table.padding = (0, 1, 0, 0)  # so that a hundred columns are enough
+        for column in ["choice", "kept", "on top", "peak", "margin", "ms", *sizes]:
+            left = column in ("choice", "margin")
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
-        for row in self.rows:
+        for place, row in enumerate(self.rows):
             table.add_row(
                 row.name,
                 *map(human_bytes, (row.kept, row.gradients + row.working, row.peak)),
-                "fits" if row.fits else "no",
-                human_bytes(row.margin),
+                f"{row.verdict}, {human_bytes(row.margin)}",
                 f"{row.ms:.0f}",
-                *("" if n is None else f"{n:,}" for n in (row.largest_batch, row.longest_sequence)),
+                *(found[place] for found in sizes.values()),
             )
         yield table
+        words = {
+            "batch": "; batch: the largest",
+            "sequence": "; sequence: the longest of a batch of one",
+        }
         yield Text(
-            "kept as the backward pass begins; on top: gradients and the working set; the largest"
-            " batch, and the longest sequence of a batch of one"
+            "kept as the backward pass begins; on top: gradients and the working set; what is left"
+            f" of the memory{''.join(words[name] for name in sizes)}"
         )
         for line in self.of_ranks:
             yield Text(line)

@@ -15,7 +15,7 @@ from torch import Tensor
 from packlight._torch.attributes import tree_leaves
 from packlight._torch.modes import DispatchMode
 from packlight.parallel import Parallel
-from packlight.planner.costs import Costs, workspace
+from packlight.planner.costs import Costs, name_of, workspace
 from packlight.planner.timeline import Segment, Sent, added
 from packlight.planner.wires import is_on_shards, local_parts, on_the_wires
 
@@ -68,7 +68,7 @@ class Ledger(DispatchMode):  # type: ignore[misc]
             times, sent = on_the_wires(func, args, self.parallel)
             device_ms *= times
             self.sent = added(self.sent, sent)
-            name = func.overloadpacket.__name__
+            name = name_of(func, args).partition("::")[2]  # as it is on a GPU
             self._note(name, before, peak, (device_ms, host_ms + self.host_ms, 0.0))
             self.host_ms = 0.0
             self.sent = {}

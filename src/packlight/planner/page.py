@@ -134,13 +134,14 @@ def steps(timelines: Mapping[str, Timeline], usable: int | None, of: str = "") -
 
 
 def _table(fit: Fit) -> Iterator[str]:
-    columns = ("", "choice", "peak", "", "margin", "ms", "largest batch", "longest sequence")
+    words = {"batch": "largest batch", "sequence": "longest sequence"}
+    sizes = {words[name]: found for name, found in fit.sizes.items()}
     yield "<div class='wide'><table><tr>"
-    yield "".join(f"<th>{column}</th>" for column in columns[1:]) + "</tr>"
+    columns = ("choice", "peak", "", "margin", "ms", *sizes)
+    yield "".join(f"<th>{column}</th>" for column in columns) + "</tr>"
     for number, row in enumerate(fit.rows, start=1):
-        sizes = ("" if n is None else f"{n:,}" for n in (row.largest_batch, row.longest_sequence))
-        fits = "fits" if row.fits else "does not fit"
-        cells = (human_bytes(row.peak), fits, human_bytes(row.margin), f"{row.ms:.0f}", *sizes)
+        own = (found[number - 1] for found in sizes.values())
+        cells = (human_bytes(row.peak), row.verdict, human_bytes(row.margin), f"{row.ms:.0f}", *own)
         yield f"<tr class='{'' if row.fits else 'no'}'><td>{number}. {html.escape(row.name)}</td>"
         yield "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     yield "</table></div>"

@@ -96,6 +96,11 @@ _WORTH = 0.02
 _in_vain: "weakref.WeakKeyDictionary[nn.Module, dict[Rest, int]]" = weakref.WeakKeyDictionary()
 
 
+def is_of_rest(hook: Callable[..., Any]) -> bool:
+    """Whether a pack hook is one by which a model keeps what no rule is for."""
+    return hasattr(hook, _OF_REST)
+
+
 def _exactly(tensor: Tensor) -> Any:
     return hold_exactly(tensor)
 

@@ -1,0 +1,86 @@
+"""What operators cost: by their kind, and where hooks see what they save."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import packlight
+from packlight import FewBit, GroupQuant
+from packlight.planner.costs import THIN_PRODUCTS, Costs, name_of
+from packlight.planner.devices import Device, device_of
+from packlight.planner.walk import Walker
+
+H200 = device_of("H200")
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "name"),
+    [
+        (512, 256, 1024, "aten::mm"),
+        (512, 256, 16, THIN_PRODUCTS),
+        (512, 64, 1024, THIN_PRODUCTS),
+        (1, 512, 1024, THIN_PRODUCTS),
+    ],
+)
+def test_products_with_a_short_side_have_a_rate_of_their_own(
+    rows: int, inner: int, columns: int, name: str
+) -> None:
+    a, b = torch.empty(rows, inner), torch.empty(inner, columns)
+    assert name_of(torch.ops.aten.mm.default, (a, b)) == name
+    bias = torch.empty(columns)
+    added = name_of(torch.ops.aten.addmm.default, (bias, a, b))
+    assert added == (name if name == THIN_PRODUCTS else "aten::addmm")
+    wide = name_of(torch.ops.packlight.wide_mm.default, (a, b))
+    assert wide == name
+
+
+def _with(**rates: float) -> Device:
+    return dataclasses.replace(H200, rates=dataclasses.replace(H200.rates, **rates))
+
+
+def test_rotated_packs_take_longer() -> None:
+    costs, x = Costs(H200), torch.empty(1024, 1024)
+    operator = torch.ops.packlight.group_dequantize.default
+
+    def ms(code: int) -> float:
+        args = (x, x, [1024, 1024], [1024, 1], 1024, [4, 128, code])
+        return costs.of(operator, args, x, [x, x])[0] - 1e-3 * H200.rates.kernel_us
+
+    assert ms(2) == pytest.approx(1.33 * ms(0))
+
+
+def _host_ms(model: nn.Module, device: Device) -> float:
+    walked = Walker(model, (torch.empty(64, 64, device="meta"),), {}, runs=[]).walk(device)
+    return sum(segment.host_ms for segment in walked.timeline.segments)
+
+
+class Twice(nn.Module):
+    """A layer that runs again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(64, 64), nn.GELU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = checkpoint(self.layer, x, use_reentrant=False)
+        return y
+
+
+def test_hooks_of_checkpoints_cost_host_time_in_both_passes() -> None:
+    with torch.device("meta"):
+        model = Twice()
+    free, dear = _with(hooks_us=0.0), _with(hooks_us=1000.0)
+    # The product twice, and the GELU once: the second run ends when all that is needed is there.
+    assert _host_ms(model, dear) - _host_ms(model, free) == pytest.approx(3.0)
+    assert _host_ms(model.layer, dear) == _host_ms(model.layer, free)
+
+
+def test_hooks_of_a_first_pass_are_not_counted() -> None:
+    """Those that find out whether the rest of a model is worth packing; later passes have none."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    packlight.convert(model, (GroupQuant(8), FewBit(8)), rest=GroupQuant(8))
+    assert _host_ms(model, _with(hooks_us=1000.0)) == _host_ms(model, _with(hooks_us=0.0))
