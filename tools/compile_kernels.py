@@ -432,6 +432,9 @@ def compile_kernel(
 ) -> Any:
     """The compiled kernel for aligned pointers and sizes."""
     kernel = getattr(kernel, "kernel", None) or kernel  # under @quick
+    options = {"num_warps": warps}
+    if "num_stages" in constants:
+        options["num_stages"] = constants["num_stages"]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -483,7 +486,7 @@ def compile_kernel(
             ):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def dump(compiled: Any, *options: str) -> str | None:
