@@ -499,9 +499,9 @@ def store_rotated(
 @triton.jit
 def load_rotated(
     codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, BITS: tl.constexpr,
-    FULL: tl.constexpr, REPLACED: tl.constexpr, NARROW: tl.constexpr,
+    FULL: tl.constexpr, REPLACED: tl.constexpr, NARROW: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """See `load_codes`."""
+    """See `load_codes`. ONCE: not read again by the same program, which would be computed twice."""
     NQ: tl.constexpr = group.shape[0]
     there = room > 0
     # All is asked for before anything is waited for.
@@ -518,7 +518,7 @@ def load_rotated(
         else:
             piece = tl.load(pointers[i], there[:, None], other=0)
         pieces = pieces + (piece.to(tl.int16),)
-    if PTX and BITS > 2:  # Triton exchanges what a tensor core takes where it was loaded
+    if PTX and ONCE and BITS > 2:  # Triton exchanges what a tensor core takes where it was loaded
         pieces = tl.inline_asm_elementwise(
             "mov.b32 $0, $2; mov.b32 $1, $3;", "=r,=r,r,r", [pieces[0], pieces[1]],
             dtype=(tl.int16, tl.int16), is_pure=False, pack=2,

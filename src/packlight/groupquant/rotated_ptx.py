@@ -211,7 +211,10 @@ def encode(bits: int) -> str:
                 text.add(f"sub.rn.f16x2 s, n{j}, {constant(_pair(*base))}")
                 middle = top / 2
                 if formula.smooth:
-                    step, start = constant(_pair(formula.step)), constant(_pair(-formula.step * middle))
+                    step, start = (
+                        constant(_pair(formula.step)),
+                        constant(_pair(-formula.step * middle)),
+                    )
                     text.add(f"fma.rn.f16x2 s, s, {step}, {start}")
                     text.add("mul.rn.f16x2 w, s, s")
                     text.add(f"fma.rn.f16x2 w, w, w, {constant(_pair(LIFT))}")
