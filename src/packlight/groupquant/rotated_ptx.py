@@ -51,9 +51,9 @@ class _Text:
         return f"{{.reg .b32 {names}; {moves} {' '.join(self.lines)}}}"
 
 
-def _across(text: _Text, names: list[str], kind: str) -> None:
-    """Sums and differences of eight registers, in place, by the Hadamard matrix of eight."""
-    for step in (1, 2, 4):
+def _across(text: _Text, names: list[str], kind: str, steps: tuple[int, ...]) -> None:
+    """Sums and differences of eight registers, in place: these steps of the Hadamard matrix."""
+    for step in steps:
         for p in _PARTS:
             if p & step == 0:
                 low, high = names[p], names[p + step]
@@ -68,18 +68,18 @@ def _across(text: _Text, names: list[str], kind: str) -> None:
 
 
 def _signed_across(text: _Text, signs: str) -> None:
-    """a0 to a7, bfloat16, with signs by the bits of halfwords from 15 down, turned; the outputs."""
+    """a0 to a7, bfloat16, with signs by the bits of halfwords from 15 down, and the first step."""
     names = [f"a{p}" for p in _PARTS]
     for p, name in enumerate(names):
         text.add(f"shl.b32 t, {signs}, {p}")
         text.add(f"lop3.b32 {name}, {name}, t, 0x80008000, 0x78")
-    _across(text, names, "bf16x2")
+    _across(text, names, "bf16x2", (1,))
     for p, name in enumerate(names):
         text.add(f"mov.b32 ${p}, {name}")
 
 
 def turn() -> str:
-    """Of bfloat16 numbers of eight parts and a halfword of signs: signed and turned."""
+    """Of bfloat16 numbers of eight parts and a halfword of signs: signed, and the first step."""
     text = _Text()
     for p in _PARTS:
         text.add(f"mov.b32 a{p}, ${8 + p}")
@@ -120,7 +120,7 @@ def limit() -> str:
 
 
 def differ() -> str:
-    """Of x of eight parts, a factor, a term and signs: d = x factor + term, signed and turned.
+    """Of x of eight parts, a factor, a term and signs: d = x factor + term, signed, the first step.
 
     All but the signs are bfloat16.
     """
@@ -286,7 +286,7 @@ def decode(bits: int) -> str:
             text.add(f"fma.rn.f16x2 w, w, w, {constant(_pair(LIFT))}")
             text.add(f"mul.rn.f16x2 a{p}, t, w")
     names = [f"a{p}" for p in _PARTS]
-    _across(text, names, "f16x2")
+    _across(text, names, "f16x2", (1, 2, 4))
     for p in _PARTS:
         text.add(f"mov.b32 ${p}, a{p}")
     assert count <= 2

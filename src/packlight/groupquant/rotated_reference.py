@@ -19,8 +19,8 @@ Without the mean a group far from 0 would spend its codes on that; without signs
 are alike would be turned into few large ones.
 
 x and m are divided by a power of two near the greatest magnitude. d is a bfloat16 number from there
-to the product on tensor cores; what follows, and from the code on, is float16. A group with a NaN
-or an infinity has a mean of NaN.
+to products on tensor cores, and so are sums of two; what follows, and from the code on, is float16.
+A group with a NaN or an infinity has a mean of NaN.
 
 A group has eight parts, one after the other, and a place is one element of each. The codes of a
 place are one integer of 8 b bits, the code of part p in bits from b p up. Its `pieces` are the low
@@ -86,11 +86,14 @@ def hadamard(size: int, device: torch.device) -> Tensor:
     return matrix
 
 
-def transform(x: Tensor) -> Tensor:
-    """H x of each row of 16-bit `x`, in float32: between its eighths in the dtype of `x`."""
+def transform(x: Tensor, rounded: int) -> Tensor:
+    """H x of each row of 16-bit `x`, in float32: so many steps of three between its eighths in the
+    dtype of `x`.
+    """
     size = x.shape[1] // 8
     with without_autocast(x.device.type):
         for step in range(3):
+            x = x.float() if step == rounded else x
             low, high = x.view(-1, 4 >> step, 2, size << step).unbind(2)
             x = torch.stack([low + high, low - high], 2)
         return (x.view(-1, size).float() @ hadamard(size, x.device)).view(-1, 8 * size)
@@ -188,7 +191,7 @@ def encode(
 
     squares = (d * d).sum(1, keepdim=True)
     normal = squares.rsqrt().clamp(max=_HALF).half()
-    y = transform((signs(seed, len(d), size) * d).bfloat16()).half() * normal
+    y = transform((signs(seed, len(d), size) * d).bfloat16(), 1).half() * normal
     numbers = codes(y, bits)
 
     some, level = (z.view(-1, 8, size // 8)[:, COUNTED] for z in (y, levels(numbers, bits)))
@@ -212,4 +215,4 @@ def decode(numbers: Tensor, words: Tensor, bits: int, seed: Tensor, replaced: bo
     mean = (words & -65536).view(torch.float32).view(-1, 1)
     scale = (words << 16).view(torch.float32).view(-1, 1)
     scale = scale.abs() if replaced else torch.where(scale < 0, torch.nan, scale)
-    return mean + scale * (signs(seed, *numbers.shape) * transform(levels(numbers, bits)))
+    return mean + scale * (signs(seed, *numbers.shape) * transform(levels(numbers, bits), 3))
