@@ -71,6 +71,15 @@ def _interpreter_loops():
 
 
 @pytest.fixture
+def collected():
+    """For tests that capture: a graph of an earlier test that is freed then ends a capture."""
+    from packlight.graphs.recorder import nothing_freed
+
+    with nothing_freed():
+        yield
+
+
+@pytest.fixture
 def poison():
     """Fills what torch.empty gives with NaN, so that an element nobody wrote is loud."""
     before = torch.are_deterministic_algorithms_enabled()

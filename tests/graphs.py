@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch
 
+from packlight.graphs.recorder import nothing_freed
+
 _T = TypeVar("_T")
 
 
@@ -21,6 +23,6 @@ def captured(run: Callable[[], _T], warm_up: int = 1) -> tuple[torch.cuda.CUDAGr
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with nothing_freed(), torch.cuda.graph(graph):
         result = run()
     return graph, result

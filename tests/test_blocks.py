@@ -43,6 +43,7 @@ def test_a_compiled_block_keeps_no_more_than_the_eager_one(name, autocast, fresh
 
 
 @in_a_graph
+@pytest.mark.usefixtures("collected")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_in_cuda_graphs_computes_what_the_launched_one_does(name):
@@ -59,6 +60,7 @@ def test_a_block_in_cuda_graphs_computes_what_the_launched_one_does(name):
 
 
 @in_a_graph
+@pytest.mark.usefixtures("collected")
 @pytest.mark.gpu
 def test_each_replay_of_a_graph_draws_its_own_masks_and_roundings():
     name = "encoder with dropout"

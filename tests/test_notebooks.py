@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +18,8 @@ def pictures(notebook) -> int:
 def test_a_notebook_runs(path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # of the kernel
+    import nbformat  # what reads notebooks is not on every machine that runs tests of kernels
+
     import run_notebooks
 
     stored = nbformat.read(path, as_version=4)

@@ -239,6 +239,7 @@ def test_seeds_of_other_tensors_than_cuda_s_make_no_counter(monkeypatch):
     assert not _seeds._counters
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.gpu
 def test_replays_of_a_graph_round_differently_and_draw_nothing_from_torch():
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Questions to torch's inside (`_torch/`): each answer, and that without the private name."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -52,13 +53,20 @@ def test_tensors_with_values_are_made_while_others_have_none(lost):
             assert type(torch.ones(3)) is not torch.Tensor
 
 
-def test_the_memory_format_is_that_of_the_strides(monkeypatch):
-    x = torch.ones(2, 3, 4, 5)
-    images = x.to(memory_format=torch.channels_last)
-    assert backends.memory_format(x) == torch.contiguous_format
-    assert backends.memory_format(images) == torch.channels_last
-    monkeypatch.setattr(backends, "_suggested_format", None)
-    assert backends.memory_format(images) == torch.contiguous_format
+@pytest.mark.parametrize("axes", [2, 3])
+def test_the_memory_format_is_that_of_torch_s_own_kernels(axes):
+    """An interpolation lays its result out as its input suggests."""
+    sizes = (2, 3, 4, 6, 5)[: axes + 2]
+    for order in itertools.permutations(range(axes + 2)):
+        back = [order.index(axis) for axis in range(axes + 2)]
+        for whole in (1, 2):  # dense, and every other element of the last axis in memory
+            permuted = [sizes[axis] for axis in order]
+            permuted[-1] *= whole
+            x = torch.ones(permuted)[..., ::whole].permute(back)
+            assert x.shape == sizes
+            y = F.interpolate(x, scale_factor=2)
+            expected = torch.empty(y.shape, memory_format=backends.memory_format(x))
+            assert y.stride() == expected.stride(), (order, whole)
 
 
 def test_a_batch_norm_is_torch_s_with_its_statistics(monkeypatch):

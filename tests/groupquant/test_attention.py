@@ -377,6 +377,7 @@ def test_errors_on_a_device(name):
                 assert relative_error(one, other) < allowed
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_in_a_captured_graph(dropout_p):

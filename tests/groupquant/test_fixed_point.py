@@ -615,6 +615,7 @@ def test_empty_tensors(device):
     assert not dbeta.any()
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.gpu
 def test_captured_in_a_graph():
     x = channels_last(torch.randn(8, 16, 8, 8, device="cuda"))

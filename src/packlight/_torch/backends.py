@@ -52,7 +52,6 @@ def hollow(
 
 # ---- layouts, norms and pooling ------------------------------------------------------------------
 
-_suggested_format = look_up("torch._prims_common:suggest_memory_format")
 _batch_norm = look_up("torch:_batch_norm_impl_index")
 _adaptive_gradients = {
     axes: look_up(f"torch:ops.aten._adaptive_avg_pool{axes}d_backward") for axes in (2, 3)
@@ -60,10 +59,25 @@ _adaptive_gradients = {
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format that torch reads off the strides; contiguous where it does not say."""
-    if _suggested_format is None:
+    """The memory format that torch's kernels read off the strides of `x`, dense or not.
+
+    What `at::Tensor::suggest_memory_format` says, which Python cannot ask.
+    """
+    if x.dim() == 4:
+        order: tuple[int, ...] = (1, 3, 2, 0)
+        found = torch.channels_last
+    elif x.dim() == 5:
+        order, found = (1, 4, 3, 2, 0), torch.channels_last_3d
+    else:
         return torch.contiguous_format
-    found: torch.memory_format = _suggested_format(x)
+    if x.stride(1) == 0:
+        return torch.contiguous_format
+    least = 0
+    for axis in order:
+        size, stride = x.shape[axis], x.stride(axis)
+        if size == 0 or stride < least or (axis == 0 and least == x.stride(1)):
+            return torch.contiguous_format
+        least = stride * size if size > 1 else stride
     return found
 
 

@@ -81,7 +81,12 @@ def _max_pool(
         numbers(padding, axes, "padding"),
         numbers(dilation, axes, "dilation"),
     )
-    return _pool(input, window, ceil_mode, return_indices)
+    if axes > 1 or input.dim() < 3 or input.is_contiguous():
+        return _pool(input, window, ceil_mode, return_indices)
+    # As torch does it, which gives channels-last results of what lies so.
+    wide = tuple((one, *numbers) for one, numbers in zip((1, 1, 0, 1), window, strict=True))
+    found = _pool(input.unsqueeze(2), wide, ceil_mode, return_indices)
+    return tuple(each.squeeze(2) for each in found) if return_indices else found.squeeze(2)
 
 
 def max_pool1d(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlight import _torch
 from packlight.packing import reference as packing
 from packlight.packing.layout import compute_dtype, laid_out, memory_order, packed_bytes
 
@@ -35,12 +36,7 @@ def codes_bytes(count: int, kernel: Sequence[int]) -> int:
 
 def memory_format(x: Tensor, axes: int) -> torch.memory_format:
     """The layout of the output: channels-last for a channels-last input, else contiguous."""
-    channels_last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(axes)
-    if channels_last is None or x.dim() != axes + 2 or x.is_contiguous():
-        return torch.contiguous_format
-    if x.is_contiguous(memory_format=channels_last):
-        return channels_last
-    return torch.contiguous_format
+    return _torch.memory_format(x) if x.dim() == axes + 2 else torch.contiguous_format
 
 
 def _with_layout(y: Tensor, layout: torch.memory_format) -> Tensor:

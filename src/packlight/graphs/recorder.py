@@ -71,7 +71,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         try:
             with (
-                _nothing_freed(),
+                nothing_freed(),
                 torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
             ):
                 found = run()
@@ -87,7 +87,7 @@ class CudaRecorder:
 
 
 @contextmanager
-def _nothing_freed() -> Iterator[None]:
+def nothing_freed() -> Iterator[None]:
     """Garbage is collected before, and not within: a graph of the past that goes ends a capture."""
     gc.collect()
     enabled = gc.isenabled()

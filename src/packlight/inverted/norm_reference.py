@@ -226,7 +226,7 @@ def instance_norm(
     kind = dtype if weight is None else weight.dtype  # of the statistics while they are updated
     means, variances = repeated(running_mean, kind), repeated(running_var, kind)
     y, rstd, _ = batch_norm(
-        x.reshape(1, count * width, *x.shape[2:]),
+        x.contiguous().view(1, count * width, *x.shape[2:]),
         repeated(weight),
         repeated(bias),
         means,

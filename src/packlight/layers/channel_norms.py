@@ -18,7 +18,7 @@ from packlight._checks import autocast, check_tensor, needs_gradient, refuse_sec
 from packlight._seeds import Seed
 from packlight.layers.computed import exact, is_of_parameters, note_computed
 from packlight.pack import Pack
-from packlight.packing.layout import compute_dtype, dense_stride, laid_out
+from packlight.packing.layout import compute_dtype, dense_stride, in_memory_format, laid_out
 from packlight.quantiser import KEEPS, Fused, Quantiser
 
 # Below so many values a channel, what is kept of the channel outweighs what codes save.
@@ -248,6 +248,7 @@ def _norm(
     method: Quantiser,
     *numbers: Any,
 ) -> Tensor:
+    x = in_memory_format(x)
     y, *kept = _apply(x, weight, bias, name, eps, method, method.seed(x), *numbers)
     rebuild = _keeping(method, name).rebuild(y, eps, method)
     sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))

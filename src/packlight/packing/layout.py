@@ -58,6 +58,14 @@ def _is_permuted(shape: torch.Size, strides: tuple[int, ...]) -> bool:
     return True
 
 
+def in_memory_format(x: Tensor) -> Tensor:
+    """`x` contiguous or channels-last, as torch's norms of channels and poolings give results.
+
+    A model may rely on that: `view` of the result of such a layer, say.
+    """
+    return x if x.is_contiguous() else x.contiguous(memory_format=_torch.memory_format(x))
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether the elements of `x` lie side by side, each once, in whatever order."""
     return x.stride() == dense_stride(x)

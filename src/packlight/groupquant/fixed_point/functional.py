@@ -19,6 +19,7 @@ from packlight.groupquant.fixed_point.method import FixedPoint, bin_width
 from packlight.groupquant.fixed_point.packs import KEEPS, Rebuild, grade
 from packlight.layers import channel_norms
 from packlight.pack import Pack
+from packlight.packing.layout import in_memory_format
 
 _DEFAULT = FixedPoint()
 
@@ -103,6 +104,7 @@ def batch_norm(
     if not training or not channel_norms.worth_packing(input, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     running = (running_mean, running_var)
+    input = in_memory_format(input)
     y, codes, table = _apply(input, weight, bias, *running, momentum, eps, bits, width)
     shape = tuple(y.shape)
     rebuild = Rebuild(shape, y.stride(), bits)
