@@ -343,8 +343,9 @@ def over_places(x):
 def turned_pairs(x, seed, group, SIZE: tl.constexpr):
     """As `turned_values`, of whole groups of bfloat16 numbers, two an instruction.
 
-    Sums of 32 numbers are of their precision, the others of float32. The unit is such that squares
-    of what is turned have float16 sums: none is above that of all, which is at most 2^14.
+    Sums of 32 numbers are of their precision, the others of float32. What is turned is over
+    SIZE / 8 units, if that is above one, so that its squares have float16 sums: none is above that
+    of all, which is at most 2^14.
     """
     total, greatest = tl.inline_asm_elementwise(
         SURVEY_PTX, INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r",
@@ -358,8 +359,7 @@ def turned_pairs(x, seed, group, SIZE: tl.constexpr):
         greatest = greater_bfloat16(low, high)
     mean = tl.sum(to_float32(total), 1) * (256.0 / (8 * SIZE))
     unit, inverse = power_of_two(tl.max(to_float32(greatest), 1))
-    WIDE: tl.constexpr = max(1.0, SIZE / 8)
-    unit, inverse = unit * WIDE, inverse * (1.0 / WIDE)
+    inverse *= 1.0 / max(1.0, SIZE / 8)
     finite = tl.abs(mean) < INFINITY
     mean_bits = nearest_bfloat16(mean)
     middle = -(mean_bits.to(tl.float32, bitcast=True) * inverse)
@@ -502,13 +502,15 @@ def store_rotated(
     if NARROW_TILE:
         own, squares = squares_of(turned)
         squares *= 1.0 / WIDTH
+        UNITS: tl.constexpr = max(1.0, SIZE / 8)
     else:
         own = counted_squares(turned)
+        UNITS: tl.constexpr = 1.0
     normal = tl.minimum(inverse_root(squares), HALF_GREATEST)
     by = (normal * (0.5 / BOUNDS[BITS - 1])).to(tl.float16)[:, None]
     found = encoded(turned, by, BITS)
     inner = over_places(found[len(found) - 1])
-    scale = unit * (ratio(own, inner) * (1.0 / WIDTH))
+    scale = unit * (ratio(own, inner) * (UNITS / WIDTH))
     scale = tl.where(inner * normal > LEAST_INNER, scale, 0.0)
     scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (LASTS[BITS - 1] * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
