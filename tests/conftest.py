@@ -70,6 +70,31 @@ def _interpreter_loops():
     interpreter._patch_lang_tensor = patch
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter_products():
+    """The interpreter multiplies matrices of bfloat16 by their bits."""
+    if "TRITON_INTERPRET" not in os.environ:
+        yield
+        return
+    from triton.language import bfloat16
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != bfloat16:
+            return handle.data
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+    def mended(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = np.matmul(widened(a), widened(b), dtype=d.data.dtype)
+        return TensorHandle(product + d.data, d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = mended
+    yield
+    InterpreterBuilder.create_dot = create_dot
+
+
 @pytest.fixture
 def collected():
     """For tests that capture: a graph of an earlier test that is freed then ends a capture."""

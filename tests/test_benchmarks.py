@@ -692,3 +692,18 @@ def test_a_table_of_training_runs():
         "| GroupQuant, 4 bits | 5 MiB (2.00x less) | 1.1000, 2.2000 | 1.6500 +- 0.7778"
         " | +0.1500, p = 0.20 |",
     ]
+
+
+def test_plans_are_of_scenarios_and_of_choices_that_are_plans():
+    from benchmarks.user.choices import CHOICES, PLANS
+    from benchmarks.user.scenarios import SCENARIOS
+
+    for choice, limits in PLANS.items():
+        assert CHOICES[choice].kind == "plan"
+        assert limits.keys() <= SCENARIOS.keys()
+
+
+@pytest.mark.parametrize("words", [["--limit", "80"], ["--once", "--limit", "80"]])
+def test_a_limit_is_of_one_step_on_a_device(words):
+    with pytest.raises(SystemExit, match="limit"):
+        user.main(["run", "--device", "cpu", *words])

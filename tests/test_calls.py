@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import pickle
+import types
 
 import pytest
 import torch
@@ -583,7 +584,8 @@ def test_as_many_classes_compile_as_there_are(fresh_compiler):
         return graph.forward
 
     for i in range(torch._dynamo.config.recompile_limit + 2):
-        kind = type(f"Gated{i}", (Gated,), {})
+        own = types.FunctionType(Gated.forward.__code__.replace(co_name=f"forward_{i}"), globals())
+        kind = type(f"Gated{i}", (Gated,), {"forward": own})
         model, x = kind(32 + i), torch.randn(4, 32 + i)
         convert(model, FINE, functional=True)
         expected = gradients(model, x)
@@ -1172,18 +1174,27 @@ class Breaks(nn.Module):
         return F.gelu(x)
 
 
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Breaks()
+
+    def forward(self, x):
+        return F.silu(self.inner(F.silu(x)))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tracer looks at it
-def test_a_break_of_the_graph_is_traced_for_one_more_frame(fresh_compiler):
-    """The one that covers the module's calls."""
+def test_no_frame_around_a_break_is_traced_beside_those_of_the_plain_model(fresh_compiler):
+    """The compiler begins anew in each frame around a break, also in those of inner modules."""
     x, breaks = torch.randn(32, 64), []
     for is_converted in (False, True):
         torch.manual_seed(0)
-        model = Breaks()
+        model = Around()
         if is_converted:
             packlight.convert(model, GroupQuant(bits=8))
         torch._dynamo.reset()
         counters.clear()
         torch.compile(model, backend="eager")(x).square().mean().backward()
         breaks.append(sum(counters["graph_break"].values()))
-        assert model.linear.weight.grad is not None
-    assert breaks == [1, 2]
+        assert model.inner.linear.weight.grad is not None
+    assert breaks == [2, 2]

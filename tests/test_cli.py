@@ -374,7 +374,7 @@ def test_convert_prints_what_it_does_and_writes_the_methods(
     assert "Sequential: 1 of 3 layers converted" in text
     assert "fewbit.GELU" in text
     assert "no selector picks it" in text
-    assert "kept for the backward pass: 8.00 KiB before, 4.25 KiB after, 1.88 times less" in text
+    assert "keeps 8.00 KiB before and 4.25 KiB after, 1.88 times less" in text
     assert os.listdir() == ["net.py"] or set(os.listdir()) == {"net.py", "__pycache__"}
 
     text = printed([*line, "--method", "*=None", "--out", "m.toml"], capsys)
@@ -457,6 +457,10 @@ def test_pages_are_written(net: None, capsys: pytest.CaptureFixture[str]) -> Non
         ("profile net:mlp --method GELU=FewBit(", "'(' was never closed"),
         ("profile net:mlp --method =FewBit(3)", "has no selector; write 'GELU=FewBit(3)'"),
         ("profile net:mlp --method default --method default", "'*' is given twice"),
+        ("profile hf:gpt2 --input batch=2 --batch 4", "batch is given twice; give it once, by"),
+        ("fit hf:gpt2 --sequence 4096 --gpu H100", "sequence=4096 is longer than the 1024 pos"),
+        ("fit net:wrong --batch 4 --gpu H100", "brings its own inputs, whose sizes no option"),
+        ("fit net:mlp --batch 4 --gpu H100", "net:mlp has no inputs; give their shapes"),
         (
             "profile net:mlp --input 8x32 --method GLEU=FewBit(3)",
             "'GLEU' matches no module (near: GELU). The model has 2 Linear, 1 GELU; --no-strict",
@@ -478,7 +482,8 @@ def test_pages_are_written(net: None, capsys: pytest.CaptureFixture[str]) -> Non
             "the forward pass of net:wrong failed in 1.inner.1 (Mismatched): RuntimeError: ",
         ),
         ("convert net:wrong --dry-run --device gpu", "unknown device 'gpu'; expected cpu or cuda"),
-        ("convert net:mlp", "one of the arguments --dry-run --out is required"),
+        ("convert net:mlp", "net:mlp has no inputs; give their shapes"),
+        ("fit hf:gpt2 --batch two", "argument --batch: two is not a positive whole number"),
         ("convert net:mlp --dry-run --out x", "not allowed with argument --dry-run"),
         ("convert net:mlp --input 8x32 --out no/m.toml", "no/m.toml cannot be written: No such"),
     ],

@@ -22,6 +22,7 @@ from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED
 from packlight.head import kernels as head
 from packlight.inverted import kernels as inverted
 from packlight.inverted import norm_kernels as inverted_norm
+from packlight.low_rank import kernels as low_rank
 from packlight.packing import kernels as packing
 from packlight.rotary import kernels as rotary
 from packlight.sketch import kernels as sketch
@@ -108,6 +109,7 @@ def packs(guards, n, bits, code=MINMAX):
     group.activation_backward(x, *inputs, "silu", (), (1,), groups)
     _, *both = group_gated.gated(x, x, "silu", groups, *draw())
     group_gated.gated_backward(x, *both, "silu", (1,), groups, True)
+    group_gated.gated_backward_(x.clone(), *both, "silu", groups)
     group_gated.gated_product(*both, "silu", (n,), (1,), groups, FP32)
 
 
@@ -178,6 +180,14 @@ def rotations(guards, batch, heads, groups, length, size):
         rotary.rotary(q.transpose(1, 2), k.transpose(1, 2), *angles, back)
 
 
+def low_ranks(guards, rows, width, rank):
+    x = values(guards, rows, width, dtype=torch.bfloat16)
+    low, factor = values(guards, rows, rank), values(guards, rank, width)
+    low_rank.narrowed(x, factor.t())
+    low_rank.add_widened_(x, low, factor, 2.0, False)
+    low_rank.outer(x, low)
+
+
 RUNS = {
     "masks": (masks, [(4096,), (4173,), (1,)]),
     "few bits": (few_bits, [(4096,), (4173,)]),
@@ -209,6 +219,7 @@ RUNS = {
     ),
     "rotations": (rotations, [(2, 4, 2, 4, 64), (1, 3, 1, 3, 18)]),
     "heads": (heads, [(4, 2048), (3, 2050), (1, 1)]),
+    "factors of low rank": (low_ranks, [(64, 128, 16), (70, 50, 5)]),
     "sketches": (sketches, [(128, 32, 32), (101, 33, 30), (20, 5, 4)]),
 }
 CASES = [

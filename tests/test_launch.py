@@ -257,6 +257,7 @@ def test_a_profiler_hears_of_prepared_launches(monkeypatch):
         "groupquant.norm_kernels",
         "inverted.kernels",
         "inverted.norm_kernels",
+        "low_rank.kernels",
         "packing.kernels",
         "sketch.kernels",
     ],

@@ -84,7 +84,9 @@ def test_it_prints_and_goes_to_plain_data():
     left = packlight.convert(Model(), FOUR, rest=FOUR).left(torch.randn(64, 64))
     text = str(left)
     assert "times less" in text
-    assert text.index("LogSoft") < text.index("\n", text.index("LogSoft")) < text.index(" packs ")
+    assert (
+        text.index("LogSoft") < text.index("\n", text.index("LogSoft")) < text.index("packs, codes")
+    )
     data = json.loads(json.dumps(left.to_dict()))
     assert data["after_bytes"] == left.after_bytes
     assert data["rows"][0]["modules"] == [""]
@@ -138,3 +140,23 @@ def test_advice_needs_no_batch():
     assert "head=True" in advice(model, conversion)[-1]
     conversion = packlight.convert(model, packlight.GroupQuant(bits=4), head="0")
     assert not any("head=True" in line for line in advice(model, conversion))
+
+
+def test_a_conversion_is_judged_by_bytes():
+    """What is kept as before is no share of what is covered."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU())
+    x = torch.randn(64, 64, requires_grad=True)
+    left = packlight.convert(model, {"1": FOUR}, functional=False).left(x)
+    assert left.before_bytes == 3 * TENSOR  # of the first Linear the input, which is apart
+    assert left.covered == pytest.approx(1 / 3)
+    assert "33% of the bytes are covered" in " ".join(str(left).split())
+    assert packlight.convert(model, FOUR).left(x).covered == 1
+    assert packlight.convert(nn.Linear(64, 64), FOUR).left(x).covered == 0  # nothing but the input
+
+
+def test_attention_without_a_kernel_says_so():
+    layer = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.1, batch_first=True)
+    found = rows(packlight.convert(layer), torch.randn(2, 16, 64))
+    assert found["SafeSoftmax"].remedy.startswith("a GPU, or a dropout of 0 in attention")
+    layer = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True)
+    assert "SafeSoftmax" not in rows(packlight.convert(layer), torch.randn(2, 16, 64))

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import packlight
 from packlight import _library, use_reference
@@ -187,3 +188,33 @@ def test_float64_takes_the_reference_where_the_result_alone_has_it(device):
     layer(x).backward(dy)
     assert layer.weight.grad.dtype == torch.float64
     assert (layer.weight.grad - exact).norm() < 0.02 * exact.norm()
+
+
+def test_code_of_the_compiler_calls_an_operator_past_the_dispatcher(monkeypatch, dispatched):
+    """It calls `torch.ops.packlight.….default`, the object that torch knows the operator by."""
+    *_, kernels = dispatched
+    name = f"named_{next(NUMBERS)}"
+    kernels.add = lambda x, number: x + number
+    _library.define_op(
+        f"{name}(Tensor x, float number) -> Tensor",
+        reference=lambda x, number: x - number,
+        fake=lambda x, number: torch.empty_like(x),
+        kernel="kernels_of_the_test:add",
+    )
+    operator, x, seen = getattr(torch.ops.packlight, name).default, torch.zeros(2), []
+    assert isinstance(operator, torch._ops.OpOverload)
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watching():
+        assert torch.equal(operator(x, 2.0), x - 2)
+    assert seen[0] is operator
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    assert torch.equal(operator(x, number=2.0), x - 2)  # keywords are the dispatcher's
+    monkeypatch.setattr("packlight._torch.is_watched", lambda: True)
+    assert torch.equal(operator(x, 2.0), x - 2)
+    monkeypatch.setattr("packlight._torch.is_watched", lambda: False)
+    assert torch.equal(operator(x, 2.0), x + 2)

@@ -132,6 +132,16 @@ def overwritten():
             f = ("gelu", (), (4, 64, 0))
             pack = group_ops.activation_(x, *f, None, 7)
             group_ops.activation_backward_(x, *pack, *f)
+            f = ("silu", (4, 64, 0))
+            _, *packs = group_ops.gated(x, x, *f, None, 7)
+            group_ops.gated_backward_(x, *packs, *f)
+
+
+def lines_of_codes():
+    for bits in (2, 3, 4, 8):
+        groups = (bits, 32, 1)
+        _, scales = group_ops.quantize(torch.randn(5, 64), (64, 1), groups, None, 7)
+        group_ops.line(scales, bits)
 
 
 def group_quantised_products():
@@ -190,7 +200,7 @@ def rotations():
 PASSES = (
     activations, dropouts, pools, inverted_norms, group_quantised_norms, group_quantised_products,
     norms_behind_sums, overwritten, residual_blocks, convolutions_with_norms, sketches, masks,
-    heads, rotations,
+    heads, rotations, lines_of_codes,
 )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -38,3 +40,20 @@ def test_the_examples_of_the_readme_run_one_after_the_other(monkeypatch, tmp_pat
         assert names["callback"].kept_bytes
         layers = names["lora"].modules()
         assert any(isinstance(part, packlight.groupquant.Linear) for part in layers)
+
+
+def test_the_examples_of_the_readme_run_where_there_is_no_triton(tmp_path):
+    """As on macOS and Windows."""
+    first, *others = examples()
+    without = "import sys; sys.modules['triton'] = None; sys.modules['triton.language'] = None"
+    vision = next(example for example in others if "timm" in example)
+    program = "\n".join((without, first, *filter(has_its_packages, [vision])))
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "GELU" in done.stdout
+
+
+def test_the_readme_is_read_in_one_go():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130

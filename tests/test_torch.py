@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import warnings
+import weakref
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -172,3 +174,37 @@ def test_a_tested_release_is_not(version):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_untested("torch", version, ("2.11", "2.14"))
+
+
+class _Keeps(torch.autograd.Function):
+    """Twice x; says in its backward pass whether what it kept lives on once it was let go of."""
+
+    lives: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x * 3)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        (kept,) = ctx.saved_tensors
+        alive = weakref.ref(kept)
+        _torch.let_go_of_saved(ctx)
+        del kept
+        _Keeps.lives.append(alive() is not None)
+        return dy * 2
+
+
+def test_what_a_node_saved_is_let_go_of_unless_the_graph_is_retained(monkeypatch):
+    x = torch.ones(4, requires_grad=True)
+    for last in (False, True):
+        if last:
+            monkeypatch.setattr(_torch.FREEING, "values", None, raising=False)
+        y = _Keeps.apply(x).sum()
+        y.backward(retain_graph=True)
+        y.backward()
+        assert _Keeps.lives == [True, last]
+        assert torch.equal(x.grad, torch.full((4,), 4.0))
+        x.grad = None
+        _Keeps.lives.clear()

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from packlight.elementwise.kernels import FORWARD
 from packlight.fewbit import dropout_kernels, kernels, pooling_kernels
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.groupquant import gated_kernels
+from packlight.groupquant import gated_kernels, line_kernels
 from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant import post_norm_kernels as post_norms
@@ -36,6 +36,7 @@ from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED, Grouping
 from packlight.head import kernels as head_kernels
 from packlight.inverted import kernels as inverted_kernels
 from packlight.inverted import norm_kernels
+from packlight.low_rank import kernels as low_rank_kernels
 from packlight.rotary import kernels as rotary
 from packlight.sketch import kernels as sketch_kernels
 from packlight.sketch.reference import BUNDLE, POLYNOMIALS
@@ -46,7 +47,7 @@ POINTERS += ("residual_ptr", "dresidual_ptr", "other_ptr")
 POINTERS += ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "center", "scale", "offset", "low", "eps", "momentum", *LIMITS)
-FLOATS += ("cap",)
+FLOATS += ("cap", "scaling")
 FLOATS += tuple(f"up_{name}" for name in LIMITS)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIGITS = {"fp32": 24, "fp16": 11, "bf16": 8}
@@ -333,11 +334,14 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                 launches[f"post norm {width}, p {p}"] = forward
                 backward, _ = post_norms._backward_launch(grouping, p, True, True, True, True)
                 launches[f"post norm {width} backward, p {p}"] = backward
+        if code == OFFSET:
+            launches["line"] = line_kernels._line_launch(8192, bits)
         for name, launch in launches.items():
             (step,) = launch.steps
             constants = dict(step.constants)
             warps = constants.pop("num_warps")
-            size = 8 * constants["NQ"] * constants["SIZE"] * constants.get("ROWS", 1)
+            size = 8 * constants.get("NQ", 1) * constants.get("SIZE", line_kernels.BLOCK // 8)
+            size *= constants.get("ROWS", 1)
             yield f"{label}, {name}", step.kernel, constants, dtype, warps, size
 
 
@@ -395,6 +399,23 @@ def rotary_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]
         yield f"rotary {dtype}, back {back}", rotary._rotary_kernel, constants, dtype, 4, 40 * 128
 
 
+def low_rank_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]:
+    """As `norm_variants`: adapters of 16 and 64 of a layer of 4096."""
+    wide = (8192, 4096, 4096)
+    for dtype, rank, precision in itertools.product(("bf16", "fp16"), (16, 64), ("tf32", "tf32x3")):
+        steps, label = (rank, 1), f"low rank {dtype} {rank} {precision}"
+        launches = {
+            "narrowed": low_rank_kernels._narrowed_launch(wide, rank, steps, precision),
+            "outer": low_rank_kernels._outer_launch(wide, rank, precision)[0],
+            "added": low_rank_kernels._add_widened_launch(wide, rank, steps, 2.0, False, precision),
+        }
+        for name, launch in launches.items():
+            (step,) = launch.steps
+            constants = {**step.constants, "rank_step": 1}
+            warps, size = constants.pop("num_warps"), constants["ROWS"] * constants["PLACES"]
+            yield f"{label}, {name}", step.kernel, constants, dtype, warps, size
+
+
 def forward(name: str, dtype: str, **constants: Any) -> dict[str, Any]:
     """Constants of the activations' forward kernel."""
     return {
@@ -424,6 +445,7 @@ def compile_kernel(
             special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
             special["parts_ptr"] = special["moments_ptr"] = special["norms_ptr"] = "*fp32"
+            special |= dict.fromkeys(("first_ptr", "step_ptr", "lowest_ptr"), "*fp32")
             special |= dict.fromkeys(("index_ptr", "places_ptr", "chosen_ptr"), "*i32")
             special["draws_ptr"] = special["targets_ptr"] = "*i64"
             names = ("logsumexp_ptr", "total_ptr", "on_softmax_ptr", "on_target_ptr", "on_all_ptr")
@@ -436,6 +458,7 @@ def compile_kernel(
             special |= dict.fromkeys(("gate_codes_ptr", "up_codes_ptr"), "*u8")
             special |= dict.fromkeys(("scales_ptr", "gate_scales_ptr", "up_scales_ptr"), "*i32")
             special |= dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32")
+            special |= dict.fromkeys(("low_ptr", "factor_ptr"), "*fp32")
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -454,6 +477,10 @@ def compile_kernel(
                 "C",
                 "IW",
                 "OW",
+                "row_step",
+                "rank",
+                "step",
+                "each",
             ):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
@@ -502,6 +529,7 @@ def main() -> None:
         *sketch_variants(),
         *head_variants(),
         *rotary_variants(),
+        *low_rank_variants(),
     ):
         if options.match not in name:
             continue

@@ -54,6 +54,15 @@ addEventListener("error", (event) => { document.title = `error: ${event.message}
     if (location.hash === before) break;
   }
   check("Escape goes up to the model", document.getElementById("path").textContent === start);
+  for (const figure of all(".drawn[data-bars]")) {
+    const read = figure.nextElementSibling, said = [];
+    for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft"]) {
+      figure.focus();
+      figure.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+      said.push(read.textContent);
+    }
+    check("arrow keys read places of a step", document.activeElement === figure && said[0] && said[0] === said[2]);
+  }
   check("nothing wider than the window", document.documentElement.scrollWidth <= innerWidth);
   document.title = "done";
   document.body.append(Object.assign(document.createElement("pre"), {id: "found", textContent: found.join("\n")}));

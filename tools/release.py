@@ -26,9 +26,14 @@ DIST = ROOT / "dist"
 # Examples that a bare install runs, and what the others need.
 ALONE = ("diffusion", "own_method")
 OTHERS = {
+    "dpo": ("trl", "peft"),
     "full": ("transformers",),
+    "lightning_vit": ("lightning", "timm"),
+    "long_context": ("transformers", "peft"),
     "lora": ("transformers", "peft"),
+    "qlora": ("transformers", "peft", "bitsandbytes"),
     "resnet": ("torchvision",),
+    "sft": ("trl", "peft"),
     "vit": ("timm",),
 }
 # As packages name them in `License-Expression`, `License` or a classifier.

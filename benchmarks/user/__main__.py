@@ -36,6 +36,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     plan = 'of choices that are plans; "{scenario}" and "{choice}" in it are their names'
     run.add_argument("--plan", metavar="FILE", help=plan)
     run.add_argument("--length", type=int, default=0, metavar="TOKENS", help="of one sequence")
+    run.add_argument("--limit", type=float, metavar="GIB", help="of the allocator, with --once")
     limit = run.add_mutually_exclusive_group()
     once = "few steps, checked at a shorter length in the same process"
     limit.add_argument("--once", action="store_true", help=once)
@@ -60,7 +61,9 @@ def main(words: list[str] | None = None) -> None:
     from benchmarks.user.choices import CHOICES
     from benchmarks.user.scenarios import SCENARIOS, missing
 
-    if options.device != "cuda" and (options.longest or options.largest):
+    if options.limit and not options.once:
+        raise SystemExit("--limit is of --once; --longest and --largest have one of their own")
+    if options.device != "cuda" and (options.longest or options.largest or options.limit):
         raise SystemExit("a limit of memory needs a CUDA device, whose allocator has one")
     asked = (name for name in ("once", "longest", "largest") if getattr(options, name))
     mode = next(asked, "step")
@@ -76,7 +79,7 @@ def main(words: list[str] | None = None) -> None:
         options.tiny,
         options.steps,
         mode,
-        options.longest or options.largest or 0.0,
+        options.longest or options.largest or options.limit or 0.0,
         options.commit or rows.commit(),
         options.length,
     )

@@ -86,7 +86,7 @@ def llama(size: Size) -> nn.Module:
     )
 
 
-def lora(size: Size, four_bit: bool = False) -> nn.Module:
+def lora(size: Size, bits: int = 16) -> nn.Module:
     import peft
 
     model = _llama(
@@ -98,8 +98,8 @@ def lora(size: Size, four_bit: bool = False) -> nn.Module:
         num_key_value_heads=8,
         vocab_size=128256,
     )
-    if four_bit:
-        _quantise(model)
+    if bits < 16:
+        _BASES[bits](model)
     # Both halves of an adapter at random: of a half that is zero the other has no gradient.
     config = peft.LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False
@@ -107,7 +107,7 @@ def lora(size: Size, four_bit: bool = False) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def _quantise(model: nn.Module) -> None:
+def _in_4_bits(model: nn.Module) -> None:
     """NormalFloat weights of bitsandbytes in all Linears but the head, as QLoRA has them."""
     import bitsandbytes as bnb
 
@@ -127,6 +127,20 @@ def _quantise(model: nn.Module) -> None:
                 twin.weight = packed.to(device)
                 setattr(parent, name, twin)
     model.is_loaded_in_4bit = True
+
+
+def _in_8_bits(model: nn.Module) -> None:
+    """Weights of torchao in 8 bits, a scale a row, which each pass decodes."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def is_inner(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and name != "lm_head"
+
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_inner)
+
+
+_BASES = {4: _in_4_bits, 8: _in_8_bits}
+_PACKAGES = {4: ("bitsandbytes",), 8: ("torchao",)}
 
 
 def roberta(size: Size) -> nn.Module:
@@ -192,16 +206,17 @@ _LANGUAGE = frozenset({"transformers", "head"})
 _LLAMA = _LANGUAGE | {"liger", "long"}
 
 
-def _lora(length: int, gib: float, four_bit: bool = False) -> Scenario:
+def _lora(length: int, gib: float, bits: int = 16) -> Scenario:
+    base = f", {bits}-bit base" if bits < 16 else ""
     return Scenario(
-        f"Llama-8B shape{', 4-bit base' * four_bit}, LoRA r=16, 1 x {length}",
-        functools.partial(lora, four_bit=four_bit),
+        f"Llama-8B shape{base}, LoRA r=16, 1 x {length}",
+        functools.partial(lora, bits=bits),
         functools.partial(text, vocabulary=128256),
         Size(1, length),
         gib,
         autocast=False,
         kinds=_LLAMA,
-        needs=("peft", "bitsandbytes") if four_bit else ("peft",),
+        needs=("peft", *_PACKAGES.get(bits, ())),
     )
 
 
@@ -224,8 +239,9 @@ SCENARIOS = {
     "lora8b-8k": _lora(8192, 105),
     "lora8b-32k": _lora(32768, 140),
     "lora8b-110k": _lora(112640, 140),
-    "lora8b-4bit-4k": _lora(4096, 55, four_bit=True),
-    "lora8b-4bit-8k": _lora(8192, 100, four_bit=True),
+    "lora8b-4bit-4k": _lora(4096, 55, bits=4),
+    "lora8b-4bit-8k": _lora(8192, 100, bits=4),
+    "lora8b-8bit-4k": _lora(4096, 58, bits=8),
     "roberta-32": _roberta(32, 5),
     "roberta-128": _roberta(128, 10),
     "gpt2m": Scenario(

@@ -40,7 +40,11 @@ CHECKED = 2048  # tokens of which the gradients of a long step are compared
 
 
 class Job(NamedTuple):
-    """What a process is to measure; `limit` in GiB asks for the largest batch or length in it."""
+    """What a process is to measure.
+
+    `limit` in GiB is what the allocator may reserve: the largest batch or length is that in it, and
+    one step is taken in it.
+    """
 
     scenario: str
     choice: str
@@ -296,7 +300,8 @@ def once(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
 
     Loss and gradients are compared with the plain model's in this process, on `CHECKED` tokens of
     one sequence, which also warms up. The first step of full length is not timed, if there are
-    more.
+    more. Where the host is ahead of the device, its time is the device's but for what is queued: a
+    thousand launches.
     """
     task, device = job.task, Device(job.device)
     short = task.size._replace(batch=1, length=min(task.size.length, CHECKED))
@@ -311,6 +316,8 @@ def once(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     device.clean()
     turn()
     yield {"warm_s": round(end - begin, 2)}
+    if job.limit:
+        _limit_to(job.limit)
     taken, host = list[float](), list[float]()
     # Short steps scatter more, and more of them fit.
     most = 5 * job.steps if device.is_cuda else job.steps
@@ -329,6 +336,13 @@ def once(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
         "per_s": round(task.size.items / median, 1),
     }
     yield row | peaks(CHOICES[job.choice], device)  # at once: a row with a time is complete
+    if median < 3:
+        yield launches(trained, device)
+
+
+def _limit_to(gib: float) -> None:
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total))
 
 
 def peaks(choice: Choice, device: Device) -> dict[str, float | None]:
@@ -379,8 +393,7 @@ def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     if (further := fitting() // 8 // unit * unit) > largest:
         largest, (_, high) = further, step(further)
     count, slope = fitting(), (high - low) / (largest - small)
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    torch.cuda.set_per_process_memory_fraction(min(1.0, job.limit / total))
+    _limit_to(job.limit)
     while count > 0:
         try:
             seconds, peak = step(count)

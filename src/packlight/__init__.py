@@ -25,6 +25,7 @@ from packlight.inverted import Inverted
 from packlight.method import Method
 from packlight.method_files import load_methods, save_methods
 from packlight.pack import Grade
+from packlight.parallel import Parallel
 from packlight.planner.planner import plan
 from packlight.planner.result import Plan
 from packlight.predict import predict
@@ -59,6 +60,7 @@ __all__ = [
     "NothingMatchedError",
     "Offload",
     "PacklightError",
+    "Parallel",
     "Plan",
     "Quantiser",
     "Sketch",

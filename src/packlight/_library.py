@@ -96,23 +96,26 @@ def define_op(
 
     _LIBRARY.impl(name, on_cuda, "CUDA")
 
+    dispatch = type(operator).__call__
+
     def call(*args: Any) -> Any:
         """The operator, past the dispatcher where nothing looks on: that takes the CPU less."""
         if torch.compiler.is_dynamo_compiling():
             return operator(*args)
         tensor = args[first]
         if type(tensor) is not torch.Tensor or not tensor.is_cuda or _torch.is_watched():
-            return operator(*args)
+            return dispatch(operator, *args)
         if not written:
             return on_cuda(*args)
         changed = [args[place] for place in written if args[place] is not None]
         for tensor in changed:
             if tensor.is_inference():  # it has no version
-                return operator(*args)
+                return dispatch(operator, *args)
         result = on_cuda(*args)
         torch.autograd.graph.increment_version(changed)  # as the dispatcher does
         return result
 
+    _torch.call_by(operator, call, dispatch)
     return call
 
 

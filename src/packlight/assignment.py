@@ -344,7 +344,12 @@ class Assignment:
         covered = covered if functional else ()
         bits = _other_bits(self.all_methods) if covered else {}
         rows = self.skipped.values()
-        skipped = tuple(row for row in rows if row.names[0] not in self.head_names)
+        skipped = tuple(
+            row
+            for row in rows
+            if row.names[0] not in self.head_names
+            and not (row.names[0] in covered and row.reason.startswith(_NO_RULE))
+        )
         return Conversion(
             kind,
             replaced,
@@ -426,6 +431,9 @@ def _quantises(kind: type) -> str | None:
     return package if package in _QUANTISING else None
 
 
+_NO_RULE = "no rule"
+
+
 def _why_no_rule(layer: Layer, methods: tuple[Method, ...]) -> str:
     kind = layer.kind
     if kind.__module__.startswith("packlight."):
@@ -441,7 +449,7 @@ def _why_no_rule(layer: Layer, methods: tuple[Method, ...]) -> str:
         if any(find_rule(method, base) for method in by_type):
             return f"a subclass of {base.__name__}, whose forward may differ; rules match exactly"
     names = " or ".join(type(method).__name__ for method in methods)
-    return f"no rule of {names}"
+    return f"{_NO_RULE} of {names}"
 
 
 def is_checkpointed(swap: Swap) -> bool:

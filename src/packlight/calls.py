@@ -19,10 +19,11 @@ the mode off: they read attributes of tensors a hundred times a block, and the m
 import functools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,6 +33,7 @@ from packlight._classes import derivation, origin
 from packlight.method import Call, Calls, Swap
 
 _ATTRIBUTE = "_packlight_calls"
+_ATTENTION = F.scaled_dot_product_attention
 
 # Hooks of torch for all modules; they run outside a module's forward.
 _GLOBAL_HOOKS = (
@@ -60,8 +62,6 @@ class _Covering(TorchFunctionMode):
     def __init__(self, calls: Calls) -> None:
         super().__init__()
         self.calls = calls
-        if torch.compiler.is_dynamo_compiling():
-            _torch.ask("enters_mode", None)
         self.hooks = None if torch.compiler.is_compiling() else _torch.saved_tensor_hooks()
 
     def holds(self) -> bool:
@@ -83,10 +83,17 @@ class _Covering(TorchFunctionMode):
             if func is Tensor.unflatten:
                 func = torch.unflatten
             return func(*args, **(kwargs or {}))
+        if func is _ATTENTION and func is not F.scaled_dot_product_attention:
+            # What stands in its place calls it, as torch's `context_parallel` does.
+            return func(*args, **(kwargs or {}))
         call, kwargs = self.calls.table[func], kwargs or {}
         if kwargs and "out" in kwargs and kwargs["out"] is None:
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-        if not self.holds() or _called_by_a_layer() or not _is_covered(call, args, kwargs):
+        if (
+            not self.holds()
+            or _called_by_a_layer()
+            or not _is_covered(self.calls, call, args, kwargs)
+        ):
             return func(*args, **kwargs)
         kwargs = {**kwargs, **call.options}
         if torch.compiler.is_dynamo_compiling():
@@ -96,10 +103,12 @@ class _Covering(TorchFunctionMode):
         return call.function(*args, **kwargs)
 
 
-def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _is_covered(calls: Calls, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether our function takes this call: plain tensors, and no argument that only torch has."""
     if torch.compiler.is_dynamo_compiling():
-        found: bool | None = _torch.ask("is_for_us", None, call.places, call.names, args, kwargs)
+        found: bool | None = _torch.ask(
+            "is_for_us", None, calls, call.places, call.names, args, kwargs
+        )
         if found is not None:
             return found
     if len(args) > call.places:
@@ -118,19 +127,57 @@ def _is_covered(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 
 @_torch.question
-def is_for_us(tracer: Any, places: Any, names: Any, args: Any, kwargs: Any) -> bool:
-    """`_is_covered` of what is traced."""
-    positional, own = args.unpack_var_sequence(tracer), names.as_python_constant()
-    given = kwargs.unpack_var_sequence(tracer)
-    named = {key.as_python_constant(): kwargs.getitem_const(tracer, key) for key in given}
-    if len(positional) > places.as_python_constant() or not own or not set(named) <= set(own):
+def is_for_us(tracer: Any, calls: Any, places: Any, names: Any, args: Any, kwargs: Any) -> bool:
+    """`_is_covered` of what is traced. Further calls are handled where the tracer is (`handle`)."""
+    _torch.run_graph_without(tracer, _Covering)
+    covered = _torch.value_of(tracer, calls)
+    if covered is not None:
+        _torch.handle_here(tracer, _handler(covered))
+    positional, named = args.unpack_var_sequence(tracer), _torch.variables_of(tracer, kwargs)
+    most, own = places.as_python_constant(), names.as_python_constant()
+    return _takes(tracer, most, own, positional, named)
+
+
+def _takes(
+    tracer: Any,
+    places: int,
+    names: tuple[str, ...],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether our function takes variables of the tracer."""
+    if len(args) > places or not names or not set(kwargs) <= set(names):
         return False
-    for value in (*positional, *named.values()):
+    for value in (*args, *kwargs.values()):
         kind = value.python_type()
         if issubclass(kind, Tensor) and kind not in (Tensor, nn.Parameter):
             return False
-    x = positional[0] if positional else named.get(own[0])
+    x = args[0] if args else kwargs.get(names[0])
     return x is not None and takes(tracer, x.realize())
+
+
+@functools.cache
+def _handler(calls: Calls) -> Callable[..., Any]:
+    return functools.partial(_handle, calls)
+
+
+def _handle(calls: Calls, tracer: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What the mode's handler does, of variables of the tracer; None where it is to be followed."""
+    try:
+        function = function.realize()
+        torchs = function.as_python_constant()
+    except NotImplementedError:
+        return None
+    if torchs is Tensor.unflatten:  # see the handler
+        return None
+    call = calls.table.get(torchs)
+    if call is None:
+        return function.call_function(tracer, args, kwargs)
+    if "out" in kwargs and kwargs["out"].is_constant_match(None):
+        kwargs = {name: value for name, value in kwargs.items() if name != "out"}
+    if _is_of_a_layer(tracer) or not _takes(tracer, call.places, call.names, args, kwargs):
+        return function.call_function(tracer, args, kwargs)
+    return _torch.make_node(tracer, call.function, args, kwargs, call.options)
 
 
 # ---- who calls -----------------------------------------------------------------------------------
@@ -166,13 +213,9 @@ def _is_of_a_model(frame: types.FrameType) -> bool:
     )
 
 
-@_torch.question
-def enters_mode(tracer: Any) -> None:
-    """Where tracing gives up, the handler runs as it is written.
-
-    The compiler would make one frame of it for all functions, which it does not tell apart.
-    """
-    _torch.run_as_written(_Covering.__torch_function__)
+# The compiler would make one frame of it for all functions, which it does not tell apart, and one
+# of each function of ours, where a plain model calls functions of torch between its frames.
+_torch.run_as_written(_Covering.__torch_function__, with_all_within=True)
 
 
 @_torch.question
@@ -180,11 +223,16 @@ def by_a_layer(tracer: Any) -> bool:
     handler = _torch.code_of(_Covering.__torch_function__)
     while tracer is not None and tracer.f_code is not handler:
         tracer = getattr(tracer, "parent", None)
-    if tracer is None:  # a frame behind a break, of which the callers are not traced
-        return True
+    # No handler: a frame behind a break, of which the callers are not traced.
+    return tracer is None or _is_of_a_layer(getattr(tracer, "parent", None))
+
+
+def _is_of_a_layer(tracer: Any) -> bool:
+    """Whether a layer, or packlight itself, calls a torch function in the code that is traced."""
     names = []
-    while (tracer := getattr(tracer, "parent", None)) is not None:
+    while tracer is not None:
         names.append(tracer.f_globals.get("__name__", ""))
+        tracer = getattr(tracer, "parent", None)
     if _QUANTISER in names:  # code of the user's, and no part of a model
         return True
     callers = [name for name in names if name not in _BETWEEN]
@@ -333,41 +381,23 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
         calls = getattr(self, _ATTRIBUTE, _NONE)
         if not self.training:
             calls = calls.untouched or calls
-        now = _covered_now()
-        if now is calls or (now is _NONE and calls.untouched is None):
+        if _covers(calls):
             return kind.forward(self, *args, **kwargs)
+        # Where code breaks its graph, the tracer begins anew for each frame around it. So in what
+        # follows no function stands in between, and this one is left alone.
         if torch.compiler.is_dynamo_compiling():  # a mode within one that is off would be off too
-            # Without a function in between: where the code within breaks its graph, the tracer
-            # begins anew for each frame around it.
             with _Covering(calls):
+                return kind.forward(self, *args, **kwargs)
+        if _torch.compiles_frames():
+            with _Alone(calls):
                 return kind.forward(self, *args, **kwargs)
         return _torch.without_mode(_Covering, _cover, calls, kind.forward, self, *args, **kwargs)
 
     _torch.give_own_code(forward, f"covered_{kind.__module__}.{kind.__qualname__}")
+    if not f"{kind.forward.__module__}.".startswith("torch."):  # of torch's no frames are compiled
+        _torch.run_as_written(forward)
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body = {**names, "forward": forward}
-    if kind.compile is nn.Module.compile:
-        body["compile"] = _compile
-    return body
-
-
-def _compile(self: Any, *args: Any, **kwargs: Any) -> None:
-    """`nn.Module.compile` of a covered module."""
-    nn.Module.compile(self, *args, **kwargs)
-    self._compiled_call_impl = functools.partial(_run_compiled, self, self._compiled_call_impl)
-
-
-def _run_compiled(module: Any, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs the compiled code of a module with the mode off: its calls are covered in the code.
-
-    The mode stays on if it covers other calls than the module's own mode would.
-    """
-    if not torch.compiler.is_compiling():
-        alike = vars(module).get(_ATTRIBUTE) is _covered_now()
-        hooks = module._forward_hooks, module._forward_pre_hooks, *_GLOBAL_HOOKS
-        if alike and module.training and not any(hooks):
-            return _torch.without_mode(_Covering, compiled, *args, **kwargs)
-    return compiled(*args, **kwargs)
+    return {**names, "forward": forward}
 
 
 _NONE = Calls.of(())
@@ -377,6 +407,30 @@ def _covered_now() -> Calls:
     """The calls that are covered at present."""
     mode = _torch.innermost(_Covering)
     return mode.calls if isinstance(mode, _Covering) and mode.holds() else _NONE
+
+
+def _covers(calls: Calls) -> bool:
+    """Whether these calls are covered already, and no others."""
+    if torch.compiler.is_dynamo_compiling():
+        found: bool | None = _torch.ask("covers", None, calls)
+        if found is not None:
+            return found
+    return _are_alike(_covered_now(), calls)
+
+
+def _are_alike(now: Calls, calls: Calls) -> bool:
+    return now is calls or (now is _NONE and calls.untouched is None)
+
+
+@_torch.question
+def covers(tracer: Any, calls: Any) -> bool | None:
+    """`_covers` of what is traced; None where that is not known."""
+    own, now = _torch.value_of(tracer, calls), _NONE
+    for mode in reversed(_torch.modes_of(tracer)):
+        if mode.python_type() is _Covering:
+            now = _torch.value_of(tracer, _torch.attribute_of(tracer, mode, "calls"))
+            break
+    return None if own is None or now is None else _are_alike(now, own)
 
 
 def covered_call(function: Callable[..., Any]) -> Call | None:
@@ -397,6 +451,27 @@ def _cover(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any)
         with _Covering(calls):
             return forward(*args, **kwargs)
     return calls.rest.run(args[0], _cover_within, calls, forward, *args, **kwargs)
+
+
+class _Alone:
+    """A context in which these calls are covered and no others, between compiled frames."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+
+    def __enter__(self) -> None:
+        self.outer = _torch.take_off(_Covering)
+        _torch.put_on(_Covering(self.calls))
+
+    def __exit__(self, *_: object) -> None:
+        _torch.take_off(_Covering)
+        if self.outer is not None:
+            _torch.put_on(self.outer)
+
+
+_torch.run_as_written(
+    _covers, _Alone.__init__, _Alone.__enter__, _Alone.__exit__, with_all_within=True
+)
 
 
 def _cover_within(calls: Calls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

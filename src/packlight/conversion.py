@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 from torch import nn
 
@@ -15,7 +15,7 @@ from packlight.remedies import remedy_of, what_is_left
 from packlight.report import MemoryDifference
 from packlight.report.left import Left
 from packlight.report.names import beginning, condensed, together
-from packlight.report.printing import new_table, render
+from packlight.report.printing import Broken, helping, new_table, render
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ class Conversion:
     def bytes(self, *inputs: Any, loss: Any = None, **kwargs: Any) -> MemoryDifference:
         """Bytes kept for the backward pass before and after, for a batch like this one.
 
-        Takes what the model takes, runs nothing and allocates nothing: see `packlight.predict`.
+        Takes what the model takes, or one mapping of keywords. Runs nothing and allocates
+        nothing: see `packlight.predict`.
 
         >>> import torch, packlight
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU())
@@ -81,7 +82,8 @@ class Conversion:
     def left(self, *inputs: Any, loss: Any = None, **kwargs: Any) -> Left:
         """What is still kept for a batch like this one, largest first, and what would help.
 
-        Takes what the model takes, runs nothing and allocates nothing: see `packlight.predict`.
+        Takes what the model takes, or one mapping of keywords. Runs nothing and allocates
+        nothing: see `packlight.predict`.
 
         >>> import torch, packlight
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LogSoftmax(-1))
@@ -133,37 +135,38 @@ class Conversion:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         total = len(self.replaced) + len(self.skipped)
-        yield Text(f"{self.model}: {len(self.replaced)} of {total} layers converted")
+        count = f"{len(self.replaced)} of {total} layers converted" if total else "it has no layers"
+        yield Text(f"{self.model}: {count}")
         first = [row.names[0] for row in self.replaced] + [row.names[0] for row in self.skipped]
         begin = _common(first)
         if begin:
             yield Text(f"names are those within {begin}")
         if self.replaced:
             table = new_table()
-            for column in ("converted", "to", "by", "names"):
+            for column in ("converted", "to, and where"):
                 table.add_column(column)
             for (kind, becomes, method), names in _grouped(
                 ((row.kind, row.becomes, brief(row.method)), row.names[0]) for row in self.replaced
             ):
-                count = f"{len(names)} x {kind}"
-                table.add_row(count, _short(becomes), Text(method), _names(names, begin))
+                to = Text(f"{_short(becomes)} by {method}")
+                table.add_row(f"{len(names)} x {kind}", Group(to, _names(names, begin)))
             yield table
         if self.skipped:
             table = new_table()
-            helps = any(remedy_of(row.reason) for row in self.skipped)
-            for column in ("left as it is", "why", *(["what would help"] * helps), "names"):
+            for column in ("left as it is", "why, and where"):
                 table.add_column(column)
             for (kind, reason), names in _grouped(
                 ((row.kind, row.reason), row.names[0]) for row in self.skipped
             ):
-                remedy = [Text(remedy_of(reason))] * helps
-                count = f"{len(names)} x {kind}"
-                table.add_row(count, Text(reason), *remedy, _names(names, begin))
+                why = [Text(reason), *helping(remedy_of(reason))]
+                table.add_row(f"{len(names)} x {kind}", Group(*why, _names(names, begin)))
             yield table
         if self.functional:
-            modules = f"{len(self.functional)} modules"
+            covered = len(self.functional)
+            modules = "1 module" if covered == 1 else f"{covered} modules"
             bits = "".join(
-                f"; {name} packs at {bits} bits" for name, bits in self.functional_bits.items()
+                f"; {' and '.join(names)} at {bits} bits"
+                for bits, names in _grouped((b, name) for name, b in self.functional_bits.items())
             )
             yield Text(f"calls of torch functions are covered in {modules}{bits}")
         if self.rest is not None:
@@ -188,10 +191,10 @@ def _grouped(pairs: Iterable[tuple[_K, str]]) -> Iterable[tuple[_K, list[str]]]:
     return groups.items()
 
 
-def _names(names: list[str], begin: str) -> Text:
-    """Wrapped and not cut: what differs may be at the end of a name."""
+def _names(names: list[str], begin: str) -> Broken:
+    """Not cut: what differs may be at the end of a name."""
     within = [name.removeprefix(begin).removeprefix(".") for name in names]
-    return Text(together(condensed(within)), overflow="fold")
+    return Broken(together(condensed(within)))
 
 
 def _common(names: list[str]) -> str:

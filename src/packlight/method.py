@@ -177,11 +177,13 @@ def find_rule(method: Method, kind: type[nn.Module]) -> Rule | None:
 
     A method inherits the rules of its base classes.
     """
-    for base in type(method).__mro__:
-        found = _rules.get((base, kind))
-        if found is not None:
-            return found
-    return next((rule for find in _finders if (rule := find(type(method), kind))), None)
+    found = registered_rule(type(method), kind)
+    return found or next((rule for find in _finders if (rule := find(type(method), kind))), None)
+
+
+def registered_rule(method: type[Method], kind: type[nn.Module]) -> Rule | None:
+    """The rule that `rule` registered for modules of exactly this type."""
+    return next((_rules[base, kind] for base in method.__mro__ if (base, kind) in _rules), None)
 
 
 # Looks for the rule of a module on which another package has put a forward of its own.
@@ -266,7 +268,8 @@ def rows(
     @rule(method, *layers)
     def swap(method: Method, module: nn.Module) -> Swap:
         check(method, module)
-        return Swap(layers[type(module)], settings(method))
+        kind = next(kind for kind in type(module).__mro__ if kind in layers)
+        return Swap(layers[kind], settings(method))
 
     call_rule(method, functions, settings)
 

@@ -8,9 +8,11 @@ masks, of which models keep none that is all ones.
 
 import copy
 import importlib
+import logging
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from packlight import _torch
 from packlight._swap import restore
-from packlight._torch.attributes import CALL_MODULE, plain_attributes, slots
-from packlight.errors import InputError
+from packlight._torch.attributes import CALL_MODULE, FAKES_LOGGER, plain_attributes, slots
+from packlight.batches import arguments_of
+from packlight.errors import InputError, PacklightError
+from packlight.parallel import Parallel, checked
 from packlight.profile import profile
 from packlight.profile.lines import is_internal, short_path
 from packlight.report import MemoryDifference, MemoryReport
@@ -34,9 +38,12 @@ def predict(
     *inputs: Any,
     loss: Callable[[Any], Tensor] | None = None,
     device: str | torch.device | None = None,
+    parallel: Parallel | None = None,
     **kwargs: Any,
 ) -> MemoryReport:
     """What `packlight.profile(model, *inputs, loss=loss, **kwargs)` would report, without a run.
+
+    The batch may also be one mapping of keywords, as a tokenizer or a collator makes it.
 
     Model and inputs may lie on any device, fake ones and "meta" among them, where a model of any
     size costs nothing: `with torch.device("meta"): model = Llama(config)`. `device` says where the
@@ -49,12 +56,18 @@ def predict(
     what the real ones return: within 3% for every module of `torch.nn` on a CPU, most to the byte.
     Exceptions are recurrent layers on a GPU, without the memory that cuDNN reserves.
 
+    `parallel` has degrees of parallelism: then the inputs are the batch of a data-parallel rank,
+    and the report is of the pass of one micro-batch on a rank, with parts of layers and of tokens
+    as `Parallel` says. Stages of a pipeline are for `packlight.plan` and `packlight fit`, which
+    count the micro-batches that are alive.
+
     Activations are taken for finite numbers: `isfinite`, `isnan` and such have an answer. Inputs of
     up to a million elements that are on the device keep their values, and so does what is computed
     of them and of constants alone: lengths, labels, masks.
 
-    Raises `InputError` for what is no module, for nested tensors, for a device that is not there
-    (autograd cannot do without it), and for a model whose forward pass depends on other values
+    Raises `InputError` for what is no module, for a degree that does not divide what it should, for
+    nested tensors, for a device that is not there (autograd cannot do without it), and for a model
+    whose forward pass depends on other values
     (`.item()`, `nonzero`): naming the operation and the line. Profile a run of that one.
 
     >>> import torch, packlight
@@ -63,7 +76,15 @@ def predict(
     >>> packlight.predict(model, torch.empty(2048, 4096, device="meta")).activation_bytes
     134217728
     """
-    (report,) = _predict(model, inputs, kwargs, loss, device, [lambda _: None])
+    changes: list[Callable[[nn.Module], None]] = [lambda _: None]
+    if parallel is None:
+        (report,) = _predict(model, inputs, kwargs, loss, device, changes)
+        return report
+    from packlight.planner.cutting import predicted_pass
+
+    with predicted_pass(model, (inputs, kwargs), checked(parallel)) as (part, cut):
+        given, named = part
+        (report,) = _predict(model, given, named, loss, device, [cut])
     return report
 
 
@@ -100,18 +121,54 @@ def _predict(
             f"model is a {type(model).__name__}, of which no copy without values can be made; pass"
             " an nn.Module, or profile a run of it"
         )
+    inputs, kwargs = arguments_of(model, *inputs, **kwargs)
     fakes = fake_tensors()
     mode = fakes.Fakes()
+    _check_device(device)
     fake, fake_inputs, fake_kwargs = copied(mode, device, model, inputs, kwargs)
     reports = []
     for change in changes:
         change(fake)
-        with fakes.FakeFunctionMode(), mode:
-            try:
-                reports.append(profile(fake, *fake_inputs, loss=loss, **fake_kwargs))
-            except fakes.NEEDS_VALUES as error:
-                raise InputError(needs_values(error)) from error
+        with imagining(inputs), fakes.FakeFunctionMode(), mode:
+            reports.append(profile(fake, *fake_inputs, loss=loss, **fake_kwargs))
     return reports
+
+
+@contextmanager
+def imagining(inputs: tuple[Any, ...] = ()) -> Iterator[None]:
+    """Within, someone's model runs without values: torch logs no failure, and errors say where."""
+    logger = logging.getLogger(FAKES_LOGGER)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except fake_tensors().NEEDS_VALUES as error:
+        raise InputError(needs_values(error)) from error
+    except PacklightError:
+        raise
+    except Exception as error:  # someone's model: anything can happen
+        module = failing_module(error)
+        error.add_note(
+            f"The forward pass{f' of {module}' if module else ''} failed where packlight ran it"
+            " without values, on this batch."
+        )
+        if len(inputs) == 1 and isinstance(inputs[0], tuple | list):
+            kind = type(inputs[0]).__name__
+            error.add_note(f"The {kind} was passed as one argument; *batch passes what is in it.")
+        raise
+    finally:
+        logger.setLevel(level)
+
+
+def _check_device(device: object) -> None:
+    try:
+        torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        if device is not None:
+            raise InputError(
+                f"device={device!r} is no device of torch's, such as 'cpu' or 'cuda'; a card that a"
+                " plan is for is named in packlight.plan(device=...)"
+            ) from error
 
 
 def fake_tensors() -> Any:

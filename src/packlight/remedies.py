@@ -27,6 +27,9 @@ _OF_REASONS = {
     "a softmax is small where its error is largest": (
         'attention by F.scaled_dot_product_attention: attn_implementation="sdpa"'
     ),
+    "attention that no kernel took keeps its probabilities": (
+        "a GPU, or a dropout of 0 in attention, which a CPU has no kernel for"
+    ),
     "a recomputation sees what the forward pass saw": (
         "Checkpoint() of packlight in place of the model's own checkpoints"
     ),

@@ -51,6 +51,8 @@ class Layer(NamedTuple):
 
 _KEEP_NOTHING = (
     *(nn.Identity, nn.Flatten, nn.Unflatten),
+    # The projection of `nn.MultiheadAttention`, whose own forward never runs.
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
     *(nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
 )
 

@@ -1,5 +1,6 @@
 """Attention that runs once more in the backward pass: how near, what is kept, dropout, refusals."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -423,3 +424,47 @@ def test_a_compiled_region_with_dropout_keeps(fresh_compiler):
     y = torch.compile(run, fullgraph=True)(*tensors)
     grads = torch.autograd.grad(y.square().sum(), tensors)
     assert all(x.isfinite().all() for x in grads)
+
+
+# ---- what stands in the place of torch's function ------------------------------------------------
+
+_attention = F.scaled_dot_product_attention
+
+
+def _in_its_place(query, key, value, **options):
+    """As a ring: it calls torch's own, and gives something else."""
+    return 2 * _attention(query, key, value, **options)
+
+
+class _Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(64, 192)
+
+    def forward(self, x):
+        q, k, v = self.project(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_stands_in_its_place_runs(compiled, monkeypatch, fresh_compiler):
+    plain = _Attending()
+    model = copy.deepcopy(plain)
+    packlight.convert(model, GroupQuant(8, rounding="nearest"))
+    x = torch.randn(2, 16, 64)
+    expected = plain(x)
+    expected.square().mean().backward()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", _in_its_place)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    y = run(x)
+    torch.testing.assert_close(y, 2 * expected)
+    (y / 2).square().mean().backward()
+    weight = model.project.weight
+    assert relative_error(weight.grad, plain.project.weight.grad) < 0.02
+
+
+def test_a_call_of_ours_leaves_it_to_what_stands_there(monkeypatch):
+    heads = torch.randn(3, 2, 2, 16, 32, requires_grad=True)
+    truth = _attention(*heads)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", _in_its_place)
+    torch.testing.assert_close(groupquant.scaled_dot_product_attention(*heads), 2 * truth)

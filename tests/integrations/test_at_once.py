@@ -15,6 +15,10 @@ from transformers.models.roberta.modeling_roberta import RobertaIntermediate, Ro
 
 import packlight
 from packlight import DoubleBackwardError, FewBit, GroupQuant, ModifiedWeightError
+from packlight.planner.devices import device_of
+from packlight.planner.menu import PACKED_4
+from packlight.planner.study import Study
+from packlight.planner.timeline import BACKWARD
 from tests.helpers import relative_error
 
 NEAREST = GroupQuant(bits=8, group_size=32, rounding="nearest")
@@ -191,3 +195,25 @@ def test_what_layers_refuse_is_refused(name):
     y = module(*given)
     y.add_(1.0)  # it may be written to
     y.sum().backward()
+
+
+def test_the_backward_pass_of_a_gated_mlp_has_two_products_at_once():
+    """The gradients of gate and up, a tensor like x, and gradients of three weights; no packs."""
+    rows, width, inner = 512, 64, 256
+    config = transformers.LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=128, use_cache=False,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    ids = torch.randint(0, 128, (1, rows))
+    study = Study(model.train(), (), {"input_ids": ids, "labels": ids}, device_of("H200"))
+    timeline = study.walked(PACKED_4, PACKED_4).timeline
+    [part] = [
+        segment
+        for segment in timeline.segments
+        if segment.phase == BACKWARD and segment.place.endswith("mlp")
+    ]
+    product, x, weight = (2 * n for n in (rows * inner, rows * width, width * inner))
+    packs = 2 * rows * inner * 9 // 16  # of gate and up, 4 bits and a half
+    working = part.peak - part.before
+    assert 2 * product < working <= 2 * product + x + 3 * weight - packs // 2 + 4096

@@ -1,8 +1,6 @@
 """Heads of transformers, whose losses are computed by chunks: against the plain models."""
 
 import copy
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -288,62 +286,3 @@ def test_a_trainer_trains_as_without(tmp_path, way):
     assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-3)
     assert callbacks[0].conversion.heads == ("lm_head",)
     assert trainer.model.lm_head.training is False
-
-
-# ---- several processes ---------------------------------------------------------------------------
-
-PROGRAM = """
-import copy, sys, torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-import packlight
-from packlight.head import LazyLogits
-from tests.integrations.models import batch, make, step, worst_error
-
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
-inputs = batch("llama")
-plain = make("llama")
-expected, true = step(plain, inputs)
-
-def converted():
-    model = make("llama")
-    packlight.convert(model, {}, head=True)
-    return model
-
-def check(output, found):
-    torch.testing.assert_close(output.loss, expected.loss)
-    assert worst_error(found, true) < 1e-5
-
-for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
-    model = DistributedDataParallel(converted(), **options)
-    for _ in range(2):
-        output, found = step(model, inputs)
-        assert type(output.logits) is LazyLogits
-        check(output, {name.removeprefix("module."): one for name, one in found.items()})
-    # Logits that went through the wrapper's own Function still have their gradient.
-    model.zero_grad()
-    model(input_ids=inputs["input_ids"]).logits.square().mean().backward()
-    found = {name: one.grad for name, one in model.module.named_parameters()}
-    plain.zero_grad()
-    plain(input_ids=inputs["input_ids"]).logits.square().mean().backward()
-    assert worst_error(found, {name: one.grad for name, one in plain.named_parameters()}) < 1e-5
-
-for alone in (False, True):
-    model = converted()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    if alone:
-        fully_shard(model.lm_head)
-    fully_shard(model)
-    for _ in range(2):
-        output, found = step(model, inputs)
-        check(output, {name: one.full_tensor() for name, one in found.items()})
-    assert (type(output.logits) is LazyLogits) != alone  # a head alone has its weight no longer
-dist.destroy_process_group()
-"""
-
-
-def test_wrapped_for_several_devices(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import packlight
 from packlight import Checkpoint, GroupQuant
@@ -52,6 +52,8 @@ def grads(model):
     for name, parameter in model.named_parameters():
         grad = parameter.grad
         name = name.replace("_checkpoint_wrapped_module.", "")
+        # Shards that are offloaded are gathered on the device of their mesh.
+        grad = grad.to(grad.device_mesh.device_type) if hasattr(grad, "device_mesh") else grad
         found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     return found
 
@@ -64,7 +66,9 @@ def near(found, expected, rtol, what):
 
 if __name__ == "__main__":
     rank, count, kind = join()
-    mesh = init_device_mesh(kind, (count,))
+    # Four ranks are two copies of two shards.
+    names = ("replicate", "shard")[-1 if count == 2 else -2 :]
+    mesh = init_device_mesh(kind, (2,) * len(names), mesh_dim_names=names)
     ids = torch.randint(0, 64, (2 * count, 32), generator=torch.Generator().manual_seed(1)).to(kind)
     half = ids[2 * rank : 2 * rank + 2]
 
@@ -101,6 +105,12 @@ if __name__ == "__main__":
         shard(model, mesh)
         step(model, half)
         near(grads(model), expected, 1e-3, ("checkpoints", name))
+
+        policy = CPUOffloadPolicy(pin_memory=kind == "cuda")
+        model = shard(converted(), mesh, offload_policy=policy)
+        assert all(p.device.type == "cpu" for p in model.parameters())
+        step(model, half)
+        near(grads(model), expected, 1e-3, ("offloaded", name))
 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         model = shard(converted(), mesh, mp_policy=policy)

@@ -1,46 +1,66 @@
-"""Programs that run as several processes of one group."""
+"""Programs that run as several processes of one group.
 
+A server that has imported torch and transformers once forks the processes of all programs: each
+would take seconds to import them.
+"""
+
+import multiprocessing
 import os
 import pathlib
-import subprocess
+import runpy
 import sys
 
 HERE = pathlib.Path(__file__).parent
+LIMIT = 300  # seconds
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload([
+    "packlight", "tests.integrations.models", "torch.distributed.fsdp",
+    "torch.distributed.pipelining", "torch.distributed.tensor.experimental",
+    "torch.distributed.tensor.parallel",
+])  # fmt: skip
 
 
 def run(program: str, count: int, folder: pathlib.Path, backend: str = "gloo") -> str:
     """What rank 0 of `program`, a file of this folder, prints. Raises if a rank fails."""
-    root = str(HERE.parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    places = {"MASTER_ADDR": "localhost", "STORE": str(folder / "store"), "BACKEND": backend}
     started = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / program)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                **places,
-                "PYTHONPATH": path,
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "WORLD_SIZE": str(count),
-            },
-        )
+        _server.Process(target=_run, args=(program, rank, count, folder, backend), daemon=True)
         for rank in range(count)
     ]
-    said = []
     try:
         for process in started:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-4000:]
-            said.append(output)
+            process.start()
+        for process in started:
+            process.join(LIMIT)
+        codes = [process.exitcode for process in started]
     finally:
         for process in started:
             process.kill()
-            process.communicate()
-    return said[0]
+            process.join()
+    # Where one fails, others lose their connection: the reason may be in any of them.
+    failed = [
+        f"rank {rank}, exit code {code}:\n{(folder / f'errors {rank}').read_text()[-3000:]}"
+        for rank, code in enumerate(codes)
+        if code != 0
+    ]
+    assert not failed, "\n".join(failed)
+    return (folder / "output 0").read_text()
+
+
+def _run(program: str, rank: int, count: int, folder: pathlib.Path, backend: str) -> None:
+    """One process of a program, as `python program` would be."""
+    for stream, name in ((1, "output"), (2, "errors")):
+        with (folder / f"{name} {rank}").open("w") as file:
+            os.dup2(file.fileno(), stream)
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(count), BACKEND=backend, STORE=str(folder / "store"),
+        MASTER_ADDR="localhost",
+    )  # fmt: skip
+    sys.argv = [str(HERE / program)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def join() -> tuple[int, int, str]:

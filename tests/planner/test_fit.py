@@ -77,6 +77,12 @@ def test_rows_add_up_and_larger_batches_do_not_fit() -> None:
         assert part in text
 
 
+def test_a_number_of_four_digits_is_a_card() -> None:
+    assert device_of("4090").name == "RTX 4090"
+    with pytest.raises(packlight.InputError, match="a device of 4711 bytes"):
+        device_of("4711")
+
+
 @pytest.fixture
 def net(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "fit_net.py").write_text(

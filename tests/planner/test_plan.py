@@ -1,6 +1,7 @@
 """Plans: within their budgets, the faster the larger, and what `convert` makes of them."""
 
 import pathlib
+from typing import Any
 
 import pytest
 import torch
@@ -163,3 +164,9 @@ def test_options_that_torch_refuses_to_run_again_are_left_out() -> None:
     plan = packlight.plan(model, torch.randn(4, 64, 64), memory="1GiB", device="H200")
     packlight.convert(model, plan, strict=False)
     model(torch.randn(4, 64, 64)).sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [{"optimizer": "adamw"}, {"loss": "mse"}])
+def test_what_is_called_must_be_callable(wrong: dict[str, Any]) -> None:
+    with pytest.raises(packlight.InputError, match=f"{next(iter(wrong))} is a str, which cannot"):
+        packlight.plan(torch.nn.Linear(8, 8), torch.randn(4, 8), memory=1.0, device="H100", **wrong)

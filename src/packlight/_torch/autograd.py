@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight._torch.capabilities import BACKWARD, HOOKS, NODES, RUNNING_NODE, STORAGES
+from packlight._torch.capabilities import (
+    BACKWARD,
+    FREEING,
+    HOOKS,
+    NEEDED,
+    NODES,
+    RUNNING_NODE,
+    STORAGES,
+)
+from packlight._torch.tracer import is_traced
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -40,6 +49,28 @@ def running_node_number() -> int | None:
     return number
 
 
+def needed_gradients(ctx: Any) -> Any:
+    """`ctx.needs_input_grad` of a Function, less what the backward pass that runs is not for.
+
+    torch says what the forward pass knew. A backward pass by `torch.autograd.grad`, as zero-bubble
+    schedules of a pipeline make one for the input of a stage and another for its weights, asks for
+    less, and what nobody asked for is computed and dropped.
+    """
+    known = ctx.needs_input_grad
+    if NEEDED.values is None or is_traced():
+        return known
+    (runs,) = NEEDED.values
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    return tuple([needs and _will_run(runs, next(nodes)) for needs in known])
+
+
+def _will_run(runs: Callable[[Any], bool], node: Any) -> bool:
+    try:
+        return runs(node)
+    except RuntimeError:  # torch's answer for a leaf whose gradient `grad` hands out
+        return True
+
+
 def at_end_of_backward(function: Callable[[], Any]) -> bool:
     """Calls the function when the backward pass that runs has ended, and whether it will.
 
@@ -52,6 +83,15 @@ def at_end_of_backward(function: Callable[[], Any]) -> bool:
         return False
     engine.queue_callback(function)
     return True
+
+
+def let_go_of_saved(ctx: Any) -> None:
+    """Has a node of the graph hold no more of what it saved, which its backward pass has read.
+
+    Nothing happens where the graph is retained, or no backward pass runs.
+    """
+    if FREEING.values is not None:
+        FREEING.values[0](ctx)
 
 
 def run_backward(loss: Tensor) -> None:

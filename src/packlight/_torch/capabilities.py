@@ -88,6 +88,18 @@ TRACING = Capability(
     "compiled backward passes fuse less",
     "torch._guards:_TLS",
 )
+FRAME_CALLBACK = Capability(
+    "knows that frames are compiled",
+    "code between two compiled regions runs as uncompiled code does",
+    "torch._C._dynamo.eval_frame:get_eval_frame_callback",
+)
+FRAMES = Capability(
+    "has torch.compile leave frames alone",
+    "where a graph breaks, it breaks once more for each converted module around",
+    "torch._C._dynamo.eval_frame:set_code_exec_strategy",
+    "torch._C._dynamo.eval_frame:_FrameExecStrategy",
+    "torch._C._dynamo.eval_frame:_FrameAction",
+)
 GRAPH_NODES = Capability(
     "puts calls into the graph of torch.compile",
     "the tracer follows every layer's backward pass, and compiling takes longer",
@@ -106,6 +118,12 @@ MODES = Capability(
     "torch._C:_get_function_stack_at",
     "torch._C:_pop_torch_function_stack",
     "torch._C:_push_on_torch_function_stack",
+)
+MODE_VARIABLE = Capability(
+    "answers for a function mode in traced code",
+    "torch.compile follows the code that covers calls, and compiling takes longer",
+    "torch._dynamo.variables.torch_function:TorchFunctionModeVariable",
+    "torch._dynamo.variables.torch_function:TorchFunctionModeVariable.call_torch_function",
 )
 DISPATCH = Capability(
     "sees who looks at operators",
@@ -128,6 +146,11 @@ TRANSFORMS = Capability(
     "converted models raise torch's error within them",
     "torch._C:_are_functorch_transforms_active",
     "torch.autograd.forward_ad:_current_level",
+)
+FREEING = Capability(
+    "frees what a graph node saved before its backward pass ends",
+    "packs of a gated feed-forward layer take memory until its gradients are made",
+    "torch._C:_FunctionBase.maybe_clear_saved_tensors",
 )
 BACKWARD = Capability(
     "knows that a backward pass runs",
@@ -157,6 +180,11 @@ RUNNING_NODE = Capability(
     "a planned backward pass is one line",
     "torch._C:_current_autograd_node",
     "torch.autograd.graph:Node._sequence_nr",
+)
+NEEDED = Capability(
+    "knows which gradients a backward pass is for",
+    "layers make gradients of input and weight in both passes of a backward pass that is split",
+    "torch._C:_will_engine_execute_node",
 )
 CURRENT_DEVICE = Capability(
     "reads the current CUDA device",
@@ -209,18 +237,23 @@ CAPABILITIES = (
     HOOKS,
     HOOK_STACK,
     SAVED,
+    FREEING,
     BACKWARD,
     STORAGES,
     TRACER,
     TRACING,
+    FRAME_CALLBACK,
+    FRAMES,
     GRAPH_NODES,
     MODES,
     MODE_STACK,
+    MODE_VARIABLE,
     DISPATCH,
     MODES_OFF,
     TRANSFORMS,
     NODES,
     RUNNING_NODE,
+    NEEDED,
     CURRENT_DEVICE,
     CURRENT_STREAM,
     FUSED_ATTENTION,

@@ -93,14 +93,34 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 @question
 def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
     """The results of a new node; None where it cannot be made."""
-    function = function.as_python_constant()
+    positional, named = args.unpack_var_sequence(tracer), variables_of(tracer, kwargs)
+    return make_node(tracer, function.as_python_constant(), positional, named)
+
+
+def make_node(
+    tracer: Any,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    constants: dict[str, Any] | None = None,
+) -> Any:
+    """The results of a new node that calls the function with variables and constants.
+
+    None where it cannot be made.
+    """
     followed = getattr(function, _FOLLOWED, False)
     if followed or GRAPH_NODES.values is None or tracer.output.export:
         return None
     wrap, unsupported, *_ = GRAPH_NODES.values
     tensors: list[Any] = []
+    constants = constants or {}
     try:
-        given = [_argument(tracer, value, tensors) for value in (args, kwargs)]
+        given = (
+            _of_parts(tracer, tuple, args, tensors),
+            _of_parts(
+                tracer, functools.partial(_dictionary, [*kwargs]), [*kwargs.values()], tensors
+            ),
+        )
     except (_NotKnownError, NotImplementedError, unsupported):
         return None
     scopes, facts = _scopes(tracer), graph_facts(tracer, _PLACES)
@@ -113,7 +133,7 @@ def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
         seeds = (operands[-1], first // SEEDS_AT_ONCE) if len(operands) > count else None
         with running_a_node(scopes, places, seeds):
             positional, named = (_filled(argument, operands) for argument in given)
-            return function(*positional, **named)
+            return function(*positional, **named, **constants)
 
     name = function.__qualname__.rpartition(".")[2].strip("_")
     call.__name__ = call.__qualname__ = f"apply_{name}"
@@ -287,15 +307,15 @@ def _argument(tracer: Any, value: Any, tensors: list[Any]) -> Any:
         make = getattr(kind, "_make", kind)
         return _of_parts(tracer, make, value.unpack_var_sequence(tracer), tensors)
     if kind is dict:
-        names = [key.as_python_constant() for key in value.unpack_var_sequence(tracer)]
-        items = [value.getitem_const(tracer, _constant(tracer, name)) for name in names]
-        return _of_parts(tracer, functools.partial(_dictionary, names), items, tensors)
+        found = variables_of(tracer, value)
+        make = functools.partial(_dictionary, [*found])
+        return _of_parts(tracer, make, [*found.values()], tensors)
     if issubclass(kind, nn.Module):
         return _module(tracer, value, tensors)
     if dataclasses.is_dataclass(kind):
         names = [field.name for field in dataclasses.fields(kind)]
         if value.source is None:
-            fields = [_attribute(tracer, value, name) for name in names]
+            fields = [attribute_of(tracer, value, name) for name in names]
             return _of_parts(tracer, functools.partial(_object, kind, names), fields, tensors)
         parameters: Any = vars(kind).get("__dataclass_params__")
         if parameters is not None and parameters.frozen:
@@ -320,7 +340,13 @@ def _constant(tracer: Any, value: Any) -> Any:
     return VariableTracker.build(tracer, value)
 
 
-def _attribute(tracer: Any, value: Any, name: str) -> Any:
+def variables_of(tracer: Any, dictionary: Any) -> dict[str, Any]:
+    """The variables of a dictionary's values, by its keys."""
+    keys = dictionary.unpack_var_sequence(tracer)
+    return {key.as_python_constant(): dictionary.getitem_const(tracer, key) for key in keys}
+
+
+def attribute_of(tracer: Any, value: Any, name: str) -> Any:
     """The variable of an attribute, guarded."""
     get = getattr(value, "var_getattr", None)
     if get is not None:
@@ -356,7 +382,7 @@ def _module(tracer: Any, value: Any, tensors: list[Any]) -> _Made:
     read = _names_read(kind)
     groups = (vars(module), module._parameters, module._buffers)
     names = [[name for name in group if name in read] for group in groups]
-    parts = [_attribute(tracer, value, name) for group in names for name in group]
+    parts = [attribute_of(tracer, value, name) for group in names for name in group]
     make = functools.partial(_stand_in, kind, names)
     return _of_parts(tracer, make, parts, tensors)
 

@@ -9,13 +9,15 @@ import itertools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from packlight._torch.capabilities import TRACER, TRACING
+from packlight._torch.capabilities import FRAME_CALLBACK, FRAMES, MODE_VARIABLE, TRACER, TRACING
 from packlight._torch.code import code_of
+from packlight._torch.modes import without_mode
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _P = ParamSpec("_P")
@@ -45,10 +47,11 @@ def ask(question: str, default: Any, *values: Any) -> Any:
     """
     answer = default
     if can_ask():
-        from torch._dynamo.comptime import comptime  # an import of a second, so only here
-
-        comptime(_answer)
+        _comptime(_answer)
     return answer
+
+
+_comptime: Any = None  # torch's, once something is traced: its import takes a second
 
 
 @question
@@ -59,6 +62,9 @@ def is_exported(tracer: Any) -> bool:
 @constant_while_traced
 def can_ask() -> bool:
     """Whether questions to the tracer are answered."""
+    global _comptime
+    if TRACER.values is not None:
+        _comptime = TRACER.values[0]
     return bool(TRACER)
 
 
@@ -172,14 +178,7 @@ def is_traced() -> bool:
 
 def is_traced_or_between() -> bool:
     """Whether a region is traced, or runs between two graphs where tracing gave up."""
-    if torch.compiler.is_compiling():
-        return True
-    if "torch._dynamo" not in sys.modules:
-        return False
-    frames = getattr(torch._C._dynamo, "eval_frame", None)
-    get = getattr(frames, "get_eval_frame_callback", None)
-    callback = None if get is None else get()
-    return callback is not None and callback is not False
+    return torch.compiler.is_compiling() or compiles_frames()
 
 
 def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -204,13 +203,87 @@ def always_untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
-def run_as_written(function: Callable[..., Any]) -> None:
-    """Has `torch.compile` leave the frames of the function alone, but not what it calls.
+# What is asked for a call in traced code that goes to a function mode: given the tracer, variables
+# of the function and of its arguments, it gives the variable of the results.
+Handle = Callable[[Any, Any, Sequence[Any], dict[str, Any]], Any]
 
-    Where tracing gives up, frames that run in between are compiled one by one; without `skip_code`
-    that takes time, and changes nothing else.
+
+def handle_here(tracer: Any, handle: Handle) -> None:
+    """Has the tracer ask `handle` about calls that go to the mode whose handler it follows.
+
+    It follows the handler where the answer is None. The handler is a hundred instructions a call.
     """
-    if "torch._dynamo" in sys.modules:
-        skip_code = getattr(sys.modules.get("torch._dynamo.decorators"), "skip_code", None)
-        if skip_code is not None:
-            skip_code(code_of(function))
+    if MODE_VARIABLE.values is None:
+        return
+    mode = tracer.symbolic_torch_function_state.cur_mode.realize()
+    if type(mode) is MODE_VARIABLE.values[0]:
+        mode.__class__ = _handled_by(handle)
+
+
+@functools.cache
+def _handled_by(handle: Handle) -> type:
+    assert MODE_VARIABLE.values is not None
+    kind: Any = MODE_VARIABLE.values[0]
+
+    def call_torch_function(
+        self: Any, tx: Any, fn: Any, types: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        args = list(args)
+        results = handle(tx, fn, args, kwargs)
+        if results is None:
+            return kind.call_torch_function(self, tx, fn, types, args, kwargs)
+        return results
+
+    return type(kind.__name__, (kind,), {"call_torch_function": call_torch_function})
+
+
+def modes_of(tracer: Any) -> list[Any]:
+    """The variables of the function modes that are on in traced code, the innermost last."""
+    return [mode.realize() for mode in tracer.symbolic_torch_function_state.mode_stack]
+
+
+def run_as_written(*functions: Callable[..., Any], with_all_within: bool = False) -> None:
+    """Has `torch.compile` leave frames of the functions alone, where they would be compiled apart.
+
+    What they call is compiled still, but `with_all_within`. Frames that are traced as part of a
+    region around them are traced as ever. Without the capability they are compiled.
+    """
+    if FRAMES.values is None:
+        return
+    give, strategy, action = FRAMES.values
+    within = action.SKIP if with_all_within else action.DEFAULT
+    for function in functions:
+        give(code_of(function), strategy(action.SKIP, within))
+
+
+def compiles_frames() -> bool:
+    """Whether `torch.compile` looks at each frame that begins, which is none of a region's."""
+    callback = None if _frame_callback is None else _frame_callback()
+    return callback is not None and callback is not False
+
+
+_frame_callback: Callable[[], Any] | None = (FRAME_CALLBACK.values or (None,))[0]
+run_as_written(compiles_frames)
+
+
+def run_graph_without(tracer: Any, kind: type[TorchFunctionMode]) -> None:
+    """Has the graph that is traced run with the function mode off that is on while it is traced.
+
+    What the mode does to the calls in it is part of the graph.
+    """
+    output = tracer.output
+    compiler = output.compiler_fn
+    if hasattr(compiler, _RUNS_WITHOUT) or all(
+        type(mode) is not kind for mode in output.torch_function_mode_stack
+    ):
+        return
+
+    @functools.wraps(compiler)
+    def compile_graph(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return functools.partial(without_mode, kind, compiler(*args, **kwargs))
+
+    setattr(compile_graph, _RUNS_WITHOUT, True)
+    output.compiler_fn = compile_graph
+
+
+_RUNS_WITHOUT = "_packlight_runs_without"

@@ -7,6 +7,7 @@ runs. Only the latter imports what it runs on, so that `packlight --help` waits 
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,8 +80,6 @@ def _add_fit(subcommands: Any) -> None:
     parser.add_argument(
         "--gpu", metavar="GPU", help="24GiB, or a card's name, H100 (default: the GPU that is here)"
     )
-    parser.add_argument("--batch", type=_positive, metavar="N", help="sequences or images a step")
-    parser.add_argument("--sequence", type=_positive, metavar="N", help="tokens a sequence")
     parser.add_argument(
         "--optimizer",
         choices=_OPTIMIZERS,
@@ -106,6 +105,7 @@ def _add_fit(subcommands: Any) -> None:
         "--quick", action="store_true", help="no search for the largest batch and sequence"
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="write the plan to this TOML")
+    _add_degrees(parser)
     _add_configuration(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -114,11 +114,40 @@ def _add_fit(subcommands: Any) -> None:
     parser.set_defaults(run=_fit)
 
 
+def _add_degrees(parser: argparse.ArgumentParser) -> None:
+    """Those of `packlight.Parallel`."""
+    group = parser.add_argument_group("parallel runs, of which a rank is foretold")
+    for name, text in {
+        "replicate": "data-parallel ranks that have all weights (DDP, HSDP)",
+        "shard": "data-parallel ranks that have shards (FSDP2)",
+        "tensor": "ranks among which Linears are cut",
+        "context": "ranks among which a sequence is cut",
+        "pipeline": "stages of blocks",
+        "microbatches": "parts of the batch (default: a row each in a pipeline)",
+        "expert": "ranks among which experts are spread",
+    }.items():
+        group.add_argument(f"--{name}", type=_positive, metavar="N", help=text)
+    group.add_argument(
+        "--no-sequence", action="store_true", help="tensor parallel without cut tokens"
+    )
+    group.add_argument(
+        "--no-loss-parallel", action="store_true", help="tensor parallel gathers logits"
+    )
+    group.add_argument(
+        "--no-reshard", action="store_true", help="weights stay gathered after the forward pass"
+    )
+    group.add_argument(
+        "--imbalance", type=float, default=1.0, metavar="F", help="of tokens among experts"
+    )
+    group.add_argument(
+        "--shard-dtype", metavar="TYPE", help="of shards, gradients and optimiser: fp32"
+    )
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not a positive whole number")
+    return int(text[:20])
 
 
 def _fit(arguments: argparse.Namespace) -> None:
@@ -182,8 +211,10 @@ def _add_convert(subcommands: Any) -> None:
         ),
     )
     _add_model(parser)
-    result = parser.add_mutually_exclusive_group(required=True)
-    result.add_argument("--dry-run", action="store_true", help="print only, write no methods")
+    result = parser.add_mutually_exclusive_group()
+    result.add_argument(
+        "--dry-run", action="store_true", help="print only, write no methods, as without --out"
+    )
     result.add_argument("--out", type=Path, metavar="FILE", help="write the methods to this TOML")
     parser.set_defaults(run=_convert)
 
@@ -207,6 +238,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page to look at in a browser"
     )
+    parser.add_argument(
+        "--gpu",
+        metavar="GPU",
+        help="24GiB, or a card's name, whose memory the page draws beside that of a step (default:"
+        " the GPU that is here)",
+    )
 
 
 def _add_model_and_input(parser: argparse.ArgumentParser) -> None:
@@ -225,6 +262,10 @@ def _add_model_and_input(parser: argparse.ArgumentParser) -> None:
         metavar="SIZES",
         help="batch=8,sequence=1024 or batch=8,image=384 for transformers (default: batch 1, "
         "sequence 512); for MODULE:NAME without inputs, their shapes: 8x3x224x224 or 8x128:int64",
+    )
+    parser.add_argument("--batch", type=_positive, metavar="N", help="short for --input batch=N")
+    parser.add_argument(
+        "--sequence", type=_positive, metavar="N", help="short for --input sequence=N"
     )
     parser.add_argument(
         "--task",

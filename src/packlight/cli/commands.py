@@ -5,15 +5,15 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from packlight._torch.attributes import FAKES_LOGGER
 from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs, parse_value
 from packlight.conversion import Conversion
 from packlight.conversion import brief as brief_method
@@ -27,9 +27,15 @@ from packlight.method_files import (
     save_methods,
     shortened,
 )
+from packlight.planner import devices
+from packlight.planner.devices import Device
+from packlight.planner.fit import usable
+from packlight.planner.optimizers import optimizer_of
+from packlight.planner.page import steps
+from packlight.planner.timeline import Timeline
+from packlight.planner.walk import Walker
 from packlight.predict import failing_module, predict
-from packlight.report import MemoryReport, check_depth, human_bytes
-from packlight.report.words import times_less
+from packlight.report import MemoryReport, check_depth
 from packlight.saving.rest import Given
 from packlight.selectors import EVERYTHING, Choice, Selector
 
@@ -46,16 +52,16 @@ class Answer:
     before: MemoryReport | None = None
     after: MemoryReport | None = None
     conversion: Conversion | None = None
+    steps: dict[str, Timeline] = field(default_factory=dict)
 
     def heading(self) -> str:
         loaded = self.loaded
         task = f" for {loaded.task}" if loaded.task else ""
         dtypes = " and ".join(loaded.dtypes) or "no dtype"
-        inputs = ", ".join(f"{name} {text}" for name, text in loaded.inputs().items())
         lines = [
             f"{loaded.text}: {type(loaded.model).__name__}{task}, "
             f"{_count(loaded.parameters)} parameters in {dtypes}",
-            f"predicted for one batch ({inputs or 'no tensors'}) as on {self.device}",
+            f"predicted for one batch ({loaded.inputs_text or 'no tensors'}) as on {self.device}",
         ]
         if self.device.type == "cpu" and loaded.has_dropout:
             # A mask of a byte an element there, a scaled copy here; and attention with dropout,
@@ -67,11 +73,10 @@ class Answer:
         """What a page says was predicted."""
         loaded = self.loaded
         of = f"{type(loaded.model).__name__} {loaded.task or ''}".rstrip()
-        inputs = ", ".join(f"{name} {text}" for name, text in loaded.inputs().items())
         facts = {
             "model": f"{loaded.text} ({of})",
             "parameters": f"{_count(loaded.parameters)} in {' and '.join(loaded.dtypes)}",
-            "batch": inputs or "no tensors",
+            "batch": loaded.inputs_text or "no tensors",
         }
         if self.conversion is not None:
             methods = dict.fromkeys(brief_method(row.method) for row in self.conversion.replaced)
@@ -106,10 +111,12 @@ def profile(arguments: argparse.Namespace) -> None:
     chosen = chosen_methods(arguments.method, arguments.methods)
     answer = _loaded(arguments)
     answer.before = _predicted(answer, arguments)
+    _walk(answer, arguments)
     if chosen or arguments.head:
         answer.conversion = _converted(answer, chosen, arguments)
         answer.after = _predicted(answer, arguments)
-    _write_html(answer, arguments.html)
+        _walk(answer, arguments)
+    _write_html(answer, arguments)
     if arguments.json:
         _print_json(answer)
         return
@@ -132,12 +139,14 @@ def convert_model(arguments: argparse.Namespace) -> None:
     unknown = None
     try:
         answer.before = _predicted(answer, arguments)
+        _walk(answer, arguments)
     except PacklightError as error:
         unknown = str(error)
     answer.conversion = _converted(answer, chosen, arguments)
     if answer.before is not None:
         answer.after = _predicted(answer, arguments)
-        _write_html(answer, arguments.html)
+        _walk(answer, arguments)
+        _write_html(answer, arguments)
     elif arguments.html is not None:
         raise InputError(str(unknown))
     if arguments.out is not None:
@@ -153,10 +162,8 @@ def convert_model(arguments: argparse.Namespace) -> None:
 def _print_conversion(answer: Answer, arguments: argparse.Namespace) -> None:
     print(answer.heading())
     print(answer.conversion)
-    if answer.before is not None and answer.after is not None:
-        print(f"kept for the backward pass: {_change(answer.before, answer.after)}")
-        if answer.conversion is not None:
-            print(answer.conversion.left_of(answer.before - answer.after))
+    if answer.conversion and answer.before and answer.after:
+        print(answer.conversion.left_of(answer.before - answer.after))
     if arguments.html is not None:
         print(f"{arguments.html} written")
     if arguments.out is not None:
@@ -214,14 +221,20 @@ def _chosen(text: str) -> tuple[str, Choice]:
 
 def _loaded(arguments: argparse.Namespace) -> Answer:
     device = device_of(arguments.device)
-    loaded = load_model(
+    return Answer(loaded_model(arguments), device)
+
+
+def loaded_model(arguments: argparse.Namespace) -> LoadedModel:
+    """The model of a command line, without values, with its inputs."""
+    named = {"batch": arguments.batch, "sequence": arguments.sequence}
+    sizes = [f"{name}={value}" for name, value in named.items() if value is not None]
+    return load_model(
         arguments.model,
-        parse_inputs(arguments.input),
+        parse_inputs([*arguments.input, *sizes]),
         task=arguments.task,
         config=parsed_config(arguments.config),
         dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
     )
-    return Answer(loaded, device)
 
 
 def parsed_config(texts: Iterable[str]) -> dict[str, Any]:
@@ -295,23 +308,52 @@ def device_of(text: str | None) -> torch.device:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what fake tensors and transformers log on the way; errors are reported by us."""
-    levels = {FAKES_LOGGER: logging.CRITICAL, "transformers": logging.ERROR}
-    before = {name: logging.getLogger(name).level for name in levels}
-    try:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+    """Without what other packages log and warn of on the way; errors are reported by us."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    with warnings.catch_warnings():
+        # Of packages to each other: what PEFT asks transformers for has another name by now.
+        warnings.simplefilter("ignore", FutureWarning)
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
-def _write_html(answer: Answer, path: Path | None) -> None:
-    if path is None or answer.before is None:
+# ---- the page ------------------------------------------------------------------------------------
+
+_IMAGINED = "H200"  # the device of steps where no other is named or there
+
+
+def _card(arguments: argparse.Namespace) -> tuple[Device, bool]:
+    """The device of steps, and whether it is someone's, with a budget."""
+    known = arguments.gpu is not None or torch.cuda.is_available()
+    return devices.device_of(arguments.gpu if known else _IMAGINED), known
+
+
+def _walk(answer: Answer, arguments: argparse.Namespace) -> None:
+    """A step with what is there of the conversion, for the page."""
+    if arguments.html is None:
         return
+    loaded, (card, _) = answer.loaded, _card(arguments)
+    name = "as PyTorch trains it" if answer.conversion is None else "converted"
+    adamw = optimizer_of("adamw")
+    walker = Walker(loaded.model, loaded.arguments, loaded.keywords, None, adamw)
+    with quiet(), autocast_of(arguments, torch.device("cpu")):
+        answer.steps[name] = walker.walk(card).timeline
+
+
+def _write_html(answer: Answer, arguments: argparse.Namespace) -> None:
+    if arguments.html is None or answer.before is None:
+        return
+    card, known = _card(arguments)
+    of = f"Foretold of a step with fused AdamW on {card.name}; packlight fit has other choices."
+    if not known:
+        of += " --gpu draws the memory of a card of yours as a line."
+    further = steps(answer.steps, usable(card.memory) if known else None, of)
     shown = answer.before if answer.after is None else answer.before - answer.after
-    shown.to_html(path, answer.about())
+    shown.to_html(arguments.html, answer.about(), further=further)
 
 
 # ---- words ---------------------------------------------------------------------------------------
@@ -324,11 +366,6 @@ def _print_json(answer: Answer) -> None:
 def _report_data(report: MemoryReport | None) -> dict[str, Any] | None:
     """What `MemoryReport.from_json` reads."""
     return None if report is None else json.loads(report.to_json())
-
-
-def _change(before: MemoryReport, after: MemoryReport) -> str:
-    sizes = before.activation_bytes, after.activation_bytes
-    return f"{human_bytes(sizes[0])} before, {human_bytes(sizes[1])} after{times_less(*sizes)}"
 
 
 def _count(number: int) -> str:

@@ -26,7 +26,8 @@ from packlight.errors import InputError
 # Of the norm of a gradient: codes may fall to the other side of an edge where a kernel and the
 # reference round differently, and the reference computes in the dtype of its tensors.
 _SAME = 0.02
-_ROUNDS = 30  # of launches, whose median counts
+_ROUNDS = 30  # of launches, whose median counts,
+_SECONDS = 0.3  # or as many as end in this time, on a machine that is slow or busy
 
 Function = Callable[..., Any]
 
@@ -285,8 +286,8 @@ def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 def _launch_us(function: Function, tensors: list[Tensor], device: torch.device) -> float:
     """Median microseconds of the host for a forward and a backward pass."""
-    times = []
-    for _ in range(_ROUNDS + 3):
+    times: list[float] = []
+    while len(times) < _ROUNDS + 3 and sum(times) < _SECONDS:
         _synchronize(device)
         start = time.perf_counter()
         results = function(*tensors)
@@ -295,7 +296,8 @@ def _launch_us(function: Function, tensors: list[Tensor], device: torch.device) 
         times.append(time.perf_counter() - start)
         for tensor in tensors:
             tensor.grad = None
-    return sorted(times[3:])[_ROUNDS // 2] * 1e6
+    late = times[3:] or times[-1:]  # the first ones warm up
+    return sorted(late)[len(late) // 2] * 1e6
 
 
 def _synchronize(device: torch.device) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from packlight.cli.commands import autocast_of, parsed_config, quiet
-from packlight.cli.models import DTYPES, LoadedModel, brief, load_model, parse_inputs
+from packlight.cli.commands import autocast_of, loaded_model, quiet
+from packlight.cli.models import DTYPES, LoadedModel, brief
 from packlight.cli.models.transformers import positions
 from packlight.errors import InputError, PacklightError
+from packlight.parallel import Parallel
 from packlight.planner import devices
 from packlight.planner.adapted import in_4_bits, lora_settings, with_lora
 from packlight.planner.fit import Fit, fit
@@ -32,23 +33,13 @@ def run_fit(arguments: argparse.Namespace) -> None:
 
 
 def _loaded(arguments: argparse.Namespace) -> LoadedModel:
-    sizes = [
-        f"{name}={value}"
-        for name in ("batch", "sequence")
-        if (value := getattr(arguments, name)) is not None
-    ]
-    loaded = load_model(
-        arguments.model,
-        parse_inputs([*arguments.input, *sizes]),
-        task=arguments.task,
-        config=parsed_config(arguments.config),
-        dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
-    )
+    loaded = loaded_model(arguments)
     if arguments.load_in_4bit:
         in_4_bits(loaded.model)
     if arguments.lora is None:
         return loaded
-    adapted = with_lora(loaded.model, lora_settings(_settings(arguments.lora)))
+    with quiet():
+        adapted = with_lora(loaded.model, lora_settings(_settings(arguments.lora)))
     return LoadedModel(
         loaded.text, adapted, loaded.arguments, loaded.keywords, loaded.task, loaded.batch
     )
@@ -79,6 +70,7 @@ def _foretold(arguments: argparse.Namespace, loaded: LoadedModel, device: device
                 sizes=not arguments.quick,
                 longest=positions(loaded.model)[1],
                 plan_file=str(arguments.plan or "plan.toml"),
+                parallel=_parallel(arguments),
             )
     except PacklightError:
         raise
@@ -86,11 +78,28 @@ def _foretold(arguments: argparse.Namespace, loaded: LoadedModel, device: device
         raise InputError(f"a step of {loaded.text} cannot be foretold: {brief(error)}") from error
 
 
+def _parallel(arguments: argparse.Namespace) -> Parallel:
+    given = {name: getattr(arguments, name) for name in _DEGREES}
+    dtype = arguments.shard_dtype
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--shard-dtype {dtype} is none of {', '.join(DTYPES)}")
+    return Parallel(
+        **{name: value for name, value in given.items() if value is not None},
+        sequence=not arguments.no_sequence,
+        loss=not arguments.no_loss_parallel,
+        reshard=not arguments.no_reshard,
+        imbalance=arguments.imbalance,
+        shard_dtype=None if dtype is None else DTYPES[dtype],
+    )
+
+
+_DEGREES = ("replicate", "shard", "tensor", "context", "pipeline", "microbatches", "expert")
+
+
 def _title(arguments: argparse.Namespace, loaded: LoadedModel) -> str:
     # Two of 4 bits lie in a byte.
     count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in loaded.model.parameters())
     trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    inputs = ", ".join(f"{name} {text}" for name, text in loaded.inputs().items())
     extras = [
         "weights of 4 bits" if arguments.load_in_4bit else "",
         f"LoRA {arguments.lora}" if arguments.lora is not None else "",
@@ -99,7 +108,7 @@ def _title(arguments: argparse.Namespace, loaded: LoadedModel) -> str:
     ]
     return (
         f"{loaded.text}: {type(loaded.model).__name__}, {count:,} parameters in"
-        f" {' and '.join(loaded.dtypes)}, {trained:,} of them trained; {inputs};"
+        f" {' and '.join(loaded.dtypes)}, {trained:,} of them trained; {loaded.inputs_text};"
         f" {', '.join(filter(None, extras))}"
     )
 

@@ -17,6 +17,7 @@ from scipy.special import ndtr
 from torch import Tensor, nn
 
 from packlight import _swap, graphs, integrations
+from packlight.batches import call
 from packlight.errors import InputError
 from packlight.fewbit.codebook import Codebook, check_bits, fit_codebook
 from packlight.fewbit.codebook.curves import Array, by_autograd
@@ -150,7 +151,7 @@ def calibrate(
             f"{type(model).__name__} has no activation layer with a codebook; of calls of functions"
             " in its own code FewBit(bits, weight=samples) takes the weight of all"
         )
-    counts = _counted(model, layers, batches, run or functools.partial(_call, model))
+    counts = _counted(model, layers, batches, run or functools.partial(call, model))
     found = [(layer, counts[layer.module]) for layer in layers if layer.module in counts]
     if not found:
         raise InputError("no batch reached an activation layer; give at least one batch")
@@ -171,12 +172,6 @@ def _is_coded(layer: Layer) -> bool:
 # ---- what layers read ----------------------------------------------------------------------------
 
 _PATTERNS = 2**16  # of a bfloat16
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def _counted(

@@ -84,8 +84,9 @@ def gradient_error(
             cut in two for the noise, the others stay whole.
         methods: each of what `packlight.convert` takes: several are compared. None: how the model
             is converted now, or `DEFAULT_METHODS`.
-        loss: called with the model and the batch, gives a scalar, a mean over rows. None: the
-            model's output, if that is a scalar, or the output's `loss`, or its first part.
+        loss: called with the model and the batch, or, if it takes one argument, with the model's
+            output, gives a scalar, a mean over rows. None: the model's output, if that is a scalar,
+            or the output's `loss`, or its first part.
         draws: passes under each method, with other random numbers for the rounding.
         strict: as for `packlight.convert`.
         functional: as for `packlight.convert`.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight import graphs
+from packlight.batches import call, takes
 from packlight.errors import InputError
 from packlight.predict import copied_model, restore_all
 from packlight.profile.recording import watchable
@@ -16,7 +17,7 @@ from packlight.profile.restoring import left_as_found
 from packlight.profile.scene import scene_of
 from packlight.selectors import Layer
 
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[..., Tensor]
 
 
 class Key(NamedTuple):
@@ -121,7 +122,12 @@ class Run:
 
 
 def _loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
-    value = _output(model, batch) if loss is None else loss(model, batch)
+    if loss is None:
+        value = _output(model, batch)
+    elif takes(loss, model, batch):
+        value = loss(model, batch)
+    else:
+        value = loss(call(model, batch))
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
         raise InputError(
@@ -137,12 +143,8 @@ def _loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
 
 def _output(model: nn.Module, batch: Any) -> Any:
     """The loss that the model itself, or the batch, returns; any other output as it is."""
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    elif isinstance(batch, tuple | list):
-        output = model(*batch)
-    else:
-        output = batch(model) if callable(batch) and not isinstance(batch, Tensor) else model(batch)
+    is_loss = callable(batch) and not isinstance(batch, Tensor | Mapping)
+    output = batch(model) if is_loss else call(model, batch)
     if isinstance(output, Mapping):
         return output.get("loss", output)
     if isinstance(output, tuple | list) and output:

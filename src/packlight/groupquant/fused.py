@@ -78,6 +78,13 @@ def _gated_backward(
     return dgate, dup
 
 
+def _gated_backward_over(
+    grad_output: Tensor, kept: Kept, name: str, _: tuple[int, ...], method: GroupQuant
+) -> tuple[Tensor, Tensor]:
+    dup: Tensor = ops.gated_backward_(grad_output, *kept, name, method.groups)
+    return grad_output, dup
+
+
 def _gated_rebuild(
     shape: tuple[int, ...], stride: tuple[int, ...], name: str, method: GroupQuant
 ) -> GatedCodes:
@@ -248,6 +255,7 @@ GroupQuant.fused = {
     "activation_": Fused(_activation_over, _activation_backward_over, _activation_rebuild),
     "batch_norm": Fused(_batch_norm, _batch_norm_backward, rebuild_batch),
     "gated": Fused(_gated, _gated_backward, _gated_rebuild),
+    "gated_": Fused(_gated, _gated_backward_over, _gated_rebuild),
     "group_norm": Fused(_group_norm, _group_norm_backward, rebuild_group),
     "norm": Fused(_norm, _norm_backward, _norm_rebuild),
     "post_norm": Fused(_post_norm, _post_norm_backward, _norm_rebuild),

@@ -255,6 +255,25 @@ def gated_backward(
     return dgate, dup
 
 
+def gated_backward_(
+    grad_output: Tensor,
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    groups: Groups,
+) -> Tensor:
+    dup = torch.empty_like(grad_output)
+    packs = (gate_codes, gate_scales, up_codes, up_scales)
+    if n := dup.numel():
+        grouping, *_ = sized(1, n, *groups)
+        launch = _gated_backward_launch(grouping, dup.dtype, name, False, True)
+        # A program has read its part of the gradient before it writes there.
+        launch(grad_output, *packs, grad_output, dup)
+    return dup
+
+
 def gated_product(
     gate_codes: Tensor,
     gate_scales: Tensor,

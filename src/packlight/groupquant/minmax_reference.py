@@ -104,6 +104,29 @@ def _offset(seed: Tensor, step: Tensor, bits: int) -> Tensor:
     return torch.where(step.abs() < COARSE, u, 0.5)
 
 
+def line(words: Tensor, bits: int, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What codes of groups by offset stand for: halves of code 0's value and of a step, float32.
+
+    The third is what code 0 stands for: of groups from zero 0, but NaN in a group with one. All
+    have the shape of the words.
+    """
+    low = (words & -65536).view(torch.float32)
+    step = (words << 16).view(torch.float32).abs()
+    half_step = step * 0.5  # the product of whole ones may overflow
+    u = _offset(seed, step, bits)
+    middle = torch.where(step < COARSE, 0.5 - 2.0 ** -(fraction_bits(bits) + 1), 0.5)
+    from_zero = low == 0
+    first = low * 0.5 + half_step * (middle - u - from_zero.float())
+    nothing = half_step * 0.0
+    return first, half_step, torch.where(from_zero, nothing, (first + nothing) * 2.0)
+
+
+def on_line(numbers: Tensor, first: Tensor, half_step: Tensor, lowest: Tensor) -> Tensor:
+    """The float32 values of codes [groups, group_size], of what `line` gives as [groups, 1]."""
+    values = (first + half_step * numbers.float()) * 2.0
+    return torch.where(numbers == 0, lowest, values)
+
+
 def decode(
     numbers: Tensor, words: Tensor, bits: int, seed: Tensor | None, replaced: bool
 ) -> Tensor:
@@ -113,16 +136,10 @@ def decode(
     back as NaN.
     """
     words = words.view(-1, 1)
-    low = (words & -65536).view(torch.float32)
-    step = (words << 16).view(torch.float32)
-    step = step.abs() if replaced else torch.where(step < 0, torch.nan, step)
-    half_low, half_step = low * 0.5, step * 0.5  # the product of whole ones may overflow
     if seed is None:
-        return (half_low + half_step * numbers.float()) * 2.0
-    u = _offset(seed, step, bits)
-    middle = torch.where(step.abs() < COARSE, 0.5 - 2.0 ** -(fraction_bits(bits) + 1), 0.5)
-    from_zero = low == 0
-    first = half_low + half_step * (middle - u - from_zero.float())
-    values = (first + half_step * numbers.float()) * 2.0
-    # 0, but NaN in a group with one.
-    return torch.where(from_zero & (numbers == 0), half_step * 0.0, values)
+        half_low = (words & -65536).view(torch.float32) * 0.5
+        half_step = (words << 16).view(torch.float32).abs() * 0.5
+        values = (half_low + half_step * numbers.float()) * 2.0
+    else:
+        values = on_line(numbers, *line(words, bits, seed))
+    return values if replaced else torch.where((words & 0x8000) != 0, torch.nan, values)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packlight._library import define_op
 from packlight.groupquant import norm_reference, reference
-from packlight.groupquant.grouping import Grouping, Groups
+from packlight.groupquant.grouping import HEADER, Grouping, Groups
 from packlight.packing.layout import compute_dtype, packed_bytes
 
 _KERNELS = "packlight.groupquant.kernels"
@@ -46,6 +46,15 @@ dequantize = define_op(
         shape, stride, dtype=dtype
     ),
     kernel=f"{_KERNELS}:dequantize",
+)
+
+line = define_op(
+    "group_line(Tensor scales, int bits) -> (Tensor, Tensor, Tensor)",
+    reference=reference.line,
+    fake=lambda scales, bits: tuple(
+        scales.new_empty(scales.numel() - HEADER, dtype=torch.float32) for _ in range(3)
+    ),
+    kernel="packlight.groupquant.line_kernels:line",
 )
 
 activation = define_op(
@@ -120,6 +129,14 @@ gated_backward = define_op(
     reference=reference.gated_backward,
     fake=_fake_gated_backward,
     kernel=f"{_GATED}:gated_backward",
+)
+
+gated_backward_ = define_op(
+    "group_quant_gated_backward_(Tensor(a!) grad_output, Tensor gate_codes, Tensor gate_scales,"
+    " Tensor up_codes, Tensor up_scales, str name, int[] groups) -> Tensor",
+    reference=reference.gated_backward_,
+    fake=lambda grad_output, _1, _2, _3, _4, name, groups: torch.empty_like(grad_output),
+    kernel=f"{_GATED}:gated_backward_",
 )
 
 gated_product = define_op(

@@ -11,7 +11,7 @@ from packlight.elementwise.derivatives import BACKWARD, FUNCTIONS
 from packlight.elementwise.limits import Limits, limits, pack_limits
 from packlight.groupquant import minmax_reference, rotated_reference
 from packlight.groupquant.draws import other_seed, seed_of, words_of
-from packlight.groupquant.grouping import MINMAX, ROTATED, Grouping, Groups
+from packlight.groupquant.grouping import HEADER, MINMAX, ROTATED, Grouping, Groups
 from packlight.groupquant.planes import from_bytes, to_bytes
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
 
@@ -69,6 +69,11 @@ def dequantize_rows(
     whole = grouping.row_groups * grouping.group_size
     values = values.view(rows, whole)
     return values if whole == width else values[:, :width]
+
+
+def line(scales: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the codes of groups of a pack by offset stand for: see `minmax_reference.line`."""
+    return minmax_reference.line(scales[HEADER:], bits, seed_of(scales))
 
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -227,6 +232,22 @@ def gated_backward(
     dgate.as_strided((n,), (1,)).copy_(BACKWARD[name](dy * up, gate) if through else dy * up)
     dup.as_strided((n,), (1,)).copy_(dy * FUNCTIONS[name](factor))
     return dgate, dup
+
+
+def gated_backward_(
+    grad_output: Tensor,
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    up_codes: Tensor,
+    up_scales: Tensor,
+    name: str,
+    groups: Groups,
+) -> Tensor:
+    """As `gated_backward`, with dgate written over a dense gradient; dup."""
+    packs = (gate_codes, gate_scales, up_codes, up_scales)
+    dgate, dup = gated_backward(grad_output, *packs, name, grad_output.stride(), groups, True)
+    grad_output.copy_(dgate)
+    return dup
 
 
 def gated_product(

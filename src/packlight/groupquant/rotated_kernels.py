@@ -311,14 +311,6 @@ def halves_of(x, BIT: tl.constexpr):
 
 
 @triton.jit
-def added_bfloat16(low, high):
-    return tl.inline_asm_elementwise(
-        "{.reg .b32 one; mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, $1, one, $2;}", "=r,r,r",
-        [low, high], dtype=tl.bfloat16, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@triton.jit
 def greater_bfloat16(low, high):
     return tl.inline_asm_elementwise(
         "max.bf16x2 $0, $1, $2;", "=r,r,r",
@@ -343,7 +335,7 @@ def over_places(x):
 def turned_pairs(x, seed, group, SIZE: tl.constexpr):
     """As `turned_values`, of whole groups of bfloat16 numbers, two an instruction.
 
-    Sums of 32 numbers are of their precision, the others of float32. What is turned is over
+    Sums of eight numbers are of their precision, others of float32. What is turned is over
     SIZE / 8 units, if that is above one, so that its squares have float16 sums: none is above that
     of all, which is at most 2^14.
     """
@@ -353,8 +345,6 @@ def turned_pairs(x, seed, group, SIZE: tl.constexpr):
         dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
     )  # fmt: skip
     for _ in tl.static_range(2):  # a thread has places 2 and 4 apart
-        low, high = halves_of(total, 1)
-        total = added_bfloat16(low, high)
         low, high = halves_of(greatest, 1)
         greatest = greater_bfloat16(low, high)
     mean = tl.sum(to_float32(total), 1) * (256.0 / (8 * SIZE))

@@ -1,10 +1,14 @@
 """What the callbacks of all trainers share: they convert a model, and measure what it keeps."""
 
+import inspect
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from packlight.batches import several
 from packlight.conversion import Conversion
 from packlight.convert import DEFAULT_METHODS, convert
 from packlight.errors import InputError
@@ -48,8 +52,8 @@ class Converting:
             memory: bytes at the peak of a step, "22GiB", or a share of what plain training keeps:
                 the model is converted by a `packlight.plan` for it, in place of `methods`.
             batch: what the plan is for, as large as any batch of the training: what the model is
-                called with, a tensor, several, or one dict of keywords. None: the first rows of a
-                Trainer's data.
+                called with, a tensor, several, or one mapping of keywords. None: the first rows of
+                a Trainer's data.
             device: the card that the plan is for; None: the one that is here.
             revert_at_end: whether the model is as it was before when training has ended. Saving
                 needs no such thing: keys and tensors of `state_dict` are the plain model's.
@@ -95,9 +99,8 @@ class Converting:
                 f"memory={self.memory!r} needs a batch to plan for; give batch=, what the model is "
                 "called with, or methods=packlight.plan(...)"
             )
-        inputs = batch if isinstance(batch, tuple | list) else (batch,)
         self.plan = plan(
-            model, *inputs, memory=self.memory, optimizer=optimizer, device=self.device
+            model, *several(batch), memory=self.memory, optimizer=optimizer, device=self.device
         )
 
     def _convert(self, model: nn.Module) -> None:
@@ -151,3 +154,25 @@ class Converting:
             lines.append(f"a step keeps {human_bytes(self.kept_bytes)} for its backward pass{peak}")
         lines += [f"would help: {each}" for each in advice(model, self.conversion)]
         return [f"packlight: {line}" for line in lines]
+
+
+def first_rows(loader: Any) -> dict[str, Any] | None:
+    """The first rows of a loader's data as a batch of keywords; None where there is none such."""
+    rows: Any = getattr(loader, "dataset", None)
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if loader is None or size is None or isinstance(rows, torch.utils.data.IterableDataset):
+        return None
+    count = min(size, len(rows))
+    with torch.random.fork_rng(devices=[]):  # a collator may draw, and training must not see it
+        batch = loader.collate_fn([rows[place] for place in range(count)])
+    return dict(batch) if isinstance(batch, Mapping) else None
+
+
+def maker_of(optimizer: torch.optim.Optimizer | None) -> OptimizerOf | None:
+    """What makes an optimiser like this one, for other parameters."""
+    # accelerate's is around it
+    inner: torch.optim.Optimizer | None = getattr(optimizer, "optimizer", optimizer)
+    if inner is None:
+        return None
+    known = inspect.signature(type(inner).__init__).parameters
+    return partial(type(inner), **{name: x for name, x in inner.defaults.items() if name in known})

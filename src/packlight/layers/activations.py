@@ -267,6 +267,11 @@ def unit_of(method: Quantiser) -> Fused:
     return method.fused.get("gated", _PLAIN_GATED)
 
 
+def overwriting_unit_of(method: Quantiser) -> Fused:
+    """`unit_of` where nothing reads the gradient of the product, which is dense, afterwards."""
+    return method.fused.get("gated_") or unit_of(method)
+
+
 # ---- gated units ---------------------------------------------------------------------------------
 
 # Activations of gates that nothing but the product reads. That of a sigmoid is often read twice.

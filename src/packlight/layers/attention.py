@@ -39,6 +39,7 @@ from packlight.layers.attention_backends import (
     Inputs,
     Kernel,
     gradients,
+    is_replaced,
     kernel_of,
     prepared,
     run,
@@ -265,7 +266,8 @@ def scaled_dot_product_attention(
     Where torch would not take a fused kernel, where the mask needs a gradient, and where the head
     dimension is no multiple of 8, torch's own function runs, and runs again in the backward pass;
     but not in a compiled region, nor with dropout that cannot be drawn again: there it keeps what
-    it keeps.
+    it keeps. So does what stands in its place, as torch's `context_parallel` puts attention of the
+    tokens of all ranks there.
     """
     for tensor in (query, key, value):
         check_tensor(tensor, "scaled_dot_product_attention")
@@ -292,6 +294,7 @@ def _stays(operands: Sequence[Tensor], dropout_p: float) -> bool:
     """Whether torch's own function is to keep what it keeps, or to raise."""
     return (
         _torch.is_traced()
+        or is_replaced()
         or not all(is_taken(x) for x in operands[:3])
         or not any(needs_gradient(x) for x in operands)
         or (dropout_p > 0 and not can_draw_again(operands[0]))

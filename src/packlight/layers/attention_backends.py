@@ -3,6 +3,7 @@
 A call is of the operators below autograd, forward and backward, with what torch does before it.
 """
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,7 +151,18 @@ _NODES = {
 _NO_KERNEL = (SDPBackend.MATH.value, 1)
 
 
+def is_replaced() -> bool:
+    """Whether something stands in the place of torch's attention.
+
+    As within torch's `context_parallel`, where each rank has some of the tokens and attention goes
+    around all ranks. What stands there is to run, and not a kernel on this rank's tokens alone.
+    """
+    return not isinstance(F.scaled_dot_product_attention, types.BuiltinFunctionType)
+
+
 def choose(inputs: Inputs, dropout_p: float, is_causal: bool) -> Kernel:
+    if is_replaced():
+        return _NO_KERNEL
     query, key, value, mask = inputs
     heads, groups = query.shape[-3], key.shape[-3]  # the compiler's symbols where they vary
     repeats = 1 if heads == groups else int(heads // groups)

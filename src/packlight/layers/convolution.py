@@ -163,8 +163,8 @@ class _Convolution(torch.autograd.Function):
         if ctx.computed is not None:
             rebuild, parts = ctx.computed
             weight, tensors = rebuild(ctx.dtypes[1], *tensors[:parts]), tensors[parts:]
-        count = len(ctx.needs_input_grad)
-        mask = list(ctx.needs_input_grad[:3])
+        needs = _torch.needed_gradients(ctx)
+        mask = list(needs[:3])
         gradients = convolution_gradients(
             ctx.geometry, grad_output, ctx.rebuild, tensors, ctx.shape,
             recast(weight, grad_output), mask,
@@ -173,7 +173,7 @@ class _Convolution(torch.autograd.Function):
         cast = [
             None if g is None or not wanted else as_dtype(g, dtype) for g, dtype, wanted in pairs
         ]
-        return *cast, *[None] * (count - len(cast))
+        return *cast, *[None] * (len(needs) - len(cast))
 
 
 _apply: Callable[..., Tensor] = _torch.applied(_Convolution)

@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         weight, *tensors = saved_with_weight(ctx)
-        needs = ctx.needs_input_grad[:3]
+        needs = _torch.needed_gradients(ctx)[:3]
         gradients = linear_gradients(grad_output, weight, ctx.rebuild, tensors, needs, ctx.dtypes)
         return *gradients, None, *[None] * len(tensors)
 

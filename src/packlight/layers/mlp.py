@@ -16,7 +16,11 @@ from packlight._gradients import as_dtype
 from packlight._overwrite import writable
 from packlight._seeds import Seed
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.layers.activations import activation_of, overwriting_activation_of, unit_of
+from packlight.layers.activations import (
+    activation_of,
+    overwriting_activation_of,
+    overwriting_unit_of,
+)
 from packlight.layers.branches import dtypes_of, feed
 from packlight.layers.linear import Parameters, affine, linear_gradients
 from packlight.pack import Pack
@@ -56,7 +60,7 @@ class _Activated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
-        needs = ctx.needs_input_grad
+        needs = _torch.needed_gradients(ctx)
         if grad_output is None:
             return (None,) * len(needs)
         weight, *saved = saved_with_weight(ctx)
@@ -112,7 +116,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        needs, dtypes = _torch.needed_gradients(ctx), ctx.dtypes
         weight, last_weight, *saved = saved_with_weight(ctx)
         kept, tensors = saved[: ctx.kept], saved[ctx.kept :]
         dh, last = ctx.feed.gradients(grad_output, last_weight, kept, needs[3:5])
@@ -156,7 +160,7 @@ class _GatedMLP(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         gate, up = affine(x, gate_weight, gate_bias), affine(x, up_weight, up_bias)
-        fused = unit_of(method)
+        fused = overwriting_unit_of(method)
         product, *packs = fused.forward(gate, up, name, method, *seeds)
         y = writable(affine(product, down_weight, down_bias), of_linear=True)
         ctx.save_for_backward(gate_weight, up_weight, down_weight, *packs, *tensors)
@@ -170,22 +174,31 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        needs, dtypes = _torch.needed_gradients(ctx), ctx.dtypes
         gate_weight, up_weight, down_weight, *saved = saved_with_weight(ctx)
         packs, tensors = saved[: ctx.packs], saved[ctx.packs :]
+        _torch.let_go_of_saved(ctx)
+        del saved
         dproduct, *down = linear_gradients(
             grad_output, down_weight, ctx.product, packs, (True, *needs[5:7]),
             (ctx.middle, *dtypes[5:]),
         )  # fmt: skip
         dgate, dup = ctx.differentiate(dproduct, packs, *ctx.f)
-        del dproduct
+        del dproduct, packs
+        # Of the parameters first, so that x is gone when dx comes.
         x = _once(ctx.rebuild)
-        dx, *gate = linear_gradients(dgate, gate_weight, x, tensors, needs[:3], dtypes[:3])
-        del dgate
-        other, *up = linear_gradients(
-            dup, up_weight, x, tensors, (needs[0], *needs[3:5]), (dtypes[0], *dtypes[3:5])
-        )
-        if dx is not None and other is not None:
+        of_gate, of_up = dtypes[:3], (dtypes[0], *dtypes[3:5])
+        _, *gate = linear_gradients(dgate, gate_weight, x, tensors, (False, *needs[1:3]), of_gate)
+        _, *up = linear_gradients(dup, up_weight, x, tensors, (False, *needs[3:5]), of_up)
+        del x
+        dx: Tensor | None = None
+        if needs[0]:
+            of_x = (True, False, False)
+            dx, *_ = linear_gradients(dgate, gate_weight, ctx.rebuild, (), of_x, of_gate)
+            del dgate
+            other, *_ = linear_gradients(dup, up_weight, ctx.rebuild, (), of_x, of_up)
+            assert dx is not None
+            assert other is not None
             dx.add_(other)
         return dx, *gate, *up, *down, *[None] * (len(needs) - 7)
 

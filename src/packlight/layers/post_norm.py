@@ -191,7 +191,7 @@ class _PostNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
-        needs = ctx.needs_input_grad
+        needs = _torch.needed_gradients(ctx)
         if grad_output is None:
             return (None,) * len(needs)
         weight, *saved = saved_with_weight(ctx)
@@ -279,7 +279,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
-        needs = ctx.needs_input_grad
+        needs = _torch.needed_gradients(ctx)
         if grad_output is None:
             return (None,) * len(needs)
         last_weight, mask, *saved = saved_with_weight(ctx)
@@ -290,7 +290,7 @@ class _Attention(torch.autograd.Function):
         branch = [dbranch]
         del dbranch
         dwhole, last = ctx.attended.gradients(branch, last_weight, mask, pack, needs[1:3])
-        dx, others = ctx.joined.gradients(dwhole, tensors, needs[0])
+        dx, others = ctx.joined.gradients(dwhole, tensors, needs[0], any(needs[10:]))
         if dx is not None:
             dx.add_(total)
         return dx, *last, *sums, *[None] * 5, *others
@@ -362,7 +362,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        needs, dtypes = _torch.needed_gradients(ctx), ctx.dtypes
         if grad_output is None:
             return (None,) * len(needs)
         weight, last_weight, *saved = saved_with_weight(ctx)

@@ -133,7 +133,7 @@ class _Attention(torch.autograd.Function):
         refuse_second_derivative(KEEPS)
         weight, last_weight, mask, *saved = saved_with_weight(ctx)
         normed, pack = saved[: ctx.packed], saved[ctx.packed :]
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        needs, dtypes = _torch.needed_gradients(ctx), ctx.dtypes
         dwhole, last = ctx.attended.gradients(
             [as_dtype(grad_output, ctx.branch)], last_weight, mask, pack, needs[5:7]
         )
@@ -213,7 +213,7 @@ class _MLP(torch.autograd.Function):
         refuse_second_derivative(KEEPS)
         weight, last_weight, *saved = saved_with_weight(ctx)
         normed, kept = saved[: ctx.packed], saved[ctx.packed :]
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        needs, dtypes = _torch.needed_gradients(ctx), ctx.dtypes
         dh, last = ctx.feed.gradients(
             as_dtype(grad_output, ctx.branch), last_weight, kept, needs[5:7]
         )

@@ -59,7 +59,9 @@ class _Projections(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
         saved = saved_with_weight(ctx)
-        dx, others = ctx.joined.gradients(grad_output, saved, ctx.needs_input_grad[0])
+        needs = _torch.needed_gradients(ctx)
+        of_parameters = needs[3:]
+        dx, others = ctx.joined.gradients(grad_output, saved, needs[0], any(of_parameters))
         return dx, None, None, *others
 
 
@@ -72,20 +74,26 @@ class SideBySide(NamedTuple):
     dtypes: tuple[Any, Any, Any]  # of x, weights and biases
 
     def gradients(
-        self, grad_output: Tensor, saved: Sequence[Any], needs_input: bool
+        self,
+        grad_output: Tensor,
+        saved: Sequence[Any],
+        needs_input: bool,
+        needs_parameters: bool,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """That of x, if it is needed, and those of weights and biases and of what is kept of x.
+        """That of x, those of weights and biases, where needed, and of what is kept of x.
 
         `saved` are the weights and what is kept of x.
         """
         count, sizes, rebuild, dtypes = self
         weights, tensors = saved[:count], saved[count:]
         weight = _joined(weights, grad_output.dtype) if needs_input else weights[0]
-        needs = (needs_input, True, dtypes[2] is not None)
+        needs = (needs_input, needs_parameters, needs_parameters and dtypes[2] is not None)
         dweight: Any
         dx, dweight, dbias = linear_gradients(grad_output, weight, rebuild, tensors, needs, dtypes)
-        biases = [None] * count if dbias is None else dbias.split(sizes)
-        return dx, [*dweight.split(sizes), *biases, *[None] * len(tensors)]
+        of_weights, of_biases = (
+            [None] * count if joined is None else joined.split(sizes) for joined in (dweight, dbias)
+        )
+        return dx, [*of_weights, *of_biases, *[None] * len(tensors)]
 
 
 def side_by_side(

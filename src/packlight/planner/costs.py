@@ -124,13 +124,16 @@ def workspace(device: Device, func: Any, args: Sequence[Any]) -> int:
 
 def _flash_backward(device: Device, args: Sequence[Any]) -> int:
     """FlashAttention adds up the gradient of the query in float32, with rows padded to 128, and
-    has two numbers a row.
+    has two numbers a row. Where heads of keys are fewer, it has gradients of key and value for each
+    head of the query first.
     """
-    query = args[1]
+    query, key = args[1], args[2]
     *batch, length, width = query.shape
     rows = int(math.prod(batch)) * (-(-int(length) // 128) * 128)
     wide = -(-int(width) // 32) * 32 if query.element_size() == 2 else 0
-    return 4 * rows * (wide + 1)
+    grouped = int(query.shape[1]) != int(key.shape[1])
+    repeated = 2 * query.numel() // query.shape[2] * key.shape[2] if grouped else 0
+    return int(4 * rows * (wide + 1) + query.element_size() * repeated)
 
 
 def _sum_of_columns(device: Device, args: Sequence[Any]) -> int:

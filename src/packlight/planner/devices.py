@@ -107,7 +107,9 @@ def device_of(text: str | None) -> Device:
                 " number of bytes, 24GiB"
             )
         return _present()
-    if (size := parse_bytes(text)) is not None:
+    # "4090" is a card, and not so many bytes.
+    is_card = re.fullmatch(r"\d{4}", text) and any(text in name for name in _SHEETS)
+    if not is_card and (size := parse_bytes(text)) is not None:
         if size < 2**20:
             raise InputError(f"a device of {size} bytes trains nothing; say which unit, as 24GiB")
         return dataclasses.replace(_named(_MEASURED), name=text, memory=size, measured=False)

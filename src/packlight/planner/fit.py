@@ -7,12 +7,14 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
 
-from packlight._torch import flatten, unflatten
 from packlight.errors import InfeasibleBudgetError
+from packlight.parallel import ONE_RANK, Parallel, checked
+from packlight.planner.cutting import group_for
 from packlight.planner.devices import Device
 from packlight.planner.menu import CHECKPOINTED, EXACT, MENU, PACKED_4, TILED, Option, allowed
+from packlight.planner.parts import batch_and_length, resized
 from packlight.planner.planner import MAX_ERROR, Loss, OptimizerOf
 from packlight.planner.planning import front, planned
 from packlight.planner.result import Plan
@@ -67,8 +69,10 @@ def choices(has_head: bool, transformers: bool) -> list[Choice]:
 class Row:
     """A choice: its bytes, and the largest batch and the longest sequence that fit.
 
-    `margin` is what is left of the card's memory, negative where something is missing. Sizes are
-    None where they were not asked for, and 0 where not even the smallest fits.
+    Of a parallel run they are those of the stage with the highest peak, and `sent` are the bytes
+    that one of its ranks sends in a step, by the degree that asks for them. `margin` is what is
+    left of the card's memory, negative where something is missing. Sizes are None where they were
+    not asked for, and 0 where not even the smallest fits.
     """
 
     name: str
@@ -81,6 +85,8 @@ class Row:
     margin: int
     largest_batch: int | None
     longest_sequence: int | None
+    stage: int = 0
+    sent: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -102,6 +108,9 @@ class Fit:
     plan: Plan | None
     why_no_plan: str | None
     front: tuple[tuple[float, int], ...]  # milliseconds and bytes of what plans can do
+    parallel: Parallel = ONE_RANK
+    microbatches: int = 1
+    wires: int = 0  # weights that stay gathered, and buffers of what is sent
 
     @property
     def fastest(self) -> Row | None:
@@ -124,7 +133,26 @@ class Fit:
             "plan": None if self.plan is None else self.plan.to_dict(),
             "why_no_plan": self.why_no_plan,
             "front": [{"ms": ms, "peak": peak} for ms, peak in self.front],
+            "parallel": {**self.parallel.to_dict(), "microbatches": self.microbatches},
+            "wires": self.wires,
         }
+
+    @property
+    def of_ranks(self) -> list[str]:
+        """How a parallel run is spread, and what a rank sends."""
+        parallel = self.parallel
+        if parallel.ranks == self.microbatches == 1:
+            return []
+        found = [f"a rank of {parallel.ranks}: {parallel}; {self.microbatches} micro-batches"]
+        if parallel.pipeline > 1:
+            idle = (parallel.pipeline - 1) / (self.microbatches + parallel.pipeline - 1)
+            found[0] += f"; the pipeline stands still for {idle:.0%} of a step, which ms leave out"
+        for row in self.rows:
+            sent = [f"{kind} {human_bytes(size)}" for kind, size in row.sent.items() if size]
+            if sent:
+                stage = f", stage {row.stage}" if parallel.pipeline > 1 else ""
+                found.append(f"{row.name}{stage} sends a step: {', '.join(sent)}")
+        return found
 
     @property
     def room(self) -> str:
@@ -157,7 +185,8 @@ class Fit:
         yield Text(self.room)
         yield Text(
             f"weights {human_bytes(self.weights)}, optimiser {human_bytes(self.optimizer)},"
-            f" batch and cuBLAS {human_bytes(self.other)}, and"
+            + (f" gathered and buffers {human_bytes(self.wires)}," if self.wires else "")
+            + f" batch and cuBLAS {human_bytes(self.other)}, and"
         )
         table = new_table()
         columns = ["choice", "kept", "on top", "peak", "", "margin", "ms"]
@@ -178,6 +207,8 @@ class Fit:
             "kept as the backward pass begins; on top: gradients and the working set; the largest"
             " batch, and the longest sequence of a batch of one"
         )
+        for line in self.of_ranks:
+            yield Text(line)
         verdict, *source = self.verdict
         yield Text(verdict)
         if self.fastest is not None and self.fastest.code:
@@ -198,35 +229,49 @@ def fit(
     sizes: bool = True,
     longest: int | None = None,
     plan_file: str = "plan.toml",
+    parallel: Parallel | None = None,
 ) -> Fit:
     """By each choice, and by a plan; `sizes` asks for the largest batch and the longest sequence,
-    which is no longer than `longest`.
+    which is no longer than `longest`. Of a parallel run the inputs are those of a data-parallel
+    rank (see `packlight.Parallel`).
     """
-    study = Study(model, inputs, kwargs, device, loss, optimizer, head)
+    degrees = checked(parallel)
+    with group_for(degrees):
+        study = Study(model, inputs, kwargs, device, loss, optimizer, head, degrees)
+        return _fit(title, model, study, sizes, longest, plan_file)
+
+
+def _fit(
+    title: str, model: nn.Module, study: Study, sizes: bool, longest: int | None, plan_file: str
+) -> Fit:
+    device, parallel = study.device, study.parallel
     room = usable(device.memory)
     transformers = hasattr(model, "gradient_checkpointing_enable")
-    rows, timelines = [], {}
+    rows, timelines, stages = [], {}, {}
     all_choices = choices(study.head, transformers)
     for choice in all_choices:
-        timelines[choice.name] = _timeline(study, choice)
+        stages[choice.name] = _highest(study, choice)
+        timelines[choice.name] = _timeline(stages[choice.name], choice)
     plan, why = None, None
     try:
         plan = planned(study, device.memory - _CONTEXT, None, MAX_ERROR)
         timelines["plan"] = plan.timeline
+        stages["plan"] = study.stages[plan.stage]
     except InfeasibleBudgetError as error:
         why = str(error)
-    static = study.plain().static
+    static = timelines[all_choices[0].name].parts
     for choice in all_choices:
         found: dict[str, int | None] = {"batch": None, "sequence": None}
         if sizes:
-            found = extremes(study, choice, room, longest)
-        rows.append(_row(choice.name, choice.code, timelines[choice.name], room, found))
+            found = extremes(stages[choice.name], choice, room, longest)
+        timeline, stage = timelines[choice.name], stages[choice.name].stage
+        rows.append(_row(choice.name, choice.code, timeline, stage, room, found))
     if plan is not None:
         code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), strict=False)'
         found = {"batch": None, "sequence": None}
         if sizes:
-            found = _most(rows, extremes(study, _smallest(study), room, longest))
-        rows.append(_row("plan", code, plan.timeline, room, found))
+            found = _most(rows, extremes(stages["plan"], _smallest(study), room, longest))
+        rows.append(_row("plan", code, plan.timeline, plan.stage, room, found))
     return Fit(
         title,
         device,
@@ -238,8 +283,17 @@ def fit(
         timelines,
         plan,
         why,
-        tuple(front(study, MAX_ERROR)),
+        tuple(front(stages[all_choices[0].name], MAX_ERROR)),
+        parallel,
+        study.microbatches,
+        static.wires,
     )
+
+
+def _highest(study: Study, choice: Choice) -> Study:
+    """The stage with the highest peak: the first has most micro-batches, the last the loss."""
+    ends = sorted({0, study.parallel.pipeline // 2, study.parallel.pipeline - 1})
+    return max((study.stages[end] for end in ends), key=lambda s: _timeline(s, choice).peak)
 
 
 def _smallest(study: Study) -> Choice:
@@ -267,7 +321,12 @@ def _timeline(study: Study, choice: Choice) -> Timeline:
 
 
 def _row(
-    name: str, code: str, timeline: Timeline, usable: int, found: dict[str, int | None]
+    name: str,
+    code: str,
+    timeline: Timeline,
+    stage: int,
+    usable: int,
+    found: dict[str, int | None],
 ) -> Row:
     """The peak is static bytes, what is kept as the backward pass begins, and what comes on top: of
     that as much as there are gradients is theirs.
@@ -285,6 +344,8 @@ def _row(
         usable - timeline.peak,
         found["batch"],
         found["sequence"],
+        stage,
+        timeline.sent,
     )
 
 
@@ -294,49 +355,34 @@ def _row(
 def extremes(
     study: Study, choice: Choice, usable: int, longest: int | None
 ) -> dict[str, int | None]:
-    """The largest batch, and the longest sequence of a batch of one, whose peak is in `usable`."""
+    """The largest batch, and the longest sequence of a batch of one, whose peak is in `usable`.
+
+    Of a parallel run, where a rank has parts of both: a batch of one in each micro-batch.
+    """
+    parts, count = study.parallel.context, study.microbatches
+    longest = None if longest is None else longest // parts
     inputs, kwargs = study.inputs, study.kwargs
-    first = next((x for x in flatten((inputs, kwargs))[0] if isinstance(x, Tensor)), None)
-    if first is None or first.dim() == 0:
+    batch, length = was = batch_and_length(inputs, kwargs)
+    if batch is None:
         return {"batch": None, "sequence": None}
-    batch = first.shape[0]
-    length = first.shape[1] if first.dim() == 2 and not first.is_floating_point() else None
 
     def peak(**sizes: int) -> int:
-        study.walker.see(*resized((inputs, kwargs), (batch, length), **sizes))
-        return study.walker.walk(study.device).timeline.peak
+        study.walker.see(*resized((inputs, kwargs), was, **sizes))
+        return study.walk().timeline.peak
 
     found: dict[str, int | None] = {"batch": None, "sequence": None}
     known = {batch: _timeline(study, choice).peak}
     try:
         with study.converted(choice.option, choice.outside, choice.head):
-            found["batch"] = largest(lambda n: peak(batch=n), usable, known, 1, None)
+            found["batch"] = count * largest(lambda n: peak(batch=n), usable, known, 1, None)
             if length is not None:
                 one = {length: known[batch] if batch == 1 else peak(batch=1)}
-                found["sequence"] = largest(
+                found["sequence"] = parts * largest(
                     lambda n: peak(batch=1, length=n), usable, one, 64, longest
                 )
     finally:
         study.walker.see(inputs, kwargs)
     return found
-
-
-def resized(
-    given: Any, was: tuple[int, int | None], batch: int | None = None, length: int | None = None
-) -> Any:
-    """Inputs with other sizes in their first dimensions, where these are batch and length."""
-
-    def other(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != was[0]:
-            return x
-        shape = list(x.shape)
-        shape[0] = batch or shape[0]
-        if length is not None and x.dim() > 1 and shape[1] == was[1]:
-            shape[1] = length
-        return x.new_empty(shape)
-
-    leaves, structure = flatten(given)
-    return unflatten([other(leaf) for leaf in leaves], structure)
 
 
 def largest(

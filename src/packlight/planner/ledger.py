@@ -14,8 +14,10 @@ from torch import Tensor
 
 from packlight._torch.attributes import tree_leaves
 from packlight._torch.modes import DispatchMode
+from packlight.parallel import Parallel
 from packlight.planner.costs import Costs, workspace
-from packlight.planner.timeline import Segment
+from packlight.planner.timeline import Segment, Sent, added
+from packlight.planner.wires import is_on_shards, local_parts, on_the_wires
 
 _ROUNDED = 512  # bytes: what the allocator of CUDA counts in
 
@@ -27,9 +29,12 @@ def rounded(size: int) -> int:
 class Ledger(DispatchMode):  # type: ignore[misc]
     """`where` says the phase and the place of what runs."""
 
-    def __init__(self, costs: Costs, where: Callable[[], tuple[str, str]]) -> None:
+    def __init__(
+        self, costs: Costs, where: Callable[[], tuple[str, str]], parallel: Parallel
+    ) -> None:
         super().__init__()
-        self.costs, self.where = costs, where
+        self.costs, self.where, self.parallel = costs, where, parallel
+        self.sent: Sent = {}  # what the next operator sends
         self.host_ms = 0.0  # of Python between operators, to be added to the next
         self.segments: list[Segment] = []
         self.allocated = 0
@@ -39,7 +44,7 @@ class Ledger(DispatchMode):  # type: ignore[misc]
     def owns(self, *tensors: Tensor) -> int:
         """Takes these for allocated before all, and returns their bytes."""
         total = 0
-        for tensor in tensors:
+        for tensor in local_parts(tensors):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known:
                 self._known[storage._cdata] = storage
@@ -49,6 +54,8 @@ class Ledger(DispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if any(map(is_on_shards, types)):
+            return NotImplemented  # the operators that it becomes on this rank come next
         kwargs = kwargs or {}
         before = self.allocated
         result = func(*args, **kwargs)
@@ -58,9 +65,13 @@ class Ledger(DispatchMode):  # type: ignore[misc]
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             peak = self.allocated + workspace(self.costs.device, func, args)
             device_ms, host_ms = self.costs.of(func, args, result, [*given, *made])
+            times, sent = on_the_wires(func, args, self.parallel)
+            device_ms *= times
+            self.sent = added(self.sent, sent)
             name = func.overloadpacket.__name__
             self._note(name, before, peak, (device_ms, host_ms + self.host_ms, 0.0))
             self.host_ms = 0.0
+            self.sent = {}
         return result
 
     def copy(self, tensor: Tensor) -> None:
@@ -98,7 +109,9 @@ class Ledger(DispatchMode):  # type: ignore[misc]
         phase, place = self.where()
         last = self.segments[-1] if self.segments else None
         if last is None or (last.phase, last.place) != (phase, place):
-            self.segments.append(Segment(phase, place, name, before, peak, self.allocated, *times))
+            self.segments.append(
+                Segment(phase, place, name, before, peak, self.allocated, *times, sent=self.sent)
+            )
             return
         self.segments[-1] = last._replace(
             operator=name if peak > last.peak else last.operator,
@@ -107,4 +120,5 @@ class Ledger(DispatchMode):  # type: ignore[misc]
             device_ms=last.device_ms + times[0],
             host_ms=last.host_ms + times[1],
             copy_ms=last.copy_ms + times[2],
+            sent=added(last.sent, self.sent),
         )

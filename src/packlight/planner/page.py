@@ -1,11 +1,14 @@
-"""The page of a fit: the front of bytes and time, and memory over the step of each choice."""
+"""The page of a fit: the front of bytes and time, and memory over the step of each choice.
+
+Pages of reports have the latter too (`steps`).
+"""
 
 import html
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from packlight._files import write_text
@@ -17,55 +20,74 @@ from packlight.report.words import human_bytes
 _ACROSS, _UP = 1000, 100  # units of a drawing, which is stretched to what there is of the page
 _GIB = 2**30
 
-# Shapes are stretched, so text is not theirs: it lies above, at shares of the width and the height.
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --dim: #666; --line: #ccc;
- --box: #f4f4f4; --limit: #c62828; --weights: #9aa5b1; --optimizer: #c2b280; --other: #b39ddb;
- --kept: #1f77b4; --working: #ff9f43; --front: #2e9e5b }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e6e6e6; --dim: #a0a0a0;
- --line: #444; --box: #20252a; --limit: #ff6b6b; --weights: #66727f; --optimizer: #8d8056;
- --other: #7e6bab; --kept: #4a9fe0; --working: #ffb366; --front: #5fd08c } }
+_PAGE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --faint: #666; --line: #ccc;
+ --box: #f4f4f4 }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --ink: #e6e6e6; --faint: #a0a0a0;
+ --line: #444; --box: #20252a } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 1rem;
- background: var(--paper); color: var(--ink) }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem } h3 { margin: 1.5rem 0 .3rem }
-p { margin: .4rem 0; overflow-wrap: anywhere } .dim { color: var(--dim) }
+ background: var(--page); color: var(--ink) }
+h1 { font-size: 1.6rem } p { margin: .4rem 0; overflow-wrap: anywhere }
+.faint { color: var(--faint) }
 .wide { overflow-x: auto }
 table { border-collapse: collapse } td, th { padding: .15rem .7rem .15rem 0; text-align: right;
  white-space: nowrap; border-bottom: 1px solid var(--line) } td:first-child, th:first-child
  { text-align: left; white-space: normal; min-width: 7rem }
 .no { color: var(--limit) } pre { background: var(--box); padding: .5rem; overflow-x: auto }
-figure { margin: 1.2rem 0 0 3.6rem; position: relative; height: 11rem; border: solid var(--line);
+"""
+# Of drawings, on a page that has --page, --ink, --faint and --line. Shapes are stretched, so text
+# is not theirs: it lies above, at shares of the width and the height.
+_DRAWN = """
+:root { --limit: #c62828; --weights: #9aa5b1; --optimizer: #c2b280; --other: #b39ddb;
+ --kept: #1f77b4; --working: #ff9f43; --front: #2e9e5b }
+@media (prefers-color-scheme: dark) { :root { --limit: #ff6b6b; --weights: #66727f;
+ --optimizer: #8d8056; --other: #7e6bab; --kept: #4a9fe0; --working: #ffb366; --front: #5fd08c } }
+h2 { font-size: 1.2rem; margin-top: 2rem } h3 { margin: 1.5rem 0 .3rem }
+.drawn { margin: 1.2rem 0 0 3.6rem; position: relative; height: 11rem; border: solid var(--line);
  border-width: 0 0 1px 1px; touch-action: pan-y }
-figure svg { position: absolute; width: 100%; height: 100%; overflow: visible }
-figure span { position: absolute; font-size: .75rem; line-height: 1; white-space: nowrap }
+.drawn:focus-visible { outline: 3px solid var(--kept); outline-offset: 3px }
+.drawn svg { position: absolute; width: 100%; height: 100%; overflow: visible }
+.drawn span { position: absolute; font-size: .75rem; line-height: 1; white-space: nowrap }
 .y { right: 100%; margin-right: .35rem; transform: translateY(50%) }
 .x { top: 100%; margin-top: .3rem; transform: translateX(-50%) }
-figure .dot { padding: .2rem .35rem; border-radius: .6rem; transform: translate(-50%, 50%);
- background: var(--ink); color: var(--paper) }
+.drawn .dot { padding: .2rem .35rem; border-radius: .6rem; transform: translate(-50%, 50%);
+ background: var(--ink); color: var(--page) }
 .peak { transform: translate(-50%, -.2rem) }
-.limit { color: var(--limit); right: 0; margin-bottom: .2rem }
+.drawn .limit { color: var(--limit); right: 0; margin-bottom: .2rem; padding: .1rem .2rem;
+ background: var(--page) }
 .cursor { top: 0; bottom: 0; width: 1px; background: var(--ink); display: none }
 .read { min-height: 3em; margin: 1.6rem 0 0 3.6rem; font-size: .85rem }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .8rem }
-@media (max-width: 40rem) { figure { margin-left: 2.8rem; height: 9rem } .read { margin-left: 0 } }
+@media (max-width: 40rem) { .drawn { margin-left: 2.8rem; height: 9rem } .read { margin-left: 0 } }
 """
 _SCRIPT = """
 const said = (mib) => mib < 1000 ? `${mib.toPrecision(3)} MiB` : `${(mib / 1024).toFixed(2)} GiB`;
-for (const figure of document.querySelectorAll("figure[data-bars]")) {
+for (const figure of document.querySelectorAll(".drawn[data-bars]")) {
   const { ends, bars, names, floor } = JSON.parse(figure.dataset.bars);
   const read = figure.nextElementSibling, cursor = figure.querySelector(".cursor");
-  const point = (event) => {
-    const box = figure.getBoundingClientRect();
-    const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
-    const at = Math.max(ends.findIndex((end) => 1000 * share <= end), 0);
+  let at = -1;
+  const show = (index, share) => {
+    at = index;
     const [place, before, working] = bars[at];
     cursor.style.display = "block";
     cursor.style.left = 100 * share + "%";
     read.textContent = `${names[place]}: ${said(floor + before + working)}, of which kept and ` +
       `gradients ${said(before)}, working set ${said(working)}`;
   };
+  const point = (event) => {
+    const box = figure.getBoundingClientRect();
+    const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
+    show(Math.max(ends.findIndex((end) => 1000 * share <= end), 0), share);
+  };
   figure.addEventListener("pointermove", point);
   figure.addEventListener("pointerdown", point);
+  figure.addEventListener("keydown", (event) => {
+    const by = {ArrowRight: 1, ArrowLeft: -1}[event.key] * (event.shiftKey ? 20 : 1);
+    if (!by) return;
+    event.preventDefault();
+    const index = Math.min(Math.max(at + by, 0), ends.length - 1);
+    show(index, ((index ? ends[index - 1] : 0) + ends[index]) / 2000);
+  });
 }
 """
 
@@ -75,25 +97,40 @@ def write_fit(fit: Fit, path: str | os.PathLike[str]) -> None:
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{html.escape(fit.title)}</title><style>{_STYLE}</style>",
+        f"<title>{html.escape(fit.title)}</title><style>{_PAGE}</style>",
         f"<h1>Does it fit?</h1><p>{html.escape(fit.title)}</p>",
         f"<p>{html.escape(fit.room)}</p>",
         *_table(fit),
         *(f"<p>{html.escape(line)}</p>" for line in fit.verdict),
         f"<pre>{html.escape(fit.fastest.code)}</pre>" if fit.fastest and fit.fastest.code else "",
         "<h2>Bytes and time</h2>",
-        "<p class='dim'>Of a step by each choice, by its number in the table; the line is what"
+        "<p class='faint'>Of a step by each choice, by its number in the table; the line is what"
         " plans can do.</p>",
         *_front(fit),
-        "<h2>Memory over a step</h2>",
-        f"<p class='key'>{''.join(map(_key, _BANDS))}</p>",
-        "<p class='dim'>Numbers below are blocks, forward and then backward. Point at a place, or"
-        " touch it, to read which layer it is and what is allocated there.</p>",
+        steps(fit.timelines, fit.usable),
+        "</html>",
     ]
-    for name, timeline in fit.timelines.items():
-        parts += _over_time(name, timeline, fit.usable)
-    parts.append(f"<script>{_SCRIPT}</script></html>")
     write_text(path, "\n".join(parts) + "\n")
+
+
+def steps(timelines: Mapping[str, Timeline], usable: int | None, of: str = "") -> str:
+    """Memory over steps by their names, and what a device has for tensors; `of` says which steps.
+
+    A part of a page.
+    """
+    parts = [
+        f"<style>{_DRAWN}</style>",
+        "<h2>Memory over a step</h2>",
+        f"<p class='faint'>{html.escape(of)}</p>" if of else "",
+        f"<p class='key'>{''.join(map(_key, _BANDS))}</p>",
+        "<p class='faint'>Numbers below are blocks, forward and then backward. Point at a place, or"
+        " touch it, or go there by the arrow keys, to read which layer it is and what is allocated"
+        " there.</p>",
+    ]
+    for name, timeline in timelines.items():
+        parts += _over_time(name, timeline, usable)
+    parts.append(f"<script id='steps'>{{{_SCRIPT}}}</script>")
+    return "\n".join(parts)
 
 
 def _table(fit: Fit) -> Iterator[str]:
@@ -114,7 +151,7 @@ def _table(fit: Fit) -> Iterator[str]:
 
 def _figure(shapes: str, labels: Iterable[str], data: str = "") -> str:
     box = f"viewBox='0 0 {_ACROSS} {_UP}' preserveAspectRatio='none' aria-hidden='true'"
-    return f"<figure{data}><svg {box}>{shapes}</svg>{''.join(labels)}</figure>"
+    return f"<figure class='drawn'{data}><svg {box}>{shapes}</svg>{''.join(labels)}</figure>"
 
 
 def _label(kind: str, text: str, left: float | None = None, up: float | None = None) -> str:
@@ -142,8 +179,10 @@ def _heights(top: float) -> list[str]:
     return [_label("y", f"{gib:g} GiB", up=gib * _GIB / top) for gib in _ticks(top / _GIB)]
 
 
-def _limit(usable: int, top: float) -> tuple[str, list[str]]:
+def _limit(usable: int | None, top: float) -> tuple[str, list[str]]:
     """The line of what the device has, or words where it is above the picture."""
+    if usable is None:
+        return "", []
     text = f"the card has {human_bytes(usable)} for tensors"
     if usable > top:
         return "", [_label("limit", f"{text}, above this", up=1)]
@@ -197,7 +236,7 @@ def _key(band: str) -> str:
     return f"<i style='background:var(--{band})'></i>{_BANDS[band]}"
 
 
-def _over_time(name: str, timeline: Timeline, usable: int) -> Iterator[str]:
+def _over_time(name: str, timeline: Timeline, usable: int | None) -> Iterator[str]:
     top = 1.15 * timeline.peak
     bars = list(_bars(timeline))
     static = timeline.parts
@@ -232,8 +271,10 @@ def _over_time(name: str, timeline: Timeline, usable: int) -> Iterator[str]:
         f" {timeline.ms:.0f} ms.</p>"
     )
     data = json.dumps(_readings(bars, floor), separators=(",", ":"))
-    yield _figure(shapes + line, labels, f" data-bars='{html.escape(data)}'")
-    yield "<p class='read dim' aria-live='polite'></p>"
+    said = f"Memory over the step: {name}. The arrow keys read places."
+    focus = f" tabindex='0' role='group' aria-label='{html.escape(said)}'"
+    yield _figure(shapes + line, labels, f"{focus} data-bars='{html.escape(data)}'")
+    yield "<p class='read faint' aria-live='polite'></p>"
 
 
 def _area(steps: Iterable[tuple[float, float, int, int]], band: str, top: float) -> str:
@@ -295,5 +336,5 @@ def _blocks(spans: Iterable[tuple[float, _Bar]]) -> Iterator[str]:
             yield _label("x", number[0], start)
             said = start
         if bar.segment.phase == STEP and start - said >= 0.06:
-            yield _label("x", "optimiser", min(start, 0.94))
+            yield _label("x", "step", min(start, 0.97))
             said = start

@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from packlight.batches import arguments_of
 from packlight.errors import InputError
+from packlight.parallel import Parallel, checked
 from packlight.planner.devices import Device, device_of, parse_bytes
 from packlight.planner.result import Plan
 
@@ -24,6 +26,7 @@ def plan(
     max_error: float | None = MAX_ERROR,
     device: str | Device | None = None,
     head: bool | None = None,
+    parallel: Parallel | None = None,
 ) -> Plan:
     """The methods with which a step of training fits into `memory` and takes the least time.
 
@@ -37,12 +40,13 @@ def plan(
 
     over the mixes of two neighbours on the front of bytes and time (`searching.py`). Transients are
     counted where they are. R adds what the allocator of CUDA reserves for a peak, beside what is
-    allocated: 1% and 256 MiB, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the
+    allocated: 1% and 256 MiB, with PYTORCH_ALLOC_CONF=expandable_segments:True in the
     environment; without, it is more. The planned methods are data: nothing of the model changes.
 
     Args:
         model: any module, in training mode. It runs under the caller's autocast.
-        batch: what the model is called with: tensors, or one dict of keywords. "meta" will do.
+        batch: what the model is called with: a tensor, several, or one mapping of keywords.
+            "meta" will do.
         memory: bytes that the allocator may reserve, as a limit of it is counted
             (`torch.cuda.set_per_process_memory_fraction`): an int or "22GiB". Or a float up to 1, a
             share of what plain training keeps for its backward pass.
@@ -56,6 +60,9 @@ def plan(
             that nobody measured are estimated from bandwidth and arithmetic, and say so.
         head: whether losses are computed by chunks of logits, exactly; None: where there is a head
             of a language model.
+        parallel: degrees of parallelism, see `Parallel`. Then `batch` is that of a data-parallel
+            rank, bytes are those of the rank with most, and each rank is converted by the plan,
+            whose rows are the blocks of all stages. Times are without waits for other ranks.
 
     Raises `InfeasibleBudgetError` where no plan fits, naming the least that is possible and what
     holds it, and `InputError` for a model whose step cannot be foretold (see `packlight.predict`).
@@ -71,17 +78,24 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected an nn.Module")
+    for name, value, such in (
+        ("optimizer", optimizer, "a class of torch.optim, such as torch.optim.AdamW"),
+        ("loss", loss, "a function of the model's output that returns a scalar"),
+    ):
+        if value is not None and not callable(value):
+            raise InputError(f"{name} is a {type(value).__name__}, which cannot be called; {such}")
     budget, share = _asked(memory)
-    inputs, kwargs = (
-        ((), batch[0]) if len(batch) == 1 and isinstance(batch[0], dict) else (batch, {})
-    )
+    inputs, kwargs = arguments_of(model, *batch)
     known = device if isinstance(device, Device) else device_of(device)
     # What it runs on takes much of torch's inside, which `import packlight` leaves alone.
+    from packlight.planner.cutting import group_for
     from packlight.planner.planning import planned
     from packlight.planner.study import Study
 
-    study = Study(model, inputs, kwargs, known, loss, optimizer, head)
-    return planned(study, budget, share, max_error)
+    degrees = checked(parallel)
+    with group_for(degrees):
+        study = Study(model, inputs, kwargs, known, loss, optimizer, head, degrees)
+        return planned(study, budget, share, max_error)
 
 
 def _asked(memory: object) -> tuple[int | None, float | None]:

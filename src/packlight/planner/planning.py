@@ -12,28 +12,41 @@ from packlight.report.words import human_bytes
 
 
 def planned(study: Study, budget: int | None, share: float | None, max_error: float | None) -> Plan:
-    plain = study.plain().timeline
+    """Of a pipeline each stage is planned for itself; bytes and times are those of the stage with
+    the highest peak.
+    """
+    stages = [(one, _best(one, budget, share, max_error)) for one in study.stages]
+    worst, best = max(stages, key=lambda stage: stage[1].peak)
+    options = {name: option for _, one in stages for name, option in one.options.items()}
+    blocks = tuple(row for _, one in stages for row in _rows(one))
+    rates = study.device.rates
+    source = "measured" if study.device.measured else f"estimated, by rates {rates.source}"
+    return Plan(
+        selectors(options, best.outside),
+        study.head,
+        blocks,
+        best.mix.timeline(),
+        worst.plain().timeline,
+        study.device.name,
+        source,
+        budget,
+        worst.stage,
+    )
+
+
+def _best(
+    study: Study, budget: int | None, share: float | None, max_error: float | None
+) -> Candidate:
+    kept = study.plain().timeline.kept
     found = _found(study, max_error)
     if share is None:
         assert budget is not None
         best = fastest(found, lambda one: one.peak <= allocatable(budget))
     else:
-        best = fastest(found, lambda one: one.kept <= share * plain.kept)
+        best = fastest(found, lambda one: one.kept <= share * kept)
     if best is None:
-        raise InfeasibleBudgetError(_why(found, plain.kept, budget, share, max_error))
-    blocks = tuple(_rows(best))
-    rates = study.device.rates
-    source = "measured" if study.device.measured else f"estimated, by rates {rates.source}"
-    return Plan(
-        selectors(best.options, best.outside),
-        study.head,
-        blocks,
-        best.mix.timeline(),
-        plain,
-        study.device.name,
-        source,
-        budget,
-    )
+        raise InfeasibleBudgetError(_why(found, kept, budget, share, max_error))
+    return best
 
 
 def front(study: Study, max_error: float | None) -> Iterator[tuple[float, int]]:

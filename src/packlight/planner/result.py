@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Timeline, reserved
+from packlight.planner.timeline import BACKWARDS, FORWARD, PASSES, STEP, Timeline, reserved
 from packlight.report.names import condensed
 from packlight.report.printing import cell, new_table, render
 from packlight.report.words import human_bytes
@@ -41,6 +41,7 @@ class Plan(Mapping[Selector, Choice]):
     - `blocks`: a row a block. `timeline`: the step in its order.
     - `plain`: the step as PyTorch trains it.
     - `device`, `source`: what the times are of, and whether they were measured there.
+    - `stage`: that of a pipeline of which the bytes and times are: that with the highest peak.
     - `budget`: the reserved bytes that were asked for; None where a share of what is kept was.
     """
 
@@ -52,6 +53,7 @@ class Plan(Mapping[Selector, Choice]):
     device: str
     source: str
     budget: int | None = None
+    stage: int = 0
 
     def __getitem__(self, selector: Selector) -> Choice:
         return self.methods[selector]
@@ -178,10 +180,11 @@ def peak_parts(timeline: Timeline) -> dict[str, int]:
         "optimiser": static.optimizer,
         "batch": static.inputs,
         "cuBLAS": static.workspace,
+        "weights gathered and buffers": static.wires,
     }
     if highest.phase == FORWARD:
         found["kept"] = highest.before
-    elif highest.phase == BACKWARD:
+    elif highest.phase in PASSES:
         found["kept and gradients"] = highest.before
     else:
         found["gradients"] = highest.before
@@ -191,7 +194,7 @@ def peak_parts(timeline: Timeline) -> dict[str, int]:
 
 def where(phase: str, place: str) -> str:
     """A place of a step for reading."""
-    passes = {FORWARD: "forward pass", BACKWARD: "backward pass", STEP: "optimiser's step"}
     if phase == STEP:
-        return passes[phase]
-    return f"{passes[phase]} of {place or 'what is outside of blocks'}"
+        return "optimiser's step"
+    name = "backward pass" if phase in BACKWARDS else "forward pass"
+    return f"{name} of {place or 'what is outside of blocks'}"

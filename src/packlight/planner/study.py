@@ -1,6 +1,7 @@
 """`Study`: one model and batch on one device, walked once for each option of its blocks."""
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,16 +12,22 @@ from torch.utils.checkpoint import CheckpointError
 from packlight.convert import convert, revert
 from packlight.errors import NothingMatchedError
 from packlight.head.modules import heads_of
+from packlight.parallel import ONE_RANK, Parallel
 from packlight.planner.devices import Device
 from packlight.planner.menu import EXACT, Option, selectors
+from packlight.planner.parts import batch_and_length, part_of_a_rank
 from packlight.planner.planner import Loss, OptimizerOf
+from packlight.planner.ranks import Rank, stages
 from packlight.planner.timeline import FORWARD, Clock, Timeline
 from packlight.planner.walk import Walker
 from packlight.planner.walked import Part, Walked, joined, strung
 
 
 class Study:
-    """`head` is whether losses are computed by chunks of logits where packlight is used."""
+    """`head` is whether losses are computed by chunks of logits where packlight is used.
+
+    Of a parallel run the walks are those of a rank, and what is asked about is one of its stages.
+    """
 
     def __init__(
         self,
@@ -31,16 +38,45 @@ class Study:
         loss: Loss | None = None,
         optimizer: OptimizerOf | None = None,
         head: bool | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
+        self.parallel = parallel or ONE_RANK
+        self.microbatches = self.parallel.count_of_microbatches(batch_and_length(inputs, kwargs)[0])
+        inputs, kwargs = part_of_a_rank((inputs, kwargs), self.parallel, self.microbatches)
         self.device, self.inputs, self.kwargs = device, inputs, kwargs
-        self.walker = Walker(model, inputs, kwargs, loss, optimizer)
+        self.walker = Walker(model, inputs, kwargs, loss, optimizer, parallel=self.parallel)
+        self.stage = 0
         self.head = any(True for _ in heads_of(model)) if head is None else head
         self._walked: dict[tuple[Option, Option, bool], Walked] = {}
         self._refused: set[tuple[Option, Option]] = set()
 
     @property
     def blocks(self) -> list[str]:
-        return [name for run in self.walker.runs for name in run.names]
+        names = [name for run in self.walker.runs for name in run.names]
+        return stages(names, self.parallel)[self.stage]
+
+    @property
+    def stages(self) -> "list[Study]":
+        """The same walks, of each stage of a pipeline."""
+        return [self._of_stage(stage) for stage in range(self.parallel.pipeline)]
+
+    def _of_stage(self, stage: int) -> "Study":
+        other = copy.copy(self)  # which has the walks in common
+        other.stage = stage
+        return other
+
+    def walk(self) -> Walked:
+        """A step with the copy as it is now."""
+        return self._of_rank(self._whole())
+
+    def _whole(self) -> Walked:
+        return self.walker.walk(self.device, again=self.microbatches > 1)
+
+    def _of_rank(self, walked: Walked) -> Walked:
+        if self.parallel.ranks == self.microbatches == 1:
+            return walked
+        rank = Rank.of(walked, self.parallel, self.stage, self.microbatches)
+        return dataclasses.replace(walked, static=rank.static(walked), rank=rank)
 
     def plain(self) -> Walked:
         """As PyTorch trains it."""
@@ -52,8 +88,8 @@ class Study:
         key = (option, outside, head)
         if key not in self._walked:
             with self.converted(option, outside, head):
-                self._walked[key] = self.walker.walk(self.device)
-        return self._walked[key]
+                self._walked[key] = self._whole()
+        return self._of_rank(self._walked[key])
 
     def runs(self, option: Option, outside: Option) -> bool:
         """Whether a step can be taken with it: torch refuses blocks that run otherwise again."""
@@ -68,19 +104,18 @@ class Study:
     @contextlib.contextmanager
     def converted(self, option: Option, outside: Option, head: bool) -> Iterator[None]:
         """Within, the copy has all its blocks alike."""
-        copy, walker = self.walker.model, self.walker
-        names = [run.walked(place) for run in walker.runs for place in range(run.places)]
-        methods = selectors(dict.fromkeys(names, option), outside)
+        model, walker = self.walker.model, self.walker
+        methods = selectors(dict.fromkeys(walker.walked_blocks(), option), outside)
         with walker.imagined():
             if head or any(choice is not None for choice in methods.values()):
                 # Where an option has no rule for anything here the model stays as it is.
                 with contextlib.suppress(NothingMatchedError):
-                    convert(copy, methods, functional=True, head=head, strict=False)
+                    convert(model, methods, functional=True, head=head, strict=False)
         try:
             yield
         finally:
             with walker.imagined():
-                revert(copy)
+                revert(model)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,17 @@
 """`Timeline`: a training step in its order, with the bytes that are allocated."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import types
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "optimizer"
+# Of the micro-batches after the first, which find gradients there: the passes of a second one.
+FORWARD_2, BACKWARD_2 = "second forward", "second backward"
+LOSS = "(loss)"  # the place of a loss that is computed outside of the model
+BACKWARDS = (BACKWARD, BACKWARD_2)
+PASSES = (FORWARD, BACKWARD, FORWARD_2, BACKWARD_2)
 
 # What CUDA's allocator holds beside what is allocated at the peak, in pages of 20 MiB that tensors
 # fill in part: on an H200, with expandable segments, 0.06 to 0.42 GiB of peaks from 2 to 40 GiB.
@@ -19,6 +26,15 @@ def reserved(peak: int) -> int:
 def allocatable(size: int) -> int:
     """The highest peak where the allocator may reserve so many bytes."""
     return int(max((size - _BETWEEN) / (1 + _SHARE), size / (1 + _SHARE + _OF_SMALL)))
+
+
+Sent = Mapping[str, float]  # bytes to other ranks, by the degree of parallelism that asks for them
+
+
+def added(one: Sent, other: Sent) -> Sent:
+    if not (one and other):
+        return one or other
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
 class Segment(NamedTuple):
@@ -37,6 +53,7 @@ class Segment(NamedTuple):
     host_ms: float
     copy_ms: float = 0.0  # of copies to and from the memory of the host
     waits: bool = False  # for all copies before it
+    sent: Sent = types.MappingProxyType({})
 
 
 class Clock:
@@ -69,10 +86,12 @@ class Static:
     inputs: int
     workspace: int  # of cuBLAS
     trained: int  # of the parameters, and so of their gradients, which are not among these
+    wires: int = 0  # weights that stay gathered, and buffers of what goes to other ranks
 
     @property
     def total(self) -> int:
-        return self.parameters + self.buffers + self.optimizer + self.inputs + self.workspace
+        held = self.parameters + self.buffers + self.optimizer + self.inputs
+        return held + self.workspace + self.wires
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +119,13 @@ class Timeline:
         """Bytes that are allocated as the backward pass begins."""
         backward = (segment.before for segment in self.segments if segment.phase == BACKWARD)
         return next(backward, 0)
+
+    @property
+    def sent(self) -> dict[str, int]:
+        """What a rank sends in a step."""
+        nothing: Sent = {}
+        total = functools.reduce(added, (segment.sent for segment in self.segments), nothing)
+        return {name: int(size) for name, size in total.items() if size}
 
     @property
     def ms(self) -> float:

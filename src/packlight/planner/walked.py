@@ -7,10 +7,21 @@ one before it ended; blocks in it may be those of several walks, each by another
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from packlight.planner.runs import Run
-from packlight.planner.timeline import BACKWARD, FORWARD, STEP, Segment, Static, Timeline
+from packlight.planner.timeline import (
+    BACKWARD,
+    BACKWARDS,
+    PASSES,
+    STEP,
+    Segment,
+    Static,
+    Timeline,
+)
+
+if TYPE_CHECKING:
+    from packlight.planner.ranks import Rank
 
 
 class Part(NamedTuple):
@@ -38,6 +49,17 @@ class Part(NamedTuple):
         return max(device, host, sum(segment.copy_ms for segment in self.segments))
 
 
+class Weight(NamedTuple):
+    """A parameter of the copy: modules that have it, and bytes on this rank."""
+
+    places: tuple[str, ...]
+    size: int
+    trained: int
+    optimizer: int
+    element: int  # bytes of a floating number; 0 where it has none
+    is_expert: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Walked:
     """A walk of a shortened model. `copies` has the bytes that are freed between the passes, by the
@@ -48,7 +70,17 @@ class Walked:
     runs: tuple[Run, ...]
     segments: tuple[Segment, ...]
     copies: Mapping[str, int]
-    more_trained: float  # how many times as many trained bytes the whole model has
+    weights: tuple[Weight, ...]
+    trained_here: int  # bytes of the copy that are trained
+    passed: int  # bytes from one block to the next
+    returned: int  # bytes of what the model returns for the loss
+    lets_go: bool  # whether these are freed in the forward pass
+    rank: "Rank | None" = None  # of a parallel run
+
+    @property
+    def more_trained(self) -> float:
+        """How many times as many trained bytes the model, or its part on a rank, has."""
+        return self.static.trained / max(self.trained_here, 1)
 
     @property
     def timeline(self) -> Timeline:
@@ -76,7 +108,7 @@ class Walked:
             if self.segments[index].phase != self.segments[index - 1].phase:
                 yield index, (None, 0)
         for run in self.runs:
-            for phase in (FORWARD, BACKWARD):
+            for phase in PASSES:
                 inside = [
                     (index, place)
                     for index, segment in enumerate(self.segments)
@@ -106,10 +138,18 @@ def shifted(segment: Segment, by: int) -> Segment:
 
 
 def strung(base: Walked, others: Mapping[str, Walked]) -> Iterator[tuple[Part, str]]:
-    """The parts of the whole model in their order, with the names of their blocks.
+    """The parts of a rank's step in their order, with the names of their blocks.
 
     Blocks are those of `base`, but for those that `others` names by their own names.
     """
+    whole = _whole(base, others)
+    if base.rank is None:
+        return whole
+    return base.rank.strung(list(whole), lambda name: others.get(name, base).lets_go)
+
+
+def _whole(base: Walked, others: Mapping[str, Walked]) -> Iterator[tuple[Part, str]]:
+    """Of one rank that has the whole model."""
     parts: dict[int, dict[tuple[Run, int, str], Part]] = {}
 
     def part_of(walked: Walked, part: Part) -> Part:
@@ -121,14 +161,14 @@ def strung(base: Walked, others: Mapping[str, Walked]) -> Iterator[tuple[Part, s
             }
         return known.get((part.run, part.place, part.phase), part._replace(segments=(), grows=0))
 
-    in_backward = False
+    begun = set()
     for part in base.parts():
-        if part.phase == BACKWARD and not in_backward:
-            in_backward = True
-            yield _freed(base, others), ""
+        if part.phase in BACKWARDS and part.phase not in begun:
+            begun.add(part.phase)
+            yield _freed(base, others)._replace(phase=part.phase), ""
         if part.run is None:
             scales = part.phase == STEP and base.more_trained != 1
-            yield (_scaled(part, base.more_trained) if scales else part), ""
+            yield (scaled(part, base.more_trained) if scales else part), ""
             continue
         for name in _names(part):
             yield part_of(others.get(name, base), part), name
@@ -138,7 +178,7 @@ def _names(part: Part) -> Sequence[str]:
     """The blocks for which a part stands, in the order of its pass."""
     assert part.run is not None
     names = part.run.stands_for(part.place)
-    return names if part.phase == FORWARD else names[::-1]
+    return names[::-1] if part.phase in BACKWARDS else names
 
 
 def _freed(base: Walked, others: Mapping[str, Walked]) -> Part:
@@ -152,7 +192,7 @@ def _freed(base: Walked, others: Mapping[str, Walked]) -> Part:
     return Part(None, 0, BACKWARD, (), by)
 
 
-def _scaled(part: Part, times: float) -> Part:
+def scaled(part: Part, times: float) -> Part:
     """An optimiser's step on so many times as many parameters."""
     return part._replace(
         segments=tuple(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packlight.batches import arguments_of
 from packlight.errors import InputError
 from packlight.profile.allocator import AllocatorMeter, backward_targets, measured_peak
 from packlight.profile.counting import find_kept
@@ -23,6 +24,8 @@ def profile(
     **kwargs: Any,
 ) -> MemoryReport:
     """Run `model(*inputs, **kwargs)` once and report what is kept for the backward pass.
+
+    The batch may also be one mapping of keywords, as a tokenizer or a collator makes it.
 
     `loss`, if given, is called on the model's output and returns a scalar; what it keeps is counted
     under the path "(loss)". The model may be any callable; modules and tensors that a function
@@ -65,6 +68,7 @@ def profile(
     parameters that a lazy module has not initialised yet.
     """
     _check(model, loss)
+    inputs, kwargs = arguments_of(model, *inputs, **kwargs)
     scene = scene_of(model, loss, inputs, kwargs)
     with (
         left_as_found(scene),

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 
-from packlight.report.names import condensed
-from packlight.report.printing import cell, new_table, render
+from packlight.report.names import condensed, together
+from packlight.report.printing import Broken, helping, new_table, render
 from packlight.report.words import human_bytes, percent, times_less
 
 # Shares below this are summed up where the report prints.
@@ -51,6 +51,12 @@ class Left:
         """The part of all that is kept after the conversion."""
         return row.bytes / self.after_bytes if self.after_bytes else 0.0
 
+    @property
+    def covered(self) -> float:
+        """The share of bytes before that packs stand for, or that nothing keeps any more."""
+        as_before = sum(row.bytes for row in self.rows if not row.is_packed)
+        return max(1 - as_before / self.before_bytes, 0.0) if self.before_bytes else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as for JSON: lists, texts and numbers."""
         data = asdict(self)
@@ -69,29 +75,28 @@ class Left:
         before, after = self.before_bytes, self.after_bytes
         yield Text(
             f"{self.model} keeps {human_bytes(before)} before and {human_bytes(after)} after"
-            f"{times_less(before, after)}"
+            f"{times_less(before, after)}; {percent(self.covered)} of the bytes are covered"
         )
         if not self.rows:
             return
         table = new_table()
-        for column in ("still kept", "share", "by", "in", "why", "what would help"):
+        for column in ("still kept", "share", "by, where, and why"):
             table.add_column(column)
         packed = [row for row in self.rows if row.is_packed]
         others = [row for row in self.rows if not row.is_packed and self.share(row) < _SHOWN]
-        lines = [
-            (row.bytes, self._cells(row)) for row in self.rows if row not in (*packed, *others)
-        ]
+        lines = [(row.bytes, _said_of(row)) for row in self.rows if row not in (*packed, *others)]
         if packed:
             size = sum(row.bytes for row in packed)
-            lines.append((size, [cell("packs"), "", "", packed[0].remedy]))
-        for size, cells in sorted(lines, key=lambda line: line[0], reverse=True):
-            table.add_row(human_bytes(size), percent(size / after), *cells)
+            lines.append((size, Group(Text(packed[0].why), *helping(packed[0].remedy))))
+        for size, said in sorted(lines, key=lambda line: line[0], reverse=True):
+            table.add_row(human_bytes(size), percent(size / after), said)
         if others:
             size = sum(row.bytes for row in others)
             table.add_row(human_bytes(size), percent(size / after), "others")
         yield table
 
-    def _cells(self, row: LeftRow) -> list[RenderableType]:
-        place = row.source or ", ".join(condensed(list(row.modules)))
-        where = cell(f"{row.module_type}: {place}")
-        return [cell(row.operation), where, Text(row.why), Text(row.remedy)]
+
+def _said_of(row: LeftRow) -> Group:
+    place = row.source or together(condensed(row.modules))
+    where = Broken(f"{row.operation} in {row.module_type}: {place}")
+    return Group(where, Text(row.why), *helping(row.remedy))

@@ -183,14 +183,21 @@ class MemoryReport:
         """The printed report; with a `depth`, of modules down to so many levels only."""
         return render(Group(*report_parts(self, depth)))
 
-    def to_html(self, path: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        about: Mapping[str, str] | None = None,
+        *,
+        further: str = "",
+    ) -> None:
         """Write a page to look at in a browser: a zoomable map of the bytes, and a table.
 
         `about` is what the page says of the measurement by names of yours, {"batch": "8 x 4096"},
-        beside dtypes, devices, versions and the date.
+        beside dtypes, devices, versions and the date. `further` is HTML to follow; what
+        `packlight profile` writes has memory over a step there.
         """
         reports = {"before": asdict(self), "after": None}
-        write_page(path, self.model, reports, {**(about or {}), **_facts(self)})
+        write_page(path, self.model, reports, {**(about or {}), **_facts(self)}, further)
 
     def __str__(self) -> str:
         return render(self)
@@ -224,13 +231,20 @@ class MemoryDifference:
         """The printed table; with a `depth`, of modules down to so many levels only."""
         return render(Group(*difference_parts(self, depth)))
 
-    def to_html(self, path: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        about: Mapping[str, str] | None = None,
+        *,
+        further: str = "",
+    ) -> None:
         """Write a page to look at in a browser: zoomable maps of both reports, and a table.
 
-        `about` is as in `MemoryReport.to_html`.
+        `about` and `further` are as in `MemoryReport.to_html`.
         """
         reports = {"before": asdict(self.before), "after": asdict(self.after)}
-        write_page(path, self.before.model, reports, {**(about or {}), **_facts(self.before)})
+        facts = {**(about or {}), **_facts(self.before)}
+        write_page(path, self.before.model, reports, facts, further)
 
     def __str__(self) -> str:
         return render(self)

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from packlight.report.tree import ranges
 
@@ -15,21 +15,32 @@ def condensed(names: Iterable[str]) -> list[str]:
     return [_filled(pattern, numbers) for pattern, numbers in groups.items()]
 
 
-def together(names: list[str]) -> str:
+def together(names: Iterable[str]) -> str:
     """Several names as one text, a set where parts differ: "layers.0-11.{q, k}.{lora_A, lora_B}".
 
-    Of names with different numbers of parts, what they begin with stands once.
+    What names begin with stands once, and what follows several parts alike stands once behind them.
     """
-    parts = [name.split(".") for name in names]
-    if len({len(each) for each in parts}) > 1:
-        head = beginning(parts)
-        ends = ", ".join(".".join(each[len(head) :]) or "itself" for each in parts)
-        return ".".join([*head, f"{{{ends}}}"]) if head else ", ".join(names)
-    columns = [list(dict.fromkeys(column)) for column in zip(*parts, strict=True)]
-    if not any(len(column) == 1 for column in columns):
-        return ", ".join(names)
-    texts = (f"{{{', '.join(column)}}}" if len(column) > 1 else column[0] for column in columns)
-    return ".".join(texts)
+    return ", ".join(_alternatives([name.split(".") for name in names]))
+
+
+def _alternatives(names: list[list[str]]) -> list[str]:
+    """What may stand at a place of names: each a text with all that may follow it."""
+    following: dict[str, list[list[str]]] = {}
+    for first, *others in names:
+        following.setdefault(first, []).append(others)
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for first, ends in following.items():
+        inner = _alternatives([end for end in ends if end])
+        alike.setdefault((*(["itself"] if [] in ends and inner else []), *inner), []).append(first)
+    return [
+        text
+        for inner, firsts in alike.items()
+        for text in ([f"{_set(firsts)}.{_set(inner)}"] if inner else firsts)
+    ]
+
+
+def _set(texts: Sequence[str]) -> str:
+    return texts[0] if len(texts) == 1 else f"{{{', '.join(texts)}}}"
 
 
 def beginning(parts: list[list[str]]) -> list[str]:

@@ -12,13 +12,20 @@ _TEMPLATE = "report.html"
 
 
 def write_page(
-    path: str | os.PathLike[str], title: str, reports: dict[str, Any], about: dict[str, str]
+    path: str | os.PathLike[str],
+    title: str,
+    reports: dict[str, Any],
+    about: dict[str, str],
+    further: str = "",
 ) -> None:
-    """Write one file that needs no other and no network; `about` says what was measured."""
+    """Write one file that needs no other and no network; `about` says what was measured.
+
+    `further` is HTML that follows.
+    """
     data = {**reports, "about": about}
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    page = template.replace("{{title}}", html.escape(title)).replace("{{data}}", _embedded(data))
-    write_text(path, page)
+    page = template.replace("{{further}}", further).replace("{{title}}", html.escape(title))
+    write_text(path, page.replace("{{data}}", _embedded(data)))
 
 
 def _embedded(data: dict[str, Any]) -> str:

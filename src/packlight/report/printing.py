@@ -1,12 +1,14 @@
 """Reports as tables."""
 
 import io
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import Box
-from rich.console import Console, ConsoleRenderable
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +38,30 @@ def render(report: ConsoleRenderable) -> str:
 
 def new_table() -> Table:
     return Table(box=_RULES, pad_edge=False, show_edge=False, header_style="bold")
+
+
+class Broken:
+    """A text whose lines end behind a comma or a dot, as names of modules are read."""
+
+    def __init__(self, text: str) -> None:
+        self.pieces = re.findall(r"[^., ]*(?:[., ]+|$)", text)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [""]
+        for piece in self.pieces:
+            if lines[-1] and len(lines[-1] + piece.rstrip()) > options.max_width:
+                lines.append("")
+            lines[-1] += piece
+        yield Text("\n".join(line.rstrip() for line in lines), overflow="fold")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = max((len(piece.rstrip()) for piece in self.pieces), default=0)
+        return Measurement(longest, len("".join(self.pieces)))
+
+
+def helping(remedy: str) -> list[Text]:
+    """The line that says what would help, where something does."""
+    return [Text(f"what would help: {remedy}")] if remedy else []
 
 
 def cell(text: str) -> Text:

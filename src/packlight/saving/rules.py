@@ -74,6 +74,7 @@ _EXACT_SLOTS = {
 
 # What makes an operation exact, for a reader, and by which operations.
 _REASONS = {
+    "attention that no kernel took keeps its probabilities": ("SafeSoftmax",),
     "the gradient begins at a loss": ("LogSoftmax", "*Loss*", "*CrossEntropy*"),
     "a softmax is small where its error is largest": ("*Softmax", "*Logsumexp*"),
     "a recomputation sees what the forward pass saw": (CHECKPOINT,),

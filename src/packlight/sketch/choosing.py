@@ -10,6 +10,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from packlight import _swap, graphs, integrations, sharing
+from packlight.batches import call
 from packlight.errors import CannotConvertError, InputError
 from packlight.method import NotConverted, find_rule
 from packlight.profile.restoring import left_as_found
@@ -304,12 +305,7 @@ class _Groups:
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        output = model(*batch)
-    else:
-        output = model(batch)
+    output = call(model, batch)
     found = output if isinstance(output, Tensor) else getattr(output, "loss", None)
     if not isinstance(found, Tensor) or found.numel() != 1:
         raise InputError(

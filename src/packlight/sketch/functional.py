@@ -75,8 +75,9 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative("a sketch of its input")
         weight, kept = saved_with_weight(ctx)
+        needs_input, needs_weight, needs_bias = _torch.needed_gradients(ctx)[:3]
         dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
+        if needs_input:
             weight = recast(weight, grad_output)
             if ctx.axes:
                 dx = _PLAIN[ctx.axes](grad_output, weight.transpose(0, 1))
@@ -84,12 +85,12 @@ class _Layer(torch.autograd.Function):
                 dx = grad_output.matmul(weight)
             dx = dx.to(ctx.x_dtype)
         g = _tokens_of(grad_output, ctx.axes)
-        wanted = ctx.needs_input_grad[2] or ctx.weight_gradient.needs_total
+        wanted = needs_bias or (needs_weight and ctx.weight_gradient.needs_total)
         total = column_sums(g, compute_dtype(g)) if wanted else None
-        if ctx.needs_input_grad[1]:
+        if needs_weight:
             dweight = ctx.weight_gradient(g, total, kept)
             dweight = dweight.view(ctx.shape).to(ctx.weight_dtype)
-        if ctx.needs_input_grad[2] and total is not None:
+        if needs_bias and total is not None:
             dbias = total.to(ctx.bias_dtype)
         return dx, dweight, dbias, None, None, None
 

@@ -59,7 +59,7 @@ def _check_size(name: str, value: str, sizes: Mapping[str, int]) -> None:
             f"unknown size {shortened(name)}; expected {', '.join(SIZES)}, or a shape, 8x128"
         )
     if name in sizes:
-        raise InputError(f"{name} is given twice")
+        raise InputError(f"{name} is given twice; give it once, by --input or by its own name")
     if not re.fullmatch(r"0*[1-9]\d*", value):
         raise InputError(f"{name}={value[:_DIGITS]} is not a positive whole number")
     _size(value)

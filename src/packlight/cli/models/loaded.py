@@ -37,6 +37,12 @@ class LoadedModel:
         layers = (module for module in self.model.modules() if isinstance(module, nn.Dropout))
         return self.model.training and any(layer.p > 0 for layer in layers)
 
+    @property
+    def inputs_text(self) -> str:
+        """For reading: "input_ids 1x512 int64", and of positions the shapes alone."""
+        named = self.inputs().items()
+        return ", ".join(text if name.isdigit() else f"{name} {text}" for name, text in named)
+
     def inputs(self) -> dict[str, str]:
         """Shape and dtype of each tensor among the inputs, "1x512 int64", by name or position."""
         named = {str(place): value for place, value in enumerate(self.arguments)} | self.keywords

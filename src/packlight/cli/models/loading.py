@@ -48,7 +48,7 @@ def load_model(
     if not (colon and re.fullmatch(r"[\w.]+", module) and re.fullmatch(r"[\w.]+", name)):
         raise InputError(
             f"unknown model {shortened(text)}; expected hf:TYPE (such as hf:roberta), a"
-            " directory with a config.json, or MODULE:NAME in Python"
+            " directory with a config.json, hf:OWNER/NAME, or MODULE:NAME in Python"
         )
     if task is not None:
         raise InputError(f"a task is for models of transformers, and {text} makes its own model")

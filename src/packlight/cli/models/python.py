@@ -49,7 +49,7 @@ def from_python(
     if given is None:
         arguments, keywords = _made_inputs(text, model, inputs)
     elif inputs.sizes or inputs.shapes:
-        raise InputError(f"{text} brings its own inputs, so --input has no use")
+        raise InputError(f"{text} brings its own inputs, whose sizes no option changes")
     else:
         arguments, keywords = _given_inputs(given, dtype)
     single = given is not None and not isinstance(given, Mapping | tuple | list)

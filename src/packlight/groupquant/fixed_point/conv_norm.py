@@ -73,7 +73,7 @@ class _ConvNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
-        needs, dtypes = ctx.needs_input_grad, ctx.dtypes
+        needs, dtypes = _torch.needed_gradients(ctx), ctx.dtypes
         if grad_output is None:
             return (None,) * len(needs)
         weight, codes, table, *tensors = saved_with_weight(ctx)

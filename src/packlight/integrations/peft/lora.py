@@ -3,7 +3,7 @@
 PEFT's own code casts the input, runs three layers, scales, adds and casts back: seven operations
 and as many nodes of the graph, of which four pass over the whole output in float32, beside each
 other. In a checkpointed block that is the most that is alive at once. One function adds the
-adapter's share to the frozen layer's output in place, by tiles of rows.
+adapter's share to the frozen layer's output in place, by operators of low rank.
 
 Known are the codes of LoRA's `Linear` and `Linear4bit` (`scaled.py`) where one adapter is at work,
 which is no variant. On a frozen `nn.Linear` or one of 4 bits of bitsandbytes, without dropout, bias
@@ -11,7 +11,7 @@ and autocast, all of it is one function; around other layers the sum is. Elsewhe
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,36 +32,23 @@ from packlight._overwrite import writable
 from packlight.calls import is_bare, uncovered
 from packlight.groupquant.modules import Linear
 from packlight.integrations.peft.adapters import Adapter, trains
+from packlight.low_rank import ops as low_rank
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
 from packlight.reading import reader
 from packlight.selectors import kind_of
 
-# Of a tile: 64 MiB in float32.
-_ELEMENTS = 2**24
-
-
-def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of matrices of as many rows, as views; a tile of the first is `_ELEMENTS`."""
-    rows = max(1, _ELEMENTS // max(1, tensors[0].shape[-1]))
-    return zip(*(x.split(rows) for x in tensors), strict=True)
+_ROWS = 1024  # of a tile
 
 
 def _matrix(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add(result: Tensor, delta: Tensor, scaling: float, rounds: bool) -> None:
-    """r + s d into r, rounded once to its dtype, or where PEFT's code does so s d before it too."""
-    if rounds:
-        result.add_(as_dtype(delta * scaling, result.dtype))
-    else:
-        result.add_(delta, alpha=scaling)
-
-
 class _Lora(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T; keeps W, A, B, x A^T and the pack of x.
 
-    A, B and what is computed with them have a dtype of their own. x A^T is kept in the dtype of x.
+    A, B and what is computed with them have a dtype of their own, and y is rounded where PEFT's
+    operations round it. x A^T is kept in the dtype of x.
     Of a `layer` of 4 bits W is decoded in each pass: the layer itself stands for it.
     """
 
@@ -78,42 +65,34 @@ class _Lora(torch.autograd.Function):
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,
     ) -> Tensor:
-        hidden = F.linear(as_dtype(x, first.dtype), first)
+        low = low_rank.narrowed(_matrix(x), first.t())
         y = F.linear(x, weight, bias) if layer is None else layer(x)
-        for rows, low in _tiles(y.view(-1, y.shape[-1]), _matrix(hidden)):
-            _add(rows, F.linear(low, second), scaling, rounds=layer is not None)
+        rows, rounds = y.view(-1, y.shape[-1]), layer is not None
+        low_rank.add_widened_(rows, low, second.t(), scaling, rounds)
         kept_weight = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(kept_weight, first, second, as_dtype(hidden, x.dtype), *tensors)
+        ctx.save_for_backward(kept_weight, first, second, as_dtype(low, x.dtype), *tensors)
         ctx.settings = (layer, scaling, rebuild)
         return writable(y, of_linear=True)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         refuse_second_derivative(KEEPS)
-        weight, first, second, hidden, *tensors = saved_with_weight(ctx)
+        weight, first, second, low, *tensors = saved_with_weight(ctx)
         layer, scaling, rebuild = ctx.settings
-        needs_input, needs_first, needs_second = ctx.needs_input_grad[:3]
-        rows, hidden = _matrix(grad_output), _matrix(hidden)
-        dhidden = rows.new_empty((rows.shape[0], second.shape[1]), dtype=second.dtype)
+        needs = _torch.needed_gradients(ctx)
+        needs_input, needs_first, needs_second = needs[:3]
+        rows = _matrix(grad_output)
         dx = dfirst = dsecond = None
-        for dy, low, into in _tiles(rows, hidden, dhidden):
-            wide = as_dtype(dy, first.dtype)
-            torch.mm(wide, second, out=into)
-            if needs_second:
-                part = wide.t().mm(as_dtype(low, first.dtype))
-                dsecond = part if dsecond is None else dsecond.add_(part)
-        dhidden.mul_(scaling)
-        if dsecond is not None:
-            dsecond.mul_(scaling)
+        if needs_second:
+            dsecond = low_rank.outer(rows, as_dtype(low, second.dtype)).t().mul(scaling)
+        dlow = low_rank.narrowed(rows, second).mul_(scaling)
         if needs_first:
-            x = rebuild(first.dtype, *tensors)
-            dfirst = dhidden.t().mm(_matrix(x))
+            dfirst = low_rank.outer(_matrix(rebuild(rows.dtype, *tensors)), dlow)
         if needs_input:
             dx = rows.mm(weight if layer is None else _decoded(layer, rows.dtype))
-            for tile, low in _tiles(dx, dhidden):
-                tile.add_(low.mm(first))
+            low_rank.add_widened_(dx, dlow, first, 1.0, False)
             dx = dx.view(*grad_output.shape[:-1], -1)
-        return dx, dfirst, dsecond, *[None] * (len(ctx.needs_input_grad) - 3)
+        return dx, dfirst, dsecond, *[None] * (len(needs) - 3)
 
 
 class _Sum(torch.autograd.Function):
@@ -123,7 +102,8 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, result: Tensor, delta: Tensor, scaling: float, rounds: bool) -> Tensor:
         ctx.settings = (scaling, delta.dtype)
         y = torch.empty_like(result, memory_format=torch.contiguous_format)
-        for into, r, d in _tiles(_matrix(y), _matrix(result), _matrix(delta)):
+        parts = (tile.split(_ROWS) for tile in (_matrix(y), _matrix(result), _matrix(delta)))
+        for into, r, d in zip(*parts, strict=True):
             into.copy_(r + (as_dtype(d * scaling, r.dtype) if rounds else d * scaling))
         return y
 

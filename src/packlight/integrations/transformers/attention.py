@@ -12,13 +12,14 @@ So `model.set_attn_implementation("packlight")` works as well, at 8 bits for all
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packlight import _torch
 from packlight._classes import joined
@@ -51,26 +52,27 @@ def attention_forward(
     """What `sdpa_attention_forward` of transformers does, keeping packs in training.
 
     That function itself runs where nothing can be packed, with a position bias, and where a causal
-    call has more keys than queries, as with a static cache.
+    call has more keys than queries, as with a static cache. What stands in its place under "sdpa",
+    as sequence parallelism of an engine does, always runs.
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     kind = masks.kind_of_traced(attention_mask)
     if kind is not None:
         attention_mask, is_causal = None, kind == "causal"
+    plain: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS[_REPLACES]
     causal = query.shape[2] > 1 and attention_mask is None and is_causal
     biased = kwargs.get("position_bias") is not None
     output = None
-    if module.training and not biased and not (causal and key.shape[2] > query.shape[2]):
+    packs = module.training and plain is sdpa_attention_forward
+    if packs and not biased and not (causal and key.shape[2] > query.shape[2]):
         method = getattr(module, "attention_method", _DEFAULT)
         grouped = getattr(module, "num_key_value_groups", 1) > 1
         inputs, flags = (query, key, value, attention_mask), (dropout, causal, scaling)
         output = uncovered(attend, inputs, flags, grouped, method)
     if output is None:
-        result: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-        )
-        return result
+        flags_by_name = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return plain(module, query, key, value, attention_mask, **flags_by_name, **kwargs)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -1,8 +1,6 @@
 """A callback for `transformers.Trainer`."""
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +10,7 @@ from transformers import TrainerCallback
 from packlight._seeds import rounding_state, set_rounding_state
 from packlight.convert import revert
 from packlight.following import is_patched
-from packlight.integrations._converting import Converting
-from packlight.planner.planner import OptimizerOf
+from packlight.integrations._converting import Converting, first_rows, maker_of
 
 _ROUNDING = "PacklightRounding"
 
@@ -49,7 +46,8 @@ class PacklightCallback(Converting, TrainerCallback):
         model = kwargs["model"]
         if self.memory is not None and self.plan is None:
             with _autocast_of(args, model):
-                self._plan(model.train(), *_planned_for(kwargs))
+                rows = first_rows(kwargs.get("train_dataloader"))
+                self._plan(model.train(), rows, maker_of(kwargs.get("optimizer")))
         self._convert(model)
         self.kept_bytes, self._logged, self._reported = None, False, False
         if state.global_step:  # resumed
@@ -92,27 +90,6 @@ class PacklightCallback(Converting, TrainerCallback):
         if self._converted is not model or any(map(is_patched, model.modules())):
             super()._convert(model)
             self._converted = model
-
-
-def _planned_for(kwargs: dict[str, Any]) -> tuple[dict[str, Any] | None, OptimizerOf | None]:
-    """The first rows of a Trainer's data as a batch, and what makes its optimiser."""
-    optimizer, loader = kwargs.get("optimizer"), kwargs.get("train_dataloader")
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around it
-    make = None if inner is None else _maker_of(inner)
-    rows: Any = getattr(loader, "dataset", None)
-    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    if loader is None or size is None or isinstance(rows, torch.utils.data.IterableDataset):
-        return None, make
-    count = min(size, len(rows))
-    with torch.random.fork_rng(devices=[]):  # a collator may draw, and training must not see it
-        return dict(loader.collate_fn([rows[place] for place in range(count)])), make
-
-
-def _maker_of(optimizer: torch.optim.Optimizer) -> OptimizerOf:
-    known = inspect.signature(type(optimizer).__init__).parameters
-    return partial(
-        type(optimizer), **{name: x for name, x in optimizer.defaults.items() if name in known}
-    )
 
 
 def _autocast_of(args: Any, model: nn.Module) -> AbstractContextManager[Any]:

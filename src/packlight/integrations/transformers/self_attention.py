@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packlight._classes import joined
@@ -97,6 +98,14 @@ def is_known(kind: type[nn.Module]) -> bool:
     return is_copy(vars(kind).get("forward"), _bert, _OWN)
 
 
+def sdpa_is_replaced() -> bool:
+    """Whether something stands in the place of "sdpa", as sequence parallelism of an engine does.
+
+    DeepSpeed's (Ulysses) puts attention of the tokens of all ranks there.
+    """
+    return ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
+
+
 # --- The layers.
 
 
@@ -151,7 +160,7 @@ class AtOnce(nn.Module):
         query = self._modules["query"]
         if not isinstance(query, Linear) or options.get("position_bias") is not None:
             return None
-        if self.model_config._attn_implementation not in self.implementations:
+        if self.model_config._attn_implementation not in self.implementations or sdpa_is_replaced():
             return None
         method = query.method
         parts: Any = (query, self._modules["key"], self._modules["value"])

@@ -1,0 +1,85 @@
+"""accelerate: an `Accelerator` that converts a model before it prepares it.
+
+    from packlight.integrations.accelerate import Accelerator  # in place of accelerate's
+
+    accelerator = Accelerator(packlight={"methods": "GroupQuant(4), FewBit(3)"})
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+So a model is converted before DDP, FSDP2 with or without its activation checkpoints, DeepSpeed or
+`torch.compile` come around it, whatever `accelerate config` or `accelerate launch` say.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from torch import Tensor, nn
+
+from packlight._seeds import rounding_state, set_rounding_state
+from packlight.integrations._converting import Converting, first_rows, maker_of
+from packlight.integrations._options import read_options
+
+
+class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
+    """`accelerate.Accelerator` whose `prepare` converts models first.
+
+    Parameters are the same objects as before and `state_dict` has the same keys, so checkpoints are
+    plain ones. `save_state` puts beside them where the stream of rounding is, a file a process, and
+    `load_state` goes on from there where it finds one.
+
+    What autograd keeps of the first step, up to its first `backward`, is measured and printed once.
+    """
+
+    def __init__(self, *args: Any, packlight: Any = None, **kwargs: Any) -> None:
+        """
+        Args:
+            args: as for `accelerate.Accelerator`.
+            packlight: options by name, or `methods` as a text alone: `methods` (a text or the path
+                of a file), `rest`, `head`, `functional`, `exact_ends` and `strict` as for
+                `packlight.convert`; `memory`, `device`, `measure` and `report` as for
+                `packlight.integrations.transformers.PacklightCallback`. With `memory`, a plan is
+                made for the first rows of a loader that is prepared with the model.
+            kwargs: as for `accelerate.Accelerator`.
+
+        Raises `InputError`, naming the option, for one that is unknown or has a wrong value.
+        """
+        super().__init__(*args, **kwargs)
+        self.packlight = Converting(**read_options(packlight, "accelerate"))
+        self.register_save_state_pre_hook(self._save_rounding)
+        self.register_load_state_pre_hook(self._load_rounding)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        models = [each for each in args if isinstance(each, nn.Module)]
+        for model in models:
+            batch, optimizer = None, None
+            for each in args:
+                if isinstance(each, torch.utils.data.DataLoader):
+                    batch = first_rows(each)
+                elif isinstance(each, torch.optim.Optimizer):
+                    optimizer = maker_of(each)
+            with self.autocast():
+                self.packlight._plan(model, batch, optimizer)
+            self.packlight._convert(model)
+        prepared = super().prepare(*args, **kwargs)
+        if models:  # its parameters are those of the prepared one by now
+            self.packlight._start_measuring(self._models[-1])
+        return prepared
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        super().backward(loss, **kwargs)
+        if self.packlight._measuring is not None:
+            self.packlight._stop_measuring()
+            if self.is_main_process:
+                self.packlight._report_once(self._models[-1])
+
+    def _save_rounding(self, models: Any, weights: Any, folder: str) -> None:
+        self._rounding(folder).write_text(json.dumps(rounding_state()), encoding="utf-8")
+
+    def _load_rounding(self, models: Any, folder: str) -> None:
+        if (path := self._rounding(folder)).exists():  # not of a training without packlight
+            set_rounding_state(json.loads(path.read_text(encoding="utf-8")))
+
+    def _rounding(self, folder: str) -> Path:
+        return Path(folder, f"packlight_rounding_{self.process_index}.json")
