@@ -1,6 +1,6 @@
 """Writes the tables of documents that are made of rows, each between its two marks.
 
-    python -m benchmarks.table    # those of docs/benchmarks.md, docs/distributed.md, README
+    python -m benchmarks.table    # those of docs/benchmarks, distributed, scale.md, README
 
 A table begins behind a line `<!-- table NAME -->` and ends before the next `<!-- end -->`.
 """
@@ -16,6 +16,7 @@ from benchmarks import rows, step, train_suite
 
 DOCS = rows.RESULTS.parents[1] / "docs" / "benchmarks.md"
 DISTRIBUTED = rows.RESULTS.parents[1] / "docs" / "distributed.md"
+SCALE = rows.RESULTS.parents[1] / "docs" / "scale.md"
 README = rows.RESULTS.parents[1] / "README.md"
 
 Rows = Sequence[dict[str, Any]]
@@ -188,6 +189,70 @@ def sharded(found: Rows) -> str:
     return markdown(["", "", *head], sorted(body, key=lambda cells: cells[0]))
 
 
+# ---- ranks that are foretold ----------------------------------------------------------------
+
+
+def scale_rows(which: str) -> Rows:
+    """The last row of each run, or of each comparison."""
+    found = [row for row in rows.read(rows.RESULTS / "scale.jsonl") if which in row]
+    if which == "title":
+        return list({row["title"]: row for row in found}.values())
+    each = (row["measured"] for row in found)
+    return list({(r["scenario"], r["choice"], r["parallel"]): r for r in each}.values())
+
+
+def scale_bytes(found: Rows) -> str:
+    """GiB at the peak of the fullest rank, and of them what is kept, by choice."""
+    body = []
+    for row in found:
+        first, *_ = row["choices"].values()
+        cells = [row["title"], _degrees(row), f"{row['batch']} x {row['length']:,}"]
+        cells.append(f"{first['static'] / 2**30:.1f}")
+        cells += [
+            f"{choice['peak'] / 2**30:.1f}, {choice['kept'] / 2**30:.1f}"
+            for choice in row["choices"].values()
+        ]
+        body.append(cells)
+    names = list(found[0]["choices"]) if found else []
+    return markdown(["", "degrees", "batch of a rank", "static", *names], body)
+
+
+def _degrees(row: dict[str, Any]) -> str:
+    names = ("replicate", "shard", "context", "tensor", "pipeline", "expert")
+    return ", ".join(f"{name} {n}" for name in names if (n := row["parallel"][name]) > 1)
+
+
+def scale_wires(found: Rows) -> str:
+    """GiB that a rank sends in a step with packs, and how long that and arithmetic take."""
+    from benchmarks.scale import wires_ms
+
+    kinds = ("shard", "replicate", "tensor", "context", "pipeline", "expert")
+    body = []
+    for row in found:
+        cells = [row["title"]]
+        choice = row["choices"]["packlight"]
+        for kind in kinds:
+            size = choice["sent"].get(kind, 0)
+            gib = size / 2**30
+            cells.append("" if not size else f"{gib:,.0f}" if gib >= 10 else f"{gib:.1f}")
+        pipeline, count = row["parallel"]["pipeline"], row["microbatches"]
+        idle = (pipeline - 1) / (count + pipeline - 1)
+        wires = f"{wires_ms(choice['sent']):,.0f}"
+        body.append([*cells, f"{choice['ms']:,.0f}", wires, f"{idle:.0%}" if idle else ""])
+    return markdown(["", *kinds, "GPU, ms", "wires, ms", "stands still"], body)
+
+
+def scale_measured(found: Rows) -> str:
+    names = {"fsdp": "FSDP2", "tensor": "tensor and sequence parallel"}
+    body = []
+    for r in found:
+        pairs = [
+            f"{r[f'foretold_{what}_gib']:.2f} / {r[f'{what}_gib']:.2f}" for what in ("kept", "peak")
+        ]
+        body.append([r["scenario"], names[r["parallel"]], r["choice"], *pairs])
+    return markdown(["", "", "", "kept: foretold / measured", "peak: foretold / measured"], body)
+
+
 # ---- the document ---------------------------------------------------------------------------
 
 
@@ -216,9 +281,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "user": lambda: _user("steps"),
     "user_extremes": lambda: _user("extremes"),
     "user_readme": lambda: _user("readme"),
+    "scale_bytes": lambda: scale_bytes(scale_rows("title")),
+    "scale_wires": lambda: scale_wires(scale_rows("title")),
+    "scale_measured": lambda: scale_measured(scale_rows("measured")),
     "sharded": lambda: sharded(rows.read(rows.RESULTS / "sharded.jsonl")),
     "gpt": lambda: training(rows.read(rows.RESULTS / "gpt.jsonl")),
 }
+
+
+PAGES = [DOCS, DISTRIBUTED, SCALE, README]
 
 
 def filled(text: str) -> str:
@@ -232,7 +303,7 @@ def filled(text: str) -> str:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("paths", nargs="*", type=pathlib.Path, default=[DOCS, DISTRIBUTED, README])
+    parser.add_argument("paths", nargs="*", type=pathlib.Path, default=PAGES)
     for path in parser.parse_args(words).paths:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(path)

@@ -206,3 +206,25 @@ def assert_as_near_as_torch(y: Tensor, plain: Tensor, truth: Tensor) -> None:
 def node_name(y):
     """The name of the node that made `y`. torch 2.11 names no node whose tensor is gone."""
     return y.grad_fn.name()
+
+
+class _Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def nodes_outlive_results() -> bool:
+    """Whether a backward pass may start at the node of a Function whose result is gone.
+
+    As that of the weights does in a zero-bubble pipeline. torch 2.11 raises.
+    """
+    node = _Same.apply(torch.ones(1, requires_grad=True)).grad_fn
+    try:
+        return bool(node._input_metadata)
+    except RuntimeError:
+        return False

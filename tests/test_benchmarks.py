@@ -16,7 +16,7 @@ import packlight
 if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 
-from benchmarks import kernel_suite, plot, rows, run, step, table, train_suite
+from benchmarks import kernel_suite, plot, rows, run, scale, step, table, train_suite
 from benchmarks.user import __main__ as user
 from benchmarks.user import runner, show, worker
 from tests.resnets import preactivation_resnet
@@ -643,11 +643,20 @@ def test_no_rows_no_picture(tmp_path):
 
 
 def test_the_tables_of_the_docs_are_those_of_the_rows():
-    pages = (table.DOCS, table.README, table.DISTRIBUTED)
-    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    text = "".join(page.read_text(encoding="utf-8") for page in table.PAGES)
     assert table.filled(text) == text
     shown = {name for name, made in table.TABLES.items() if len(made().splitlines()) > 2}
     assert {f"<!-- table {name} -->" for name in shown} <= set(text.splitlines())
+
+
+def test_a_row_of_scale_is_what_the_command_says():
+    run = scale.RUNS[0]
+    (row,) = [r for r in table.scale_rows("title") if r["title"] == run.title]
+    now = scale.measure(run, only="packlight")["choices"]["packlight"]
+    said = row["choices"]["packlight"]
+    assert now["sent"] == said["sent"]
+    for name in ("static", "wires", "kept", "peak"):
+        assert now[name] == pytest.approx(said[name], rel=1e-3), name
 
 
 def test_a_table_of_steps():

@@ -282,6 +282,13 @@ def test_the_report_names_what_was_saved_and_the_difference(
     assert f"validation loss {difference:+z.4f}" in printed
     assert f"{packed.total_bytes / plain.total_bytes - 1:+.1%}" in printed
     assert "peak memory" not in printed
+    assert "another seed" not in printed
+    again = dataclasses.replace(plain, validation_losses=[plain.validation_losses[-1] + 0.25])
+    demo.print_report(results, tiny(), Console(width=160), again)
+    assert (
+        "PyTorch with another seed minus PyTorch: training loss +0.0000, validation loss +0.2"
+        in (capsys.readouterr().out)
+    )
 
 
 def test_the_head_and_a_plan_are_foretold(capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,6 +320,9 @@ def test_the_numbers_are_saved(results: dict[str, demo.Result], out: Path) -> No
     assert data["processor"] == "cpu"
     assert data["settings"] == {**dataclasses.asdict(tiny()), "autocast": False}
     assert data["results"] == {name: dataclasses.asdict(r) for name, r in results.items()}
+    plain = dataclasses.asdict(results["PyTorch"])
+    assert data["again"]["kept_bytes"] == plain["kept_bytes"]
+    assert data["again"]["training_losses"] != plain["training_losses"]
 
 
 def test_the_picture_shows_something(results: dict[str, demo.Result], out: Path) -> None:

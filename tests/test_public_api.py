@@ -37,6 +37,7 @@ NAMES = {
     "NothingMatchedError",
     "Offload",
     "PacklightError",
+    "Parallel",
     "Plan",
     "Quantiser",
     "Sketch",

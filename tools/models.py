@@ -140,8 +140,8 @@ The models are small, so a share differs from that of a large model; what is lef
   step. **of bf16** is the error of the plain model under autocast to bfloat16, where its code runs
   so. Both are large where a batch norm has few values a channel, as in the last stages of networks
   on images of 64 pixels. That of 4 bits is noise of the rounding: with 8 bits it is 16 times
-  smaller, and most of it averages out. The ViT's is 0.41 of one draw and 0.05 of the mean of 64,
-  Mamba 2's 0.25 and 0.06 of 16; EfficientNet's is 0.30 and 0.16, for the gradient of a batch norm
+  smaller, and most of it averages out. The ViT's is 0.28 of one draw and 0.03 of the mean of 64,
+  Mamba 2's 0.18 and 0.05 of 16; EfficientNet's is 0.33 and 0.23, for the gradient of a batch norm
   has its packed value twice, and is biased.
 - **what is left**: the largest share of what is still kept that is no pack, where it is 1% or more,
   and what would help.

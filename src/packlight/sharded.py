@@ -213,5 +213,12 @@ class _Gathered:
     def _gathered(self, kept: Tensor) -> Tensor:
         found = kept.new_empty(self.mesh.size(), *kept.shape)
         group = self.mesh.get_group()
-        torch.distributed.all_gather_into_tensor(found.view(-1), kept.reshape(-1), group=group)
+        _all_gather(found.view(-1), kept.reshape(-1), group=group)
         return found
+
+
+def _all_gather(found: Tensor, part: Tensor, group: Any) -> None:
+    """By the name that newer releases of torch have for it."""
+    named = torch.distributed
+    gather = getattr(named, "all_gather_single", None) or named.all_gather_into_tensor
+    gather(found, part, group=group)

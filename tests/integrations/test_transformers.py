@@ -21,6 +21,7 @@ from packlight import FewBit, GroupQuant, Inverted, Sketch
 from packlight._classes import joined
 from packlight.integrations._copies import is_copy
 from packlight.integrations.transformers import attention, masks, norms
+from tests.families import FAMILIES
 from tests.helpers import crossing, dtype_name, kept_bytes, relative_error, ulps
 from tests.integrations.models import (
     BATCH,
@@ -690,6 +691,22 @@ def test_a_converted_model_compiles_in_as_few_graphs_as_a_plain_one(name, fresh_
         return counters["stats"]["unique_graphs"], counters["frames"]["total"]
 
     assert graphs(converted) == graphs(plain)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tracer looks at it
+@pytest.mark.parametrize("name", ["opt", "bart"])
+def test_a_converted_model_breaks_graphs_no_more_often_than_a_plain_one(name, fresh_compiler):
+    """They draw which layers to drop, and branch on it."""
+    plain, inputs = FAMILIES[name].started()
+    packlight.convert(converted := copy.deepcopy(plain))
+
+    def breaks(model):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(model, backend="eager")(**inputs).loss.backward()
+        return sum(counters["graph_break"].values())
+
+    assert breaks(converted) == breaks(plain) > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])

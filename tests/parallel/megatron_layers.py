@@ -9,7 +9,8 @@ import contextlib
 import functools
 
 import torch
-from ranks import join, leave
+
+from tests.parallel.ranks import join, leave
 
 
 class Tracker:

@@ -26,6 +26,7 @@ from torch.distributed.pipelining import (
 
 import packlight
 from packlight import Checkpoint, FewBit, GroupQuant, Inverted, _seeds
+from tests.helpers import nodes_outlive_results
 from tests.parallel.ranks import join, leave
 
 WIDTH, TOKENS, ROWS, PARTS = 32, 16, 2, 8  # ROWS of each of PARTS micro-batches
@@ -37,14 +38,11 @@ METHODS = {
     "random": {"methods": GroupQuant(4, group_size=32)},
 }
 # Stages a rank.
-SCHEDULES = {
-    ScheduleGPipe: 1,
-    Schedule1F1B: 1,
-    ScheduleInterleaved1F1B: 2,
-    ScheduleInterleavedZeroBubble: 2,
-    ScheduleZBVZeroBubble: 2,
-    ScheduleDualPipeV: 2,
-}
+SCHEDULES = {ScheduleGPipe: 1, Schedule1F1B: 1, ScheduleInterleaved1F1B: 2}
+HARDEST = ScheduleInterleaved1F1B
+if nodes_outlive_results():  # else torch raises in backward passes that are split
+    HARDEST = ScheduleZBVZeroBubble
+    SCHEDULES |= {HARDEST: 2, ScheduleInterleavedZeroBubble: 2, ScheduleDualPipeV: 2}
 
 
 class Block(nn.Module):
@@ -248,16 +246,13 @@ if __name__ == "__main__":
     copies = count // 2  # 4 ranks: two stages, or pairs of them, on two shards of data
     mesh = init_device_mesh(kind, (2, copies), mesh_dim_names=("pp", "dp"))
     if copies == 1:
-        both = (Schedule1F1B, ScheduleZBVZeroBubble)
         check_gradients(mesh, device, SCHEDULES, ("packs",))
-        check_gradients(mesh, device, both, ("exact", "checkpoint", "random"))
+        check_gradients(mesh, device, (Schedule1F1B, HARDEST), ("exact", "checkpoint", "random"))
         check_bytes(mesh["pp"].get_group(), device)
         check_seeds(mesh["pp"].get_group(), device)
     else:
-        check_gradients(
-            mesh, device, (Schedule1F1B, ScheduleZBVZeroBubble), ("packs", "checkpoint")
-        )
+        check_gradients(mesh, device, (Schedule1F1B, HARDEST), ("packs", "checkpoint"))
         # All four in a row.
         line = init_device_mesh(kind, (count, 1), mesh_dim_names=("pp", "dp"))
-        check_gradients(line, device, (ScheduleZBVZeroBubble,), ("packs", "random"))
+        check_gradients(line, device, (HARDEST,), ("packs", "random"))
     leave("same gradients")

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import packlight
 from packlight import Checkpoint, FewBit, GroupQuant, Inverted, Sketch, Tiles, _torch
+from tests.helpers import nodes_outlive_results
 
 SIZES = {
     "hidden_size": 64,
@@ -106,7 +107,11 @@ def test_gradients_are_those_of_the_whole_pass(make, how):
     packlight.convert(model, **how)
     xs, gradients = torch.randn(2, 3, 2, 32, 64)
     inputs, weights = passes(model, xs, gradients, split=False)
-    of_inputs, of_weights = passes(model, xs, gradients, split=True)
+    try:
+        of_inputs, of_weights = passes(model, xs, gradients, split=True)
+    except RuntimeError:  # loud
+        assert not nodes_outlive_results()
+        return
     assert all(map(torch.equal, inputs, of_inputs))
     assert weights.keys() == of_weights.keys()
     for name, truth in weights.items():
@@ -134,13 +139,11 @@ def test_each_of_the_two_computes_what_it_is_for(make, knows, monkeypatch):
     of_input = work(
         lambda: groups.extend(stage_backward_input([y], [dy], [x], model.parameters())[1])
     )
-    of_weights = work(lambda: stage_backward_weight(model.parameters(), groups))
-    if knows:
-        assert of_input < 0.6 * whole
+    assert (of_input < 0.6 * whole) == knows
+    if nodes_outlive_results():
+        of_weights = work(lambda: stage_backward_weight(model.parameters(), groups))
         # A node of several layers comes to its first weight by way of its last.
-        assert of_weights < 0.75 * whole
-    else:
-        assert of_input + of_weights > 1.4 * whole
+        assert (of_weights < 0.75 * whole) == knows
 
 
 def test_gradients_of_some_inputs_ask_for_nothing_else():

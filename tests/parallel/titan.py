@@ -8,7 +8,6 @@ import logging
 
 import torch
 import torchtitan.distributed.parallel_dims
-from ranks import join, leave
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,6 +25,7 @@ from torchtitan.models.llama3 import Llama3Model, _build_llama3_layers, model_re
 from torchtitan.trainer import Trainer
 
 import packlight
+from tests.parallel.ranks import join, leave
 
 LINE = """packlight.integrations.torchtitan.convert={"methods":
 "GroupQuant(8, group_size=32, rounding='nearest'), FewBit(8)"}"""

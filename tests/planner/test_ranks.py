@@ -10,7 +10,7 @@ import packlight
 from packlight import InputError, Parallel
 from packlight.planner.cutting import group_for
 from packlight.planner.devices import device_of
-from packlight.planner.fit import fit
+from packlight.planner.fit import choices, extremes, fit
 from packlight.planner.menu import EXACT, PACKED_4
 from packlight.planner.study import Study
 from tests.parallel.decoder import CUTS, WIDTH, WORDS, Decoder, loss_of
@@ -164,10 +164,10 @@ def test_experts_are_spread():
 @pytest.mark.parametrize(
     ("parallel", "says"),
     [
-        (Parallel(tensor=3, cuts=CUTS), "tensor=3 does not divide columns of"),
+        (Parallel(tensor=3, sequence=False, cuts=CUTS), "tensor=3 does not divide columns of"),
         (Parallel(tensor=2), "has no tp_plan"),
         (Parallel(tensor=2, cuts={"*.nothing": "colwise"}), r"no Linear has a name"),
-        (Parallel(tensor=2, cuts={"*.norm": "colwise"}), "norm, a LayerNorm, is to be cut"),
+        (Parallel(tensor=2, cuts={"norm": "colwise"}), "norm, a LayerNorm, is to be cut"),
         (Parallel(pipeline=3, microbatches=4), "pipeline=3 does not divide blocks"),
         (Parallel(pipeline=2, microbatches=3), "microbatches=3 does not divide rows"),
         (Parallel(context=3), "context=3 does not divide tokens"),
@@ -240,22 +240,40 @@ def test_a_fit_says_what_is_sent():
     model, tokens = on_meta()
     found = fit(
         "a decoder", model, (tokens,), {}, H200, torch.optim.AdamW, loss, False,
-        parallel=Parallel(pipeline=2, shard=2, replicate=2),
+        sizes=False, parallel=Parallel(pipeline=2, shard=2, replicate=2),
     )  # fmt: skip
     text = " ".join(str(found).split())
     assert "a rank of 8: replicate 2, shard 2, pipeline 2; 4 micro-batches" in text
     assert "stands still for 20% of a step" in text
     assert all(row.sent["shard"] > row.sent["replicate"] > 0 for row in found.rows)
     assert found.to_dict()["parallel"]["ranks"] == 8
-    first = found.rows[0]
-    assert first.largest_batch % 4 == 0
-    assert first.largest_batch > ROWS
+
+
+def test_sizes_are_those_of_a_data_parallel_rank():
+    model, tokens = on_meta()
+    study = Study(
+        model, (tokens,), {}, H200, loss, head=False, parallel=Parallel(context=2, microbatches=2)
+    )
+    timeline = study.walked(EXACT, EXACT).timeline
+    (plain, *_) = choices(False, transformers=False)
+    most = extremes(study, plain, timeline.static + 2 * (timeline.peak - timeline.static), None)
+    assert most["batch"] in (6, 8)  # two micro-batches of half of it, with gradients
+    assert most["sequence"] % 128 == 0
+    assert most["sequence"] > 2 * TOKENS
 
 
 def test_a_process_that_has_a_group_is_told(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(InputError, match=r"before torch\.distributed\.init_process_group"):
+    with pytest.raises(InputError, match="call this before torch"):
         timelines(Parallel(tensor=2, cuts=CUTS))
+
+
+def test_stages_are_not_foretold_under_autocast():
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InputError, match="without autocast"),
+    ):
+        timelines(Parallel(pipeline=2))
 
 
 def test_packs_fall_with_the_tensors():

@@ -233,6 +233,20 @@ TRITON = Capability(
     "triton.runtime.driver:driver",
 )
 
+RANKS = Capability(
+    "imagines ranks",
+    "tensor parallel cannot be foretold",
+    "torch.distributed:HashStore",
+    # Its import tells torch of the backend "fake".
+    "torch.testing._internal.distributed.fake_pg:FakeStore",
+)
+SHAPES = Capability(
+    "hides how DTensors find shapes",
+    "transients of tensor parallel are foretold too large",
+    "torch.distributed.tensor._sharding_prop:ShardingPropagator",
+    "torch.distributed.tensor._sharding_prop:ShardingPropagator._propagate_tensor_meta_non_cached",
+)
+
 CAPABILITIES = (
     HOOKS,
     HOOK_STACK,
@@ -261,5 +275,7 @@ CAPABILITIES = (
     TREES,
     STORAGE_USES,
     HOLLOW,
+    RANKS,
+    SHAPES,
     TRITON,
 )

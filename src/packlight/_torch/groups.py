@@ -6,10 +6,12 @@ this one is.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from packlight._torch.capabilities import look_up
+from packlight._torch.capabilities import RANKS, SHAPES
+from packlight._torch.modes import unseen_by_modes
 from packlight.errors import InputError
 
 
@@ -20,24 +22,42 @@ def imagined_group(ranks: int) -> Iterator[None]:
     Raises `InputError` in a process that has a group, which torch allows one of, and where torch
     has no group without a network.
     """
-    dist = torch.distributed
-    if not dist.is_available() or None in (look_up(_FAKE), look_up(_STORE)):
+    if RANKS.values is None:
         raise InputError(
             f"torch {torch.__version__} has no process group without a network as packlight knows"
             " it, so that tensor parallel cannot be foretold"
         )
-    if dist.is_initialized():
+    if torch.distributed.is_initialized():
         raise InputError(
             "tensor parallel is foretold in a process group that is imagined, and torch allows one"
             " group: call this before torch.distributed.init_process_group"
         )
-    dist.init_process_group("fake", store=look_up(_STORE)(), rank=0, world_size=ranks)
+    store = RANKS.values[0]()
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=ranks)
+    try:
+        with _shapes_unseen():
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _shapes_unseen() -> Iterator[None]:
+    """Within, no mode sees the operators by which DTensors find the shapes of whole results.
+
+    They run on tensors without values of the whole size, as no rank has them.
+    """
+    if SHAPES.values is None:
+        yield
+        return
+    propagator, found = SHAPES.values
+
+    def unseen(self: Any, schema: Any) -> Any:
+        with unseen_by_modes():
+            return found(self, schema)
+
+    propagator._propagate_tensor_meta_non_cached = unseen
     try:
         yield
     finally:
-        dist.destroy_process_group()
-
-
-# Its import tells torch of the backend "fake".
-_STORE = "torch.distributed:HashStore"
-_FAKE = "torch.testing._internal.distributed.fake_pg:FakeStore"
+        propagator._propagate_tensor_meta_non_cached = found

@@ -475,9 +475,9 @@ def _add_demo(subcommands: Any) -> None:
     parser.add_argument(
         "--bits",
         type=int,
-        default=3,
+        default=4,
         metavar="K",
-        help="bits an element that packlight's GELU keeps, 1 to 8 (default: 3)",
+        help="bits an element that packlight's GELU keeps, 1 to 8 (default: 4)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is a GPU)")

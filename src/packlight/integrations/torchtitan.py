@@ -9,6 +9,7 @@ of the layer of torch that they are derived from (its `Linear`, `RMSNorm`, `Laye
 that layer's rules.
 """
 
+import importlib.util
 from typing import Any
 
 from torch import nn
@@ -49,10 +50,12 @@ def convert(config: Any, **options: Any) -> Any:
     return config
 
 
-imported("torchtitan.config.override").override(
-    target=imported("torchtitan.protocols.model").BaseModel.Config,
-    description="Trains with packs of packlight in place of activations",
-)(convert)
+imported(_ENGINE)
+if importlib.util.find_spec("torchtitan.config.override") is not None:  # not in older ones
+    imported("torchtitan.config.override").override(
+        target=imported("torchtitan.protocols.model").BaseModel.Config,
+        description="Trains with packs of packlight in place of activations",
+    )(convert)
 
 
 @rule_finder

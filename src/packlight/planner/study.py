@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from packlight.convert import convert, revert
-from packlight.errors import NothingMatchedError
+from packlight.errors import InputError, NothingMatchedError
 from packlight.head.modules import heads_of
 from packlight.parallel import ONE_RANK, Parallel
 from packlight.planner.devices import Device
@@ -70,6 +71,11 @@ class Study:
         return self._of_rank(self._whole())
 
     def _whole(self) -> Walked:
+        if self.parallel.pipeline > 1 and any(map(torch.is_autocast_enabled, ("cuda", "cpu"))):
+            raise InputError(
+                "stages of a pipeline are foretold without autocast: load the model in 16 bits, and"
+                " say the dtype of its shards, Parallel(shard_dtype=torch.float32)"
+            )
         return self.walker.walk(self.device, again=self.microbatches > 1)
 
     def _of_rank(self, walked: Walked) -> Walked:

@@ -26,8 +26,13 @@ def kinds_of(results: dict[str, Result]) -> list[str]:
     return list(dict.fromkeys(kind for result in results.values() for kind in result.kept_bytes))
 
 
-def print_report(results: dict[str, Result], settings: Settings, console: Console) -> None:
-    """One table, and what it says about GELU and about the losses."""
+def print_report(
+    results: dict[str, Result], settings: Settings, console: Console, again: Result | None = None
+) -> None:
+    """One table, and what it says about GELU and about the losses.
+
+    `again` is the first run with another seed: what differences of losses are to be held against.
+    """
     runs = list(results.values())
     table = Table("")
     for name in results:
@@ -60,6 +65,8 @@ def print_report(results: dict[str, Result], settings: Settings, console: Consol
         rest = human_bytes(run.total_bytes - gelu)
         console.print(f"{name}: GELU keeps {gelu / elements:.3f} bytes an element, the rest {rest}")
     (base_name, base), *others = results.items()
+    if again is not None:
+        others.append((f"{base_name} with another seed", again))
     for name, run in others:
         training = run.training_loss - base.training_loss
         validation = run.validation_losses[-1] - base.validation_losses[-1]
@@ -69,8 +76,10 @@ def print_report(results: dict[str, Result], settings: Settings, console: Consol
         )
 
 
-def save_json(results: dict[str, Result], settings: Settings, path: Path) -> None:
-    """Everything that was measured, and on what."""
+def save_json(
+    results: dict[str, Result], settings: Settings, path: Path, again: Result | None = None
+) -> None:
+    """Everything that was measured, and on what; `again` is as in `print_report`."""
     cuda = settings.device != "cpu"
     data = {
         "packlight": __version__,
@@ -79,5 +88,6 @@ def save_json(results: dict[str, Result], settings: Settings, path: Path) -> Non
         "settings": {**dataclasses.asdict(settings), "autocast": settings.autocast},
         "gelu_elements": gelu_elements(settings),
         "results": {name: dataclasses.asdict(result) for name, result in results.items()},
+        "again": None if again is None else dataclasses.asdict(again),
     }
     write_text(path, json.dumps(data, indent=1) + "\n")
