@@ -246,6 +246,8 @@ _PACKLIGHT = {
     ),
     "packlight 2": Choice(_grouped(2, 4, "minmax"), limit=LIMITS[2]),
     "packlight 2, rotated": Choice(_grouped(2, 4, "rotated"), limit=LIMITS[2]),
+    "packlight 3": Choice(_grouped(3), limit=LIMITS[2]),
+    "packlight 2, attention 8": Choice(_grouped(2, 8), limit=LIMITS[2]),
     "packlight 8": Choice(_grouped(8), limit=LIMITS[8]),
     "packlight 4, attention 4": Choice(_grouped(4, 4), limit=LIMITS[4]),
     "packlight 4 + checkpoint": Choice(

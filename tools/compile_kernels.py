@@ -325,7 +325,8 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             if code == ROTATED:
                 backward = rotated_norms._backward_launch(grouping, True, True)
                 launches[f"norm {width} backward, groups a tile"] = backward
-                launches[f"norm {width} sums"], _ = rotated_norms._sums_launch(grouping, True)
+                sums, _ = rotated_norms._sums_launch(grouping, True, True, True)
+                launches[f"norm {width} sums"] = sums
             for p in (0.0, 0.1):
                 forward = post_norms._forward_launch(
                     grouping, torch.float32, p, 1e-5, True, True, 1, 1
@@ -446,7 +447,7 @@ def compile_kernel(
             special["bits_ptr"] = special["signs_ptr"] = "*u8"
             special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
-            special["moments_ptr"] = special["norms_ptr"] = "*fp32"
+            special["parts_ptr"] = special["moments_ptr"] = special["norms_ptr"] = "*fp32"
             special |= dict.fromkeys(("first_ptr", "step_ptr", "lowest_ptr"), "*fp32")
             special |= dict.fromkeys(("index_ptr", "places_ptr", "chosen_ptr"), "*i32")
             special["draws_ptr"] = special["targets_ptr"] = "*i64"
@@ -455,7 +456,7 @@ def compile_kernel(
             special |= dict.fromkeys(("mask_ptr", "mask1_ptr", "mask2_ptr", "mask3_ptr"), "*u8")
             special |= dict.fromkeys(("codes1_ptr", "codes2_ptr", "codes3_ptr"), "*u8")
             special |= dict.fromkeys(("table1_ptr", "table2_ptr", "table3_ptr"), "*fp32")
-            names = ("parts_ptr", "plan_ptr", "running_mean_ptr", "running_var_ptr")
+            names = ("plan_ptr", "running_mean_ptr", "running_var_ptr")
             special |= dict.fromkeys(names, "*fp32")
             special |= dict.fromkeys(("gate_codes_ptr", "up_codes_ptr"), "*u8")
             special |= dict.fromkeys(("scales_ptr", "gate_scales_ptr", "up_scales_ptr"), "*i32")

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from packlight._philox import PAIR_MULTIPLIER, PAIR_WEYL
+from packlight.elementwise.kernels import PTX
 from packlight.groupquant.draws import HASH, ROUNDS, STEP
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
@@ -59,6 +60,13 @@ def sign_halves(hashes, SIZE: tl.constexpr):
     place = tl.arange(0, SIZE)
     step = tl.mul((place // 4 + 1).to(tl.uint32), PLACE_STEP, sanitize_overflow=False)
     words = mixed(hashes[:, None] ^ step[None, :])
+    if PTX:  # two an instruction, each byte twice
+        byte = tl.broadcast_to((place % 4)[None, :], words.shape)
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 s; mad.lo.u32 s, $3, 0x0011, 0x4400; mad.lo.u32 s, $4, 0x1100, s;"
+            " prmt.b32 $0, $1, $2, s;}",
+            "=r,r,r,r,r", [words, byte], dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
     return ((words >> (place % 4 * 8).to(tl.uint32)[None, :]) << 8).to(tl.int16)
 
 

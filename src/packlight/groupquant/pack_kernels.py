@@ -67,7 +67,9 @@ def load_codes(
     NARROW: they may be bfloat16 ones, where that takes fewer instructions.
     """
     if CODE == ROTATED:
-        return load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, REPLACED, NARROW)
+        return load_rotated(
+            codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, REPLACED, NARROW, True
+        )
     else:
         return load_minmax(
             codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, REPLACED

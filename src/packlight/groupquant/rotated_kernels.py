@@ -1,9 +1,10 @@
 """The rotated code in Triton: see `rotated_reference.py` for what it is.
 
 A tile has eight parts of each group [NQ, SIZE], so the Hadamard matrix of a group is that of eight
-times that of SIZE: three rounds of sums and differences between the parts, in registers, and for
-each part a product with +-1 on tensor cores. All but the latter is in float16, two numbers an
-instruction (`rotated_ptx.py`).
+times that of SIZE: three rounds of sums and differences between the parts, and for each part a
+product with +-1 on tensor cores. All but the latter is in float16, two numbers an instruction
+(`rotated_ptx.py`), which one of the four pipes of an SM's quarter computes at half its rate: so
+where numbers are packed, which keeps that pipe busy, two of the rounds are sums of products.
 """
 
 import triton
@@ -29,15 +30,18 @@ from packlight.groupquant.rotated_ptx import (
     INPUTS,
     LIMIT,
     RESTORE,
+    SQUARES,
     SURVEY,
     TURN,
 )
-from packlight.groupquant.rotated_reference import FORMULAS, LEAST
+from packlight.groupquant.rotated_reference import COUNTED, FORMULAS, LEAST, LIFT
 from packlight.groupquant.tile_kernels import part_there, tile_to_float32, to_float32
 
 GREATEST = tl.constexpr(_GREATEST)
 BOUNDS = tl.constexpr(tuple(FORMULAS[bits].bound for bits in (1, 2, 3, 4)))
 STEPS = tl.constexpr(tuple(FORMULAS[bits].step for bits in (1, 2, 3, 4)))
+COUNTS = tl.constexpr(tuple(p in COUNTED for p in range(8)))
+RISE = tl.constexpr(LIFT)
 LASTS = tl.constexpr(tuple(FORMULAS[bits].last for bits in (1, 2, 3, 4)))
 ENCODE_PTX = tl.constexpr(ENCODE)
 DECODE_PTX = tl.constexpr(DECODE)
@@ -45,6 +49,7 @@ TURN_PTX = tl.constexpr(TURN)
 LIMIT_PTX = tl.constexpr(LIMIT)
 SURVEY_PTX = tl.constexpr(SURVEY)
 DIFFER_PTX = tl.constexpr(DIFFER)
+SQUARES_PTX = tl.constexpr(SQUARES)
 RESTORE_PTX = tl.constexpr(RESTORE)
 INPUTS_PTX = tl.constexpr(INPUTS)
 EXPONENT = tl.constexpr(0x7F800000)
@@ -55,13 +60,16 @@ NARROW = tl.constexpr(16)
 
 
 @triton.jit
-def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr):
-    """What `product` multiplies by: the Hadamard matrix of SIZE, as often as tensor cores ask."""
+def hadamard(NQ: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr, MINUS: tl.constexpr):
+    """What `product` multiplies by: the Hadamard matrix of SIZE, as often as tensor cores ask.
+
+    MINUS: the same with the other signs.
+    """
     WIDTH: tl.constexpr = SIZE if SIZE >= NARROW or NQ * SIZE < NARROW else NARROW
     i = tl.arange(0, WIDTH)[:, None]
     j = tl.arange(0, WIDTH)[None, :]
     # Bit v of the constant is the parity of the bits of v; it becomes the sign of 1.
-    parity = (0x69969669 ^ -1) >> (i & j & (SIZE - 1))
+    parity = (0x69969669 ^ (0 if MINUS else -1)) >> (i & j & (SIZE - 1))
     if dtype == tl.float32:
         matrix = 1.0 - 2.0 * (parity & 1).to(tl.float32)
     elif dtype == tl.bfloat16:
@@ -86,9 +94,34 @@ def product(x, matrix, NQ: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def across(parts, dtype: tl.constexpr):
-    """Eight tensors times the Hadamard matrix of eight, rounded to dtype at each step."""
-    for step in tl.static_range(3):
+def products(parts, NQ: tl.constexpr, SIZE: tl.constexpr):
+    """Float16 products of eight parts with the Hadamard matrix, after the first step between them,
+    and the others.
+    """
+    kind: tl.constexpr = tl.bfloat16 if PTX else tl.float32
+    plus = hadamard(NQ, SIZE, kind, False)
+    minus = hadamard(NQ, SIZE, kind, True)
+    turned = ()
+    for p in tl.static_range(8):
+        if SIZE >= NARROW:
+            total = tl.dot(parts[p % 2], plus)
+            total = tl.dot(parts[p % 2 + 2], minus if p & 2 else plus, total)
+            total = tl.dot(parts[p % 2 + 4], minus if p & 4 else plus, total)
+            total = tl.dot(parts[p % 2 + 6], minus if (p & 2) * 2 ^ (p & 4) else plus, total)
+        else:
+            total = product(parts[p % 2], plus, NQ, SIZE)
+            total += product(parts[p % 2 + 2], minus if p & 2 else plus, NQ, SIZE)
+            total += product(parts[p % 2 + 4], minus if p & 4 else plus, NQ, SIZE)
+            other = minus if (p & 2) * 2 ^ (p & 4) else plus
+            total += product(parts[p % 2 + 6], other, NQ, SIZE)
+        turned = turned + (total.to(tl.float16),)
+    return turned
+
+
+@triton.jit
+def across(parts, STEPS: tl.constexpr, dtype: tl.constexpr):
+    """Steps of the Hadamard matrix of eight between eight tensors, each rounded to dtype."""
+    for step in tl.static_range(STEPS):
         sums = ()
         for p in tl.static_range(8):
             if p & (1 << step) == 0:
@@ -117,7 +150,7 @@ def with_sign(x, signs, p: tl.constexpr):
 
 @triton.jit
 def signed_across(d, signs):
-    """Float32 numbers as bfloat16 ones, with their signs, times the Hadamard matrix of eight."""
+    """Float32 numbers as bfloat16 ones, with their signs, and the first step between them."""
     parts = ()
     if PTX:
         for p in tl.static_range(8):
@@ -130,7 +163,7 @@ def signed_across(d, signs):
     else:
         for p in tl.static_range(8):
             parts = parts + (with_sign(rounded(d[p], tl.bfloat16), signs, p),)
-        return across(parts, tl.bfloat16)
+        return across(parts, 1, tl.bfloat16)
 
 
 @triton.jit
@@ -160,13 +193,14 @@ def level(code, BITS: tl.constexpr):
     s = ((code - ((1 << BITS) - 1) / 2) * STEPS[BITS - 1]).to(tl.float16)
     if BITS > 2:
         square = (s * s).to(tl.float32)
-        s = s * (square * square + 1.0).to(tl.float16)
+        s = s * (square * square + RISE).to(tl.float16)
     return s
 
 
 @triton.jit
 def encoded(y, by, BITS: tl.constexpr):
-    """The pieces of the codes of eight parts, integers of 16 bits, and the sum of y l(code).
+    """The pieces of the codes of eight parts, integers of 16 bits, and the sum of y l(code) over
+    those that are counted.
 
     `by` [NQ, 1] makes of y what codes are of, over twice their bound.
     """
@@ -188,7 +222,8 @@ def encoded(y, by, BITS: tl.constexpr):
         for p in tl.static_range(8):
             code = code_of(y[p], by, BITS)
             whole |= code.to(tl.int32) << (BITS * p)
-            inner += y[p].to(tl.float32) * level(code, BITS).to(tl.float32)
+            if COUNTS[p]:
+                inner += y[p].to(tl.float32) * level(code, BITS).to(tl.float32)
         if BITS < 3:
             return whole.to(tl.int16), inner.to(tl.float16)
         else:
@@ -216,7 +251,7 @@ def decoded(pieces, BITS: tl.constexpr):
         for p in tl.static_range(8):
             code = (whole >> (BITS * p)) & ((1 << BITS) - 1)
             levels = levels + (level(code.to(tl.float32), BITS),)
-        return across(levels, tl.float16)
+        return across(levels, 3, tl.float16)
 
 
 @triton.jit
@@ -266,32 +301,112 @@ def limited_below(x, within):
 
 
 @triton.jit
+def halves_of(x, BIT: tl.constexpr):
+    """Two [Q, SIZE / 2] of the places whose number has this bit, and of those whose has not."""
+    Q: tl.constexpr = x.shape[0]
+    SIZE: tl.constexpr = x.shape[1]
+    x = tl.permute(tl.reshape(x, [Q, SIZE >> (BIT + 1), 2, 1 << BIT]), (0, 1, 3, 2))
+    low, high = tl.split(x)
+    return tl.reshape(low, [Q, SIZE // 2]), tl.reshape(high, [Q, SIZE // 2])
+
+
+@triton.jit
+def greater_bfloat16(low, high):
+    return tl.inline_asm_elementwise(
+        "max.bf16x2 $0, $1, $2;", "=r,r,r",
+        [low, high], dtype=tl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def over_places(x):
+    """[NQ] float32 sums of float16 numbers of products' results, two an instruction at first."""
+    SIZE: tl.constexpr = x.shape[1]
+    if PTX and SIZE >= NARROW:  # a thread has places 8 apart
+        low, high = halves_of(x, 3)
+        x = tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r",
+            [low, high], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.sum(x.to(tl.float32), 1)
+
+
+@triton.jit
 def turned_pairs(x, seed, group, SIZE: tl.constexpr):
     """As `turned_values`, of whole groups of bfloat16 numbers, two an instruction.
 
-    Sums of eight numbers are of their precision, those over places of float32.
+    Sums of eight numbers are of their precision, others of float32. What is turned is over
+    SIZE / 8 units, if that is above one, so that its squares have float16 sums: none is above that
+    of all, which is at most 2^14.
     """
     total, greatest = tl.inline_asm_elementwise(
         SURVEY_PTX, INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r",
         [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]],
         dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
     )  # fmt: skip
+    for _ in tl.static_range(2):  # a thread has places 2 and 4 apart
+        low, high = halves_of(greatest, 1)
+        greatest = greater_bfloat16(low, high)
     mean = tl.sum(to_float32(total), 1) * (256.0 / (8 * SIZE))
     unit, inverse = power_of_two(tl.max(to_float32(greatest), 1))
+    inverse *= 1.0 / max(1.0, SIZE / 8)
     finite = tl.abs(mean) < INFINITY
     mean_bits = nearest_bfloat16(mean)
     middle = -(mean_bits.to(tl.float32, bitcast=True) * inverse)
     signs = sign_halves(group_hashes(seed, group), SIZE)
-    found = tl.inline_asm_elementwise(
-        DIFFER_PTX, INPUTS_PTX[9] + ",r,r,r,r,r,r,r,r,r,r,r",
+    turned = tl.inline_asm_elementwise(
+        DIFFER_PTX, INPUTS_PTX[8] + ",r,r,r,r,r,r,r,r,r,r,r",
         [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7],
          inverse.to(tl.bfloat16)[:, None], middle.to(tl.bfloat16)[:, None], signs],
-        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16) * 3, is_pure=True, pack=2,
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16) * 2, is_pure=True, pack=2,
     )  # fmt: skip
-    turned = (
-        found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]
+    return turned, unit, mean_bits, finite
+
+
+@triton.jit
+def squares_of(y):
+    """[NQ] sums of squares of float16 numbers of the parts that are counted, and of all."""
+    some, others = tl.inline_asm_elementwise(
+        SQUARES_PTX, INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r",
+        [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]],
+        dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
     )  # fmt: skip
-    return turned, tl.sum(to_float32(found[8]), 1), unit, mean_bits, finite
+    some = over_places(some)
+    return some, some + over_places(others)
+
+
+@triton.jit
+def counted_squares(y):
+    """[NQ] sums of squares of the parts that are counted, in float32."""
+    squares = tl.zeros(y[0].shape, dtype=tl.float32)
+    for p in tl.static_range(8):
+        if COUNTS[p]:
+            z = y[p].to(tl.float32)
+            squares += z * z
+    return tl.sum(squares, 1)
+
+
+@triton.jit
+def ratio(x, y):
+    """x / y of normal numbers."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{.reg .f32 t; rcp.approx.ftz.f32 t, $2; mul.f32 $0, $1, t;}", "=f,f,f",
+            [x, y], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return x / y
+
+
+@triton.jit
+def inverse_root(x):
+    """1 / sqrt(x) of normal numbers."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.rsqrt(x)
 
 
 @triton.jit
@@ -364,7 +479,7 @@ def store_rotated(
             limited = limited + (x.to(tl.bfloat16 if NARROW_TILE else tl.float32),)
         values = limited
     if NARROW_TILE:
-        parts, squares, unit, mean_bits, finite = turned_pairs(values, seed, group, SIZE)
+        parts, unit, mean_bits, finite = turned_pairs(values, seed, group, SIZE)
     else:
         parts, squares, unit, mean_bits, finite = turned_values(
             values, seed, group, room, low, high, SIZE, LIMITED, FULL
@@ -373,15 +488,19 @@ def store_rotated(
     if LIMITED != 0:
         finite &= high * 0.5 - low * 0.5 < INFINITY
     mean = mean_bits.to(tl.float32, bitcast=True)
-    normal = tl.minimum(tl.rsqrt(squares), HALF_GREATEST)
+    turned = products(parts, NQ, SIZE)
+    if NARROW_TILE:
+        own, squares = squares_of(turned)
+        squares *= 1.0 / WIDTH
+        UNITS: tl.constexpr = max(1.0, SIZE / 8)
+    else:
+        own = counted_squares(turned)
+        UNITS: tl.constexpr = 1.0
+    normal = tl.minimum(inverse_root(squares), HALF_GREATEST)
     by = (normal * (0.5 / BOUNDS[BITS - 1])).to(tl.float16)[:, None]
-    matrix = hadamard(NQ, SIZE, tl.bfloat16 if PTX else tl.float32)
-    turned = ()
-    for p in tl.static_range(8):
-        turned = turned + (product(parts[p], matrix, NQ, SIZE).to(tl.float16),)
     found = encoded(turned, by, BITS)
-    inner = tl.sum(found[len(found) - 1].to(tl.float32), 1)
-    scale = unit * (squares / inner)
+    inner = over_places(found[len(found) - 1])
+    scale = unit * (ratio(own, inner) * (UNITS / WIDTH))
     scale = tl.where(inner * normal > LEAST_INNER, scale, 0.0)
     scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (LASTS[BITS - 1] * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)
@@ -398,11 +517,17 @@ def store_rotated(
 @triton.jit
 def load_rotated(
     codes_ptr, scales_ptr, group, room, SIZE: tl.constexpr, BITS: tl.constexpr,
-    FULL: tl.constexpr, REPLACED: tl.constexpr, NARROW: tl.constexpr,
+    FULL: tl.constexpr, REPLACED: tl.constexpr, NARROW: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """See `load_codes`."""
+    """See `load_codes`. ONCE: not read again by the same program, which would be computed twice."""
     NQ: tl.constexpr = group.shape[0]
     there = room > 0
+    # All is asked for before anything is waited for.
+    seed = load_seed(scales_ptr)
+    if FULL:
+        word = tl.load(scales_ptr + SEED_WORDS + group)
+    else:
+        word = tl.load(scales_ptr + SEED_WORDS + group, there, other=0)
     pointers = piece_pointers(codes_ptr, group, SIZE, BITS)
     pieces = ()
     for i in tl.static_range(1 if BITS < 3 else 2):
@@ -411,14 +536,15 @@ def load_rotated(
         else:
             piece = tl.load(pointers[i], there[:, None], other=0)
         pieces = pieces + (piece.to(tl.int16),)
-    if FULL:
-        word = tl.load(scales_ptr + SEED_WORDS + group)
-    else:
-        word = tl.load(scales_ptr + SEED_WORDS + group, there, other=0)
+    if PTX and ONCE and BITS > 2:  # Triton exchanges what a tensor core takes where it was loaded
+        pieces = tl.inline_asm_elementwise(
+            "mov.b32 $0, $2; mov.b32 $1, $3;", "=r,=r,r,r", [pieces[0], pieces[1]],
+            dtype=(tl.int16, tl.int16), is_pure=False, pack=2,
+        )  # fmt: skip
     mean = (word & -65536).to(tl.float32, bitcast=True)[:, None]
     scale = scale_of(word, REPLACED)[:, None]
-    signs = sign_halves(group_hashes(load_seed(scales_ptr), group), SIZE)
-    matrix = hadamard(NQ, SIZE, tl.float16)
+    signs = sign_halves(group_hashes(seed, group), SIZE)
+    matrix = hadamard(NQ, SIZE, tl.float16, False)
     levels = decoded(pieces, BITS)
     tile = ()
     if PTX and NARROW:

@@ -2,9 +2,9 @@
 
 Tensor cores take 16 groups a warp: a tile of whole rows leaves no registers for the sums that are
 the gradients of weight and bias, and rows of another length than a power of two leave some of it
-empty. So these have a kernel of their own, and a tile has NQ groups of each of ROWS rows, as many
-as divide a row. Where that is not all of it, a program goes over its rows twice: for what is summed
-over a row, then for the gradient.
+empty. So these have kernels of their own, and a tile has NQ groups of each of ROWS rows, as many as
+divide a row. Where that is not all of it, what is summed over rows of a tile is written by the
+kernel of those gradients, which comes first then.
 """
 
 import functools
@@ -66,7 +66,7 @@ def packed(
     NARROW: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """The tile that was packed, in float32."""
-    parts = load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, PLAIN, NARROW)
+    parts = load_rotated(codes_ptr, scales_ptr, group, room, SIZE, BITS, FULL, PLAIN, NARROW, False)
     return to_float32(whole_of(parts, SIZE))
 
 
@@ -79,6 +79,7 @@ def _backward_kernel(
     rstd_ptr,  # [rows]
     weight_ptr,  # [width]
     dx_ptr,  # [rows, width]
+    parts_ptr,  # [2, SHARES, rows] fp32, where there are several
     rows,
     width,
     row_groups,
@@ -89,45 +90,40 @@ def _backward_kernel(
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
     NQ: tl.constexpr,
-    TILES: tl.constexpr,
+    SHARES: tl.constexpr,  # of `parts_ptr`, 1 where a tile has whole rows
 ):
-    COLUMNS: tl.constexpr = NQ * 8 * SIZE
     NARROW: tl.constexpr = dx_ptr.dtype.element_ty == tl.bfloat16
     # The last rows may be those of two programs, which write the same.
     row = tl.maximum(tl.minimum(tl.program_id(0) * ROWS, rows - ROWS), 0).to(tl.int64)
+    tile = tl.program_id(1)
     starts, room, in_row, bundle = rows_tile(width, rows - row, ROWS, NQ, SIZE)
+    first = tile * (NQ * 8 * SIZE)
     place = tl.arange(0, 8 * SIZE)[None, :]
     offsets, columns = starts[:, None] + place, (bundle * (8 * SIZE))[:, None] + place
-    group = (row + in_row) * row_groups + bundle
-    dy_ptr += row * width
-    dx_ptr += row * width
-    rstd = tl.load(rstd_ptr + row + in_row, row + in_row < rows, other=0.0)[:, None]
-    products = tl.zeros([ROWS * NQ, SIZE], dtype=tl.float32)
-    total = products
-    for i in tl.range(TILES, num_stages=1):
-        left = room - i * COLUMNS
-        g = load_groups(dy_ptr + i * COLUMNS, offsets, place < left[:, None], FULL)
-        if WEIGHT:
-            inside = columns + i * COLUMNS < width
-            g *= load_groups(weight_ptr + i * COLUMNS, columns, inside, FULL)
-        x_hat = packed(codes_ptr, scales_ptr, group + i * NQ, left, SIZE, BITS, NARROW, FULL)
-        products += of_eight(g * x_hat, SIZE)
-        if CENTER:
-            total += of_eight(g, SIZE)
-    slope = over_row(products, ROWS) / width * rstd
-    mean = over_row(total, ROWS) / width * rstd
-    for i in tl.range(TILES, num_stages=1):
-        left = room - i * COLUMNS
-        there = place < left[:, None]
-        d = load_groups(dy_ptr + i * COLUMNS, offsets, there, FULL)
-        if WEIGHT:
-            inside = columns + i * COLUMNS < width
-            d *= load_groups(weight_ptr + i * COLUMNS, columns, inside, FULL)
-        normal = packed(codes_ptr, scales_ptr, group + i * NQ, left, SIZE, BITS, NARROW, FULL)
-        d = tl.fma(d, rstd, -normal * slope)
-        if CENTER:
-            d -= mean
-        store_groups(dx_ptr + i * COLUMNS, offsets, there, d, FULL)
+    room -= first
+    there = place < room[:, None]
+    group = (row + in_row) * row_groups + bundle + tile * NQ
+    in_rows = row + in_row < rows
+    rstd = tl.load(rstd_ptr + row + in_row, in_rows, other=0.0)[:, None]
+    g = load_groups(dy_ptr + row * width + first, offsets, there, FULL)
+    if WEIGHT:
+        g *= load_groups(weight_ptr + first, columns, columns + first < width, FULL)
+    x_hat = packed(codes_ptr, scales_ptr, group, room, SIZE, BITS, NARROW, FULL)
+    if SHARES == 1:
+        product = over_row(of_eight(g * x_hat, SIZE), ROWS)
+        total = over_row(of_eight(g, SIZE), ROWS) if CENTER else product
+    else:
+        product = tl.zeros([ROWS * NQ, 1], dtype=tl.float32)
+        total = product
+        for i in tl.static_range(SHARES):
+            source = parts_ptr + i * rows + row + in_row
+            product += tl.load(source, in_rows, other=0.0)[:, None]
+            if CENTER:
+                total += tl.load(source + SHARES * rows, in_rows, other=0.0)[:, None]
+    d = tl.fma(g, rstd, -x_hat * (product / width * rstd))
+    if CENTER:
+        d -= total / width * rstd
+    store_groups(dx_ptr + row * width + first, offsets, there, d, FULL)
 
 
 @quick
@@ -136,13 +132,18 @@ def _sums_kernel(
     dy_ptr,  # [rows, width]
     codes_ptr,
     scales_ptr,
+    weight_ptr,  # [width]
     dweight_ptr,  # [programs, width] fp32
     dbias_ptr,  # [programs, width] fp32
+    parts_ptr,  # [2, SHARES, rows] fp32, where there are several
     rows,
     width,
     row_groups,
     steps,  # rows a program
+    CENTER: tl.constexpr,
+    WEIGHT: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
+    SHARES: tl.constexpr,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
     WHOLE: tl.constexpr,  # whether groups are whole
@@ -150,7 +151,10 @@ def _sums_kernel(
     ROWS: tl.constexpr,
     NQ: tl.constexpr,
 ):
-    """Gradients of weight and bias: the share of some rows, of a tile of columns."""
+    """Gradients of weight and bias: the share of some rows, of a tile of columns.
+
+    And of each row, the share of this tile in what its gradient takes of the whole row.
+    """
     NARROW: tl.constexpr = dy_ptr.dtype.element_ty == tl.bfloat16
     first = tl.program_id(1) * NQ * 8 * SIZE
     row = tl.program_id(0).to(tl.int64) * steps
@@ -167,11 +171,24 @@ def _sums_kernel(
         else:
             there = place < room[:, None]
         dy = load_groups(dy_ptr + row * width + first, offsets, there, FULL)
-        if NEED_WEIGHT:
+        if NEED_WEIGHT or SHARES > 1:
             group = (row + in_row) * row_groups + tl.program_id(1) * NQ + bundle
             x_hat = packed(codes_ptr, scales_ptr, group, room, SIZE, BITS, NARROW, FULL)
-            dweight += over_rows(dy * x_hat, ROWS)
+            product = dy * x_hat
+        if NEED_WEIGHT:
+            dweight += over_rows(product, ROWS)
         dbias += over_rows(dy, ROWS)
+        if SHARES > 1:
+            total = dy
+            if WEIGHT:
+                weight = load_groups(weight_ptr + first, columns, first + columns < width, WHOLE)
+                product *= weight
+                total *= weight
+            target = parts_ptr + tl.program_id(1) * rows + row + tl.arange(0, ROWS)
+            inside = row + tl.arange(0, ROWS) < end
+            tl.store(target, row_sums(product, ROWS, SIZE), inside)
+            if CENTER:
+                tl.store(target + SHARES * rows, row_sums(total, ROWS, SIZE), inside)
         row += ROWS
     partial = tl.program_id(0).to(tl.int64) * width + first
     columns = (tl.arange(0, NQ) * (8 * SIZE))[:, None] + place
@@ -179,6 +196,12 @@ def _sums_kernel(
     if NEED_WEIGHT:
         store_groups(dweight_ptr + partial, columns, inside, dweight, WHOLE)
     store_groups(dbias_ptr + partial, columns, inside, dbias, WHOLE)
+
+
+@triton.jit
+def row_sums(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """[ROWS] sums of the rows of a tile."""
+    return tl.sum(tl.reshape(tl.sum(of_eight(x, SIZE), 1), [ROWS, x.shape[0] // ROWS]), 1)
 
 
 @triton.jit
@@ -225,11 +248,18 @@ def shape_of(grouping: Grouping, most: int | None = None) -> Shape:
     return Shape(bundles, rows, groups // bundles, full, warps)
 
 
+def shares_of(grouping: Grouping) -> int:
+    """How many tiles' sums of a row there are, 1 where a tile has whole rows."""
+    if shape_of(grouping).tiles == 1:
+        return 1
+    return shape_of(grouping, MOST_GROUPS).tiles
+
+
 @functools.lru_cache(LAUNCHES)
 def _backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
     shape = shape_of(grouping)
     return _backward_kernel.prepare(
-        (-(-grouping.rows // shape.rows),),
+        (-(-grouping.rows // shape.rows), shape.tiles),
         grouping.rows,
         grouping.width,
         grouping.row_groups,
@@ -240,14 +270,16 @@ def _backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
         FULL=shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
-        TILES=shape.tiles,
+        SHARES=shares_of(grouping),
         num_warps=shape.warps,
     )
 
 
 @functools.lru_cache(LAUNCHES)
-def _sums_launch(grouping: Grouping, need_weight: bool) -> tuple[Launch, int]:
-    """The launch, and how many partial sums it writes."""
+def _sums_launch(
+    grouping: Grouping, center: bool, weight: bool, need_weight: bool
+) -> tuple[Launch, int]:
+    """The launch, and how many partial sums of columns it writes."""
     shape = shape_of(grouping, MOST_GROUPS)
     programs = max(1, min(grouping.rows // shape.rows, PROGRAMS // shape.tiles))
     steps = -(-grouping.rows // programs)
@@ -259,7 +291,10 @@ def _sums_launch(grouping: Grouping, need_weight: bool) -> tuple[Launch, int]:
         grouping.width,
         grouping.row_groups,
         steps,
+        CENTER=center,
+        WEIGHT=weight,
         NEED_WEIGHT=need_weight,
+        SHARES=shares_of(grouping),
         SIZE=grouping.size,
         BITS=grouping.bits,
         WHOLE=shape.full,
@@ -284,10 +319,12 @@ def backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Writes dx. Partial sums of the gradients of the weight, if it needs one, and of the bias."""
-    launch = _backward_launch(grouping, center, weighted)
-    launch(grad_output, codes, scales, rstd, weight, dx)
-    launch, programs = _sums_launch(grouping, need_weight)
+    sums, programs = _sums_launch(grouping, center, weighted, need_weight)
     dbias = rstd.new_empty(programs, grouping.width)
     dweight = torch.empty_like(dbias) if need_weight else dbias
-    launch(grad_output, codes, scales, dweight, dbias)
+    shares = shares_of(grouping)
+    parts = rstd.new_empty(2, shares, grouping.rows) if shares > 1 else rstd
+    sums(grad_output, codes, scales, weight, dweight, dbias, parts)
+    launch = _backward_launch(grouping, center, weighted)
+    launch(grad_output, codes, scales, rstd, weight, dx, parts)
     return dweight, dbias

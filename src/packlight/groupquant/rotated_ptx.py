@@ -7,7 +7,7 @@ are in a register does not matter.
 
 import struct
 
-from packlight.groupquant.rotated_reference import FORMULAS, pieces
+from packlight.groupquant.rotated_reference import COUNTED, FORMULAS, LIFT, pieces
 
 _PARTS = range(8)
 
@@ -51,9 +51,9 @@ class _Text:
         return f"{{.reg .b32 {names}; {moves} {' '.join(self.lines)}}}"
 
 
-def _across(text: _Text, names: list[str], kind: str) -> None:
-    """Sums and differences of eight registers, in place, by the Hadamard matrix of eight."""
-    for step in (1, 2, 4):
+def _across(text: _Text, names: list[str], kind: str, steps: tuple[int, ...]) -> None:
+    """Sums and differences of eight registers, in place: these steps of the Hadamard matrix."""
+    for step in steps:
         for p in _PARTS:
             if p & step == 0:
                 low, high = names[p], names[p + step]
@@ -68,18 +68,18 @@ def _across(text: _Text, names: list[str], kind: str) -> None:
 
 
 def _signed_across(text: _Text, signs: str) -> None:
-    """a0 to a7, bfloat16, with signs by the bits of halfwords from 15 down, turned; the outputs."""
+    """a0 to a7, bfloat16, with signs by the bits of halfwords from 15 down, and the first step."""
     names = [f"a{p}" for p in _PARTS]
     for p, name in enumerate(names):
         text.add(f"shl.b32 t, {signs}, {p}")
         text.add(f"lop3.b32 {name}, {name}, t, 0x80008000, 0x78")
-    _across(text, names, "bf16x2")
+    _across(text, names, "bf16x2", (1,))
     for p, name in enumerate(names):
         text.add(f"mov.b32 ${p}, {name}")
 
 
 def turn() -> str:
-    """Of bfloat16 numbers of eight parts and a halfword of signs: signed and turned."""
+    """Of bfloat16 numbers of eight parts and a halfword of signs: signed, and the first step."""
     text = _Text()
     for p in _PARTS:
         text.add(f"mov.b32 a{p}, ${8 + p}")
@@ -92,11 +92,14 @@ def survey() -> str:
     text = _Text()
     share = text.constant("0x3B803B80")
     text.add(f"fma.rn.bf16x2 a, $2, {share}, {text.constant('0x80008000')}")
-    text.add("abs.bf16x2 b, $2")
+    text.add("mov.b32 b, $2")
+    text.add("mov.b32 c, $2")
     for p in range(1, 8):
         text.add(f"fma.rn.bf16x2 a, ${2 + p}, {share}, a")
-        text.add(f"abs.bf16x2 c, ${2 + p}")
-        text.add("max.bf16x2 b, b, c")
+        text.add(f"max.bf16x2 b, b, ${2 + p}")
+        text.add(f"min.bf16x2 c, c, ${2 + p}")
+    text.add("neg.bf16x2 c, c")
+    text.add("max.bf16x2 b, b, c")
     text.add("mov.b32 $0, a")
     text.add("mov.b32 $1, b")
     return text.text(["a", "b", "c"])
@@ -117,18 +120,30 @@ def limit() -> str:
 
 
 def differ() -> str:
-    """Of x of eight parts, a factor, a term and signs: d = x factor + term, signed and turned.
+    """Of x of eight parts, a factor, a term and signs: d = x factor + term, signed, the first step.
 
-    And the sum of d^2 before. All but the signs are bfloat16.
+    All but the signs are bfloat16.
     """
     text = _Text()
     for p in _PARTS:
-        text.add(f"fma.rn.bf16x2 a{p}, ${9 + p}, $17, $18")
-        before = text.constant("0x00000000") if p == 0 else "q"
-        text.add(f"fma.rn.bf16x2 q, a{p}, a{p}, {before}")
-    _signed_across(text, "$19")
-    text.add("mov.b32 $8, q")
-    return text.text([*(f"a{p}" for p in _PARTS), "t", "q"])
+        text.add(f"fma.rn.bf16x2 a{p}, ${8 + p}, $16, $17")
+    _signed_across(text, "$18")
+    return text.text([*(f"a{p}" for p in _PARTS), "t"])
+
+
+def squares() -> str:
+    """Of float16 numbers of eight parts: sums of squares of those that are counted, and others."""
+    text = _Text()
+    fresh = {"a": True, "b": True}
+    for p in _PARTS:
+        name = "a" if p in COUNTED else "b"
+        y = f"${2 + p}"
+        kind, rest = ("mul", "") if fresh[name] else ("fma", f", {name}")
+        text.add(f"{kind}.rn.f16x2 {name}, {y}, {y}{rest}")
+        fresh[name] = False
+    text.add("mov.b32 $0, a")
+    text.add("mov.b32 $1, b")
+    return text.text(["a", "b"])
 
 
 def restore() -> str:
@@ -166,7 +181,7 @@ def _bases(bits: int, count: int) -> list[tuple[int, int]]:
 
 def encode(bits: int) -> str:
     """Of turned numbers of eight parts and what makes y of them over twice the bound: the pieces of
-    the codes of y, and the inner product of the turned numbers with the levels.
+    the codes of y, and the inner product of those that are counted with their levels.
     """
     formula = FORMULAS[bits]
     sizes = pieces(bits)
@@ -192,19 +207,23 @@ def encode(bits: int) -> str:
                 text.add(f"fma.rn.f16x2 n{j}, w, q, {constant(_pair(*base))}")
             else:
                 text.add(f"fma.rn.f16x2 n{j}, u, {constant(_pair(top))}, {constant(_pair(*base))}")
-            text.add(f"sub.rn.f16x2 s, n{j}, {constant(_pair(*base))}")
-            middle = top / 2
-            if formula.smooth:
-                step, start = constant(_pair(formula.step)), constant(_pair(-formula.step * middle))
-                text.add(f"fma.rn.f16x2 s, s, {step}, {start}")
-                text.add("mul.rn.f16x2 w, s, s")
-                text.add(f"fma.rn.f16x2 w, w, w, {constant(_pair(1.0))}")
-                text.add(f"mul.rn.f16x2 s, s, {y}")
-                text.add("mul.rn.f16x2 i, s, w" if fresh else "fma.rn.f16x2 i, s, w, i")
-            else:
-                text.add(f"sub.rn.f16x2 s, s, {constant(_pair(middle))}")
-                text.add(f"mul.rn.f16x2 i, s, {y}" if fresh else f"fma.rn.f16x2 i, s, {y}, i")
-            fresh = False
+            if part in COUNTED:
+                text.add(f"sub.rn.f16x2 s, n{j}, {constant(_pair(*base))}")
+                middle = top / 2
+                if formula.smooth:
+                    step, start = (
+                        constant(_pair(formula.step)),
+                        constant(_pair(-formula.step * middle)),
+                    )
+                    text.add(f"fma.rn.f16x2 s, s, {step}, {start}")
+                    text.add("mul.rn.f16x2 w, s, s")
+                    text.add(f"fma.rn.f16x2 w, w, w, {constant(_pair(LIFT))}")
+                    text.add(f"mul.rn.f16x2 s, s, {y}")
+                    text.add("mul.rn.f16x2 i, s, w" if fresh else "fma.rn.f16x2 i, s, w, i")
+                else:
+                    text.add(f"sub.rn.f16x2 s, s, {constant(_pair(middle))}")
+                    text.add(f"mul.rn.f16x2 i, s, {y}" if fresh else f"fma.rn.f16x2 i, s, {y}, i")
+                fresh = False
             part += 1
         text.add(f"mov.b32 c{chain}, n{count - 1}")
         for j in reversed(range(count - 1)):
@@ -231,54 +250,54 @@ def decode(bits: int) -> str:
     places: list[tuple[str, int]] = []  # register and shift of each code
     if bits == 4:
         for piece in range(2):
-            text.add(f"shr.u32 r{piece}, ${8 + piece}, 8")
-            places += [(f"${8 + piece}", 0), (f"${8 + piece}", 4)]
-            places += [(f"r{piece}", 0), (f"r{piece}", 4)]
+            text.add(f"shl.b32 r{piece}, ${8 + piece}, 1")
+            text.add(f"shr.u32 q{piece}, ${8 + piece}, 7")
+            places += [(f"r{piece}", 1), (f"r{piece}", 5), (f"q{piece}", 1), (f"q{piece}", 5)]
     elif bits == 3:
-        text.add("shr.u32 r0, $8, 8")
-        text.add("shr.u32 r1, $8, 15")
-        text.add("and.b32 r1, r1, 0x00010001")
-        text.add("shl.b32 t, $9, 1")
-        text.add("or.b32 r1, r1, t")
-        places = [("$8", 0), ("$8", 3), ("$8", 6), ("r0", 1), ("r0", 4)]
-        places += [("r1", 0), ("r1", 3), ("r1", 6)]
+        text.add("shl.b32 r0, $8, 1")
+        text.add("shr.u32 q0, $8, 8")
+        text.add("shr.u32 q1, $8, 14")
+        text.add("shl.b32 r1, $9, 2")
+        text.add("lop3.b32 r1, q1, r1, 0x00020002, 0xE4")
+        places = [("r0", 1), ("r0", 4), ("r0", 7), ("q0", 1), ("q0", 4)]
+        places += [("r1", 1), ("r1", 4), ("r1", 7)]
     elif bits == 2:
-        text.add("shr.u32 r0, $8, 8")
-        places = [("$8", 2 * p) for p in range(5)] + [("r0", 2 * p - 8) for p in range(5, 8)]
+        text.add("shr.u32 r0, $8, 7")
+        places = [("$8", 0), *(("$8", 2 * p) for p in range(1, 4))]
+        places += [("r0", 2 * p - 7) for p in range(4, 8)]
     else:
         places = [("$8", p) for p in _PARTS]
-    one = 1024.0
+    # Between 1024 and 2048 the bits of a float16 number are an integer. It has no half, so only a
+    # code that is not its lowest bits comes to be less its middle in one step.
     for p, (register, shift) in enumerate(places):
         mask = (top << shift) * 0x10001
         text.add(f"lop3.b32 t, {register}, 0x{mask:08X}, 0x64006400, 0xEA")
-        scale, start = 2.0**-shift, -one / 2.0**shift
-        middle = top / 2
-        if formula.smooth:
-            step = formula.step
-            scales = constant(_pair(step * scale)), constant(_pair(step * start))
-            text.add(f"fma.rn.f16x2 t, t, {scales[0]}, {scales[1]}")
-            text.add(f"sub.rn.f16x2 t, t, {constant(_pair(step * middle))}")
-            text.add("mul.rn.f16x2 w, t, t")
-            text.add(f"fma.rn.f16x2 w, w, w, {constant(_pair(1.0))}")
-            text.add(f"mul.rn.f16x2 a{p}, t, w")
-        elif shift == 0:
-            text.add(f"sub.rn.f16x2 t, t, {constant(_pair(one))}")
-            text.add(f"sub.rn.f16x2 a{p}, t, {constant(_pair(middle))}")
+        middle = 1024 + top / 2 * 2**shift
+        scale = formula.step / 2**shift
+        target = "t" if formula.smooth else f"a{p}"
+        if shift == 0:
+            text.add(f"sub.rn.f16x2 t, t, {constant(_pair(1024.0))}")
+            text.add(f"sub.rn.f16x2 {target}, t, {constant(_pair(top / 2))}")
         else:
-            scales = constant(_pair(scale)), constant(_pair(start - middle))
-            text.add(f"fma.rn.f16x2 a{p}, t, {scales[0]}, {scales[1]}")
+            factors = constant(_pair(scale)), constant(_pair(-middle * scale))
+            text.add(f"fma.rn.f16x2 {target}, t, {factors[0]}, {factors[1]}")
+        if formula.smooth:
+            text.add("mul.rn.f16x2 w, t, t")
+            text.add(f"fma.rn.f16x2 w, w, w, {constant(_pair(LIFT))}")
+            text.add(f"mul.rn.f16x2 a{p}, t, w")
     names = [f"a{p}" for p in _PARTS]
-    _across(text, names, "f16x2")
+    _across(text, names, "f16x2", (1, 2, 4))
     for p in _PARTS:
         text.add(f"mov.b32 ${p}, a{p}")
     assert count <= 2
-    return text.text([*names, "r0", "r1", "t", "w"])
+    return text.text([*names, "r0", "r1", "q0", "q1", "t", "w"])
 
 
 TURN = turn()
 LIMIT = limit()
 SURVEY = survey()
 DIFFER = differ()
+SQUARES = squares()
 RESTORE = restore()
 ENCODE = tuple(encode(bits) for bits in (1, 2, 3, 4))
 DECODE = tuple(decode(bits) for bits in (1, 2, 3, 4))

@@ -167,7 +167,7 @@ def load_raw_whole(
 ):
     """What `load_raw_tile` gives. WHOLE: by whole bundles, where all are there."""
     if WHOLE and FULL:
-        x = tl.load(x_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :])
+        x = tl.load(x_ptr + (starts[:, None] + tl.arange(0, 8 * SIZE)[None, :]))
         return parts_of(x, SIZE)
     else:
         return load_raw_tile(x_ptr, starts, room, SIZE, FULL)
@@ -182,7 +182,7 @@ def store_whole(
         narrow = ()
         for p in tl.static_range(8):
             narrow = narrow + (y[p].to(y_ptr.dtype.element_ty),)
-        target = y_ptr + starts[:, None] + tl.arange(0, 8 * SIZE)[None, :]
+        target = y_ptr + (starts[:, None] + tl.arange(0, 8 * SIZE)[None, :])
         tl.store(target, whole_of(narrow, SIZE))
     else:
         for p in tl.static_range(8):
