@@ -118,8 +118,10 @@ def whole(case: str, model: nn.Module, tokens, timelines, sees_loss: bool = True
     expected = timeline.peak - timeline.static + wires
     if sees_loss:
         check(f"{case}: peak", peak, expected, 0.05)
-    else:  # what the loss allocates on shards of logits no mode sees
-        assert peak < 1.03 * expected, (case, peak, expected)
+    else:
+        # What the loss allocates on shards of logits no mode sees, and the references of packs, as
+        # the CPU runs them, work with more than kernels do.
+        assert peak < 1.1 * expected, (case, peak, expected)
 
 
 def pipeline(case: str, mesh, option: Option, tokens, timelines) -> None:
