@@ -16,7 +16,7 @@ from packlight.groupquant import FixedPoint, fixed_point
 from packlight.groupquant.fixed_point import kernels, ops, reference
 from packlight.groupquant.fixed_point.method import bin_width
 from packlight.method import Method
-from packlight.packing.layout import dense_stride, packed_bytes
+from packlight.packing.layout import is_dense, packed_bytes
 from packlight.packing.reference import unpack
 from tests.helpers import (
     DTYPES,
@@ -213,9 +213,13 @@ def test_forward_and_running_statistics_are_torch_s(dtype, layout):
     ours, plain = ((torch.zeros_like(weight), torch.ones_like(weight)) for _ in range(2))
     y = fixed_point.batch_norm(x, *ours, weight, bias, True, 0.3)
     expected = F.batch_norm(x, *plain, weight, bias, True, 0.3)
-    assert torch.equal(y, expected)
-    assert torch.equal(torch.stack(ours), torch.stack(plain))
-    assert y.stride() == dense_stride(x)
+    if is_dense(x) and y.stride() == x.stride():
+        assert torch.equal(y, expected)
+        assert torch.equal(torch.stack(ours), torch.stack(plain))
+    else:  # sums are of a copy that lies as the result does, in another order
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(torch.stack(ours), torch.stack(plain))
+    assert y.stride() == expected.stride()
 
 
 @every_dtype

@@ -20,6 +20,7 @@ from trl import TrlParser
 
 import packlight
 from packlight import FewBit, GroupQuant
+from packlight._torch import saved_tensor_hooks
 from packlight.integrations import megatron
 from packlight.integrations._options import imported, read_options
 from packlight.integrations.accelerate import Accelerator
@@ -207,6 +208,24 @@ def test_an_accelerator_converts_and_says_so(accelerators, capsys):
     assert torch.equal(found, steps(accelerators(packlight=None), other, direct, 2))
     assert 0 < accelerator.packlight.kept_bytes < 0.5 * plain
     assert capsys.readouterr().out.count("packlight: a step keeps") == 1
+
+
+def test_hooks_of_a_measurement_are_on_within_the_first_training_pass_alone(accelerators):
+    """A loop may evaluate first, or never call `accelerator.backward`."""
+    accelerator = accelerators(packlight={"methods": TEXT, "report": False})
+    model = accelerator.prepare(make("llama"))
+    inputs, seen = batch("llama"), []
+    model.model.norm.register_forward_pre_hook(lambda *_: seen.append(saved_tensor_hooks()))
+    assert saved_tensor_hooks() is None
+    model.eval()(**inputs)
+    with pytest.raises(ValueError, match="exactly one"):
+        model.train()(no_such="input")
+    assert saved_tensor_hooks() is None
+    model(**inputs).loss.backward()
+    model(**inputs).loss.backward()
+    assert saved_tensor_hooks() is None
+    assert [hooks is not None for hooks in seen] == [False, True, False]
+    assert accelerator.packlight.kept_bytes > 0
 
 
 def test_a_saved_state_goes_on_with_the_stream_of_rounding(accelerators, tmp_path):

@@ -157,7 +157,7 @@ def test_lora_with_packs_and_a_head():
 
 
 def test_the_sum_of_lora_is_that_of_peft_bit_for_bit(monkeypatch):
-    monkeypatch.setattr("packlight.integrations.peft.lora._ELEMENTS", 3 * WIDTH)
+    monkeypatch.setattr("packlight.low_rank.reference._ELEMENTS", 3 * WIDTH)
     config = peft.LoraConfig(r=4, lora_alpha=9, target_modules=["0"], init_lora_weights=False)
     layer = torch.nn.Sequential(torch.nn.Linear(WIDTH, 48)).bfloat16()
     plain = peft.get_peft_model(layer, config).base_model.model[0]

@@ -29,7 +29,8 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     plain ones. `save_state` puts beside them where the stream of rounding is, a file a process, and
     `load_state` goes on from there where it finds one.
 
-    What autograd keeps of the first step, up to its first `backward`, is measured and printed once.
+    What autograd keeps of the first training pass of the prepared model is measured, and printed by
+    the first `accelerator.backward`.
     """
 
     def __init__(self, *args: Any, packlight: Any = None, **kwargs: Any) -> None:
@@ -64,15 +65,30 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
             self.packlight._convert(model)
         prepared = super().prepare(*args, **kwargs)
         if models:  # its parameters are those of the prepared one by now
-            self.packlight._start_measuring(self._models[-1])
+            self._measure_first_pass(self._models[-1])
         return prepared
+
+    def _measure_first_pass(self, model: nn.Module) -> None:
+        """Hooks on saved tensors are on within that pass alone: it may be far off, or not come."""
+        handles = []
+
+        def begin(*_: Any) -> None:
+            if model.training and torch.is_grad_enabled():
+                self.packlight._start_measuring(model)
+
+        def end(*_: Any) -> None:
+            self.packlight._stop_measuring()
+            if self.packlight.kept_bytes is not None:
+                for handle in handles:
+                    handle.remove()
+
+        handles.append(model.register_forward_pre_hook(begin))
+        handles.append(model.register_forward_hook(end, always_call=True))
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         super().backward(loss, **kwargs)
-        if self.packlight._measuring is not None:
-            self.packlight._stop_measuring()
-            if self.is_main_process:
-                self.packlight._report_once(self._models[-1])
+        if self.is_main_process and self._models:
+            self.packlight._report_once(self._models[-1])
 
     def _save_rounding(self, models: Any, weights: Any, folder: str) -> None:
         self._rounding(folder).write_text(json.dumps(rounding_state()), encoding="utf-8")
