@@ -194,6 +194,9 @@ def test_one_function_for_a_layer_and_its_adapter(base, adapter, scaling, bias, 
     )
     assert first.dtype == second.dtype == adapter
     if x.numel() >= 32:
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        made = torch.autograd.grad(layer(x).sum(), weights)
+        assert [g.stride() for g in made] == [w.stride() for w in weights]
         assert relative_error(second, wide_second) < near[base]
         assert relative_error(first, wide_first) < 0.02
 

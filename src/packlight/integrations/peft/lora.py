@@ -84,7 +84,9 @@ class _Lora(torch.autograd.Function):
         rows = _matrix(grad_output)
         dx = dfirst = dsecond = None
         if needs_second:
-            dsecond = low_rank.outer(rows, as_dtype(low, second.dtype)).t().mul(scaling)
+            # As the weight lies: fused optimizers read a gradient that lies otherwise wrongly.
+            found = low_rank.outer(rows, as_dtype(low, second.dtype)).t()
+            dsecond = torch.mul(found, scaling, out=torch.empty_like(second))
         dlow = low_rank.narrowed(rows, second).mul_(scaling)
         if needs_first:
             dfirst = low_rank.outer(_matrix(rebuild(rows.dtype, *tensors)), dlow)
