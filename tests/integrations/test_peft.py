@@ -226,6 +226,20 @@ def _own_forward(layer):
     layer.base_layer.forward = layer.base_layer.forward
 
 
+def test_what_float16_cannot_hold_is_not_kept_in_it():
+    layer, x, dy = _adapted_linear(torch.float16, torch.float32, 2.0, True)
+    first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        first.mul_(1e6)
+        second.mul_(1e-6)
+    [expected] = torch.autograd.grad(layer(x), second, dy)
+    packlight.convert(layer, GroupQuant(bits=8, group_size=32))
+    y = layer(x)
+    assert y.grad_fn.name() == "_LoraBackward"
+    [gradient] = torch.autograd.grad(y, second, dy)
+    assert relative_error(gradient, expected) < 1e-3
+
+
 @pytest.mark.parametrize(
     "change",
     [
