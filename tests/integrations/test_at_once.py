@@ -12,6 +12,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.roberta.modeling_roberta import RobertaIntermediate, RobertaSelfOutput
+from transformers.pytorch_utils import Conv1D
 
 import packlight
 from packlight import DoubleBackwardError, FewBit, GroupQuant, ModifiedWeightError
@@ -117,6 +118,40 @@ def test_the_same_as_part_by_part(name, shape, dtype, autocast):
     for a, b in zip(gradients, others, strict=True):
         assert a.dtype == b.dtype
         assert not b.numel() or relative_error(a, b) <= near
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("name", KINDS)
+def test_compiled_autograd_gives_the_gradients(name, fresh_compiler):
+    make, widths, _ = KINDS[name]
+    module, _ = converted(make)
+    given, dy = inputs(widths), torch.randn(3, 7, WIDTH)
+    _, expected = run(module, given, dy, False)
+    module.zero_grad()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        _, gradients = run(module, given, dy, False)
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_lie_as_their_parameters(name):
+    """A fused optimizer goes through both as they lie in memory."""
+    make, widths, _ = KINDS[name]
+    module, _ = converted(make)
+    parameters = list(module.parameters())
+    gradients = torch.autograd.grad(module(*inputs(widths)).sum(), parameters)
+    assert [g.stride() for g in gradients] == [p.stride() for p in parameters]
+
+
+@pytest.mark.parametrize("reads_data", [True, False])
+def test_the_gradient_of_a_transposed_weight_lies_as_the_weight(reads_data):
+    layer, plain = converted(lambda: Conv1D(MIDDLE, WIDTH))
+    [x] = inputs([WIDTH])
+    x.requires_grad_(not reads_data)
+    [gradient] = torch.autograd.grad(layer(x).sum(), [layer.weight])
+    [expected] = torch.autograd.grad(plain(x).sum(), [plain.weight])
+    assert gradient.stride() == expected.stride()
+    assert relative_error(gradient, expected) < 0.02
 
 
 @pytest.mark.parametrize("kind", [RobertaSelfOutput, BertOutput])

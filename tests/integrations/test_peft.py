@@ -194,6 +194,9 @@ def test_one_function_for_a_layer_and_its_adapter(base, adapter, scaling, bias, 
     )
     assert first.dtype == second.dtype == adapter
     if x.numel() >= 32:
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        made = torch.autograd.grad(layer(x).sum(), weights)
+        assert [g.stride() for g in made] == [w.stride() for w in weights]
         assert relative_error(second, wide_second) < near[base]
         assert relative_error(first, wide_first) < 0.02
 
@@ -221,6 +224,20 @@ def _dropout(layer):
 
 def _own_forward(layer):
     layer.base_layer.forward = layer.base_layer.forward
+
+
+def test_what_float16_cannot_hold_is_not_kept_in_it():
+    layer, x, dy = _adapted_linear(torch.float16, torch.float32, 2.0, True)
+    first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        first.mul_(1e6)
+        second.mul_(1e-6)
+    [expected] = torch.autograd.grad(layer(x), second, dy)
+    packlight.convert(layer, GroupQuant(bits=8, group_size=32))
+    y = layer(x)
+    assert y.grad_fn.name() == "_LoraBackward"
+    [gradient] = torch.autograd.grad(y, second, dy)
+    assert relative_error(gradient, expected) < 1e-3
 
 
 @pytest.mark.parametrize(

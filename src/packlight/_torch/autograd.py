@@ -88,9 +88,9 @@ def at_end_of_backward(function: Callable[[], Any]) -> bool:
 def let_go_of_saved(ctx: Any) -> None:
     """Has a node of the graph hold no more of what it saved, which its backward pass has read.
 
-    Nothing happens where the graph is retained, or no backward pass runs.
+    Nothing happens where the graph is retained, no backward pass runs, or a compiler traces it.
     """
-    if FREEING.values is not None:
+    if FREEING.values is not None and not is_traced():
         FREEING.values[0](ctx)
 
 

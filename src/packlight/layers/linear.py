@@ -38,7 +38,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         y = writable(affine(x, weight, bias), of_linear=True)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
-        ctx.rebuild = rebuild
+        ctx.rebuild, ctx.turned = rebuild, is_turned(weight)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
 
@@ -47,7 +47,9 @@ class _Linear(torch.autograd.Function):
         refuse_second_derivative(KEEPS)
         weight, *tensors = saved_with_weight(ctx)
         needs = _torch.needed_gradients(ctx)[:3]
-        gradients = linear_gradients(grad_output, weight, ctx.rebuild, tensors, needs, ctx.dtypes)
+        gradients = linear_gradients(
+            grad_output, weight, ctx.rebuild, tensors, needs, ctx.dtypes, ctx.turned
+        )
         return *gradients, None, *[None] * len(tensors)
 
 
@@ -66,6 +68,11 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         torch.set_autocast_cache_enabled(True)
 
 
+def is_turned(weight: Tensor) -> bool:
+    """Whether columns lie one behind the other, as those of a transposed parameter."""
+    return weight.stride(0) == 1 and weight.stride(1) >= weight.shape[0] > 1
+
+
 def linear_gradients(
     grad_output: Tensor,
     weight: Tensor,
@@ -73,10 +80,13 @@ def linear_gradients(
     tensors: Sequence[Tensor | None],
     needs: tuple[bool, bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    turned: bool | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, those that are needed, each in its dtype.
 
-    The input comes from what `tensors` keep of it.
+    The input comes from what `tensors` keep of it. The gradient of the weight lies as the weight:
+    fused optimizers read one that lies otherwise wrongly, and autograd copies it for a parameter.
+    `turned` says how that is where the weight is not given.
     """
     needs_input, needs_weight, needs_bias = needs
     x_dtype, weight_dtype, bias_dtype = dtypes
@@ -85,8 +95,11 @@ def linear_gradients(
     rows = grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1])
     dx = dweight = dbias = None
     if needs_weight:  # the first, so that x is gone when dx comes
-        x = rebuild(grad_output.dtype, *tensors)
-        dweight = product(rows.t(), x.reshape(rows.shape[0], -1), weight_dtype)
+        x = rebuild(grad_output.dtype, *tensors).reshape(rows.shape[0], -1)
+        if is_turned(weight) if turned is None else turned:
+            dweight = product(x.t(), rows, weight_dtype).t()
+        else:
+            dweight = product(rows.t(), x, weight_dtype)
         del x
     if needs_bias:
         wide = torch.promote_types(rows.dtype, bias_dtype)

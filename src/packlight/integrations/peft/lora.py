@@ -48,8 +48,9 @@ class _Lora(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T; keeps W, A, B, x A^T and the pack of x.
 
     A, B and what is computed with them have a dtype of their own, and y is rounded where PEFT's
-    operations round it. x A^T is kept in the dtype of x.
-    Of a `layer` of 4 bits W is decoded in each pass: the layer itself stands for it.
+    operations round it. x A^T is kept in the dtype of x, but never
+    cast to float16. Of a `layer` of 4 bits W is decoded in each pass: the layer itself stands for
+    it.
     """
 
     @staticmethod
@@ -70,7 +71,9 @@ class _Lora(torch.autograd.Function):
         rows, rounds = y.view(-1, y.shape[-1]), layer is not None
         low_rank.add_widened_(rows, low, second.t(), scaling, rounds)
         kept_weight = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(kept_weight, first, second, as_dtype(low, x.dtype), *tensors)
+        # What float16 holds ends at 65504, and x A^T does not: infinite, it would be dB.
+        kept = low if x.dtype == torch.float16 else as_dtype(low, x.dtype)
+        ctx.save_for_backward(kept_weight, first, second, kept, *tensors)
         ctx.settings = (layer, scaling, rebuild)
         return writable(y, of_linear=True)
 
@@ -84,7 +87,9 @@ class _Lora(torch.autograd.Function):
         rows = _matrix(grad_output)
         dx = dfirst = dsecond = None
         if needs_second:
-            dsecond = low_rank.outer(rows, as_dtype(low, second.dtype)).t().mul(scaling)
+            # As the weight lies: fused optimizers read a gradient that lies otherwise wrongly.
+            found = low_rank.outer(rows, as_dtype(low, second.dtype)).t()
+            dsecond = torch.mul(found, scaling, out=torch.empty_like(second))
         dlow = low_rank.narrowed(rows, second).mul_(scaling)
         if needs_first:
             dfirst = low_rank.outer(_matrix(rebuild(rows.dtype, *tensors)), dlow)
