@@ -125,6 +125,17 @@ def test_what_takes_the_reference(dispatched, monkeypatch):
     assert not kernels.calls
 
 
+def test_an_old_device_takes_the_reference(dispatched, monkeypatch):
+    """Its kernels do not compile, which Triton would say at the first launch."""
+    _, on_cuda, kernels = dispatched
+    x = torch.zeros(2)
+    monkeypatch.setattr(_library, "_is_too_old", lambda tensor: tensor is x)
+    assert torch.equal(on_cuda(x, None, 1.0), x - 1)
+    assert not kernels.calls
+    other = torch.zeros(2)
+    assert torch.equal(on_cuda(other, None, 1.0), other + 1)
+
+
 def test_a_kernel_is_looked_up_when_the_first_tensor_comes(dispatched, monkeypatch):
     _, on_cuda, kernels = dispatched
     monkeypatch.delitem(sys.modules, kernels.__name__)

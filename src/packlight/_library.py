@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from packlight import _torch
 
@@ -43,6 +44,12 @@ def use_reference() -> Iterator[None]:
 def kernels_available() -> bool:
     """Whether Triton is installed, so that CUDA tensors take the kernels."""
     return importlib.util.find_spec("triton") is not None
+
+
+def _is_too_old(x: Tensor) -> bool:
+    """Whether the device lacks what kernels use: pairs of bfloat16, which came with 8.0."""
+    device = x.device
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def define_op(
@@ -85,7 +92,7 @@ def define_op(
         if _reference_depth:
             return reference(*args)
         if launch is None:
-            if not kernels_available():
+            if not kernels_available() or _is_too_old(args[first]):
                 return reference(*args)
             launch = getattr(importlib.import_module(module_name), function_name)
         tensor = args[first]

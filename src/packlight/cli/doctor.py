@@ -361,7 +361,7 @@ def unsupported(device: torch.device) -> Iterator[str]:
     if torch.version.hip:
         yield "ROCm: nothing of packlight was tried on it"
     elif torch.cuda.get_device_capability(device) < (8, 0):
-        yield "compute capability below 8.0: bfloat16 is emulated, and nothing was measured on it"
+        yield "compute capability below 8.0: kernels do not compile, operators are plain PyTorch"
     elif torch.cuda.get_device_capability(device) != (9, 0):
         yield "measured on compute capability 9.0 alone: times on this card are not known"
 

@@ -70,7 +70,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
 
     def _measure_first_pass(self, model: nn.Module) -> None:
         """Hooks on saved tensors are on within that pass alone: it may be far off, or not come."""
-        handles = []
+        handles: list[Any] = []
 
         def begin(*_: Any) -> None:
             if model.training and torch.is_grad_enabled():

@@ -90,7 +90,8 @@ class _Lora(torch.autograd.Function):
             # As the weight lies: fused optimizers read a gradient that lies otherwise wrongly.
             found = low_rank.outer(rows, as_dtype(low, second.dtype)).t()
             dsecond = torch.mul(found, scaling, out=torch.empty_like(second))
-        dlow = low_rank.narrowed(rows, second).mul_(scaling)
+        if needs_first or needs_input:
+            dlow = low_rank.narrowed(rows, second).mul_(scaling)
         if needs_first:
             dfirst = low_rank.outer(_matrix(rebuild(rows.dtype, *tensors)), dlow)
         if needs_input:
