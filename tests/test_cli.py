@@ -414,6 +414,17 @@ def test_pages_are_written(net: None, capsys: pytest.CaptureFixture[str]) -> Non
     assert '"after":{' in Path("report2.html").read_text()
 
 
+def test_a_page_of_what_is_not_trained_has_no_step(
+    net: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("net.py").open("a") as file:
+        file.write("\n\ndef frozen():\n    return mlp().requires_grad_(False)\n")
+    printed(["profile", "net:frozen", "--input", "8x32", "--html", "report.html"], capsys)
+    page = Path("report.html").read_text()
+    assert "A step cannot be foretold" in page
+    assert "has no gradient to start from" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

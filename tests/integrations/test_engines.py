@@ -105,6 +105,8 @@ def test_options_in_a_file_and_on_the_command_line_of_trl(tmp_path):
     (callback,) = parse([])[0].callbacks()
     assert callback.methods == packlight.DEFAULT_METHODS
     assert parse(["--packlight_methods", "off"])[0].callbacks() == []
+    path.write_text("packlight_methods: off\n")  # a boolean, to YAML
+    assert parse(["--config", str(path)])[0].callbacks() == []
     with pytest.raises(packlight.InputError, match="trl: option rest of packlight"):
         parse(["--packlight_rest", "FewBit(3)"])
 
