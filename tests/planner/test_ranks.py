@@ -231,6 +231,12 @@ def test_what_has_no_tokens_or_is_no_model_is_named():
     model, x = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8)), torch.zeros(2, 4).long()
     with pytest.raises(InputError, match="Sequential has no list of blocks"):
         packlight.predict(model, x, parallel=Parallel(tensor=2, cuts={"1": "colwise"}))
+    with pytest.raises(InputError, match="pipeline=2 has stages of blocks, and the model has no"):
+        packlight.plan(
+            model, x, memory="1GiB", device="H200", head=False, parallel=Parallel(pipeline=2)
+        )
+    with pytest.raises(InputError, match="microbatches=2 are parts of a batch, and there is no"):
+        packlight.predict(model, object(), parallel=Parallel(microbatches=2))
     with pytest.raises(InputError, match="model is a function, of which no copy"):
         packlight.predict(lambda x: x, x, parallel=Parallel(tensor=2))
 

@@ -25,7 +25,12 @@ def part_of_a_rank(given: Any, parallel: Parallel, microbatches: int) -> Any:
     batch, length = was = batch_and_length(*given)
     rows = tokens = None
     if microbatches > 1:
-        rows = divided("rows of the batch", batch or 1, "microbatches", microbatches)
+        if batch is None:
+            raise InputError(
+                f"microbatches={microbatches} are parts of a batch, and there is no tensor in this"
+                " one, or in what packlight does not look into; pass tensors, or a mapping"
+            )
+        rows = divided("rows of the batch", batch, "microbatches", microbatches)
     if parallel.context > 1:
         tokens = divided(
             "tokens of a sequence", _counted(length, "context"), "context", parallel.context
