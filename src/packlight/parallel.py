@@ -72,6 +72,8 @@ class Parallel:
             raise InputError(
                 f"expert={self.expert} does not divide shard x context x tensor = {self.within}"
             )
+        if self.shard_dtype is not None and self.shards == 1:
+            raise InputError("shard_dtype is of shards, and shard x context is 1")
         self._check_others(self.imbalance, self.shard_dtype, self.cuts)
         for name in _FLAGS:
             if not isinstance(flag := getattr(self, name), bool):
