@@ -241,6 +241,18 @@ def test_an_accelerator_plans_for_the_rows_of_its_loader(accelerators):
         accelerators(packlight={"memory": 0.5}).prepare(make("llama"))
 
 
+def test_a_model_that_is_prepared_by_itself_is_converted_unless_it_is_not_trained(accelerators):
+    accelerator = accelerators(packlight="GroupQuant(4)")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    accelerator.prepare_model(model, evaluation_mode=True)
+    assert type(model[0]) is torch.nn.Linear
+    accelerator.prepare_model(model)
+    assert type(model[0]) is not torch.nn.Linear
+    converted = accelerator.packlight.conversion
+    accelerator.prepare_model(model)
+    assert accelerator.packlight.conversion is converted
+
+
 @pytest.mark.parametrize("name", ["metods", "memories"])
 def test_an_accelerator_names_a_wrong_option(accelerators, name):
     with pytest.raises(packlight.InputError, match=f"accelerate: packlight has no option '{name}'"):
