@@ -116,12 +116,8 @@ def whole(case: str, model: nn.Module, tokens, timelines, sees_loss: bool = True
     wires = timeline.parts.wires
     check(f"{case}: kept", kept, timeline.kept + wires, 0.03)
     expected = timeline.peak - timeline.static + wires
-    if sees_loss:
+    if sees_loss:  # on shards of logits no mode sees what it allocates
         check(f"{case}: peak", peak, expected, 0.05)
-    else:
-        # What the loss allocates on shards of logits no mode sees, and the references of packs, as
-        # the CPU runs them, work with more than kernels do.
-        assert peak < 1.1 * expected, (case, peak, expected)
 
 
 def pipeline(case: str, mesh, option: Option, tokens, timelines) -> None:
