@@ -1198,3 +1198,71 @@ def test_no_frame_around_a_break_is_traced_beside_those_of_the_plain_model(fresh
         breaks.append(sum(counters["graph_break"].values()))
         assert model.inner.linear.weight.grad is not None
     assert breaks == [2, 2]
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, input):
+        return super().forward(input)
+
+
+class OwnGELU(nn.GELU):
+    pass
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(OwnLinear(64, 64), OwnGELU(), OwnLinear(64, 64)),
+        nn.TransformerEncoderLayer(64, 4, 64, 0.0, activation="gelu", batch_first=True),
+    ],
+    ids=["subclasses", "TransformerEncoderLayer"],
+)
+def test_code_of_torchs_layers_that_counts_as_a_models_is_covered_in_traced_code(
+    fresh_compiler, model
+):
+    """Compiled, such layers kept what torch keeps, while an uncompiled run packed it."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 64, 64, requires_grad=True)
+    kept, gradients = {}, {}
+    for name in ("plain", "converted", "compiled"):
+        own = copy.deepcopy(model)
+        if name != "plain":
+            convert(own, (GroupQuant(8), FewBit(8)), strict=False)
+        run = torch.compile(own, backend="aot_eager") if name == "compiled" else own
+        kept[name] = profile(run, x).activation_bytes
+        gradients[name] = torch.cat([g.flatten() for g in torch.autograd.grad(
+            run(x).square().mean(), [x, *own.parameters()]
+        )])  # fmt: skip
+    assert kept["compiled"] < 0.62 * kept["plain"]
+    if isinstance(model, nn.Sequential):
+        assert kept["compiled"] == pytest.approx(kept["converted"], rel=0.05)
+    for name in ("converted", "compiled"):
+        error = (gradients[name] - gradients["plain"]).norm() / gradients["plain"].norm()
+        assert 0 < error < 0.01
+
+
+def test_what_stands_in_for_attention_calls_torchs_also_in_traced_code(fresh_compiler, monkeypatch):
+    """After a call that was covered, further ones are handled elsewhere."""
+
+    class Attends(nn.Module):
+        def forward(self, x):
+            x = F.gelu(F.silu(x))
+            return F.scaled_dot_product_attention(x, x, x)
+
+    made, make_node = [], calls._torch.make_node
+
+    def noting(tracer, function, *args):
+        made.append(function.__name__)
+        return make_node(tracer, function, *args)
+
+    monkeypatch.setattr(calls._torch, "make_node", noting)
+    torchs = F.scaled_dot_product_attention
+    x = torch.randn(2, 4, 32, 16, requires_grad=True)
+    for expected in (["gelu", "scaled_dot_product_attention"], ["gelu"]):
+        torch._dynamo.reset()
+        made.clear()
+        model = Attends()
+        convert(model, GroupQuant(8), functional=True)
+        torch.compile(model, backend="eager")(x)
+        assert made == expected
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torchs(q, k, v))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import packlight
 from packlight import MemoryReport, __version__
@@ -414,6 +415,17 @@ def test_pages_are_written(net: None, capsys: pytest.CaptureFixture[str]) -> Non
     assert '"after":{' in Path("report2.html").read_text()
 
 
+def test_a_page_of_what_is_not_trained_has_no_step(
+    net: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("net.py").open("a") as file:
+        file.write("\n\ndef frozen():\n    return mlp().requires_grad_(False)\n")
+    printed(["profile", "net:frozen", "--input", "8x32", "--html", "report.html"], capsys)
+    page = Path("report.html").read_text()
+    assert "A step cannot be foretold" in page
+    assert "has no gradient to start from" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -520,10 +532,9 @@ def test_what_fake_tensors_log_of_a_failure_is_not_shown(
         assert "in 1.inner.2 (Grouped): RuntimeError: contraction dimension" in line
         assert not records
         assert logger.level == level
-        # So they do log.
-        model, x = sys.modules["net"].wrong(which=2)
-        with pytest.raises(RuntimeError, match="contraction dimension"):
-            packlight.predict(model, x)
+        # They do log.
+        with FakeTensorMode(), pytest.raises(RuntimeError):
+            torch.empty(2, 3) @ torch.empty(4, 5)
         assert records
     finally:
         logger.removeHandler(handler)

@@ -175,7 +175,11 @@ def _handle(calls: Calls, tracer: Any, function: Any, args: Any, kwargs: dict[st
         return function.call_function(tracer, args, kwargs)
     if "out" in kwargs and kwargs["out"].is_constant_match(None):
         kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-    if _is_of_a_layer(tracer) or not _takes(tracer, call.places, call.names, args, kwargs):
+    if (
+        _is_of_a_layer(tracer)
+        or (torchs is _ATTENTION and torchs is not F.scaled_dot_product_attention)
+        or not _takes(tracer, call.places, call.names, args, kwargs)
+    ):
         return function.call_function(tracer, args, kwargs)
     return _torch.make_node(tracer, call.function, args, kwargs, call.options)
 
@@ -203,7 +207,10 @@ def _is_of_a_model(frame: types.FrameType) -> bool:
     As that of a subclass which calls `super().forward`, or has no forward of its own, and of a
     parametrized layer: there are no rules for such classes.
     """
-    kind = type(frame.f_locals.get("self"))
+    return _is_a_models(type(frame.f_locals.get("self")))
+
+
+def _is_a_models(kind: type) -> bool:
     if kind in _CALLS:  # one that a forward makes, as `nn.Softmax(-1)(x)`
         return True
     if not issubclass(kind, nn.Module):
@@ -229,14 +236,20 @@ def by_a_layer(tracer: Any) -> bool:
 
 def _is_of_a_layer(tracer: Any) -> bool:
     """Whether a layer, or packlight itself, calls a torch function in the code that is traced."""
-    names = []
+    callers = []
     while tracer is not None:
-        names.append(tracer.f_globals.get("__name__", ""))
+        name = tracer.f_globals.get("__name__", "")
+        if name == _QUANTISER:  # code of the user's, and no part of a model
+            return True
+        if name not in _BETWEEN:
+            callers.append((name, tracer))
         tracer = getattr(tracer, "parent", None)
-    if _QUANTISER in names:  # code of the user's, and no part of a model
-        return True
-    callers = [name for name in names if name not in _BETWEEN]
-    return bool(callers) and callers[0].startswith(_LAYERS)
+    if not callers or not callers[0][0].startswith(_LAYERS):
+        return False
+    kind = _torch.class_of_self(callers[0][1])
+    # The mode may be on around a layer of ours, and what that runs is not the model's.
+    is_ours = getattr(kind, "forward", kind).__module__.startswith("packlight.")
+    return is_ours or not _is_a_models(kind)
 
 
 # ---- layers of ours ------------------------------------------------------------------------------

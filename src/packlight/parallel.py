@@ -1,6 +1,7 @@
 """`Parallel`: over how many ranks a training step is spread, and in which ways."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from packlight.errors import InputError
 
 _DEGREES = ("replicate", "shard", "tensor", "context", "pipeline", "expert")
+_FLAGS = ("sequence", "loss", "reshard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,21 @@ class Parallel:
             raise InputError(
                 f"expert={self.expert} does not divide shard x context x tensor = {self.within}"
             )
-        if not self.imbalance >= 1:
-            raise InputError(f"imbalance={self.imbalance} is below 1, which is balance")
+        if self.shard_dtype is not None and self.shards == 1:
+            raise InputError("shard_dtype is of shards, and shard x context is 1")
+        self._check_others(self.imbalance, self.shard_dtype, self.cuts)
+        for name in _FLAGS:
+            if not isinstance(flag := getattr(self, name), bool):
+                raise InputError(f"{name}={flag!r} is neither True nor False")
+
+    @staticmethod
+    def _check_others(imbalance: object, dtype: object, cuts: object) -> None:
+        if not isinstance(imbalance, int | float) or not 1 <= imbalance < math.inf:
+            raise InputError(f"imbalance={imbalance!r} is no number or below 1, which is balance")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(f"shard_dtype={dtype!r} is no dtype such as torch.float32")
+        if cuts is not None and not isinstance(cuts, Mapping):
+            raise InputError(f'cuts={cuts!r} is no mapping such as {{"blocks.*.up": "colwise"}}')
 
     @staticmethod
     def _check_count(name: str, value: object) -> None:
@@ -108,10 +123,7 @@ class Parallel:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as for JSON."""
-        found = {
-            name: getattr(self, name)
-            for name in (*_DEGREES, "ranks", "sequence", "loss", "reshard")
-        }
+        found = {name: getattr(self, name) for name in (*_DEGREES, "ranks", *_FLAGS)}
         dtype = self.shard_dtype
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         return {**found, "imbalance": self.imbalance, "shard_dtype": named}

@@ -80,9 +80,11 @@ def predict(
     if parallel is None:
         (report,) = _predict(model, inputs, kwargs, loss, device, changes)
         return report
+    _check_model(model)
     from packlight.planner.cutting import predicted_pass
 
-    with predicted_pass(model, (inputs, kwargs), checked(parallel)) as (part, cut):
+    batch = arguments_of(model, *inputs, **kwargs)
+    with predicted_pass(model, batch, checked(parallel)) as (part, cut):
         given, named = part
         (report,) = _predict(model, given, named, loss, device, [cut])
     return report
@@ -116,11 +118,7 @@ def _predict(
     changes: list[Callable[[nn.Module], None]],
 ) -> list[MemoryReport]:
     """One report after each of the changes, which are made to a fake copy of the model."""
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model is a {type(model).__name__}, of which no copy without values can be made; pass"
-            " an nn.Module, or profile a run of it"
-        )
+    _check_model(model)
     inputs, kwargs = arguments_of(model, *inputs, **kwargs)
     fakes = fake_tensors()
     mode = fakes.Fakes()
@@ -132,6 +130,14 @@ def _predict(
         with imagining(inputs), fakes.FakeFunctionMode(), mode:
             reports.append(profile(fake, *fake_inputs, loss=loss, **fake_kwargs))
     return reports
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is a {type(model).__name__}, of which no copy without values can be made; pass"
+            " an nn.Module, or profile a run of it"
+        )
 
 
 @contextmanager

@@ -106,6 +106,8 @@ def test_options_in_a_file_and_on_the_command_line_of_trl(tmp_path):
     (callback,) = parse([])[0].callbacks()
     assert callback.methods == packlight.DEFAULT_METHODS
     assert parse(["--packlight_methods", "off"])[0].callbacks() == []
+    path.write_text("packlight_methods: off\n")  # a boolean, to YAML
+    assert parse(["--config", str(path)])[0].callbacks() == []
     with pytest.raises(packlight.InputError, match="trl: option rest of packlight"):
         parse(["--packlight_rest", "FewBit(3)"])
 
@@ -256,6 +258,18 @@ def test_an_accelerator_plans_for_the_rows_of_its_loader(accelerators):
     assert isinstance(accelerator.packlight.plan, packlight.Plan)
     with pytest.raises(packlight.InputError, match=r"memory=0\.5 needs a batch"):
         accelerators(packlight={"memory": 0.5}).prepare(make("llama"))
+
+
+def test_a_model_that_is_prepared_by_itself_is_converted_unless_it_is_not_trained(accelerators):
+    accelerator = accelerators(packlight="GroupQuant(4)")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    accelerator.prepare_model(model, evaluation_mode=True)
+    assert type(model[0]) is torch.nn.Linear
+    accelerator.prepare_model(model)
+    assert type(model[0]) is not torch.nn.Linear
+    converted = accelerator.packlight.conversion
+    accelerator.prepare_model(model)
+    assert accelerator.packlight.conversion is converted
 
 
 @pytest.mark.parametrize("name", ["metods", "memories"])

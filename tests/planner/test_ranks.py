@@ -1,6 +1,8 @@
 """Ranks of parallel runs: what is divided, what is sent, and what cannot be divided."""
 
+import collections
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -186,6 +188,11 @@ def test_a_degree_that_does_not_divide_is_named(parallel, says):
         ({"pipeline": 4, "microbatches": 2}, "leave stages of pipeline=4 without work"),
         ({"shard": 4, "expert": 3}, "expert=3 does not divide shard x context x tensor = 4"),
         ({"imbalance": 0.5}, "below 1"),
+        ({"imbalance": "2"}, "imbalance='2' is no number"),
+        ({"shard_dtype": torch.float32, "replicate": 2}, "shard_dtype is of shards, and shard x"),
+        ({"shard": 2, "shard_dtype": "fp32"}, "shard_dtype='fp32' is no dtype"),
+        ({"cuts": ["up"]}, "is no mapping such as"),
+        ({"sequence": "no"}, "sequence='no' is neither True nor False"),
     ],
 )
 def test_degrees_that_cannot_be(degrees, says):
@@ -202,6 +209,37 @@ def test_heads_of_a_configuration_are_named():
         model = transformers.LlamaForCausalLM(config)
     with pytest.raises(InputError, match="tensor=2 does not divide num_attention_heads"):
         packlight.predict(model, torch.zeros(1, 64, dtype=torch.long), parallel=Parallel(tensor=2))
+
+
+class Batch(collections.UserDict):
+    """As a tokenizer makes it."""
+
+
+def test_a_batch_may_be_a_mapping_that_is_no_dictionary():
+    model, tokens = on_meta()
+    (name,) = inspect.signature(model.forward).parameters
+    for parallel in (Parallel(tensor=2, cuts=CUTS), Parallel(context=2), Parallel(microbatches=2)):
+        found = packlight.predict(model, Batch({name: tokens}), parallel=parallel)
+        expected = packlight.predict(model, tokens, parallel=parallel)
+        assert found.activation_bytes == pytest.approx(expected.activation_bytes, rel=1e-4)
+
+
+def test_what_has_no_tokens_or_is_no_model_is_named():
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.zeros(2, 4, 8)
+    for degrees in ({"tensor": 2}, {"context": 2}):
+        with pytest.raises(InputError, match="has no numbers of tokens"):
+            packlight.predict(model, x, parallel=Parallel(**degrees))
+    model, x = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8)), torch.zeros(2, 4).long()
+    with pytest.raises(InputError, match="Sequential has no list of blocks"):
+        packlight.predict(model, x, parallel=Parallel(tensor=2, cuts={"1": "colwise"}))
+    with pytest.raises(InputError, match="pipeline=2 has stages of blocks, and the model has no"):
+        packlight.plan(
+            model, x, memory="1GiB", device="H200", head=False, parallel=Parallel(pipeline=2)
+        )
+    with pytest.raises(InputError, match="microbatches=2 are parts of a batch, and there is no"):
+        packlight.predict(model, object(), parallel=Parallel(microbatches=2))
+    with pytest.raises(InputError, match="model is a function, of which no copy"):
+        packlight.predict(lambda x: x, x, parallel=Parallel(tensor=2))
 
 
 def test_predict_is_of_a_rank():

@@ -346,6 +346,16 @@ def variables_of(tracer: Any, dictionary: Any) -> dict[str, Any]:
     return {key.as_python_constant(): dictionary.getitem_const(tracer, key) for key in keys}
 
 
+def class_of_self(tracer: Any) -> type:
+    """The class of the local `self` of the code that is traced; that of None where it has none."""
+    variable = tracer.symbolic_locals.get("self")
+    try:
+        kind: type = type(None) if variable is None else variable.realize().python_type()
+    except NotImplementedError:
+        return type(None)
+    return kind
+
+
 def attribute_of(tracer: Any, value: Any, name: str) -> Any:
     """The variable of an attribute, guarded."""
     get = getattr(value, "var_getattr", None)

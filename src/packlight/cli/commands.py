@@ -53,6 +53,7 @@ class Answer:
     after: MemoryReport | None = None
     conversion: Conversion | None = None
     steps: dict[str, Timeline] = field(default_factory=dict)
+    why_no_steps: str | None = None
 
     def heading(self) -> str:
         loaded = self.loaded
@@ -340,8 +341,11 @@ def _walk(answer: Answer, arguments: argparse.Namespace) -> None:
     name = "as PyTorch trains it" if answer.conversion is None else "converted"
     adamw = optimizer_of("adamw")
     walker = Walker(loaded.model, loaded.arguments, loaded.keywords, None, adamw)
-    with quiet(), autocast_of(arguments, torch.device("cpu")):
-        answer.steps[name] = walker.walk(card).timeline
+    try:
+        with quiet(), autocast_of(arguments, torch.device("cpu")):
+            answer.steps[name] = walker.walk(card).timeline
+    except InputError as error:  # as where nothing is trained, of which there is a report still
+        answer.why_no_steps = str(error)
 
 
 def _write_html(answer: Answer, arguments: argparse.Namespace) -> None:
@@ -349,7 +353,9 @@ def _write_html(answer: Answer, arguments: argparse.Namespace) -> None:
         return
     card, known = _card(arguments)
     of = f"Foretold of a step with fused AdamW on {card.name}; packlight fit has other choices."
-    if not known:
+    if answer.why_no_steps is not None:
+        of = f"A step cannot be foretold: {answer.why_no_steps}."
+    elif not known:
         of += " --gpu draws the memory of a card of yours as a line."
     further = steps(answer.steps, usable(card.memory) if known else None, of)
     shown = answer.before if answer.after is None else answer.before - answer.after

@@ -13,7 +13,8 @@ variance at 2, 3 and 4 bits with this scale. With inner products over the whole 
 that of EDEN (Vargaftik et al., ICML 2022), which makes <x~ - m, d> = |d|^2. These are over half of
 it, COUNTED, which takes a fifth fewer instructions and makes the squared error 1.5% larger. So the
 code is nearly unbiased over rotations: what is left of a bias is 2% of the squared error at 2 bits
-and .3% at 4, though half of it in a group with one or two values that are not its mean. Mean and scale are bfloat16 numbers in one int32 word, the mean in the high half.
+and .3% at 4, though half of it in a group with one or two values that are not its mean. Mean and
+scale are bfloat16 numbers in one int32 word, the mean in the high half.
 
 Without the mean a group far from 0 would spend its codes on that; without signs one whose values
 are alike would be turned into few large ones.

@@ -10,6 +10,7 @@ So a model is converted before DDP, FSDP2 with or without its activation checkpo
 """
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         """
         super().__init__(*args, **kwargs)
         self.packlight = Converting(**read_options(packlight, "accelerate"))
+        self._converted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.register_save_state_pre_hook(self._save_rounding)
         self.register_load_state_pre_hook(self._load_rounding)
 
@@ -60,9 +62,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
                     batch = first_rows(each)
                 elif isinstance(each, torch.optim.Optimizer):
                     optimizer = maker_of(each)
-            with self.autocast():
-                self.packlight._plan(model, batch, optimizer)
-            self.packlight._convert(model)
+            self._convert(model, batch, optimizer)
         prepared = super().prepare(*args, **kwargs)
         if models:  # its parameters are those of the prepared one by now
             self._measure_first_pass(self._models[-1])
@@ -84,6 +84,24 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
 
         handles.append(model.register_forward_pre_hook(begin))
         handles.append(model.register_forward_hook(end, always_call=True))
+
+    def prepare_model(
+        self,
+        model: nn.Module,
+        device_placement: bool | None = None,
+        evaluation_mode: bool = False,
+    ) -> nn.Module:
+        # That of `prepare` is converted by now, and may have something around it.
+        if not evaluation_mode and self._converted.isdisjoint(model.modules()):
+            self._convert(model)
+        prepared: nn.Module = super().prepare_model(model, device_placement, evaluation_mode)
+        return prepared
+
+    def _convert(self, model: nn.Module, batch: Any = None, optimizer: Any = None) -> None:
+        with self.autocast():
+            self.packlight._plan(model, batch, optimizer)
+        self.packlight._convert(model)
+        self._converted.add(model)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         super().backward(loss, **kwargs)

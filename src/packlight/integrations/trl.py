@@ -42,7 +42,7 @@ class PacklightConfig:
 
     def callbacks(self) -> list[PacklightCallback]:
         """The callback for `Trainer(callbacks=)`; none with `packlight_methods="off"`."""
-        if self.packlight_methods == "off":
+        if self.packlight_methods in ("off", False):  # to YAML a bare off is false
             return []
         given = {
             field.name.removeprefix("packlight_"): getattr(self, field.name)

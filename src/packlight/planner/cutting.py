@@ -93,6 +93,11 @@ def _cut_linears(
 
     by_tokens = parallel.sequence
     check_heads(model, parallel)
+    if by_tokens and not blocks:
+        raise InputError(
+            f"{type(model).__name__} has no list of blocks, at whose first one tokens are cut;"
+            " Parallel(sequence=False) leaves them whole"
+        )
     found = dict(_linears(model, parallel, mixtures))
     tokens = Shard(1) if by_tokens else Replicate()
     styles: dict[str, Any] = {}

@@ -160,7 +160,8 @@ class Fit:
         parallel = self.parallel
         if parallel.ranks == self.microbatches == 1:
             return []
-        found = [f"a rank of {parallel.ranks}: {parallel}; {self.microbatches} micro-batches"]
+        parts = "1 micro-batch" if self.microbatches == 1 else f"{self.microbatches} micro-batches"
+        found = [f"a rank of {parallel.ranks}: {parallel}; {parts}"]
         if parallel.pipeline > 1:
             idle = (parallel.pipeline - 1) / (self.microbatches + parallel.pipeline - 1)
             found[0] += f"; the pipeline stands still for {idle:.0%} of a step, which ms leave out"

@@ -114,14 +114,17 @@ def write_fit(fit: Fit, path: str | os.PathLike[str]) -> None:
 
 
 def steps(timelines: Mapping[str, Timeline], usable: int | None, of: str = "") -> str:
-    """Memory over steps by their names, and what a device has for tensors; `of` says which steps.
+    """Memory over steps by their names, and what a device has for tensors; `of` says which steps,
+    or why there are none.
 
     A part of a page.
     """
+    heading = "<h2>Memory over a step</h2>" + (f"<p class='faint'>{html.escape(of)}</p>" * bool(of))
+    if not timelines:
+        return heading
     parts = [
         f"<style>{_DRAWN}</style>",
-        "<h2>Memory over a step</h2>",
-        f"<p class='faint'>{html.escape(of)}</p>" if of else "",
+        heading,
         f"<p class='key'>{''.join(map(_key, _BANDS))}</p>",
         "<p class='faint'>Numbers below are blocks, forward and then backward. Point at a place, or"
         " touch it, or go there by the arrow keys, to read which layer it is and what is allocated"

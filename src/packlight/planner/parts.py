@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from packlight._torch import flatten, unflatten
+from packlight.errors import InputError
 from packlight.parallel import Parallel, divided
 
 Sizes = tuple[int | None, int | None]
@@ -24,12 +25,30 @@ def part_of_a_rank(given: Any, parallel: Parallel, microbatches: int) -> Any:
     batch, length = was = batch_and_length(*given)
     rows = tokens = None
     if microbatches > 1:
-        rows = divided("rows of the batch", batch or 1, "microbatches", microbatches)
+        if batch is None:
+            raise InputError(
+                f"microbatches={microbatches} are parts of a batch, and there is no tensor in this"
+                " one, or in what packlight does not look into; pass tensors, or a mapping"
+            )
+        rows = divided("rows of the batch", batch, "microbatches", microbatches)
     if parallel.context > 1:
-        tokens = divided("tokens of a sequence", length or 1, "context", parallel.context)
+        tokens = divided(
+            "tokens of a sequence", _counted(length, "context"), "context", parallel.context
+        )
     if parallel.tensor > 1 and parallel.sequence:
-        divided("tokens of a rank", tokens or length or 1, "tensor", parallel.tensor)
+        count = tokens or _counted(length, "tensor")
+        divided("tokens of a rank", count, "tensor", parallel.tensor)
     return resized(given, was, rows, tokens)
+
+
+def _counted(length: int | None, name: str) -> int:
+    if length is None:
+        hint = "; Parallel(sequence=False) leaves them whole" if name == "tensor" else ""
+        raise InputError(
+            f"{name} parallel cuts tokens, and the first tensor of the batch has no numbers of"
+            f" tokens [rows, tokens]{hint}"
+        )
+    return length
 
 
 def resized(given: Any, was: Sizes, batch: int | None = None, length: int | None = None) -> Any:

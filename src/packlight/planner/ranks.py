@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from packlight.errors import InputError
 from packlight.parallel import Parallel, divided
 from packlight.planner.timeline import (
     BACKWARD,
@@ -331,6 +332,11 @@ def stages(names: Sequence[str], parallel: Parallel) -> list[list[str]]:
     """The blocks of each stage."""
     if parallel.pipeline == 1:
         return [list(names)]
+    if not names:
+        raise InputError(
+            f"pipeline={parallel.pipeline} has stages of blocks, and the model has no list of alike"
+            " blocks"
+        )
     count = divided("blocks", len(names), "pipeline", parallel.pipeline)
     return [list(names[place : place + count]) for place in range(0, len(names), count)]
 

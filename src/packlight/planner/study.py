@@ -74,7 +74,7 @@ class Study:
         if self.parallel.pipeline > 1 and any(map(torch.is_autocast_enabled, ("cuda", "cpu"))):
             raise InputError(
                 "stages of a pipeline are foretold without autocast: load the model in 16 bits, and"
-                " say the dtype of its shards, Parallel(shard_dtype=torch.float32)"
+                " say the dtype of shards, Parallel(shard=2, shard_dtype=torch.float32)"
             )
         return self.walker.walk(self.device, again=self.microbatches > 1)
 
