@@ -212,6 +212,12 @@ def test_an_accelerator_converts_and_says_so(accelerators, capsys):
     assert capsys.readouterr().out.count("packlight: a step keeps") == 1
 
 
+@pytest.mark.parametrize("option", [{"device": "H200"}, {"batch": torch.zeros(1)}])
+def test_what_is_of_a_plan_needs_memory(accelerators, option):
+    with pytest.raises(packlight.InputError, match="give memory= as well"):
+        accelerators(packlight=option)
+
+
 def test_hooks_of_a_measurement_are_on_within_the_first_training_pass_alone(accelerators):
     """A loop may evaluate first, or never call `accelerator.backward`."""
     accelerator = accelerators(packlight={"methods": TEXT, "report": False})

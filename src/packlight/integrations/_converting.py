@@ -69,6 +69,8 @@ class Converting:
                 that keeps nothing, without gradients, is none to measure.
         """
         super().__init__()  # the trainer's own class
+        if memory is None and (batch is not None or device is not None):
+            raise InputError("batch= and device= are of a plan: give memory= as well")
         self.methods = methods
         self.strict = strict
         self.functional = functional
