@@ -11,6 +11,7 @@ from packlight import _seeds, fewbit, groupquant, head, sketch
 from packlight._library import _LIBRARY
 from packlight.fewbit import ops as few_bit_ops
 from packlight.groupquant import ops as group_ops
+from packlight.low_rank import ops as low_rank
 from packlight.packing.ops import pack_mask, unpack_mask
 from packlight.rotary import rotate
 from packlight.sketch.method import KINDS
@@ -197,10 +198,19 @@ def rotations():
             both_ways(lambda x, k=k, angles=angles: rotate(x, k, angles, angles)[0], x)
 
 
+def products_of_low_rank():
+    for dtype in DTYPES:
+        factor, low = torch.randn(4, 16, dtype=dtype), torch.randn(6, 4, dtype=dtype)
+        for x in (torch.randn(6, 16, dtype=dtype), torch.randn(6, 16).bfloat16()):
+            low_rank.narrowed(x, factor.t())
+            low_rank.outer(x, low)
+            low_rank.add_widened_(x, low, factor, 0.5, True)
+
+
 PASSES = (
     activations, dropouts, pools, inverted_norms, group_quantised_norms, group_quantised_products,
     norms_behind_sums, overwritten, residual_blocks, convolutions_with_norms, sketches, masks,
-    heads, rotations, lines_of_codes,
+    heads, rotations, lines_of_codes, products_of_low_rank,
 )  # fmt: skip
 
 
