@@ -696,7 +696,7 @@ def test_a_converted_model_compiles_in_as_few_graphs_as_a_plain_one(name, fresh_
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tracer looks at it
 @pytest.mark.parametrize("name", ["opt", "bart"])
 def test_a_converted_model_breaks_graphs_no_more_often_than_a_plain_one(name, fresh_compiler):
-    """They draw which layers to drop, and branch on it."""
+    """These draw which layers to drop and branch on it, with transformers 5.17; not with 5.24."""
     plain, inputs = FAMILIES[name].started()
     packlight.convert(converted := copy.deepcopy(plain))
 
@@ -706,7 +706,7 @@ def test_a_converted_model_breaks_graphs_no_more_often_than_a_plain_one(name, fr
         torch.compile(model, backend="eager")(**inputs).loss.backward()
         return sum(counters["graph_break"].values())
 
-    assert breaks(converted) == breaks(plain) > 0
+    assert breaks(converted) == breaks(plain)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
