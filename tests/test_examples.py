@@ -67,3 +67,9 @@ def test_a_loop_goes_on_from_its_checkpoint_bit_for_bit(run):
     assert len(whole) == 2
     resumed = losses(run("full", "--resume")[1])
     assert resumed == whole[1:]
+
+
+def test_a_release_tries_every_script():
+    from tools import release
+
+    assert sorted([*release.ALONE, *release.OTHERS]) == SCRIPTS

@@ -26,6 +26,7 @@ DIST = ROOT / "dist"
 # Examples that a bare install runs, and what the others need.
 ALONE = ("diffusion", "own_method")
 OTHERS = {
+    "accelerated": ("accelerate", "transformers"),
     "dpo": ("trl", "peft"),
     "full": ("transformers",),
     "lightning_vit": ("lightning", "timm"),
