@@ -55,16 +55,17 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         models = [each for each in args if isinstance(each, nn.Module)]
-        for model in models:
-            batch, optimizer = None, None
+        batch, optimizer = None, None
+        if models and self.packlight.memory is not None:  # rows are made for a plan alone
             for each in args:
                 if isinstance(each, torch.utils.data.DataLoader):
                     batch = first_rows(each)
                 elif isinstance(each, torch.optim.Optimizer):
                     optimizer = maker_of(each)
+        for model in models:
             self._convert(model, batch, optimizer)
         prepared = super().prepare(*args, **kwargs)
-        if models:  # its parameters are those of the prepared one by now
+        if models and self.packlight.measure:  # its parameters are those of the prepared one by now
             self._measure_first_pass(self._models[-1])
         return prepared
 
