@@ -98,7 +98,8 @@ class OnGpu(TorchFunctionMode):
             # With dropout the fused kernels of a GPU keep as much as without; those of the CPU
             # know no dropout, and torch would compute all scores.
             kwargs["dropout_p"] = 0.0
-            return func(*args[:4], *(0.0 for _ in args[4:5]), *args[5:], **_once(args, kwargs))
+            given = *args[:4], *(0.0 for _ in args[4:5]), *args[5:]
+            return _attention(*given, **_once(args, kwargs))
         if func in _IN_32 and torch.is_autocast_enabled("cpu"):
             return _in_32(func, args, kwargs)
         return func(*args, **kwargs)
@@ -107,6 +108,35 @@ class OnGpu(TorchFunctionMode):
 def _once(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Without the keyword that stands among the positional arguments already."""
     return {key: value for key, value in kwargs.items() if key != "dropout_p" or len(args) < 5}
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **other: Any,
+) -> Tensor:
+    """Values of another width than keys, as in latent attention, have a kernel on a GPU alone:
+    the memory-efficient one.
+    """
+    shapes_fit = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    mask_fits = attn_mask is None or not attn_mask.requires_grad
+    if not (query.dim() == 4 and shapes_fit and mask_fits) or key.shape[-1] == value.shape[-1]:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **other
+        )
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, query.new_zeros(()), -torch.inf)
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
+    return out
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

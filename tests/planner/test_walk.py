@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import packlight
@@ -118,6 +119,30 @@ def test_dropout_keeps_a_byte_an_element_as_on_a_gpu() -> None:
     dropped = Walker(model, (x,), {}).walk(H200).timeline.kept
     assert dropped - plain <= 1024 * 64 * (1 + 4)  # the mask, and the result for the mean
     assert dropped - plain >= 1024 * 64
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_narrower_than_keys_have_no_scores_kept_as_on_a_gpu(masked: bool) -> None:
+    class Latent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value = nn.Linear(64, 4 * 192), nn.Linear(64, 4 * 128)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query, value = (
+                layer(x).unflatten(-1, (4, -1)).transpose(1, 2)
+                for layer in (self.query, self.value)
+            )
+            mask = x.new_ones(1, 1, 512, 512, dtype=torch.bool).tril() if masked else None
+            return F.scaled_dot_product_attention(query, query, value, mask, 0.1, not masked)
+
+    timeline = Walker(Latent(), (torch.empty(2, 512, 64),), {}).walk(H200).timeline
+    heads = 2 * 4 * 512
+    # Queries and values, the result (and the loss's input), and a statistic of each row.
+    bias = 4 * 512 * 512 if masked else 0
+    assert timeline.kept == pytest.approx(4 * heads * (192 + 2 * 128 + 1) + bias, rel=0.01)
+    scores = 4 * heads * 512
+    assert max(s.peak for s in timeline.segments) < timeline.kept + 3 * scores / 2
 
 
 def test_autocast_runs_norms_in_32_bits_as_on_a_gpu() -> None:

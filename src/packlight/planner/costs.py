@@ -127,11 +127,14 @@ def flops(func: Any, args: Sequence[Any], result: Any) -> int:
 
 
 def _attention(times: float, at: int, causal: int) -> Callable[[Sequence[Any]], int]:
-    """Products of queries [B, H, S, D] and keys [B, H, T, D]; half of them where causal."""
+    """Products of queries [B, H, S, D] and keys [B, H, T, D] or values [B, H, T, E], about as many
+    of each; half of them where causal.
+    """
 
     def count(args: Sequence[Any]) -> int:
-        query, key = args[at], args[at + 1]
+        query, key, value = args[at : at + 3]
         *batch, length, width = query.shape
+        width = (width + value.shape[-1]) / 2
         share = 0.5 if len(args) > causal and args[causal] else 1.0
         return int(share * times * 2 * math.prod(batch) * length * key.shape[-2] * width)
 
