@@ -222,6 +222,25 @@ def test_blocks_are_the_outermost_in_lists():
         packlight.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), Checkpoint())
 
 
+def test_sequentials_of_the_same_layers_are_blocks_in_a_list_of_modules():
+    def branch(width):
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, width), nn.GELU(), nn.Linear(width, 8))
+
+    alike = nn.ModuleList(branch(16) for _ in range(3))
+    assert names(packlight.convert(alike, Checkpoint())) == ["0", "1", "2"]
+    # In a Sequential they may be stages, and these are of blocks or differ.
+    unlike = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+    for others in (
+        nn.Sequential(*(branch(16) for _ in range(3))),
+        nn.ModuleList([branch(16), unlike]),
+    ):
+        with pytest.raises(NothingMatchedError):
+            packlight.convert(others, Checkpoint())
+    stages = nn.ModuleList(nn.Sequential(Block(), Block(), nn.Linear(8, 8)) for _ in range(2))
+    with pytest.raises(NothingMatchedError):
+        packlight.convert(stages, Checkpoint())
+
+
 def test_batch_norms_are_left():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(2)))
     with pytest.raises(packlight.CannotConvertError, match="would count each batch twice"):

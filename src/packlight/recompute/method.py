@@ -56,7 +56,8 @@ class Checkpoint(OfBlocks):
     all blocks that read a tensor. Keeps the bits of `keep`, an element of a block's input.
 
     In a sequence of methods it takes the blocks of a model: modules of one class in a `ModuleList`
-    or a `Sequential`, the outermost. By a selector it takes any module, but none within another.
+    or a `Sequential`, the outermost; in a `ModuleList` also plain `Sequential`s of the same layers
+    each. By a selector it takes any module, but none within another.
     Blocks with batch norms, whose running statistics would count each batch twice, are left.
 
     Args:

@@ -5,7 +5,7 @@ import inspect
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,12 +36,19 @@ _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
 def blocks_of(layers: Iterable[Layer]) -> set[nn.Module]:
-    """The blocks of a model: modules of one class in a list, more than one, the outermost."""
+    """The blocks of a model: modules of one class in a list, more than one, the outermost.
+
+    A plain `Sequential` is one in a `ModuleList` of such that have children of the same classes.
+    """
     found: dict[nn.Module, None] = {}
     for layer in layers:
         children = list(layer.module.children()) if isinstance(layer.module, _LISTS) else []
         kinds = {kind_of(child) for child in children}
-        if len(children) > 1 and len(kinds) == 1 and _may_be_a_block(kinds.pop(), children[0]):
+        if len(children) < 2 or len(kinds) > 1:
+            continue
+        if _may_be_a_block(kinds.pop(), children[0]) or (
+            isinstance(layer.module, nn.ModuleList) and _are_alike(children)
+        ):
             found.update(dict.fromkeys(children))
     inner = {part for block in found for part in block.modules() if part is not block}
     return set(found) - inner
@@ -50,6 +57,21 @@ def blocks_of(layers: Iterable[Layer]) -> set[nn.Module]:
 def _may_be_a_block(kind: type[nn.Module], module: nn.Module) -> bool:
     of_torch = kind.__module__.startswith("torch.nn.") and kind not in _BLOCKS_OF_TORCH
     return not of_torch and any(True for _ in module.children())
+
+
+def _are_alike(children: Sequence[nn.Module]) -> bool:
+    """Whether they are Sequentials of the same layers, and not of blocks: those are stages."""
+    if any(kind_of(child) is not nn.Sequential for child in children):
+        return False
+    first, *others = (tuple(map(kind_of, child.children())) for child in children)
+    return (
+        len(first) > 1
+        and all(other == first for other in others)
+        and not any(
+            first.count(kind_of(part)) > 1 and _may_be_a_block(kind_of(part), part)
+            for part in children[0].children()
+        )
+    )
 
 
 def _checkpointed(method: OfBlocks, module: nn.Module) -> Swap:
