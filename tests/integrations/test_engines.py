@@ -255,13 +255,17 @@ def test_a_saved_state_goes_on_with_the_stream_of_rounding(accelerators, tmp_pat
     assert not torch.equal(trained(0, 2, load=True), whole)
 
 
-def test_an_accelerator_plans_for_the_rows_of_its_loader(accelerators):
-    accelerator = accelerators(packlight={"memory": 0.5, "device": "H200", "report": False})
-    model = make("llama")
+def test_an_accelerator_plans_for_the_rows_of_its_first_loader(accelerators):
     rows = [{name: rows[i] for name, rows in batch("llama").items()} for i in range(4)]
-    loader = torch.utils.data.DataLoader(rows, batch_size=2)
-    accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)
-    assert isinstance(accelerator.packlight.plan, packlight.Plan)
+    training, evaluation = (torch.utils.data.DataLoader(rows, batch_size=n) for n in (2, 4))
+    peaks = []
+    for loaders in ([training], [training, evaluation], [evaluation]):
+        accelerator = accelerators(packlight={"memory": 0.5, "device": "H200", "report": False})
+        model = make("llama")
+        accelerator.prepare(model, torch.optim.AdamW(model.parameters()), *loaders)
+        assert isinstance(accelerator.packlight.plan, packlight.Plan)
+        peaks.append(accelerator.packlight.plan.peak_bytes)
+    assert peaks[0] == peaks[1] < peaks[2]
     with pytest.raises(packlight.InputError, match=r"memory=0\.5 needs a batch"):
         accelerators(packlight={"memory": 0.5}).prepare(make("llama"))
 

@@ -42,7 +42,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
                 of a file), `rest`, `head`, `functional`, `exact_ends` and `strict` as for
                 `packlight.convert`; `memory`, `device`, `measure` and `report` as for
                 `packlight.integrations.transformers.PacklightCallback`. With `memory`, a plan is
-                made for the first rows of a loader that is prepared with the model.
+                made for the first rows of the first loader that is prepared with the model.
             kwargs: as for `accelerate.Accelerator`.
 
         Raises `InputError`, naming the option, for one that is unknown or has a wrong value.
@@ -57,11 +57,11 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         models = [each for each in args if isinstance(each, nn.Module)]
         batch, optimizer = None, None
         if models and self.packlight.memory is not None:  # rows are made for a plan alone
-            for each in args:
-                if isinstance(each, torch.utils.data.DataLoader):
-                    batch = first_rows(each)
-                elif isinstance(each, torch.optim.Optimizer):
-                    optimizer = maker_of(each)
+            # The first of each: loaders of evaluation come after that of training.
+            loader = next((x for x in args if isinstance(x, torch.utils.data.DataLoader)), None)
+            trainer = next((x for x in args if isinstance(x, torch.optim.Optimizer)), None)
+            batch = first_rows(loader)
+            optimizer = maker_of(trainer)
         for model in models:
             self._convert(model, batch, optimizer)
         prepared = super().prepare(*args, **kwargs)
