@@ -1,6 +1,7 @@
 """Families of other packages' models: what a conversion makes of them is as it was recorded."""
 
 import copy
+import gc
 import json
 import warnings
 
@@ -40,6 +41,7 @@ def test_a_family_is_as_it_was_recorded(name):
         before = packlight.profile(model, **batch)
         conversion = packlight.convert(model)
         after = packlight.profile(model, **batch)
+        in_forward, after_backward = alive(model, batch)
     found, expected = recorded(conversion.left_of(before - after)), DATA["families"][name]
     assert found["left"] == expected["left"]
     assert found["before"] == pytest.approx(expected["before"], rel=0.02)
@@ -47,6 +49,37 @@ def test_a_family_is_as_it_was_recorded(name):
     assert packlight.predict(model, **batch).activation_bytes == pytest.approx(
         after.activation_bytes, rel=0.03
     )
+    # Neither does a closure hold what no one measures, nor do packs outlive the backward pass for
+    # as long as someone has the loss.
+    assert in_forward < 1.02 * after.activation_bytes
+    assert after_backward < 0.005 * before.activation_bytes
+
+
+def storages():
+    """Of all tensors that are alive, by address. Autograd's have objects of Python by now."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
+    return {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in found
+        if x.layout == torch.strided and x.device.type == "cpu"
+    }
+
+
+def alive(model, batch):
+    """Bytes beside results and gradients before and after the backward pass of a step."""
+    own = storages()
+    out = model(**batch)
+    leaves = tree_leaves(dict(out) if isinstance(out, dict) else out)
+    results = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
+    loss = sum(y.float().square().mean() for y in results)
+    found = []
+    for end in (lambda: None, loss.backward):
+        end()
+        apart = [loss, *results, *(p.grad for p in model.parameters() if p.grad is not None)]
+        apart = own.keys() | {x.untyped_storage().data_ptr() for x in apart}
+        found.append(sum(size for place, size in storages().items() if place not in apart))
+    return found
 
 
 # ---- the forward pass ----------------------------------------------------------------------------

@@ -47,13 +47,16 @@ class Recurrent(Quantised):
             found: tuple[_Input, _State | None] = super(Twin, self).forward(input, hx)
             return found
         operands, with_weights = (x, *states, *weights), _torch.apart(self)
+        # What `call` refers to lives as long as the graph: no input, and no state.
+        lengths = input[1:] if isinstance(input, PackedSequence) else None
+        several, count = isinstance(hx, tuple), len(states)
 
         def call(*found: Tensor) -> tuple[Tensor, ...]:
             x, *rest = found
-            given = PackedSequence(x, *input[1:]) if isinstance(input, PackedSequence) else x
-            own, several = rest[: len(states)], isinstance(hx, tuple)
+            given = x if lengths is None else PackedSequence(x, *lengths)
+            own = rest[:count]
             state: Any = tuple(own) if several else own[0] if own else None
-            plain: Any = with_weights(rest[len(states) :])
+            plain: Any = with_weights(rest[count:])
             y, last = super(Twin, plain).forward(given, state)
             y = y.data if isinstance(y, PackedSequence) else y
             return y, *(last if isinstance(last, tuple) else (last,))

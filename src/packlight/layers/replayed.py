@@ -26,16 +26,19 @@ from packlight.quantiser import KEEPS, Quantiser, new_pack, pack_input, worth_pa
 
 @dataclasses.dataclass
 class _Operands:
-    """How the operands come back, those that need a gradient among them."""
+    """How the operands come back, those that need a gradient among them.
 
-    packs: list[Pack]
+    It has no tensors of packs: autograd frees those that it saved, however long its graph lives.
+    """
+
+    parts: list[tuple[Callable[..., Tensor], int]]
     like: list[tuple[torch.dtype, bool]]
 
     def again(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         operands, start = [], 0
-        for pack, (dtype, needed) in zip(self.packs, self.like, strict=True):
-            end = start + len(pack.tensors)
-            x = pack.rebuild(dtype, *tensors[start:end])
+        for (rebuild, count), (dtype, needed) in zip(self.parts, self.like, strict=True):
+            end = start + count
+            x = rebuild(dtype, *tensors[start:end])
             operands.append(x.detach().requires_grad_(needed))
             start = end
         return operands
@@ -120,7 +123,8 @@ def replayed(
     places = [next(place for place, x in enumerate(own) if x is operand) for operand in operands]
     added = {id(operands[place]) for place in biases}
     packs = [_kept_bias(x, own[0], method) if id(x) in added else _kept(x, method) for x in own]
-    kept = _Operands(packs, [(x.dtype, x.requires_grad) for x in own])
+    parts = [(pack.rebuild, len(pack.tensors)) for pack in packs]
+    kept = _Operands(parts, [(x.dtype, x.requires_grad) for x in own])
     tensors = [part for pack in packs for part in pack.tensors]
 
     def call(*found: Tensor) -> Any:
