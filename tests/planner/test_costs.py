@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -84,3 +85,27 @@ def test_hooks_of_a_first_pass_are_not_counted() -> None:
         model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
     packlight.convert(model, (GroupQuant(8), FewBit(8)), rest=GroupQuant(8))
     assert _host_ms(model, _with(hooks_us=1000.0)) == _host_ms(model, _with(hooks_us=0.0))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "measured"), [(torch.bfloat16, 386_926_592), (torch.float32, 739_295_744)]
+)
+def test_latent_attention_takes_what_it_took_on_an_h200(dtype: torch.dtype, measured: int) -> None:
+    """4 x 2048 tokens, 16 heads of 192 and 128 channels, torch 2.11."""
+
+    class Latent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value = nn.Linear(512, 16 * 192), nn.Linear(512, 16 * 128)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query, value = (
+                layer(x).unflatten(-1, (16, -1)).transpose(1, 2)
+                for layer in (self.query, self.value)
+            )
+            return F.scaled_dot_product_attention(query, query, value, is_causal=True)
+
+    with torch.device("meta"):
+        model, x = Latent().to(dtype), torch.empty(4, 2048, 512, dtype=dtype)
+    timeline = Walker(model, (x,), {}).walk(H200).timeline
+    assert max(s.peak for s in timeline.segments) == pytest.approx(measured, rel=1e-4)

@@ -141,8 +141,6 @@ def test_values_narrower_than_keys_have_no_scores_kept_as_on_a_gpu(masked: bool)
     # Queries and values, the result (and the loss's input), and a statistic of each row.
     bias = 4 * 512 * 512 if masked else 0
     assert timeline.kept == pytest.approx(4 * heads * (192 + 2 * 128 + 1) + bias, rel=0.01)
-    scores = 4 * heads * 512
-    assert max(s.peak for s in timeline.segments) < timeline.kept + 3 * scores / 2
 
 
 def test_autocast_runs_norms_in_32_bits_as_on_a_gpu() -> None:

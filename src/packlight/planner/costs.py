@@ -177,6 +177,15 @@ def _flash_backward(device: Device, args: Sequence[Any]) -> int:
     return int(4 * rows * (wide + 1) + query.element_size() * repeated)
 
 
+def _efficient_backward(device: Device, args: Sequence[Any]) -> int:
+    """The memory-efficient kernel adds up the gradient of the query in float32 and has a number a
+    row; in float32 it takes as much as the output besides (H200, torch 2.11).
+    """
+    query, out = args[1], args[5]
+    wide = out.numel() if query.dtype == torch.float32 else 0
+    return int(4 * (query.numel() + query.numel() // query.shape[-1] + wide))
+
+
 def _sum_of_columns(device: Device, args: Sequence[Any]) -> int:
     """torch adds up the columns of a matrix by so many blocks of threads that each multiprocessor
     has sixteen, and each block has partial sums of 128 columns by 128 threads.
@@ -197,4 +206,5 @@ _WORKSPACES = {
     _aten.sum: _sum_of_columns,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
     _aten._scaled_dot_product_flash_attention_backward: _flash_backward,
+    _aten._scaled_dot_product_efficient_attention_backward: _efficient_backward,
 }
