@@ -4,7 +4,7 @@ A call is of the operators below autograd, forward and backward, with what torch
 """
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,14 +83,24 @@ def gradients(
     backend, repeats = kernel
     dropout_p, is_causal, scale = flags
     common = (grad_output, *qkv, out, statistic)
-    if grad_output.device.type == "cpu":
-        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *common, dropout_p, is_causal, attn_mask=bias, scale=scale
-        )
-    elif backend == SDPBackend.FLASH_ATTENTION.value:
-        grads = _aten._scaled_dot_product_flash_attention_backward(
-            *common, *tensors[:2], *sizes, dropout_p, is_causal, *tensors[2:], scale=scale
-        )
+    on_cpu = grad_output.device.type == "cpu"
+    if on_cpu or backend == SDPBackend.FLASH_ATTENTION.value:
+
+        def flash(*common: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if on_cpu:
+                found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    *common, dropout_p, is_causal, attn_mask=bias, scale=scale
+                )
+            else:
+                found = _aten._scaled_dot_product_flash_attention_backward(
+                    *common, *tensors[:2], *sizes, dropout_p, is_causal, *tensors[2:], scale=scale
+                )
+            dq, dk, dv = found
+            return dq, dk, dv
+
+        # Dropout is drawn by the place in the batch, and a tracer would write out a call a part.
+        whole = dropout_p or bias is not None or _torch.is_traced()
+        grads = flash(*common) if whole else _by_parts(flash, common)
     elif backend == SDPBackend.CUDNN_ATTENTION.value:
         grads = _aten._scaled_dot_product_cudnn_attention_backward(
             *common, *tensors[2:], bias, *tensors[:2], *sizes, dropout_p, is_causal, scale=scale
@@ -102,6 +112,30 @@ def gradients(
         )  # fmt: skip
     dq, dk, dv = grads[:3]
     return dq, summed(dk, repeats), summed(dv, repeats)
+
+
+def _by_parts(
+    flash: Callable[..., tuple[Tensor, Tensor, Tensor]], common: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of some sequences after those of others, where heads of keys are fewer.
+
+    FlashAttention's backward pass has gradients of key and value for each head of the query first,
+    and the query's in float32: four times what it returns, of all that it is given.
+    """
+    query, key, value = common[1:4]
+    batch, heads, length, _ = query.shape
+    each = max(1, PART // (heads * length))
+    if heads == key.shape[1] or each >= batch:
+        return flash(*common)
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for start in range(0, batch, each):
+        parts = flash(*(x[start : start + each] for x in common))
+        for grad, part in zip(grads, parts, strict=True):
+            grad[start : start + each] = part
+    return grads
+
+
+PART = 2**16  # rows of all heads of a query: they fill a GPU
 
 
 def bias_of(mask: Tensor | None, query: Tensor, key: Tensor, backend: int) -> Tensor | None:
