@@ -125,8 +125,12 @@ def _add_widened_kernel(
         there[None, :] & ranks[:, None],
         0.0,
     )
-    low, factor = _rounded(low, PRECISION), _rounded(factor, PRECISION)
-    delta = tl.dot(low, factor, input_precision=PRECISION) * scaling
+    if factor.dtype == tl.float32:
+        low, factor = _rounded(low, PRECISION), _rounded(factor, PRECISION)
+        delta = tl.dot(low, factor, input_precision=PRECISION) * scaling
+    else:  # as torch's operations round it
+        delta = tl.dot(low, factor).to(factor.dtype).to(tl.float32) * scaling
+        delta = delta.to(factor.dtype).to(tl.float32)
     if ROUNDS:
         delta = delta.to(y.dtype).to(tl.float32)
     tl.store(y_ptr + at, (y.to(tl.float32) + delta).to(y.dtype), mask)
@@ -173,8 +177,8 @@ def _outer_kernel(
 
 # ---- launches ------------------------------------------------------------------------------------
 #
-# Tiles and programs are those of an H200, rank 16, where copies of such tensors take 3.9 to 4.2 TB/s
-# and these 2.6 to 3.6, below 1024 places 1 to 2.5: four to nine times as fast as the reference.
+# Tiles and programs are those of an H200, rank 16, where copies of tensors of 4096 places and more
+# take 3.5 to 4.2 TB/s and these 2.0 to 3.6: four to nine times as fast as the reference.
 
 _PROGRAMS = 256  # two to a multiprocessor; more have more parts to add up
 _FEWEST = 1024  # places to a part: of fewer, adding up takes longer than is gained
@@ -247,9 +251,13 @@ def _wide(x: Tensor) -> _Wide:
     return x.shape[0], x.shape[1], x.stride(0)
 
 
-def _takes(wide: Tensor, narrow: Tensor, rank: int) -> bool:
-    """Whether a kernel is worth it, and can do it: a narrow side of 32 bits beside 16."""
-    halves = wide.dtype.itemsize == 2 and narrow.dtype == torch.float32
+def _takes(wide: Tensor, narrow: Tensor, rank: int, alike: bool = False) -> bool:
+    """Whether a kernel is worth it, and can do it: a narrow side of 32 bits beside 16.
+
+    Products `alike` in dtype are left to cuBLAS, which reads and writes no more; sums are not.
+    """
+    dtypes = (torch.float32, wide.dtype) if alike else (torch.float32,)
+    halves = wide.dtype.itemsize == 2 and narrow.dtype in dtypes
     return halves and 0 < rank <= MOST and wide.stride(1) == 1 and wide.numel() > 0
 
 
@@ -266,7 +274,8 @@ def narrowed(x: Tensor, factor: Tensor) -> Tensor:
 
 def add_widened_(y: Tensor, low: Tensor, factor: Tensor, scaling: float, rounds: bool) -> None:
     rank = low.shape[1]
-    if not (_takes(y, low, rank) and low.is_contiguous() and factor.dtype == low.dtype):
+    takes = _takes(y, low, rank, alike=True) and low.is_contiguous() and factor.dtype == low.dtype
+    if not takes:
         reference.add_widened_(y, low, factor, scaling, rounds)
         return
     steps = (factor.stride(1), factor.stride(0))
