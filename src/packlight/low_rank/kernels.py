@@ -178,10 +178,15 @@ def _outer_kernel(
 # ---- launches ------------------------------------------------------------------------------------
 #
 # Tiles and programs are those of an H200, rank 16, where copies of tensors of 4096 places and more
-# take 3.5 to 4.2 TB/s and these 2.0 to 3.6: four to nine times as fast as the reference.
+# take 3.5 to 4.2 TB/s and these 2.0 to 3.6: four to eight times as fast as the reference. In three
+# products, 1.4 to 2.9 and four to five times; with rank 64 1.2 to 2.2, and two to five times.
 
 _PROGRAMS = 256  # two to a multiprocessor; more have more parts to add up
 _FEWEST = 1024  # places to a part: of fewer, adding up takes longer than is gained
+
+# x A of fewer rows is left to the reference: few programs each walk far. At 128 rows it takes 0.3 to
+# 1.1 of the kernel's time, at 1024 0.7 to 2.1, by rank and precision.
+_ROWS = 1024
 
 _Steps = tuple[int, int]
 _Wide = tuple[int, int, int]  # rows, width, and the step from row to row
@@ -263,7 +268,7 @@ def _takes(wide: Tensor, narrow: Tensor, rank: int, alike: bool = False) -> bool
 
 def narrowed(x: Tensor, factor: Tensor) -> Tensor:
     rank = factor.shape[1]
-    if not _takes(x, factor, rank):
+    if x.shape[0] < _ROWS or not _takes(x, factor, rank):
         return reference.narrowed(x, factor)
     steps = (factor.stride(0), factor.stride(1))
     launch, parts = _narrowed_launch(_wide(x), rank, steps, _precision())
