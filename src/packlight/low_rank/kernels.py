@@ -184,8 +184,8 @@ def _outer_kernel(
 _PROGRAMS = 256  # two to a multiprocessor; more have more parts to add up
 _FEWEST = 1024  # places to a part: of fewer, adding up takes longer than is gained
 
-# x A of fewer rows is left to the reference: few programs each walk far. At 128 rows it takes 0.3 to
-# 1.1 of the kernel's time, at 1024 0.7 to 2.1, by rank and precision.
+# x A of fewer rows is left to the reference: few programs each walk far. At 128 rows it takes 0.3
+# to 1.1 of the kernel's time, at 1024 0.7 to 2.1, by rank and precision.
 _ROWS = 1024
 
 _Steps = tuple[int, int]
