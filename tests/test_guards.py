@@ -226,7 +226,7 @@ RUNS = {
     ),
     "rotations": (rotations, [(2, 4, 2, 4, 64), (1, 3, 1, 3, 18)]),
     "heads": (heads, [(4, 2048), (3, 2050), (1, 1)]),
-    "factors of low rank": (low_ranks, [(64, 128, 16), (70, 50, 5)]),
+    "factors of low rank": (low_ranks, [(1024, 128, 16), (1030, 50, 5)]),
     "sketches": (sketches, [(128, 32, 32), (101, 33, 30), (20, 5, 4)]),
 }
 CASES = [

@@ -405,7 +405,7 @@ def low_rank_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, in
     for dtype, rank, precision in itertools.product(("bf16", "fp16"), (16, 64), ("tf32", "tf32x3")):
         steps, label = (rank, 1), f"low rank {dtype} {rank} {precision}"
         launches = {
-            "narrowed": low_rank_kernels._narrowed_launch(wide, rank, steps, precision),
+            "narrowed": low_rank_kernels._narrowed_launch(wide, rank, steps, precision)[0],
             "outer": low_rank_kernels._outer_launch(wide, rank, precision)[0],
             "added": low_rank_kernels._add_widened_launch(wide, rank, steps, 2.0, False, precision),
         }

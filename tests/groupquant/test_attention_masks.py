@@ -140,6 +140,31 @@ def test_every_kernel_that_takes_masks(recompute, backend, mask, groups):
         assert relative_error(one, other) < 0.03
 
 
+@every_device
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
+def test_gradients_of_grouped_heads_come_in_parts_of_the_batch(backend, device, monkeypatch):
+    """What torch's kernel takes beside them is of a part, then."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = (
+        torch.randn(3, heads, QUERIES, 64, device=device, dtype=dtype, requires_grad=True)
+        for heads in (HEADS, 2, 2)
+    )
+    options = {"is_causal": True, "enable_gqa": True, "recompute": True, **OPTIONS}
+    calls, in_parts = [], attention_backends._in_parts
+
+    def counted(backward, common):
+        return in_parts(lambda *part: calls.append(len(part[0])) or backward(*part), common)
+
+    monkeypatch.setattr(attention_backends, "_in_parts", counted)
+    with sdpa_kernel(backend if device == "cuda" else SDPBackend.FLASH_ATTENTION):
+        _, whole = gradients(scaled_dot_product_attention, (q, k, v), None, **options)
+        monkeypatch.setattr(attention_backends, "PART", 2 * HEADS * QUERIES)
+        _, parts = gradients(scaled_dot_product_attention, (q, k, v), None, **options)
+    assert calls == [3, 2, 1]
+    for one, other in zip(parts, whole, strict=True):
+        assert relative_error(one, other) < (1e-6 if device == "cpu" else 1e-2)
+
+
 @pytest.mark.parametrize(
     ("heads", "batch"),
     [((8, 2, 4), (2, 2)), ((8, 4, 2), (2, 2)), ((8, 2, 2), (2, 1)), ((4, 4, 4), (2, 1))],

@@ -98,7 +98,8 @@ class _RecomputedAttention(torch.autograd.Function):
         with nullcontext() if draws is None else drawn_again(query, draws):
             results = run(given, kernel, flags)
         needs, others = ctx.needs_input_grad[:3], len(ctx.needs_input_grad) - 3
-        return *gradients(grad_output, given, results, kernel, flags, needs), *[None] * others
+        grads = gradients(grad_output, given, results, kernel, flags, needs, by_parts=True)
+        return *grads, *[None] * others
 
 
 class _KeptAttention(torch.autograd.Function):

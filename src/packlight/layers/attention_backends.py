@@ -4,7 +4,7 @@ A call is of the operators below autograd, forward and backward, with what torch
 """
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,32 +76,67 @@ def gradients(
     kernel: Kernel,
     flags: Flags,
     needs: Sequence[bool] = (True, True, True),
+    by_parts: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of query, key and value, from what `run` gave for them; where `needs` says so, at least."""
+    """Of query, key and value, from what `run` gave for them; where `needs` says so, at least.
+
+    With `by_parts` what torch's kernel takes beside them is less, and so is its speed.
+    """
     *qkv, bias = given
     out, (statistic, *tensors), sizes = results
     backend, repeats = kernel
     dropout_p, is_causal, scale = flags
     common = (grad_output, *qkv, out, statistic)
-    if grad_output.device.type == "cpu":
-        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *common, dropout_p, is_causal, attn_mask=bias, scale=scale
-        )
-    elif backend == SDPBackend.FLASH_ATTENTION.value:
-        grads = _aten._scaled_dot_product_flash_attention_backward(
-            *common, *tensors[:2], *sizes, dropout_p, is_causal, *tensors[2:], scale=scale
-        )
-    elif backend == SDPBackend.CUDNN_ATTENTION.value:
-        grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            *common, *tensors[2:], bias, *tensors[:2], *sizes, dropout_p, is_causal, scale=scale
-        )
-    else:
-        grads = _aten._scaled_dot_product_efficient_attention_backward(
-            grad_output, *qkv, bias, out, statistic, *tensors, dropout_p,
-            [*needs, False], is_causal, scale=scale,
-        )  # fmt: skip
-    dq, dk, dv = grads[:3]
+
+    def backward(*common: Tensor) -> Sequence[Tensor]:
+        found: Sequence[Tensor]
+        if grad_output.device.type == "cpu":
+            found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *common, dropout_p, is_causal, attn_mask=bias, scale=scale
+            )
+        elif backend == SDPBackend.FLASH_ATTENTION.value:
+            found = _aten._scaled_dot_product_flash_attention_backward(
+                *common, *tensors[:2], *sizes, dropout_p, is_causal, *tensors[2:], scale=scale
+            )
+        elif backend == SDPBackend.CUDNN_ATTENTION.value:
+            found = _aten._scaled_dot_product_cudnn_attention_backward(
+                *common, *tensors[2:], bias, *tensors[:2], *sizes, dropout_p, is_causal, scale=scale
+            )
+        else:
+            found = _aten._scaled_dot_product_efficient_attention_backward(
+                *common[:4], bias, *common[4:], *tensors, dropout_p,
+                [*needs, False], is_causal, scale=scale,
+            )  # fmt: skip
+        return found
+
+    # Dropout is drawn by the place in the batch, and a tracer would write out a call a part.
+    by_parts = by_parts and not dropout_p and bias is None and not _torch.is_traced()
+    dq, dk, dv = (_in_parts(backward, common) if by_parts else backward(*common))[:3]
     return dq, summed(dk, repeats), summed(dv, repeats)
+
+
+def _in_parts(
+    backward: Callable[..., Sequence[Tensor]], common: tuple[Tensor, ...]
+) -> Sequence[Tensor]:
+    """The gradients of some sequences after those of others, where heads of keys are fewer.
+
+    Kernels have gradients of key and value for each head of the query first, and the query's in
+    float32: four times what they return, of all that they are given.
+    """
+    query, key, value = common[1:4]
+    batch, heads, length, _ = query.shape
+    each = max(1, PART // (heads * length))
+    if heads == key.shape[1] or each >= batch:
+        return backward(*common)
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for start in range(0, batch, each):
+        parts = backward(*(x[start : start + each] for x in common))
+        for grad, part in zip(grads, parts[:3], strict=True):
+            grad[start : start + each] = part
+    return grads
+
+
+PART = 2**16  # rows of all heads of a query: they fill a GPU
 
 
 def bias_of(mask: Tensor | None, query: Tensor, key: Tensor, backend: int) -> Tensor | None:
