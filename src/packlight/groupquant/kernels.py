@@ -22,6 +22,7 @@ from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.minmax_kernels import KEPT, LOST, LOWER, PLAIN, REPLACES, UPPER
 from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_codes
 from packlight.groupquant.tile_kernels import (
+    ask_for,
     load_columns,
     load_raw_tile,
     load_raw_whole,
@@ -64,6 +65,7 @@ def _quantize_kernel(
     GREATEST: tl.constexpr,
     FULL: tl.constexpr,
     ONE_ROW: tl.constexpr,
+    AHEAD: tl.constexpr,
     NQ: tl.constexpr,
 ):
     """Pack of x, and y = f(x) in the same pass."""
@@ -75,6 +77,9 @@ def _quantize_kernel(
     start = row * width + bundle * (8 * SIZE)
     starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
     bundle += tl.arange(0, NQ)
+    if AHEAD > 0:
+        later = tl.minimum(tile + AHEAD, tiles - 1).to(tl.int64) * (NQ * 8 * SIZE)
+        ask_for(x_ptr + row * width + later, NQ * 8 * SIZE)
     raw = load_raw_tile(x_ptr + start, starts, room, SIZE, FULL)
     if FORWARD is not None:
         y = ()
@@ -114,12 +119,16 @@ def _dequantize_kernel(
     CODE: tl.constexpr,
     FULL: tl.constexpr,
     ONE_ROW: tl.constexpr,
+    AHEAD: tl.constexpr,
     NQ: tl.constexpr,
 ):
     """f(v) or v weight + bias of the packed values v."""
     if ONE_ROW:
         row = tl.full((), 0, tl.int64)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
+            if AHEAD > 0:
+                later = tl.minimum(tile + AHEAD, tiles - 1).to(tl.int64) * NQ
+                ask_for(codes_ptr + later * (SIZE * BITS), NQ * SIZE * BITS)
             _dequantize_tile(
                 codes_ptr, scales_ptr, y_ptr, weight_ptr, bias_ptr, row, tile, width, row_groups,
                 a, b, FORWARD, DIGITS, WEIGHT, BIAS, PERIOD, SIZE, PARTS, BITS, CODE, FULL, NQ,
@@ -184,6 +193,7 @@ def _activation_backward_kernel(
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
+    AHEAD: tl.constexpr,
     NQ: tl.constexpr,
 ):
     """dx = dy f'(x~)."""
@@ -191,6 +201,10 @@ def _activation_backward_kernel(
     start = bundle * (8 * SIZE)
     starts, room = row_tile(width - start, NQ, SIZE)
     dy = load_raw_whole(dy_ptr + start, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+    if AHEAD > 0:
+        later = tl.minimum(tl.program_id(0) + AHEAD, tl.num_programs(0) - 1).to(tl.int64) * NQ
+        ask_for(dy_ptr + later * (8 * SIZE), NQ * 8 * SIZE)
+        ask_for(codes_ptr + later * (SIZE * BITS), NQ * SIZE * BITS)
     bundle += tl.arange(0, NQ)
     group = bundle * (8 // PARTS)
     NARROW: tl.constexpr = dx_ptr.dtype.element_ty == tl.bfloat16
@@ -266,6 +280,9 @@ CUDA = torch.version.hip is None
 # Tiles that a program reads at most, one after the other: what is the same for all is computed
 # once, and with more of them the last programs are waited for. And programs for a whole device.
 SHARE = 2
+AHEAD = 0
+READ_AHEAD = 0
+BACK_AHEAD = 0
 PROGRAMS = 1 << 13
 
 
@@ -326,6 +343,7 @@ def _quantize_launch(
         GREATEST=greatest(dtype),
         FULL=full,
         ONE_ROW=grouping.rows == 1,
+        AHEAD=AHEAD if grouping.code == ROTATED and full and grouping.rows == 1 else 0,
         NQ=nq,
         num_warps=warps,
         **({"maxnreg": MOST_REGISTERS} if bounded and full and not name else {}),
@@ -383,6 +401,7 @@ def _dequantize_launch(
         **constants(grouping),
         FULL=full,
         ONE_ROW=alone,
+        AHEAD=READ_AHEAD if alone and full else 0,
         NQ=nq,
         num_warps=warps,
     )
@@ -443,6 +462,7 @@ def _activation_backward_launch(grouping: Grouping, name: str, a: float, b: floa
         DERIVATIVE=DERIVATIVE[name],
         **constants(grouping),
         FULL=full,
+        AHEAD=BACK_AHEAD if grouping.code == ROTATED and full else 0,
         NQ=nq,
         num_warps=warps,
     )

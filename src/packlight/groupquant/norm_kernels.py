@@ -20,6 +20,7 @@ from packlight.groupquant.kernels import TURNED_CODE, constants, new_pack, sized
 from packlight.groupquant.pack_kernels import load_codes, pack_value, store_codes
 from packlight.groupquant.rotated_norm_kernels import TURNED_PLACES
 from packlight.groupquant.tile_kernels import (
+    ask_for,
     load_part,
     load_raw_whole,
     load_tile,
@@ -230,6 +231,7 @@ def _forward_kernel(
     CODE: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     NQ: tl.constexpr,  # bundles a row
 ):
@@ -241,6 +243,9 @@ def _forward_kernel(
     while row < end:
         _, room, _, _ = rows_tile(width, end - row, ROWS, NQ, SIZE)
         tile = load_tile(x_ptr + row * width, starts, room, SIZE, FULL)
+        if AHEAD:
+            later = tl.minimum(row + ROWS, rows - ROWS) * width
+            ask_for(x_ptr + later, ROWS * NQ * 8 * SIZE)
         norm_rows(
             tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
             seed_value(seed, SEED), row, starts, room, in_row, bundle, width, row_groups, eps,
@@ -273,6 +278,7 @@ def _backward_kernel(
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     NQ: tl.constexpr,  # bundles a row
 ):
@@ -284,6 +290,10 @@ def _backward_kernel(
     while row < end:
         starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
         dy = load_raw_whole(dy_ptr + row * width, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+        if AHEAD:
+            later = tl.minimum(row + ROWS, rows - ROWS)
+            ask_for(dy_ptr + later * width, ROWS * NQ * 8 * SIZE)
+            ask_for(codes_ptr + later * row_groups * (SIZE * BITS), ROWS * NQ * SIZE * BITS)
         dx, dweight, dbias = row_gradients(
             dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
             row_groups, dweight, dbias, CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
@@ -306,6 +316,7 @@ WAVES = 8
 # common takes a shuffle each; with more, too few threads run at once.
 FORWARD_PLACES = 128
 BACKWARD_PLACES = 64
+AHEAD = False
 
 
 class Shape(NamedTuple):
@@ -351,6 +362,7 @@ def _forward_launch(
         **constants(grouping),
         SEED=seed,
         FULL=shape.full,
+        AHEAD=AHEAD and grouping.code == ROTATED and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,
@@ -413,6 +425,7 @@ def _backward_launch(
         NEED_BIAS=need_bias,
         **constants(grouping),
         FULL=shape.full,
+        AHEAD=AHEAD and grouping.code == ROTATED and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,

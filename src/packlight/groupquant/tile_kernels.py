@@ -132,6 +132,18 @@ def store_tile(y_ptr, y, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL
         tl.store(y_ptr + offsets, y, part_there(room, SIZE, p))
 
 
+@triton.jit
+def ask_for(x_ptr, COUNT: tl.constexpr):
+    """Has so many elements from `x_ptr` on brought near, for a program that comes later."""
+    LINE: tl.constexpr = 1024 // x_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    if PTX and COUNT >= LINE:
+        lines = x_ptr + tl.arange(0, COUNT // LINE) * LINE
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 # A part of a rotated group is 32 bytes where a number has 16 bits: too few for memory to be as fast
 # as it can. So whole bundles are loaded and stored, and parts exchanged on the way.
 
