@@ -17,6 +17,7 @@ from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.groupquant import rotated_norm_kernels as rotated_norms
 from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import TURNED_CODE, constants, new_pack, sized
+from packlight.groupquant.minmax_kernels import PLAIN
 from packlight.groupquant.pack_kernels import load_codes, pack_value, store_codes
 from packlight.groupquant.rotated_norm_kernels import TURNED_PLACES
 from packlight.groupquant.tile_kernels import (
@@ -138,7 +139,7 @@ def row_gradients(
 ):  # fmt: skip
     """What comes of a tile of gradients: dx, and the sums `dweight` and `dbias` so far."""
     group = (row + in_row) * row_groups + bundle * (8 // PARTS)
-    x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
+    x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, PLAIN, DX == tl.bfloat16)
     if FULL:
         rstd = tl.load(rstd_ptr + row + in_row)[:, None]
     else:
@@ -150,12 +151,12 @@ def row_gradients(
     for p in tl.static_range(8):
         g = to_float32(dy[p])
         if NEED_WEIGHT:
-            weights = weights + (tl.fma(g, x_hat[p], dweight[p]),)
+            weights = weights + (tl.fma(g, to_float32(x_hat[p]), dweight[p]),)
         if NEED_BIAS:
             biases = biases + (dbias[p] + g,)
         if WEIGHT:
             g = g * parameter_part((), weight_ptr, bundle, width, SIZE, p, FULL)
-        products += g * x_hat[p]
+        products += g * to_float32(x_hat[p])
         if CENTER:
             total += g
     # Of x_hat: 0 past the row's end, as g is 0 there.
@@ -168,7 +169,7 @@ def row_gradients(
         g = to_float32(dy[p])
         if WEIGHT:
             g = g * parameter_part((), weight_ptr, bundle, width, SIZE, p, FULL)
-        d = (g - mean - x_hat[p] * slope) * rstd
+        d = (g - mean - to_float32(x_hat[p]) * slope) * rstd
         dx = dx + (d.to(DX),)
     if not NEED_WEIGHT:
         weights = dweight
@@ -231,7 +232,7 @@ def _forward_kernel(
     CODE: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether the next rows are brought near meanwhile
     ROWS: tl.constexpr,
     NQ: tl.constexpr,  # bundles a row
 ):
@@ -278,7 +279,7 @@ def _backward_kernel(
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether the next rows are brought near meanwhile
     ROWS: tl.constexpr,
     NQ: tl.constexpr,  # bundles a row
 ):
@@ -316,7 +317,6 @@ WAVES = 8
 # common takes a shuffle each; with more, too few threads run at once.
 FORWARD_PLACES = 128
 BACKWARD_PLACES = 64
-AHEAD = False
 
 
 class Shape(NamedTuple):
@@ -362,7 +362,7 @@ def _forward_launch(
         **constants(grouping),
         SEED=seed,
         FULL=shape.full,
-        AHEAD=AHEAD and grouping.code == ROTATED and shape.full,
+        AHEAD=grouping.code == ROTATED and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,
@@ -425,7 +425,7 @@ def _backward_launch(
         NEED_BIAS=need_bias,
         **constants(grouping),
         FULL=shape.full,
-        AHEAD=AHEAD and grouping.code == ROTATED and shape.full,
+        AHEAD=grouping.code == ROTATED and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,
