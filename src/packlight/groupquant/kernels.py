@@ -145,10 +145,10 @@ def _dequantize_tile(
     starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
     bundle += tl.arange(0, NQ)
     group = row * row_groups + bundle * (8 // PARTS)
-    NARROW: tl.constexpr = FORWARD is None and y_ptr.dtype.element_ty == tl.bfloat16
+    NARROW: tl.constexpr = y_ptr.dtype.element_ty == tl.bfloat16
     tile = load_codes(
         codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL,
-        PLAIN if FORWARD is None else LOST, NARROW and not (WEIGHT or BIAS),
+        PLAIN if FORWARD is None else LOST, NARROW,
     )  # fmt: skip
     if WEIGHT:
         weight = load_columns(weight_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
@@ -158,11 +158,11 @@ def _dequantize_tile(
     for p in tl.static_range(8):
         y = tile[p]
         if FORWARD is not None:
-            y = FORWARD(y, a, b, DIGITS)
+            y = FORWARD(to_float32(y), a, b, DIGITS)
         if WEIGHT:
-            y = y * weight[p]
+            y = to_float32(y) * weight[p]
         if BIAS:
-            y = y + bias[p]
+            y = to_float32(y) + bias[p]
         if FORWARD is None and y_ptr.dtype.element_ty == tl.float16:
             y = clamp(y, -HALF_MAX, HALF_MAX)  # the other dtypes hold whatever a pack does
         out = out + (y,)
@@ -311,9 +311,7 @@ def _two(parameters: Sequence[float]) -> tuple[float, float]:
     return float(a), float(b)
 
 
-def bounded(
-    grouping: Grouping, dtype: torch.dtype, full: bool, registers: int
-) -> dict[str, int]:
+def bounded(grouping: Grouping, dtype: torch.dtype, full: bool, registers: int) -> dict[str, int]:
     """A bound of registers as an option of a launch, where it is known to help."""
     helps = CUDA and grouping.code == ROTATED and dtype == torch.bfloat16 and full
     return {"maxnreg": registers} if helps else {}

@@ -139,7 +139,10 @@ def row_gradients(
 ):  # fmt: skip
     """What comes of a tile of gradients: dx, and the sums `dweight` and `dbias` so far."""
     group = (row + in_row) * row_groups + bundle * (8 // PARTS)
-    x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, PLAIN, DX == tl.bfloat16)
+    NARROW: tl.constexpr = dy[0].dtype == tl.bfloat16
+    x_hat = load_codes(
+        codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, PLAIN, NARROW
+    )
     if FULL:
         rstd = tl.load(rstd_ptr + row + in_row)[:, None]
     else:

@@ -168,12 +168,6 @@ def whole_of(parts, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_whole(x_ptr, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):
-    """`load_raw_whole` in float32."""
-    return tile_to_float32(load_raw_whole(x_ptr, starts, room, SIZE, WHOLE, FULL))
-
-
-@triton.jit
 def load_raw_whole(
     x_ptr, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr
 ):
