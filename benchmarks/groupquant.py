@@ -50,6 +50,11 @@ ERRORS = {
     "offset": {8: 4e-5, 4: 0.012, 3: 0.055, 2: 0.3},
     "rotated": {4: 0.0105, 3: 0.039, 2: 0.145, 1: 0.61},
 }
+# How far kernels may be from the reference, over its norm. One rotated code in 400 at 4 bits, and in
+# 1000 at 2, is its neighbour, since means are of bfloat16 sums: that is a step over the root of so
+# many, .018, .024 and .031 of a pack at 4, 3 and 2 bits, and up to .024, .028 and .037 of gradients.
+DIFFERENCES = {"rotated": {4: 0.03, 3: 0.035, 2: 0.045}}
+DIFFERENCE = 0.02  # of other codes
 CHECKED = 1 << 22  # elements that are compared with the reference
 
 
@@ -76,9 +81,8 @@ def check_pack(x: Tensor, bits: int, kind: str) -> dict[str, float]:
     assert (y - again).abs().max() < 4e-3 * deviation  # rotated groups are read in float16
     assert (y - again).norm() < 1e-3 * again.norm()
     error = float((y - few.float()).square().mean() / deviation.square())
-    # Of rotated groups one code in 400 is another, where a number is near the border of two.
     difference = float((y - other).norm() / other.norm())
-    assert difference < max(0.02, 0.2 * error**0.5)
+    assert difference < DIFFERENCES.get(kind, {}).get(bits, DIFFERENCE)
     assert error < ERRORS[kind][bits]
     return {"squared_error": error, "reference_difference": difference}
 
@@ -114,10 +118,11 @@ def measure_function(
     plain: Callable[..., Tensor],
     inputs: list[Tensor],
     liger: Callable[..., Tensor] | None = None,
+    limit: float = DIFFERENCE,
 ) -> dict[str, Any]:
     """Forward and backward of a function, of torch's, and of Liger-Kernel's where it has one."""
     inputs = [x.detach().requires_grad_() for x in inputs]
-    difference = check(ours, plain, inputs)
+    difference = check(ours, plain, inputs, limit)
     given = {"ours": (ours, inputs), "torch": (plain, inputs)}
     if liger is not None:
         # Copies, into which its backward pass may write.
@@ -155,7 +160,9 @@ def measure_function(
     }
 
 
-def check(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> float:
+def check(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], limit: float
+) -> float:
     """The forward is torch's to rounding; kernel and reference give the same gradient, to what is
     returned.
     """
@@ -177,7 +184,7 @@ def check(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: lis
         float((a.float() - b.float()).norm() / b.float().norm())
         for a, b in zip(actual, reference, strict=True)
     ]
-    assert max(differences) < 0.05
+    assert max(differences) < limit
     return max(differences)
 
 
@@ -241,7 +248,9 @@ def checked(name: str, bits: int, dtype: str, log2_elements: int, device: str) -
         result = measure_pack(x, bits, name.removeprefix("pack "), copy)
     else:
         liger = liger_of(name) if device == "cuda" else None
-        result = measure_function(*function_of(name, x.detach(), bits), liger)
+        kind = "rotated" if "rotated" in name else ""
+        limit = DIFFERENCES.get(kind, {}).get(bits, DIFFERENCE)
+        result = measure_function(*function_of(name, x.detach(), bits), liger, limit)
     return {**result, "copy_GBps": copy / 1e6}
 
 

@@ -273,9 +273,10 @@ CUDA = torch.version.hip is None
 # Tiles that a program reads at most, one after the other: what is the same for all is computed
 # once, and with more of them the last programs are waited for. And programs for a whole device.
 SHARE = 2
-# How many tiles ahead the programs of a backward pass have brought near: about as many as start
-# while one runs. Those that pack, or read a pack alone, have nothing of it, or are slower.
-AHEAD = 2640
+# How many tiles ahead the programs of a backward pass have brought near: half as many as run at
+# once (SiLU .331 ms; .343 with twice as many, .345 with half, .365 with none). Those that pack, or
+# read a pack alone, have nothing of it, or are slower.
+AHEAD = 1320
 PROGRAMS = 1 << 13
 
 

@@ -136,12 +136,16 @@ def store_tile(y_ptr, y, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL
 def ask_for(x_ptr, COUNT: tl.constexpr):
     """Has so many elements from `x_ptr` on brought near, for a program that comes later."""
     LINE: tl.constexpr = 1024 // x_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
-    if PTX and COUNT >= LINE:
-        lines = x_ptr + tl.arange(0, COUNT // LINE) * LINE
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+    LINES: tl.constexpr = COUNT // LINE
+    if PTX:
+        for power in tl.static_range(10):  # lengths of tl.arange are powers of two
+            if (LINES >> power) & 1:
+                first = x_ptr + (LINES >> (power + 1) << (power + 1)) * LINE
+                tl.inline_asm_elementwise(
+                    "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+                    [first + tl.arange(0, 1 << power) * LINE],
+                    dtype=tl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
 
 
 # A part of a rotated group is 32 bytes where a number has 16 bits: too few for memory to be as fast
