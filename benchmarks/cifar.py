@@ -81,6 +81,9 @@ VIT_CONVERSIONS: dict[str, Methods] = {
     **{name: method for name, method in CONVERSIONS.items() if name != "default"},
     "sketch 0.2": {nn.Linear: Sketch(0.2)},
 }
+# The head reads one row an image, and most of what 2 bits move of the whole gradient is its own.
+EXACT_ENDS = ", exact ends"
+VIT_CONVERSIONS["rotated2" + EXACT_ENDS] = VIT_CONVERSIONS["rotated2"]
 CALIBRATED = "few-bit 3, calibrated"
 VIT_CONVERSIONS[CALIBRATED] = FewBit(3)  # in the first epoch
 CALIBRATE_EVERY = 5  # epochs, and once after the first
@@ -112,7 +115,7 @@ def network(name: str, method: str) -> nn.Module:
     else:
         model, conversions = ViT(), VIT_CONVERSIONS
     if method in conversions:
-        exact_ends = name == "preact29"
+        exact_ends = name == "preact29" or method.endswith(EXACT_ENDS)
         convert(model, conversions[method], functional=True, exact_ends=exact_ends)
     return model
 

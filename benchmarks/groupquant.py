@@ -50,6 +50,11 @@ ERRORS = {
     "offset": {8: 4e-5, 4: 0.012, 3: 0.055, 2: 0.3},
     "rotated": {4: 0.0105, 3: 0.039, 2: 0.145, 1: 0.61},
 }
+# How far kernels may be from the reference, over its norm. One rotated code in 330 at 4 bits and in
+# 1000 at 2 is its neighbour, since means are of bfloat16 sums. That is a step over the root of so
+# many: .018, .024 and .031 of a pack at 4, 3 and 2 bits; of gradients up to .024, .028 and .037.
+DIFFERENCES = {"rotated": {4: 0.03, 3: 0.035, 2: 0.045}}
+DIFFERENCE = 0.02  # of other codes
 CHECKED = 1 << 22  # elements that are compared with the reference
 
 
@@ -58,8 +63,10 @@ def pack_bytes(count: int, groups: Groups) -> int:
     return grouping.code_bytes + 4 * grouping.words
 
 
-def check_pack(x: Tensor, bits: int, kind: str) -> float:
-    """The squared error of a pack in variances of `x`; its kernels do what the reference does."""
+def check_pack(x: Tensor, bits: int, kind: str) -> dict[str, float]:
+    """The squared error of a pack in variances of `x`; its kernels do what the reference does, but
+    for a difference.
+    """
     code, draws = PACKS[kind]
     groups, seed = (bits, GROUP_SIZE, code), (None, 2**62 + 1 if draws else NEAREST)
     few = x[:CHECKED]
@@ -74,17 +81,17 @@ def check_pack(x: Tensor, bits: int, kind: str) -> float:
     assert (y - again).abs().max() < 4e-3 * deviation  # rotated groups are read in float16
     assert (y - again).norm() < 1e-3 * again.norm()
     error = float((y - few.float()).square().mean() / deviation.square())
-    # Of rotated groups one code in 400 is another, where a number is near the border of two.
-    assert (y - other).norm() < max(0.02, 0.12 * error**0.5) * other.norm()
+    difference = float((y - other).norm() / other.norm())
+    assert difference < DIFFERENCES.get(kind, {}).get(bits, DIFFERENCE)
     assert error < ERRORS[kind][bits]
-    return error
+    return {"squared_error": error, "reference_difference": difference}
 
 
 def measure_pack(x: Tensor, bits: int, kind: str, copy: float) -> dict[str, Any]:
     n = x.numel()
     code, draws = PACKS[kind]
     groups, seed = (bits, GROUP_SIZE, code), (None, 2**62 + 1 if draws else NEAREST)
-    error = check_pack(x, bits, kind)
+    errors = check_pack(x, bits, kind)
     layout = ((n,), (1,), n, groups, x.dtype)
     pack = ops.quantize(x, (1,), groups, *seed)
     functions: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = {
@@ -95,7 +102,7 @@ def measure_pack(x: Tensor, bits: int, kind: str, copy: float) -> dict[str, Any]
     moved = n * x.element_size() + pack_bytes(n, groups)
     row = {f"{name}_of_copy": moved / milliseconds / copy for name, milliseconds in times.items()}
     row |= {f"{name}_ms": milliseconds for name, milliseconds in times.items()}
-    row["squared_error"] = error
+    row |= errors
     if x.is_cuda and n < LAUNCH_BOUND:
         functions["copy"] = x.clone
         alone = unlaunched(functions, 12)
@@ -111,10 +118,11 @@ def measure_function(
     plain: Callable[..., Tensor],
     inputs: list[Tensor],
     liger: Callable[..., Tensor] | None = None,
+    limit: float = DIFFERENCE,
 ) -> dict[str, Any]:
     """Forward and backward of a function, of torch's, and of Liger-Kernel's where it has one."""
     inputs = [x.detach().requires_grad_() for x in inputs]
-    check(ours, plain, inputs)
+    difference = check(ours, plain, inputs, limit)
     given = {"ours": (ours, inputs), "torch": (plain, inputs)}
     if liger is not None:
         # Copies, into which its backward pass may write.
@@ -141,6 +149,7 @@ def measure_function(
         both = forward["liger"] + backward["liger"]
         row["both_liger_ratio"] = both / (forward["ours"] + backward["ours"])
     return row | {
+        "reference_difference": difference,
         "forward_ms": forward["ours"],
         "forward_torch_ms": forward["torch"],
         "backward_ms": backward["ours"],
@@ -151,8 +160,12 @@ def measure_function(
     }
 
 
-def check(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    """The forward is torch's to rounding; kernel and reference give the same gradient."""
+def check(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], limit: float
+) -> float:
+    """The forward is torch's to rounding; kernel and reference give the same gradient, to what is
+    returned.
+    """
     few = [x[:64] if x.dim() == 2 else x[: 1 << 16] for x in inputs]
     few = [x.detach().requires_grad_() for x in few]
     y, expected = ours(*few), plain(*few)
@@ -167,8 +180,12 @@ def check(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: lis
     actual = gradients()
     with use_reference():
         reference = gradients()
-    for a, b in zip(actual, reference, strict=True):
-        assert (a.float() - b.float()).norm() <= 0.03 * b.float().norm()
+    differences = [
+        float((a.float() - b.float()).norm() / b.float().norm())
+        for a, b in zip(actual, reference, strict=True)
+    ]
+    assert max(differences) < limit
+    return max(differences)
 
 
 Function = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
@@ -231,7 +248,9 @@ def checked(name: str, bits: int, dtype: str, log2_elements: int, device: str) -
         result = measure_pack(x, bits, name.removeprefix("pack "), copy)
     else:
         liger = liger_of(name) if device == "cuda" else None
-        result = measure_function(*function_of(name, x.detach(), bits), liger)
+        kind = "rotated" if "rotated" in name else ""
+        limit = DIFFERENCES.get(kind, {}).get(bits, DIFFERENCE)
+        result = measure_function(*function_of(name, x.detach(), bits), liger, limit)
     return {**result, "copy_GBps": copy / 1e6}
 
 

@@ -48,6 +48,7 @@ from packlight import (
     profile,
     saving,
 )
+from packlight._seeds import SeedTable
 from packlight.groupquant.grouping import Code
 from packlight.selectors import Methods
 from tests import resnets
@@ -436,16 +437,22 @@ class Exact:
 
 
 class Graph:
-    """A step captured in a CUDA graph. Raises RuntimeError where it cannot be."""
+    """A step captured in a CUDA graph, with seeds as `packlight.graphed` has them.
+
+    Raises RuntimeError where it cannot be.
+    """
 
     def __init__(self, step: Step) -> None:
         self.step, self.dy = step, torch.randn_like(step(step.x))
-        self.graph, _ = captured(self._launch)
+        self.seeds = SeedTable(step.x.device)
+        with self.seeds.used_by_operators():
+            self.graph, _ = captured(self._launch)
 
     def _launch(self) -> None:
         self.step(self.step.x).backward(self.dy)
 
     def __call__(self) -> None:
+        self.seeds.draw()
         self.graph.replay()
 
 

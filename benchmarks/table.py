@@ -50,6 +50,7 @@ SHOWN = {
     "compile, budget 0.2": "compile, memory budget 0.2",
     "packlight 4": "packlight 4 bits",
     "packlight 4, compile": "packlight 4 bits, compile",
+    "packlight 3": "packlight 3 bits, rotated",
     "packlight 2, rotated": "packlight 2 bits, rotated",
     "packlight 2": "packlight 2 bits, min-max",
     "packlight 2, compile": "packlight 2 bits, compile",
@@ -119,12 +120,51 @@ def step_cells(choice: str, own: Rows) -> list[str]:
     return [kept, graph, by_python, str(batches[-1]) if batches else "", error]
 
 
+# ---- kernels --------------------------------------------------------------------------------
+
+ROTATED = {
+    "pack rotated": "pack / unpack",
+    "gelu rotated": "GELU",
+    "silu rotated": "SiLU",
+    "swiglu rotated": "SwiGLU",
+    "layer_norm 768 rotated": "LayerNorm, width 768",
+    "layer_norm 1024 rotated": "LayerNorm, width 1024",
+    "layer_norm 4096 rotated": "LayerNorm, width 4096",
+    "rms_norm 4096 rotated": "RMSNorm, width 4096",
+}
+
+
+def rotated(found: Rows) -> str:
+    """Of each kernel with rotated packs its last row at each width."""
+    last = {
+        (row["case"], row["bits"]): row
+        for row in found
+        if row["case"] in ROTATED and row["device"] == DEVICE and "failed" not in row
+    }
+    body = []
+    for case, title in ROTATED.items():
+        cells = [title]
+        for bits in (4, 3, 2):
+            row = last.get((case, bits))
+            if row is None:
+                cells.append("")
+            elif "pack_of_copy" in row:
+                cells.append(f"{row['pack_of_copy']:.2f} / {row['unpack_of_copy']:.2f} of copy")
+            else:
+                names = ("forward_ratio", "backward_ratio", "both_ratio")
+                ahead, back, both = (f"{row[name]:.2f}" for name in names)
+                cells.append(f"{ahead} / {back} / **{both}**")
+        body.append(cells)
+    return markdown(["rotated packs, bf16, one H200", "4 bits", "3 bits", "2 bits"], body)
+
+
 # ---- training -------------------------------------------------------------------------------
 
 METHODS = {
     "few-bit 3": "few-bit, 3 bits",
     "few-bit 3, calibrated": "few-bit, 3 bits, calibrated",
     **{f"rotated{bits}": f"GroupQuant rotated, {bits} bits" for bits in (4, 3, 2)},
+    "rotated2, exact ends": "GroupQuant rotated, 2 bits, exact ends",
     "default": "default (4 bits)",
     "sketch 0.2": "sketch, a fifth of the tokens",
     **{f"group{bits}": f"GroupQuant, {bits} bits" for bits in (8, 4, 2)},
@@ -275,6 +315,7 @@ def _user(which: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: steps(rows.read(rows.RESULTS / step.OUT)),
+    "rotated": lambda: rotated(rows.read(rows.RESULTS / "groupquant.jsonl")),
     "preact29": _cifar("preact29"),
     "resnet18": _cifar("resnet18"),
     "vit": _cifar("vit"),

@@ -305,7 +305,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                 f"{name} rebuilt": kernels._dequantize_launch(
                     flat, kind, name, 0.0, 0.0, False, False
                 ),
-                f"{name} backward": kernels._activation_backward_launch(flat, name, 0.0, 0.0),
+                f"{name} backward": kernels._activation_backward_launch(flat, kind, name, 0.0, 0.0),
                 f"gated {name}": gated_kernels._gated_launch(flat, kind, name, 1),
                 f"gated {name} rebuilt": gated_kernels._gated_backward_launch(
                     flat, kind, name, True, True
@@ -434,8 +434,7 @@ def compile_kernel(
     """The compiled kernel for aligned pointers and sizes."""
     kernel = getattr(kernel, "kernel", None) or kernel  # under @quick
     options = {"num_warps": warps}
-    if "num_stages" in constants:
-        options["num_stages"] = constants["num_stages"]
+    options |= {name: constants[name] for name in ("num_stages", "maxnreg") if name in constants}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):

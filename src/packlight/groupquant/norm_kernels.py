@@ -17,9 +17,11 @@ from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.groupquant import rotated_norm_kernels as rotated_norms
 from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import TURNED_CODE, constants, new_pack, sized
+from packlight.groupquant.minmax_kernels import PLAIN
 from packlight.groupquant.pack_kernels import load_codes, pack_value, store_codes
 from packlight.groupquant.rotated_norm_kernels import TURNED_PLACES
 from packlight.groupquant.tile_kernels import (
+    ask_for,
     load_part,
     load_raw_whole,
     load_tile,
@@ -137,7 +139,10 @@ def row_gradients(
 ):  # fmt: skip
     """What comes of a tile of gradients: dx, and the sums `dweight` and `dbias` so far."""
     group = (row + in_row) * row_groups + bundle * (8 // PARTS)
-    x_hat = load_codes(codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL)
+    NARROW: tl.constexpr = dy[0].dtype == tl.bfloat16
+    x_hat = load_codes(
+        codes_ptr, scales_ptr, group, room, SIZE, PARTS, BITS, CODE, FULL, PLAIN, NARROW
+    )
     if FULL:
         rstd = tl.load(rstd_ptr + row + in_row)[:, None]
     else:
@@ -149,12 +154,12 @@ def row_gradients(
     for p in tl.static_range(8):
         g = to_float32(dy[p])
         if NEED_WEIGHT:
-            weights = weights + (tl.fma(g, x_hat[p], dweight[p]),)
+            weights = weights + (tl.fma(g, to_float32(x_hat[p]), dweight[p]),)
         if NEED_BIAS:
             biases = biases + (dbias[p] + g,)
         if WEIGHT:
             g = g * parameter_part((), weight_ptr, bundle, width, SIZE, p, FULL)
-        products += g * x_hat[p]
+        products += g * to_float32(x_hat[p])
         if CENTER:
             total += g
     # Of x_hat: 0 past the row's end, as g is 0 there.
@@ -167,7 +172,7 @@ def row_gradients(
         g = to_float32(dy[p])
         if WEIGHT:
             g = g * parameter_part((), weight_ptr, bundle, width, SIZE, p, FULL)
-        d = (g - mean - x_hat[p] * slope) * rstd
+        d = (g - mean - to_float32(x_hat[p]) * slope) * rstd
         dx = dx + (d.to(DX),)
     if not NEED_WEIGHT:
         weights = dweight
@@ -230,6 +235,7 @@ def _forward_kernel(
     CODE: tl.constexpr,
     SEED: tl.constexpr,
     FULL: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether the next rows are brought near meanwhile
     ROWS: tl.constexpr,
     NQ: tl.constexpr,  # bundles a row
 ):
@@ -241,6 +247,9 @@ def _forward_kernel(
     while row < end:
         _, room, _, _ = rows_tile(width, end - row, ROWS, NQ, SIZE)
         tile = load_tile(x_ptr + row * width, starts, room, SIZE, FULL)
+        if AHEAD:
+            later = tl.minimum(row + ROWS, rows - ROWS) * width
+            ask_for(x_ptr + later, ROWS * NQ * 8 * SIZE)
         norm_rows(
             tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
             seed_value(seed, SEED), row, starts, room, in_row, bundle, width, row_groups, eps,
@@ -273,6 +282,7 @@ def _backward_kernel(
     BITS: tl.constexpr,
     CODE: tl.constexpr,
     FULL: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether the next rows are brought near meanwhile
     ROWS: tl.constexpr,
     NQ: tl.constexpr,  # bundles a row
 ):
@@ -284,6 +294,10 @@ def _backward_kernel(
     while row < end:
         starts, room, in_row, bundle = rows_tile(width, end - row, ROWS, NQ, SIZE)
         dy = load_raw_whole(dy_ptr + row * width, starts, room, SIZE, CODE == TURNED_CODE, FULL)
+        if AHEAD:
+            later = tl.minimum(row + ROWS, rows - ROWS)
+            ask_for(dy_ptr + later * width, ROWS * NQ * 8 * SIZE)
+            ask_for(codes_ptr + later * row_groups * (SIZE * BITS), ROWS * NQ * SIZE * BITS)
         dx, dweight, dbias = row_gradients(
             dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
             row_groups, dweight, dbias, CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
@@ -351,6 +365,7 @@ def _forward_launch(
         **constants(grouping),
         SEED=seed,
         FULL=shape.full,
+        AHEAD=grouping.code == ROTATED and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,
@@ -413,6 +428,7 @@ def _backward_launch(
         NEED_BIAS=need_bias,
         **constants(grouping),
         FULL=shape.full,
+        AHEAD=grouping.code == ROTATED and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,

@@ -132,6 +132,22 @@ def store_tile(y_ptr, y, starts, room, SIZE: tl.constexpr, p: tl.constexpr, FULL
         tl.store(y_ptr + offsets, y, part_there(room, SIZE, p))
 
 
+@triton.jit
+def ask_for(x_ptr, COUNT: tl.constexpr):
+    """Has so many elements from `x_ptr` on brought near, for a program that comes later."""
+    LINE: tl.constexpr = 1024 // x_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    LINES: tl.constexpr = COUNT // LINE
+    if PTX:
+        for power in tl.static_range(10):  # lengths of tl.arange are powers of two
+            if (LINES >> power) & 1:
+                first = x_ptr + (LINES >> (power + 1) << (power + 1)) * LINE
+                tl.inline_asm_elementwise(
+                    "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+                    [first + tl.arange(0, 1 << power) * LINE],
+                    dtype=tl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
+
+
 # A part of a rotated group is 32 bytes where a number has 16 bits: too few for memory to be as fast
 # as it can. So whole bundles are loaded and stored, and parts exchanged on the way.
 
@@ -153,12 +169,6 @@ def whole_of(parts, SIZE: tl.constexpr):
     efgh = tl.join(tl.join(parts[4], parts[5]), tl.join(parts[6], parts[7]))
     NQ: tl.constexpr = parts[0].shape[0]
     return tl.reshape(tl.permute(tl.join(abcd, efgh), (0, 4, 3, 2, 1)), [NQ, 8 * SIZE])
-
-
-@triton.jit
-def load_whole(x_ptr, starts, room, SIZE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr):
-    """`load_raw_whole` in float32."""
-    return tile_to_float32(load_raw_whole(x_ptr, starts, room, SIZE, WHOLE, FULL))
 
 
 @triton.jit
