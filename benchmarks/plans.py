@@ -6,15 +6,22 @@
 
 A job is what a model becomes, with the bytes and milliseconds that are foretold. One with a budget
 runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
-yet, as a user's first step; where that is too little, once more without a limit. One that says
-"least" is also run at lower limits, for the lowest in which its first steps run. Losses and norms
-of gradients stand beside those of the plain model. Models are those of `benchmarks.user`.
+yet, as a user's first step; where that is too little, once more without a limit. One with "least",
+a limit in which it surely runs, is also run at lower ones, for the lowest in which its first steps
+run. Losses and norms of gradients stand beside those of the plain model. Models are those of
+`benchmarks.user`.
+
+All jobs of a model are run by one process, which empties the allocator's cache and changes its
+limit between them. Bytes are measured first. With `--turn FILE` times wait until the process has
+the lock of the file, so that other models can run meanwhile and times are of one at a time.
 """
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import gc
+import json
 import pathlib
 import statistics
 import time
@@ -39,6 +46,7 @@ from packlight.planner.timeline import reserved
 
 NAMES = ("vitb", "llama1b", "lora8b-4k")
 BUDGETS = 6
+_FIRST = 3  # steps in which memory is looked at: the first has no state of the optimiser yet
 Row = dict[str, Any]
 
 
@@ -127,7 +135,7 @@ def foretell(name: str, sizes: bool, budgets: int) -> Iterator[Row]:
         mix = Mix(walks[menu.EXACT], {block: walks[option] for block, option in every.items()})
         methods = menu.selectors(every, menu.EXACT)
         yield _job(name, "checkpoint every second", methods, False, **_foretold(mix.timeline()))
-        for max_error in (MAX_ERROR, 0.0):
+        for max_error in (MAX_ERROR, None, 0.0):
             for budget in _budgets(study, max_error, budgets):
                 plan = planned(study, budget, None, max_error)
                 options = [block.option for block in plan.blocks]
@@ -166,16 +174,20 @@ class Measuring:
         task = SCENARIOS[name]
         self.trained, self.size = Trained(task, CHOICES["eager"], task.size, self.device), task.size
 
-    def measure(self, job: Row, steps: int) -> Row:
+    def memory(self, job: Row) -> Row:
         """By the job; `out_of_memory` says at which limits a step did not run."""
         failed: list[Any] = []
         for limit in [job["budget"], None] if "budget" in job else [None]:
             with self._converted(job), _limited(limit):
                 try:
-                    return {**self._steps(steps), "limit": limit, "out_of_memory": failed}
+                    return {**self._bytes(), "limit": limit, "out_of_memory": failed}
                 except torch.OutOfMemoryError:
                     failed.append(limit)
         return {"limit": None, "out_of_memory": failed}
+
+    def times(self, job: Row, limit: int | None, steps: int) -> Row:
+        with self._converted(job), _limited(limit):
+            return self._times(steps)
 
     def runs(self, job: Row, size: int) -> bool:
         """Whether a step of this size runs within the limit of the job."""
@@ -191,16 +203,17 @@ class Measuring:
                 self.trained.see(self.size)
 
     def least(self, job: Row) -> int:
-        """The lowest limit of reserved bytes in which two steps run, to 0.3%."""
-        low, high = int(0.99 * job["predicted_peak"]), int(1.02 * job["budget"])
+        """The lowest limit of reserved bytes in which three steps run, to 0.4%."""
+        low, high = int(0.99 * job["predicted_peak"]), int(job["least"])
         with self._converted(job):
-            while high - low > 0.003 * high:
+            while high - low > 0.004 * high:
                 middle = (low + high) // 2
-                self._clean()
+                self.clean()
                 with _limited(middle):
                     try:
-                        self.trained.step()
-                        self.trained.step()
+                        for _ in range(_FIRST):
+                            self.trained.step()
+                        self.device.wait()
                         high = middle
                     except torch.OutOfMemoryError:
                         low = middle
@@ -211,7 +224,7 @@ class Measuring:
             found = self.trained.gradients()
             return {name: found[name] for name in ("loss", "grad_norm")}
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
         trained = self.trained
         trained.optimizer.zero_grad(set_to_none=True)
         # Weights stay what they are, so that gradients can be compared.
@@ -221,7 +234,7 @@ class Measuring:
 
     @contextlib.contextmanager
     def _converted(self, job: Row) -> Iterator[None]:
-        self._clean()
+        self.clean()
         methods = {selector: parse_methods(text) for selector, text in job["methods"]}
         model = self.trained.plain
         with contextlib.suppress(packlight.NothingMatchedError):
@@ -235,10 +248,21 @@ class Measuring:
         finally:
             packlight.revert(model)
 
-    def _steps(self, steps: int) -> Row:
+    def _bytes(self) -> Row:
         self.trained.step()
         self.device.wait()
         torch.cuda.reset_peak_memory_stats()
+        for _ in range(_FIRST - 1):
+            self.trained.step()
+        return {
+            "peak": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+        }
+
+    def _times(self, steps: int) -> Row:
+        for _ in range(2):
+            self.trained.step()
+        self.device.wait()
         whole, host = list[float](), list[float]()
         for _ in range(steps):
             begin = time.perf_counter()
@@ -247,8 +271,6 @@ class Measuring:
             self.device.wait()
             whole.append(time.perf_counter() - begin)
         return {
-            "peak": torch.cuda.max_memory_allocated(),
-            "reserved": torch.cuda.max_memory_reserved(),
             "ms": round(1e3 * statistics.median(whole), 2),
             "host_ms": round(1e3 * statistics.median(host), 2),
         }
@@ -264,27 +286,55 @@ def _limited(limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def measure(jobs: list[Row], out: pathlib.Path, steps: int, until: float, commit: str) -> None:
+def measure(
+    jobs: list[Row],
+    out: pathlib.Path,
+    steps: int,
+    until: float,
+    commit: str,
+    turn: pathlib.Path | None,
+) -> None:
     settings = rows.settings("cuda", commit)
     for name in dict.fromkeys(job["scenario"] for job in jobs):
         measuring = Measuring(name)
         plain = measuring.gradients({"methods": [], "head": False})
-        for job in jobs:
-            if job["scenario"] != name or time.monotonic() > until:
-                continue
-            if "by" in job:
-                tried = {n: measuring.runs(job, n) for n in _around(job)}
-                found: Row = {"tried": tried}
-            else:
-                found = {"plain": plain, **measuring.gradients(job)}
-                found |= measuring.measure(job, steps)
+        own = [job for job in jobs if job["scenario"] == name]
+        # What a choice changes is not undone, so that those that have one come last.
+        for group in ([j for j in own if "choice" not in j], [j for j in own if "choice" in j]):
+            waiting = []
+            for job in group:
+                if time.monotonic() > until:
+                    continue
+                shown = {key: value for key, value in job.items() if key != "methods"}
+                if "by" in job:
+                    tried = {n: measuring.runs(job, n) for n in _around(job)}
+                    rows.append(out, {**settings, **shown, "tried": tried})
+                    continue
+                found: Row = {"plain": plain, **measuring.gradients(job), **measuring.memory(job)}
                 if job.get("least"):
                     found["least_limit"] = measuring.least(job)
-            shown = {key: value for key, value in job.items() if key != "methods"}
-            rows.append(out, {**settings, **shown, **found})
+                print(json.dumps({**shown, **found}), flush=True)
+                waiting.append((job, {**settings, **shown, **found}))
+            measuring.clean()
+            with _turn_of(turn if waiting else None):
+                for job, row in waiting:
+                    late = time.monotonic() > until
+                    times = {} if late else measuring.times(job, row["limit"], steps)
+                    rows.append(out, {**row, **times})
         del measuring
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _turn_of(path: pathlib.Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    with path.open("a") as file:
+        print("ready", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _around(job: Row) -> list[int]:
@@ -303,6 +353,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--budgets", type=int, default=BUDGETS, help="of each model and error")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no job after these")
+    parser.add_argument("--turn", type=pathlib.Path, help="a file whose lock lets times begin")
     parser.add_argument("--commit")
     given = parser.parse_args()
     if given.what == "write":
@@ -314,7 +365,8 @@ def main() -> None:
                 rows.append(given.out, job)
         return
     jobs = [job for job in rows.read(given.jobs) if job["scenario"] in given.only]
-    measure(jobs, given.out, given.steps, time.monotonic() + given.seconds, given.commit)
+    until = time.monotonic() + given.seconds
+    measure(jobs, given.out, given.steps, until, given.commit, given.turn)
 
 
 if __name__ == "__main__":
