@@ -8,12 +8,12 @@ A job is what a model becomes, with the bytes and milliseconds that are foretold
 runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
 yet, as a user's first step; where that is too little, once more without a limit. One with "least",
 a limit in which it surely runs, is also run at lower ones, for the lowest in which its first steps
-run. Losses and norms of gradients stand beside those of the plain model. Models are those of
+run; "refused" is a limit in which the smallest plan should not run. Losses and norms of gradients stand beside those of the plain model. Models are those of
 `benchmarks.user`.
 
 All jobs of a model are run by one process, which empties the allocator's cache and changes its
-limit between them. Bytes are measured first. With `--turn FILE` times wait until the process has
-the lock of the file, so that other models can run meanwhile and times are of one at a time.
+limit between them. With `--turn FILE` it waits for the lock of that file before it touches the
+device, so that processes of several models start at once and measure one after the other.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import contextlib
 import fcntl
 import functools
 import gc
-import json
 import pathlib
 import statistics
 import time
@@ -42,11 +41,10 @@ from packlight.planner.fit import Choice, choices, extremes
 from packlight.planner.planner import MAX_ERROR
 from packlight.planner.planning import front, planned
 from packlight.planner.study import Mix, Study
-from packlight.planner.timeline import reserved
+from packlight.planner.timeline import allocatable, reserved
 
 NAMES = ("vitb", "llama1b", "lora8b-4k")
 BUDGETS = 6
-_FIRST = 3  # steps in which memory is looked at: the first has no state of the optimiser yet
 Row = dict[str, Any]
 
 
@@ -144,6 +142,11 @@ def foretell(name: str, sizes: bool, budgets: int) -> Iterator[Row]:
                     options={option: options.count(option) for option in dict.fromkeys(options)},
                     **_foretold(plan.timeline),
                 )  # fmt: skip
+            plan = planned(study, _budgets(study, max_error, budgets)[0], None, max_error)
+            yield _job(
+                name, "refused", dict(plan), plan.head, max_error=max_error,
+                refused=int(0.97 * plan.reserved_bytes), **_foretold(plan.timeline),
+            )  # fmt: skip
         if sizes:
             yield from _sizes(name, study)
     if "liger" in SCENARIOS[name].kinds:
@@ -153,13 +156,12 @@ def foretell(name: str, sizes: bool, budgets: int) -> Iterator[Row]:
 
 def _sizes(name: str, study: Study) -> Iterator[Row]:
     """The largest batch and the longest sequence, with the memory of a card of 24 GiB."""
-    usable = 23 * 2**30
+    limit = 24 * 2**30
     for choice in choices(study.head, transformers=False):
-        found = extremes(study, choice, usable, None)
+        found = extremes(study, choice, allocatable(limit), None)
         methods = menu.selectors(dict.fromkeys(study.blocks, choice.option), choice.outside)
         for by, size in found.items():
             if size:
-                limit = reserved(usable)
                 yield _job(name, choice.name, methods, choice.head, by=by, size=size, limit=limit)
 
 
@@ -174,20 +176,22 @@ class Measuring:
         task = SCENARIOS[name]
         self.trained, self.size = Trained(task, CHOICES["eager"], task.size, self.device), task.size
 
-    def memory(self, job: Row) -> Row:
+    def measure(self, job: Row, steps: int) -> Row:
         """By the job; `out_of_memory` says at which limits a step did not run."""
         failed: list[Any] = []
         for limit in [job["budget"], None] if "budget" in job else [None]:
-            with self._converted(job), _limited(limit):
+            with self._converted(job):
                 try:
-                    return {**self._bytes(), "limit": limit, "out_of_memory": failed}
+                    with _limited(limit):
+                        found = {**self._steps(steps), "limit": limit, "out_of_memory": failed}
                 except torch.OutOfMemoryError:
                     failed.append(limit)
+                    continue
+                if limit is not None:
+                    # At a limit the allocator unmaps pages in a step, and waits for the device.
+                    found["without_limit_ms"] = self._steps(steps)["ms"]
+                return {**found, **self.gradients()}
         return {"limit": None, "out_of_memory": failed}
-
-    def times(self, job: Row, limit: int | None, steps: int) -> Row:
-        with self._converted(job), _limited(limit):
-            return self._times(steps)
 
     def runs(self, job: Row, size: int) -> bool:
         """Whether a step of this size runs within the limit of the job."""
@@ -202,27 +206,36 @@ class Measuring:
             finally:
                 self.trained.see(self.size)
 
+    def tried(self, job: Row) -> dict[int, bool]:
+        """Whether sizes run: that of the job and 3% more, or 3% less where it does not."""
+        unit = 64 if job["by"] == "sequence" else 1
+        found = {job["size"]: self.runs(job, job["size"])}
+        times = 1.03 if found[job["size"]] else 0.97
+        other = int(times * job["size"]) // unit * unit + (unit if times > 1 else 0)
+        return {**found, other: self.runs(job, other)}
+
     def least(self, job: Row) -> int:
-        """The lowest limit of reserved bytes in which three steps run, to 0.4%."""
+        """The lowest limit of reserved bytes in which steps run, to 0.4%."""
         low, high = int(0.99 * job["predicted_peak"]), int(job["least"])
-        with self._converted(job):
-            while high - low > 0.004 * high:
-                middle = (low + high) // 2
-                self.clean()
-                with _limited(middle):
-                    try:
-                        for _ in range(_FIRST):
-                            self.trained.step()
-                        self.device.wait()
-                        high = middle
-                    except torch.OutOfMemoryError:
-                        low = middle
+        while high - low > 0.004 * high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(job, middle) else (middle, high)
         return high
 
-    def gradients(self, job: Row) -> Row:
-        with self._converted(job):
-            found = self.trained.gradients()
-            return {name: found[name] for name in ("loss", "grad_norm")}
+    def fits(self, job: Row, limit: int) -> bool:
+        """Whether three steps run within a limit: the first has no state of the optimiser yet."""
+        with self._converted(job), _limited(limit):
+            try:
+                for _ in range(3):
+                    self.trained.step()
+                self.device.wait()
+                return True
+            except torch.OutOfMemoryError:
+                return False
+
+    def gradients(self) -> Row:
+        found = self.trained.gradients()
+        return {name: found[name] for name in ("loss", "grad_norm")}
 
     def clean(self) -> None:
         trained = self.trained
@@ -248,31 +261,23 @@ class Measuring:
         finally:
             packlight.revert(model)
 
-    def _bytes(self) -> Row:
+    def _steps(self, steps: int) -> Row:
         self.trained.step()
         self.device.wait()
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(_FIRST - 1):
-            self.trained.step()
-        return {
-            "peak": torch.cuda.max_memory_allocated(),
-            "reserved": torch.cuda.max_memory_reserved(),
-        }
-
-    def _times(self, steps: int) -> Row:
-        for _ in range(2):
-            self.trained.step()
-        self.device.wait()
         whole, host = list[float](), list[float]()
-        for _ in range(steps):
+        for _ in range(steps + 1):
             begin = time.perf_counter()
             self.trained.step()
             host.append(time.perf_counter() - begin)
             self.device.wait()
             whole.append(time.perf_counter() - begin)
         return {
-            "ms": round(1e3 * statistics.median(whole), 2),
-            "host_ms": round(1e3 * statistics.median(host), 2),
+            "peak": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+            "ms": round(1e3 * statistics.median(whole[1:]), 2),
+            "least_ms": round(1e3 * min(whole[1:]), 2),
+            "host_ms": round(1e3 * statistics.median(host[1:]), 2),
         }
 
 
@@ -286,41 +291,26 @@ def _limited(limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def measure(
-    jobs: list[Row],
-    out: pathlib.Path,
-    steps: int,
-    until: float,
-    commit: str,
-    turn: pathlib.Path | None,
-) -> None:
+def measure(jobs: list[Row], out: pathlib.Path, steps: int, until: float, commit: str) -> None:
     settings = rows.settings("cuda", commit)
     for name in dict.fromkeys(job["scenario"] for job in jobs):
         measuring = Measuring(name)
-        plain = measuring.gradients({"methods": [], "head": False})
-        own = [job for job in jobs if job["scenario"] == name]
+        plain = measuring.gradients()
         # What a choice changes is not undone, so that those that have one come last.
-        for group in ([j for j in own if "choice" not in j], [j for j in own if "choice" in j]):
-            waiting = []
-            for job in group:
-                if time.monotonic() > until:
-                    continue
-                shown = {key: value for key, value in job.items() if key != "methods"}
-                if "by" in job:
-                    tried = {n: measuring.runs(job, n) for n in _around(job)}
-                    rows.append(out, {**settings, **shown, "tried": tried})
-                    continue
-                found: Row = {"plain": plain, **measuring.gradients(job), **measuring.memory(job)}
-                if job.get("least"):
+        for job in sorted(jobs, key=lambda job: "choice" in job):
+            if job["scenario"] != name or time.monotonic() > until:
+                continue
+            found: Row = {}
+            if "by" in job:
+                found["tried"] = measuring.tried(job)
+            elif "refused" in job:
+                found["ran"] = measuring.fits(job, job["refused"])
+            else:
+                found = {"plain": plain, **measuring.measure(job, steps)}
+                if "least" in job:
                     found["least_limit"] = measuring.least(job)
-                print(json.dumps({**shown, **found}), flush=True)
-                waiting.append((job, {**settings, **shown, **found}))
-            measuring.clean()
-            with _turn_of(turn if waiting else None):
-                for job, row in waiting:
-                    late = time.monotonic() > until
-                    times = {} if late else measuring.times(job, row["limit"], steps)
-                    rows.append(out, {**row, **times})
+            shown = {key: value for key, value in job.items() if key != "methods"}
+            rows.append(out, {**settings, **shown, **found})
         del measuring
         gc.collect()
         torch.cuda.empty_cache()
@@ -332,15 +322,8 @@ def _turn_of(path: pathlib.Path | None) -> Iterator[None]:
         yield
         return
     with path.open("a") as file:
-        print("ready", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _around(job: Row) -> list[int]:
-    unit = 64 if job["by"] == "sequence" else 1
-    near = (0.97 * job["size"], job["size"], 1.03 * job["size"] + unit)
-    return sorted({max(int(n) // unit * unit, unit) for n in near})
 
 
 def main() -> None:
@@ -353,7 +336,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--budgets", type=int, default=BUDGETS, help="of each model and error")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no job after these")
-    parser.add_argument("--turn", type=pathlib.Path, help="a file whose lock lets times begin")
+    parser.add_argument("--turn", type=pathlib.Path, help="a file whose lock is waited for")
     parser.add_argument("--commit")
     given = parser.parse_args()
     if given.what == "write":
@@ -366,7 +349,8 @@ def main() -> None:
         return
     jobs = [job for job in rows.read(given.jobs) if job["scenario"] in given.only]
     until = time.monotonic() + given.seconds
-    measure(jobs, given.out, given.steps, until, given.commit, given.turn)
+    with _turn_of(given.turn):
+        measure(jobs, given.out, given.steps, until, given.commit)
 
 
 if __name__ == "__main__":

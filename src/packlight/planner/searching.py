@@ -43,10 +43,10 @@ def candidates(
     options = [option for option in options if study.runs(option, outside)]
     walks = {option: study.walked(option, outside) for option in options}
     blocks = study.blocks
-    base = walks[options[0]]
 
     def of(chosen: dict[str, Option]) -> Candidate:
-        return _candidate(chosen, outside, base, walks)
+        # What follows the last block packs its input, or has that block's pack.
+        return _candidate(chosen, outside, walks[chosen[blocks[-1]]], walks)
 
     alike = [of(dict.fromkeys(blocks, option)) for option in options]
     found = {tuple(one.options.values()): one for one in alike}
