@@ -8,12 +8,12 @@ A job is what a model becomes, with the bytes and milliseconds that are foretold
 runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
 yet, as a user's first step; where that is too little, once more without a limit. One with "least",
 a limit in which it surely runs, is also run at lower ones, for the lowest in which its first steps
-run; "refused" is a limit in which the smallest plan should not run. Losses and norms of gradients stand beside those of the plain model. Models are those of
-`benchmarks.user`.
+run; "refused" is a limit in which the smallest plan should not run. Losses and norms of gradients
+stand beside those of the plain model. Models are those of `benchmarks.user`.
 
 All jobs of a model are run by one process, which empties the allocator's cache and changes its
-limit between them. With `--turn FILE` it waits for the lock of that file before it touches the
-device, so that processes of several models start at once and measure one after the other.
+limit between them. With `--turn FILE` kernels are compiled first, and then it waits for the lock
+of that file, so that processes of several models start at once and measure one after the other.
 """
 
 import argparse
@@ -193,6 +193,14 @@ class Measuring:
                 return {**found, **self.gradients()}
         return {"limit": None, "out_of_memory": failed}
 
+    def compile(self, jobs: list[Row]) -> None:
+        """Has the kernels of all jobs compiled: a pass of each choice for all blocks."""
+        for job in jobs:
+            if not {"choice", "by", "refused", "budget"} & job.keys():
+                with self._converted(job):
+                    self.gradients()
+        self.clean()
+
     def runs(self, job: Row, size: int) -> bool:
         """Whether a step of this size runs within the limit of the job."""
         changed = {"batch": size} if job["by"] == "batch" else {"batch": 1, "length": size}
@@ -291,14 +299,25 @@ def _limited(limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def measure(jobs: list[Row], out: pathlib.Path, steps: int, until: float, commit: str) -> None:
+def measure(
+    name: str,
+    jobs: list[Row],
+    out: pathlib.Path,
+    steps: int,
+    until: float,
+    commit: str,
+    turn: pathlib.Path | None,
+) -> None:
+    """The jobs of a model."""
     settings = rows.settings("cuda", commit)
-    for name in dict.fromkeys(job["scenario"] for job in jobs):
-        measuring = Measuring(name)
+    measuring = Measuring(name)
+    if turn is not None:
+        measuring.compile(jobs)
+    with _turn_of(turn):
         plain = measuring.gradients()
         # What a choice changes is not undone, so that those that have one come last.
         for job in sorted(jobs, key=lambda job: "choice" in job):
-            if job["scenario"] != name or time.monotonic() > until:
+            if time.monotonic() > until:
                 continue
             found: Row = {}
             if "by" in job:
@@ -311,9 +330,6 @@ def measure(jobs: list[Row], out: pathlib.Path, steps: int, until: float, commit
                     found["least_limit"] = measuring.least(job)
             shown = {key: value for key, value in job.items() if key != "methods"}
             rows.append(out, {**settings, **shown, **found})
-        del measuring
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -322,6 +338,7 @@ def _turn_of(path: pathlib.Path | None) -> Iterator[None]:
         yield
         return
     with path.open("a") as file:
+        print("ready", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -349,8 +366,11 @@ def main() -> None:
         return
     jobs = [job for job in rows.read(given.jobs) if job["scenario"] in given.only]
     until = time.monotonic() + given.seconds
-    with _turn_of(given.turn):
-        measure(jobs, given.out, given.steps, until, given.commit)
+    for name in dict.fromkeys(job["scenario"] for job in jobs):
+        own = [job for job in jobs if job["scenario"] == name]
+        measure(name, own, given.out, given.steps, until, given.commit, given.turn)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
