@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -25,7 +26,7 @@ def reserved(peak: int) -> int:
 
 def allocatable(size: int) -> int:
     """The highest peak where the allocator may reserve so many bytes."""
-    return max(int((size - _BETWEEN) / (1 + _SHARE)), 0)
+    return math.floor((size - _BETWEEN) / (1 + _SHARE))
 
 
 Sent = Mapping[str, float]  # bytes to other ranks, by the degree of parallelism that asks for them
