@@ -6,13 +6,19 @@
 
 A job is what a model becomes, with the bytes and milliseconds that are foretold. One with a budget
 runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
-yet, as a user's first step; where that is too little, once more without a limit. One that says
-"least" is also run at lower limits, for the lowest in which its first steps run. Losses and norms
-of gradients stand beside those of the plain model. Models are those of `benchmarks.user`.
+yet, as a user's first step; where that is too little, once more without a limit. One with "least",
+a limit in which it surely runs, is also run at lower ones, for the lowest in which its first steps
+run; "refused" is a limit in which the smallest plan should not run. Losses and norms of gradients
+stand beside those of the plain model. Models are those of `benchmarks.user`.
+
+All jobs of a model are run by one process, which empties the allocator's cache and changes its
+limit between them. With `--turn FILE` kernels are compiled first, and then it waits for the lock
+of that file, so that processes of several models start at once and measure one after the other.
 """
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import gc
 import pathlib
@@ -35,7 +41,7 @@ from packlight.planner.fit import Choice, choices, extremes
 from packlight.planner.planner import MAX_ERROR
 from packlight.planner.planning import front, planned
 from packlight.planner.study import Mix, Study
-from packlight.planner.timeline import reserved
+from packlight.planner.timeline import allocatable, reserved
 
 NAMES = ("vitb", "llama1b", "lora8b-4k")
 BUDGETS = 6
@@ -127,7 +133,7 @@ def foretell(name: str, sizes: bool, budgets: int) -> Iterator[Row]:
         mix = Mix(walks[menu.EXACT], {block: walks[option] for block, option in every.items()})
         methods = menu.selectors(every, menu.EXACT)
         yield _job(name, "checkpoint every second", methods, False, **_foretold(mix.timeline()))
-        for max_error in (MAX_ERROR, 0.0):
+        for max_error in (MAX_ERROR, None, 0.0):
             for budget in _budgets(study, max_error, budgets):
                 plan = planned(study, budget, None, max_error)
                 options = [block.option for block in plan.blocks]
@@ -136,6 +142,11 @@ def foretell(name: str, sizes: bool, budgets: int) -> Iterator[Row]:
                     options={option: options.count(option) for option in dict.fromkeys(options)},
                     **_foretold(plan.timeline),
                 )  # fmt: skip
+            plan = planned(study, _budgets(study, max_error, budgets)[0], None, max_error)
+            yield _job(
+                name, "refused", dict(plan), plan.head, max_error=max_error,
+                refused=int(0.97 * plan.reserved_bytes), **_foretold(plan.timeline),
+            )  # fmt: skip
         if sizes:
             yield from _sizes(name, study)
     if "liger" in SCENARIOS[name].kinds:
@@ -145,13 +156,12 @@ def foretell(name: str, sizes: bool, budgets: int) -> Iterator[Row]:
 
 def _sizes(name: str, study: Study) -> Iterator[Row]:
     """The largest batch and the longest sequence, with the memory of a card of 24 GiB."""
-    usable = 23 * 2**30
+    limit = 24 * 2**30
     for choice in choices(study.head, transformers=False):
-        found = extremes(study, choice, usable, None)
+        found = extremes(study, choice, allocatable(limit), None)
         methods = menu.selectors(dict.fromkeys(study.blocks, choice.option), choice.outside)
         for by, size in found.items():
             if size:
-                limit = reserved(usable)
                 yield _job(name, choice.name, methods, choice.head, by=by, size=size, limit=limit)
 
 
@@ -170,12 +180,26 @@ class Measuring:
         """By the job; `out_of_memory` says at which limits a step did not run."""
         failed: list[Any] = []
         for limit in [job["budget"], None] if "budget" in job else [None]:
-            with self._converted(job), _limited(limit):
+            with self._converted(job):
                 try:
-                    return {**self._steps(steps), "limit": limit, "out_of_memory": failed}
+                    with _limited(limit):
+                        found = {**self._steps(steps), "limit": limit, "out_of_memory": failed}
                 except torch.OutOfMemoryError:
                     failed.append(limit)
+                    continue
+                if limit is not None:
+                    # At a limit the allocator unmaps pages in a step, and waits for the device.
+                    found["without_limit_ms"] = self._steps(steps)["ms"]
+                return {**found, **self.gradients()}
         return {"limit": None, "out_of_memory": failed}
+
+    def compile(self, jobs: list[Row]) -> None:
+        """Has the kernels of all jobs compiled: a pass of each choice for all blocks."""
+        for job in jobs:
+            if not {"choice", "by", "refused", "budget"} & job.keys():
+                with self._converted(job):
+                    self.gradients()
+        self.clean()
 
     def runs(self, job: Row, size: int) -> bool:
         """Whether a step of this size runs within the limit of the job."""
@@ -190,28 +214,38 @@ class Measuring:
             finally:
                 self.trained.see(self.size)
 
+    def tried(self, job: Row) -> dict[int, bool]:
+        """Whether sizes run: that of the job and 3% more, or 3% less where it does not."""
+        unit = 64 if job["by"] == "sequence" else 1
+        found = {job["size"]: self.runs(job, job["size"])}
+        times = 1.03 if found[job["size"]] else 0.97
+        other = int(times * job["size"]) // unit * unit + (unit if times > 1 else 0)
+        return {**found, other: self.runs(job, other)}
+
     def least(self, job: Row) -> int:
-        """The lowest limit of reserved bytes in which two steps run, to 0.3%."""
-        low, high = int(0.99 * job["predicted_peak"]), int(1.02 * job["budget"])
-        with self._converted(job):
-            while high - low > 0.003 * high:
-                middle = (low + high) // 2
-                self._clean()
-                with _limited(middle):
-                    try:
-                        self.trained.step()
-                        self.trained.step()
-                        high = middle
-                    except torch.OutOfMemoryError:
-                        low = middle
+        """The lowest limit of reserved bytes in which steps run, to 0.4%."""
+        low, high = int(0.99 * job["predicted_peak"]), int(job["least"])
+        while high - low > 0.004 * high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(job, middle) else (middle, high)
         return high
 
-    def gradients(self, job: Row) -> Row:
-        with self._converted(job):
-            found = self.trained.gradients()
-            return {name: found[name] for name in ("loss", "grad_norm")}
+    def fits(self, job: Row, limit: int) -> bool:
+        """Whether three steps run within a limit: the first has no state of the optimiser yet."""
+        with self._converted(job), _limited(limit):
+            try:
+                for _ in range(3):
+                    self.trained.step()
+                self.device.wait()
+                return True
+            except torch.OutOfMemoryError:
+                return False
 
-    def _clean(self) -> None:
+    def gradients(self) -> Row:
+        found = self.trained.gradients()
+        return {name: found[name] for name in ("loss", "grad_norm")}
+
+    def clean(self) -> None:
         trained = self.trained
         trained.optimizer.zero_grad(set_to_none=True)
         # Weights stay what they are, so that gradients can be compared.
@@ -221,7 +255,7 @@ class Measuring:
 
     @contextlib.contextmanager
     def _converted(self, job: Row) -> Iterator[None]:
-        self._clean()
+        self.clean()
         methods = {selector: parse_methods(text) for selector, text in job["methods"]}
         model = self.trained.plain
         with contextlib.suppress(packlight.NothingMatchedError):
@@ -240,7 +274,7 @@ class Measuring:
         self.device.wait()
         torch.cuda.reset_peak_memory_stats()
         whole, host = list[float](), list[float]()
-        for _ in range(steps):
+        for _ in range(steps + 1):
             begin = time.perf_counter()
             self.trained.step()
             host.append(time.perf_counter() - begin)
@@ -249,8 +283,9 @@ class Measuring:
         return {
             "peak": torch.cuda.max_memory_allocated(),
             "reserved": torch.cuda.max_memory_reserved(),
-            "ms": round(1e3 * statistics.median(whole), 2),
-            "host_ms": round(1e3 * statistics.median(host), 2),
+            "ms": round(1e3 * statistics.median(whole[1:]), 2),
+            "least_ms": round(1e3 * min(whole[1:]), 2),
+            "host_ms": round(1e3 * statistics.median(host[1:]), 2),
         }
 
 
@@ -264,33 +299,48 @@ def _limited(limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def measure(jobs: list[Row], out: pathlib.Path, steps: int, until: float, commit: str) -> None:
+def measure(
+    name: str,
+    jobs: list[Row],
+    out: pathlib.Path,
+    steps: int,
+    until: float,
+    commit: str,
+    turn: pathlib.Path | None,
+) -> None:
+    """The jobs of a model."""
     settings = rows.settings("cuda", commit)
-    for name in dict.fromkeys(job["scenario"] for job in jobs):
-        measuring = Measuring(name)
-        plain = measuring.gradients({"methods": [], "head": False})
-        for job in jobs:
-            if job["scenario"] != name or time.monotonic() > until:
+    measuring = Measuring(name)
+    if turn is not None:
+        measuring.compile(jobs)
+    with _turn_of(turn):
+        plain = measuring.gradients()
+        # What a choice changes is not undone, so that those that have one come last.
+        for job in sorted(jobs, key=lambda job: "choice" in job):
+            if time.monotonic() > until:
                 continue
+            found: Row = {}
             if "by" in job:
-                tried = {n: measuring.runs(job, n) for n in _around(job)}
-                found: Row = {"tried": tried}
+                found["tried"] = measuring.tried(job)
+            elif "refused" in job:
+                found["ran"] = measuring.fits(job, job["refused"])
             else:
-                found = {"plain": plain, **measuring.gradients(job)}
-                found |= measuring.measure(job, steps)
-                if job.get("least"):
+                found = {"plain": plain, **measuring.measure(job, steps)}
+                if "least" in job:
                     found["least_limit"] = measuring.least(job)
             shown = {key: value for key, value in job.items() if key != "methods"}
             rows.append(out, {**settings, **shown, **found})
-        del measuring
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
-def _around(job: Row) -> list[int]:
-    unit = 64 if job["by"] == "sequence" else 1
-    near = (0.97 * job["size"], job["size"], 1.03 * job["size"] + unit)
-    return sorted({max(int(n) // unit * unit, unit) for n in near})
+@contextlib.contextmanager
+def _turn_of(path: pathlib.Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    with path.open("a") as file:
+        print("ready", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def main() -> None:
@@ -303,6 +353,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--budgets", type=int, default=BUDGETS, help="of each model and error")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no job after these")
+    parser.add_argument("--turn", type=pathlib.Path, help="a file whose lock is waited for")
     parser.add_argument("--commit")
     given = parser.parse_args()
     if given.what == "write":
@@ -314,7 +365,12 @@ def main() -> None:
                 rows.append(given.out, job)
         return
     jobs = [job for job in rows.read(given.jobs) if job["scenario"] in given.only]
-    measure(jobs, given.out, given.steps, time.monotonic() + given.seconds, given.commit)
+    until = time.monotonic() + given.seconds
+    for name in dict.fromkeys(job["scenario"] for job in jobs):
+        own = [job for job in jobs if job["scenario"] == name]
+        measure(name, own, given.out, given.steps, until, given.commit, given.turn)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -340,7 +340,9 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    measured = [row for row in found if row.get("ms") and "by" not in row]
+    measured = [row for row in found if row.get("ms") and row.get("predicted_ms")]
+    last = {row["scenario"]: row["commit"] for row in measured}  # of a model its latest run
+    measured = [row for row in measured if row["commit"] == last[row["scenario"]]]
     names = list(dict.fromkeys(row["scenario"] for row in measured))
     figure, axes = pyplot.subplots(1, len(names), figsize=(5.4 * len(names), 5.2), squeeze=False)
     labels: dict[str, list[Label]] = {name: [] for name in names}

@@ -1,5 +1,6 @@
 """Plans: within their budgets, the faster the larger, and what `convert` makes of them."""
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
         with walker.imagined():
             packlight.convert(walker.model, plan)
         real = walker.walk(H200).timeline
-        assert plan.peak_bytes == pytest.approx(real.peak, rel=0.01)
+        assert plan.peak_bytes == pytest.approx(real.peak, rel=0.005)
         # Where options meet, the pack of a block's input may not serve the block before as well.
         pack = 8 * 256 * 64 * 33 // 32
         assert plan.kept_bytes == pytest.approx(real.kept, abs=pack + 4096)
@@ -67,6 +68,13 @@ def test_a_mix_is_what_the_converted_model_takes(study: Study) -> None:
             sum(s.device_ms for s in t.segments if s.phase != STEP) for t in (plan.timeline, real)
         ]
         assert steps[0] == pytest.approx(steps[1], rel=0.05)
+
+
+def test_early_blocks_go_over_first(study: Study) -> None:
+    """All of a run, the first too, whose numbers differ by what is around the run."""
+    for one in candidates(study, OPTIONS, [PACKED_4]):
+        chosen = [option.name for option in one.options.values()]
+        assert len(list(itertools.groupby(chosen))) == len(set(chosen)) <= 2
 
 
 def test_what_no_plan_can_do_is_refused_with_the_least(study: Study) -> None:

@@ -116,7 +116,7 @@ def lora_settings(given: Mapping[str, str]) -> Settings:
     return Settings(rank, alpha, dropout, names)
 
 
-def with_lora(model: nn.Module, settings: Settings) -> nn.Module:
+def with_lora(model: nn.Module, settings: Settings, device: str = "meta") -> nn.Module:
     """The model with adapters: PEFT's, as they are trained, or where there is no PEFT `Adapted`."""
     try:
         import peft
@@ -130,7 +130,7 @@ def with_lora(model: nn.Module, settings: Settings) -> nn.Module:
         target_modules=list(targets) or "all-linear",
     )
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             adapted: nn.Module = peft.get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"--lora targets={'+'.join(targets)}: {error}") from error

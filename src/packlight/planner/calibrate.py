@@ -7,6 +7,8 @@ same steps run without events: under load clocks are lower, and what operators t
 what the steps take.
 """
 
+import contextlib
+import importlib
 import statistics
 import time
 from collections import defaultdict
@@ -22,7 +24,7 @@ from packlight._torch.attributes import tree_leaves
 from packlight._torch.modes import DispatchMode
 from packlight.convert import DEFAULT_METHODS, convert
 from packlight.groupquant.method import GroupQuant
-from packlight.planner.adapted import Adapted
+from packlight.planner.adapted import Settings, with_lora
 from packlight.planner.costs import is_hooked, name_of, nominal_s
 from packlight.planner.devices import Device, Rates
 from packlight.recompute.method import Checkpoint
@@ -30,6 +32,7 @@ from packlight.recompute.method import Checkpoint
 _CHANGES = ("plain", "default", "recomputed")
 _STEPS = 3  # that are timed
 _RANK = 16  # of adapters
+_ADAPTED = ("qkv", "out", "gate_proj", "up_proj", "down_proj")
 
 
 class _Norm(nn.Module):
@@ -46,6 +49,19 @@ class _Norm(nn.Module):
         return y
 
 
+class _Gated(nn.Module):
+    """A gated MLP in the code of Llama's, by which packlight knows it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width)
+        self.down_proj = nn.Linear(4 * width, width)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
 class _Block(nn.Module):
     """Attention and an MLP, gated or not, with residual sums. [B, T, width]"""
 
@@ -55,9 +71,11 @@ class _Block(nn.Module):
         norm = _Norm if gated else nn.LayerNorm
         self.norm1, self.norm2 = norm(width), norm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.gate = nn.Linear(width, 4 * width) if gated else None
-        self.act = nn.SiLU() if gated else nn.GELU()
+        self.mlp = (
+            _Gated(width)
+            if gated
+            else nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        )
         self.drop = nn.Dropout(0.0 if gated else 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,9 +84,7 @@ class _Block(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.drop(self.out(mixed.transpose(1, 2).flatten(2)))
-        y = self.norm2(x)
-        h = self.act(self.up(y)) if self.gate is None else self.act(self.gate(y)) * self.up(y)
-        out: Tensor = x + self.drop(self.down(h))
+        out: Tensor = x + self.drop(self.mlp(self.norm2(x)))
         return out
 
 
@@ -143,20 +159,16 @@ def _cases(tiny: bool) -> Iterator[_Case]:
     yield _Case(of(torch.bfloat16, True), tokens, False)
     yield _Case(of(torch.float32, False), tokens, True)
     adapted = of(torch.bfloat16, True)
-    yield _Case(lambda: _adapted(adapted()), tokens, False, ("plain",))
+    yield _Case(lambda: _adapted(adapted()), tokens, False, ("plain", "default"))
     yield _Case(
         lambda: _channels_last(_Images(64 if tiny else 256)), images, True, has_blocks=False
     )
 
 
 def _adapted(model: nn.Module) -> nn.Module:
-    """With adapters on all Linears of blocks."""
-    model.requires_grad_(False)
-    for module in [part for part in model.modules() if isinstance(part, _Block)]:
-        for name, layer in list(module.named_children()):
-            if isinstance(layer, nn.Linear):
-                setattr(module, name, Adapted(layer, _RANK, 2 * _RANK, 0.0))
-    return model
+    """With adapters on the Linears of blocks: PEFT's, where it is installed."""
+    device = next(model.parameters()).device.type
+    return with_lora(model, Settings(_RANK, 2 * _RANK, 0.0, _ADAPTED), device)
 
 
 def _changed(model: nn.Module, case: str) -> nn.Module:
@@ -204,6 +216,9 @@ def calibrate(device: Device, tiny: bool = False) -> Rates:
     `tiny` takes small networks, to try it on the CPU, whose times are no rates.
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
+    for package in ("transformers", "peft"):  # whose layers packlight knows where they are loaded
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
     workspace, copies, kernel_s = _workspace(kind), _copies(kind, device), _kernel_s(kind)
     nominal, taken = defaultdict[str, float](float), defaultdict[str, float](float)
     for case in _cases(tiny):

@@ -7,7 +7,7 @@ those that autograd and the model's own code give them, and nothing is assumed a
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from packlight._torch.attributes import tree_leaves
 from packlight._torch.modes import DispatchMode
 from packlight.parallel import Parallel
 from packlight.planner.costs import Costs, name_of, workspace
-from packlight.planner.timeline import Segment, Sent, added
+from packlight.planner.timeline import BACKWARDS, Segment, Sent, added
 from packlight.planner.wires import is_on_shards, local_parts, on_the_wires
 
 _ROUNDED = 512  # bytes: what the allocator of CUDA counts in
@@ -24,6 +24,16 @@ _ROUNDED = 512  # bytes: what the allocator of CUDA counts in
 
 def rounded(size: int) -> int:
     return -(-size // _ROUNDED) * _ROUNDED
+
+
+class _Operator(NamedTuple):
+    """`times` are milliseconds of the device, of the host, and of copies between them."""
+
+    name: str
+    before: int
+    peak: int
+    times: tuple[float, float, float]
+    sent: Sent
 
 
 class Ledger(DispatchMode):  # type: ignore[misc]
@@ -36,10 +46,18 @@ class Ledger(DispatchMode):  # type: ignore[misc]
         self.costs, self.where, self.parallel = costs, where, parallel
         self.sent: Sent = {}  # what the next operator sends
         self.host_ms = 0.0  # of Python between operators, to be added to the next
-        self.segments: list[Segment] = []
         self.allocated = 0
+        self._segments: list[Segment] = []
+        # The last operator, where it ran, and what it read by the addresses of `_known`.
+        self._unsettled: tuple[tuple[str, str], _Operator, list[int]] | None = None
         self._known: dict[int, Any] = {}  # storages by their addresses
         self.freed: dict[str, int] | None = None  # while asked for: bytes, by who allocated them
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Of what has run."""
+        self._settle()
+        return self._segments
 
     def owns(self, *tensors: Tensor) -> int:
         """Takes these for allocated before all, and returns their bytes."""
@@ -57,6 +75,7 @@ class Ledger(DispatchMode):  # type: ignore[misc]
         if any(map(is_on_shards, types)):
             return NotImplemented  # the operators that it becomes on this rank come next
         kwargs = kwargs or {}
+        self._settle()
         before = self.allocated
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -69,19 +88,38 @@ class Ledger(DispatchMode):  # type: ignore[misc]
             device_ms *= times
             self.sent = added(self.sent, sent)
             name = name_of(func, args).partition("::")[2]  # as it is on a GPU
-            self._note(name, before, peak, (device_ms, host_ms + self.host_ms, 0.0))
+            self._unsettled = (
+                self.where(),
+                _Operator(name, before, peak, (device_ms, host_ms + self.host_ms, 0.0), self.sent),
+                [leaf.untyped_storage()._cdata for leaf in given] if _adds_up(func) else [],
+            )
             self.host_ms = 0.0
             self.sent = {}
         return result
 
+    def _settle(self) -> None:
+        """Notes the last operator, when it is known what was freed after it.
+
+        Where a sum of the backward pass reads something for the last time, autograd adds to that in
+        place, but not on tensors without values.
+        """
+        if self._unsettled is None:
+            return
+        place, done, read = self._unsettled
+        self._unsettled = None
+        in_place = place[0] in BACKWARDS and any(key not in self._known for key in read)
+        self._note(place, done._replace(peak=done.before) if in_place else done)
+
     def copy(self, tensor: Tensor) -> None:
-        now = self.allocated
-        self._note("copy", now, now, (0.0, 0.0, self.costs.copy_ms(tensor)))
+        self._settle()
+        now, times = self.allocated, (0.0, 0.0, self.costs.copy_ms(tensor))
+        self._note(self.where(), _Operator("copy", now, now, times, {}))
 
     def wait(self) -> None:
+        self._settle()
         now = self.allocated
         phase, place = self.where()
-        self.segments.append(Segment(phase, place, "wait", now, now, now, 0.0, 0.0, waits=True))
+        self._segments.append(Segment(phase, place, "wait", now, now, now, 0.0, 0.0, waits=True))
 
     def _allocate(self, tensor: Tensor) -> bool:
         """Counts the storage of a tensor, and whether it is a new one."""
@@ -104,21 +142,26 @@ class Ledger(DispatchMode):  # type: ignore[misc]
         self._known[key] = weakref.ref(storage, free)
         return size > 0
 
-    def _note(self, name: str, before: int, peak: int, times: tuple[float, float, float]) -> None:
-        """`times` are milliseconds of the device, of the host, and of copies between them."""
-        phase, place = self.where()
-        last = self.segments[-1] if self.segments else None
-        if last is None or (last.phase, last.place) != (phase, place):
-            self.segments.append(
-                Segment(phase, place, name, before, peak, self.allocated, *times, sent=self.sent)
-            )
+    def _note(self, where: tuple[str, str], done: _Operator) -> None:
+        last = self._segments[-1] if self._segments else None
+        if last is None or (last.phase, last.place) != where:
+            self._segments.append(
+                Segment(
+                    *where, done.name, done.before, done.peak, self.allocated, *done.times,
+                    sent=done.sent,
+                )
+            )  # fmt: skip
             return
-        self.segments[-1] = last._replace(
-            operator=name if peak > last.peak else last.operator,
-            peak=max(peak, last.peak),
+        self._segments[-1] = last._replace(
+            operator=done.name if done.peak > last.peak else last.operator,
+            peak=max(done.peak, last.peak),
             after=self.allocated,
-            device_ms=last.device_ms + times[0],
-            host_ms=last.host_ms + times[1],
-            copy_ms=last.copy_ms + times[2],
-            sent=added(last.sent, self.sent),
+            device_ms=last.device_ms + done.times[0],
+            host_ms=last.host_ms + done.times[1],
+            copy_ms=last.copy_ms + done.times[2],
+            sent=added(last.sent, done.sent),
         )
+
+
+def _adds_up(func: Any) -> bool:
+    return func is torch.ops.aten.add.Tensor

@@ -9,6 +9,7 @@ with the budget, and no mix is taken whose peak is above it.
 """
 
 import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -43,10 +44,10 @@ def candidates(
     options = [option for option in options if study.runs(option, outside)]
     walks = {option: study.walked(option, outside) for option in options}
     blocks = study.blocks
-    base = walks[options[0]]
 
     def of(chosen: dict[str, Option]) -> Candidate:
-        return _candidate(chosen, outside, base, walks)
+        # What follows the last block packs its input, or has that block's pack.
+        return _candidate(chosen, outside, walks[chosen[blocks[-1]]], walks)
 
     alike = [of(dict.fromkeys(blocks, option)) for option in options]
     found = {tuple(one.options.values()): one for one in alike}
@@ -104,4 +105,9 @@ def _in_turn(fast: Candidate, small: Candidate) -> list[str]:
         return float(f"{(kept - less) / max(more - ms, 1e-6):.1e}")
 
     names = [name for name in fast.options if name in before and name in after]
-    return sorted(names, key=lambda name: -slope(name))  # stable: the early ones first
+    slopes = {name: slope(name) for name in names}
+    for run in fast.mix.base.runs:
+        # The first and the last of a run differ by what is around them, which stays.
+        alike = [slopes[name] for name in run.names if name in slopes]
+        slopes |= {name: statistics.median(alike) for name in run.names if name in slopes}
+    return sorted(names, key=lambda name: -slopes[name])  # stable: the early ones first
