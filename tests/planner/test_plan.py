@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import packlight
+from benchmarks import rows as results
 from packlight import GroupQuant, InfeasibleBudgetError, InputError, Plan
 from packlight.planner.devices import device_of
 from packlight.planner.menu import EXACT, MENU, PACKED_4, allowed
@@ -163,6 +164,19 @@ def test_what_is_allocatable_is_reserved_within_the_size(size: int) -> None:
     assert reserved(allocatable(size)) <= size
     assert reserved(allocatable(size) + 2) >= size
     assert allocatable(size + 1) >= allocatable(size)
+
+
+def test_what_is_reserved_is_what_an_h200_needed() -> None:
+    """The lowest limits in which steps ran, and limits in which they did not; no toy margin."""
+    rows = results.read(pathlib.Path("benchmarks/results/planner.jsonl"))
+    lowest = [row for row in rows if "least_limit" in row]
+    short = [row for row in lowest if reserved(row["peak"]) < row["least_limit"]]
+    assert [(row["scenario"], row["kind"]) for row in short] == [("gpt2m", "checkpoint")]
+    assert all(reserved(row["peak"]) > 0.98 * row["least_limit"] for row in lowest)
+    assert all(reserved(row["peak"]) < 1.06 * row["least_limit"] for row in lowest)
+    failed = [row for row in rows if row["commit"] == "99990b8" and row.get("out_of_memory")]
+    assert len(failed) == 6
+    assert all(reserved(row["peak"]) > row["budget"] for row in failed)
 
 
 def test_options_that_torch_refuses_to_run_again_are_left_out() -> None:
