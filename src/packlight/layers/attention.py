@@ -220,7 +220,9 @@ def _whole(query: Tensor, key: Tensor, value: Tensor, method: Quantiser) -> Tens
     if not fits:
         return None
     for x in (query, key, value):  # heads side by side, in the memory that the tensor has now
-        if x.stride()[1::2] != (size, 1) or not _torch.share_storage(x, whole):
+        if x.stride()[1::2] != (size, 1):
+            return None
+        if not _torch.is_traced() and not _torch.share_storage(x, whole):
             return None
     return whole.detach()
 
@@ -366,7 +368,7 @@ def _attend(
     query, key, value, mask = inputs
     if recompute and flags[0] and not can_draw_again(query):
         recompute, method = False, method.for_scores()
-    whole = None if _torch.is_traced() else _whole(query, key, value, method)
+    whole = _whole(query, key, value, method)
     packs = (3 if whole is None else 1) + (0 if recompute else 1)
     seeds = [method.seed(query) for _ in range(packs)]
     given = (query, key, value, mask, kernel, flags, method, whole, *seeds)

@@ -21,6 +21,7 @@ from packlight._checks import (
 )
 from packlight._overwrite import writable
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
+from packlight._tracer import fake_of
 from packlight.layers import attention
 from packlight.layers.attention_backends import (
     FUSED,
@@ -28,9 +29,11 @@ from packlight.layers.attention_backends import (
     Inputs,
     Kernel,
     Results,
+    choose,
     gradients,
     kernel_of,
     prepared,
+    _NO_KERNEL,
     run,
 )
 from packlight.layers.linear import Parameters, linear_gradients
@@ -121,6 +124,8 @@ def linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The parts one behind the other in `dtype`, without a copy of each."""
+    if _torch.is_traced():
+        return torch.cat([part.to(dtype) for part in parts])
     rows = sum([part.shape[0] for part in parts])
     whole = parts[0].new_empty((rows, *parts[0].shape[1:]), dtype=dtype)
     return torch.cat(tuple(parts), out=whole)
@@ -129,10 +134,11 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 _project: Callable[..., Tensor] = _torch.applied(_Projections)
 
 
+@_torch.one_node
 def projections(x: Tensor, parameters: Sequence[Parameters], method: Quantiser) -> Tensor:
     """x W_i^T + b_i side by side, [..., sum of rows of W_i].
 
-    In eager mode, in training, with gradients; the checks are the caller's: weights all train, have
+    In training, with gradients; the checks are the caller's: weights all train, have
     one dtype, and all or none have a bias that trains. Keeps a pack of x, or nothing where x is
     packed already, and the weights. Gradients are those of the layers one by one.
     """
@@ -207,6 +213,32 @@ def run_again(
         return given, run(given, kernel, flags)
 
 
+def kernel_of_whole(
+    x: Tensor, dtype: torch.dtype, width: int, heads: int, mask: Tensor | None, flags: Flags
+) -> Kernel:
+    """The kernel that torch takes for parts of a projection of `x` to `width`. In traced code.
+
+    What the projection gives is no tensor there that could be asked.
+    """
+    asked = (dtype, width, heads, mask, *flags[:2])
+    kernel: Kernel = _torch.ask("whole_kernel", _NO_KERNEL, x, *asked)
+    return kernel
+
+
+@_torch.question
+def whole_kernel(
+    tracer: Any, x: Any, dtype: Any, width: Any, heads: Any, mask: Any, p: Any, is_causal: Any
+) -> Kernel:
+    fake: Any = fake_of(x)
+    of_mask = None if mask.python_type() is type(None) else fake_of(mask)
+    with fake.fake_mode:
+        whole = fake.new_empty(
+            (*fake.shape[:2], width.as_python_constant()), dtype=dtype.as_python_constant()
+        )
+        parts = parts_of(whole, heads.as_python_constant())
+    return choose((*parts, of_mask), p.as_python_constant(), is_causal.as_python_constant())
+
+
 def joined_gradients(parts: Sequence[Tensor]) -> Tensor:
     """Gradients of query, key and value as that of the tensor whose parts they are."""
     return torch.stack([each.transpose(1, 2) for each in parts], 2).flatten(2)
@@ -268,6 +300,8 @@ def fits(
 def _at_once(
     whole: Tensor, heads: int, mask: Tensor | None, flags: Flags, method: Quantiser
 ) -> Tensor | None:
+    if torch.compiler.is_dynamo_compiling():  # which finds what the three are parts of by itself
+        return None
     if not needs_gradient(whole) or not is_taken(whole) or not whole.is_contiguous():
         return None
     if not fits(whole, whole.dtype, heads, whole.shape[-1] // 3, mask, flags[0], method):

@@ -111,9 +111,7 @@ class GroupQuantAttention(nn.Module):
 
 
 def method_of_calls() -> Quantiser | None:
-    """By what a call of attention keeps in the code that runs; None if not, or if traced."""
-    if torch.compiler.is_compiling():
-        return None
+    """By what a call of attention keeps in the code that runs; None if it does not."""
     call = covered_call(F.scaled_dot_product_attention)
     return None if call is None else call.options.get("method")
 

@@ -132,7 +132,7 @@ class AtOnce(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if self.training and past_key_values is None and not torch.compiler.is_compiling():
+        if self.training and past_key_values is None:
             out = uncovered(self._at_once, hidden_states, attention_mask, kwargs)
             if out is not None:
                 return out, None
@@ -200,7 +200,7 @@ class WithNorm(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         alone = encoder_hidden_states is None and past_key_values is None
-        if self.training and alone and not torch.compiler.is_compiling():
+        if self.training and alone:
             out = uncovered(self._at_once, hidden_states, attention_mask, kwargs)
             if out is not None:
                 return out, None
