@@ -19,6 +19,7 @@ from packlight._checks import (
     refuse_second_derivative,
     saved_with_weight,
 )
+from packlight._gradients import one_above_another, recast_parts
 from packlight._overwrite import writable
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight._tracer import fake_of
@@ -89,7 +90,7 @@ class SideBySide(NamedTuple):
         """
         count, sizes, rebuild, dtypes = self
         weights, tensors = saved[:count], saved[count:]
-        weight = _joined(weights, grad_output.dtype) if needs_input else weights[0]
+        weight = recast_parts(weights, grad_output) if needs_input else weights[0]
         needs = (needs_input, needs_parameters, needs_parameters and dtypes[2] is not None)
         dweight: Any
         dx, dweight, dbias = linear_gradients(grad_output, weight, rebuild, tensors, needs, dtypes)
@@ -108,8 +109,8 @@ def side_by_side(
     """
     weights, biases = tensors[:count], tensors[count : 2 * count]
     dtype = linear_dtype(x, weights[0])
-    joined = _joined(weights, dtype)
-    bias = None if biases[0] is None else _joined(biases, dtype)
+    joined = one_above_another(weights, dtype)
+    bias = None if biases[0] is None else one_above_another(biases, dtype)
     dtypes = (x.dtype, weights[0].dtype, None if bias is None else biases[0].dtype)
     how = SideBySide(count, [weight.shape[0] for weight in weights], rebuild, dtypes)
     return F.linear(x, joined, bias), how
@@ -120,15 +121,6 @@ def linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return autocast_dtype(
         x, "linear", lambda empty: F.linear(empty.view(0, weight.shape[1]), weight)
     )
-
-
-def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The parts one behind the other in `dtype`, without a copy of each."""
-    if _torch.is_traced():
-        return torch.cat([part.to(dtype) for part in parts])
-    rows = sum([part.shape[0] for part in parts])
-    whole = parts[0].new_empty((rows, *parts[0].shape[1:]), dtype=dtype)
-    return torch.cat(tuple(parts), out=whole)
 
 
 _project: Callable[..., Tensor] = _torch.applied(_Projections)

@@ -19,6 +19,7 @@ from packlight.calls import is_bare, uncovered
 from packlight.groupquant.modules import Linear
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import parameters_of, takes
+from packlight.integrations.transformers.masks import kind_of_traced
 from packlight.integrations.transformers.outputs import GroupQuantOutput
 from packlight.layers.attention_backends import Flags
 from packlight.layers.linear import Parameters
@@ -146,14 +147,14 @@ class AtOnce(nn.Module):
         given = self.given(x, mask, options)
         if given is None:
             return None
-        parameters, flags, method = given
+        parameters, mask, flags, method = given
         whole = projections(x, parameters, method)
         return self_attention(whole, self.num_attention_heads, mask, flags, self.attention_method)
 
     def given(
         self, x: Tensor, mask: Tensor | None, options: dict[str, Any]
-    ) -> tuple[list[Parameters], Flags, Quantiser] | None:
-        """The projections, flags of attention, and the method by which x is kept.
+    ) -> tuple[list[Parameters], Tensor | None, Flags, Quantiser] | None:
+        """The projections, mask and flags of attention, and the method by which x is kept.
 
         None where the parts are to run one by one.
         """
@@ -180,8 +181,11 @@ class AtOnce(nn.Module):
         is_causal = options.get("is_causal")
         if is_causal is None:
             is_causal = self.is_causal
+        kind = kind_of_traced(mask)
+        if kind is not None:
+            mask, is_causal = None, kind == "causal"
         flags = (self.dropout.p, is_causal and mask is None and x.shape[1] > 1, self.scaling)
-        return parameters, flags, method
+        return parameters, mask, flags, method
 
 
 class WithNorm(nn.Module):
@@ -220,7 +224,7 @@ class WithNorm(nn.Module):
         start, end = inner.given(x, mask, options), output.given(x)
         if start is None or end is None:
             return None
-        parameters, flags, method = start
+        parameters, mask, flags, method = start
         last, norm, p, of_last, of_norm = end
         of_attention, heads = inner.attention_method, inner.num_attention_heads
         dtype, width = linear_dtype(x, parameters[0][0]), parameters[0][0].shape[0]
