@@ -314,8 +314,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def is_bare(*modules: nn.Module) -> bool:
     """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
-    So that a layer around them may do their work. Hooks of `profile` only look on.
+    So that a layer around them may do their work. Hooks of `profile` only look on. Compiled code is
+    not made anew for hooks that come later, as torch makes none.
     """
+    if torch.compiler.is_dynamo_compiling():
+        bare: bool = _torch.ask("are_bare", False, *modules)
+        return bare
     for hooks in _GLOBAL_HOOKS:
         if hooks:
             return False
@@ -334,6 +338,11 @@ def is_bare(*modules: nn.Module) -> bool:
         if "_compiled_call_impl" in own and own["_compiled_call_impl"] is not None:
             return False
     return True
+
+
+@_torch.question
+def are_bare(tracer: Any, *modules: Any) -> bool:
+    return is_bare(*[module.value for module in modules])
 
 
 # ---- which modules -------------------------------------------------------------------------------
@@ -438,6 +447,7 @@ def _are_alike(now: Calls, calls: Calls) -> bool:
 @_torch.question
 def covers(tracer: Any, calls: Any) -> bool | None:
     """`_covers` of what is traced; None where that is not known."""
+    _torch.run_graph_without(tracer, _Covering)
     own, now = _torch.value_of(tracer, calls), _NONE
     for mode in reversed(_torch.modes_of(tracer)):
         if mode.python_type() is _Covering:
