@@ -161,7 +161,9 @@ def _handler(calls: Calls) -> Callable[..., Any]:
     return functools.partial(_handle, calls)
 
 
-def _handle(calls: Calls, tracer: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _handle(
+    calls: Calls, mode: Any, tracer: Any, function: Any, args: Any, kwargs: dict[str, Any]
+) -> Any:
     """What the mode's handler does, of variables of the tracer; None where it is to be followed."""
     try:
         function = function.realize()
@@ -181,7 +183,13 @@ def _handle(calls: Calls, tracer: Any, function: Any, args: Any, kwargs: dict[st
         or not _takes(tracer, call.places, call.names, args, kwargs)
     ):
         return function.call_function(tracer, args, kwargs)
-    return _torch.make_node(tracer, call.function, args, kwargs, call.options)
+    results = _torch.make_node(tracer, call.function, args, kwargs, call.options)
+    if results is not None:
+        return results
+    table = _torch.attribute_of(tracer, _torch.attribute_of(tracer, mode, "calls"), "table")
+    found = _torch.item_of(tracer, table, function)
+    ours, options = (_torch.attribute_of(tracer, found, name) for name in ("function", "options"))
+    return _torch.call_traced(tracer, ours, args, kwargs, options)
 
 
 # ---- who calls -----------------------------------------------------------------------------------

@@ -203,9 +203,9 @@ def always_untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
-# What is asked for a call in traced code that goes to a function mode: given the tracer, variables
-# of the function and of its arguments, it gives the variable of the results.
-Handle = Callable[[Any, Any, Sequence[Any], dict[str, Any]], Any]
+# What is asked for a call in traced code that goes to a function mode: given variables of the mode,
+# of the function and of its arguments, and the tracer, it gives the variable of the results.
+Handle = Callable[[Any, Any, Any, Sequence[Any], dict[str, Any]], Any]
 
 
 def handle_here(tracer: Any, handle: Handle) -> None:
@@ -229,7 +229,7 @@ def _handled_by(handle: Handle) -> type:
         self: Any, tx: Any, fn: Any, types: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         args = list(args)
-        results = handle(tx, fn, args, kwargs)
+        results = handle(self, tx, fn, args, kwargs)
         if results is None:
             return kind.call_torch_function(self, tx, fn, types, args, kwargs)
         return results

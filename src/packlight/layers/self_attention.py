@@ -25,6 +25,7 @@ from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight._tracer import fake_of
 from packlight.layers import attention
 from packlight.layers.attention_backends import (
+    _NO_KERNEL,
     FUSED,
     Flags,
     Inputs,
@@ -34,7 +35,6 @@ from packlight.layers.attention_backends import (
     gradients,
     kernel_of,
     prepared,
-    _NO_KERNEL,
     run,
 )
 from packlight.layers.linear import Parameters, linear_gradients

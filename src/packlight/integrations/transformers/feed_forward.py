@@ -8,7 +8,6 @@ function (`layers/mlp.py`); elsewhere one by one. Those of GPT-2 hold their weig
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from packlight._classes import joined

@@ -8,7 +8,6 @@ they run as one function (`layers/post_norm.py`, `layers/mlp.py`); elsewhere one
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from packlight import fewbit

@@ -8,7 +8,6 @@ With the projection behind attention and the norm behind the sum it is one funct
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
