@@ -103,6 +103,9 @@ class _Covering(TorchFunctionMode):
         return call.function(*args, **kwargs)
 
 
+_torch.run_graphs_without(_Covering)
+
+
 def _is_covered(calls: Calls, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether our function takes this call: plain tensors, and no argument that only torch has."""
     if torch.compiler.is_dynamo_compiling():
@@ -129,7 +132,6 @@ def _is_covered(calls: Calls, call: Call, args: tuple[Any, ...], kwargs: dict[st
 @_torch.question
 def is_for_us(tracer: Any, calls: Any, places: Any, names: Any, args: Any, kwargs: Any) -> bool:
     """`_is_covered` of what is traced. Further calls are handled where the tracer is (`handle`)."""
-    _torch.run_graph_without(tracer, _Covering)
     covered = _torch.value_of(tracer, calls)
     if covered is not None:
         _torch.handle_here(tracer, _handler(covered))
@@ -455,7 +457,6 @@ def _are_alike(now: Calls, calls: Calls) -> bool:
 @_torch.question
 def covers(tracer: Any, calls: Any) -> bool | None:
     """`_covers` of what is traced; None where that is not known."""
-    _torch.run_graph_without(tracer, _Covering)
     own, now = _torch.value_of(tracer, calls), _NONE
     for mode in reversed(_torch.modes_of(tracer)):
         if mode.python_type() is _Covering:

@@ -75,6 +75,8 @@ def _answer(context: Any) -> None:
     tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     local = tracer.symbolic_locals
     name = local["question"].as_python_constant()
+    for kind in _off:
+        _run_graph_without(tracer, kind)
     try:
         found = _questions[name](tracer, *(value.realize() for value in local["values"].items))
     except (AttributeError, ImportError) as error:
@@ -266,11 +268,19 @@ _frame_callback: Callable[[], Any] | None = (FRAME_CALLBACK.values or (None,))[0
 run_as_written(compiles_frames)
 
 
-def run_graph_without(tracer: Any, kind: type[TorchFunctionMode]) -> None:
-    """Has the graph that is traced run with the function mode off that is on while it is traced.
+def run_graphs_without(kind: type[TorchFunctionMode]) -> None:
+    """Has graphs run with a function mode off that is on while they are traced.
 
-    What the mode does to the calls in it is part of the graph.
+    What the mode does to the calls in them is part of the graphs, and each call of compiled code
+    would go to it. Graphs in which no question is asked have nothing of ours, and are left alone.
     """
+    _off.append(kind)
+
+
+_off: list[type[TorchFunctionMode]] = []
+
+
+def _run_graph_without(tracer: Any, kind: type[TorchFunctionMode]) -> None:
     output = tracer.output
     compiler = output.compiler_fn
     if hasattr(compiler, _RUNS_WITHOUT) or all(
