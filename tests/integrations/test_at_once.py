@@ -155,6 +155,27 @@ def test_compiled_they_are_one_node_with_the_same_gradients(name, fresh_compiler
     torch.testing.assert_close(gradients, expected)
 
 
+@pytest.mark.parametrize("change", [lambda m: _frozen(m), lambda m: _part_in_eval(m)])
+@pytest.mark.parametrize("name", ["plain mlp", "output"])
+def test_compiled_code_is_made_anew_where_the_parts_are_to_run(name, change, fresh_compiler):
+    make, widths, _ = KINDS[name]
+    module, _ = converted(make)
+    given, dy = inputs(widths), torch.randn(3, 7, WIDTH)
+    compiler = Compiler()
+    compiled = torch.compile(module, backend=compiler)
+    run(compiled, given, dy, False)
+    change(module)
+    module.zero_grad()
+    y, expected = run(module, given, dy, False)
+    expected = copy.deepcopy(expected)
+    module.zero_grad()
+    compiler.nodes.clear()
+    z, gradients = run(compiled, given, dy, False)
+    assert len(compiler.nodes) > 1
+    torch.testing.assert_close(z, y)
+    torch.testing.assert_close(gradients, expected)
+
+
 def bert_block():
     config = transformers.BertConfig(
         hidden_size=WIDTH, intermediate_size=MIDDLE, num_attention_heads=2,
