@@ -77,8 +77,12 @@ class _Covering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # The tracer follows this at every call: few instructions until a call is covered.
-        if func not in self.calls.table:
+        listed: bool | None = None
+        if torch.compiler.is_dynamo_compiling():
+            listed = _torch.ask("is_listed", None, self.calls, func)
+        if listed is None:
+            listed = func in self.calls.table
+        if not listed:
             # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
             if func is Tensor.unflatten:
                 func = torch.unflatten
@@ -130,11 +134,24 @@ def _is_covered(calls: Calls, call: Call, args: tuple[Any, ...], kwargs: dict[st
 
 
 @_torch.question
-def is_for_us(tracer: Any, calls: Any, places: Any, names: Any, args: Any, kwargs: Any) -> bool:
-    """`_is_covered` of what is traced. Further calls are handled where the tracer is (`handle`)."""
+def is_listed(tracer: Any, calls: Any, function: Any) -> bool | None:
+    """Whether the table has a traced function: the tracer of 2.13 cannot hash each.
+
+    Further calls are handled where the tracer is (`_handle`). None where the table is not known.
+    """
     covered = _torch.value_of(tracer, calls)
-    if covered is not None:
-        _torch.handle_here(tracer, _handler(covered))
+    if covered is None:
+        return None
+    _torch.handle_here(tracer, _handler(covered))
+    try:
+        return function.realize().as_python_constant() in covered.table
+    except NotImplementedError:  # it stands for no function of torch's
+        return False
+
+
+@_torch.question
+def is_for_us(tracer: Any, calls: Any, places: Any, names: Any, args: Any, kwargs: Any) -> bool:
+    """`_is_covered` of what is traced."""
     positional, named = args.unpack_var_sequence(tracer), _torch.variables_of(tracer, kwargs)
     most, own = places.as_python_constant(), names.as_python_constant()
     return _takes(tracer, most, own, positional, named)
