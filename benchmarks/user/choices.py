@@ -235,7 +235,4 @@ CHOICES = {
     "whole+overhead": Choice(
         "packlight default, whole, compile, reduce-overhead", (default, _overhead)
     ),
-    "default+compile+graphed": Choice(
-        "packlight default, compile, graph", (default, compile_blocks, graphed)
-    ),
 }

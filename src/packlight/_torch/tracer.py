@@ -217,7 +217,10 @@ def handle_here(tracer: Any, handle: Handle) -> None:
     """
     if MODE_VARIABLE.values is None:
         return
-    mode = tracer.symbolic_torch_function_state.cur_mode.realize()
+    mode = tracer.symbolic_torch_function_state.cur_mode
+    if mode is None:  # torch's own code calls the handler, as that of `Module.to` does
+        return
+    mode = mode.realize()
     if type(mode) is MODE_VARIABLE.values[0]:
         mode.__class__ = _handled_by(handle)
 
