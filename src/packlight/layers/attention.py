@@ -377,7 +377,7 @@ def is_for_attention(tracer: Any, enable_gqa: Any, *inputs: Any) -> bool:
     if tracer.output.export:
         return False
     fakes: Any = [None if x.python_type() is type(None) else _tracer.fake_of(x) for x in inputs]
-    return _fits(tuple(fakes), enable_gqa.as_python_constant())
+    return bool(_fits(tuple(fakes), enable_gqa.as_python_constant()))  # of symbols no bool
 
 
 @_torch.one_node
