@@ -154,6 +154,7 @@ def group_quantised_products():
         a, b = torch.randn(5, 64, dtype=dtype), torch.randn(64, 3, dtype=dtype)
         torch.ops.packlight.wide_mm(a, b)
         torch.ops.packlight.recast(a.t(), b.double())
+        torch.ops.packlight.recast_parts([a.t(), a.t()], b.double())
 
 
 def residual_blocks():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import packlight
-from packlight import FewBit, GroupQuant, Sketch, _seeds
+from packlight import FewBit, GroupQuant, Sketch, _seeds, _torch
 from packlight import groupquant as gq
 
 LAYERS = {
@@ -289,3 +290,17 @@ def test_a_loop_that_resumes_needs_the_stream_of_rounding():
 
     assert resumed(with_rounding=True)
     assert not resumed(with_rounding=False)
+
+
+@pytest.mark.parametrize("draw", [_seeds.rounding_seed, _seeds.rounding_tensor])
+def test_a_counter_is_there_before_traced_code_runs_on_a_device(draw, monkeypatch):
+    """What runs first may be a warm-up in the memory of CUDA graphs, where nothing may live on."""
+    made = []
+    monkeypatch.setattr(_seeds, "_counter", made.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_torch, "is_traced", lambda: True)
+    with FakeTensorMode():
+        draw(torch.empty(2))
+        assert made == []
+        draw(torch.empty(2, device="cuda:0"))
+    assert made == [torch.device("cuda:0")]

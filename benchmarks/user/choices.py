@@ -36,7 +36,13 @@ class Choice(NamedTuple):
 
     @property
     def graphed(self) -> bool:
+        """Whether `packlight.graphed` has recorded the passes."""
         return "graph" in self.title
+
+    @property
+    def replayed(self) -> bool:
+        """Whether CUDA graphs are replayed, by whoever recorded them."""
+        return self.graphed or "overhead" in self.title
 
 
 def checkpoint(model: nn.Module, **options: Any) -> None:
@@ -106,9 +112,9 @@ def _is_of_a_model(kind: type) -> bool:
     return any(not base.__module__.startswith(ours) for base in kind.__mro__)
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, **options: Any) -> None:
     for block in blocks(model):
-        block.compile()
+        block.compile(**options)
 
 
 def budget() -> contextlib.AbstractContextManager[Any]:
@@ -174,6 +180,10 @@ def packed() -> contextlib.AbstractContextManager[Any]:
 
 
 _offload = functools.partial(checkpoint, offload=True)
+_overhead, _overhead_blocks = (
+    functools.partial(function, mode="reduce-overhead")
+    for function in (torch.compile, compile_blocks)
+)
 
 # In the order of what is worth knowing first.
 CHOICES = {
@@ -218,4 +228,11 @@ CHOICES = {
     "liger+offload": Choice("Liger, offload", (liger, _offload), kind="liger"),
     "budget": Choice("compile, budget 0.5", (torch.compile,), budget),
     "default+whole": Choice("packlight default, whole, compile", (default, torch.compile)),
+    "overhead": Choice("compile, reduce-overhead", (_overhead,)),
+    "default+overhead": Choice(
+        "packlight default, compile, reduce-overhead", (default, _overhead_blocks)
+    ),
+    "whole+overhead": Choice(
+        "packlight default, whole, compile, reduce-overhead", (default, _overhead)
+    ),
 }

@@ -218,13 +218,13 @@ def measure(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     device.clean()
     stopped = sum(max(0.0, min(b, end) - max(a, begin)) for a, b in turn())
     yield {"warm_s": round(end - begin - stopped, 2), "first_loss": round(first, 5)}
-    yield memory(trained, device, choice.graphed)
+    yield memory(trained, device, choice.replayed)
     yield times(trained, device, job.steps, task.size.items)
     yield launches(trained, device)
     yield {"python_calls": python_calls(trained)}
 
 
-def memory(trained: Trained, device: Device, graphed: bool) -> dict[str, Any]:
+def memory(trained: Trained, device: Device, replayed: bool) -> dict[str, Any]:
     """GiB. Of what lies in the pool of a graph the allocator counts only what it has reserved."""
     for _ in range(2):  # the allocator's cache was emptied
         trained.step()
@@ -241,7 +241,7 @@ def memory(trained: Trained, device: Device, graphed: bool) -> dict[str, Any]:
     device.wait()
     found = {"static_gib": static, "kept_gib": kept}
     found["reserved_gib"] = torch.cuda.max_memory_reserved()
-    found["peak_gib"] = found["reserved_gib"] if graphed else torch.cuda.max_memory_allocated()
+    found["peak_gib"] = found["reserved_gib"] if replayed else torch.cuda.max_memory_allocated()
     return {name: round(size / GIB, 3) for name, size in found.items()}
 
 
@@ -352,7 +352,7 @@ def peaks(choice: Choice, device: Device) -> dict[str, float | None]:
     found = {"static_gib": torch.cuda.memory_allocated()}
     found["reserved_gib"] = torch.cuda.max_memory_reserved()
     allocated = torch.cuda.max_memory_allocated()
-    found["peak_gib"] = found["reserved_gib"] if choice.graphed else allocated
+    found["peak_gib"] = found["reserved_gib"] if choice.replayed else allocated
     return {name: round(size / GIB, 3) for name, size in found.items()}
 
 

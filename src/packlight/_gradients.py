@@ -3,6 +3,8 @@
 Each is what the line of plain PyTorch in it says.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,31 @@ def recast(x: Tensor, like: Tensor) -> Tensor:
     if x.dtype == like.dtype:
         return x
     return _recast(x, like) if _torch.is_traced() else x.to(like.dtype)
+
+
+def one_above_another(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The parts one behind the other in `dtype`, without a copy of each."""
+    if _torch.is_traced():  # which fuses the casts
+        return torch.cat([as_dtype(part, dtype) for part in parts])
+    rows = sum([part.shape[0] for part in parts])
+    whole = parts[0].new_empty((rows, *parts[0].shape[1:]), dtype=dtype)
+    return torch.cat(tuple(parts), out=whole)
+
+
+_recast_parts = define_op(
+    "recast_parts(Tensor[] parts, Tensor like) -> Tensor",
+    reference=lambda parts, like: one_above_another(parts, like.dtype),
+    fake=lambda parts, like: torch.cat(parts).to(like.dtype),
+    tags=(torch.Tag.flexible_layout,),
+)
+
+
+def recast_parts(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Parameters one behind the other in the dtype of `like`, a gradient; as `recast` of one."""
+    if _torch.is_traced():
+        joined: Tensor = _recast_parts(list(parts), like)
+        return joined
+    return one_above_another(parts, like.dtype)
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ _LIBRARY = torch.library.Library("packlight", "DEF")
 # A plain global and not a context variable: backward of CUDA tensors runs on autograd's own
 # threads, which inherit no context.
 _reference_depth = 0
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @contextlib.contextmanager
@@ -73,12 +76,46 @@ def define_op(
     torch.library.register_fake(f"packlight::{name}", fake)
 
     operator: Callable[..., Any] = getattr(torch.ops.packlight, name).default
-    if kernel is None:
+    places, written, dtypes, first = _places(schema)
+    if first is None:  # nothing says on which device
         return operator
+    on_cuda = reference if kernel is None else _launcher(kernel, reference, places, dtypes, first)
+    if kernel is not None:
+        _LIBRARY.impl(name, on_cuda, "CUDA")
 
+    dispatch = type(operator).__call__
+
+    def call(*args: Any) -> Any:
+        """The operator, past the dispatcher where nothing looks on: that takes the CPU less."""
+        if torch.compiler.is_dynamo_compiling():
+            return operator(*args)
+        tensor = args[first]
+        if type(tensor) not in _PLAIN or not tensor.is_cuda or _torch.is_watched():
+            return dispatch(operator, *args)
+        if not written:
+            return on_cuda(*args)
+        changed = [args[place] for place in written if args[place] is not None]
+        for tensor in changed:
+            if tensor.is_inference():  # it has no version
+                return dispatch(operator, *args)
+        result = on_cuda(*args)
+        torch.autograd.graph.increment_version(changed)  # as the dispatcher does
+        return result
+
+    _torch.call_by(operator, call, dispatch)
+    return call
+
+
+def _launcher(
+    kernel: str,
+    reference: Callable[..., Any],
+    places: Sequence[int],
+    dtypes: Sequence[int],
+    first: int,
+) -> Callable[..., Any]:
+    """What launches the kernel for CUDA tensors, and runs the reference where it is to run."""
     module_name, _, function_name = kernel.partition(":")
     launch: Callable[..., Any] | None = None
-    places, written, dtypes, first = _places(schema)
 
     def on_cuda(*args: Any) -> Any:
         nonlocal launch
@@ -101,38 +138,17 @@ def define_op(
         with torch.cuda.device(tensor.device):  # Triton launches on the current device
             return launch(*args)
 
-    _LIBRARY.impl(name, on_cuda, "CUDA")
-
-    dispatch = type(operator).__call__
-
-    def call(*args: Any) -> Any:
-        """The operator, past the dispatcher where nothing looks on: that takes the CPU less."""
-        if torch.compiler.is_dynamo_compiling():
-            return operator(*args)
-        tensor = args[first]
-        if type(tensor) is not torch.Tensor or not tensor.is_cuda or _torch.is_watched():
-            return dispatch(operator, *args)
-        if not written:
-            return on_cuda(*args)
-        changed = [args[place] for place in written if args[place] is not None]
-        for tensor in changed:
-            if tensor.is_inference():  # it has no version
-                return dispatch(operator, *args)
-        result = on_cuda(*args)
-        torch.autograd.graph.increment_version(changed)  # as the dispatcher does
-        return result
-
-    _torch.call_by(operator, call, dispatch)
-    return call
+    return on_cuda
 
 
-def _places(schema: str) -> tuple[list[int], list[int], list[int], int]:
+def _places(schema: str) -> tuple[list[int], list[int], list[int], int | None]:
     """Which arguments of a schema are tensors, or None, which of them are written to, which are
-    dtypes, and the first tensor that is never None.
+    dtypes, and the first tensor that is never None, if there is one.
     """
     arguments = re.split(r",\s*", schema[schema.index("(") + 1 : schema.rindex(") ->")])
     kinds = [re.sub(r"\(\w!\)", "", argument).split(" ")[0] for argument in arguments]
     tensors = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
     written = [i for i in tensors if "!" in arguments[i]]
     dtypes = [i for i, kind in enumerate(kinds) if kind in ("ScalarType", "ScalarType?")]
-    return tensors, written, dtypes, kinds.index("Tensor")
+    first = kinds.index("Tensor") if "Tensor" in kinds else None
+    return tensors, written, dtypes, first

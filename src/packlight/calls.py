@@ -77,8 +77,12 @@ class _Covering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # The tracer follows this at every call: few instructions until a call is covered.
-        if func not in self.calls.table:
+        listed: bool | None = None
+        if torch.compiler.is_dynamo_compiling():
+            listed = _torch.ask("is_listed", None, self.calls, func)
+        if listed is None:
+            listed = func in self.calls.table
+        if not listed:
             # As a method it calls `super()`, which the tracer of 2.13 cannot follow in a mode.
             if func is Tensor.unflatten:
                 func = torch.unflatten
@@ -101,6 +105,9 @@ class _Covering(TorchFunctionMode):
             if results is not None:
                 return results
         return call.function(*args, **kwargs)
+
+
+_torch.run_graphs_without(_Covering)
 
 
 def _is_covered(calls: Calls, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -127,12 +134,24 @@ def _is_covered(calls: Calls, call: Call, args: tuple[Any, ...], kwargs: dict[st
 
 
 @_torch.question
-def is_for_us(tracer: Any, calls: Any, places: Any, names: Any, args: Any, kwargs: Any) -> bool:
-    """`_is_covered` of what is traced. Further calls are handled where the tracer is (`handle`)."""
-    _torch.run_graph_without(tracer, _Covering)
+def is_listed(tracer: Any, calls: Any, function: Any) -> bool | None:
+    """Whether the table has a traced function: the tracer of 2.13 cannot hash each.
+
+    Further calls are handled where the tracer is (`_handle`). None where the table is not known.
+    """
     covered = _torch.value_of(tracer, calls)
-    if covered is not None:
-        _torch.handle_here(tracer, _handler(covered))
+    if covered is None:
+        return None
+    _torch.handle_here(tracer, _handler(covered))
+    try:
+        return function.realize().as_python_constant() in covered.table
+    except NotImplementedError:  # it stands for no function of torch's
+        return False
+
+
+@_torch.question
+def is_for_us(tracer: Any, calls: Any, places: Any, names: Any, args: Any, kwargs: Any) -> bool:
+    """`_is_covered` of what is traced."""
     positional, named = args.unpack_var_sequence(tracer), _torch.variables_of(tracer, kwargs)
     most, own = places.as_python_constant(), names.as_python_constant()
     return _takes(tracer, most, own, positional, named)
@@ -161,7 +180,9 @@ def _handler(calls: Calls) -> Callable[..., Any]:
     return functools.partial(_handle, calls)
 
 
-def _handle(calls: Calls, tracer: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _handle(
+    calls: Calls, mode: Any, tracer: Any, function: Any, args: Any, kwargs: dict[str, Any]
+) -> Any:
     """What the mode's handler does, of variables of the tracer; None where it is to be followed."""
     try:
         function = function.realize()
@@ -181,7 +202,13 @@ def _handle(calls: Calls, tracer: Any, function: Any, args: Any, kwargs: dict[st
         or not _takes(tracer, call.places, call.names, args, kwargs)
     ):
         return function.call_function(tracer, args, kwargs)
-    return _torch.make_node(tracer, call.function, args, kwargs, call.options)
+    results = _torch.make_node(tracer, call.function, args, kwargs, call.options)
+    if results is not None:
+        return results
+    table = _torch.attribute_of(tracer, _torch.attribute_of(tracer, mode, "calls"), "table")
+    found = _torch.item_of(tracer, table, function)
+    ours, options = (_torch.attribute_of(tracer, found, name) for name in ("function", "options"))
+    return _torch.call_traced(tracer, ours, args, kwargs, options)
 
 
 # ---- who calls -----------------------------------------------------------------------------------
@@ -314,8 +341,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def is_bare(*modules: nn.Module) -> bool:
     """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
-    So that a layer around them may do their work. Hooks of `profile` only look on.
+    So that a layer around them may do their work. Hooks of `profile` only look on. Compiled code is
+    not made anew for hooks that come later, as torch makes none.
     """
+    if torch.compiler.is_dynamo_compiling():
+        bare: bool = _torch.ask("are_bare", False, *modules)
+        return bare
     for hooks in _GLOBAL_HOOKS:
         if hooks:
             return False
@@ -334,6 +365,11 @@ def is_bare(*modules: nn.Module) -> bool:
         if "_compiled_call_impl" in own and own["_compiled_call_impl"] is not None:
             return False
     return True
+
+
+@_torch.question
+def are_bare(tracer: Any, *modules: Any) -> bool:
+    return is_bare(*[module.value for module in modules])
 
 
 # ---- which modules -------------------------------------------------------------------------------

@@ -6,8 +6,11 @@ import pytest
 import torch
 import transformers
 from timm.layers import Mlp
+from timm.models.vision_transformer import Block
 from torch import nn
-from transformers.models.bert.modeling_bert import BertOutput
+from torch._dynamo.backends.debugging import aot_eager
+from torch.overrides import _get_current_function_mode_stack
+from transformers.models.bert.modeling_bert import BertLayer, BertOutput
 from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -118,6 +121,96 @@ def test_the_same_as_part_by_part(name, shape, dtype, autocast):
     for a, b in zip(gradients, others, strict=True):
         assert a.dtype == b.dtype
         assert not b.numel() or relative_error(a, b) <= near
+
+
+class Compiler:
+    """A backend of torch.compile that notes our nodes of its graphs, and the modes they run in."""
+
+    def __init__(self):
+        self.nodes, self.modes = [], []
+
+    def __call__(self, graph, inputs):
+        names = [getattr(node.target, "__name__", "") for node in graph.graph.nodes]
+        self.nodes += [name for name in names if name.startswith("apply_")]
+        compiled = aot_eager(graph, inputs)
+
+        def run(*args):
+            self.modes.append(_get_current_function_mode_stack())
+            return compiled(*args)
+
+        return run
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_compiled_they_are_one_node_with_the_same_gradients(name, fresh_compiler):
+    make, widths, _ = KINDS[name]
+    module, _ = converted(make)
+    given, dy = inputs(widths), torch.randn(3, 7, WIDTH)
+    y, expected = run(module, given, dy, False)
+    module.zero_grad()
+    compiler = Compiler()
+    z, gradients = run(torch.compile(module, backend=compiler, fullgraph=True), given, dy, False)
+    assert len(compiler.nodes) == 1 + (name == "transposed mlp")  # with its dropout
+    torch.testing.assert_close(z, y)
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("change", [lambda m: _frozen(m), lambda m: _part_in_eval(m)])
+@pytest.mark.parametrize("name", ["plain mlp", "output"])
+def test_compiled_code_is_made_anew_where_the_parts_are_to_run(name, change, fresh_compiler):
+    make, widths, _ = KINDS[name]
+    module, _ = converted(make)
+    given, dy = inputs(widths), torch.randn(3, 7, WIDTH)
+    compiler = Compiler()
+    compiled = torch.compile(module, backend=compiler)
+    run(compiled, given, dy, False)
+    change(module)
+    module.zero_grad()
+    y, expected = run(module, given, dy, False)
+    expected = copy.deepcopy(expected)
+    module.zero_grad()
+    compiler.nodes.clear()
+    z, gradients = run(compiled, given, dy, False)
+    assert len(compiler.nodes) > 1
+    torch.testing.assert_close(z, y)
+    torch.testing.assert_close(gradients, expected)
+
+
+def bert_block():
+    config = transformers.BertConfig(
+        hidden_size=WIDTH, intermediate_size=MIDDLE, num_attention_heads=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    return BertLayer(config)
+
+
+def timm_block():
+    return Block(WIDTH, 2, mlp_ratio=1.5, qkv_bias=True)
+
+
+@pytest.mark.parametrize("make", [bert_block, timm_block])
+def test_a_compiled_block_is_two_nodes_with_the_mode_off(make, fresh_compiler):
+    class Model(nn.Module):  # whose code is covered around the block's
+        def __init__(self):
+            super().__init__()
+            self.block = make()
+
+        def forward(self, x):
+            y = self.block(x)
+            return y[0] if isinstance(y, tuple) else y
+
+    module, _ = converted(Model)
+    [x], dy = inputs([WIDTH]), torch.randn(3, 7, WIDTH)
+    y, expected = run(module, [x], dy, False)
+    module.zero_grad()
+    compiler = Compiler()
+    module.block.compile(backend=compiler, fullgraph=True)
+    z, gradients = run(module, [x], dy, False)
+    assert compiler.nodes == ["apply_attention", "apply_mlp"]
+    assert compiler.modes == [[]]
+    torch.testing.assert_close(z, y)
+    torch.testing.assert_close(gradients, expected)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import packlight
-from packlight import FewBit, GroupQuant
+from packlight import FewBit, GroupQuant, _seeds
 from tests.integrations.models import NAMES, batch, make, worst_error
 
 pytestmark = pytest.mark.gpu
@@ -78,3 +78,22 @@ def test_a_compiled_model_computes_what_the_plain_one_does(name, mode, fresh_com
             with torch.autocast("cuda", torch.bfloat16):
                 model(**inputs).loss.backward()
     assert worst_error(gradients(converted), gradients(plain)) < 0.15
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+def test_each_replay_of_a_compiled_model_draws_seeds_anew(fresh_compiler, monkeypatch):
+    monkeypatch.setattr(_seeds, "_counters", {})  # as where nothing has run before
+    plain, _, inputs = on_device("bert")
+    converted = copy.deepcopy(plain)
+    packlight.convert(converted, (GroupQuant(bits=8, group_size=32), FewBit(bits=8)))
+    compiled, found = torch.compile(converted, fullgraph=True, mode="reduce-overhead"), []
+    for model, steps in ((plain, 1), (compiled, 5)):
+        for _ in range(steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                model(**inputs).loss.backward()
+            found.append(torch.cat([g.flatten() for g in gradients(model).values()]))
+    assert worst_error(gradients(converted), gradients(plain)) < 0.15
+    assert not torch.equal(found[-1], found[-2])

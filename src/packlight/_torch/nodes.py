@@ -189,6 +189,19 @@ def _seeds(tracer: Any, operands: Sequence[Any], place: int) -> Any:
     return seeds
 
 
+def call_traced(
+    tracer: Any, function: Any, args: Sequence[Any], kwargs: dict[str, Any], options: Any
+) -> Any:
+    """The results of a function that is followed; of variables, `options` that of a dictionary."""
+    given = {**kwargs, **variables_of(tracer, options)}
+    return function.call_function(tracer, list(args), given)
+
+
+def item_of(tracer: Any, dictionary: Any, key: Any) -> Any:
+    """The variable of a dictionary's value, guarded."""
+    return dictionary.call_method(tracer, "__getitem__", [key], {})
+
+
 @question
 def given_before(tracer: Any, *values: Any) -> tuple[int, ...]:
     """The places of tensors that stand at an earlier place too.

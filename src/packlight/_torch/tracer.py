@@ -75,6 +75,8 @@ def _answer(context: Any) -> None:
     tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     local = tracer.symbolic_locals
     name = local["question"].as_python_constant()
+    for kind in _off:
+        _run_graph_without(tracer, kind)
     try:
         found = _questions[name](tracer, *(value.realize() for value in local["values"].items))
     except (AttributeError, ImportError) as error:
@@ -203,9 +205,9 @@ def always_untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
-# What is asked for a call in traced code that goes to a function mode: given the tracer, variables
-# of the function and of its arguments, it gives the variable of the results.
-Handle = Callable[[Any, Any, Sequence[Any], dict[str, Any]], Any]
+# What is asked for a call in traced code that goes to a function mode: given variables of the mode,
+# of the function and of its arguments, and the tracer, it gives the variable of the results.
+Handle = Callable[[Any, Any, Any, Sequence[Any], dict[str, Any]], Any]
 
 
 def handle_here(tracer: Any, handle: Handle) -> None:
@@ -215,7 +217,10 @@ def handle_here(tracer: Any, handle: Handle) -> None:
     """
     if MODE_VARIABLE.values is None:
         return
-    mode = tracer.symbolic_torch_function_state.cur_mode.realize()
+    mode = tracer.symbolic_torch_function_state.cur_mode
+    if mode is None:  # torch's own code calls the handler, as that of `Module.to` does
+        return
+    mode = mode.realize()
     if type(mode) is MODE_VARIABLE.values[0]:
         mode.__class__ = _handled_by(handle)
 
@@ -229,7 +234,7 @@ def _handled_by(handle: Handle) -> type:
         self: Any, tx: Any, fn: Any, types: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         args = list(args)
-        results = handle(tx, fn, args, kwargs)
+        results = handle(self, tx, fn, args, kwargs)
         if results is None:
             return kind.call_torch_function(self, tx, fn, types, args, kwargs)
         return results
@@ -266,11 +271,19 @@ _frame_callback: Callable[[], Any] | None = (FRAME_CALLBACK.values or (None,))[0
 run_as_written(compiles_frames)
 
 
-def run_graph_without(tracer: Any, kind: type[TorchFunctionMode]) -> None:
-    """Has the graph that is traced run with the function mode off that is on while it is traced.
+def run_graphs_without(kind: type[TorchFunctionMode]) -> None:
+    """Has graphs run with a function mode off that is on while they are traced.
 
-    What the mode does to the calls in it is part of the graph.
+    What the mode does to the calls in them is part of the graphs, and each call of compiled code
+    would go to it. Graphs in which no question is asked have nothing of ours, and are left alone.
     """
+    _off.append(kind)
+
+
+_off: list[type[TorchFunctionMode]] = []
+
+
+def _run_graph_without(tracer: Any, kind: type[TorchFunctionMode]) -> None:
     output = tracer.output
     compiler = output.compiler_fn
     if hasattr(compiler, _RUNS_WITHOUT) or all(

@@ -64,7 +64,7 @@ def norm(
     x_hat, rstd = normalise(x, eps, center)
     bits, *_ = groups
     packed = x_hat.to(_packed_dtype(x, bits))
-    codes, scales = ops.quantize(packed, (width, 1), groups, seed, number)
+    codes, scales = ops.quantize(packed, x.stride(), groups, seed, number)
     y = x_hat if weight is None else x_hat * weight
     y = y if bias is None else y + bias
     return y.to(x.dtype), codes, scales, rstd.view(-1)

@@ -91,6 +91,8 @@ def overwriting_activation_of(method: Quantiser) -> Fused:
 
     Of a gradient, dense ones alone.
     """
+    if _torch.is_traced():  # a compiler takes memory again by itself
+        return activation_of(method)
     return method.fused.get("activation_") or activation_of(method)
 
 
@@ -269,6 +271,8 @@ def unit_of(method: Quantiser) -> Fused:
 
 def overwriting_unit_of(method: Quantiser) -> Fused:
     """`unit_of` where nothing reads the gradient of the product, which is dense, afterwards."""
+    if _torch.is_traced():
+        return unit_of(method)
     return method.fused.get("gated_") or unit_of(method)
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight import _torch, sharing
+from packlight import _torch, _tracer, sharing
 from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight.errors import InputError
@@ -221,7 +221,9 @@ def _whole(query: Tensor, key: Tensor, value: Tensor, method: Quantiser) -> Tens
     if not fits:
         return None
     for x in (query, key, value):  # heads side by side, in the memory that the tensor has now
-        if x.stride()[1::2] != (size, 1) or not _torch.share_storage(x, whole):
+        if x.stride()[1::2] != (size, 1):
+            return None
+        if not _torch.is_traced() and not _torch.share_storage(x, whole):
             return None
     return whole.detach()
 
@@ -326,20 +328,15 @@ def attend(
             f"attention cannot keep query, key and value by {method!r}: at {method.grade.bits} bits"
             " the error of its gradients is larger than they are; take 4 bits or 8"
         )
-    if not all(is_taken(x) for x in (query, key, value)):
-        return None
-    if query.dim() != 4 or (mask is not None and mask.requires_grad):
-        return None
-    if query.shape[-1] % 8 or key.shape[-1] != query.shape[-1]:
-        return None
-    heads, groups = query.shape[-3], key.shape[-3]
-    if heads != groups and (not enable_gqa or heads % groups):
-        return None  # torch raises
-    # What its kernels do not take, and do not check.
-    if key.shape != value.shape or query.shape[0] != key.shape[0]:
+    fits: bool | None = None
+    if torch.compiler.is_dynamo_compiling():  # one question: there are many things to look at
+        fits = _torch.ask("is_for_attention", None, enable_gqa, query, key, value, mask)
+    if fits is None:
+        fits = _fits(inputs, enable_gqa)
+    if not fits:
         return None
     kind = query.device.type
-    wanted = any(needs_gradient(x) for x in (query, key, value))
+    wanted = needs_gradient(query) or needs_gradient(key) or needs_gradient(value)
     if not wanted and not dropout_p:
         return None
     if torch.is_autocast_enabled(kind):
@@ -360,6 +357,30 @@ def attend(
     return _attend(inputs, kernel, flags, method, recompute)
 
 
+def _fits(inputs: Inputs, enable_gqa: bool) -> bool:
+    """Whether ours takes query, key, value and mask, as far as their shapes say."""
+    query, key, value, mask = inputs
+    if not all(is_taken(x) for x in (query, key, value)):
+        return False
+    if query.dim() != 4 or (mask is not None and mask.requires_grad):
+        return False
+    if query.shape[-1] % 8 or key.shape[-1] != query.shape[-1]:
+        return False
+    heads, groups = query.shape[-3], key.shape[-3]
+    if heads != groups and (not enable_gqa or heads % groups):
+        return False  # torch raises
+    # What its kernels do not take, and do not check.
+    return key.shape == value.shape and query.shape[0] == key.shape[0]
+
+
+@_torch.question
+def is_for_attention(tracer: Any, enable_gqa: Any, *inputs: Any) -> bool:
+    if tracer.output.export:
+        return False
+    fakes: Any = [None if x.python_type() is type(None) else _tracer.fake_of(x) for x in inputs]
+    return bool(_fits(tuple(fakes), enable_gqa.as_python_constant()))  # of symbols no bool
+
+
 @_torch.one_node
 def _attend(
     inputs: Inputs, kernel: Kernel, flags: Flags, method: Quantiser, recompute: bool
@@ -367,7 +388,7 @@ def _attend(
     query, key, value, mask = inputs
     if recompute and flags[0] and not can_draw_again(query):
         recompute, method = False, method.for_scores()
-    whole = None if _torch.is_traced() else _whole(query, key, value, method)
+    whole = _whole(query, key, value, method)
     packs = (3 if whole is None else 1) + (0 if recompute else 1)
     seeds = [method.seed(query) for _ in range(packs)]
     given = (query, key, value, mask, kernel, flags, method, whole, *seeds)

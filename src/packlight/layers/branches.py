@@ -134,17 +134,21 @@ def attended(
     seed: Seed,
     weight: Tensor,
     bias: Tensor | None,
+    kernel: Kernel | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Attended] | None:
     """attention(h), which W_o is to read; what is kept of h [batch, length, 3 width]; `Attended`.
 
     h is the caller's to give: its query may come to be less its mean. None where torch would take
-    no fused kernel.
+    no fused kernel; with one that is given, it runs.
     """
-    with torch.enable_grad():
-        parts = parts_of(h.requires_grad_(), heads)
-        kernel = kernel_of((*parts, mask), flags[0], flags[1])
-    if kernel[0] not in FUSED:
-        return None
+    if kernel is None:
+        with torch.enable_grad():
+            parts = parts_of(h.requires_grad_(), heads)
+            kernel = kernel_of((*parts, mask), flags[0], flags[1])
+        if kernel[0] not in FUSED:
+            return None
+    else:
+        parts = parts_of(h, heads)
     draws = draws_at(h) if flags[0] else None
     out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
     rebuild = Restore(method, tuple(h.shape), h.stride())

@@ -73,10 +73,11 @@ class _Activated(torch.autograd.Function):
 _activate: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Activated)
 
 
+@_torch.one_node
 def activated(x: Tensor, projection: Parameters, name: str, method: Quantiser) -> Tensor:
     """f(W x + b), f by its name.
 
-    In eager mode, in training, with gradients; the checks are the caller's. Keeps what `mlp` keeps;
+    In training, with gradients; the checks are the caller's. Keeps what `mlp` keeps;
     readers share the pack of W x + b.
     """
     kept = pack_input(x, method)
@@ -127,10 +128,11 @@ class _MLP(torch.autograd.Function):
 _apply: Callable[..., Tensor] = _torch.applied(_MLP)
 
 
+@_torch.one_node
 def mlp(x: Tensor, projections: Sequence[Parameters], name: str, method: Quantiser) -> Tensor:
     """W_2 f(W_1 x), f by its name. `projections` are those of W_1 and W_2.
 
-    In eager mode, in training, with gradients; the checks are the caller's. Keeps a pack of x, or
+    In training, with gradients; the checks are the caller's. Keeps a pack of x, or
     nothing where x is packed already, and a pack of W_1 x. Gradients are those of the layers one by
     one.
     """
@@ -218,6 +220,7 @@ def _once(rebuild: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rebuilt
 
 
+@_torch.one_node
 def gated_mlp(
     x: Tensor,
     projections: Sequence[Parameters],
@@ -226,7 +229,7 @@ def gated_mlp(
 ) -> Tensor:
     """W_down (f(W_gate x) W_up x), f by its name. `projections` are those of gate, up and down.
 
-    In eager mode, in training, with gradients; the checks are the caller's. Keeps a pack of x, or
+    In training, with gradients; the checks are the caller's. Keeps a pack of x, or
     nothing where x is packed already, and packs of W_gate x and W_up x. Gradients are those of the
     layers one by one.
     """

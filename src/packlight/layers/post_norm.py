@@ -22,11 +22,11 @@ from packlight._gradients import as_dtype
 from packlight._seeds import Seed, mask_seed, operands
 from packlight.fewbit import ops
 from packlight.fewbit.dropout import masked
-from packlight.layers.attention_backends import Flags
+from packlight.layers.attention_backends import FUSED, Flags, Kernel
 from packlight.layers.branches import attended, dtypes_of, feed
 from packlight.layers.linear import Parameters, affine, linear_gradients
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
-from packlight.layers.self_attention import side_by_side
+from packlight.layers.self_attention import kernel_of_whole, linear_dtype, side_by_side
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Fused, Quantiser, pack_input
 from packlight.reading import reader, reading_of
@@ -110,6 +110,8 @@ def _normed(
     fused = _post_norm_of(method)
     given = (branch, residual.contiguous(), gamma, beta, p, eps, dtype, method, seeds)
     y, rstd, copies, kept, mask = fused.forward(*given)
+    if _torch.is_traced():  # what a compiled region keeps is the region's own
+        copies = []
     ctx.mark_non_differentiable(*copies, *kept)
     ctx.set_materialize_grads(False)
     ctx.settings = (p, (branch.dtype, residual.dtype), method)
@@ -137,7 +139,8 @@ def _norm_gradients(
 def _noted(y: Tensor, made: Sequence[Tensor], norm: _Norm, method: Quantiser) -> Tensor:
     """y, with a note of what stands for it."""
     gamma, beta, _ = norm
-    tensors = (*made[2:], *own_parameters(made[:2], gamma, beta))
+    count = 0 if _torch.is_traced() else 2
+    tensors = (*made[count:], *own_parameters(made[:count], gamma, beta))
     rebuild = _post_norm_of(method).rebuild(y, y.shape[-1], method)
     pack = Pack(rebuild, tuple(y.shape), tensors, method.grade, reading_of(rebuild))
     sharing.note_pack(y, pack)
@@ -205,6 +208,7 @@ class _PostNorm(torch.autograd.Function):
 _apply: Callable[..., tuple[Tensor, ...]] = _torch.applied(_PostNorm)
 
 
+@_torch.one_node
 def post_norm(
     x: Tensor,
     weight: Tensor,
@@ -217,7 +221,7 @@ def post_norm(
 ) -> Tensor:
     """layer_norm(dropout(x W^T + b, p) + residual), x [..., in], residual [..., out].
 
-    In eager mode, in training, with gradients; the checks are the caller's. Keeps a pack of x, or
+    In training, with gradients; the checks are the caller's. Keeps a pack of x, or
     nothing where x is packed already, one bit an element of the dropout, a pack of x_hat, which
     readers of y share, and rstd. Gradients are those of the layers one by one: exact but for the
     packs.
@@ -250,16 +254,16 @@ class _Attention(torch.autograd.Function):
         beta: Tensor | None,
         mask: Tensor | None,
         settings: _Settings,
-        of_attention: tuple[int, Flags, Quantiser],
+        of_attention: tuple[int, Flags, Quantiser, Kernel | None],
         count: int,
         rebuild: Callable[..., Tensor],
         *tensors: Tensor | None,  # as `_Projections` has them
     ) -> tuple[Tensor, ...] | None:
-        heads, flags, method = of_attention
+        heads, flags, method, kernel = of_attention
         p, _, of_norm = settings
         whole, ctx.joined = side_by_side(x, count, rebuild, tensors)
         last = (last_weight, last_bias)
-        made = attended(whole, heads, mask, flags, method, method.seed(whole), *last)
+        made = attended(whole, heads, mask, flags, method, method.seed(whole), *last, kernel)
         del whole
         if made is None:
             return None
@@ -312,17 +316,41 @@ def attention(
 ) -> Tensor | None:
     """layer_norm(dropout(W_o attention(W x), p) + x), x [batch, length, width].
 
-    In eager mode, in training, with gradients; the checks are the caller's. `projections` are W's
+    In training, with gradients; the checks are the caller's. `projections` are W's
     for query, key and value, `last` is W_o; `methods` are those of x, of W x and of the norm. Keeps
     what `post_norm` keeps and a pack of W x. Gradients are those of the layers one by one, but for
     that of W_o, as in `pre_norm.attention`. None where torch would take no fused kernel.
     """
+    if not torch.compiler.is_dynamo_compiling():
+        return _attention(x, projections, last, norm, p, heads, mask, flags, methods, None)
+    weight, _ = projections[0]
+    width = sum([each.shape[0] for each, _ in projections])
+    kernel = kernel_of_whole(x, linear_dtype(x, weight), width, heads, mask, flags)
+    if kernel[0] not in FUSED:
+        return None
+    return _attention(x, projections, last, norm, p, heads, mask, flags, methods, kernel)
+
+
+@_torch.one_node
+def _attention(
+    x: Tensor,
+    projections: Sequence[Parameters],
+    last: Parameters,
+    norm: _Norm,
+    p: float,
+    heads: int,
+    mask: Tensor | None,
+    flags: Flags,
+    methods: tuple[Quantiser, Quantiser, Quantiser],
+    kernel: Kernel | None,
+) -> Tensor | None:
+    """`attention` by this kernel of torch's; None for that which torch takes of what there is."""
     method, of_attention, of_norm = methods
     kept = pack_input(x, method)
     rebuild = reader(kept.reading, kept.rebuild)
     gamma, beta, eps = norm
     weights, biases = zip(*projections, strict=True)
-    given = (*last, gamma, beta, mask, (p, eps, of_norm), (heads, flags, of_attention))
+    given = (*last, gamma, beta, mask, (p, eps, of_norm), (heads, flags, of_attention, kernel))
     made = _attend(x, *given, len(weights), rebuild, *weights, *biases, *kept.tensors)
     return None if made is None else _noted(made[0], made[1:], norm, of_norm)
 
@@ -380,6 +408,7 @@ class _MLP(torch.autograd.Function):
 _feed: Callable[..., tuple[Tensor, ...]] = _torch.applied(_MLP)
 
 
+@_torch.one_node
 def mlp(
     x: Tensor,
     projections: Sequence[Parameters],
@@ -391,7 +420,7 @@ def mlp(
 ) -> Tensor:
     """layer_norm(dropout(W_2 f(W_1 x), p) + x), f by its name. `projections` are W_1's and W_2's.
 
-    In eager mode, in training, with gradients; the checks are the caller's. Keeps what `post_norm`
+    In training, with gradients; the checks are the caller's. Keeps what `post_norm`
     keeps, and a pack of W_1 x. Gradients are those of the layers one by one.
     """
     kept = pack_input(x, method)

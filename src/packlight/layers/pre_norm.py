@@ -15,15 +15,11 @@ from packlight import _torch
 from packlight._checks import autocast, refuse_second_derivative, saved_with_weight
 from packlight._gradients import as_dtype
 from packlight._seeds import Seed
-from packlight.layers.attention_backends import (
-    Flags,
-)
+from packlight.layers.attention_backends import FUSED, Flags, Kernel
 from packlight.layers.branches import attended, dtypes_of, feed
 from packlight.layers.linear import Parameters, affine, linear_gradients
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
-from packlight.layers.self_attention import (
-    linear_dtype,
-)
+from packlight.layers.self_attention import kernel_of_whole, linear_dtype
 from packlight.quantiser import KEEPS, Quantiser
 
 
@@ -57,6 +53,8 @@ def _normed(
     x = autocast(x, ("layer_norm", weight.dtype), plain).contiguous()
     fused = row_norm_of(method)
     y, rstd, copies, kept = fused.forward(x, weight, bias, eps, True, method, seed)
+    if _torch.is_traced():  # what a compiled region keeps is the region's own
+        copies = []
     ctx.normed = fused.rebuild(y, y.shape[-1], method), y.dtype, method
     # In the dtype in which the Linear behind reads it: two at once would be in memory for nothing.
     y = as_dtype(y, linear_dtype(y, projection))
@@ -106,17 +104,17 @@ class _Attention(torch.autograd.Function):
         last_weight: Tensor,
         last_bias: Tensor | None,
         mask: Tensor | None,
-        settings: tuple[float, int, Flags],
+        settings: tuple[float, int, Flags, Kernel | None],
         methods: tuple[Quantiser, Quantiser],
         seeds: tuple[Seed, Seed],
     ) -> Tensor | None:
-        eps, heads, flags = settings
+        eps, heads, flags, kernel = settings
         of_norm, of_attention = methods
         y, normed = _normed(ctx, x, gamma, beta, eps, of_norm, seeds[0], weight)
         whole = affine(y, weight, bias)
         del y  # here and below: what is not read again makes room
         last = (last_weight, last_bias)
-        made = attended(whole, heads, mask, flags, of_attention, seeds[1], *last)
+        made = attended(whole, heads, mask, flags, of_attention, seeds[1], *last, kernel)
         del whole
         if made is None:
             return None
@@ -163,16 +161,37 @@ def attention(
 ) -> Tensor | None:
     """x + W_o attention(W norm(x)), x [batch, length, width]; `projections` are W's and W_o's.
 
-    In eager mode, in training, with gradients; the checks are the caller's. `method` is that of
+    In training, with gradients; the checks are the caller's. `method` is that of
     query, key and value, which W norm(x) has side by side. Keeps packs of the normalised value and
     of W norm(x). Gradients are those of the layers one by one, with attention in the form that runs
     again, but for that of W_o: it is of the output that comes again, with the error of decoded
     query, key and value and without a pack of its own. At 8 bits that is a tenth of a 4-bit pack's,
     and biased, since a softmax is not linear. None where torch would take no fused kernel.
     """
+    if not torch.compiler.is_dynamo_compiling():
+        return _attention(x, norm, projections, heads, mask, flags, method, None)
+    weight, _ = projections[0]
+    kernel = kernel_of_whole(x, linear_dtype(x, weight), weight.shape[0], heads, mask, flags)
+    if kernel[0] not in FUSED:
+        return None
+    return _attention(x, norm, projections, heads, mask, flags, method, kernel)
+
+
+@_torch.one_node
+def _attention(
+    x: Tensor,
+    norm: Norm,
+    projections: Sequence[Parameters],
+    heads: int,
+    mask: Tensor | None,
+    flags: Flags,
+    method: Quantiser,
+    kernel: Kernel | None,
+) -> Tensor | None:
+    """`attention` by this kernel of torch's; None for that which torch takes of what there is."""
     parameters = [each for projection in projections for each in projection]
     seeds = (norm.method.seed(x), method.seed(x))
-    given = (mask, (norm.eps, heads, flags), (norm.method, method), seeds)
+    given = (mask, (norm.eps, heads, flags, kernel), (norm.method, method), seeds)
     return _attend(x, norm.weight, norm.bias, *parameters, *given)
 
 
@@ -228,12 +247,13 @@ class _MLP(torch.autograd.Function):
 _feed: Callable[..., Tensor] = _torch.applied(_MLP)
 
 
+@_torch.one_node
 def mlp(
     x: Tensor, norm: Norm, projections: Sequence[Parameters], name: str, method: Quantiser
 ) -> Tensor:
     """x + W_2 f(W_1 norm(x)), f by its name. `projections` are those of W_1 and W_2.
 
-    In eager mode, in training, with gradients; the checks are the caller's. Keeps packs of the
+    In training, with gradients; the checks are the caller's. Keeps packs of the
     normalised value and of W_1 norm(x). Gradients are those of the layers one by one.
     """
     parameters = [each for projection in projections for each in projection]

@@ -19,15 +19,19 @@ from packlight._checks import (
     refuse_second_derivative,
     saved_with_weight,
 )
+from packlight._gradients import one_above_another, recast_parts
 from packlight._overwrite import writable
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
+from packlight._tracer import fake_of
 from packlight.layers import attention
 from packlight.layers.attention_backends import (
+    _NO_KERNEL,
     FUSED,
     Flags,
     Inputs,
     Kernel,
     Results,
+    choose,
     gradients,
     kernel_of,
     prepared,
@@ -86,7 +90,7 @@ class SideBySide(NamedTuple):
         """
         count, sizes, rebuild, dtypes = self
         weights, tensors = saved[:count], saved[count:]
-        weight = _joined(weights, grad_output.dtype) if needs_input else weights[0]
+        weight = recast_parts(weights, grad_output) if needs_input else weights[0]
         needs = (needs_input, needs_parameters, needs_parameters and dtypes[2] is not None)
         dweight: Any
         dx, dweight, dbias = linear_gradients(grad_output, weight, rebuild, tensors, needs, dtypes)
@@ -105,8 +109,8 @@ def side_by_side(
     """
     weights, biases = tensors[:count], tensors[count : 2 * count]
     dtype = linear_dtype(x, weights[0])
-    joined = _joined(weights, dtype)
-    bias = None if biases[0] is None else _joined(biases, dtype)
+    joined = one_above_another(weights, dtype)
+    bias = None if biases[0] is None else one_above_another(biases, dtype)
     dtypes = (x.dtype, weights[0].dtype, None if bias is None else biases[0].dtype)
     how = SideBySide(count, [weight.shape[0] for weight in weights], rebuild, dtypes)
     return F.linear(x, joined, bias), how
@@ -119,20 +123,14 @@ def linear_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     )
 
 
-def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The parts one behind the other in `dtype`, without a copy of each."""
-    rows = sum([part.shape[0] for part in parts])
-    whole = parts[0].new_empty((rows, *parts[0].shape[1:]), dtype=dtype)
-    return torch.cat(tuple(parts), out=whole)
-
-
 _project: Callable[..., Tensor] = _torch.applied(_Projections)
 
 
+@_torch.one_node
 def projections(x: Tensor, parameters: Sequence[Parameters], method: Quantiser) -> Tensor:
     """x W_i^T + b_i side by side, [..., sum of rows of W_i].
 
-    In eager mode, in training, with gradients; the checks are the caller's: weights all train, have
+    In training, with gradients; the checks are the caller's: weights all train, have
     one dtype, and all or none have a bias that trains. Keeps a pack of x, or nothing where x is
     packed already, and the weights. Gradients are those of the layers one by one.
     """
@@ -207,6 +205,32 @@ def run_again(
         return given, run(given, kernel, flags)
 
 
+def kernel_of_whole(
+    x: Tensor, dtype: torch.dtype, width: int, heads: int, mask: Tensor | None, flags: Flags
+) -> Kernel:
+    """The kernel that torch takes for parts of a projection of `x` to `width`. In traced code.
+
+    What the projection gives is no tensor there that could be asked.
+    """
+    asked = (dtype, width, heads, mask, *flags[:2])
+    kernel: Kernel = _torch.ask("whole_kernel", _NO_KERNEL, x, *asked)
+    return kernel
+
+
+@_torch.question
+def whole_kernel(
+    tracer: Any, x: Any, dtype: Any, width: Any, heads: Any, mask: Any, p: Any, is_causal: Any
+) -> Kernel:
+    fake: Any = fake_of(x)
+    of_mask = None if mask.python_type() is type(None) else fake_of(mask)
+    with fake.fake_mode:
+        whole = fake.new_empty(
+            (*fake.shape[:2], width.as_python_constant()), dtype=dtype.as_python_constant()
+        )
+        parts = parts_of(whole, heads.as_python_constant())
+    return choose((*parts, of_mask), p.as_python_constant(), is_causal.as_python_constant())
+
+
 def joined_gradients(parts: Sequence[Tensor]) -> Tensor:
     """Gradients of query, key and value as that of the tensor whose parts they are."""
     return torch.stack([each.transpose(1, 2) for each in parts], 2).flatten(2)
@@ -268,6 +292,8 @@ def fits(
 def _at_once(
     whole: Tensor, heads: int, mask: Tensor | None, flags: Flags, method: Quantiser
 ) -> Tensor | None:
+    if torch.compiler.is_dynamo_compiling():  # which finds what the three are parts of by itself
+        return None
     if not needs_gradient(whole) or not is_taken(whole) or not whole.is_contiguous():
         return None
     if not fits(whole, whole.dtype, heads, whole.shape[-1] // 3, mask, flags[0], method):

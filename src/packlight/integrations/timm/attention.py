@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm import layers
 from torch import Tensor, nn
@@ -111,9 +110,7 @@ class GroupQuantAttention(nn.Module):
 
 
 def method_of_calls() -> Quantiser | None:
-    """By what a call of attention keeps in the code that runs; None if not, or if traced."""
-    if torch.compiler.is_compiling():
-        return None
+    """By what a call of attention keeps in the code that runs; None if it does not."""
     call = covered_call(F.scaled_dot_product_attention)
     return None if call is None else call.options.get("method")
 

@@ -8,7 +8,6 @@ function (`layers/mlp.py`); elsewhere one by one. Those of GPT-2 hold their weig
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from packlight._classes import joined
@@ -80,7 +79,7 @@ class GroupQuantMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         y: Tensor | None = None
-        if self.training and not torch.compiler.is_compiling():
+        if self.training:
             y = uncovered(self._at_once, hidden_states)
         if y is None:
             plain: Tensor = super().forward(hidden_states)

@@ -8,7 +8,6 @@ they run as one function (`layers/post_norm.py`, `layers/mlp.py`); elsewhere one
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from packlight import fewbit
@@ -55,7 +54,7 @@ class GroupQuantIntermediate(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         y: Tensor | None = None
-        if self.training and not torch.compiler.is_compiling():
+        if self.training:
             y = uncovered(self._at_once, hidden_states)
         if y is None:
             y = super().forward(hidden_states)
@@ -87,7 +86,7 @@ class GroupQuantOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         y: Tensor | None = None
-        if self.training and not torch.compiler.is_compiling():
+        if self.training:
             y = uncovered(self._at_once, hidden_states, input_tensor)
         if y is None:
             y = super().forward(hidden_states, input_tensor)
@@ -139,7 +138,7 @@ class GroupQuantFeedForward(nn.Module):
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         y: Tensor | None = None
-        if self.training and not torch.compiler.is_compiling():
+        if self.training:
             y = uncovered(self._at_once, attention_output)
         if y is None:
             y = super().feed_forward_chunk(attention_output)  # type: ignore[misc]

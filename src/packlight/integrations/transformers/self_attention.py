@@ -8,7 +8,6 @@ With the projection behind attention and the norm behind the sum it is one funct
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -19,6 +18,7 @@ from packlight.calls import is_bare, uncovered
 from packlight.groupquant.modules import Linear
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import parameters_of, takes
+from packlight.integrations.transformers.masks import kind_of_traced
 from packlight.integrations.transformers.outputs import GroupQuantOutput
 from packlight.layers.attention_backends import Flags
 from packlight.layers.linear import Parameters
@@ -132,7 +132,7 @@ class AtOnce(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if self.training and past_key_values is None and not torch.compiler.is_compiling():
+        if self.training and past_key_values is None:
             out = uncovered(self._at_once, hidden_states, attention_mask, kwargs)
             if out is not None:
                 return out, None
@@ -146,14 +146,14 @@ class AtOnce(nn.Module):
         given = self.given(x, mask, options)
         if given is None:
             return None
-        parameters, flags, method = given
+        parameters, mask, flags, method = given
         whole = projections(x, parameters, method)
         return self_attention(whole, self.num_attention_heads, mask, flags, self.attention_method)
 
     def given(
         self, x: Tensor, mask: Tensor | None, options: dict[str, Any]
-    ) -> tuple[list[Parameters], Flags, Quantiser] | None:
-        """The projections, flags of attention, and the method by which x is kept.
+    ) -> tuple[list[Parameters], Tensor | None, Flags, Quantiser] | None:
+        """The projections, mask and flags of attention, and the method by which x is kept.
 
         None where the parts are to run one by one.
         """
@@ -180,8 +180,11 @@ class AtOnce(nn.Module):
         is_causal = options.get("is_causal")
         if is_causal is None:
             is_causal = self.is_causal
+        kind = kind_of_traced(mask)
+        if kind is not None:
+            mask, is_causal = None, kind == "causal"
         flags = (self.dropout.p, is_causal and mask is None and x.shape[1] > 1, self.scaling)
-        return parameters, flags, method
+        return parameters, mask, flags, method
 
 
 class WithNorm(nn.Module):
@@ -200,7 +203,7 @@ class WithNorm(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         alone = encoder_hidden_states is None and past_key_values is None
-        if self.training and alone and not torch.compiler.is_compiling():
+        if self.training and alone:
             out = uncovered(self._at_once, hidden_states, attention_mask, kwargs)
             if out is not None:
                 return out, None
@@ -220,7 +223,7 @@ class WithNorm(nn.Module):
         start, end = inner.given(x, mask, options), output.given(x)
         if start is None or end is None:
             return None
-        parameters, flags, method = start
+        parameters, mask, flags, method = start
         last, norm, p, of_last, of_norm = end
         of_attention, heads = inner.attention_method, inner.num_attention_heads
         dtype, width = linear_dtype(x, parameters[0][0]), parameters[0][0].shape[0]
