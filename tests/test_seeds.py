@@ -296,11 +296,12 @@ def test_a_loop_that_resumes_needs_the_stream_of_rounding():
 def test_a_counter_is_there_before_traced_code_runs_on_a_device(draw, monkeypatch):
     """What runs first may be a warm-up in the memory of CUDA graphs, where nothing may live on."""
     made = []
-    monkeypatch.setattr(_seeds, "_counter", made.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_torch, "is_traced", lambda: True)
     with FakeTensorMode():
-        draw(torch.empty(2))
+        here, there = torch.empty(2), torch.empty(2, device="cuda:0")
+        monkeypatch.setattr(_seeds, "_counter", made.append)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(_torch, "is_traced", lambda: True)
+        draw(here)
         assert made == []
-        draw(torch.empty(2, device="cuda:0"))
+        draw(there)
     assert made == [torch.device("cuda:0")]
