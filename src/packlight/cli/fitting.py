@@ -31,7 +31,7 @@ def run_fit(arguments: argparse.Namespace) -> None:
         write_fit(found, arguments.html)
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
     if arguments.plan is not None and found.plan is None:
-        raise InfeasibleBudgetError(f"{arguments.plan} is not written: {found.why_no_plan}")
+        raise InfeasibleBudgetError(f"{arguments.plan} is not written, since no plan fits")
 
 
 def _loaded(arguments: argparse.Namespace) -> LoadedModel:

@@ -185,7 +185,7 @@ class Fit:
         """What fits, and of what the times are."""
         fastest = self.fastest
         found = [
-            f"nothing fits; {self.why_no_plan}"
+            f"nothing fits: {self.why_no_plan}"
             if fastest is None
             else f"the fastest that fits: {fastest.name}"
         ]
@@ -206,7 +206,7 @@ class Fit:
         yield Text(
             f"weights {human_bytes(self.weights)}, optimiser {human_bytes(self.optimizer)},"
             + (f" gathered and buffers {human_bytes(self.wires)}," if self.wires else "")
-            + f" batch and cuBLAS {human_bytes(self.other)}, and"
+            + f" batch and cuBLAS {human_bytes(self.other)}; beside these:"
         )
         sizes = self.sizes
         table = new_table()
@@ -228,8 +228,8 @@ class Fit:
             "sequence": "; sequence: the longest of a batch of one",
         }
         yield Text(
-            "kept as the backward pass begins; on top: gradients and the working set; what is left"
-            f" of the memory{''.join(words[name] for name in sizes)}"
+            "kept: as the backward pass begins; on top: gradients and the working set; margin: what"
+            f" is left of the memory{''.join(words[name] for name in sizes)}"
         )
         for line in self.of_ranks:
             yield Text(line)
