@@ -369,6 +369,10 @@ def is_bare(*modules: nn.Module) -> bool:
 
 @_torch.question
 def are_bare(tracer: Any, *modules: Any) -> bool:
+    # A forward of a module's own may be assigned later; torch makes its code anew for that.
+    for module in modules:
+        if "forward" in vars(module.value) or not _torch.guard_absent(module, "forward"):
+            return False
     return is_bare(*[module.value for module in modules])
 
 

@@ -426,6 +426,13 @@ def test_a_compiled_region_with_dropout_keeps(fresh_compiler):
     assert all(x.isfinite().all() for x in grads)
 
 
+def test_no_heads_at_all_give_what_torch_gives():
+    tensors = [torch.randn(2, 0, 16, 8, requires_grad=True) for _ in range(3)]
+    y = groupquant.scaled_dot_product_attention(*tensors, is_causal=True, bits=8)
+    assert y.shape == (2, 0, 16, 8)
+    assert all(x.shape == y.shape for x in torch.autograd.grad(y.sum(), tensors))
+
+
 # ---- what stands in the place of torch's function ------------------------------------------------
 
 _attention = F.scaled_dot_product_attention

@@ -177,6 +177,63 @@ def test_compiled_code_is_made_anew_where_the_parts_are_to_run(name, change, fre
     torch.testing.assert_close(gradients, expected)
 
 
+@pytest.mark.parametrize("part", ["dense", "dropout"])
+def test_compiled_code_is_made_anew_for_a_forward_of_a_part_s_own(part, fresh_compiler):
+    make, widths, _ = KINDS["output"]
+    module, _ = converted(make)
+    given, dy = inputs(widths), torch.randn(3, 7, WIDTH)
+    compiled = torch.compile(module, backend="aot_eager")
+    run(compiled, given, dy, False)
+    inner = getattr(module, part)
+    forward = inner.forward
+    inner.forward = lambda x: 2 * forward(x)
+    results = []
+    for each in (module, compiled):
+        module.zero_grad()
+        results.append(copy.deepcopy(run(each, given, dy, False)[1]))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_layers_compile_with_any_length_and_dropout(fresh_compiler):
+    """Causal layers one by one, whose lengths become symbols, and probabilities that do."""
+    config = transformers.BertConfig(
+        is_decoder=True, vocab_size=64, hidden_size=WIDTH, intermediate_size=MIDDLE,
+        num_hidden_layers=2, num_attention_heads=2, attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    model = transformers.BertLMHeadModel(config).train()
+    packlight.convert(model, NEAREST)
+    blocks = model.bert.encoder.layer
+    lengths = (7, 9, 5, 1)
+    words = [torch.randint(0, 64, (3, length)) for length in lengths]
+
+    def gradients(ids):
+        model.zero_grad()
+        model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = [gradients(ids) for ids in words]
+    for block in blocks:
+        block.compile(backend="aot_eager")
+    torch.testing.assert_close([gradients(ids) for ids in words], expected, rtol=1e-3, atol=1e-3)
+    for p in (0.1, 0.2, 0.0):
+        for block in blocks:
+            block.attention.self.dropout.p = p
+        gradients(words[0])
+
+
+def test_whole_attention_compiles_with_dynamic_shapes(fresh_compiler):
+    torch.manual_seed(0)
+    module = Block(WIDTH, 2)
+    packlight.convert(module, NEAREST)
+    compiled = torch.compile(module, backend="aot_eager", dynamic=True)
+    for length in (7, 9):
+        x = torch.randn(3, length, WIDTH)
+        torch.testing.assert_close(compiled(x), module(x))
+        compiled(x).sum().backward()
+
+
 def bert_block():
     config = transformers.BertConfig(
         hidden_size=WIDTH, intermediate_size=MIDDLE, num_attention_heads=2,

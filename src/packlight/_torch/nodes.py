@@ -197,6 +197,19 @@ def call_traced(
     return function.call_function(tracer, list(args), given)
 
 
+def guard_absent(value: Any, name: str) -> bool:
+    """Has the traced code made anew where an object comes to have an attribute of its own.
+
+    False where the tracer cannot.
+    """
+    if GRAPH_NODES.values is None or value.source is None:
+        return False
+    *_, install_guard, guards, _ = GRAPH_NODES.values
+    absent = functools.partial(guards.NOT_PRESENT_IN_GENERIC_DICT, attr=name)
+    install_guard(value.source.make_guard(absent))
+    return True
+
+
 def item_of(tracer: Any, dictionary: Any, key: Any) -> Any:
     """The variable of a dictionary's value, guarded."""
     return dictionary.call_method(tracer, "__getitem__", [key], {})

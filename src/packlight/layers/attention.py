@@ -367,6 +367,8 @@ def _fits(inputs: Inputs, enable_gqa: bool) -> bool:
     if query.shape[-1] % 8 or key.shape[-1] != query.shape[-1]:
         return False
     heads, groups = query.shape[-3], key.shape[-3]
+    if heads == 0 or groups == 0:
+        return False  # the kernels divide by them
     if heads != groups and (not enable_gqa or heads % groups):
         return False  # torch raises
     # What its kernels do not take, and do not check.

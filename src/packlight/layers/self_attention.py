@@ -212,7 +212,9 @@ def kernel_of_whole(
 
     What the projection gives is no tensor there that could be asked.
     """
-    asked = (dtype, width, heads, mask, *flags[:2])
+    p, is_causal, _ = flags
+    p = next(iter({p}))  # a number again, as in `kernel_of`
+    asked = (dtype, width, heads, mask, p, is_causal)
     kernel: Kernel = _torch.ask("whole_kernel", _NO_KERNEL, x, *asked)
     return kernel
 
@@ -252,7 +254,7 @@ def self_attention(
 ) -> Tensor:
     """Attention of the parts of `whole` [batch, length, 3 heads size]: [batch, length, heads size].
 
-    In eager mode, in training. Query, key and value lie side by side in that order. What is kept,
+    In training. Query, key and value lie side by side in that order. What is kept,
     and gradients, are those of `scaled_dot_product_attention` of the three, but that one pack
     serves all where attention runs once more. That function runs where none does: where it keeps
     the statistic, groups would lie across two of the three, or the kernel draws dropout that

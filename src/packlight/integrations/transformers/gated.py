@@ -92,8 +92,7 @@ class GroupQuantGatedMLP(_Gated):
         if not self.training:
             plain: Tensor = super().forward(x)
             return plain
-        y: Tensor | None = None
-        y = uncovered(self._at_once, x)
+        y: Tensor | None = uncovered(self._at_once, x)
         if y is None:
             y = self.down_proj(self._gate(self.gate_proj(x), self.up_proj(x)))
         return y

@@ -183,7 +183,9 @@ class AtOnce(nn.Module):
         kind = kind_of_traced(mask)
         if kind is not None:
             mask, is_causal = None, kind == "causal"
-        flags = (self.dropout.p, is_causal and mask is None and x.shape[1] > 1, self.scaling)
+        if is_causal and (mask is not None or x.shape[1] < 2):  # no symbol, as `and` would give
+            is_causal = False
+        flags = (self.dropout.p, is_causal, self.scaling)
         return parameters, mask, flags, method
 
 
