@@ -48,7 +48,7 @@ class Point(NamedTuple):
         short = self.choice.removeprefix("packlight ").removesuffix(", compile")
         first, *rest = short.split(", ") if self.is_ours else [short]
         if first.split(" ")[0].isdigit():
-            bits, *more = first.split(" ")
+            bits, *more = first.removesuffix(" bits").split(" ")
             first = " ".join([f"{bits} bits", *more])
         elif short == "compile + checkpoint":
             first = "checkpoint"
