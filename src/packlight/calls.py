@@ -191,6 +191,9 @@ def _handle(
         return None
     if torchs is Tensor.unflatten:  # see the handler
         return None
+    # What a mode within another leaves, the other leaves as well if the handler makes the call.
+    if any(m is not mode and m.python_type() is _Covering for m in _torch.modes_of(tracer)):
+        return None
     call = calls.table.get(torchs)
     if call is None:
         return function.call_function(tracer, args, kwargs)
