@@ -35,6 +35,26 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
+class Latent(nn.Module):
+    """Causal attention whose values are narrower than its keys, or by a mask of the same."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, masked: bool = False) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(width, heads * 192), nn.Linear(width, heads * 128)
+        self.heads, self.dropout, self.masked = heads, dropout, masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, value = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.value)
+        )
+        length = x.shape[1]
+        mask = x.new_ones(1, 1, length, length, dtype=torch.bool).tril() if self.masked else None
+        return F.scaled_dot_product_attention(
+            query, query, value, mask, self.dropout, not self.masked
+        )
+
+
 def on_meta(**settings: float) -> tuple[Model, Tensor]:
     with torch.device("meta"):
         return Model(**settings), torch.empty(8, 256, dtype=torch.int64)

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +12,7 @@ from packlight import FewBit, GroupQuant
 from packlight.planner.costs import THIN_PRODUCTS, Costs, name_of
 from packlight.planner.devices import Device, device_of
 from packlight.planner.walk import Walker
+from tests.planner.models import Latent
 
 H200 = device_of("H200")
 
@@ -93,19 +93,7 @@ def test_hooks_of_a_first_pass_are_not_counted() -> None:
 def test_latent_attention_takes_what_it_took_on_an_h200(dtype: torch.dtype, measured: int) -> None:
     """4 x 2048 tokens, 16 heads of 192 and 128 channels, torch 2.11."""
 
-    class Latent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.value = nn.Linear(512, 16 * 192), nn.Linear(512, 16 * 128)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            query, value = (
-                layer(x).unflatten(-1, (16, -1)).transpose(1, 2)
-                for layer in (self.query, self.value)
-            )
-            return F.scaled_dot_product_attention(query, query, value, is_causal=True)
-
     with torch.device("meta"):
-        model, x = Latent().to(dtype), torch.empty(4, 2048, 512, dtype=dtype)
+        model, x = Latent(512, 16).to(dtype), torch.empty(4, 2048, 512, dtype=dtype)
     timeline = Walker(model, (x,), {}).walk(H200).timeline
     assert max(s.peak for s in timeline.segments) == pytest.approx(measured, rel=1e-4)

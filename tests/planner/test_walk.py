@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import packlight
@@ -22,7 +21,7 @@ from packlight.planner.runs import runs_of
 from packlight.planner.study import Study
 from packlight.planner.timeline import BACKWARD, FORWARD, STEP
 from packlight.planner.walk import Walker
-from tests.planner.models import Block, Model, on_meta, singles
+from tests.planner.models import Block, Latent, Model, on_meta, singles
 
 H200 = device_of("H200")
 GIB = 2**30
@@ -141,20 +140,9 @@ def test_dropout_keeps_a_byte_an_element_as_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_narrower_than_keys_have_no_scores_kept_as_on_a_gpu(masked: bool) -> None:
-    class Latent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.value = nn.Linear(64, 4 * 192), nn.Linear(64, 4 * 128)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            query, value = (
-                layer(x).unflatten(-1, (4, -1)).transpose(1, 2)
-                for layer in (self.query, self.value)
-            )
-            mask = x.new_ones(1, 1, 512, 512, dtype=torch.bool).tril() if masked else None
-            return F.scaled_dot_product_attention(query, query, value, mask, 0.1, not masked)
-
-    timeline = Walker(Latent(), (torch.empty(2, 512, 64),), {}).walk(H200).timeline
+    timeline = (
+        Walker(Latent(64, 4, 0.1, masked), (torch.empty(2, 512, 64),), {}).walk(H200).timeline
+    )
     heads = 2 * 4 * 512
     # Queries and values, the result (and the loss's input), and a statistic of each row.
     bias = 4 * 512 * 512 if masked else 0

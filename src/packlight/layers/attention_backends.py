@@ -183,7 +183,7 @@ _NODES = {
 }
 
 
-_NO_KERNEL = (SDPBackend.MATH.value, 1)
+NO_KERNEL = (SDPBackend.MATH.value, 1)
 
 
 def is_replaced() -> bool:
@@ -197,7 +197,7 @@ def is_replaced() -> bool:
 
 def choose(inputs: Inputs, dropout_p: float, is_causal: bool) -> Kernel:
     if is_replaced():
-        return _NO_KERNEL
+        return NO_KERNEL
     query, key, value, mask = inputs
     heads, groups = query.shape[-3], key.shape[-3]  # the compiler's symbols where they vary
     repeats = 1 if heads == groups else int(heads // groups)
@@ -246,5 +246,5 @@ def kernel_of(inputs: Inputs, dropout_p: float, is_causal: bool) -> Kernel:
         return choose(inputs, dropout_p, is_causal)
     # A float that took two values is a symbol to the compiler; hashed, it is a number again.
     dropout_p = next(iter({dropout_p}))
-    kernel: Kernel = _torch.ask("attention_kernel", _NO_KERNEL, *inputs, dropout_p, is_causal)
+    kernel: Kernel = _torch.ask("attention_kernel", NO_KERNEL, *inputs, dropout_p, is_causal)
     return kernel

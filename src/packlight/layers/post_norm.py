@@ -26,7 +26,7 @@ from packlight.layers.attention_backends import FUSED, Flags, Kernel
 from packlight.layers.branches import attended, dtypes_of, feed
 from packlight.layers.linear import Parameters, affine, linear_gradients
 from packlight.layers.norms import as_rows, own_parameters, row_norm_of
-from packlight.layers.self_attention import kernel_of_whole, linear_dtype, side_by_side
+from packlight.layers.self_attention import kernel_of_whole, side_by_side
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Fused, Quantiser, pack_input
 from packlight.reading import reader, reading_of
@@ -321,12 +321,8 @@ def attention(
     what `post_norm` keeps and a pack of W x. Gradients are those of the layers one by one, but for
     that of W_o, as in `pre_norm.attention`. None where torch would take no fused kernel.
     """
-    if not torch.compiler.is_dynamo_compiling():
-        return _attention(x, projections, last, norm, p, heads, mask, flags, methods, None)
-    weight, _ = projections[0]
-    width = sum([each.shape[0] for each, _ in projections])
-    kernel = kernel_of_whole(x, linear_dtype(x, weight), width, heads, mask, flags)
-    if kernel[0] not in FUSED:
+    kernel = kernel_of_whole(x, projections, heads, mask, flags)
+    if kernel is not None and kernel[0] not in FUSED:
         return None
     return _attention(x, projections, last, norm, p, heads, mask, flags, methods, kernel)
 

@@ -168,11 +168,8 @@ def attention(
     query, key and value and without a pack of its own. At 8 bits that is a tenth of a 4-bit pack's,
     and biased, since a softmax is not linear. None where torch would take no fused kernel.
     """
-    if not torch.compiler.is_dynamo_compiling():
-        return _attention(x, norm, projections, heads, mask, flags, method, None)
-    weight, _ = projections[0]
-    kernel = kernel_of_whole(x, linear_dtype(x, weight), weight.shape[0], heads, mask, flags)
-    if kernel[0] not in FUSED:
+    kernel = kernel_of_whole(x, projections[:1], heads, mask, flags)
+    if kernel is not None and kernel[0] not in FUSED:
         return None
     return _attention(x, norm, projections, heads, mask, flags, method, kernel)
 

@@ -25,8 +25,8 @@ from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight._tracer import fake_of
 from packlight.layers import attention
 from packlight.layers.attention_backends import (
-    _NO_KERNEL,
     FUSED,
+    NO_KERNEL,
     Flags,
     Inputs,
     Kernel,
@@ -206,16 +206,23 @@ def run_again(
 
 
 def kernel_of_whole(
-    x: Tensor, dtype: torch.dtype, width: int, heads: int, mask: Tensor | None, flags: Flags
-) -> Kernel:
-    """The kernel that torch takes for parts of a projection of `x` to `width`. In traced code.
-
-    What the projection gives is no tensor there that could be asked.
+    x: Tensor,
+    projections: Sequence[Parameters],
+    heads: int,
+    mask: Tensor | None,
+    flags: Flags,
+) -> Kernel | None:
+    """The kernel that torch takes for parts of what `projections` give side by side, in traced
+    code, where that is no tensor that could be asked. Elsewhere None: it is asked then.
     """
+    if not torch.compiler.is_dynamo_compiling():
+        return None
+    dtype = linear_dtype(x, projections[0][0])
+    width = sum([weight.shape[0] for weight, _ in projections])
     p, is_causal, _ = flags
     p = next(iter({p}))  # a number again, as in `kernel_of`
     asked = (dtype, width, heads, mask, p, is_causal)
-    kernel: Kernel = _torch.ask("whole_kernel", _NO_KERNEL, x, *asked)
+    kernel: Kernel = _torch.ask("whole_kernel", NO_KERNEL, x, *asked)
     return kernel
 
 
