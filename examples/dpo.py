@@ -25,5 +25,5 @@ trl.DPOTrainer(
     ),
     train_dataset=datasets.Dataset.from_list(pairs),
     peft_config=peft.LoraConfig(r=16, target_modules="all-linear"),
-    callbacks=[PacklightCallback(head=True)],
+    callbacks=[PacklightCallback()],
 ).train()

@@ -22,5 +22,5 @@ trl.SFTTrainer(
     ),
     train_dataset=data,
     peft_config=peft.LoraConfig(r=16, target_modules="all-linear"),
-    callbacks=[PacklightCallback(head=True)],
+    callbacks=[PacklightCallback()],
 ).train()

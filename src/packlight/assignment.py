@@ -14,7 +14,7 @@ from packlight._checks import is_supported
 from packlight.calls import swap_for_calls, without_calls
 from packlight.conversion import Conversion, Replaced, Skipped
 from packlight.errors import CannotConvertError, NothingMatchedError, PacklightError
-from packlight.head.modules import head_kind, heads_of, why_no_head, without_head
+from packlight.head.modules import head_kind, heads_of, passed_by, why_no_head, without_head
 from packlight.method import Calls, Method, NotConverted, Swap, find_patch_rule, find_rule
 from packlight.recompute.method import OfBlocks, Recompute, Tiles
 from packlight.recompute.modules import ATTRIBUTE, Tiled
@@ -242,7 +242,11 @@ class Assignment:
             heads = [layer for layer in layers if id(layer.module) in found]
         else:
             heads = [layer for layer in layers if layer.matches(head)]
-        reasons = [why_no_head(layer.module) or class_changed(layer.module) for layer in heads]
+        passed = passed_by(model)
+        reasons = [
+            why_no_head(layer.module) or class_changed(layer.module) or passed.get(layer.module)
+            for layer in heads
+        ]
         if not heads:
             self.no_heads = NothingMatchedError(
                 "head=True finds no output embeddings of a model of transformers; give a selector,"

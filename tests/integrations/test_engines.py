@@ -4,6 +4,7 @@ Engines of several processes are in `tests/parallel`, torchtitan and Megatron-Co
 torchtitan's configuration is in `test_torchtitan.py`.
 """
 
+import copy
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_input_args
 from axolotl.utils.dict import DictDefault
 from trl import TrlParser
+from trl.trainer.utils import add_fused_lm_head
 
 import packlight
 from packlight import FewBit, GroupQuant
@@ -110,6 +112,24 @@ def test_options_in_a_file_and_on_the_command_line_of_trl(tmp_path):
     assert parse(["--config", str(path)])[0].callbacks() == []
     with pytest.raises(packlight.InputError, match="trl: option rest of packlight"):
         parse(["--packlight_rest", "FewBit(3)"])
+
+
+def test_the_loss_of_trl_is_left_alone():
+    """`SFTTrainer` computes it from the head's weight, as `head=True` finds it and leaves it."""
+    inputs = batch("llama")
+    plain = make("llama")
+    models = [plain, copy.deepcopy(plain)]
+    found = []
+    for model in models:
+        add_fused_lm_head(model)
+        if model is not plain:
+            assert packlight.convert(model, {}, head=True).heads == ("lm_head",)
+        output = model(**inputs, fused_lm_head=True)
+        (-output.log_probs.sum()).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        found.append([output.log_probs.detach(), *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # --- Trainers of transformers, through Axolotl and TRL.

@@ -110,6 +110,23 @@ def test_loss_gradients_and_bytes_of_a_family(name):
     assert packlight.revert(model) == 1
 
 
+@pytest.mark.parametrize("count", [77, torch.tensor(77)], ids=["a number", "a tensor"])
+def test_a_loss_of_several_batches_is_divided_by_their_tokens(count):
+    """As `Trainer` has it where it accumulates gradients."""
+    plain, inputs = family("LlamaForCausalLM")
+    model = copy.deepcopy(plain)
+    packlight.convert(model, {}, head=True)
+    inputs["num_items_in_batch"] = count
+    expected, true = step(plain, inputs)
+    output, found = step(model, inputs)
+    assert is_lazy(output.logits)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    tokens = (inputs["labels"][:, 1:] != -100).sum()
+    mean = plain(**{**inputs, "num_items_in_batch": None}).loss
+    torch.testing.assert_close(output.loss, mean * tokens / 77)
+    assert worst_error(found, true) < 1e-5
+
+
 def llama(**changes):
     torch.manual_seed(0)
     sizes = {**_DECODER, **changes}
@@ -135,6 +152,7 @@ def test_an_eighth_of_what_plain_training_keeps_is_alive(dtype):
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     sizes = [one.nbytes for one in reached if one.data_ptr() not in parameters]
     assert max(sizes) < 8192 * 128  # neither a head nor logits
+    assert sum(sizes) <= 0.12 * before
 
 
 def nodes(root):

@@ -19,6 +19,7 @@ from transformers.models.phi3 import modeling_phi3
 
 import packlight
 from packlight import FewBit, GroupQuant
+from packlight.errors import CannotConvertError
 from packlight.integrations.transformers import PacklightCallback
 from tests.integrations.models import batch, make, step, worst_error
 
@@ -35,6 +36,7 @@ from liger_kernel.transformers import (
     LigerRMSNorm,
     LigerSwiGLUMLP,
 )
+from liger_kernel.transformers.model.llama import lce_forward
 from liger_kernel.transformers.monkey_patch import (
     _apply_liger_kernel_to_instance,
     _patch_layer_norm_module,
@@ -43,7 +45,8 @@ from liger_kernel.transformers.rms_norm import LigerRMSNormForGemma
 
 EIGHT = (GroupQuant(bits=8, group_size=32, rounding="nearest"), FewBit(bits=8))
 # What of Liger runs on its own kernels whatever packlight does.
-LAYERS_ALONE = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+FUSED = "fused_linear_cross_entropy"
+LAYERS_ALONE = {"rope": False, "cross_entropy": False, FUSED: False}
 
 CLASSES = {
     "llama": (modeling_llama, {"LlamaMLP": LigerSwiGLUMLP, "LlamaRMSNorm": LigerRMSNorm}),
@@ -201,7 +204,23 @@ def test_by_the_trainer_s_argument(tmp_path):
     assert callback.kept_bytes
 
 
-@pytest.mark.parametrize("part", ["rope", "fused_linear_cross_entropy"])
+@pytest.mark.parametrize("apply", APPLIED.values(), ids=APPLIED)
+def test_a_head_that_liger_s_fused_loss_passes_by_is_told(apply, monkeypatch):
+    """Its loss reads the weight of the head, and holds that weight's finished gradient."""
+    without = make("llama")
+    _apply_liger_kernel_to_instance(model=without, **LAYERS_ALONE)
+    assert packlight.convert(without, EIGHT, head=True).heads == ("lm_head",)
+    if apply is of_classes:
+        monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", lce_forward)
+        model = of_classes("llama", monkeypatch)
+    else:
+        model = make("llama")
+        _apply_liger_kernel_to_instance(model=model, **LAYERS_ALONE | {FUSED: True})
+    with pytest.raises(CannotConvertError, match=r"lm_head.*fused_linear_cross_entropy=False"):
+        packlight.convert(model, EIGHT, head=True)
+
+
+@pytest.mark.parametrize("part", ["rope", FUSED])
 def test_what_stays_liger_s_works_beside(part):
     """In the interpreter; a profile counts the finished gradients that a fused loss keeps."""
     inputs = batch("llama")

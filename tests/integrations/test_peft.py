@@ -553,18 +553,14 @@ def test_nothing_else_that_comes_is_converted():
 # ---- a quantised base ----------------------------------------------------------------------------
 
 
-class Linear4bit(nn.Linear):
-    """A stand-in for another layer of bitsandbytes: weights of bytes."""
+def of_4_bits(layer):
+    made = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False)
+    made.load_state_dict(layer.state_dict())
+    return made.to("cpu")
 
-    __module__ = "bitsandbytes.nn.modules"
 
-    def __init__(self, layer):
-        super().__init__(layer.in_features, layer.out_features, bias=False)
-        self.codes = nn.Parameter((layer.weight.detach() * 100).to(torch.int8), False)
-        del self.weight
-
-    def forward(self, x):
-        return torch.nn.functional.linear(x, self.codes.to(x.dtype) / 100)
+def of_8_bits(layer):
+    return bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=False)
 
 
 class Int4Tensor(torch.Tensor):
@@ -578,13 +574,13 @@ def with_weight_of_torchao(layer):
     return layer
 
 
-@pytest.mark.parametrize("make_layer", [Linear4bit, with_weight_of_torchao])
+@pytest.mark.parametrize("make_layer", [of_4_bits, of_8_bits, with_weight_of_torchao])
 def test_a_quantised_base_is_reported_as_what_it_is(make_layer):
     model = make("llama")
     for layer in model.model.layers:
         layer.mlp.down_proj = make_layer(layer.mlp.down_proj)
     conversion = packlight.convert(model)
-    package = "bitsandbytes" if make_layer is Linear4bit else "torchao"
+    package = "torchao" if make_layer is with_weight_of_torchao else "bitsandbytes"
     skipped = [row for row in conversion.skipped if f"quantised by {package}" in row.reason]
     assert len(skipped) == 2
     assert all("down_proj" in row.names[0] for row in skipped)

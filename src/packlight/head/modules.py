@@ -79,6 +79,27 @@ def _may_wait(head: Head, x: Tensor) -> bool:
 
 def heads_of(model: nn.Module) -> Iterator[nn.Module]:
     """The output embeddings of the models of transformers within this one, and of wrapped ones."""
+    for head, _ in _heads_and_models(model):
+        yield head
+
+
+def passed_by(model: nn.Module) -> dict[nn.Module, str]:
+    """Heads that are never called, since a model's forward reads their weights: why, by head."""
+    return {head: _LIGER for head, owner in _heads_and_models(model) if _is_liger_s(owner)}
+
+
+_LIGER = (
+    "the forward of its model is Liger-Kernel's, which computes the loss from its weight;"
+    " apply Liger-Kernel with fused_linear_cross_entropy=False"
+)
+
+
+def _is_liger_s(model: nn.Module) -> bool:
+    module: str = getattr(model.forward, "__module__", None) or ""
+    return module.startswith("liger_kernel.")
+
+
+def _heads_and_models(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     for module in model.modules():
         find = getattr(type(module), "get_output_embeddings", None)
         if find is None:
@@ -91,7 +112,7 @@ def heads_of(model: nn.Module) -> Iterator[nn.Module]:
             # PEFT trains a copy of a head beside the original.
             copies = getattr(head, "modules_to_save", None)
             found = [head] if copies is None else [head.original_module, *copies.values()]
-            yield from found
+            yield from ((one, module) for one in found)
 
 
 def why_no_head(module: nn.Module) -> str | None:
