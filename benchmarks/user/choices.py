@@ -155,6 +155,7 @@ PLANS = {
         "lora8b-8k": Limits(20.0),
         "lora8b-32k": Limits(33.9),
         "lora8b-110k": Limits(74.0),
+        "lora8b-4bit-32k": Limits(23.2),
     },
     "tight": {
         "lora8b-4k": Limits(17.0),

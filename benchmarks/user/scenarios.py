@@ -3,11 +3,13 @@
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from packlight.planner.adapted import in_4_bits
 
 Loss = Callable[[nn.Module], Tensor]  # of the model, or of what a compiler made of it
 
@@ -107,8 +109,11 @@ def lora(size: Size, bits: int = 16) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def _in_4_bits(model: nn.Module) -> None:
+def _in_4_bits(model: Any) -> None:
     """NormalFloat weights of bitsandbytes in all Linears but the head, as QLoRA has them."""
+    if model.lm_head.weight.is_meta:  # for a plan, of what such layers hold
+        in_4_bits(model)
+        return
     import bitsandbytes as bnb
 
     for parent in list(model.modules()):
@@ -241,6 +246,7 @@ SCENARIOS = {
     "lora8b-110k": _lora(112640, 140),
     "lora8b-4bit-4k": _lora(4096, 55, bits=4),
     "lora8b-4bit-8k": _lora(8192, 100, bits=4),
+    "lora8b-4bit-32k": _lora(32000, 30, bits=4),
     "lora8b-8bit-4k": _lora(4096, 58, bits=8),
     "roberta-32": _roberta(32, 5),
     "roberta-128": _roberta(128, 10),
