@@ -1,11 +1,13 @@
 """Walks: what is allocated when, beside what is known of it."""
 
+import copy
 import json
 import pathlib
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import packlight
@@ -115,6 +117,23 @@ def test_optimisers_hold_their_states(name: str, bytes_each: float) -> None:
     held = walker.walk(H200).static.optimizer
     scales = 2 * 4 * 512 * 512 // 256 if name == "adamw-8bit" else 0
     assert 0 <= held - (bytes_each * 512 * 512 + scales) <= 1024  # a count of steps
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, transformers.Adafactor])
+def test_optimisers_that_read_values(make: Any) -> None:
+    """Adafactor reads norms, holds a row and a column, and steps one after another."""
+    model = nn.Sequential(nn.Linear(512, 256), nn.Linear(256, 512))
+    walked = Walker(model, (torch.empty(4, 512),), {}, None, make).walk(H200)
+    real = make([copy.deepcopy(p) for p in model.parameters()])
+    for parameter in real.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    real.step()
+    states = [t for state in real.state.values() for t in state.values()]
+    held = sum(t.nbytes for t in states if isinstance(t, torch.Tensor) and t.dim())
+    assert 0 <= walked.static.optimizer - held <= 4 * 512  # a scalar of each
+    step = max(s.peak for s in walked.timeline.segments if s.phase == STEP)
+    grads = sum(p.nbytes for p in model.parameters())
+    assert grads + 4 * 512 * 256 <= step <= grads + 3.2 * 4 * 512 * 256
 
 
 def test_a_step_of_many_tensors_takes_memory_of_its_own() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight import _imagined, _torch
+from packlight._torch.modes import DispatchMode
 from packlight.errors import InputError
 from packlight.parallel import Parallel
 from packlight.planner.costs import Costs
@@ -155,7 +156,8 @@ class _Walk:
         self.phase = STEP
         with ledger:
             if optimizer is not None:
-                optimizer.step()
+                with _Ones():
+                    optimizer.step()
         for parameter in parameters:
             parameter.grad = None
         here = sum(local_bytes(p) for p in parameters if p.requires_grad)
@@ -224,7 +226,8 @@ class _Walk:
         optimizer = self.walker.optimizer(list(seen.values()))
         for parameter in seen.values():
             parameter.grad = torch.empty_like(parameter)
-        optimizer.step()
+        with _Ones():
+            optimizer.step()
         for parameter, shard in seen.items():
             if shard is parameter:
                 parameter.grad = None
@@ -317,3 +320,14 @@ def _loss_of(output: Any, loss: Loss | None) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError("loss is no tensor of one element, as a backward pass starts from")
     return value
+
+
+class _Ones(DispatchMode):  # type: ignore[misc]
+    """Gives 1 for what an optimiser reads of a tensor that has no values: a norm, a count."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        return func(*args, **(kwargs or {}))
