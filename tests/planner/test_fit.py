@@ -120,6 +120,25 @@ def test_the_command_says_what_it_does_not_know(
     assert "unknown device 'a large one'; known: H200" in capsys.readouterr().err
 
 
+def test_a_card_smaller_than_cuda_itself_is_refused(
+    net: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", net, "--gpu", "300MiB"])
+    assert stopped.value.code == 2
+    assert "a GPU of 300 MiB has no room for tensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_command_takes_every_optimiser_and_says_what_writes_a_plan(
+    net: str, capsys: pytest.CaptureFixture[str], optimizer: str
+) -> None:
+    main(["fit", net, "--gpu", "1GiB", "--optimizer", optimizer, "--quick", "--json"])
+    data = json.loads(capsys.readouterr().out)
+    (plan,) = (row for row in data["rows"] if row["name"] == "plan")
+    assert plan["code"].endswith('"plan.toml"), strict=False)  # --plan plan.toml writes that file')
+
+
 _SMALL_LLAMA = (
     "hidden_size=64", "intermediate_size=128", "num_hidden_layers=5", "vocab_size=512",
     "num_attention_heads=4",

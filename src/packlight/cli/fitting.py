@@ -71,7 +71,7 @@ def _foretold(arguments: argparse.Namespace, loaded: LoadedModel, device: device
                 head=True if arguments.head else None,
                 sizes=not arguments.quick,
                 longest=positions(loaded.model)[1],
-                plan_file=str(arguments.plan or "plan.toml"),
+                plan_file=None if arguments.plan is None else str(arguments.plan),
                 parallel=_parallel(arguments),
             )
     except PacklightError:

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import nn
 
-from packlight.errors import InfeasibleBudgetError
+from packlight.errors import InfeasibleBudgetError, InputError
 from packlight.parallel import ONE_RANK, Parallel, checked
 from packlight.planner.cutting import group_for
 from packlight.planner.devices import Device, parse_bytes
@@ -252,13 +252,18 @@ def fit(
     head: bool | None = None,
     sizes: bool = True,
     longest: int | None = None,
-    plan_file: str = "plan.toml",
+    plan_file: str | None = None,
     parallel: Parallel | None = None,
 ) -> Fit:
     """By each choice, and by a plan; `sizes` asks for the largest batch and the longest sequence,
     which is no longer than `longest`. Of a parallel run the inputs are those of a data-parallel
     rank (see `packlight.Parallel`).
     """
+    if device.memory <= _CONTEXT:
+        raise InputError(
+            f"a GPU of {human_bytes(device.memory)} has no room for tensors: CUDA itself takes"
+            f" {human_bytes(_CONTEXT)}"
+        )
     degrees = checked(parallel)
     with group_for(degrees):
         study = Study(model, inputs, kwargs, device, loss, optimizer, head, degrees)
@@ -266,7 +271,12 @@ def fit(
 
 
 def _fit(
-    title: str, model: nn.Module, study: Study, sizes: bool, longest: int | None, plan_file: str
+    title: str,
+    model: nn.Module,
+    study: Study,
+    sizes: bool,
+    longest: int | None,
+    plan_file: str | None,
 ) -> Fit:
     device, parallel = study.device, study.parallel
     room = usable(device.memory)
@@ -291,7 +301,9 @@ def _fit(
         timeline, stage = timelines[choice.name], stages[choice.name].stage
         rows.append(_row(choice.name, choice.code, timeline, stage, room, found))
     if plan is not None:
-        code = f'packlight.convert(model, packlight.load_methods("{plan_file}"), strict=False)'
+        file = plan_file or "plan.toml"
+        code = f'packlight.convert(model, packlight.load_methods("{file}"), strict=False)'
+        code += "" if plan_file else f"  # --plan {file} writes that file"
         found = {"batch": None, "sequence": None}
         if sizes:
             found = _most(rows, extremes(stages["plan"], _smallest(study), room, longest))
