@@ -13,7 +13,8 @@ Runs on a CPU in minutes. A row a code and case goes to `results/pack_errors.jso
 - `MiniLM, all gradients`: of the whole model converted by `GroupQuant` and `FewBit(3)`, covering
   calls, with `packlight.gradient_error`; `of_noise` is the error in the batch's own noise.
 - `MiniLM, attention` and `GPT, attention`: errors of dq, dk and dv of attention that runs once more
-  on its packs, mean over layers. The GPT is that of `packlight demo`, trained for a while.
+  on its packs, mean over layers; at 8 bits also in the form that keeps the output and a statistic a
+  row (`again` says which). The GPT is that of `packlight demo`, trained for a while.
 
 Errors are of one draw: each is a norm over thousands of values.
 """
@@ -141,13 +142,15 @@ class Call(NamedTuple):
     is_causal: bool
     dy: Tensor
 
-    def gradients(self, keeps: GroupQuant | None) -> list[Tensor]:
+    def gradients(self, keeps: GroupQuant | None, again: bool | None = None) -> list[Tensor]:
         *parts, mask = self.inputs
         given = [part.detach().requires_grad_() for part in parts if part is not None]
         if keeps is None:
             y = F.scaled_dot_product_attention(*given, mask, is_causal=self.is_causal)
         else:
-            y = scaled_dot_product_attention(*given, mask, is_causal=self.is_causal, method=keeps)
+            y = scaled_dot_product_attention(
+                *given, mask, is_causal=self.is_causal, method=keeps, recompute=again
+            )
         return list(torch.autograd.grad(y, given, self.dy))
 
 
@@ -178,10 +181,12 @@ def attentions(loss: Callable[[], Tensor]) -> list[Call]:
     return [Call(*call) for call in calls]
 
 
-def attention_errors(calls: Sequence[Call], keeps: GroupQuant) -> dict[str, float]:
+def attention_errors(
+    calls: Sequence[Call], keeps: GroupQuant, again: bool | None = None
+) -> dict[str, float]:
     errors: dict[str, list[float]] = {"dq": [], "dk": [], "dv": []}
     for call in calls:
-        pairs = zip(call.gradients(keeps), call.gradients(None), strict=True)
+        pairs = zip(call.gradients(keeps, again), call.gradients(None), strict=True)
         for own, (dx, exact) in zip(errors.values(), pairs, strict=True):
             own.append(relative(dx, exact))
     return {name: statistics.fmean(own) for name, own in errors.items()}
@@ -242,7 +247,7 @@ def run(options: argparse.Namespace) -> None:
     settings = rows.settings("cpu")
     combinations = [(code, bits) for bits in options.bits for code in options.codes]
 
-    def write(case: str, code: str, bits: int, errors: dict[str, float]) -> None:
+    def write(case: str, code: str, bits: int, errors: dict[str, Any]) -> None:
         rows.append(options.out, {"case": case, "code": code, "bits": bits, **errors, **settings})
         shown = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
         print(f"{case}, {code}, {bits} bits: {shown}", flush=True)
@@ -269,6 +274,9 @@ def run(options: argparse.Namespace) -> None:
         for code, bits in combinations:
             if bits > 2 and code != "scaled":  # attention refuses 2, and scales no channels
                 write(case, code, bits, attention_errors(found, method(code, bits)))
+        for again in (False, True):
+            errors = attention_errors(found, method("minmax", 8), again)
+            write(case, "minmax", 8, {**errors, "again": again})
 
 
 if __name__ == "__main__":

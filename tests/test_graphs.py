@@ -709,11 +709,13 @@ def test_masks_are_those_of_a_launched_pass(monkeypatch):
         assert all((mask is None) == is_free for mask in masks[:4]), type(model)
 
 
-def test_a_trainer_and_an_adapter(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_trainer_and_an_adapter(tmp_path, device):
     """A Trainer's steps are those of a launched model; PEFT's adapters are trained alone."""
     settings = {
-        "output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "max_steps": 3, "seed": 3,
+        "output_dir": str(tmp_path), "use_cpu": device == "cpu", "report_to": [], "max_steps": 3,
         "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no",
+        "seed": 3,
         "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": 1,
     }  # fmt: skip
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 120, (64, 16))]
@@ -721,6 +723,7 @@ def test_a_trainer_and_an_adapter(tmp_path):
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         packlight.convert(model, packlight.GroupQuant(8, rounding="nearest"), functional=True)
+        model.to(device)
     recorder = graphed(models[0])
     for model in models:
         arguments = transformers.TrainingArguments(**settings)

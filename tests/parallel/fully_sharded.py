@@ -15,11 +15,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import packlight
-from packlight import Checkpoint, GroupQuant
+from packlight import Checkpoint, GroupQuant, Offload
 from tests.parallel.ranks import join, leave
 
 NEAREST = GroupQuant(8, group_size=32, rounding="nearest")
-METHODS = {"packs": NEAREST, "checkpoint": (Checkpoint(NEAREST), NEAREST)}
+METHODS = {
+    "packs": NEAREST,
+    "checkpoint": (Checkpoint(NEAREST), NEAREST),
+    "offload": (Offload(NEAREST), NEAREST),
+}
 
 
 def make():

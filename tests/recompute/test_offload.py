@@ -201,3 +201,43 @@ def test_options_run_in_blocks_of_torch_beside_packs(option: menu.Option, dropou
     x = torch.randn(2, 64, 64, requires_grad=True)
     model(x).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in (x, *model.parameters()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [None, EIGHT])
+def test_on_a_gpu_copies_beside_the_blocks_change_no_bit(packed: GroupQuant | None) -> None:
+    """Large enough that a copy takes longer than what is launched beside it."""
+    torch.manual_seed(0)
+    kept = Model(blocks=6).cuda()
+    away = copy.deepcopy(kept)
+    packlight.convert(kept, Checkpoint(keep=packed))
+    packlight.convert(away, Offload(packed=packed))
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (kept, away)]
+    for step in range(4):
+        x = torch.randn(512, 256, WIDTH, device="cuda")
+        used = []
+        for model, optimizer in zip((kept, away), optimizers, strict=True):
+            before = torch.cuda.memory_allocated()
+            y = model(x)
+            torch.cuda.synchronize()
+            torch.empty(1, device="cuda")  # the allocator sees what copies have let go of
+            used.append(torch.cuda.memory_allocated() - before)
+            with torch.no_grad():
+                model(x[:8])  # a pass without gradients in between
+            y.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert used[0] - used[1] >= (4 if packed is None else 1) * 6 * x.numel(), step
+        assert equal(away.state_dict(), kept.state_dict()), step
+
+
+@pytest.mark.gpu
+def test_a_graph_of_offloaded_blocks_is_refused() -> None:
+    model = Model(blocks=2).cuda()
+    packlight.convert(model, Offload())
+    x = torch.randn(2, 64, WIDTH, device="cuda")
+    with pytest.raises(packlight.CannotGraphError, match="use Checkpoint"):
+        packlight.graphed(model, x)
+    packlight.launched(model)
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from packlight import _imagined
+from packlight.errors import CannotGraphError
 from packlight.quantiser import Quantiser, new_pack
 
 _Rebuild = Callable[..., Tensor]
@@ -93,6 +94,10 @@ def _to_host(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device="meta")  # in no memory of the device
     if not tensor.is_cuda:
         return tensor.clone()
+    if torch.cuda.is_current_stream_capturing():
+        raise CannotGraphError(
+            "Offload copies to memory of the host that a CUDA graph does not hold; use Checkpoint"
+        )
     stream = _stream(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     host = torch.empty_strided(
