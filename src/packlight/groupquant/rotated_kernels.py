@@ -34,13 +34,12 @@ from packlight.groupquant.rotated_ptx import (
     SURVEY,
     TURN,
 )
-from packlight.groupquant.rotated_reference import COUNTED, FORMULAS, LEAST, LIFT
+from packlight.groupquant.rotated_reference import FORMULAS, LEAST, LIFT
 from packlight.groupquant.tile_kernels import part_there, tile_to_float32, to_float32
 
 GREATEST = tl.constexpr(_GREATEST)
 BOUNDS = tl.constexpr(tuple(FORMULAS[bits].bound for bits in (1, 2, 3, 4)))
 STEPS = tl.constexpr(tuple(FORMULAS[bits].step for bits in (1, 2, 3, 4)))
-COUNTS = tl.constexpr(tuple(p in COUNTED for p in range(8)))
 RISE = tl.constexpr(LIFT)
 LASTS = tl.constexpr(tuple(FORMULAS[bits].last for bits in (1, 2, 3, 4)))
 ENCODE_PTX = tl.constexpr(ENCODE)
@@ -222,8 +221,7 @@ def encoded(y, by, BITS: tl.constexpr):
         for p in tl.static_range(8):
             code = code_of(y[p], by, BITS)
             whole |= code.to(tl.int32) << (BITS * p)
-            if COUNTS[p]:
-                inner += y[p].to(tl.float32) * level(code, BITS).to(tl.float32)
+            inner += y[p].to(tl.float32) * level(code, BITS).to(tl.float32)
         if BITS < 3:
             return whole.to(tl.int16), inner.to(tl.float16)
         else:
@@ -365,25 +363,13 @@ def turned_pairs(x, seed, group, SIZE: tl.constexpr):
 
 @triton.jit
 def squares_of(y):
-    """[NQ] sums of squares of float16 numbers of the parts that are counted, and of all."""
-    some, others = tl.inline_asm_elementwise(
-        SQUARES_PTX, INPUTS_PTX[2] + ",r,r,r,r,r,r,r,r",
+    """[NQ] sums of squares of float16 numbers of eight parts."""
+    squares = tl.inline_asm_elementwise(
+        SQUARES_PTX, "=r,r,r,r,r,r,r,r,r",
         [y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]],
-        dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        dtype=tl.float16, is_pure=True, pack=2,
     )  # fmt: skip
-    some = over_places(some)
-    return some, some + over_places(others)
-
-
-@triton.jit
-def counted_squares(y):
-    """[NQ] sums of squares of the parts that are counted, in float32."""
-    squares = tl.zeros(y[0].shape, dtype=tl.float32)
-    for p in tl.static_range(8):
-        if COUNTS[p]:
-            z = y[p].to(tl.float32)
-            squares += z * z
-    return tl.sum(squares, 1)
+    return over_places(squares)
 
 
 @triton.jit
@@ -490,17 +476,15 @@ def store_rotated(
     mean = mean_bits.to(tl.float32, bitcast=True)
     turned = products(parts, NQ, SIZE)
     if NARROW_TILE:
-        own, squares = squares_of(turned)
-        squares *= 1.0 / WIDTH
+        squares = squares_of(turned) * (1.0 / WIDTH)
         UNITS: tl.constexpr = max(1.0, SIZE / 8)
     else:
-        own = counted_squares(turned)
         UNITS: tl.constexpr = 1.0
     normal = tl.minimum(inverse_root(squares), HALF_GREATEST)
     by = (normal * (0.5 / BOUNDS[BITS - 1])).to(tl.float16)[:, None]
     found = encoded(turned, by, BITS)
     inner = over_places(found[len(found) - 1])
-    scale = unit * (ratio(own, inner) * (UNITS / WIDTH))
+    scale = unit * (ratio(squares, inner) * UNITS)
     scale = tl.where(inner * normal > LEAST_INNER, scale, 0.0)
     scale = tl.minimum(scale, (GREATEST - tl.abs(mean)) / (LASTS[BITS - 1] * WIDTH))
     word = tl.where(finite, mean_bits, 0x7FC00000) | ((nearest_bfloat16(scale) >> 16) & 0xFFFF)

@@ -7,7 +7,7 @@ are in a register does not matter.
 
 import struct
 
-from packlight.groupquant.rotated_reference import COUNTED, FORMULAS, LIFT, pieces
+from packlight.groupquant.rotated_reference import FORMULAS, LIFT, pieces
 
 _PARTS = range(8)
 
@@ -132,17 +132,13 @@ def differ() -> str:
 
 
 def squares() -> str:
-    """Of float16 numbers of eight parts: sums of squares of those that are counted, and others."""
+    """Of float16 numbers of eight parts: sums of their squares."""
     text = _Text()
-    fresh = {"a": True, "b": True}
     for p in _PARTS:
-        name = "a" if p in COUNTED else "b"
-        y = f"${2 + p}"
-        kind, rest = ("mul", "") if fresh[name] else ("fma", f", {name}")
+        name, y = "ab"[p % 2], f"${1 + p}"
+        kind, rest = ("mul", "") if p < 2 else ("fma", f", {name}")
         text.add(f"{kind}.rn.f16x2 {name}, {y}, {y}{rest}")
-        fresh[name] = False
-    text.add("mov.b32 $0, a")
-    text.add("mov.b32 $1, b")
+    text.add("add.rn.f16x2 $0, a, b")
     return text.text(["a", "b"])
 
 
@@ -181,7 +177,7 @@ def _bases(bits: int, count: int) -> list[tuple[int, int]]:
 
 def encode(bits: int) -> str:
     """Of turned numbers of eight parts and what makes y of them over twice the bound: the pieces of
-    the codes of y, and the inner product of those that are counted with their levels.
+    the codes of y, and the inner product with their levels.
     """
     formula = FORMULAS[bits]
     sizes = pieces(bits)
@@ -207,23 +203,22 @@ def encode(bits: int) -> str:
                 text.add(f"fma.rn.f16x2 n{j}, w, q, {constant(_pair(*base))}")
             else:
                 text.add(f"fma.rn.f16x2 n{j}, u, {constant(_pair(top))}, {constant(_pair(*base))}")
-            if part in COUNTED:
-                text.add(f"sub.rn.f16x2 s, n{j}, {constant(_pair(*base))}")
-                middle = top / 2
-                if formula.smooth:
-                    step, start = (
-                        constant(_pair(formula.step)),
-                        constant(_pair(-formula.step * middle)),
-                    )
-                    text.add(f"fma.rn.f16x2 s, s, {step}, {start}")
-                    text.add("mul.rn.f16x2 w, s, s")
-                    text.add(f"fma.rn.f16x2 w, w, w, {constant(_pair(LIFT))}")
-                    text.add(f"mul.rn.f16x2 s, s, {y}")
-                    text.add("mul.rn.f16x2 i, s, w" if fresh else "fma.rn.f16x2 i, s, w, i")
-                else:
-                    text.add(f"sub.rn.f16x2 s, s, {constant(_pair(middle))}")
-                    text.add(f"mul.rn.f16x2 i, s, {y}" if fresh else f"fma.rn.f16x2 i, s, {y}, i")
-                fresh = False
+            text.add(f"sub.rn.f16x2 s, n{j}, {constant(_pair(*base))}")
+            middle = top / 2
+            if formula.smooth:
+                step, start = (
+                    constant(_pair(formula.step)),
+                    constant(_pair(-formula.step * middle)),
+                )
+                text.add(f"fma.rn.f16x2 s, s, {step}, {start}")
+                text.add("mul.rn.f16x2 w, s, s")
+                text.add(f"fma.rn.f16x2 w, w, w, {constant(_pair(LIFT))}")
+                text.add(f"mul.rn.f16x2 s, s, {y}")
+                text.add("mul.rn.f16x2 i, s, w" if fresh else "fma.rn.f16x2 i, s, w, i")
+            else:
+                text.add(f"sub.rn.f16x2 s, s, {constant(_pair(middle))}")
+                text.add(f"mul.rn.f16x2 i, s, {y}" if fresh else f"fma.rn.f16x2 i, s, {y}, i")
+            fresh = False
             part += 1
         text.add(f"mov.b32 c{chain}, n{count - 1}")
         for j in reversed(range(count - 1)):
