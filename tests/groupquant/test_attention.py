@@ -107,18 +107,52 @@ def test_the_gradient_is_that_of_attention_of_what_is_decoded(dtype, causal):
     dy = torch.randn_like(y)
     found = torch.autograd.grad(y, tensors, dy)
     mean = tensors[0].detach().mean((0, 2), keepdim=True)
-    decoded = [
-        method.unpack(dtype, tuple(x.shape), x.stride(), *method.pack(x.detach() - less, None))
-        + less
-        for x, less in zip(tensors, (mean, 0.0, 0.0), strict=True)
-    ]
-    for x in decoded:
-        x.requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)  # in which a mean is added
+    decoded = []
+    for x, less in zip(tensors, (mean, 0.0, 0.0), strict=True):
+        pack = method.pack(x.detach() - less, None)
+        again = method.unpack(wide, tuple(x.shape), x.stride(), *pack) + less
+        decoded.append(again.to(dtype).requires_grad_())
     again = F.scaled_dot_product_attention(*decoded, is_causal=causal)
     expected = torch.autograd.grad(again, decoded, dy)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert torch.equal(y, F.scaled_dot_product_attention(*tensors, is_causal=causal))
+
+
+LAYOUTS = {
+    "one projection": lambda q, k, v: torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)
+    .permute(2, 0, 3, 1, 4),
+    "query, key and value one behind the other": lambda q, k, v: torch.stack(
+        [x.transpose(1, 2) for x in (q, k, v)]
+    ).transpose(2, 3),
+    "keys first": lambda q, k, v: torch.stack([x.transpose(1, 2) for x in (k, q, v)], 2)
+    .permute(2, 0, 3, 1, 4)[[1, 0, 2]],
+    "tokens first": lambda q, k, v: torch.stack([x.permute(2, 0, 1, 3) for x in (q, k, v)], 2)
+    .permute(2, 1, 3, 0, 4),
+    "heads first": lambda q, k, v: torch.stack([x.contiguous() for x in (q, k, v)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("length", [64, 1])
+def test_a_mean_far_from_zero_costs_nothing_in_any_order_of_memory(layout, length):
+    """Where the query's mean were not taken off, or put back elsewhere, errors would be large."""
+    tensors = [x.detach()[:, :, :length] for x in correlated(12, 64, 32)]
+    far = torch.randn(1, tensors[0].shape[1], 1, 32) * 4
+    errors = []
+    for shift in (0.0, far):
+        q, k, v = tensors
+        given = LAYOUTS[layout](q + shift, k, v).requires_grad_()
+        found, expected = (
+            torch.autograd.grad(attend(*given).square().sum(), given)[0]
+            for attend in (
+                functools.partial(scaled_dot_product_attention, method=GroupQuant(4)),
+                F.scaled_dot_product_attention,
+            )
+        )
+        errors.append(relative_error(found, expected))
+    assert errors[1] < 1.5 * errors[0] + 0.05
 
 
 def test_values_that_are_kept_whole_give_torch_s_gradient():
