@@ -343,6 +343,7 @@ def test_operators_pass_opcheck():
     for given in (seed, 2**62 + 1, None):
         draw = operands(given)
         check(namespace.group_quantize.default, (x, [96, 1], (4, 32), *draw))
+        check(namespace.group_quantize_less.default, (x, [96, 1], x[0], 96, (4, 32), *draw))
         check(namespace.group_quant_activation.default, (x, "silu", [], (4, 32), *draw))
         check(namespace.group_quant_gated.default, (x, x + 1, "silu", (4, 32), *draw))
         norm = (x, 96, torch.ones(96), None, 1e-5, True, (4, 32), *draw)
