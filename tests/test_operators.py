@@ -1,6 +1,7 @@
 """The fake of every operator against the operator, in passes that together reach all of them."""
 
 import functools
+import itertools
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -138,6 +139,13 @@ def overwritten():
             group_ops.gated_backward_(x, *packs, *f)
 
 
+def less_a_shift():
+    for dtype, groups in itertools.product(DTYPES, ((4, 64, 0), (2, 64, 2))):
+        for x in (torch.randn(5, 64, dtype=dtype), torch.randn(64, 5, dtype=dtype).t()):
+            shift = torch.randn(64, dtype=dtype)
+            group_ops.quantize_less(x, x.stride(), shift, 64, groups, None, 7)
+
+
 def lines_of_codes():
     for bits in (2, 3, 4, 8):
         groups = (bits, 32, 1)
@@ -211,7 +219,7 @@ def products_of_low_rank():
 PASSES = (
     activations, dropouts, pools, inverted_norms, group_quantised_norms, group_quantised_products,
     norms_behind_sums, overwritten, residual_blocks, convolutions_with_norms, sketches, masks,
-    heads, rotations, lines_of_codes, products_of_low_rank,
+    heads, rotations, lines_of_codes, less_a_shift, products_of_low_rank,
 )  # fmt: skip
 
 

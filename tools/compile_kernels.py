@@ -44,7 +44,7 @@ from packlight.sketch.reference import BUNDLE, POLYNOMIALS
 POINTERS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "narrow_ptr", "exact_ptr")
 POINTERS += ("gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "logits_ptr")
 POINTERS += ("residual_ptr", "dresidual_ptr", "other_ptr")
-POINTERS += ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
+POINTERS += ("shift_ptr", "q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr")
 LIMITS = ("lowest", "highest", "below", "above", "edge")
 FLOATS = ("a", "b", "center", "scale", "offset", "low", "eps", "momentum", *LIMITS)
 FLOATS += ("cap", "scaling")
@@ -293,18 +293,19 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
         launches = {
             "pack": kernels._quantize_launch(flat, kind, "", (), 1),
             "pack to nearest": kernels._quantize_launch(flat, kind, "", (), 0),
-            "unpack": kernels._dequantize_launch(flat, kind, "", 0.0, 0.0, False, False),
-            "unpack affine": kernels._dequantize_launch(rows, kind, "", 0.0, 0.0, True, True),
+            "pack less a shift": kernels._quantize_launch(flat, kind, "", (), 1, 8, 8),
+            "pack a third less a shift": kernels._quantize_launch(flat, kind, "", (), 1, 8, 24),
+            "unpack": kernels._dequantize_launch(flat, kind, "", 0.0, 0.0, False, 0),
+            "unpack and a shift": kernels._dequantize_launch(rows, kind, "", 0.0, 0.0, False, 8),
+            "unpack affine": kernels._dequantize_launch(rows, kind, "", 0.0, 0.0, True, 8),
             "unpack affine, ragged": kernels._dequantize_launch(
-                rows._replace(width=1000), kind, "", 0.0, 0.0, True, True
+                rows._replace(width=1000), kind, "", 0.0, 0.0, True, 8
             ),
         }
         for name in ("gelu", "silu"):
             launches |= {
                 name: kernels._quantize_launch(flat, kind, name, (), 1),
-                f"{name} rebuilt": kernels._dequantize_launch(
-                    flat, kind, name, 0.0, 0.0, False, False
-                ),
+                f"{name} rebuilt": kernels._dequantize_launch(flat, kind, name, 0.0, 0.0, False, 0),
                 f"{name} backward": kernels._activation_backward_launch(flat, kind, name, 0.0, 0.0),
                 f"gated {name}": gated_kernels._gated_launch(flat, kind, name, 1),
                 f"gated {name} rebuilt": gated_kernels._gated_backward_launch(
@@ -446,6 +447,8 @@ def compile_kernel(
             special["bits_ptr"] = special["signs_ptr"] = "*u8"
             special |= dict.fromkeys(("rstd_ptr", "dgamma_ptr", "dbeta_ptr"), "*fp32")
             special |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "slots_ptr": "*i32"}
+            if constants.get("WEIGHT") is False:  # what a query was packed less
+                special["bias_ptr"] = "*" + dtype
             special["parts_ptr"] = special["moments_ptr"] = special["norms_ptr"] = "*fp32"
             special |= dict.fromkeys(("first_ptr", "step_ptr", "lowest_ptr"), "*fp32")
             special |= dict.fromkeys(("index_ptr", "places_ptr", "chosen_ptr"), "*i32")

@@ -35,6 +35,28 @@ class Fused(NamedTuple):
     rebuild: Callable[..., Callable[..., Tensor]]
 
 
+class Shift(NamedTuple):
+    """What is taken off the first values of every `width`, in the order of memory, of a pack."""
+
+    values: Tensor
+    width: int
+
+    def taken_off(self, x: Tensor) -> Tensor:
+        """`x` less it, in its memory order and dense strides."""
+        stride = dense_stride(x)
+        flat = memory_order(x, stride).clone()
+        self._of(flat).sub_(self.values)
+        return flat.as_strided(x.shape, stride)
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """`x`, of dense strides, with it again."""
+        self._of(memory_order(x, x.stride())).add_(self.values)
+        return x
+
+    def _of(self, flat: Tensor) -> Tensor:
+        return flat.view(-1, self.width)[:, : self.values.numel()]
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantiser(Method, abstract=True):
     """Base of the methods that keep a tensor as fewer bits, `GroupQuant` among them.
@@ -74,20 +96,27 @@ class Quantiser(Method, abstract=True):
         """The values again, [count], contiguous, in `dtype`."""
         raise NotImplementedError(f"{type(self).__name__} restores nothing")
 
-    def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
-        """`keep` of all values of `x`, in the order of its memory."""
+    def pack(self, x: Tensor, seed: Seed, shift: Shift | None = None) -> tuple[Tensor, ...]:
+        """`keep` of all values of `x`, less a shift if there is one, in the order of its memory."""
         with without_autocast(x.device.type):
+            x = x if shift is None else shift.taken_off(x)
             flat = memory_order(x, dense_stride(x))
             kept: tuple[Tensor, ...] = uncovered(self.keep, flat, as_given(seed))
         return tuple(kept)
 
     def unpack(
-        self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        *kept: Tensor,
+        shift: Shift | None = None,
     ) -> Tensor:
         """`restore` as a tensor of this shape and dense strides, those of `dense_stride(x)`."""
         with without_autocast(kept[0].device.type):
             flat: Tensor = uncovered(self.restore, dtype, math.prod(shape), *kept)
-        return flat.as_strided(shape, stride)
+            x = flat.as_strided(shape, stride)
+            return x if shift is None else shift.put_back(x)
 
     def with_sides(self, flat: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """What is kept of `flat`, so that values come back on their side of 0 and zeros as 0.
@@ -140,8 +169,8 @@ class Restore:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def __call__(self, dtype: torch.dtype, *kept: Tensor) -> Tensor:
-        return self.method.unpack(dtype, self.shape, self.stride, *kept)
+    def __call__(self, dtype: torch.dtype, *kept: Tensor, shift: Shift | None = None) -> Tensor:
+        return self.method.unpack(dtype, self.shape, self.stride, *kept, shift=shift)
 
 
 # What the error of a second derivative says is kept.

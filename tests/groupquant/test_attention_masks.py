@@ -376,9 +376,9 @@ def test_what_one_projection_makes_has_one_pack(cut, packs, dtype, recompute, mo
     packed = []
     plain = packlight.GroupQuant.pack
 
-    def pack(self, x, seed):
+    def pack(self, x, seed, *shift):
         packed.append(tuple(x.shape))
-        return plain(self, x, seed)
+        return plain(self, x, seed, *shift)
 
     monkeypatch.setattr(packlight.GroupQuant, "pack", pack)
     made = torch.randn(BATCH, QUERIES, 3 * HEADS * WIDTH, dtype=dtype, requires_grad=True)

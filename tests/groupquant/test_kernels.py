@@ -233,6 +233,29 @@ def test_packs_of_every_code_equal_the_reference(groups, dtype, device):
 
 @every_device
 @every_coded
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("covered", [256, 768])
+def test_packs_less_a_shift_equal_the_reference(groups, dtype, covered, device):
+    """Of whole tiles and of others; of all columns, and of the first alone."""
+    width = 768
+    for rows in (1, 32) if device == "cpu" else (1, 2731, 4096):
+        # In eighths, whose differences bfloat16 has: the interpreter would truncate them.
+        x, shift = (
+            ((torch.randn(*shape, device=device) * 16 + 3).round() / 8).to(dtype)
+            for shape in ((rows, width), (covered,))
+        )
+        seed = operands(torch.tensor([2**61 + 12345], device=device))
+        given = (x, (width, 1), shift, width, groups, *seed)
+        pack = reference.quantize_less(*given)
+        agree(kernels.quantize_less(*given), pack, 1, x.numel(), groups)
+        layout = ((rows, width), (width, 1), width, groups)
+        rebuild = (*pack, *layout, dtype, "", (), None, shift)
+        theirs = reference.dequantize(*rebuild)
+        close_by(groups, kernels.dequantize(*rebuild), theirs, dtype)
+
+
+@every_device
+@every_coded
 def test_gated_units_of_every_code_equal_the_reference(groups, device):
     count = 300 if device == "cpu" else 2**20 + 77
     gate, up, dy = (torch.randn(count, device=device) * 2 for _ in range(3))
@@ -320,6 +343,7 @@ def test_operators_pass_opcheck():
     for given in (seed, 2**62 + 1, None):
         draw = operands(given)
         check(namespace.group_quantize.default, (x, [96, 1], (4, 32), *draw))
+        check(namespace.group_quantize_less.default, (x, [96, 1], x[0], 96, (4, 32), *draw))
         check(namespace.group_quant_activation.default, (x, "silu", [], (4, 32), *draw))
         check(namespace.group_quant_gated.default, (x, x + 1, "silu", (4, 32), *draw))
         norm = (x, 96, torch.ones(96), None, 1e-5, True, (4, 32), *draw)

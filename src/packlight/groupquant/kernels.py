@@ -24,8 +24,10 @@ from packlight.groupquant.pack_kernels import load_codes, packed_tile, store_cod
 from packlight.groupquant.tile_kernels import (
     ask_for,
     load_columns,
+    load_raw_columns,
     load_raw_tile,
     load_raw_whole,
+    plus,
     row_tile,
     store_whole,
     to_float32,
@@ -41,6 +43,7 @@ TURNED_CODE = tl.constexpr(ROTATED)
 def _quantize_kernel(
     x_ptr,  # [rows, width]
     y_ptr,  # [rows, width]
+    shift_ptr,  # of SHIFT groups
     codes_ptr,  # [rows, row_groups, SIZE]
     scales_ptr,  # [rows, row_groups]
     seed,  # a number, or a pointer to one
@@ -55,6 +58,8 @@ def _quantize_kernel(
     above,
     edge,
     FORWARD: tl.constexpr,  # None: nothing but the pack
+    SHIFT: tl.constexpr,  # 0: the pack is of x itself
+    PERIOD: tl.constexpr,  # groups after which the shift begins again
     DIGITS: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -67,7 +72,7 @@ def _quantize_kernel(
     ONE_ROW: tl.constexpr,
     NQ: tl.constexpr,
 ):
-    """Pack of x, and y = f(x) in the same pass."""
+    """Pack of x, or of x less a shift, and y = f(x) in the same pass."""
     if ONE_ROW:
         row, tile = tl.full((), 0, tl.int64), tl.program_id(0)
     else:
@@ -77,6 +82,12 @@ def _quantize_kernel(
     starts, room = row_tile(width - bundle * (8 * SIZE), NQ, SIZE)
     bundle += tl.arange(0, NQ)
     raw = load_raw_tile(x_ptr + start, starts, room, SIZE, FULL)
+    if SHIFT > 0:
+        shift = load_raw_columns(shift_ptr, bundle, room, PERIOD, SHIFT, SIZE, PARTS, FULL)
+        less = ()
+        for p in tl.static_range(8):
+            less = less + (plus(raw[p], shift[p], -1).to(x_ptr.dtype.element_ty),)
+        raw = less
     if FORWARD is not None:
         y = ()
         for p in tl.static_range(8):
@@ -98,7 +109,7 @@ def _dequantize_kernel(
     scales_ptr,  # [rows, row_groups]
     y_ptr,  # [rows, width]
     weight_ptr,  # [width], or of PERIOD groups
-    bias_ptr,
+    bias_ptr,  # of BIAS groups
     width,
     row_groups,
     tiles,
@@ -107,7 +118,7 @@ def _dequantize_kernel(
     FORWARD: tl.constexpr,  # None: the value itself
     DIGITS: tl.constexpr,
     WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr,  # 0: none
     PERIOD: tl.constexpr,  # groups after which weight and bias begin again
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -152,8 +163,8 @@ def _dequantize_tile(
     )  # fmt: skip
     if WEIGHT:
         weight = load_columns(weight_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
-    if BIAS:
-        bias = load_columns(bias_ptr, bundle, room, PERIOD, SIZE, PARTS, FULL)
+    if BIAS > 0:
+        bias = load_raw_columns(bias_ptr, bundle, room, PERIOD, BIAS, SIZE, PARTS, FULL)
     out = ()
     for p in tl.static_range(8):
         y = tile[p]
@@ -161,8 +172,8 @@ def _dequantize_tile(
             y = FORWARD(to_float32(y), a, b, DIGITS)
         if WEIGHT:
             y = to_float32(y) * weight[p]
-        if BIAS:
-            y = to_float32(y) + bias[p]
+        if BIAS > 0:
+            y = plus(y, bias[p])
         if FORWARD is None and y_ptr.dtype.element_ty == tl.float16:
             y = clamp(y, -HALF_MAX, HALF_MAX)  # the other dtypes hold whatever a pack does
         out = out + (y,)
@@ -321,8 +332,9 @@ def bounded(grouping: Grouping, dtype: torch.dtype, full: bool, registers: int) 
 @functools.lru_cache(LAUNCHES)
 def _quantize_launch(
     grouping: Grouping, dtype: torch.dtype, name: str, parameters: tuple[float, ...],
-    seed: int,
+    seed: int, shift: int = 0, period: int = 0,
 ) -> Launch:  # fmt: skip
+    """`shift`: groups of one, which begins again after so many as `period` says."""
     block, warps = setting_for(grouping, ACTIVATION if name else PACK)
     if grouping.code == ROTATED:  # whose random numbers are those of groups, not of rows
         grouping = one_row(grouping)
@@ -336,6 +348,8 @@ def _quantize_launch(
         *_two(parameters),
         *pack_limits(dtype, name, parameters, grouping.bits),
         FORWARD=FORWARD[name] if name else None,
+        SHIFT=shift,
+        PERIOD=period,
         DIGITS=DIGITS[dtype],
         **constants(grouping),
         SEED=seed,
@@ -359,7 +373,7 @@ def _pack(
     if n == 0:
         return codes, scales
     launch = _quantize_launch(grouping, x.dtype, name, tuple(parameters), seed_kind(seed, number))
-    launch(x, x if y is None else y, codes, scales, seeds=(seed_argument(seed, number),))
+    launch(x, x if y is None else y, x, codes, scales, seeds=(seed_argument(seed, number),))
     return codes, scales
 
 
@@ -367,6 +381,21 @@ def quantize(
     x: Tensor, stride: Sequence[int], groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor]:
     return _pack(laid_out(x, stride), None, "", (), x.numel(), groups, seed, number)
+
+
+def quantize_less(
+    x: Tensor, stride: Sequence[int], shift: Tensor, width: int, groups: Groups,
+    seed: Tensor | None, number: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, size = x.numel(), groups[1]
+    grouping, *counts = sized(1 if n else 0, n, *groups)
+    codes, scales = new_pack(x, *counts)
+    if n:
+        rows = shift.numel() // size, width // size
+        launch = _quantize_launch(grouping, x.dtype, "", (), seed_kind(seed, number), *rows)
+        dense = laid_out(x, stride)
+        launch(dense, dense, shift, codes, scales, seeds=(seed_argument(seed, number),))
+    return codes, scales
 
 
 @functools.lru_cache(LAUNCHES)
@@ -377,7 +406,7 @@ def _dequantize_launch(
     a: float,
     b: float,
     weight: bool,
-    bias: bool,
+    bias: int,  # groups
 ) -> Launch:
     block, warps = setting_for(grouping, REBUILD if name else UNPACK, reads=True)
     period = grouping.row_groups
@@ -423,7 +452,7 @@ def dequantize(
     if n == 0:
         return y
     grouping, *_ = sized(n // width, width, *groups)
-    given = (weight is not None, bias is not None)
+    given = (weight is not None, 0 if bias is None else -(-bias.numel() // groups[1]))
     launch = _dequantize_launch(grouping, dtype, name, *_two(parameters), *given)
     launch(codes, scales, y, y if weight is None else weight, y if bias is None else bias)
     return y

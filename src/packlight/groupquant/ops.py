@@ -37,6 +37,14 @@ quantize = define_op(
     kernel=f"{_KERNELS}:quantize",
 )
 
+quantize_less = define_op(
+    "group_quantize_less(Tensor x, SymInt[] stride, Tensor shift, SymInt width, int[] groups,"
+    " Tensor? seed, int number) -> (Tensor, Tensor)",
+    reference=reference.quantize_less,
+    fake=lambda x, stride, shift, width, groups, seed, number: _fake_pack(x, groups),
+    kernel=f"{_KERNELS}:quantize_less",
+)
+
 dequantize = define_op(
     "group_dequantize(Tensor codes, Tensor scales, SymInt[] shape, SymInt[] stride, SymInt width,"
     " int[] groups, ScalarType dtype, str name, float[] parameters, Tensor? weight,"

@@ -93,6 +93,24 @@ def quantize(
     return quantize_rows(flat, flat.numel(), groups, key)
 
 
+def quantize_less(
+    x: Tensor,
+    stride: Sequence[int],
+    shift: Tensor,
+    width: int,
+    groups: Groups,
+    seed: Tensor | None,
+    number: int,
+) -> tuple[Tensor, Tensor]:
+    """`quantize` of x less a shift: the first values of every `width`, in the order of memory.
+
+    Shift and width are whole groups.
+    """
+    less = memory_order(x, stride).clone()
+    less.view(-1, width)[:, : shift.numel()].sub_(shift)
+    return quantize(less, (1,), groups, seed, number)
+
+
 def dequantize(
     codes: Tensor,
     scales: Tensor,
@@ -108,7 +126,8 @@ def dequantize(
 ) -> Tensor:
     """f(v) weight + bias of the packed values v, in `dtype`, of this shape and dense stride.
 
-    f is an activation by name, or nothing where the name is empty; weight and bias are [width].
+    f is an activation by name, or nothing where the name is empty; weight and bias are [width]. A
+    bias may be of the first whole groups alone.
     """
     y = codes.new_empty_strided(tuple(shape), tuple(stride), dtype=dtype)
     if y.numel() == 0:
@@ -120,7 +139,7 @@ def dequantize(
     if weight is not None:
         values = values * weight
     if bias is not None:
-        values = values + bias
+        values = values + F.pad(bias, (0, width - bias.numel()))
     if not name:
         values = saturated(values, dtype)
     y.as_strided((y.numel(),), (1,)).copy_(values.reshape(-1))

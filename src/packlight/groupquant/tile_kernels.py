@@ -108,17 +108,42 @@ def load_columns(
 
     It is as long as PERIOD groups, and begins again after so many.
     """
+    return tile_to_float32(load_raw_columns(p_ptr, bundle, room, PERIOD, PERIOD, SIZE, PARTS, FULL))
+
+
+@triton.jit
+def load_raw_columns(
+    p_ptr, bundle, room, PERIOD: tl.constexpr, THERE: tl.constexpr, SIZE: tl.constexpr,
+    PARTS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """As `load_columns`, in its dtype, of a parameter of THERE groups; 0 in others of PERIOD."""
     tile = ()
     for j in tl.static_range(8):
         group = (bundle * (8 // PARTS) + j // PARTS).to(tl.uint32) % PERIOD
         within = (j % PARTS) * SIZE + tl.arange(0, SIZE)
         source = p_ptr + group[:, None] * (PARTS * SIZE) + within[None, :]
-        if FULL:
+        if FULL and THERE == PERIOD:
             p = tl.load(source)
+        elif FULL:
+            p = tl.load(source, (group < THERE)[:, None], other=0.0)
         else:
-            p = tl.load(source, part_there(room, SIZE, j), other=0.0)
-        tile = tile + (to_float32(p),)
+            there = part_there(room, SIZE, j) & (group < THERE)[:, None]
+            p = tl.load(source, there, other=0.0)
+        tile = tile + (p,)
     return tile
+
+
+@triton.jit
+def plus(x, y, SIGN: tl.constexpr = 1):
+    """x + SIGN y: of bfloat16 numbers one, two an instruction, and of others in float32."""
+    if PTX and x.dtype == tl.bfloat16 and y.dtype == tl.bfloat16:
+        one: tl.constexpr = "0x3F803F80" if SIGN > 0 else "0xBF80BF80"
+        return tl.inline_asm_elementwise(
+            f"{{.reg .b32 one; mov.b32 one, {one}; fma.rn.bf16x2 $0, $2, one, $1;}}", "=r,r,r",
+            [x, y], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return to_float32(x) + SIGN * to_float32(y)
 
 
 @triton.jit

@@ -47,7 +47,7 @@ from packlight.layers.attention_backends import (
 from packlight.layers.replayed import replayed
 from packlight.pack import Pack
 from packlight.packing.layout import dense_stride
-from packlight.quantiser import KEEPS, Quantiser, Restore
+from packlight.quantiser import KEEPS, Quantiser, Restore, Shift
 
 # The statistic is kept, where a call does not say, with so many bits and of more keys than that: of
 # few keys the second run costs next to nothing. On an H200 it is a sixth of attention's time, and
@@ -91,9 +91,7 @@ class _RecomputedAttention(torch.autograd.Function):
         refuse_second_derivative(KEEPS)
         dtype, kernel, flags, draws = ctx.settings
         *packs, mean, mask = ctx.saved_tensors
-        query, key, value = _unpacked(ctx, dtype, packs)
-        if mean is not None:
-            query.add_(mean)
+        query, key, value = _unpacked(ctx, dtype, packs, mean)
         given = prepared((query, key, value, mask), kernel)
         with nullcontext() if draws is None else drawn_again(query, draws):
             results = run(given, kernel, flags)
@@ -159,24 +157,27 @@ def _packed(
     """
     if whole is None:
         ctx.places = None
-        own = tensors if mean is None else (tensors[0] - mean, *tensors[1:])
+        own = tensors if mean is None else (_by_tokens(tensors[0]), *tensors[1:])
     else:
         ctx.places = [_place(x, whole) for x in tensors[:3]]
-        if mean is not None:
-            whole = whole.clone()
-            whole.as_strided(*ctx.places[0]).sub_(mean)
         own = (whole, *tensors[3:])
     ctx.rebuilds = [Restore(method, tuple(x.shape), dense_stride(x)) for x in own]
-    packs = [method.pack(x, seed) for x, seed in zip(own, seeds, strict=True)]
-    return [part for pack in packs for part in pack]
+    ctx.width = None if mean is None else mean.numel() * (1 if whole is None else 3)
+    shift = None if mean is None else Shift(mean, ctx.width)
+    first = method.pack(own[0], seeds[0], shift)
+    packs = [method.pack(x, seed) for x, seed in zip(own[1:], seeds[1:], strict=True)]
+    return [part for pack in (first, *packs) for part in pack]
 
 
-def _unpacked(ctx: Any, dtype: torch.dtype, packs: Sequence[Tensor]) -> list[Tensor]:
+def _unpacked(
+    ctx: Any, dtype: torch.dtype, packs: Sequence[Tensor], mean: Tensor | None = None
+) -> list[Tensor]:
     parts = len(packs) // len(ctx.rebuilds)
-    found = [
-        rebuild(dtype, *packs[parts * place : parts * (place + 1)])
-        for place, rebuild in enumerate(ctx.rebuilds)
-    ]
+    shift = None if mean is None else Shift(mean, ctx.width)
+    first, *rebuilds = ctx.rebuilds
+    found = [first(dtype, *packs[:parts], shift=shift)]
+    for place, rebuild in enumerate(rebuilds, 1):
+        found.append(rebuild(dtype, *packs[parts * place : parts * (place + 1)]))
     if ctx.places is None:
         return found
     return [*(found[0].as_strided(*place) for place in ctx.places), *found[1:]]
@@ -187,7 +188,7 @@ _attend_kept: Callable[..., tuple[Tensor, ...]] = _torch.applied(_KeptAttention)
 
 
 def mean_of(query: Tensor, method: Quantiser) -> Tensor | None:
-    """Of each channel of each head over some tokens, [1, heads, 1, size]; none from 8 bits on.
+    """Of each channel of each head over some tokens, [heads size]; none from 8 bits on.
 
     0 in a channel with a NaN or an infinity, which so stays where it is.
     """
@@ -196,7 +197,14 @@ def mean_of(query: Tensor, method: Quantiser) -> Tensor | None:
     batch, _, length, _ = query.shape
     step = max(1, min(length, batch * length // SAMPLED))
     some = query[:, :, step // 2 :: step]
-    return some.mean((0, 2), keepdim=True).nan_to_num(0.0, 0.0, 0.0)
+    return some.mean((0, 2)).nan_to_num_(0.0, 0.0, 0.0).view(-1)
+
+
+def _by_tokens(query: Tensor) -> Tensor:
+    """The query in an order of memory in which all heads of a token are neighbours."""
+    if dense_stride(query)[1::2] == (query.shape[-1], 1):
+        return query
+    return query.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # --- Query, key and value as parts of one tensor.
@@ -206,7 +214,8 @@ def _whole(query: Tensor, key: Tensor, value: Tensor, method: Quantiser) -> Tens
     """The tensor that the three are views of, if they are all of it: one pack serves them.
 
     As where one projection makes all three. Each would be copied out of it to be packed by itself.
-    None where groups of a pack would lie across two of them.
+    None where groups of a pack would lie across two of them, and where the query is to be less its
+    mean and is not the first part of each row.
     """
     whole = query._base
     if whole is None or key._base is not whole or value._base is not whole:
@@ -224,6 +233,10 @@ def _whole(query: Tensor, key: Tensor, value: Tensor, method: Quantiser) -> Tens
         if x.stride()[1::2] != (size, 1):
             return None
         if not _torch.is_traced() and not _torch.share_storage(x, whole):
+            return None
+    if method.grade.bits < STATISTIC_BITS:
+        _, (*strides, _), offset = _place(query, whole)
+        if offset or strides[0] % (3 * heads * size) or strides[2] % (3 * heads * size):
             return None
     return whole.detach()
 

@@ -27,7 +27,12 @@ from packlight.layers.attention_backends import (
     run,
 )
 from packlight.layers.linear import affine, linear_gradients
-from packlight.layers.self_attention import joined_gradients, parts_of, run_again
+from packlight.layers.self_attention import (
+    joined_gradients,
+    parts_of,
+    query_shift,
+    run_again,
+)
 from packlight.quantiser import Quantiser, Restore
 
 # Whether gradients of weight and bias of a projection are needed.
@@ -107,8 +112,8 @@ class Attended(NamedTuple):
         """
         _, heads, kernel, flags, draws, dtypes = self
         *pack, mean = kept
-        whole = self.rebuild(dtypes[0], *pack)
-        given, results = run_again(whole, heads, mean, mask, kernel, flags, draws)
+        whole = self.rebuild(dtypes[0], *pack, shift=query_shift(mean))
+        given, results = run_again(whole, heads, mask, kernel, flags, draws)
         del whole
         out = results[0].transpose(1, 2).flatten(2)
         dout: Any
@@ -138,8 +143,7 @@ def attended(
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Attended] | None:
     """attention(h), which W_o is to read; what is kept of h [batch, length, 3 width]; `Attended`.
 
-    h is the caller's to give: its query may come to be less its mean. None where torch would take
-    no fused kernel; with one that is given, it runs.
+    None where torch would take no fused kernel; with one that is given, it runs.
     """
     if kernel is None:
         with torch.enable_grad():
@@ -153,9 +157,6 @@ def attended(
     out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
     rebuild = Restore(method, tuple(h.shape), h.stride())
     dtypes = (h.dtype, *dtypes_of(out, weight, bias))
-    query = parts_of(h.detach(), heads)[0]
-    mean = mean_of(query, method)
-    if mean is not None:
-        query.sub_(mean)
-    kept = (*method.pack(h, seed), mean)
+    mean = mean_of(parts_of(h.detach(), heads)[0], method)
+    kept = (*method.pack(h, seed, query_shift(mean)), mean)
     return out, kept, Attended(rebuild, heads, kernel, flags, draws, dtypes)

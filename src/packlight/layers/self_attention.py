@@ -38,7 +38,7 @@ from packlight.layers.attention_backends import (
     run,
 )
 from packlight.layers.linear import Parameters, linear_gradients
-from packlight.quantiser import KEEPS, Quantiser, pack_input
+from packlight.quantiser import KEEPS, Quantiser, Shift, pack_input
 from packlight.reading import reader
 
 # ---- several projections of one tensor -----------------------------------------------------------
@@ -160,10 +160,7 @@ class _WholeAttention(torch.autograd.Function):
         draws = draws_at(whole) if flags[0] else None
         out: Tensor = run(prepared((*parts, mask), kernel), kernel, flags)[0]
         mean = attention.mean_of(parts[0], method)
-        if mean is not None:
-            whole = whole.clone()
-            parts_of(whole, parts[0].shape[1])[0].sub_(mean)
-        ctx.save_for_backward(mask, mean, *method.pack(whole, seed))
+        ctx.save_for_backward(mask, mean, *method.pack(whole, seed, query_shift(mean)))
         ctx.settings = (whole.dtype, whole.shape, whole.stride(), parts[0].shape[1])
         ctx.how = (kernel, flags, draws, method)
         return out
@@ -174,31 +171,29 @@ class _WholeAttention(torch.autograd.Function):
         mask, mean, *pack = ctx.saved_tensors
         dtype, shape, stride, heads = ctx.settings
         kernel, flags, draws, method = ctx.how
-        whole = method.unpack(dtype, shape, stride, *pack)
-        given, results = run_again(whole, heads, mean, mask, kernel, flags, draws)
+        whole = method.unpack(dtype, shape, stride, *pack, shift=query_shift(mean))
+        given, results = run_again(whole, heads, mask, kernel, flags, draws)
         del whole
         found = gradients(grad_output, given, results, kernel, flags)
         del given, results
         return joined_gradients(found), *[None] * 6
 
 
+def query_shift(mean: Tensor | None) -> Shift | None:
+    """What the query, of query, key and value side by side, is packed less."""
+    return None if mean is None else Shift(mean, 3 * mean.numel())
+
+
 def run_again(
     whole: Tensor,
     heads: int,
-    mean: Tensor | None,
     mask: Tensor | None,
     kernel: Kernel,
     flags: Flags,
     draws: tuple[int, int] | None,
 ) -> tuple[Inputs, Results]:
-    """Attention of the parts of `whole` in a backward pass, with the dropout of `draws`.
-
-    `mean` is what the query was packed less, and is added to it in `whole`.
-    """
-    parts = parts_of(whole, heads)
-    if mean is not None:
-        parts[0].add_(mean)
-    given = prepared((*parts, mask), kernel)
+    """Attention of the parts of `whole` in a backward pass, with the dropout of `draws`."""
+    given = prepared((*parts_of(whole, heads), mask), kernel)
     if draws is None:
         return given, run(given, kernel, flags)
     with drawn_again(whole, draws):
