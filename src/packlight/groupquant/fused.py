@@ -104,6 +104,7 @@ def _norm(
     center: bool,
     method: GroupQuant,
     seed: Seed,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], Kept]:
     if method.scales_channels:
         return norms.plain_forward(x, weight, bias, eps, center, method, seed)
@@ -111,9 +112,17 @@ def _norm(
     groups = _row_groups(width, method)
     run = operators(width, groups)[0]
     y, codes, scales, rstd, *copies = run(
-        x, width, weight, bias, eps, center, groups, *operands(seed)
+        x, width, weight, bias, eps, center, groups, *operands(seed), rounded_to
     )
     return y, rstd, copies, (codes, scales)
+
+
+def _rounded_norm(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, method: GroupQuant, seed: Seed
+) -> tuple[Tensor, Tensor, list[Tensor], Kept]:
+    if method.scales_channels:
+        return norms.plain_rounded(x, weight, eps, dtype, method, seed)
+    return _norm(x, weight, None, eps, False, method, seed, dtype)
 
 
 def _norm_backward(
@@ -258,5 +267,6 @@ GroupQuant.fused = {
     "gated_": Fused(_gated, _gated_backward_over, _gated_rebuild),
     "group_norm": Fused(_group_norm, _group_norm_backward, rebuild_group),
     "norm": Fused(_norm, _norm_backward, _norm_rebuild),
+    "rounded_norm": Fused(_rounded_norm, _norm_backward, _norm_rebuild),
     "post_norm": Fused(_post_norm, _post_norm_backward, _norm_rebuild),
 }

@@ -56,6 +56,7 @@ def norm(
     groups: Groups,
     seed: Tensor | None,
     number: int,
+    rounded_to: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `ops.norm` gives, with y to rounding, for a width of whole groups.
 
@@ -65,6 +66,9 @@ def norm(
     bits, *_ = groups
     packed = x_hat.to(_packed_dtype(x, bits))
     codes, scales = ops.quantize(packed, x.stride(), groups, seed, number)
+    if weight is not None and rounded_to is not None:
+        y = weight * x_hat.to(x.dtype).to(rounded_to)
+        return y, codes, scales, rstd.view(-1)
     y = x_hat if weight is None else x_hat * weight
     y = y if bias is None else y + bias
     return y.to(x.dtype), codes, scales, rstd.view(-1)

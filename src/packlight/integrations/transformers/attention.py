@@ -11,10 +11,13 @@ as it is, and so do the masks that are made by it. Registered for all of transfo
 So `model.set_attn_implementation("packlight")` works as well, at 8 bits for all layers.
 """
 
+import dis
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,15 +28,20 @@ from packlight import _torch
 from packlight._classes import joined
 from packlight.calls import uncovered
 from packlight.groupquant.method import GroupQuant
+from packlight.groupquant.modules import Linear
 from packlight.integrations._copies import once_a_class
+from packlight.integrations._parts import parameters_of, takes
 from packlight.integrations.transformers import masks, self_attention
 from packlight.integrations.transformers.rotary import use_one_kernel
 from packlight.layers.attention import attend
+from packlight.layers.linear import linears
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
 
 NAME = "packlight"
 _REPLACES = "sdpa"
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 _DEFAULT = GroupQuant().for_attention()
 
@@ -116,6 +124,41 @@ class GroupQuantAttention(nn.Module):
         self.__dict__["config"] = self.model_config = value
 
 
+class GroupQuantSplitAttention(GroupQuantAttention):
+    """`GroupQuantAttention` whose query, key and value are three Linears of its input.
+
+    One function computes them, where all three train alike, so that one gradient comes back. The
+    module's own code runs as ever: each Linear, when it is called, has its result ready.
+    """
+
+    may_run_plain_code = True
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        parts: tuple[Any, ...] = ()
+        if self.training and not torch.compiler.is_dynamo_compiling():
+            parts = tuple([self._modules[name] for name in _PROJECTIONS])
+            if not uncovered(self._project, hidden_states, parts):
+                parts = ()
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            for part in parts:
+                del part.__dict__["ready"]
+
+    @staticmethod
+    def _project(x: Tensor, parts: tuple[Any, ...]) -> bool:
+        """Has the results of the projections ready; False where they are to run one by one."""
+        if not isinstance(parts[0], Linear) or x.dim() != 3:
+            return False
+        method = parts[0].method
+        parameters = parameters_of(parts, method)
+        if parameters is None or not takes(x, method):
+            return False
+        for part, y in zip(parts, linears(x, parameters, method), strict=True):
+            part.__dict__["ready"] = (x, y)
+        return True
+
+
 class GroupQuantSelfAttention(self_attention.AtOnce, GroupQuantAttention):
     """`GroupQuantAttention` whose query, key and value have one pack."""
 
@@ -147,6 +190,22 @@ def _asks_its_config(kind: type[nn.Module]) -> bool:
     )
 
 
+@once_a_class
+def _projects_its_input(kind: type[nn.Module]) -> bool:
+    """Whether a class's code calls its three projections with its first argument, each once."""
+    forward = inspect.unwrap(kind.forward)
+    code = _torch.code_of(forward)
+    if code is None or code.co_varnames[1:2] != ("hidden_states",):
+        return False
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    if any(name.startswith("STORE") and value == "hidden_states" for name, value in steps):
+        return False
+    reads = [
+        (step[1], after[1]) for step, after in itertools.pairwise(steps) if step[1] in _PROJECTIONS
+    ]
+    return sorted(reads) == sorted((name, "hidden_states") for name in _PROJECTIONS)
+
+
 def _mentions(constants: Iterable[object]) -> bool:
     return any(
         _mentions(value) if isinstance(value, (tuple, frozenset)) else value == _REPLACES
@@ -174,6 +233,9 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
         )
     use_one_kernel(type(module))
     attributes = {"attention_method": method.for_attention(), "model_config": module.config}
-    known = self_attention.is_known(type(module))
-    ours = GroupQuantSelfAttention if known else GroupQuantAttention
+    ours: type[nn.Module] = GroupQuantAttention
+    if self_attention.is_known(type(module)):
+        ours = GroupQuantSelfAttention
+    elif _projects_its_input(type(module)):
+        ours = GroupQuantSplitAttention
     return Swap(joined(ours, type(module)), attributes)

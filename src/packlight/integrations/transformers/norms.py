@@ -33,7 +33,8 @@ from packlight.layers.norms import (
     norm_rows,
     own_parameters,
     rms_norm,
-    row_norm_of,
+    rounded_norm_of,
+    shaped,
     shaped_as,
 )
 from packlight.method import Method, Rule, Swap, rule_finder
@@ -103,15 +104,15 @@ class _RoundedNorm(torch.autograd.Function):
         rows = norm_rows(x, weight.numel())
         if dtype.itemsize > rows.dtype.itemsize:
             rows = rows.to(dtype)
-        keeping = row_norm_of(method)
-        x_hat, rstd, _, kept = keeping.forward(rows, None, None, eps, False, method, seed)
-        copies = [] if _torch.is_traced() else [weight.clone()]
+        keeping = rounded_norm_of(method)
+        y, rstd, copies, kept = keeping.forward(rows, weight, eps, dtype, method, seed)
+        copies = [] if _torch.is_traced() else copies[:1]
         ctx.mark_non_differentiable(*copies, *kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rstd, *own_parameters(copies, weight), *kept)
         ctx.settings = (x.dtype, method)
         ctx.differentiate = keeping.backward
-        return weight * x_hat.view(x.shape).to(dtype), *copies, *kept
+        return shaped(y, x.shape), *copies, *kept
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -171,7 +172,7 @@ class GroupQuantRMSNorm(Quantised):
         y, *kept = _norm_rounded(x, weight, self.variance_epsilon, dtype, method, seed)
         if not _torch.is_traced():
             weight, *kept = kept
-        rebuild = row_norm_of(method).rebuild(y, weight.numel(), method)
+        rebuild = rounded_norm_of(method).rebuild(y, weight.numel(), method)
         tensors = (*kept, weight, None)
         pack = Pack(rebuild, tuple(y.shape), tensors, method.grade, reading_of(rebuild))
         sharing.note_pack(y, pack)
