@@ -459,7 +459,8 @@ def compile_kernel(
             special |= dict.fromkeys(names, "*fp32")
             special |= dict.fromkeys(("gate_codes_ptr", "up_codes_ptr"), "*u8")
             special |= dict.fromkeys(("scales_ptr", "gate_scales_ptr", "up_scales_ptr"), "*i32")
-            special |= dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32")
+            names = ("dweight_ptr", "dbias_ptr", "dweight_sum_ptr", "dbias_sum_ptr")
+            special |= dict.fromkeys(names, "*fp32")
             special |= dict.fromkeys(("low_ptr", "factor_ptr"), "*fp32")
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]

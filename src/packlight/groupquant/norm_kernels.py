@@ -323,19 +323,19 @@ def _backward_kernel(
 @quick
 @triton.jit
 def _add_up_kernel(
-    first_ptr,  # [programs, width] fp32
-    second_ptr,
-    first_sums_ptr,  # [width] fp32
-    second_sums_ptr,
+    dweight_ptr,  # [programs, width] fp32
+    dbias_ptr,
+    dweight_sum_ptr,  # [width] fp32
+    dbias_sum_ptr,
     programs,
     width,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Sums over the programs of a backward pass, of one tensor or of two."""
-    parts_ptr, sums_ptr = first_ptr, first_sums_ptr
+    parts_ptr, sum_ptr = dweight_ptr, dweight_sum_ptr
     if tl.program_id(1) == 1:
-        parts_ptr, sums_ptr = second_ptr, second_sums_ptr
+        parts_ptr, sum_ptr = dbias_ptr, dbias_sum_ptr
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
@@ -343,7 +343,7 @@ def _add_up_kernel(
         row = start + tl.arange(0, ROWS)
         there = (row < programs)[:, None] & inside[None, :]
         total += tl.load(parts_ptr + row[:, None] * width + column[None, :], there, other=0.0)
-    tl.store(sums_ptr + column, tl.sum(total, 0), inside)
+    tl.store(sum_ptr + column, tl.sum(total, 0), inside)
 
 
 # --- Launchers, with the signatures of norm_reference.py.
