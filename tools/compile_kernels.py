@@ -318,8 +318,10 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             }
         for width in (768, 1024, 4096, 8192):
             grouping = Grouping(4096, width, bits, 128, code)
-            forward = norms._forward_launch(grouping, 1e-5, True, True, True, 1)
+            forward = norms._forward_launch(grouping, 1e-5, True, True, True, 1, None)
             launches[f"norm {width}"] = forward
+            rounded = norms._forward_launch(grouping, 1e-5, False, True, False, 1, kind)
+            launches[f"norm {width}, rounded before the weight"] = rounded
             backward, _ = norms._backward_launch(grouping, True, True, True, True)
             launches[f"norm {width} backward"] = backward
             if code == ROTATED:
@@ -336,6 +338,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                 launches[f"post norm {width} backward, p {p}"] = backward
         if code == OFFSET:
             launches["line"] = line_kernels._line_launch(8192, bits)
+            launches["sums over programs"] = norms._sums_launch(1056, 1024, 2)
         for name, launch in launches.items():
             (step,) = launch.steps
             constants = dict(step.constants)

@@ -462,7 +462,12 @@ def norm(
 @functools.lru_cache(LAUNCHES)
 def _sums_launch(programs: int, width: int, tensors: int) -> Launch:
     return _add_up_kernel.prepare(
-        (triton.cdiv(width, COLUMNS), tensors), programs, width, ROWS=256, COLUMNS=COLUMNS
+        (triton.cdiv(width, COLUMNS), tensors),
+        programs,
+        width,
+        ROWS=256,
+        COLUMNS=COLUMNS,
+        num_warps=4,
     )
 
 
