@@ -10,6 +10,9 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 
 import packlight
@@ -49,7 +52,39 @@ def block(bias=True):
     return Block(WIDTH, 2, qkv_bias=bias)
 
 
+class Rotated(nn.Module):
+    """Attention of a model with rotary embedding, by itself."""
+
+    def __init__(self, kind, config):
+        super().__init__()
+        shape = {"hidden_size": WIDTH, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = config(**shape, head_dim=16)
+        config._attn_implementation = "sdpa"
+        self.attention = kind(config, 0)
+
+    def forward(self, x, attn_mask=None):
+        angles = torch.arange(x.shape[1])[:, None] / torch.arange(1, 9)
+        angles = torch.cat((angles, angles), -1)[None].to(x.dtype)
+        places = (angles.cos(), angles.sin())
+        return self.attention(x, position_embeddings=places, attention_mask=attn_mask)
+
+
+def llama():
+    return Rotated(LlamaAttention, transformers.LlamaConfig)
+
+
+def qwen2():
+    return Rotated(Qwen2Attention, transformers.Qwen2Config)
+
+
+def qwen3():
+    return Rotated(Qwen3Attention, transformers.Qwen3Config)
+
+
 KINDS = {
+    "llama": (llama, {"_LinearsBackward"}),
+    "qwen2": (qwen2, {"_LinearsBackward"}),
+    "qwen3": (qwen3, {"_LinearsBackward"}),
     "roberta": (bert, {"_WholeAttentionBackward", "_ProjectionsBackward"}),
     "bert": (lambda: bert(BertSelfAttention), {"_WholeAttentionBackward", "_ProjectionsBackward"}),
     "bert's layer": (

@@ -473,9 +473,7 @@ def _sums_launch(programs: int, width: int, tensors: int) -> Launch:
 
 def add_up(dweight_parts: Tensor, dbias_parts: Tensor, dweight: Tensor, dbias: Tensor) -> None:
     """Writes the sums of parts [programs, width] over programs; nothing where a sum is empty."""
-    pairs = [
-        pair for pair in ((dweight_parts, dweight), (dbias_parts, dbias)) if pair[1].numel()
-    ]
+    pairs = [pair for pair in ((dweight_parts, dweight), (dbias_parts, dbias)) if pair[1].numel()]
     if not pairs:
         return
     (parts, sums), (others, other_sums) = pairs[0], pairs[-1]

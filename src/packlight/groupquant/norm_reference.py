@@ -52,9 +52,7 @@ def norm(
     return y, codes, scales, rstd.view(-1), weight_copy, bias_copy
 
 
-def output_dtype(
-    x: Tensor, weight: Tensor | None, rounded_to: torch.dtype | None
-) -> torch.dtype:
+def output_dtype(x: Tensor, weight: Tensor | None, rounded_to: torch.dtype | None) -> torch.dtype:
     """That of the output of `norm`."""
     if weight is None or rounded_to is None:
         return x.dtype

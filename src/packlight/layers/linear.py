@@ -139,25 +139,28 @@ class _Linears(torch.autograd.Function):
         return tuple([writable(affine(x, *each), of_linear=True) for each in parameters])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
         refuse_second_derivative(KEEPS)
         saved = saved_with_weight(ctx)
         needs, count = _torch.needed_gradients(ctx), len(grads)
         weights, tensors = saved[:count], saved[count:]
         used = [i for i in range(count) if grads[i] is not None]
         dx: Tensor | None = None
-        of_weights, of_biases = [None] * count, [None] * count
+        of_weights: list[Tensor | None] = [None] * count
+        of_biases: list[Tensor | None] = [None] * count
         x = once(ctx.rebuild)
         for i in used:  # the first, so that x is gone when dx comes
             needed = (False, needs[3 + i], needs[3 + count + i])
-            of_parameters = (grads[i], weights[i], x, tensors, needed, ctx.dtypes[i])
-            _, of_weights[i], of_biases[i] = linear_gradients(*of_parameters)
+            _, of_weights[i], of_biases[i] = linear_gradients(
+                grads[i], weights[i], x, tensors, needed, ctx.dtypes[i]
+            )
         del x
         if needs[0]:
+            of_x = (True, False, False)
             for i in used:  # each product is added to those before it
-                needed = (True, False, False)
-                given = (grads[i], weights[i], ctx.rebuild, (), needed, ctx.dtypes[i])
-                dx, *_ = linear_gradients(*given, added=dx)
+                dx, *_ = linear_gradients(
+                    grads[i], weights[i], ctx.rebuild, (), of_x, ctx.dtypes[i], added=dx
+                )
         return dx, None, None, *of_weights, *of_biases, *[None] * len(tensors)
 
 

@@ -119,7 +119,7 @@ def plain_rebuild(y: Tensor, width: int, method: Quantiser) -> Scaled:
 
 def plain_rounded(
     x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, method: Quantiser, seed: Seed
-) -> tuple[Tensor, Tensor, list[Tensor], Sequence[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor], tuple[Tensor, ...]]:
     """What `plain_forward` gives, of an RMS norm whose x_hat is rounded before it is scaled."""
     forward = row_norm_of(method).forward
     x_hat, rstd, _, kept = forward(x, None, None, eps, False, method, seed)
