@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -17,6 +18,8 @@ from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSe
 
 import packlight
 from packlight import DoubleBackwardError, FewBit, GroupQuant, ModifiedWeightError
+from packlight.integrations.transformers import rotary
+from packlight.integrations.transformers.attention import GroupQuantSplitAttention
 from packlight.layers import attention as sdpa
 from tests.helpers import relative_error
 
@@ -171,6 +174,52 @@ def test_the_same_as_part_by_part(name, dtype, autocast):
     assert y.dtype == expected.dtype
     assert relative_error(y, expected) <= near / 3
     assert_alike(module, gradients, others, near)
+
+
+def _other_rotary(_):
+    modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin: (q, k)
+
+
+def _plain_projection(module):
+    packlight.revert(module.attention.o_proj)
+
+
+def test_llamas_code_behind_its_projections_is_known_where_there_is_a_kernel(monkeypatch):
+    found = []
+    at_once = GroupQuantSplitAttention._at_once
+
+    def spy(self, *args):
+        found.append(at_once(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(GroupQuantSplitAttention, "_at_once", spy)
+    module, _ = converted(llama)
+    y, gradients = run(module, sample())
+    monkeypatch.setattr(rotary, "_DEVICES", ("cpu",))
+    again, others = run(module, sample())
+    assert [each is None for each in found] == [True, False]
+    assert torch.equal(again, y)
+    assert all(map(torch.equal, gradients, others))
+    for make, change in ((qwen2, None), (llama, _plain_projection), (llama, _other_rotary)):
+        monkeypatch.setattr(
+            modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb
+        )
+        module, _ = converted(make)
+        if change is not None:
+            change(module)
+        assert "_LinearsBackward" in nodes(run(module, sample())[0])
+        assert found.pop() is None
+
+
+def test_a_projection_whose_result_nobody_reads_has_no_gradient():
+    module, _ = converted(llama)
+    attention = module.attention
+    x = sample()
+    query, _, value = attention._projected(x)
+    (query.sum() + value.sum()).backward()
+    assert attention.k_proj.weight.grad is None
+    expected = sum(each.weight.sum(0) for each in (attention.q_proj, attention.v_proj))
+    torch.testing.assert_close(x.grad, expected.expand_as(x))
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])

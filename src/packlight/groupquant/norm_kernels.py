@@ -354,13 +354,14 @@ TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 PROGRAMS = 132 * 8
 # Times as many of a forward pass, which has no sums: none of the device waits for the last of them.
 WAVES = 8
-# Of a row a program, in sums over programs: as many bytes as memory gives at once, and no more, so
-# that there are programs for all of the device.
-COLUMNS = 16
+# Of a row a program, in sums over programs: a line of memory.
+COLUMNS = 32
 # Places a warp. In the forward pass a thread then has 32 elements: with fewer, what a group has in
 # common takes a shuffle each; with more, too few threads run at once.
 FORWARD_PLACES = 128
 BACKWARD_PLACES = 64
+# With the sum of one parameter's gradient, and as few programs as fill the device: fewer sums.
+SUMMING_PLACES, SUMMING_PROGRAMS = 128, PROGRAMS // 2
 
 
 class Shape(NamedTuple):
@@ -485,7 +486,10 @@ def _backward_launch(
     grouping: Grouping, center: bool, weight: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Launch, int]:
     """The launch, and its programs, each of which writes a partial sum."""
-    shape = _launch_shape(grouping, BACKWARD_PLACES, PROGRAMS)
+    # With one sum; there are no registers for more places of two.
+    summing = grouping.code != ROTATED and need_weight + need_bias == 1
+    places = SUMMING_PLACES if summing else BACKWARD_PLACES
+    shape = _launch_shape(grouping, places, SUMMING_PROGRAMS if summing else PROGRAMS)
     launch = _backward_kernel.prepare(
         (shape.programs,),
         grouping.rows,
@@ -498,7 +502,7 @@ def _backward_launch(
         NEED_BIAS=need_bias,
         **constants(grouping),
         FULL=shape.full,
-        AHEAD=grouping.code == ROTATED and shape.full,
+        AHEAD=(summing or grouping.code == ROTATED) and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,
