@@ -322,7 +322,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             launches[f"norm {width}"] = forward
             rounded = norms._forward_launch(grouping, 1e-5, False, True, False, 1, kind)
             launches[f"norm {width}, rounded before the weight"] = rounded
-            backward, _ = norms._backward_launch(grouping, True, True, True, True)
+            backward, _ = norms._backward_launch(grouping, True, True, True, True, True)
             launches[f"norm {width} backward"] = backward
             if code == ROTATED:
                 backward = rotated_norms._backward_launch(grouping, True, True)

@@ -179,6 +179,16 @@ def test_rms_norms_round_before_the_weight_as_the_reference(width, code, device)
         # The pack is that of a norm without a weight.
         bare = norm_kernels.norm(x, width, None, None, 1e-5, False, groups, *operands(5))
         assert all(map(torch.equal, ours[1:4], bare[1:4]))
+        # What is added to the gradient is added as torch adds it to what the kernel gives.
+        dy, added = (torch.randn(rows, width, device=device).to(plain.dtype) for _ in range(2))
+        flags = (False, True, False, groups)
+        dx, dweight, _ = norm_kernels.norm_backward(dy, *ours[1:4], weight, *flags)
+        both, again, _ = norm_kernels.norm_backward(dy, *ours[1:4], weight, *flags, added)
+        expected = norm_reference.norm_backward(dy, *ours[1:4], weight, *flags, added)
+        close(both, dx + added, plain.dtype)
+        close(both, expected[0], plain.dtype)
+        close(dweight / rows**0.5, expected[1] / rows**0.5, FP32)
+        assert torch.equal(again, dweight)
 
 
 @every_device
@@ -388,7 +398,8 @@ def test_operators_pass_opcheck():
     norm = (x, 96, None, None, 1e-5, True, (4, 32), *operands(None), None)
     _, codes, scales, rstd, *_ = ops.norm(*norm)
     norm_backward = (x, codes, scales, rstd, torch.ones(96), True, True, True, (4, 32))
-    check(namespace.group_quant_norm_backward.default, norm_backward)
+    for added in (None, x):
+        check(namespace.group_quant_norm_backward.default, (*norm_backward, added))
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])

@@ -134,14 +134,16 @@ def _norm_backward(
     need_weight: bool,
     need_bias: bool,
     method: GroupQuant,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if method.scales_channels:
         given = (rstd, weight, center, need_weight, need_bias, method)
-        return norms.plain_backward(grad_output, tuple(kept), *given)
+        dx, *sums = norms.plain_backward(grad_output, tuple(kept), *given)
+        return dx if added is None else dx.add_(added), sums[0], sums[1]
     width = grad_output.shape[-1]
     groups = _row_groups(width, method)
     run = operators(width, groups)[1]
-    flags = (center, need_weight, need_bias, groups)
+    flags = (center, need_weight, need_bias, groups, added)
     dx, dweight, dbias = run(grad_output, *kept, rstd, weight, *flags)
     return dx, dweight, dbias
 

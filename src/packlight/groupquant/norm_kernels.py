@@ -277,12 +277,14 @@ def _backward_kernel(
     rstd_ptr,  # [rows]
     weight_ptr,  # [width]
     dx_ptr,  # [rows, width]
+    other_ptr,  # [rows, width], what is added to it
     dweight_ptr,  # [programs, width] fp32
     dbias_ptr,  # [programs, width] fp32
     rows,
     width,
     row_groups,
     steps,
+    ADDS: tl.constexpr,
     CENTER: tl.constexpr,
     WEIGHT: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
@@ -313,6 +315,14 @@ def _backward_kernel(
             row_groups, dweight, dbias, CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
             CODE, FULL, ROWS, dx_ptr.dtype.element_ty,
         )  # fmt: skip
+        if ADDS:
+            other = load_raw_whole(
+                other_ptr + row * width, starts, room, SIZE, CODE == TURNED_CODE, FULL
+            )
+            sums = ()
+            for p in tl.static_range(8):
+                sums = sums + (to_float32(dx[p]) + to_float32(other[p]),)
+            dx = sums
         store_whole(dx_ptr + row * width, dx, starts, room, SIZE, CODE == TURNED_CODE, FULL)
         row += ROWS
     store_sums(
@@ -360,8 +370,9 @@ COLUMNS = 32
 # common takes a shuffle each; with more, too few threads run at once.
 FORWARD_PLACES = 128
 BACKWARD_PLACES = 64
-# With the sum of one parameter's gradient, and as few programs as fill the device: fewer sums.
-SUMMING_PLACES, SUMMING_PROGRAMS = 128, PROGRAMS // 2
+# With the sum of one parameter's gradient, of which each program writes a part: so there are no
+# more than run at once.
+SUMMING_PLACES = 128
 
 
 class Shape(NamedTuple):
@@ -483,26 +494,34 @@ def add_up(dweight_parts: Tensor, dbias_parts: Tensor, dweight: Tensor, dbias: T
 
 @functools.lru_cache(LAUNCHES)
 def _backward_launch(
-    grouping: Grouping, center: bool, weight: bool, need_weight: bool, need_bias: bool
+    grouping: Grouping,
+    adds: bool,
+    center: bool,
+    weight: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Launch, int]:
     """The launch, and its programs, each of which writes a partial sum."""
-    # With one sum; there are no registers for more places of two.
-    summing = grouping.code != ROTATED and need_weight + need_bias == 1
-    places = SUMMING_PLACES if summing else BACKWARD_PLACES
-    shape = _launch_shape(grouping, places, SUMMING_PROGRAMS if summing else PROGRAMS)
+    places, programs, turned = BACKWARD_PLACES, PROGRAMS, grouping.code == ROTATED
+    summing = need_weight + need_bias == 1  # there are no registers for more places of two
+    if summing:
+        places = SUMMING_PLACES
+        programs = PROGRAMS // 4 if turned else PROGRAMS // 2
+    shape = _launch_shape(grouping, places, programs)
     launch = _backward_kernel.prepare(
         (shape.programs,),
         grouping.rows,
         grouping.width,
         grouping.row_groups,
         shape.steps,
+        ADDS=adds,
         CENTER=center,
         WEIGHT=weight,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
         **constants(grouping),
         FULL=shape.full,
-        AHEAD=(summing or grouping.code == ROTATED) and shape.full,
+        AHEAD=(summing or turned) and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,
@@ -520,6 +539,7 @@ def norm_backward(
     need_weight: bool,
     need_bias: bool,
     groups: Groups,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = rstd.numel(), grad_output.shape[-1]
     dx = torch.empty_like(grad_output)
@@ -534,13 +554,15 @@ def norm_backward(
             grad_output, codes, scales, rstd, gamma, dx, grouping, center, weight is not None,
             need_weight,
         )  # fmt: skip
+        if added is not None:
+            dx.add_(added)
     else:
-        launch, programs = _backward_launch(
-            grouping, center, weight is not None, need_weight, need_bias
-        )
+        flags = (added is not None, center, weight is not None, need_weight, need_bias)
+        launch, programs = _backward_launch(grouping, *flags)
         dweight = rstd.new_empty(programs, width) if need_weight else nothing
         dbias = rstd.new_empty(programs, width) if need_bias else nothing
-        launch(grad_output, codes, scales, rstd, gamma, dx, dweight, dbias)
+        other = dx if added is None else added
+        launch(grad_output, codes, scales, rstd, gamma, dx, other, dweight, dbias)
         sums = dweight, dbias
     dweight = rstd.new_empty(width if need_weight else 0)
     dbias = rstd.new_empty(width if need_bias else 0)

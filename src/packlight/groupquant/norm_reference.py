@@ -69,11 +69,13 @@ def norm_backward(
     need_weight: bool,
     need_bias: bool,
     groups: Groups,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `packlight.layers.norms.differentiate`."""
+    """See `packlight.layers.norms.differentiate`; `added` is a tensor like dx."""
     *others, width = grad_output.shape
     x_hat = dequantize_rows(codes, scales, math.prod(others), width, groups)
-    return differentiate(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)
+    found = differentiate(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)
+    return found if added is None else (found[0] + added, *found[1:])
 
 
 def post_norm(

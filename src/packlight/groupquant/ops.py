@@ -190,6 +190,7 @@ def _fake_norm_backward(
     need_weight: bool,
     need_bias: bool,
     groups: Groups,
+    added: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = grad_output.shape[-1]
     dtype = compute_dtype(grad_output)
@@ -200,7 +201,7 @@ def _fake_norm_backward(
 
 norm_backward = define_op(
     "group_quant_norm_backward(Tensor grad_output, Tensor codes, Tensor scales, Tensor rstd,"
-    " Tensor? weight, bool center, bool need_weight, bool need_bias, int[] groups)"
+    " Tensor? weight, bool center, bool need_weight, bool need_bias, int[] groups, Tensor? added)"
     " -> (Tensor, Tensor, Tensor)",
     reference=norm_reference.norm_backward,
     fake=_fake_norm_backward,

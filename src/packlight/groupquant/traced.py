@@ -84,14 +84,16 @@ def norm_backward(
     need_weight: bool,
     need_bias: bool,
     groups: Groups,
+    added: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `ops.norm_backward` gives, to rounding, for a width of whole groups."""
     bits, group_size, code = groups
     needs = need_weight, need_bias
     if code != OFFSET:
         return norm_reference.norm_backward(
-            grad_output, codes, scales, rstd, weight, center, *needs, groups
+            grad_output, codes, scales, rstd, weight, center, *needs, groups, added
         )
     lines = [each.view(-1, 1) for each in ops.line(scales, bits)]
     x_hat = on_line(from_bytes(codes, bits, group_size), *lines).view(-1, grad_output.shape[-1])
-    return differentiate(grad_output, x_hat, rstd, weight, center, *needs)
+    found = differentiate(grad_output, x_hat, rstd, weight, center, *needs)
+    return found if added is None else (found[0] + added, *found[1:])

@@ -143,9 +143,26 @@ def row_norm_of(method: Quantiser, width: int | None = None) -> Fused:
 
 
 def rounded_norm_of(method: Quantiser) -> Fused:
-    """How the method keeps what an RMS norm rounds before it scales it."""
+    """How the method keeps what an RMS norm rounds before it scales it.
+
+    Its backward pass, which is that of other norms too, takes what is added to the gradient.
+    """
     found = method.fused.get("rounded_norm")
-    return row_norm_of(method)._replace(forward=plain_rounded) if found is None else found
+    if found is not None:
+        return found
+    plain = row_norm_of(method)
+    return plain._replace(forward=plain_rounded, backward=_adding(plain.backward))
+
+
+def _adding(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The backward pass of a norm, with a last argument that is added to dx, unless it is None."""
+
+    def adding(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *others, added = given
+        dx, dweight, dbias = backward(*others)
+        return dx if added is None else dx.add_(added), dweight, dbias
+
+    return adding
 
 
 def _keeps(x: Tensor, width: int, method: Quantiser) -> bool:
