@@ -175,8 +175,10 @@ class GroupQuantSplitAttention(GroupQuantAttention):
         So none of its calls is looked at. None where that code is to run: on a device without the
         kernel of rotary embedding, and where the projection behind is not ours.
         """
+        if not self.is_llama:
+            return None
         last, places = self._modules["o_proj"], given.get("position_embeddings")
-        if not (self.is_llama and isinstance(last, Linear) and places):
+        if not (isinstance(last, Linear) and places):
             return None
         if given.get("past_key_values") is not None or not rotary.has_kernel(self, query):
             return None
