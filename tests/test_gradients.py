@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from packlight import groupquant, sketch
-from packlight._gradients import column_sums, product, recast
+from packlight._gradients import add_product, column_sums, product, recast
 from tests.helpers import crossing
 
 LAYERS = {
@@ -42,6 +42,17 @@ def test_a_product_of_16_bits_is_written_in_32():
     assert torch.equal(product(a, b, torch.float32), a.mm(b).float())
     assert product(a, b, torch.bfloat16).dtype == torch.bfloat16
     torch.library.opcheck(torch.ops.packlight.wide_mm.default, (a, b))
+
+
+def test_a_product_is_added_over_what_it_is_added_to():
+    for dtype, of_total in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, None)):
+        a, b = torch.randn(5, 64).to(dtype), torch.randn(64, 3).to(dtype)
+        total = torch.randn(5, 3).to(of_total or torch.float32)
+        truth = total.double() + a.double().mm(b.double())
+        apart = total + a.mm(b).to(total.dtype)
+        found = add_product(total, a, b)
+        assert found is total
+        assert (found - truth).norm() <= (apart - truth).norm() + 1e-6 * truth.norm()
 
 
 @pytest.mark.gpu

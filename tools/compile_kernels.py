@@ -319,9 +319,11 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             }
         for width in (768, 1024, 4096, 8192):
             grouping = Grouping(4096, width, bits, 128, code)
-            forward = norms._forward_launch(grouping, 1e-5, True, True, True, 1)
+            forward = norms._forward_launch(grouping, 1e-5, True, True, True, 1, None)
             launches[f"norm {width}"] = forward
-            backward, _ = norms._backward_launch(grouping, True, True, True, True)
+            rounded = norms._forward_launch(grouping, 1e-5, False, True, False, 1, kind)
+            launches[f"norm {width}, rounded before the weight"] = rounded
+            backward, _ = norms._backward_launch(grouping, True, True, True, True, True)
             launches[f"norm {width} backward"] = backward
             if code == ROTATED:
                 backward = rotated_norms._backward_launch(grouping, True, True)
@@ -337,6 +339,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                 launches[f"post norm {width} backward, p {p}"] = backward
         if code == OFFSET:
             launches["line"] = line_kernels._line_launch(8192, bits)
+            launches["sums over programs"] = norms._sums_launch(1056, 1024, 2)
         for name, launch in launches.items():
             (step,) = launch.steps
             constants = dict(step.constants)
@@ -462,7 +465,8 @@ def compile_kernel(
             special |= dict.fromkeys(names, "*fp32")
             special |= dict.fromkeys(("gate_codes_ptr", "up_codes_ptr"), "*u8")
             special |= dict.fromkeys(("scales_ptr", "gate_scales_ptr", "up_scales_ptr"), "*i32")
-            special |= dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32")
+            names = ("dweight_ptr", "dbias_ptr", "dweight_sum_ptr", "dbias_sum_ptr")
+            special |= dict.fromkeys(names, "*fp32")
             special |= dict.fromkeys(("low_ptr", "factor_ptr"), "*fp32")
             special["table_ptr"] = "*i32" if constants.get("BINS") else "*fp32"
             signature[name] = "*" + dtype if name in POINTERS else special[name]

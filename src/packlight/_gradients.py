@@ -95,6 +95,16 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return as_dtype(a.mm(b), dtype)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`total + a.mm(b)`, over `total`.
+
+    A matmul of one dtype adds before it rounds: no kernel for it, and no tensor for the product.
+    """
+    if _torch.is_traced() or not total.dtype == a.dtype == b.dtype:
+        return total.add_(product(a, b, total.dtype))
+    return total.addmm_(a, b)
+
+
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.sum(0, dtype=dtype)`; `x` is [rows, columns].
 

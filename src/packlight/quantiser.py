@@ -65,8 +65,8 @@ class Quantiser(Method, abstract=True):
     layer, norm, activation, gated unit, convolution, attention and `saving`.
     """
 
-    # Of a layer by its name: "activation", "activation_", "gated", "gated_", "norm", "post_norm",
-    # "batch_norm", "group_norm".
+    # Of a layer by its name: "activation", "activation_", "gated", "gated_", "norm",
+    # "rounded_norm", "post_norm", "batch_norm", "group_norm".
     fused: ClassVar[Mapping[str, Fused]] = {}
 
     @property

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from packlight import _seeds
 from packlight._seeds import Drawn, operands
@@ -148,6 +149,59 @@ def test_norms_equal_the_reference(width, center, dtype, device):
         scale = rows**0.5
         close(dweight / scale, expected[1] / scale, FP32)
         close(dbias / scale, expected[2] / scale, FP32)
+
+
+@every_device
+@pytest.mark.parametrize("code", [MINMAX, ROTATED, OFFSET], ids=["minmax", "rotated", "offset"])
+@pytest.mark.parametrize("width", [100, 512])
+def test_rms_norms_round_before_the_weight_as_the_reference(width, code, device):
+    rows = 5 if device == "cpu" else 3000
+    half, other = torch.bfloat16, torch.float16
+    for dtype, of_weight, rounded_to in (
+        (half, half, half), (other, other, other), (FP32, FP32, FP32),
+        (half, FP32, half), (FP32, half, FP32), (FP32, half, half),
+    ):  # fmt: skip
+        x = (torch.randn(rows, width, device=device) * 2 + 1).to(dtype)
+        weight = torch.randn(width, device=device).to(of_weight)
+        groups = (4, 32 if width == 100 else 64, code)
+        given = (x, width, weight, None, 1e-5, False, groups, *operands(5), rounded_to)
+        ours, theirs = norm_kernels.norm(*given), norm_reference.norm(*given)
+        plain = weight * F.rms_norm(x, (width,), None, 1e-5).to(rounded_to)
+        assert torch.equal(theirs[0], plain)
+        assert ours[0].dtype == plain.dtype == torch.promote_types(of_weight, rounded_to)
+        truth = F.rms_norm(x.double(), (width,), None, 1e-5) * weight.double()
+        narrow = min(dtype, rounded_to, plain.dtype, key=lambda each: each.itemsize)
+        close(ours[0], plain, narrow)
+        distance = (ours[0].double() - truth).norm()
+        factor = 3 if device == "cpu" else 1.1  # the interpreter truncates to bfloat16
+        assert distance <= factor * (plain.double() - truth).norm() + 2e-6 * truth.norm()
+        assert torch.equal(ours[4], weight)
+        # The pack is that of a norm without a weight.
+        bare = norm_kernels.norm(x, width, None, None, 1e-5, False, groups, *operands(5))
+        assert all(map(torch.equal, ours[1:4], bare[1:4]))
+        # What is added to the gradient is added as torch adds it to what the kernel gives.
+        dy, added = (torch.randn(rows, width, device=device).to(plain.dtype) for _ in range(2))
+        flags = (False, True, False, groups)
+        dx, dweight, _ = norm_kernels.norm_backward(dy, *ours[1:4], weight, *flags)
+        both, again, _ = norm_kernels.norm_backward(dy, *ours[1:4], weight, *flags, added)
+        expected = norm_reference.norm_backward(dy, *ours[1:4], weight, *flags, added)
+        close(both, dx + added, plain.dtype)
+        close(both, expected[0], plain.dtype)
+        close(dweight / rows**0.5, expected[1] / rows**0.5, FP32)
+        assert torch.equal(again, dweight)
+
+
+@every_device
+def test_parts_of_sums_are_added_up(device):
+    limits = {"rtol": 1e-5, "atol": 1e-4}
+    for programs, width in ((1, 8), (300, 100), (7, 33)):
+        parts = torch.randn(2, programs, width, device=device)
+        first, second, none = *parts.new_empty(2, width), parts.new_empty(0)
+        norm_kernels.add_up(*parts, first, second)
+        torch.testing.assert_close(torch.stack((first, second)), parts.sum(1), **limits)
+        norm_kernels.add_up(parts[0], parts[1], none, first)
+        torch.testing.assert_close(first, parts[1].sum(0), **limits)
+        norm_kernels.add_up(*parts, none, none)
 
 
 @every_device
@@ -346,8 +400,10 @@ def test_operators_pass_opcheck():
         check(namespace.group_quantize_less.default, (x, [96, 1], x[0], 96, (4, 32), *draw))
         check(namespace.group_quant_activation.default, (x, "silu", [], (4, 32), *draw))
         check(namespace.group_quant_gated.default, (x, x + 1, "silu", (4, 32), *draw))
-        norm = (x, 96, torch.ones(96), None, 1e-5, True, (4, 32), *draw)
-        check(namespace.group_quant_norm.default, norm)
+        norm = (x, 96, torch.ones(96), None, 1e-5)
+        check(namespace.group_quant_norm.default, (*norm, True, (4, 32), *draw, None))
+        half = (*norm, False, (4, 32), *draw, torch.bfloat16)
+        check(namespace.group_quant_norm.default, half)
     codes, scales = ops.quantize(x, (96, 1), (4, 32), *operands(None))
     layout = ([4, 96], [96, 1], 96, (4, 32), FP32)
     for arguments in ((*layout, "", [], torch.ones(96), None), (*layout, "gelu", [], None, None)):
@@ -363,9 +419,11 @@ def test_operators_pass_opcheck():
     check(namespace.group_quant_gated_backward_.default, over)
     product = (*packs, "silu", [4, 96], [96, 1], (4, 32), FP32)
     check(namespace.group_quant_gated_product.default, product)
-    _, codes, scales, rstd, *_ = ops.norm(x, 96, None, None, 1e-5, True, (4, 32), *operands(None))
+    norm = (x, 96, None, None, 1e-5, True, (4, 32), *operands(None), None)
+    _, codes, scales, rstd, *_ = ops.norm(*norm)
     norm_backward = (x, codes, scales, rstd, torch.ones(96), True, True, True, (4, 32))
-    check(namespace.group_quant_norm_backward.default, norm_backward)
+    for added in (None, x):
+        check(namespace.group_quant_norm_backward.default, (*norm_backward, added))
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])

@@ -8,12 +8,19 @@ import transformers
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 
 import packlight
 from packlight import DoubleBackwardError, FewBit, GroupQuant, ModifiedWeightError
+from packlight.integrations.transformers import blocks, rotary
+from packlight.integrations.transformers.attention import GroupQuantSplitAttention
 from packlight.layers import attention as sdpa
 from tests.helpers import relative_error
 
@@ -49,7 +56,44 @@ def block(bias=True):
     return Block(WIDTH, 2, qkv_bias=bias)
 
 
+class Rotated(nn.Module):
+    """Attention of a model with rotary embedding, or a block, by itself."""
+
+    def __init__(self, kind, config):
+        super().__init__()
+        shape = {"hidden_size": WIDTH, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = config(**shape, head_dim=16, intermediate_size=96)
+        config._attn_implementation = "sdpa"
+        self.attention = kind(config, 0)
+
+    def forward(self, x, attn_mask=None):
+        angles = torch.arange(x.shape[1])[:, None] / torch.arange(1, 9)
+        angles = torch.cat((angles, angles), -1)[None].to(x.dtype)
+        places = (angles.cos(), angles.sin())
+        return self.attention(x, position_embeddings=places, attention_mask=attn_mask)
+
+
+def llama():
+    return Rotated(LlamaAttention, transformers.LlamaConfig)
+
+
+def llama_block():
+    return Rotated(LlamaDecoderLayer, transformers.LlamaConfig)
+
+
+def qwen2():
+    return Rotated(Qwen2Attention, transformers.Qwen2Config)
+
+
+def qwen3():
+    return Rotated(Qwen3Attention, transformers.Qwen3Config)
+
+
 KINDS = {
+    "llama": (llama, {"_LinearsBackward"}),
+    "llama's block": (llama_block, {"_LinearsBackward", "_GatedMLPBackward"}),
+    "qwen2": (qwen2, {"_LinearsBackward"}),
+    "qwen3": (qwen3, {"_LinearsBackward"}),
     "roberta": (bert, {"_WholeAttentionBackward", "_ProjectionsBackward"}),
     "bert": (lambda: bert(BertSelfAttention), {"_WholeAttentionBackward", "_ProjectionsBackward"}),
     "bert's layer": (
@@ -136,6 +180,80 @@ def test_the_same_as_part_by_part(name, dtype, autocast):
     assert y.dtype == expected.dtype
     assert relative_error(y, expected) <= near / 3
     assert_alike(module, gradients, others, near)
+
+
+def _other_rotary(_):
+    modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin: (q, k)
+
+
+def _plain_projection(module):
+    packlight.revert(module.attention.o_proj)
+
+
+def test_llamas_code_behind_its_projections_is_known_where_there_is_a_kernel(monkeypatch):
+    found = []
+    at_once = GroupQuantSplitAttention._at_once
+
+    def spy(self, *args):
+        found.append(at_once(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(GroupQuantSplitAttention, "_at_once", spy)
+    module, _ = converted(llama)
+    y, gradients = run(module, sample())
+    monkeypatch.setattr(rotary, "_DEVICES", ("cpu",))
+    again, others = run(module, sample())
+    assert [each is None for each in found] == [True, False]
+    assert torch.equal(again, y)
+    assert all(map(torch.equal, gradients, others))
+    for make, change in ((qwen2, None), (llama, _plain_projection), (llama, _other_rotary)):
+        monkeypatch.setattr(
+            modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb
+        )
+        module, _ = converted(make)
+        if change is not None:
+            change(module)
+        assert "_LinearsBackward" in nodes(run(module, sample())[0])
+        assert found.pop() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_goes_on_beside_a_norm_comes_back_with_its_gradient(dtype, monkeypatch):
+    module, _ = converted(llama_block)
+    module.to(dtype)
+    with Sums() as sums:
+        y, gradients = run(module, sample(dtype))
+    module.zero_grad()
+    monkeypatch.setattr(blocks, "_beside", lambda *_: None)
+    with Sums() as more:
+        again, others = run(module, sample(dtype))
+    assert (sums.beside, more.beside, more.count - sums.count) == (2, 0, 2)
+    assert torch.equal(again, y)
+    assert_alike(module, gradients, others, 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+class Sums(TorchDispatchMode):
+    """Counts additions of a backward pass, and gradients of norms that something is added to."""
+
+    count = beside = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.packlight.group_quant_norm_backward.default:
+            self.beside += args[-1] is not None
+        adds = func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+        self.count += adds and torch._C._current_graph_task_id() >= 0
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_projection_whose_result_nobody_reads_has_no_gradient():
+    module, _ = converted(llama)
+    attention = module.attention
+    x = sample()
+    query, _, value = attention._projected(x)
+    (query.sum() + value.sum()).backward()
+    assert attention.k_proj.weight.grad is None
+    expected = sum(each.weight.sum(0) for each in (attention.q_proj, attention.v_proj))
+    torch.testing.assert_close(x.grad, expected.expand_as(x))
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])

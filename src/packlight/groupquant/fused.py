@@ -104,6 +104,7 @@ def _norm(
     center: bool,
     method: GroupQuant,
     seed: Seed,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], Kept]:
     if method.scales_channels:
         return norms.plain_forward(x, weight, bias, eps, center, method, seed)
@@ -111,9 +112,17 @@ def _norm(
     groups = _row_groups(width, method)
     run = operators(width, groups)[0]
     y, codes, scales, rstd, *copies = run(
-        x, width, weight, bias, eps, center, groups, *operands(seed)
+        x, width, weight, bias, eps, center, groups, *operands(seed), rounded_to
     )
     return y, rstd, copies, (codes, scales)
+
+
+def _rounded_norm(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, method: GroupQuant, seed: Seed
+) -> tuple[Tensor, Tensor, list[Tensor], Kept]:
+    if method.scales_channels:
+        return norms.plain_rounded(x, weight, eps, dtype, method, seed)
+    return _norm(x, weight, None, eps, False, method, seed, dtype)
 
 
 def _norm_backward(
@@ -125,14 +134,16 @@ def _norm_backward(
     need_weight: bool,
     need_bias: bool,
     method: GroupQuant,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if method.scales_channels:
         given = (rstd, weight, center, need_weight, need_bias, method)
-        return norms.plain_backward(grad_output, tuple(kept), *given)
+        dx, *sums = norms.plain_backward(grad_output, tuple(kept), *given)
+        return dx if added is None else dx.add_(added), sums[0], sums[1]
     width = grad_output.shape[-1]
     groups = _row_groups(width, method)
     run = operators(width, groups)[1]
-    flags = (center, need_weight, need_bias, groups)
+    flags = (center, need_weight, need_bias, groups, added)
     dx, dweight, dbias = run(grad_output, *kept, rstd, weight, *flags)
     return dx, dweight, dbias
 
@@ -258,5 +269,6 @@ GroupQuant.fused = {
     "gated_": Fused(_gated, _gated_backward_over, _gated_rebuild),
     "group_norm": Fused(_group_norm, _group_norm_backward, rebuild_group),
     "norm": Fused(_norm, _norm_backward, _norm_rebuild),
+    "rounded_norm": Fused(_rounded_norm, _norm_backward, _norm_rebuild),
     "post_norm": Fused(_post_norm, _post_norm_backward, _norm_rebuild),
 }

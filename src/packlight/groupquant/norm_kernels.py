@@ -14,10 +14,12 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
+from packlight.elementwise.kernels import rounded
 from packlight.groupquant import rotated_norm_kernels as rotated_norms
 from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import TURNED_CODE, constants, new_pack, sized
 from packlight.groupquant.minmax_kernels import PLAIN
+from packlight.groupquant.norm_reference import output_dtype
 from packlight.groupquant.pack_kernels import load_codes, pack_value, store_codes
 from packlight.groupquant.rotated_norm_kernels import TURNED_PLACES
 from packlight.groupquant.tile_kernels import (
@@ -94,9 +96,13 @@ def norm_rows(
     starts, room, in_row, bundle, width, row_groups, eps, CENTER: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
     BITS: tl.constexpr, CODE: tl.constexpr, SEED: tl.constexpr, FULL: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, X: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Output, pack and rstd of the rows of a tile that is 0 past the end of each."""
+    """Output, pack and rstd of the rows of a tile that is 0 past the end of each.
+
+    X is the dtype of what is normalised, ROUNDED that to which x_hat is rounded before it meets the
+    weight, None for none.
+    """
     if CENTER:
         mean = row_sums(tile, in_row, ROWS) / width
         centered = ()
@@ -116,11 +122,13 @@ def norm_rows(
     for p in tl.static_range(8):
         x_hat = tile[p] * rstd
         y = x_hat
+        if ROUNDED is not None:
+            y = rounded(y, ROUNDED)
         if WEIGHT:
             y = y * parameter_part(weight, weight_ptr, bundle, width, SIZE, p, FULL)
         if BIAS:
             y = y + parameter_part(bias, bias_ptr, bundle, width, SIZE, p, FULL)
-        normal = normal + (pack_value(x_hat, y_ptr.dtype.element_ty, CODE),)
+        normal = normal + (pack_value(x_hat, X, CODE),)
         out = out + (y.to(y_ptr.dtype.element_ty),)
     store_whole(y_ptr + row * width, out, starts, room, SIZE, CODE == TURNED_CODE, FULL)
     group = (row + in_row) * row_groups + bundle * (8 // PARTS)
@@ -238,6 +246,7 @@ def _forward_kernel(
     AHEAD: tl.constexpr,  # whether the next rows are brought near meanwhile
     ROWS: tl.constexpr,
     NQ: tl.constexpr,  # bundles a row
+    ROUNDED: tl.constexpr,  # the dtype of x_hat when it meets the weight, None for float32
 ):
     row = tl.program_id(0).to(tl.int64) * steps
     end = tl.minimum(row + steps, rows)
@@ -254,6 +263,7 @@ def _forward_kernel(
             tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
             seed_value(seed, SEED), row, starts, room, in_row, bundle, width, row_groups, eps,
             CENTER, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED, FULL, ROWS,
+            x_ptr.dtype.element_ty, ROUNDED,
         )  # fmt: skip
         row += ROWS
 
@@ -267,12 +277,14 @@ def _backward_kernel(
     rstd_ptr,  # [rows]
     weight_ptr,  # [width]
     dx_ptr,  # [rows, width]
+    other_ptr,  # [rows, width], what is added to it
     dweight_ptr,  # [programs, width] fp32
     dbias_ptr,  # [programs, width] fp32
     rows,
     width,
     row_groups,
     steps,
+    ADDS: tl.constexpr,
     CENTER: tl.constexpr,
     WEIGHT: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
@@ -303,6 +315,14 @@ def _backward_kernel(
             row_groups, dweight, dbias, CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,
             CODE, FULL, ROWS, dx_ptr.dtype.element_ty,
         )  # fmt: skip
+        if ADDS:
+            other = load_raw_whole(
+                other_ptr + row * width, starts, room, SIZE, CODE == TURNED_CODE, FULL
+            )
+            sums = ()
+            for p in tl.static_range(8):
+                sums = sums + (to_float32(dx[p]) + to_float32(other[p]),)
+            dx = sums
         store_whole(dx_ptr + row * width, dx, starts, room, SIZE, CODE == TURNED_CODE, FULL)
         row += ROWS
     store_sums(
@@ -310,16 +330,49 @@ def _backward_kernel(
     )
 
 
+@quick
+@triton.jit
+def _add_up_kernel(
+    dweight_ptr,  # [programs, width] fp32
+    dbias_ptr,
+    dweight_sum_ptr,  # [width] fp32
+    dbias_sum_ptr,
+    programs,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sums over the programs of a backward pass, of one tensor or of two."""
+    parts_ptr, sum_ptr = dweight_ptr, dweight_sum_ptr
+    if tl.program_id(1) == 1:
+        parts_ptr, sum_ptr = dbias_ptr, dbias_sum_ptr
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = (row < programs)[:, None] & inside[None, :]
+        total += tl.load(parts_ptr + row[:, None] * width + column[None, :], there, other=0.0)
+    tl.store(sum_ptr + column, tl.sum(total, 0), inside)
+
+
 # --- Launchers, with the signatures of norm_reference.py.
+
+TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 # Programs of a backward pass: enough to fill the device, few enough that partial sums stay small.
 PROGRAMS = 132 * 8
 # Times as many of a forward pass, which has no sums: none of the device waits for the last of them.
 WAVES = 8
+# Of a row a program, in sums over programs: a line of memory.
+COLUMNS = 32
 # Places a warp. In the forward pass a thread then has 32 elements: with fewer, what a group has in
 # common takes a shuffle each; with more, too few threads run at once.
 FORWARD_PLACES = 128
 BACKWARD_PLACES = 64
+# With the sum of one parameter's gradient, of which each program writes a part: so there are no
+# more than run at once.
+SUMMING_PLACES = 128
 
 
 class Shape(NamedTuple):
@@ -349,7 +402,13 @@ def _launch_shape(grouping: Grouping, plain: int, programs: int) -> Shape:
 
 @functools.lru_cache(LAUNCHES)
 def _forward_launch(
-    grouping: Grouping, eps: float, center: bool, weight: bool, bias: bool, seed: int
+    grouping: Grouping,
+    eps: float,
+    center: bool,
+    weight: bool,
+    bias: bool,
+    seed: int,
+    rounded_to: torch.dtype | None,
 ) -> Launch:
     shape = _launch_shape(grouping, FORWARD_PLACES, PROGRAMS * WAVES)
     return _forward_kernel.prepare(
@@ -368,6 +427,7 @@ def _forward_launch(
         AHEAD=grouping.code == ROTATED and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
+        ROUNDED=None if rounded_to is None else TRITON[rounded_to],
         num_warps=shape.warps,
     )
 
@@ -382,11 +442,12 @@ def norm(
     groups: Groups,
     seed: Tensor | None,
     number: int,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = x.numel()
     rows = n // width
     grouping, size, count = sized(rows, width, *groups)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=output_dtype(x, weight, rounded_to))
     codes, scales = new_pack(x, size, count)
     rstd = x.new_empty(rows, dtype=torch.float32)
     copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
@@ -395,7 +456,7 @@ def norm(
             if parameter is not None:
                 copy.copy_(parameter)
         return y, codes, scales, rstd, *copies
-    given = (weight is not None, bias is not None, seed_kind(seed, number))
+    given = (weight is not None, bias is not None, seed_kind(seed, number), rounded_to)
     _forward_launch(grouping, eps, center, *given)(
         x,
         y,
@@ -411,24 +472,56 @@ def norm(
 
 
 @functools.lru_cache(LAUNCHES)
+def _sums_launch(programs: int, width: int, tensors: int) -> Launch:
+    return _add_up_kernel.prepare(
+        (triton.cdiv(width, COLUMNS), tensors),
+        programs,
+        width,
+        ROWS=256,
+        COLUMNS=COLUMNS,
+        num_warps=4,
+    )
+
+
+def add_up(dweight_parts: Tensor, dbias_parts: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    """Writes the sums of parts [programs, width] over programs; nothing where a sum is empty."""
+    pairs = [pair for pair in ((dweight_parts, dweight), (dbias_parts, dbias)) if pair[1].numel()]
+    if not pairs:
+        return
+    (parts, sums), (others, other_sums) = pairs[0], pairs[-1]
+    _sums_launch(parts.shape[0], parts.shape[1], len(pairs))(parts, others, sums, other_sums)
+
+
+@functools.lru_cache(LAUNCHES)
 def _backward_launch(
-    grouping: Grouping, center: bool, weight: bool, need_weight: bool, need_bias: bool
+    grouping: Grouping,
+    adds: bool,
+    center: bool,
+    weight: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Launch, int]:
     """The launch, and its programs, each of which writes a partial sum."""
-    shape = _launch_shape(grouping, BACKWARD_PLACES, PROGRAMS)
+    places, programs, turned = BACKWARD_PLACES, PROGRAMS, grouping.code == ROTATED
+    summing = need_weight + need_bias == 1  # there are no registers for more places of two
+    if summing:
+        places = SUMMING_PLACES
+        programs = PROGRAMS // 4 if turned else PROGRAMS // 2
+    shape = _launch_shape(grouping, places, programs)
     launch = _backward_kernel.prepare(
         (shape.programs,),
         grouping.rows,
         grouping.width,
         grouping.row_groups,
         shape.steps,
+        ADDS=adds,
         CENTER=center,
         WEIGHT=weight,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
         **constants(grouping),
         FULL=shape.full,
-        AHEAD=grouping.code == ROTATED and shape.full,
+        AHEAD=(summing or turned) and shape.full,
         ROWS=shape.rows,
         NQ=shape.bundles,
         num_warps=shape.warps,
@@ -446,6 +539,7 @@ def norm_backward(
     need_weight: bool,
     need_bias: bool,
     groups: Groups,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = rstd.numel(), grad_output.shape[-1]
     dx = torch.empty_like(grad_output)
@@ -460,16 +554,17 @@ def norm_backward(
             grad_output, codes, scales, rstd, gamma, dx, grouping, center, weight is not None,
             need_weight,
         )  # fmt: skip
+        if added is not None:
+            dx.add_(added)
     else:
-        launch, programs = _backward_launch(
-            grouping, center, weight is not None, need_weight, need_bias
-        )
+        flags = (added is not None, center, weight is not None, need_weight, need_bias)
+        launch, programs = _backward_launch(grouping, *flags)
         dweight = rstd.new_empty(programs, width) if need_weight else nothing
         dbias = rstd.new_empty(programs, width) if need_bias else nothing
-        launch(grad_output, codes, scales, rstd, gamma, dx, dweight, dbias)
+        other = dx if added is None else added
+        launch(grad_output, codes, scales, rstd, gamma, dx, other, dweight, dbias)
         sums = dweight, dbias
-    dweight, dbias = (
-        part.sum(0) if needed else nothing
-        for part, needed in zip(sums, (need_weight, need_bias), strict=True)
-    )
+    dweight = rstd.new_empty(width if need_weight else 0)
+    dbias = rstd.new_empty(width if need_bias else 0)
+    add_up(sums[0], sums[1], dweight, dbias)
     return dx, dweight, dbias

@@ -28,15 +28,19 @@ def norm(
     groups: Groups,
     seed: Tensor | None,
     number: int,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, bit-equal to torch's, codes and scales of x_hat, rstd [rows], copies of the parameters.
 
-    `x` is [..., width], contiguous. The copies are empty where there is no weight or bias.
+    `x` is [..., width], contiguous. The copies are empty where there is no weight or bias. Of an
+    RMS norm x_hat may be rounded to a dtype before it meets the weight, as transformers has it.
     """
     if center:
         y = F.layer_norm(x, (width,), weight, bias, eps)
-    else:
+    elif weight is None or rounded_to is None:
         y = F.rms_norm(x, (width,), weight, eps)
+    else:
+        y = weight * F.rms_norm(x, (width,), None, eps).to(rounded_to)
     x_hat, rstd = normalise(x, eps, center)
     key = as_tensor(seed, number, x.device)
     x_hat = x_hat.float()
@@ -46,6 +50,13 @@ def norm(
     copies = (x.new_empty(0) if p is None else p.clone() for p in (weight, bias))
     weight_copy, bias_copy = copies
     return y, codes, scales, rstd.view(-1), weight_copy, bias_copy
+
+
+def output_dtype(x: Tensor, weight: Tensor | None, rounded_to: torch.dtype | None) -> torch.dtype:
+    """That of the output of `norm`."""
+    if weight is None or rounded_to is None:
+        return x.dtype
+    return torch.promote_types(weight.dtype, rounded_to)
 
 
 def norm_backward(
@@ -58,11 +69,13 @@ def norm_backward(
     need_weight: bool,
     need_bias: bool,
     groups: Groups,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `packlight.layers.norms.differentiate`."""
+    """See `packlight.layers.norms.differentiate`; `added` is a tensor like dx."""
     *others, width = grad_output.shape
     x_hat = dequantize_rows(codes, scales, math.prod(others), width, groups)
-    return differentiate(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)
+    found = differentiate(grad_output, x_hat, rstd, weight, center, need_weight, need_bias)
+    return found if added is None else (found[0] + added, *found[1:])
 
 
 def post_norm(

@@ -169,16 +169,18 @@ def _fake_norm(
     groups: Groups,
     seed: Tensor | None,
     number: int,
+    rounded_to: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     rows = x.numel() // width
+    y = torch.empty_like(x, dtype=norm_reference.output_dtype(x, weight, rounded_to))
     rstd = x.new_empty(rows, dtype=compute_dtype(x))
     copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
-    return torch.empty_like(x), *Grouping(rows, width, *groups).empty_pack(x), rstd, *copies
+    return y, *Grouping(rows, width, *groups).empty_pack(x), rstd, *copies
 
 
 norm = define_op(
     "group_quant_norm(Tensor x, SymInt width, Tensor? weight, Tensor? bias, float eps, bool center,"
-    " int[] groups, Tensor? seed, int number)"
+    " int[] groups, Tensor? seed, int number, ScalarType? rounded_to)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=norm_reference.norm,
     fake=_fake_norm,
@@ -196,6 +198,7 @@ def _fake_norm_backward(
     need_weight: bool,
     need_bias: bool,
     groups: Groups,
+    added: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = grad_output.shape[-1]
     dtype = compute_dtype(grad_output)
@@ -206,7 +209,7 @@ def _fake_norm_backward(
 
 norm_backward = define_op(
     "group_quant_norm_backward(Tensor grad_output, Tensor codes, Tensor scales, Tensor rstd,"
-    " Tensor? weight, bool center, bool need_weight, bool need_bias, int[] groups)"
+    " Tensor? weight, bool center, bool need_weight, bool need_bias, int[] groups, Tensor? added)"
     " -> (Tensor, Tensor, Tensor)",
     reference=norm_reference.norm_backward,
     fake=_fake_norm_backward,
@@ -229,7 +232,7 @@ def _fake_post_norm(
     number: int,
 ) -> tuple[Tensor, ...]:
     total = torch.empty_like(x, dtype=dtype)
-    made = _fake_norm(total, x.shape[-1], weight, bias, eps, True, groups, seed, number)
+    made = _fake_norm(total, x.shape[-1], weight, bias, eps, True, groups, seed, number, None)
     return *made, x.new_empty(packed_bytes(x.numel(), 1) if p else 0, dtype=torch.uint8)
 
 

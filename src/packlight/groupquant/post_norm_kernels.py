@@ -24,6 +24,8 @@ from packlight.groupquant.grouping import ROTATED, Grouping, Groups
 from packlight.groupquant.kernels import constants, new_pack, sized
 from packlight.groupquant.norm_kernels import (
     PROGRAMS,
+    TRITON,
+    add_up,
     load_parameter,
     norm,
     norm_backward,
@@ -107,6 +109,7 @@ def _forward_kernel(
                 tile, y_ptr, weight, weight_ptr, bias, bias_ptr, codes_ptr, scales_ptr, rstd_ptr,
                 seed_value(seed, SEED), row, starts, room, in_row, bundle, width, row_groups, eps,
                 True, WEIGHT, BIAS, SIZE, PARTS, BITS, CODE, SEED, FULL, 1,
+                y_ptr.dtype.element_ty, None,
             )  # fmt: skip
         first += 1
 
@@ -180,8 +183,6 @@ def _backward_kernel(
 
 # --- Launchers, with the signatures of norm_reference.py.
 
-_TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
 
 def _is_striped(n: int, width: int, p: float) -> bool:
     """Whether the eight elements of a byte of the mask lie a whole number of rows apart."""
@@ -225,7 +226,7 @@ def _forward_launch(
         drop_below(p),
         1 / (1 - p),
         ROWS=rows,
-        SUM=_TRITON[total],
+        SUM=TRITON[total],
         MASK_SEED=mask_seed,
         WEIGHT=weight,
         BIAS=bias,
@@ -341,6 +342,7 @@ def post_norm_backward(
     needs = (need_weight, need_bias)
     launch, programs = _backward_launch(grouping, p, apart, weight is not None, *needs)
     partial = rstd.new_empty(count, programs, width)
+    sums = rstd.new_empty(count, width)
     parts = (*partial.unbind(), partial, partial)  # what is not needed is not written
     launch(
         grad_output,
@@ -354,4 +356,6 @@ def post_norm_backward(
         parts[0],
         parts[1 if need_weight else 0],
     )
-    return dx, dresidual, partial.sum(1)
+    if count:
+        add_up(parts[0], parts[count - 1], sums[0], sums[count - 1])
+    return dx, dresidual, sums

@@ -56,6 +56,7 @@ def norm(
     groups: Groups,
     seed: Tensor | None,
     number: int,
+    rounded_to: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `ops.norm` gives, with y to rounding, for a width of whole groups.
 
@@ -65,6 +66,9 @@ def norm(
     bits, *_ = groups
     packed = x_hat.to(_packed_dtype(x, bits))
     codes, scales = ops.quantize(packed, x.stride(), groups, seed, number)
+    if weight is not None and rounded_to is not None:
+        y = weight * x_hat.to(x.dtype).to(rounded_to)
+        return y, codes, scales, rstd.view(-1)
     y = x_hat if weight is None else x_hat * weight
     y = y if bias is None else y + bias
     return y.to(x.dtype), codes, scales, rstd.view(-1)
@@ -80,14 +84,16 @@ def norm_backward(
     need_weight: bool,
     need_bias: bool,
     groups: Groups,
+    added: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `ops.norm_backward` gives, to rounding, for a width of whole groups."""
     bits, group_size, code = groups
     needs = need_weight, need_bias
     if code != OFFSET:
         return norm_reference.norm_backward(
-            grad_output, codes, scales, rstd, weight, center, *needs, groups
+            grad_output, codes, scales, rstd, weight, center, *needs, groups, added
         )
     lines = [each.view(-1, 1) for each in ops.line(scales, bits)]
     x_hat = on_line(from_bytes(codes, bits, group_size), *lines).view(-1, grad_output.shape[-1])
-    return differentiate(grad_output, x_hat, rstd, weight, center, *needs)
+    found = differentiate(grad_output, x_hat, rstd, weight, center, *needs)
+    return found if added is None else (found[0] + added, *found[1:])

@@ -15,7 +15,7 @@ from packlight._checks import (
     refuse_second_derivative,
     saved_with_weight,
 )
-from packlight._gradients import as_dtype, column_sums, product, recast
+from packlight._gradients import add_product, as_dtype, column_sums, product, recast
 from packlight._overwrite import writable
 from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
 from packlight.reading import reader
@@ -81,12 +81,14 @@ def linear_gradients(
     needs: tuple[bool, bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     turned: bool | None = None,
+    added: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, those that are needed, each in its dtype.
 
     The input comes from what `tensors` keep of it. The gradient of the weight lies as the weight:
     fused optimizers read one that lies otherwise wrongly, and autograd copies it for a parameter.
-    `turned` says how that is where the weight is not given.
+    `turned` says how that is where the weight is not given. The gradient of the input is written
+    over what is to be `added` to it, if there is something.
     """
     needs_input, needs_weight, needs_bias = needs
     x_dtype, weight_dtype, bias_dtype = dtypes
@@ -105,7 +107,9 @@ def linear_gradients(
         wide = torch.promote_types(rows.dtype, bias_dtype)
         dbias = as_dtype(column_sums(rows, wide), bias_dtype)
     if needs_input:
-        if rows.dtype == x_dtype or _torch.is_traced():  # which fuses the cast with what follows
+        if added is not None:
+            dx = add_product(added.view(rows.shape[0], -1), rows, weight)
+        elif rows.dtype == x_dtype or _torch.is_traced():  # which fuses the cast with what follows
             dx = as_dtype(rows.mm(weight), x_dtype)
         else:
             dx = product(rows, weight, x_dtype)
@@ -114,6 +118,78 @@ def linear_gradients(
 
 
 _apply: Callable[..., Tensor] = _torch.applied(_Linear)
+
+
+class _Linears(torch.autograd.Function):
+    """x W_i^T + b_i for each i; keeps the weights and the pack of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        count: int,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor | None,  # `count` weights, as many biases, and the pack of x
+    ) -> tuple[Tensor, ...]:
+        parameters: Any = list(zip(tensors[:count], tensors[count : 2 * count], strict=True))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:count], *tensors[2 * count :])
+        ctx.rebuild = rebuild
+        ctx.dtypes = [(x.dtype, w.dtype, None if b is None else b.dtype) for w, b in parameters]
+        return tuple([writable(affine(x, *each), of_linear=True) for each in parameters])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        refuse_second_derivative(KEEPS)
+        saved = saved_with_weight(ctx)
+        needs, count = _torch.needed_gradients(ctx), len(grads)
+        weights, tensors = saved[:count], saved[count:]
+        used = [i for i in range(count) if grads[i] is not None]
+        dx: Tensor | None = None
+        of_weights: list[Tensor | None] = [None] * count
+        of_biases: list[Tensor | None] = [None] * count
+        x = once(ctx.rebuild)
+        for i in used:  # the first, so that x is gone when dx comes
+            needed = (False, needs[3 + i], needs[3 + count + i])
+            _, of_weights[i], of_biases[i] = linear_gradients(
+                grads[i], weights[i], x, tensors, needed, ctx.dtypes[i]
+            )
+        del x
+        if needs[0]:
+            of_x = (True, False, False)
+            for i in used:  # each product is added to those before it
+                dx, *_ = linear_gradients(
+                    grads[i], weights[i], ctx.rebuild, (), of_x, ctx.dtypes[i], added=dx
+                )
+        return dx, None, None, *of_weights, *of_biases, *[None] * len(tensors)
+
+
+def once(rebuild: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What rebuilds a tensor when it is first asked for, and gives it again after that."""
+    found: list[Tensor] = []
+
+    def rebuilt(dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        if not found:
+            found.append(rebuild(dtype, *tensors))
+        return found[0]
+
+    return rebuilt
+
+
+_apply_all: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Linears)
+
+
+def linears(x: Tensor, parameters: Sequence[Parameters], method: Quantiser) -> tuple[Tensor, ...]:
+    """x W_i^T + b_i for each i, of one gradient of x.
+
+    In training, with gradients; the checks are the caller's: all weights train. Keeps a pack of x,
+    or nothing where x is packed already, and the weights. Gradients are those of the layers one by
+    one, but for roundings of the sum that is the gradient of x.
+    """
+    kept = pack_input(x, method)
+    rebuild = reader(kept.reading, kept.rebuild)
+    weights, biases = zip(*parameters, strict=True)
+    return _apply_all(x, len(weights), rebuild, *weights, *biases, *kept.tensors)
 
 
 @_torch.one_node

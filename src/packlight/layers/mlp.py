@@ -22,7 +22,7 @@ from packlight.layers.activations import (
     overwriting_unit_of,
 )
 from packlight.layers.branches import dtypes_of, feed
-from packlight.layers.linear import Parameters, affine, linear_gradients
+from packlight.layers.linear import Parameters, affine, linear_gradients, once
 from packlight.pack import Pack
 from packlight.quantiser import KEEPS, Quantiser, pack_input
 from packlight.reading import reader
@@ -188,7 +188,7 @@ class _GatedMLP(torch.autograd.Function):
         dgate, dup = ctx.differentiate(dproduct, packs, *ctx.f)
         del dproduct, packs
         # Of the parameters first, so that x is gone when dx comes.
-        x = _once(ctx.rebuild)
+        x = once(ctx.rebuild)
         of_gate, of_up = dtypes[:3], (dtypes[0], *dtypes[3:5])
         _, *gate = linear_gradients(dgate, gate_weight, x, tensors, (False, *needs[1:3]), of_gate)
         _, *up = linear_gradients(dup, up_weight, x, tensors, (False, *needs[3:5]), of_up)
@@ -198,26 +198,11 @@ class _GatedMLP(torch.autograd.Function):
             of_x = (True, False, False)
             dx, *_ = linear_gradients(dgate, gate_weight, ctx.rebuild, (), of_x, of_gate)
             del dgate
-            other, *_ = linear_gradients(dup, up_weight, ctx.rebuild, (), of_x, of_up)
-            assert dx is not None
-            assert other is not None
-            dx.add_(other)
+            dx, *_ = linear_gradients(dup, up_weight, ctx.rebuild, (), of_x, of_up, added=dx)
         return dx, *gate, *up, *down, *[None] * (len(needs) - 7)
 
 
 _apply_gated: Callable[..., Tensor] = _torch.applied(_GatedMLP)
-
-
-def _once(rebuild: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What rebuilds a tensor when it is first asked for, and gives it again after that."""
-    found: list[Tensor] = []
-
-    def rebuilt(dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
-        if not found:
-            found.append(rebuild(dtype, *tensors))
-        return found[0]
-
-    return rebuilt
 
 
 @_torch.one_node

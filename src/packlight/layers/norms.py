@@ -117,6 +117,15 @@ def plain_rebuild(y: Tensor, width: int, method: Quantiser) -> Scaled:
     return Scaled(method, tuple(y.shape), y.stride(), y.numel() // width, width)
 
 
+def plain_rounded(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, method: Quantiser, seed: Seed
+) -> tuple[Tensor, Tensor, list[Tensor], tuple[Tensor, ...]]:
+    """What `plain_forward` gives, of an RMS norm whose x_hat is rounded before it is scaled."""
+    forward = row_norm_of(method).forward
+    x_hat, rstd, _, kept = forward(x, None, None, eps, False, method, seed)
+    return weight * x_hat.to(dtype), rstd, [weight.clone()], kept
+
+
 _PLAIN = Fused(plain_forward, plain_backward, plain_rebuild)
 
 
@@ -131,6 +140,29 @@ def row_norm_of(method: Quantiser, width: int | None = None) -> Fused:
     """
     narrow = width is not None and not method.keeps_rows(width)
     return _PLAIN if narrow else method.fused.get("norm", _PLAIN)
+
+
+def rounded_norm_of(method: Quantiser) -> Fused:
+    """How the method keeps what an RMS norm rounds before it scales it.
+
+    Its backward pass, which is that of other norms too, takes what is added to the gradient.
+    """
+    found = method.fused.get("rounded_norm")
+    if found is not None:
+        return found
+    plain = row_norm_of(method)
+    return plain._replace(forward=plain_rounded, backward=_adding(plain.backward))
+
+
+def _adding(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The backward pass of a norm, with a last argument that is added to dx, unless it is None."""
+
+    def adding(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *others, added = given
+        dx, dweight, dbias = backward(*others)
+        return dx if added is None else dx.add_(added), dweight, dbias
+
+    return adding
 
 
 def _keeps(x: Tensor, width: int, method: Quantiser) -> bool:
@@ -175,7 +207,7 @@ class _Norm(torch.autograd.Function):
         ctx.settings = (width, center, method)
         ctx.differentiate = fused.backward
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-        return _shaped(y, x.shape), *copies, *kept
+        return shaped(y, x.shape), *copies, *kept
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
@@ -241,7 +273,7 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
     return parameter.reshape(-1)
 
 
-def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
+def shaped(y: Tensor, shape: torch.Size) -> Tensor:
     """`y.view(shape)`, but a tensor of its own: views of it are views of what carries the note."""
     if y.shape == shape and not _torch.is_traced():
         return y

@@ -18,7 +18,7 @@ from packlight._seeds import Seed
 from packlight.layers.attention_backends import FUSED, Flags, Kernel
 from packlight.layers.branches import attended, dtypes_of, feed
 from packlight.layers.linear import Parameters, affine, linear_gradients
-from packlight.layers.norms import as_rows, own_parameters, row_norm_of
+from packlight.layers.norms import as_rows, own_parameters, rounded_norm_of, row_norm_of
 from packlight.layers.self_attention import kernel_of_whole, linear_dtype
 from packlight.quantiser import KEEPS, Quantiser
 
@@ -66,13 +66,16 @@ def _norm_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, which has one from the sum too, and of weight and bias."""
     rstd, weight, _, *kept = saved
-    method = ctx.normed[2]
-    dx, dweight, dbias = row_norm_of(method).backward(
-        as_rows(dnormed, dnormed.shape[-1]), kept, rstd, weight, True, *needs[1:3], method
+    method, dtype = ctx.normed[2], ctx.dtypes[0]
+    dy = as_rows(dnormed, dnormed.shape[-1])
+    alike = dy.dtype == dtype == grad_output.dtype
+    added = as_rows(grad_output, dy.shape[-1]) if alike else None
+    dx, dweight, dbias = rounded_norm_of(method).backward(
+        dy, kept, rstd, weight, True, *needs[1:3], method, added
     )
-    dtype = ctx.dtypes[0]
+    dx = as_dtype(dx, dtype).view(grad_output.shape)
     return (
-        as_dtype(dx, dtype).view(grad_output.shape).add_(as_dtype(grad_output, dtype)),
+        dx if alike else dx.add_(as_dtype(grad_output, dtype)),
         as_dtype(dweight, ctx.dtypes[1]) if needs[1] else None,
         as_dtype(dbias, ctx.dtypes[2]) if needs[2] else None,
     )

@@ -21,6 +21,7 @@ if int(transformers.__version__.partition(".")[0]) >= _OLDEST:
     from packlight.integrations.transformers import (  # noqa: F401
         activations,
         attention,
+        blocks,
         feed_forward,
         gated,
         linear,

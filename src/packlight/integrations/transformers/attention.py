@@ -11,10 +11,13 @@ as it is, and so do the masks that are made by it. Registered for all of transfo
 So `model.set_attn_implementation("packlight")` works as well, at 8 bits for all layers.
 """
 
+import dis
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,17 +26,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packlight import _torch
 from packlight._classes import joined
-from packlight.calls import uncovered
+from packlight.calls import covers_now, uncovered
 from packlight.groupquant.method import GroupQuant
-from packlight.integrations._copies import once_a_class
-from packlight.integrations.transformers import masks, self_attention
-from packlight.integrations.transformers.rotary import use_one_kernel
+from packlight.groupquant.modules import Linear
+from packlight.integrations._copies import is_copy, once_a_class
+from packlight.integrations._parts import parameters_of, takes
+from packlight.integrations.transformers import masks, rotary, self_attention
 from packlight.layers.attention import attend
+from packlight.layers.linear import linears
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
+from packlight.rotary.functional import fits, rotate
 
 NAME = "packlight"
 _REPLACES = "sdpa"
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 _DEFAULT = GroupQuant().for_attention()
 
@@ -116,10 +124,139 @@ class GroupQuantAttention(nn.Module):
         self.__dict__["config"] = self.model_config = value
 
 
+class GroupQuantSplitAttention(GroupQuantAttention):
+    """`GroupQuantAttention` whose query, key and value are three Linears of its input.
+
+    One function computes them, where all three train alike, so that one gradient comes back. The
+    module's own code runs as ever: each Linear, when it is called, has its result ready.
+    """
+
+    may_run_plain_code = True
+    is_llama: bool  # whether its code is Llama's
+    head_dim: int
+    attention_dropout: float
+    scaling: float
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        results = None
+        if self.training and not torch.compiler.is_dynamo_compiling():
+            results = uncovered(self._projected, hidden_states)
+        if results is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        if not args and covers_now():
+            found = uncovered(self._at_once, *results, kwargs)
+            if found is not None:
+                return found
+        parts: Any = [self._modules[name] for name in _PROJECTIONS]
+        for part, y in zip(parts, results, strict=True):
+            part.__dict__["ready"] = (hidden_states, y)
+        try:
+            return super().forward(hidden_states, **kwargs)
+        finally:
+            for part in parts:
+                part.__dict__.pop("ready")
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Results of the three projections; None where they are to run one by one."""
+        parts: Any = [self._modules[name] for name in _PROJECTIONS]
+        if not isinstance(parts[0], Linear) or x.dim() != 3:
+            return None
+        method = parts[0].method
+        parameters = parameters_of(parts, method)
+        if parameters is None or not takes(x, method):
+            return None
+        return linears(x, parameters, method)
+
+    def _at_once(
+        self, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]
+    ) -> tuple[Tensor, None] | None:
+        """What the module's code does behind the projections, where it is Llama's.
+
+        So none of its calls is looked at. None where that code is to run: on a device without the
+        kernel of rotary embedding, and where the projection behind is not ours.
+        """
+        if not self.is_llama:
+            return None
+        last, places = self._modules["o_proj"], given.get("position_embeddings")
+        if not (isinstance(last, Linear) and places):
+            return None
+        if given.get("past_key_values") is not None or not rotary.has_kernel(self, query):
+            return None
+        if self.model_config._attn_implementation not in (_REPLACES, NAME):
+            return None
+        shape = (*query.shape[:-1], -1, self.head_dim)
+        query, key, value = (x.view(shape).transpose(1, 2) for x in (query, key, value))
+        if not fits(query, key, *places):
+            return None
+        query, key = rotate(query, key, *places)
+        others = {name: value for name, value in given.items() if name not in _OF_LLAMA}
+        mask, dropout = given.get("attention_mask"), self.attention_dropout
+        out, _ = attention_forward(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **others
+        )
+        return last(out.reshape(*shape[:-2], -1)), None
+
+
 class GroupQuantSelfAttention(self_attention.AtOnce, GroupQuantAttention):
     """`GroupQuantAttention` whose query, key and value have one pack."""
 
     implementations = (_REPLACES, NAME)
+
+
+# --- The code that is known, as transformers has it. Never run: `is_copy` compares with it.
+
+# Of each module its own; the first runs only where a config says "eager".
+_OWN = ("eager_attention_forward", rotary.NAME)
+# Arguments that its code has a name for.
+_OF_LLAMA = ("position_embeddings", "attention_mask", "past_key_values")
+eager_attention_forward: Any = None
+apply_rotary_pos_emb: Any = None
+
+
+def _llama(
+    self: Any,
+    hidden_states: Any,
+    position_embeddings: Any,
+    attention_mask: Any,
+    past_key_values: Any,
+    **kwargs: Any,
+) -> Any:
+    input_shape = hidden_states.shape[:-1]
+    hidden_shape = (*input_shape, -1, self.head_dim)
+
+    query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+    key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+    value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+    cos, sin = position_embeddings
+    query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+
+    if past_key_values is not None:
+        key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+    attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, eager_attention_forward
+    )
+
+    attn_output, attn_weights = attention_interface(
+        self,
+        query_states,
+        key_states,
+        value_states,
+        attention_mask,
+        dropout=0.0 if not self.training else self.attention_dropout,
+        scaling=self.scaling,
+        **kwargs,
+    )
+
+    attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+    attn_output = self.o_proj(attn_output)
+    return attn_output, attn_weights
+
+
+@once_a_class
+def _is_llama(kind: type[nn.Module]) -> bool:
+    return is_copy(inspect.unwrap(vars(kind).get("forward", _is_llama)), _llama, _OWN)
 
 
 # --- The rule.
@@ -147,6 +284,25 @@ def _asks_its_config(kind: type[nn.Module]) -> bool:
     )
 
 
+@once_a_class
+def _projects_its_input(kind: type[nn.Module]) -> bool:
+    """Whether a class's code calls its three projections with its first argument, each once."""
+    forward = inspect.unwrap(kind.forward)
+    code = _torch.code_of(forward)
+    if code is None or code.co_varnames[1:2] != ("hidden_states",):
+        return False
+    reads = []
+    for step, after in itertools.pairwise(dis.get_instructions(code)):
+        if step.argval in _PROJECTIONS:
+            reads.append((step.argval, after.argval))
+        elif len(reads) < len(_PROJECTIONS) and (
+            "JUMP" in step.opname  # it may not come to the next
+            or (step.opname.startswith("STORE") and step.argval == "hidden_states")
+        ):
+            return False
+    return sorted(reads) == sorted((name, "hidden_states") for name in _PROJECTIONS)
+
+
 def _mentions(constants: Iterable[object]) -> bool:
     return any(
         _mentions(value) if isinstance(value, (tuple, frozenset)) else value == _REPLACES
@@ -172,8 +328,14 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
             "it adds a learned position bias to its scores; the calls of its code keep packs where"
             " they are covered, as with functional=True"
         )
-    use_one_kernel(type(module))
-    attributes = {"attention_method": method.for_attention(), "model_config": module.config}
-    known = self_attention.is_known(type(module))
-    ours = GroupQuantSelfAttention if known else GroupQuantAttention
+    rotary.use_one_kernel(type(module))
+    attributes: dict[str, Any] = {"attention_method": method.for_attention()}
+    attributes["model_config"] = module.config
+    kind = type(module)
+    ours: type[nn.Module] = GroupQuantAttention
+    if self_attention.is_known(kind):
+        ours = GroupQuantSelfAttention
+    elif _projects_its_input(kind):
+        ours = GroupQuantSplitAttention
+        attributes["is_llama"] = _is_llama(kind)
     return Swap(joined(ours, type(module)), attributes)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight import _torch, sharing
-from packlight._checks import check_tensor, needs_gradient, refuse_second_derivative
+from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
 from packlight._classes import joined
 from packlight._seeds import Seed
 from packlight.groupquant.modules import Quantised
@@ -33,7 +33,8 @@ from packlight.layers.norms import (
     norm_rows,
     own_parameters,
     rms_norm,
-    row_norm_of,
+    rounded_norm_of,
+    shaped,
     shaped_as,
 )
 from packlight.method import Method, Rule, Swap, rule_finder
@@ -87,7 +88,8 @@ def _gpt_oss(self: Any, hidden_states: Any) -> Any:
 class _RoundedNorm(torch.autograd.Function):
     """y = weight * round(x_hat), codes and scales of x_hat, and a copy of the weight.
 
-    Keeps all but y, and rstd.
+    Keeps all but y, and rstd. Where the input goes on `beside` the norm, it is the last result: its
+    gradients are one kernel's then.
     """
 
     @staticmethod
@@ -99,36 +101,43 @@ class _RoundedNorm(torch.autograd.Function):
         dtype: torch.dtype,
         method: Quantiser,
         seed: Seed,
+        beside: bool,
     ) -> tuple[Tensor, ...]:
         rows = norm_rows(x, weight.numel())
         if dtype.itemsize > rows.dtype.itemsize:
             rows = rows.to(dtype)
-        keeping = row_norm_of(method)
-        x_hat, rstd, _, kept = keeping.forward(rows, None, None, eps, False, method, seed)
-        copies = [] if _torch.is_traced() else [weight.clone()]
+        keeping = rounded_norm_of(method)
+        y, rstd, copies, kept = keeping.forward(rows, weight, eps, dtype, method, seed)
+        copies = [] if _torch.is_traced() else copies[:1]
         ctx.mark_non_differentiable(*copies, *kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rstd, *own_parameters(copies, weight), *kept)
-        ctx.settings = (x.dtype, method)
+        ctx.settings = (x.dtype, method, beside)
         ctx.differentiate = keeping.backward
-        return weight * x_hat.view(x.shape).to(dtype), *copies, *kept
+        return shaped(y, x.shape), *copies, *kept, *([x] if beside else [])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *others: Any) -> Any:
         refuse_second_derivative(KEEPS)
+        dtype, method, beside = ctx.settings
+        other: Tensor | None = others[-1] if beside else None
         if grad_output is None:
-            return (None,) * 6
+            return other, *[None] * 6
         rstd, weight, *kept = ctx.saved_tensors
-        dtype, method = ctx.settings
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dy = as_rows(grad_output, weight.numel())
+        alike = other is not None and other.dtype == dy.dtype == dtype
+        added = as_rows(other, weight.numel()) if alike else None  # type: ignore[arg-type]
         dx, dweight, _ = ctx.differentiate(
-            dy, kept, rstd, weight, False, needs_weight, False, method
+            dy, kept, rstd, weight, False, needs_weight, False, method, added
         )
+        dx = shaped_as(dx, grad_output).to(dtype)
+        if other is not None and not alike:
+            dx = dx + other
         return (
-            shaped_as(dx, grad_output).to(dtype) if needs_x else None,
+            dx if needs_x else None,
             dweight.to(weight.dtype) if needs_weight else None,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -161,21 +170,39 @@ class GroupQuantRMSNorm(Quantised):
         return self.weight.dtype if self.weight.dtype in _SHORT else torch.float32
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x, weight, method = hidden_states, self.weight, self.method
-        fits = self.training and _fits(x, weight, method)
-        if not fits or not (needs_gradient(x) or needs_gradient(weight)):
-            plain: Tensor = super().forward(x)
+        if not self._packs(hidden_states):
+            plain: Tensor = super().forward(hidden_states)
             return plain
-        dtype = self._rounded_to(x)
-        seed = method.seed(x)
-        y, *kept = _norm_rounded(x, weight, self.variance_epsilon, dtype, method, seed)
+        return self._packed(hidden_states, False)[0]
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The norm of `x`, and `x` as what goes on beside it; None where nothing is packed.
+
+        Of both gradients one comes back by the norm's kernel: no sum, and no tensor for it.
+        """
+        if not self._packs(x) or not is_taken(x) or not needs_gradient(x):
+            return None
+        y, (x,) = self._packed(x, True)
+        return y, x
+
+    def _packs(self, x: Tensor) -> bool:
+        weight = self.weight
+        fits = self.training and _fits(x, weight, self.method)
+        return fits and (needs_gradient(x) or needs_gradient(weight))
+
+    def _packed(self, x: Tensor, beside: bool) -> tuple[Tensor, list[Tensor]]:
+        """The norm of `x`, and what `_RoundedNorm` gives beside it."""
+        weight, method = self.weight, self.method
+        settings = (self.variance_epsilon, self._rounded_to(x), method, method.seed(x), beside)
+        y, *kept = _norm_rounded(x, weight, *settings)
+        others = [kept.pop()] if beside else []
         if not _torch.is_traced():
             weight, *kept = kept
-        rebuild = row_norm_of(method).rebuild(y, weight.numel(), method)
+        rebuild = rounded_norm_of(method).rebuild(y, weight.numel(), method)
         tensors = (*kept, weight, None)
         pack = Pack(rebuild, tuple(y.shape), tensors, method.grade, reading_of(rebuild))
         sharing.note_pack(y, pack)
-        return y
+        return y, others
 
 
 # --- Rounded once.

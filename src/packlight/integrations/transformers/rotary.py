@@ -7,6 +7,7 @@ and on a GPU. Its results are the same numbers.
 """
 
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from packlight import _torch
 from packlight._checks import is_taken
 from packlight.calls import covers_now, uncovered
-from packlight.integrations._copies import is_copy
+from packlight.integrations._copies import is_copy, once_a_class
 from packlight.rotary.functional import fits, rotate
 
-_NAME = "apply_rotary_pos_emb"
+NAME = "apply_rotary_pos_emb"
 _DEVICES = ("cuda",)  # elsewhere there is no kernel to gain by
 
 
@@ -46,15 +47,31 @@ def _llama(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
 def use_one_kernel(kind: type[nn.Module]) -> None:
     """Has the file of an attention module's class rotate by one kernel, if its code is known."""
     code = _torch.code_of(kind.forward)
-    if code is None or _NAME not in code.co_names:
+    if code is None or NAME not in code.co_names:
         return
     names: dict[str, Any] = kind.forward.__globals__
-    theirs, half = names.get(_NAME), names.get("rotate_half")
+    theirs, half = names.get(NAME), names.get("rotate_half")
     if half is None or getattr(theirs, "__wrapped__", None) is not None:
         return
     known = types.FunctionType(_code_of(_llama), {"rotate_half": half})
     if is_copy(half, _rotate_half) and is_copy(theirs, known):
-        names[_NAME] = _by_one_kernel(theirs)
+        names[NAME] = _by_one_kernel(theirs)
+
+
+def has_kernel(module: nn.Module, x: Tensor) -> bool:
+    """Whether an attention module with code of its own would rotate `x` by one kernel."""
+    if x.device.type not in _DEVICES:
+        return False
+    rotates = _names(type(module)).get(NAME)  # which may have been replaced since
+    return getattr(rotates, "by_one_kernel", False)
+
+
+@once_a_class
+def _names(kind: type[nn.Module]) -> dict[str, Any]:
+    """The names of the file that the code of an attention module, converted or not, is in."""
+    plain = (base for base in kind.__mro__ if not base.__module__.startswith("packlight."))
+    forward: Any = next(vars(base)["forward"] for base in plain if "forward" in vars(base))
+    return inspect.unwrap(forward).__globals__  # type: ignore[no-any-return]
 
 
 def _code_of(function: Any) -> types.CodeType:
@@ -76,6 +93,7 @@ def _by_one_kernel(theirs: Any) -> Any:
         found: tuple[Tensor, Tensor] = theirs(q, k, cos, sin, unsqueeze_dim)
         return found
 
+    apply_rotary_pos_emb.by_one_kernel = True  # type: ignore[attr-defined]
     return apply_rotary_pos_emb
 
 

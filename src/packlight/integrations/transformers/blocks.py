@@ -1,0 +1,119 @@
+"""Blocks of decoders with the code of LlamaDecoderLayer, of which there are more than sixty copies.
+
+What goes on beside a norm comes back with the norm's gradient, by one kernel. All parts are called
+as ever; where the norms are not converted the block's own code runs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packlight._classes import joined
+from packlight.calls import is_bare, uncovered
+from packlight.integrations._copies import is_copy, once_a_class
+from packlight.integrations.transformers.norms import GroupQuantRMSNorm
+from packlight.method import Method, Rule, Swap, rule_finder
+from packlight.quantiser import Quantiser
+
+# --- The code that is known, as transformers has it. Never run: `is_copy` compares with it.
+
+
+def _llama(
+    self: Any,
+    hidden_states: Any,
+    attention_mask: Any,
+    position_ids: Any,
+    past_key_values: Any,
+    use_cache: Any,
+    position_embeddings: Any,
+    **kwargs: Any,
+) -> Any:
+    residual = hidden_states
+    hidden_states = self.input_layernorm(hidden_states)
+    # Self Attention
+    hidden_states, _ = self.self_attn(
+        hidden_states=hidden_states,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    hidden_states = residual + hidden_states
+
+    # Fully Connected
+    residual = hidden_states
+    hidden_states = self.post_attention_layernorm(hidden_states)
+    hidden_states = self.mlp(hidden_states)
+    hidden_states = residual + hidden_states
+    return hidden_states  # noqa: RET504  as it is there
+
+
+@once_a_class
+def _is_known(kind: type[nn.Module]) -> bool:
+    return is_copy(vars(kind).get("forward"), _llama)
+
+
+# --- The layer.
+
+
+class GroupQuantDecoderLayer(nn.Module):
+    """A block whose residuals come back with the gradients of its norms."""
+
+    may_run_plain_code = True
+    self_attn: nn.Module
+    mlp: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        given = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "position_embeddings": position_embeddings,
+            **kwargs,
+        }
+        norms: Any = (self._modules["input_layernorm"], self._modules["post_attention_layernorm"])
+        x = hidden_states
+        found = uncovered(_beside, norms[0], x)
+        if found is None:
+            plain: Tensor = super().forward(x, **given)
+            return plain
+        h, x = found
+        del found, hidden_states  # here and below: what is not read again makes room
+        h, _ = self.self_attn(hidden_states=h, **given)
+        x = x + h
+        del h
+        h, x = uncovered(_beside, norms[1], x) or (norms[1](x), x)
+        out: Tensor = x + self.mlp(h)
+        return out
+
+
+def _beside(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What `norm.beside` gives; None where a call of the norm is to run."""
+    if torch.compiler.is_dynamo_compiling() or not isinstance(norm, GroupQuantRMSNorm):
+        return None
+    return norm.beside(x) if is_bare(norm) else None
+
+
+# --- The rule.
+
+
+@rule_finder
+def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
+    return _block if issubclass(method, Quantiser) and _is_known(kind) else None
+
+
+def _block(method: Quantiser, module: nn.Module) -> Swap:
+    return Swap(joined(GroupQuantDecoderLayer, type(module)), {})
