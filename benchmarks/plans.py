@@ -15,7 +15,8 @@ model. Models and precision are those of `benchmarks.user`.
 All jobs of a model are run by one process, which empties the allocator's cache and changes its
 limit between them: first what is asked of memory, then times. With `--turn FILE` it waits between
 the two for the lock of that file, so that processes of several models find out side by side what
-fits, and are timed one after the other. Of two rows of a job the later one has all of the earlier.
+fits, and are timed one after the other; with `--alone` it waits before both. Of two rows of a job
+the later one has all of the earlier.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import gc
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -298,16 +299,27 @@ class Measuring:
         }
 
     def _device_ms(self, host_s: float) -> float:
-        """Of a step that the device begins when the host has launched it, or what fits into the
-        queue of launches: no time of the host, however busy that is.
+        """Of a step whose passes the device begins when the host has launched them, or the thousand
+        kernels that the queue of launches takes: no time of the host, unless that is slower than
+        the device in what is left.
         """
-        torch.cuda._sleep(int(_CLOCK * host_s))
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self.trained.step()
-        end.record()
-        self.device.wait()
-        return float(begin.elapsed_time(end))
+        total = 0.0
+
+        def timed(launch: Callable[[], Any]) -> Any:
+            nonlocal total
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(int(_CLOCK * host_s))
+            begin.record()
+            result = launch()
+            end.record()
+            self.device.wait()
+            total += begin.elapsed_time(end)
+            return result
+
+        timed(timed(self.trained.forward).backward)
+        timed(self.trained.optimizer.step)
+        self.trained.optimizer.zero_grad(set_to_none=True)
+        return total
 
 
 _CLOCK = 2e9  # cycles a second of the device, or more than it has
@@ -331,6 +343,7 @@ def measure(
     until: tuple[float, float],
     commit: str,
     turn: pathlib.Path | None,
+    alone: bool,
 ) -> None:
     """The jobs of a model; `until` is when to begin no more of what is asked of memory, of times"""
     settings = rows.settings("cuda", commit)
@@ -341,11 +354,12 @@ def measure(
     jobs = sorted(jobs, key=lambda job: "choice" in job)
     shown = [{k: v for k, v in job.items() if k != "methods"} for job in jobs]
     found = [dict[str, Any]() for _ in jobs]
-    for place, job in enumerate(jobs):
-        if {"by", "refused", "budget", "least"} & job.keys() and time.monotonic() < until[0]:
-            found[place] = measuring.memory(job)
-            rows.append(out, {**settings, **shown[place], **found[place]})
-    with _turn_of(turn):
+    with _turn_of(turn if alone else None):
+        for place, job in enumerate(jobs):
+            if {"by", "refused", "budget", "least"} & job.keys() and time.monotonic() < until[0]:
+                found[place] = measuring.memory(job)
+                rows.append(out, {**settings, **shown[place], **found[place]})
+    with _turn_of(None if alone else turn):
         plain = measuring.gradients()
         for place, job in enumerate(jobs):
             if {"by", "refused", "untimed"} & job.keys() or time.monotonic() > until[1]:
@@ -379,6 +393,7 @@ def main() -> None:
         "--memory-seconds", type=float, default=1e9, help="ask no more of memory after these"
     )
     parser.add_argument("--turn", type=pathlib.Path, help="a file whose lock is waited for")
+    parser.add_argument("--alone", action="store_true", help="ask nothing before the turn")
     parser.add_argument("--commit")
     given = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -395,7 +410,7 @@ def main() -> None:
     until = now + given.memory_seconds, now + given.seconds
     for name in dict.fromkeys(job["scenario"] for job in jobs):
         own = [job for job in jobs if job["scenario"] == name]
-        measure(name, own, given.out, given.steps, until, given.commit, given.turn)
+        measure(name, own, given.out, given.steps, until, given.commit, given.turn, given.alone)
         gc.collect()
         torch.cuda.empty_cache()
 
