@@ -6,14 +6,17 @@
 
 A job is what a model becomes, with the bytes and milliseconds that are foretold. One with a budget
 runs while the allocator is limited to it, in reserved bytes, with an optimiser that has no state
-yet, as a user's first step; where that is too little, once more without a limit. One with "least",
-a limit in which it surely runs, is also run at lower ones, for the lowest in which its first steps
-run; "refused" is a limit in which the smallest plan should not run. Losses and norms of gradients
-stand beside those of the plain model. Models are those of `benchmarks.user`.
+yet, as a user's first step. One with "least", a limit in which it surely runs, is also run at lower
+ones, for the lowest in which its first steps run; "refused" is a limit in which the smallest plan
+should not run, and "size" the largest batch or longest sequence that should. Times are without a
+limit, and none of one with "untimed". Losses and norms of gradients stand beside those of the plain
+model. Models and precision are those of `benchmarks.user`.
 
 All jobs of a model are run by one process, which empties the allocator's cache and changes its
-limit between them. With `--turn FILE` kernels are compiled first, and then it waits for the lock
-of that file, so that processes of several models start at once and measure one after the other.
+limit between them: first what is asked of memory, then times. With `--turn FILE` it waits between
+the two for the lock of that file, so that processes of several models find out side by side what
+fits, and are timed one after the other; with `--alone` it waits before both. Of two rows of a job
+the later one has all of the earlier.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import gc
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -176,23 +179,6 @@ class Measuring:
         task = SCENARIOS[name]
         self.trained, self.size = Trained(task, CHOICES["eager"], task.size, self.device), task.size
 
-    def measure(self, job: Row, steps: int) -> Row:
-        """By the job; `out_of_memory` says at which limits a step did not run."""
-        failed: list[Any] = []
-        for limit in [job["budget"], None] if "budget" in job else [None]:
-            with self._converted(job):
-                try:
-                    with _limited(limit):
-                        found = {**self._steps(steps), "limit": limit, "out_of_memory": failed}
-                except torch.OutOfMemoryError:
-                    failed.append(limit)
-                    continue
-                if limit is not None:
-                    # At a limit the allocator unmaps pages in a step, and waits for the device.
-                    found["without_limit_ms"] = self._steps(steps)["ms"]
-                return {**found, **self.gradients()}
-        return {"limit": None, "out_of_memory": failed}
-
     def compile(self, jobs: list[Row]) -> None:
         """Has the kernels of all jobs compiled: a pass of each choice for all blocks."""
         for job in jobs:
@@ -201,45 +187,68 @@ class Measuring:
                     self.gradients()
         self.clean()
 
-    def runs(self, job: Row, size: int) -> bool:
-        """Whether a step of this size runs within the limit of the job."""
-        changed = {"batch": size} if job["by"] == "batch" else {"batch": 1, "length": size}
-        self.trained.see(Size(**{**self.size._asdict(), **changed}))
-        with self._converted(job), _limited(job["limit"]):
-            try:
-                self.trained.step()
-                return True
-            except torch.OutOfMemoryError:
-                return False
-            finally:
-                self.trained.see(self.size)
+    def memory(self, job: Row) -> Row:
+        """Whether it runs where it should and where it should not; no times."""
+        if "by" in job:
+            return {"tried": self.tried(job)}
+        if "refused" in job:
+            return {"ran": self.fits(job, job["refused"])}
+        found: Row = {}
+        if "budget" in job:
+            found["out_of_memory"] = [] if self.fits(job, job["budget"]) else [job["budget"]]
+        if "least" in job:
+            ran = "budget" in job and not found["out_of_memory"]
+            found["least_limit"] = self.least(job, job["budget" if ran else "least"])
+        return found
 
     def tried(self, job: Row) -> dict[int, bool]:
-        """Whether sizes run: that of the job and 3% more, or 3% less where it does not."""
+        """Whether sizes run: that of the job, and 3% more or less until the answer is another."""
         unit = 64 if job["by"] == "sequence" else 1
         found = {job["size"]: self.runs(job, job["size"])}
-        times = 1.03 if found[job["size"]] else 0.97
-        other = int(times * job["size"]) // unit * unit + (unit if times > 1 else 0)
-        return {**found, other: self.runs(job, other)}
+        up = found[job["size"]]
+        for percent in (3, 6, 9):
+            size = int((1 + percent / 100 * (1 if up else -1)) * job["size"]) // unit * unit
+            size += unit if up else 0
+            found[size] = self.runs(job, size)
+            if found[size] != up:
+                break
+        return found
 
-    def least(self, job: Row) -> int:
-        """The lowest limit of reserved bytes in which steps run, to 0.4%."""
-        low, high = int(0.99 * job["predicted_peak"]), int(job["least"])
+    def runs(self, job: Row, size: int) -> bool:
+        """Whether steps of this size run within the limit of the job."""
+        changed = {"batch": size} if job["by"] == "batch" else {"batch": 1, "length": size}
+        self.trained.see(Size(**{**self.size._asdict(), **changed}))
+        try:
+            return self.fits(job, job["limit"], steps=2)
+        finally:
+            self.trained.see(self.size)
+
+    def least(self, job: Row, high: int) -> int:
+        """The lowest limit of reserved bytes in which steps run, to 0.4%; they run in `high`."""
+        low = int(0.99 * job["predicted_peak"])
         while high - low > 0.004 * high:
             middle = (low + high) // 2
             low, high = (low, middle) if self.fits(job, middle) else (middle, high)
         return high
 
-    def fits(self, job: Row, limit: int) -> bool:
-        """Whether three steps run within a limit: the first has no state of the optimiser yet."""
+    def fits(self, job: Row, limit: int, steps: int = 3) -> bool:
+        """Whether steps run within a limit: the first has no state of the optimiser yet."""
         with self._converted(job), _limited(limit):
             try:
-                for _ in range(3):
+                for _ in range(steps):
                     self.trained.step()
                 self.device.wait()
                 return True
             except torch.OutOfMemoryError:
                 return False
+
+    def times(self, job: Row, steps: int) -> Row:
+        """Peak and times of steps without a limit, loss and gradients."""
+        with self._converted(job):
+            try:
+                return {**self._steps(steps), **self.gradients()}
+            except torch.OutOfMemoryError:
+                return {"out_of_memory": [None]}
 
     def gradients(self) -> Row:
         found = self.trained.gradients()
@@ -286,7 +295,34 @@ class Measuring:
             "ms": round(1e3 * statistics.median(whole[1:]), 2),
             "least_ms": round(1e3 * min(whole[1:]), 2),
             "host_ms": round(1e3 * statistics.median(host[1:]), 2),
+            "device_ms": round(min(self._device_ms(max(host)) for _ in range(2)), 2),
         }
+
+    def _device_ms(self, host_s: float) -> float:
+        """Of a step whose passes the device begins when the host has launched them, or the thousand
+        kernels that the queue of launches takes: no time of the host, unless that is slower than
+        the device in what is left.
+        """
+        total = 0.0
+
+        def timed(launch: Callable[[], Any]) -> Any:
+            nonlocal total
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(int(_CLOCK * host_s))
+            begin.record()
+            result = launch()
+            end.record()
+            self.device.wait()
+            total += begin.elapsed_time(end)
+            return result
+
+        timed(timed(self.trained.forward).backward)
+        timed(self.trained.optimizer.step)
+        self.trained.optimizer.zero_grad(set_to_none=True)
+        return total
+
+
+_CLOCK = 2e9  # cycles a second of the device, or more than it has
 
 
 @contextlib.contextmanager
@@ -304,32 +340,32 @@ def measure(
     jobs: list[Row],
     out: pathlib.Path,
     steps: int,
-    until: float,
+    until: tuple[float, float],
     commit: str,
     turn: pathlib.Path | None,
+    alone: bool,
 ) -> None:
-    """The jobs of a model."""
+    """The jobs of a model; `until` is when to begin no more of what is asked of memory, of times"""
     settings = rows.settings("cuda", commit)
     measuring = Measuring(name)
-    if turn is not None:
-        measuring.compile(jobs)
-    with _turn_of(turn):
+    measuring.compile(jobs)
+    gc.freeze()  # so that collections between jobs are short
+    # What a choice changes is not undone, so that those that have one come last.
+    jobs = sorted(jobs, key=lambda job: "choice" in job)
+    shown = [{k: v for k, v in job.items() if k != "methods"} for job in jobs]
+    found = [dict[str, Any]() for _ in jobs]
+    with _turn_of(turn if alone else None):
+        for place, job in enumerate(jobs):
+            if {"by", "refused", "budget", "least"} & job.keys() and time.monotonic() < until[0]:
+                found[place] = measuring.memory(job)
+                rows.append(out, {**settings, **shown[place], **found[place]})
+    with _turn_of(None if alone else turn):
         plain = measuring.gradients()
-        # What a choice changes is not undone, so that those that have one come last.
-        for job in sorted(jobs, key=lambda job: "choice" in job):
-            if time.monotonic() > until:
+        for place, job in enumerate(jobs):
+            if {"by", "refused", "untimed"} & job.keys() or time.monotonic() > until[1]:
                 continue
-            found: Row = {}
-            if "by" in job:
-                found["tried"] = measuring.tried(job)
-            elif "refused" in job:
-                found["ran"] = measuring.fits(job, job["refused"])
-            else:
-                found = {"plain": plain, **measuring.measure(job, steps)}
-                if "least" in job:
-                    found["least_limit"] = measuring.least(job)
-            shown = {key: value for key, value in job.items() if key != "methods"}
-            rows.append(out, {**settings, **shown, **found})
+            timed = {"plain": plain, **measuring.times(job, steps)}
+            rows.append(out, {**settings, **shown[place], **found[place], **timed})
 
 
 @contextlib.contextmanager
@@ -353,9 +389,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--budgets", type=int, default=BUDGETS, help="of each model and error")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no job after these")
+    parser.add_argument(
+        "--memory-seconds", type=float, default=1e9, help="ask no more of memory after these"
+    )
     parser.add_argument("--turn", type=pathlib.Path, help="a file whose lock is waited for")
+    parser.add_argument("--alone", action="store_true", help="ask nothing before the turn")
     parser.add_argument("--commit")
     given = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
     if given.what == "write":
         write(given.only, given.out)
         return
@@ -365,10 +406,11 @@ def main() -> None:
                 rows.append(given.out, job)
         return
     jobs = [job for job in rows.read(given.jobs) if job["scenario"] in given.only]
-    until = time.monotonic() + given.seconds
+    now = time.monotonic()
+    until = now + given.memory_seconds, now + given.seconds
     for name in dict.fromkeys(job["scenario"] for job in jobs):
         own = [job for job in jobs if job["scenario"] == name]
-        measure(name, own, given.out, given.steps, until, given.commit, given.turn)
+        measure(name, own, given.out, given.steps, until, given.commit, given.turn, given.alone)
         gc.collect()
         torch.cuda.empty_cache()
 

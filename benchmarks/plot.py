@@ -331,9 +331,8 @@ def draw_network(network: str, found: Sequence[dict[str, Any]], axes: Sequence[A
 
 
 def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Plans beside choices that are one for all blocks, a panel a model: bytes reserved and time.
-
-    A line leads from what was foretold to what was measured.
+    """Plans beside choices that are one for all blocks, a panel a model: peak and time, that of the
+    GPU alone where it was measured. A line leads from what was foretold to what was measured.
     """
     import matplotlib
 
@@ -349,11 +348,13 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     dots: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for axis, name in zip(axes[0], names, strict=True):
         own = [row for row in measured if row["scenario"] == name]
+        clock = "device_ms" if all("device_ms" in row for row in own) else "ms"
+        axis.set_ylabel("ms of the GPU a step" if clock == "device_ms" else "ms a step")
         for row in own:
             is_plan = row["kind"] == "plan"
             colour = OURS if is_plan and row["max_error"] != 0.0 else FRONT if is_plan else OTHERS
             sizes = [row[key] / 2**30 for key in ("predicted_peak", "peak")]
-            times = [row["predicted_ms"], row["ms"]]
+            times = [row[f"predicted_{clock}"], row[clock]]
             axis.plot(sizes, times, color=colour, linewidth=1)
             axis.plot(sizes[1], times[1], "o" if is_plan else "s", color=colour, markersize=6)
             dots[name].append((sizes[1], times[1]))
@@ -369,7 +370,6 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         axis.grid(color="#eeeeee")
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    axes[0][0].set_ylabel("ms a step")
     handles = [
         pyplot.Line2D([], [], marker=marker, color=colour, linestyle="", label=label)
         for marker, colour, label in (

@@ -38,6 +38,38 @@ def test_products_with_a_short_side_have_a_rate_of_their_own(
     assert wide == name
 
 
+def test_products_of_low_rank_take_the_precision_that_is_set() -> None:
+    costs, x = Costs(H200), torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    low, factor = (torch.empty(*size, device="meta") for size in ((4096, 16), (16, 4096)))
+    calls = {
+        "add_widened_": (x, low, factor, 1.0, True),
+        "narrowed": (x, factor.T),
+        "outer": (x, low),
+    }
+
+    def ms() -> dict[str, float]:
+        found = {}
+        for name, args in calls.items():
+            operator = getattr(torch.ops.packlight, f"low_rank_{name}").default
+            found[name] = costs.of(operator, args, None, [x])[0] - 1e-3 * H200.rates.kernel_us
+        return found
+
+    exact = ms()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        faster = ms()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    factors = H200.rates.factors
+    for name in calls:
+        one = f"packlight::low_rank_{name}"
+        ratio = factors[f"{one} in TF32"] / factors[one]
+        assert ratio < 0.8
+        assert faster[name] == pytest.approx(ratio * exact[name])
+    assert ms() == exact
+
+
 def _with(**rates: float) -> Device:
     return dataclasses.replace(H200, rates=dataclasses.replace(H200.rates, **rates))
 

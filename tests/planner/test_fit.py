@@ -251,11 +251,15 @@ def test_rates_are_measured_and_kept(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = torch.get_float32_matmul_precision()
     rates = calibrate(device_of("H100"), tiny=True)
     assert isinstance(rates, Rates)
     assert min(rates.host_us, rates.host_us_packlight, rates.module_us) >= 0
     assert min(rates.others, rates.others_packlight) > 0
     assert {"aten::mm of a short side", "packlight::group_quantize"} <= set(rates.factors)
+    # The kernels' products of low rank, in float32 and in TF32.
+    assert {"packlight::low_rank_outer", "packlight::low_rank_outer in TF32"} <= set(rates.factors)
+    assert torch.get_float32_matmul_precision() == before
     from packlight.planner.devices import cache
 
     save_rates("H100", rates, cache())

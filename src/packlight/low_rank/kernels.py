@@ -9,6 +9,7 @@ from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight.low_rank import reference
+from packlight.low_rank.ops import in_tf32
 
 MOST = 64  # ranks above take more shared memory than small GPUs have (99 KiB)
 
@@ -201,7 +202,7 @@ def _precision() -> str:
 
     What has 16 bits is not rounded.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if in_tf32() else "tf32x3"
 
 
 def _parts(count: int, most: int, tile: int) -> tuple[int, int]:

@@ -8,6 +8,12 @@ from packlight.low_rank import reference
 
 _KERNELS = "packlight.low_rank.kernels"
 
+
+def in_tf32() -> bool:
+    """Whether torch may multiply float32 rounded to the 10 bits of TF32, as it is set now."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 narrowed = define_op(
     "low_rank_narrowed(Tensor x, Tensor factor) -> Tensor",
     reference=reference.narrowed,

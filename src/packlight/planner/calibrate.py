@@ -30,6 +30,7 @@ from packlight.planner.devices import Device, Rates
 from packlight.recompute.method import Checkpoint
 
 _CHANGES = ("plain", "default", "recomputed")
+_IN_TF32 = "default in TF32"
 _STEPS = 3  # that are timed
 _RANK = 16  # of adapters
 _ADAPTED = ("qkv", "out", "gate_proj", "up_proj", "down_proj")
@@ -159,7 +160,7 @@ def _cases(tiny: bool) -> Iterator[_Case]:
     yield _Case(of(torch.bfloat16, True), tokens, False)
     yield _Case(of(torch.float32, False), tokens, True)
     adapted = of(torch.bfloat16, True)
-    yield _Case(lambda: _adapted(adapted()), tokens, False, ("plain", "default"))
+    yield _Case(lambda: _adapted(adapted()), tokens, False, ("plain", "default", _IN_TF32))
     yield _Case(
         lambda: _channels_last(_Images(64 if tiny else 256)), images, True, has_blocks=False
     )
@@ -172,7 +173,7 @@ def _adapted(model: nn.Module) -> nn.Module:
 
 
 def _changed(model: nn.Module, case: str) -> nn.Module:
-    if case == "default":
+    if case in ("default", _IN_TF32):
         convert(model, functional=True, head="head", strict=False)
     elif case == "recomputed":
         convert(model, (Checkpoint(GroupQuant(8)), *DEFAULT_METHODS), strict=False)
@@ -223,9 +224,10 @@ def calibrate(device: Device, tiny: bool = False) -> Rates:
     nominal, taken = defaultdict[str, float](float), defaultdict[str, float](float)
     for case in _cases(tiny):
         for change in case.changes:
-            for name, seconds, took in _operators(device, kind, case, change, kernel_s):
-                nominal[name] += seconds
-                taken[name] += took
+            with _precision("high" if change == _IN_TF32 else "highest"):
+                for name, seconds, took in _operators(device, kind, case, change, kernel_s):
+                    nominal[name] += seconds
+                    taken[name] += took
     own = {name for name in nominal if name.startswith("packlight::")}
     # What moves next to nothing says nothing of a rate.
     factors = {
@@ -247,6 +249,17 @@ def calibrate(device: Device, tiny: bool = False) -> Rates:
         workspace,
         f"measured on {_called(kind)}, torch {torch.__version__}",
     )
+
+
+@contextlib.contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """Of products in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _operators(

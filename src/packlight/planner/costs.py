@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from packlight import _torch
 from packlight.groupquant.grouping import ROTATED
+from packlight.low_rank.ops import in_tf32
 from packlight.planner.devices import Device
 from packlight.saving.rest import is_of_rest
 
@@ -76,7 +77,8 @@ _THIN = 64  # the longest side of a product that is far from what long ones reac
 def name_of(func: Any, args: Sequence[Any]) -> str:
     """The name by which an operator's factor is kept: on a GPU as on tensors without values.
 
-    Products with a side as short as the rank of an adapter have one of their own.
+    Products with a side as short as the rank of an adapter have one of their own, and those by
+    packlight's kernels one by each precision, since three products of TF32 make one of float32.
     """
     name = _BACKENDS.sub("", func.overloadpacket.__name__)
     if name in _PRODUCTS:
@@ -84,10 +86,13 @@ def name_of(func: Any, args: Sequence[Any]) -> str:
         if min(*one.shape, *other.shape) <= _THIN:
             return THIN_PRODUCTS
         return "aten::mm" if name == "wide_mm" else f"aten::{name}"
+    if name.startswith("low_rank") and in_tf32():
+        name += IN_TF32
     return f"{func.namespace}::{name.replace('cudnn_batch', 'native_batch')}"
 
 
 THIN_PRODUCTS = "aten::mm of a short side"
+IN_TF32 = " in TF32"
 _BACKENDS = re.compile("_for_cpu|(?<=product)_(flash|efficient|cudnn)")
 
 
