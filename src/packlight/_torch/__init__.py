@@ -72,6 +72,7 @@ from packlight._torch.capabilities import (
     TRANSFORMS,
     TREES,
     TRITON,
+    WORKSPACES,
     warn_if_untested,
 )
 from packlight._torch.code import code_of, give_own_code, variable_of
@@ -156,6 +157,7 @@ __all__ = [
     "TRANSFORMS",
     "TREES",
     "TRITON",
+    "WORKSPACES",
     "adaptive_avg_pool_gradient",
     "always_untraced",
     "apart",

@@ -191,6 +191,11 @@ CURRENT_DEVICE = Capability(
     "each kernel switches devices, which is slower",
     "torch._C:_cuda_getDevice",
 )
+WORKSPACES = Capability(
+    "frees what matrix products set aside",
+    "`graphed` models take 0.1 GiB more on a large GPU",
+    "torch._C:_cuda_clearCublasWorkspaces",
+)
 CURRENT_STREAM = Capability(
     "reads the current CUDA stream",
     "layers that read one tensor rebuild it each, and each bias gradient makes a row of ones",
@@ -270,6 +275,7 @@ CAPABILITIES = (
     NEEDED,
     CURRENT_DEVICE,
     CURRENT_STREAM,
+    WORKSPACES,
     FUSED_ATTENTION,
     FAKES,
     TREES,
