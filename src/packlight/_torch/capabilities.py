@@ -109,6 +109,7 @@ GRAPH_NODES = Capability(
     "torch._dynamo.variables.tensor:SymNodeVariable",
     "torch._dynamo.guards:install_guard",
     "torch._dynamo.guards:GuardBuilder",
+    "torch._dynamo.source:AttrSource",
     "torch.fx.experimental.symbolic_shapes:guard_scalar",
 )
 MODES = Capability(

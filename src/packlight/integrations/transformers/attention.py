@@ -26,7 +26,8 @@ from packlight._classes import joined
 from packlight.calls import uncovered
 from packlight.groupquant.method import GroupQuant
 from packlight.integrations._copies import once_a_class
-from packlight.integrations.transformers import masks, self_attention
+from packlight.integrations.transformers import self_attention
+from packlight.integrations.transformers.masks import kind_of_traced
 from packlight.integrations.transformers.rotary import use_one_kernel
 from packlight.layers.attention import attend
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
@@ -57,7 +58,7 @@ def attention_forward(
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    kind = masks.kind_of_traced(attention_mask)
+    kind = kind_of_traced(attention_mask)
     if kind is not None:
         attention_mask, is_causal = None, kind == "causal"
     plain: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS[_REPLACES]
