@@ -185,6 +185,27 @@ def test_gradients_add_up(device, to_none):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_gradients_add_up_over_kinds_of_inputs(device):
+    """The second recording's gradients may lie where the first has let activations go."""
+    model = mlp(device)
+    plain = copy.deepcopy(model)
+    recorder = graphed(model)
+    for rows in (512, 8, 512, 8):
+        x = torch.randn(rows, 32, device=device)
+        result = model(x)
+        recorded = vars(model)["_packlight_graphs"].recordings
+        places = {g.data_ptr() for each in recorded for g in each.gradients}
+        assert all(p.grad is None or p.grad.data_ptr() not in places for p in model.parameters())
+        result.sum().backward()
+        plain(x).sum().backward()
+        near(
+            {name: p.grad for name, p in model.named_parameters()},
+            {name: p.grad for name, p in plain.named_parameters()},
+        )
+    assert recorder.replays == 8
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_gradient_that_is_held_is_not_overwritten(device):
     model = mlp(device)
     recorder = graphed(model)

@@ -18,7 +18,7 @@ from packlight._torch.capabilities import Capability, warn_if_untested
 from packlight.profile import recording
 from tests.helpers import relative_error
 
-CUDA_HAS = (_torch.CURRENT_DEVICE, _torch.CURRENT_STREAM)
+CUDA_HAS = (_torch.CURRENT_DEVICE, _torch.CURRENT_STREAM, _torch.WORKSPACES)
 CPU_HAS = [cap for cap in _torch.CAPABILITIES if cap not in CUDA_HAS]
 
 

@@ -101,7 +101,7 @@ class _Covering(TorchFunctionMode):
             return func(*args, **kwargs)
         kwargs = {**kwargs, **call.options}
         if torch.compiler.is_dynamo_compiling():
-            results = _torch.as_node(call.function, args, kwargs)
+            results = _torch.ask("call_as_node", None, call.function, args, kwargs)
             if results is not None:
                 return results
         return call.function(*args, **kwargs)
@@ -314,13 +314,14 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
 
     @functools.wraps(forward)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            results = _torch.ask("call_alone", None, either, self, args, kwargs)
+            if results is not None:
+                return results
         # A module inside may be the user's, and its calls are covered like those of any module.
         if self._modules:
             return either(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            results = _torch.as_node(either, (self, *args), kwargs) if self.training else None
-            if results is not None:
-                return results
             return _torch.without_mode(_Covering, either, self, *args, **kwargs)
         mode = _torch.take_off(_Covering)
         try:
@@ -331,6 +332,16 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
 
     _torch.give_own_code(alone, f"alone_{owner.__module__}.{owner.__qualname__}")
     return alone
+
+
+@_torch.question
+def call_alone(tracer: Any, either: Any, module: Any, args: Any, kwargs: Any) -> Any:
+    """What a node gives that calls the layer in training; None where there can be none."""
+    if not _torch.flag_of(tracer, module, "training"):
+        return None
+    given = [module, *args.unpack_var_sequence(tracer)]
+    named = _torch.variables_of(tracer, kwargs)
+    return _torch.make_node(tracer, either.as_python_constant(), given, named)
 
 
 _GLOBAL_BACKWARD_HOOKS = (
@@ -433,12 +444,9 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A module that is made of the class later was not converted: nothing says what to cover.
-        calls = getattr(self, _ATTRIBUTE, _NONE)
-        if not self.training:
-            calls = calls.untouched or calls
-        if _covers(calls):
+        if _covers(self):
             return kind.forward(self, *args, **kwargs)
+        calls = _calls_of(self)
         # Where code breaks its graph, the tracer begins anew for each frame around it. So in what
         # follows no function stands in between, and this one is left alone.
         if torch.compiler.is_dynamo_compiling():  # a mode within one that is off would be off too
@@ -459,19 +467,26 @@ def covered(kind: type[nn.Module]) -> dict[str, Any]:
 _NONE = Calls.of(())
 
 
+def _calls_of(module: Any) -> Calls:
+    """The calls that are to be covered in a module's code."""
+    # A module that is made of the class later was not converted: nothing says what to cover.
+    calls: Calls = getattr(module, _ATTRIBUTE, _NONE)
+    return calls if module.training else calls.untouched or calls
+
+
 def _covered_now() -> Calls:
     """The calls that are covered at present."""
     mode = _torch.innermost(_Covering)
     return mode.calls if isinstance(mode, _Covering) and mode.holds() else _NONE
 
 
-def _covers(calls: Calls) -> bool:
-    """Whether these calls are covered already, and no others."""
+def _covers(module: Any) -> bool:
+    """Whether the calls of a module's code are covered already, and no others."""
     if torch.compiler.is_dynamo_compiling():
-        found: bool | None = _torch.ask("covers", None, calls)
+        found: bool | None = _torch.ask("covers", None, module)
         if found is not None:
             return found
-    return _are_alike(_covered_now(), calls)
+    return _are_alike(_covered_now(), _calls_of(module))
 
 
 def _are_alike(now: Calls, calls: Calls) -> bool:
@@ -479,14 +494,19 @@ def _are_alike(now: Calls, calls: Calls) -> bool:
 
 
 @_torch.question
-def covers(tracer: Any, calls: Any) -> bool | None:
+def covers(tracer: Any, module: Any) -> bool | None:
     """`_covers` of what is traced; None where that is not known."""
-    own, now = _torch.value_of(tracer, calls), _NONE
+    own: Any = _torch.own_constant(tracer, module, _ATTRIBUTE)
+    now: Any = _NONE
+    if own is _torch.UNKNOWN:
+        return None
+    if not _torch.flag_of(tracer, module, "training"):
+        own = own.untouched or own
     for mode in reversed(_torch.modes_of(tracer)):
         if mode.python_type() is _Covering:
             now = _torch.value_of(tracer, _torch.attribute_of(tracer, mode, "calls"))
             break
-    return None if own is None or now is None else _are_alike(now, own)
+    return None if now is None else _are_alike(now, own)
 
 
 def covered_call(function: Callable[..., Any]) -> Call | None:
@@ -526,7 +546,12 @@ class _Alone:
 
 
 _torch.run_as_written(
-    _covers, _Alone.__init__, _Alone.__enter__, _Alone.__exit__, with_all_within=True
+    _covers,
+    _calls_of,
+    _Alone.__init__,
+    _Alone.__enter__,
+    _Alone.__exit__,
+    with_all_within=True,
 )
 
 

@@ -72,6 +72,7 @@ from packlight._torch.capabilities import (
     TRANSFORMS,
     TREES,
     TRITON,
+    WORKSPACES,
     warn_if_untested,
 )
 from packlight._torch.code import code_of, give_own_code, variable_of
@@ -84,22 +85,23 @@ from packlight._torch.modes import (
     take_off,
     unseen_by_modes,
     with_operators,
-    without_mode,
     without_torch_functions,
 )
 from packlight._torch.nodes import (
     SAID,
+    UNKNOWN,
     applied,
-    as_node,
     attribute_of,
     call_traced,
     class_of_self,
+    flag_of,
     followed,
     graph_facts,
     guard_absent,
     item_of,
     make_node,
     one_node,
+    own_constant,
     value_of,
     variables_of,
 )
@@ -123,6 +125,7 @@ from packlight._torch.tracer import (
     scopes,
     seeds_of_graph,
     untraced,
+    without_mode,
 )
 
 __all__ = [
@@ -156,11 +159,12 @@ __all__ = [
     "TRANSFORMS",
     "TREES",
     "TRITON",
+    "UNKNOWN",
+    "WORKSPACES",
     "adaptive_avg_pool_gradient",
     "always_untraced",
     "apart",
     "applied",
-    "as_node",
     "ask",
     "at_end_of_backward",
     "attention_backend",
@@ -174,6 +178,7 @@ __all__ = [
     "compiles_frames",
     "constant_while_traced",
     "current_stream",
+    "flag_of",
     "flat_weights",
     "flatten",
     "followed",
@@ -202,6 +207,7 @@ __all__ = [
     "next_node_number",
     "next_place",
     "one_node",
+    "own_constant",
     "own_launch",
     "parameters",
     "put_on",

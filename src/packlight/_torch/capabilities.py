@@ -109,6 +109,7 @@ GRAPH_NODES = Capability(
     "torch._dynamo.variables.tensor:SymNodeVariable",
     "torch._dynamo.guards:install_guard",
     "torch._dynamo.guards:GuardBuilder",
+    "torch._dynamo.source:AttrSource",
     "torch.fx.experimental.symbolic_shapes:guard_scalar",
 )
 MODES = Capability(
@@ -191,6 +192,11 @@ CURRENT_DEVICE = Capability(
     "each kernel switches devices, which is slower",
     "torch._C:_cuda_getDevice",
 )
+WORKSPACES = Capability(
+    "frees what matrix products set aside",
+    "`graphed` models take 0.1 GiB more on a large GPU",
+    "torch._C:_cuda_clearCublasWorkspaces",
+)
 CURRENT_STREAM = Capability(
     "reads the current CUDA stream",
     "layers that read one tensor rebuild it each, and each bias gradient makes a row of ones",
@@ -270,6 +276,7 @@ CAPABILITIES = (
     NEEDED,
     CURRENT_DEVICE,
     CURRENT_STREAM,
+    WORKSPACES,
     FUSED_ATTENTION,
     FAKES,
     TREES,

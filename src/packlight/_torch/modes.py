@@ -17,21 +17,6 @@ from packlight._torch.capabilities import (
 )
 
 
-def without_mode(
-    kind: type[TorchFunctionMode], function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Calls the function with the innermost function mode off, if it is of this very kind."""
-    if torch.compiler.is_dynamo_compiling():
-        return _traced_without(kind, function, *args, **kwargs)
-    mode = take_off(kind)
-    if mode is None:
-        return function(*args, **kwargs)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        put_on(mode)
-
-
 def take_off(kind: type[TorchFunctionMode]) -> TorchFunctionMode | None:
     """Takes the innermost function mode off, if it is of this very kind; `put_on` ends that.
 
@@ -65,20 +50,6 @@ def innermost(kind: type[TorchFunctionMode]) -> TorchFunctionMode | None:
             found: TorchFunctionMode = at(place)
             return found
     return None
-
-
-def _traced_without(
-    kind: type[TorchFunctionMode], function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """The same where a region is traced, if no other mode is on: no one mode can be taken off.
-
-    The tracer would inline the mode's handler at each attribute of a tensor.
-    """
-    modes = function_modes()
-    if not modes or any(type(mode) is not kind for mode in modes):
-        return function(*args, **kwargs)
-    with torch._C.DisableTorchFunction():
-        return function(*args, **kwargs)
 
 
 # Looked up here, since the tracer of torch.compile follows it under its own name only.

@@ -26,9 +26,11 @@ from packlight._torch.tracer import (
     SEEDS_AT_ONCE,
     ask,
     asked_for_seeds,
+    is_frozen,
     question,
     running_a_node,
     said,
+    unread_constant,
 )
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -42,18 +44,13 @@ def followed(function: _F) -> _F:
     return function
 
 
-def as_node(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What a node gives that calls the function; None where there can be none. In traced code."""
-    return ask("call_as_node", None, function, args, kwargs)
-
-
 def one_node(function: _F) -> _F:
     """The function, of which a call in traced code is one node. It does not return None."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            results = as_node(function, args, kwargs)
+            results = ask("call_as_node", None, function, args, kwargs)
             if results is not None:
                 return results
         return function(*args, **kwargs)
@@ -78,7 +75,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     def apply(*args: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             return direct(*args)
-        results = as_node(run, args, {})
+        results = ask("call_as_node", None, run, args, {})
         if results is not None:
             return results
         again = ask("given_before", (), *args)
@@ -92,7 +89,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 @question
 def call_as_node(tracer: Any, function: Any, args: Any, kwargs: Any) -> Any:
-    """The results of a new node; None where it cannot be made."""
+    """What a new node gives that calls the function; None where there can be none."""
     positional, named = args.unpack_var_sequence(tracer), variables_of(tracer, kwargs)
     return make_node(tracer, function.as_python_constant(), positional, named)
 
@@ -204,7 +201,7 @@ def guard_absent(value: Any, name: str) -> bool:
     """
     if GRAPH_NODES.values is None or value.source is None:
         return False
-    *_, install_guard, guards, _ = GRAPH_NODES.values
+    *_, install_guard, guards, _, _ = GRAPH_NODES.values
     absent = functools.partial(guards.NOT_PRESENT_IN_GENERIC_DICT, attr=name)
     install_guard(value.source.make_guard(absent))
     return True
@@ -315,7 +312,10 @@ def _filled(argument: Any, operands: Sequence[Any]) -> Any:
 def _argument(tracer: Any, value: Any, tensors: list[Any]) -> Any:
     """What stands for a variable of the tracer; what the graph computes goes to `tensors`."""
     assert GRAPH_NODES.values is not None
-    _, _, tensor, symbol, install_guard, guards, guard_scalar = GRAPH_NODES.values
+    _, _, tensor, symbol, install_guard, guards, _, guard_scalar = GRAPH_NODES.values
+    if (constant := unread_constant(value)) is not None:
+        install_guard(value.source.make_guard(guards.ID_MATCH))
+        return constant
     value = value.realize()
     if isinstance(value, symbol) and issubclass(value.python_type(), float):
         return guard_scalar(value.sym_num)  # operators take numbers
@@ -343,12 +343,53 @@ def _argument(tracer: Any, value: Any, tensors: list[Any]) -> Any:
         if value.source is None:
             fields = [attribute_of(tracer, value, name) for name in names]
             return _of_parts(tracer, functools.partial(_object, kind, names), fields, tensors)
-        parameters: Any = vars(kind).get("__dataclass_params__")
-        if parameters is not None and parameters.frozen:
+        if is_frozen(type(value.value)):
             # One guard: methods that are equal are one object (`method.the_one`).
             install_guard(value.source.make_guard(guards.ID_MATCH))
             return value.value
     raise _NotKnownError(value)
+
+
+class _Unknown:
+    """Stands for what is not known of traced code."""
+
+
+UNKNOWN = _Unknown()
+
+
+def own_constant(tracer: Any, module: Any, name: str) -> Any:
+    """A constant that a module has as an attribute of its own, guarded; else `UNKNOWN`.
+
+    As a variable of the tracer it would cost a thousand calls of functions. Each module's method
+    would also be guarded to be the first one's, by an expression of Python that runs whenever
+    compiled code is looked up.
+    """
+    if GRAPH_NODES.values is None or module.source is None:
+        return UNKNOWN
+    found = vars(module.value).get(name, UNKNOWN)
+    kind = type(found)
+    is_plain = kind in _PLAIN or (kind is tuple and all(type(part) is int for part in found))
+    if not is_plain and not is_frozen(kind):
+        return UNKNOWN
+    shadowed = hasattr(getattr(type(module.value), name, None), "__set__")  # by a property
+    if shadowed or tracer.output.side_effects.has_pending_mutation(module):
+        return UNKNOWN
+    *_, install_guard, guards, attribute, _ = GRAPH_NODES.values
+    match = guards.CONSTANT_MATCH if is_plain else guards.ID_MATCH
+    install_guard(attribute(module.source, name).make_guard(match))
+    return found
+
+
+# Numbers may become symbols.
+_PLAIN = (bool, str, type(None))
+
+
+def flag_of(tracer: Any, module: Any, name: str) -> bool:
+    """An attribute of a module that is true or false, as `training`."""
+    found = own_constant(tracer, module, name)
+    if found is UNKNOWN:
+        found = attribute_of(tracer, module, name).as_python_constant()
+    return bool(found)
 
 
 def value_of(tracer: Any, variable: Any) -> Any:
@@ -416,11 +457,22 @@ def _module(tracer: Any, value: Any, tensors: list[Any]) -> _Made:
         raise _NotKnownError(value)
     kind: Any = type(module)
     read = _names_read(kind)
+    read = read - _MADE
     groups = (vars(module), module._parameters, module._buffers)
     names = [[name for name in group if name in read] for group in groups]
-    parts = [attribute_of(tracer, value, name) for group in names for name in group]
     make = functools.partial(_stand_in, kind, names)
-    return _of_parts(tracer, make, parts, tensors)
+
+    def part(name: str) -> Any:
+        constant = own_constant(tracer, value, name)
+        if constant is not UNKNOWN:
+            return constant
+        return _argument(tracer, attribute_of(tracer, value, name), tensors)
+
+    return _Made(make, tuple([part(name) for group in names for name in group]))
+
+
+# What `_stand_in` makes.
+_MADE = {"_parameters", "_buffers", "_modules"}
 
 
 @functools.cache

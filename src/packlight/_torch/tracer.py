@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from packlight._torch.capabilities import FRAME_CALLBACK, FRAMES, MODE_VARIABLE, TRACER, TRACING
 from packlight._torch.code import code_of
-from packlight._torch.modes import without_mode
+from packlight._torch.modes import put_on, take_off
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _P = ParamSpec("_P")
@@ -78,7 +78,8 @@ def _answer(context: Any) -> None:
     for kind in _off:
         _run_graph_without(tracer, kind)
     try:
-        found = _questions[name](tracer, *(value.realize() for value in local["values"].items))
+        values = [_realized(value) for value in local["values"].items]
+        found = _questions[name](tracer, *values)
     except (AttributeError, ImportError) as error:
         # A name of the tracer's inside has gone: the default stands.
         warnings.warn(
@@ -88,6 +89,66 @@ def _answer(context: Any) -> None:
         )
         return
     local["answer"] = found if isinstance(found, variable) else variable.build(tracer, found)
+
+
+def is_frozen(kind: type) -> bool:
+    """Whether objects of the class are constants, like methods: those of a frozen dataclass."""
+    parameters: Any = vars(kind).get("__dataclass_params__")
+    return parameters is not None and parameters.frozen
+
+
+def unread_constant(value: Any) -> Any:
+    """The frozen object of a variable at which no traced code has looked; None for any other.
+
+    A look would guard that it is the object that was read first, where it was so in the trace, by
+    an expression of Python that runs whenever compiled code is looked up.
+    """
+    if getattr(value, "is_realized", lambda: True)():
+        return None
+    found = value.peek_value()
+    return found if is_frozen(type(found)) else None
+
+
+def _realized(value: Any) -> Any:
+    return value.realize() if unread_constant(value) is None else value
+
+
+# ---- function modes ----
+
+
+def without_mode(
+    kind: type[TorchFunctionMode], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Calls the function with the innermost function mode off, if it is of this very kind."""
+    if torch.compiler.is_dynamo_compiling():
+        return _traced_without(kind, function, *args, **kwargs)
+    mode = take_off(kind)
+    if mode is None:
+        return function(*args, **kwargs)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        put_on(mode)
+
+
+def _traced_without(
+    kind: type[TorchFunctionMode], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The same where a region is traced, if no other mode is on: no one mode can be taken off.
+
+    The tracer would inline the mode's handler at each attribute of a tensor.
+    """
+    if not ask("is_only_mode", False, kind):
+        return function(*args, **kwargs)
+    with torch._C.DisableTorchFunction():
+        return function(*args, **kwargs)
+
+
+@question
+def is_only_mode(tracer: Any, kind: Any) -> bool:
+    """Whether function modes are on in traced code, and all are of this very kind."""
+    kinds = {mode.python_type() for mode in modes_of(tracer)}
+    return kinds == {kind.as_python_constant()}
 
 
 # ---- what torch.compile runs ----

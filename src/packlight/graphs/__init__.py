@@ -187,7 +187,8 @@ class Graphs:
                 recording = self.find(module, forward, args, kwargs)
             except CannotGraphError as error:
                 self.warn_once(str(error))
-            if recording is not None and recording.is_held():
+            # Each recording writes where those before it have let memory go, gradients or not.
+            if recording is not None and any(each.is_held() for each in self.recordings):
                 self.warn_once(
                     "gradients of an earlier pass are still referred to, and a replay would"
                     " overwrite them: this pass is launched; copy what you keep"

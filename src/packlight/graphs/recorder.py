@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packlight import _seeds
+from packlight import _seeds, _torch
 from packlight.errors import CannotGraphError
 
 _WARM_UPS = 3  # kernels are compiled, and libraries choose theirs and allocate
@@ -41,13 +41,21 @@ class CudaRecorder:
 
     @contextmanager
     def recording(self, device: torch.device) -> Iterator[_seeds.SeedTable]:
-        """What is needed while passes run and are recorded; the generators stay as they are."""
+        """What is needed while passes run and are recorded; the generators stay as they are.
+
+        cuBLAS sets a workspace aside for each thread and stream (32 MiB on an H100), so backward
+        passes run on this thread.
+        """
         seeds = _seeds.SeedTable(device)
         generator = torch.cuda.default_generators[device.index]
         before, rounding = generator.clone_state(), _seeds.rounding_state()
         offset = generator.get_offset()
         try:
-            with torch.cuda.device(device), seeds.used_by_operators():
+            with (
+                torch.cuda.device(device),
+                seeds.used_by_operators(),
+                torch.autograd.set_multithreading_enabled(False),
+            ):
                 yield seeds
             generator.set_offset(offset)
         except BaseException:
@@ -55,6 +63,7 @@ class CudaRecorder:
             raise
         finally:
             _seeds.set_rounding_state(rounding)
+            _free_workspaces()  # that of the graphs stays theirs: no one else uses their pool
 
     def warm_up(self, run: Callable[[], Any]) -> None:
         side, present = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -63,6 +72,7 @@ class CudaRecorder:
             for _ in range(_WARM_UPS):
                 run()
         present.wait_stream(side)
+        _free_workspaces()
 
     def record(
         self, run: Callable[[], list[Tensor | None]]
@@ -84,6 +94,12 @@ class CudaRecorder:
             ) from error
         self.pool = graph.pool()
         return found, graph.replay
+
+
+def _free_workspaces() -> None:
+    """Those of streams on which passes were launched; one that is wanted again is made anew."""
+    if _torch.WORKSPACES.values is not None:
+        _torch.WORKSPACES.values[0]()
 
 
 @contextmanager

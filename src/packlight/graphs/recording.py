@@ -130,6 +130,7 @@ class Recording:
         if not recorder.runs_again:
             del self.result  # the graph of autograd; the memory of what it saves is the pool's
         self.uses = self._uses()
+        self.is_out = False  # whether gradients may be referred to
 
     def _choose(self) -> None:
         """Which outputs a backward pass starts from: scalars, if there are some; else all."""
@@ -162,11 +163,14 @@ class Recording:
 
     def is_held(self) -> bool:
         """Whether gradients that a replay overwrites are referred to; copies `p.grad` if it is."""
+        if not self.is_out:
+            return False
         for parameter, gradient in zip(self.parameters, self._of_parameters(), strict=True):
             if gradient is not None and _is_at(parameter.grad, gradient):
                 assert parameter.grad is not None
                 parameter.grad = parameter.grad.clone()
-        return self._uses() != self.uses
+        self.is_out = self._uses() != self.uses
+        return self.is_out
 
     def _of_parameters(self) -> list[Tensor | None]:
         gradients: list[Tensor | None] = self.gradients[-len(self.parameters) :]
@@ -180,6 +184,7 @@ class Recording:
 
         Those of parameters become `p.grad` as they are, if torch says who else refers to them.
         """
+        self.is_out = True
         every = len(self.gradients)
         copied = every - len(self.parameters) if _torch.STORAGE_USES else every
         return [

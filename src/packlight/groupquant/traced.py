@@ -1,10 +1,10 @@
-"""The operators of norms as operations that a compiler fuses with what is around them.
+"""The forward pass of norms as operations that a compiler fuses with what is around them.
 
 A norm stands between a sum, a dropout and a cast. To a compiler an operator of ours is opaque: it
 must write the sum out for it, and read the output again for the cast; of operations it makes one
-kernel. What remains opaque is the pack, which reads x_hat in the bits in which matmuls behind do,
-and what its groups' codes stand for, of which the random numbers are forty operations. The rest of
-the backward pass is the reference: a compiler reads the codes where it needs x_hat.
+kernel. What remains opaque is the pack, which reads x_hat in the bits in which matmuls behind do.
+The backward pass stays an operator: as operations it is twenty nodes of a graph, and what Inductor
+made of them took a ViT 120 to 190 us where memory takes 60.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from packlight import _torch
-from packlight.groupquant import norm_reference, ops
-from packlight.groupquant.grouping import OFFSET, Groups
-from packlight.groupquant.minmax_reference import on_line
-from packlight.groupquant.planes import from_bytes
-from packlight.layers.norms import differentiate, normalise
+from packlight.groupquant import ops
+from packlight.groupquant.grouping import Groups
+from packlight.layers.norms import normalise
 from packlight.packing.layout import compute_dtype
 
 
@@ -36,13 +34,13 @@ def _packed_dtype(x: Tensor, bits: int) -> torch.dtype:
 
 
 def operators(width: int, groups: Groups) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`ops.norm` and `ops.norm_backward`, or what stands for them in a compiled region.
+    """`ops.norm`, or what stands for it in a compiled region, and `ops.norm_backward`.
 
     Rows with a ragged group are the operators' also there.
     """
     _, group_size, *_ = groups
     if _torch.is_traced() and width % group_size == 0:
-        return norm, norm_backward
+        return norm, ops.norm_backward
     return ops.norm, ops.norm_backward
 
 
@@ -72,28 +70,3 @@ def norm(
     y = x_hat if weight is None else x_hat * weight
     y = y if bias is None else y + bias
     return y.to(x.dtype), codes, scales, rstd.view(-1)
-
-
-def norm_backward(
-    grad_output: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    center: bool,
-    need_weight: bool,
-    need_bias: bool,
-    groups: Groups,
-    added: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `ops.norm_backward` gives, to rounding, for a width of whole groups."""
-    bits, group_size, code = groups
-    needs = need_weight, need_bias
-    if code != OFFSET:
-        return norm_reference.norm_backward(
-            grad_output, codes, scales, rstd, weight, center, *needs, groups, added
-        )
-    lines = [each.view(-1, 1) for each in ops.line(scales, bits)]
-    x_hat = on_line(from_bytes(codes, bits, group_size), *lines).view(-1, grad_output.shape[-1])
-    found = differentiate(grad_output, x_hat, rstd, weight, center, *needs)
-    return found if added is None else (found[0] + added, *found[1:])

@@ -10,8 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from packlight import _torch, _tracer
 from packlight._checks import is_taken
-from packlight.calls import is_bare
+from packlight._checks import takes as is_traced_taken
+from packlight.calls import are_bare, is_bare
 from packlight.groupquant import modules
 from packlight.groupquant.modules import Linear
 from packlight.integrations._activations import GroupQuantActivation
@@ -26,22 +28,72 @@ def parameters_of(
 
     The weight of a layer that `is_transposed_linear` is a view.
     """
-    found: list[tuple[Tensor, Tensor | None]] = []
     if not torch.is_grad_enabled():
         return None
+    transposed: Sequence[bool] | None = None
+    if torch.compiler.is_dynamo_compiling():  # one question: there are many things to look at
+        transposed = _torch.ask("are_linear", None, method, *parts)
+    if transposed is None:
+        transposed = _are_linear(parts, method)
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for part, is_transposed in zip(parts, transposed, strict=False):
+        weight: Any = part.weight
+        found.append((weight.t() if is_transposed else weight, cast("Tensor | None", part.bias)))
+    return found or None
+
+
+def _are_linear(parts: Sequence[nn.Module], method: Quantiser) -> Sequence[bool]:
+    """Whether the weight of each part is transposed; nothing unless all train by this method."""
+    transposed = []
     for part in parts:
-        transposed = getattr(type(part), "is_transposed_linear", False)
-        if not (transposed or isinstance(part, Linear)) or not part.training or not is_bare(part):
-            return None
+        kind = type(part)
+        if not _is_linear(kind) or not part.training or not is_bare(part):
+            return ()
         weight: Any = part.weight
         if not weight.requires_grad or part.method != method:
+            return ()
+        transposed.append(_is_transposed(kind))
+    return transposed
+
+
+def _is_transposed(kind: type) -> bool:
+    return getattr(kind, "is_transposed_linear", False)
+
+
+def _is_linear(kind: type) -> bool:
+    return issubclass(kind, Linear) or _is_transposed(kind)
+
+
+@_torch.question
+def are_linear(tracer: Any, method: Any, *parts: Any) -> tuple[bool, ...] | None:
+    """`_are_linear` of what is traced; None where that is not known."""
+    wanted = _torch.value_of(tracer, method)
+    for part in parts:
+        if not _is_linear(type(part.value)):
+            return ()
+        own = _torch.own_constant(tracer, part, "method")
+        if own is _torch.UNKNOWN or wanted is None:
             return None
-        found.append((weight.t() if transposed else weight, cast("Tensor | None", part.bias)))
-    return found
+        weight = _torch.attribute_of(tracer, part, "weight")
+        if not (_trains(tracer, part) and _tracer.fake_of(weight.realize()).requires_grad):
+            return ()
+        if own != wanted:
+            return ()
+    return tuple(_is_transposed(type(part.value)) for part in parts)
+
+
+def _trains(tracer: Any, part: Any) -> bool:
+    """Whether a traced module trains, and a call of it is one of its forward."""
+    return _torch.flag_of(tracer, part, "training") and are_bare(tracer, part)
 
 
 def function_of_part(part: nn.Module, method: Quantiser) -> str | None:
     """What an activation computes; None unless it is one of ours that trains by this method."""
+    function: str | None = None
+    if torch.compiler.is_dynamo_compiling():
+        function = _torch.ask("known_function", None, method, part)
+        if function is not None:
+            return function or None
     if isinstance(part, modules.GELU):
         function = gelu_name(part.approximate)
     elif isinstance(part, GroupQuantActivation):
@@ -51,9 +103,38 @@ def function_of_part(part: nn.Module, method: Quantiser) -> str | None:
     return function if part.training and is_bare(part) and part.method == method else None
 
 
+@_torch.question
+def known_function(tracer: Any, method: Any, part: Any) -> str | None:
+    """`function_of_part` of what is traced, "" for none; None where that is not known."""
+    kind = type(part.value)
+    if not issubclass(kind, (modules.GELU, GroupQuantActivation)):
+        return ""
+    wanted, own = _torch.value_of(tracer, method), _torch.own_constant(tracer, part, "method")
+    if own is _torch.UNKNOWN or wanted is None:
+        return None
+    if own != wanted or not _trains(tracer, part):
+        return ""
+    of_torch = issubclass(kind, modules.GELU)
+    name = _torch.attribute_of(tracer, part, "approximate" if of_torch else "packed_function")
+    found: str = name.as_python_constant()
+    return gelu_name(found) if of_torch else found
+
+
 def takes(x: Tensor, method: Quantiser) -> bool:
     """Whether functions of several layers take the input: rows that are worth a pack."""
-    return x.dim() > 1 and is_taken(x) and worth_packing(x, method)
+    found: bool | None = None
+    if torch.compiler.is_dynamo_compiling():
+        found = _torch.ask("takes_rows", None, x, method)
+    return x.dim() > 1 and is_taken(x) and worth_packing(x, method) if found is None else found
+
+
+@_torch.question
+def takes_rows(tracer: Any, x: Any, method: Any) -> bool | None:
+    """`takes` of what is traced; None where that is not known."""
+    own, fake = _torch.value_of(tracer, method), _tracer.fake_of(x)
+    if own is None:
+        return None
+    return bool(fake.dim() > 1 and is_traced_taken(tracer, x) and worth_packing(fake, own))
 
 
 def are_idle(*modules: nn.Module | None) -> bool:

@@ -38,6 +38,7 @@ from packlight.layers.attention_backends import (
     Flags,
     Inputs,
     Kernel,
+    choose,
     gradients,
     is_replaced,
     kernel_of,
@@ -334,32 +335,32 @@ def attend(
     With dropout the kernel of the pass with gradients runs in the pass without them too: each
     kernel draws in its own way.
     """
-    query, key, value, mask = inputs
+    query, key, value, _ = inputs
     dropout_p, is_causal, _ = flags
+    if torch.compiler.is_dynamo_compiling():  # one question: there are many things to look at
+        planned: Any = _torch.ask(
+            "planned_attention", None, method, enable_gqa, recompute, dropout_p, is_causal, *inputs
+        )
+        if planned is not None:
+            if planned == ():
+                return None
+            kernel, recompute, casts = planned
+            return _attend(_cast(inputs) if casts else inputs, kernel, flags, method, recompute)
     if method.grade.bits < FEWEST_BITS:
         raise InputError(
             f"attention cannot keep query, key and value by {method!r}: at {method.grade.bits} bits"
             " the error of its gradients is larger than they are; take 4 bits or 8"
         )
-    fits: bool | None = None
-    if torch.compiler.is_dynamo_compiling():  # one question: there are many things to look at
-        fits = _torch.ask("is_for_attention", None, enable_gqa, query, key, value, mask)
-    if fits is None:
-        fits = _fits(inputs, enable_gqa)
-    if not fits:
+    if not _fits(inputs, enable_gqa):
         return None
     kind = query.device.type
     wanted = needs_gradient(query) or needs_gradient(key) or needs_gradient(value)
     if not wanted and not dropout_p:
         return None
     if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(dtype)
-    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        inputs = _cast(inputs)
+    if not _fits_mask(inputs):
         return None
-    inputs = (query, key, value, mask)
     kernel = kernel_of(inputs, dropout_p, is_causal)
     if kernel[0] not in FUSED:
         return None
@@ -389,11 +390,50 @@ def _fits(inputs: Inputs, enable_gqa: bool) -> bool:
 
 
 @_torch.question
-def is_for_attention(tracer: Any, enable_gqa: Any, *inputs: Any) -> bool:
+def planned_attention(
+    tracer: Any, method: Any, enable_gqa: Any, recompute: Any, *given: Any
+) -> tuple[Any, ...] | None:
+    """The kernel of traced attention, and whether it runs again; () where torch's own is to run.
+
+    None where the tracer is to follow the code: nothing is known, or there is more to do.
+    """
+    *flags, query, key, value, mask = given
+    own, settings = _torch.value_of(tracer, method), [_torch.value_of(tracer, x) for x in flags]
+    if own is None or None in settings or own.grade.bits < FEWEST_BITS:
+        return None
     if tracer.output.export:
-        return False
-    fakes: Any = [None if x.python_type() is type(None) else _tracer.fake_of(x) for x in inputs]
-    return bool(_fits(tuple(fakes), enable_gqa.as_python_constant()))  # of symbols no bool
+        return ()
+    attended: Any = tuple(_tracer.fake_of(x) for x in (query, key, value))
+    inputs: Inputs = (
+        *attended,
+        None if mask.python_type() is type(None) else _tracer.fake_of(mask),
+    )
+    if not _fits(inputs, enable_gqa.as_python_constant()):
+        return ()
+    if not any(needs_gradient(x) for x in attended):
+        return None
+    cast = _cast(inputs) if torch.is_autocast_enabled(inputs[0].device.type) else inputs
+    kernel, again = choose(cast, *settings), recompute.as_python_constant()
+    if not _fits_mask(cast) or kernel[0] not in FUSED:
+        return ()
+    if again is None:
+        again = bool(recomputes(own, inputs[1].shape[-2]))
+    return kernel, again, any(x is not y for x, y in zip(cast, inputs, strict=True))
+
+
+def _cast(inputs: Inputs) -> Inputs:
+    """The inputs as autocast has them, which is on."""
+    query, key, value, mask = inputs
+    dtype = torch.get_autocast_dtype(query.device.type)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(dtype)
+    return query.to(dtype), key.to(dtype), value.to(dtype), mask
+
+
+def _fits_mask(inputs: Inputs) -> bool:
+    """Whether the kernels take the mask beside the query."""
+    query, *_, mask = inputs
+    return mask is None or mask.dtype in (torch.bool, query.dtype)
 
 
 @_torch.one_node

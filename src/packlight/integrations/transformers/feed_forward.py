@@ -90,8 +90,8 @@ class GroupQuantMLP(nn.Module):
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """The result but for the dropout; None where the parts are to run one by one."""
-        parts = self._modules
-        first, act, last = [parts.get(name) for name in self.part_names[:3]]
+        parts, names = self._modules, self.part_names
+        first, act, last = parts.get(names[0]), parts.get(names[1]), parts.get(names[2])
         if first is None or act is None or last is None or not takes(x, self.method):
             return None
         parameters = parameters_of((first, last), self.method)
