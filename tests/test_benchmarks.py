@@ -716,3 +716,38 @@ def test_plans_are_of_scenarios_and_of_choices_that_are_plans():
 def test_a_limit_is_of_one_step_on_a_device(words):
     with pytest.raises(SystemExit, match="limit"):
         user.main(["run", "--device", "cpu", *words])
+
+
+# Of rotated codes at 4, 3 and 2 bits: what packs may err by, as rows have it.
+LIMITS_OF_ERRORS = {
+    ("normal", "error"): (0.100, 0.195, 0.37),
+    ("MiniLM, Linears", "of_minmax"): (0.45, 0.45, 0.40),
+    ("mean", "error_squared"): (None, None, 0.15),
+    ("outliers", "error"): (0.12, None, 0.40),
+    ("MiniLM, attention", "dq"): (0.16, None, None),
+    ("MiniLM, attention", "dk"): (0.16, None, None),
+    ("MiniLM, attention", "dv"): (0.16, None, None),
+    ("GPT, attention", "dq"): (0.13, None, None),
+    ("GPT, attention", "dk"): (0.13, None, None),
+    ("GPT, attention", "dv"): (0.13, None, None),
+}
+
+
+@pytest.mark.parametrize(("case", "field"), LIMITS_OF_ERRORS)
+def test_errors_of_rotated_packs_are_within_their_limits(case, field):
+    found = [row for row in rows.read(rows.RESULTS / "pack_errors.jsonl") if row["case"] == case]
+    for bits, limit in zip((4, 3, 2), LIMITS_OF_ERRORS[case, field], strict=True):
+        newest = [row for row in found if (row["code"], row["bits"]) == ("rotated", bits)][-1:]
+        assert limit is None or newest[0][field] <= limit, bits
+
+
+@pytest.mark.parametrize("case", ["MiniLM, attention", "GPT, attention"])
+def test_attention_that_runs_again_on_8_bits_errs_less_than_the_form_with_a_statistic(case):
+    found = rows.read(rows.RESULTS / "pack_errors.jsonl")
+    again, kept = (
+        [row for row in found if row["case"] == case and row.get("again") is way][-1]
+        for way in (True, False)
+    )
+    assert sum(again[name] for name in ("dq", "dk", "dv")) < 0.66 * sum(
+        kept[name] for name in ("dq", "dk", "dv")
+    )
