@@ -245,6 +245,18 @@ class Sums(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_arguments_by_position_reach_the_modules_own_code():
+    module, _ = converted(llama)
+    angles = torch.randn(1, 6, 16)
+    given = ((angles.cos(), angles.sin()), torch.rand(3, 1, 6, 6) > -1)
+    packlight.manual_seed(2)
+    y, _ = module.attention(sample(), *given)
+    packlight.manual_seed(2)
+    names = ("position_embeddings", "attention_mask")
+    expected, _ = module.attention(sample(), **dict(zip(names, given, strict=True)))
+    assert torch.equal(y, expected)
+
+
 def test_a_projection_whose_result_nobody_reads_has_no_gradient():
     module, _ = converted(llama)
     attention = module.attention

@@ -151,7 +151,7 @@ class GroupQuantSplitAttention(GroupQuantAttention):
         for part, y in zip(parts, results, strict=True):
             part.__dict__["ready"] = (hidden_states, y)
         try:
-            return super().forward(hidden_states, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
         finally:
             for part in parts:
                 part.__dict__.pop("ready")
