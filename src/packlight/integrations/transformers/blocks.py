@@ -96,7 +96,8 @@ class GroupQuantDecoderLayer(nn.Module):
         x = x + h
         del h
         h, x = uncovered(_beside, norms[1], x) or (norms[1](x), x)
-        out: Tensor = x + self.mlp(h)
+        h = self.mlp(h)
+        out: Tensor = x + h
         return out
 
 
