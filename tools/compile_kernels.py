@@ -343,7 +343,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             (step,) = launch.steps
             constants = dict(step.constants)
             warps = constants.pop("num_warps")
-            size = 8 * constants.get("NQ", 1) * constants["SIZE"]
+            size = 8 * constants.get("NQ", 1) * constants.get("SIZE", 64)
             size *= constants.get("ROWS", 1)
             yield f"{label}, {name}", step.kernel, constants, dtype, warps, size
 
