@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1267,3 +1268,34 @@ def test_what_stands_in_for_attention_calls_torchs_also_in_traced_code(fresh_com
         torch.compile(model, backend="eager")(x)
         assert made == expected
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torchs(q, k, v))
+
+
+class Loop(nn.Module):
+    """Its code breaks the graph within a loop, so that its frame runs as it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = self.linear(self.norm(x))
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tracer looks at it
+def test_a_layer_between_graphs_is_none_and_one_that_is_compiled_is(fresh_compiler):
+    counter, model = CompileCounter(), Loop()
+    packlight.convert(model, NEAREST)
+    x = torch.randn(32, 64, requires_grad=True)
+    results = []
+    for run in (model, torch.compile(model, backend=counter)):
+        torch.manual_seed(0)
+        y = run(x)
+        results.append((y.detach(), *torch.autograd.grad(y.sum(), (x, *model.parameters()))))
+    torch.testing.assert_close(*results)
+    assert counter.frame_count == 0
+    for part in (model.norm, model.linear.forward):
+        torch.compile(part, backend=counter, fullgraph=True)(x)
+    assert counter.frame_count == 2

@@ -13,7 +13,6 @@ from packlight.fewbit import dropout_kernels, pooling_kernels
 from packlight.fewbit import kernels as few_bit
 from packlight.groupquant import gated_kernels as group_gated
 from packlight.groupquant import kernels as group
-from packlight.groupquant import line_kernels as group_line
 from packlight.groupquant import norm_kernels as group_norm
 from packlight.groupquant import post_norm_kernels as post_norm
 from packlight.groupquant.fixed_point import kernels as fixed
@@ -97,11 +96,6 @@ def wide_inverted_norms(guards, rows, width):
         for name in ("FORWARD_WIDTH", "BACKWARD_WIDTH", "WIDE_BLOCK"):
             patch.setattr(inverted_norm, name, 16)
         inverted_norms(guards, rows, width)
-
-
-def lines(guards, n, bits):
-    _, scales = group.quantize(values(guards, n), (1,), (bits, 64, OFFSET), *draw())
-    group_line.line(scales, bits)
 
 
 def packs(guards, n, bits, code=MINMAX):
@@ -213,7 +207,6 @@ RUNS = {
             (1050, 3, ROTATED),
         ],
     ),
-    "lines": (lines, [(4096, 4), (4173, 3)]),
     "rows of packs": (
         packed_rows,
         [(4, 128, 4), (3, 72, 4), (3, 72, 8)],

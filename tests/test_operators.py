@@ -146,13 +146,6 @@ def less_a_shift():
             group_ops.quantize_less(x, x.stride(), shift, 64, groups, None, 7)
 
 
-def lines_of_codes():
-    for bits in (2, 3, 4, 8):
-        groups = (bits, 32, 1)
-        _, scales = group_ops.quantize(torch.randn(5, 64), (64, 1), groups, None, 7)
-        group_ops.line(scales, bits)
-
-
 def group_quantised_products():
     for dtype in DTYPES:
         x, linear = torch.randn(9, 132, dtype=dtype), groupquant.Linear(66, 4).to(dtype)
@@ -219,7 +212,7 @@ def products_of_low_rank():
 PASSES = (
     activations, dropouts, pools, inverted_norms, group_quantised_norms, group_quantised_products,
     norms_behind_sums, overwritten, residual_blocks, convolutions_with_norms, sketches, masks,
-    heads, rotations, lines_of_codes, less_a_shift, products_of_low_rank,
+    heads, rotations, less_a_shift, products_of_low_rank,
 )  # fmt: skip
 
 

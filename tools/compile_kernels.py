@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from packlight.elementwise.kernels import FORWARD
 from packlight.fewbit import dropout_kernels, kernels, pooling_kernels
 from packlight.fewbit.activations import CONTINUOUS
-from packlight.groupquant import gated_kernels, line_kernels
+from packlight.groupquant import gated_kernels
 from packlight.groupquant import kernels as group_kernels
 from packlight.groupquant import norm_kernels as group_norm_kernels
 from packlight.groupquant import post_norm_kernels as post_norms
@@ -338,13 +338,12 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                 backward, _ = post_norms._backward_launch(grouping, p, True, True, True, True)
                 launches[f"post norm {width} backward, p {p}"] = backward
         if code == OFFSET:
-            launches["line"] = line_kernels._line_launch(8192, bits)
             launches["sums over programs"] = norms._sums_launch(1056, 1024, 2)
         for name, launch in launches.items():
             (step,) = launch.steps
             constants = dict(step.constants)
             warps = constants.pop("num_warps")
-            size = 8 * constants.get("NQ", 1) * constants.get("SIZE", line_kernels.BLOCK // 8)
+            size = 8 * constants.get("NQ", 1) * constants.get("SIZE", 64)
             size *= constants.get("ROWS", 1)
             yield f"{label}, {name}", step.kernel, constants, dtype, warps, size
 

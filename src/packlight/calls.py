@@ -312,26 +312,51 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
     if not getattr(owner, "is_one_node", True):
         _torch.followed(either)
 
-    @functools.wraps(forward)
-    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            results = _torch.ask("call_alone", None, either, self, args, kwargs)
-            if results is not None:
-                return results
-        # A module inside may be the user's, and its calls are covered like those of any module.
-        if self._modules:
-            return either(self, *args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():
-            return _torch.without_mode(_Covering, either, self, *args, **kwargs)
-        mode = _torch.take_off(_Covering)
-        try:
-            return either(self, *args, **kwargs)
-        finally:
-            if mode is not None:
-                _torch.put_on(mode)
+    def made(name: str, between: Callable[[Any], Callable[..., Any]] | None = None) -> Any:
+        @functools.wraps(forward)
+        def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                results = _torch.ask("call_alone", None, either, self, args, kwargs)
+                if results is not None:
+                    return results
+            elif between is not None and _torch.compiles_frames():
+                return between(self)(self, *args, **kwargs)
+            # A module inside may be the user's, and its calls are covered like those of any module.
+            if self._modules:
+                return either(self, *args, **kwargs)
+            if torch.compiler.is_dynamo_compiling():
+                return _torch.without_mode(_Covering, either, self, *args, **kwargs)
+            mode = _torch.take_off(_Covering)
+            try:
+                return either(self, *args, **kwargs)
+            finally:
+                if mode is not None:
+                    _torch.put_on(mode)
 
-    _torch.give_own_code(alone, f"alone_{owner.__module__}.{owner.__qualname__}")
-    return alone
+        _torch.give_own_code(alone, f"{name}_{owner.__module__}.{owner.__qualname__}")
+        return alone
+
+    launched, compiled = made("launched"), made("compiled")
+
+    def between(self: Any) -> Any:
+        """What runs where torch.compile looks at each frame, as it does around a graph break.
+
+        A layer of torch's is no frame of its own there. One that is compiled itself is.
+        """
+        return compiled if self._modules or _is_compiled_itself() else launched
+
+    found: Callable[..., Any] = made("alone", between)
+    _torch.run_as_written(launched, between, with_all_within=True)
+    _torch.run_as_written(found)
+    return found
+
+
+def _is_compiled_itself() -> bool:
+    """Whether what called the layer's forward is torch.compile, by way of the module's hooks."""
+    frame: types.FrameType | None = sys._getframe(3)
+    while frame is not None and frame.f_globals.get("__name__") == nn.Module.__module__:
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
 
 
 @_torch.question

@@ -10,12 +10,9 @@ from packlight.fewbit import dropout_kernels
 from packlight.groupquant import (
     gated_kernels,
     kernels,
-    line_kernels,
-    minmax_reference,
     norm_kernels,
     norm_reference,
     ops,
-    planes,
     reference,
 )
 from packlight.groupquant.grouping import MINMAX, OFFSET, ROTATED
@@ -370,25 +367,6 @@ def test_a_seed_that_is_a_number_draws_what_the_same_seed_in_memory_draws(device
         assert not all(map(torch.equal, a, nearest))
 
 
-@every_device
-@every_bits
-def test_what_codes_by_offset_stand_for_equals_the_reference(bits, device):
-    x = torch.randn(1500, 32, device=device)
-    x[3], x[4], x[5], x[6] = 0.0, x[4].relu(), float("nan"), x[6] * 1e36
-    groups = (bits, 32, OFFSET)
-    codes, scales = reference.quantize(x, (32, 1), groups, None, 77)
-    ours, theirs = line_kernels.line(scales, bits), reference.line(scales, bits)
-    assert all(each.isnan()[5] for each in theirs)
-    assert theirs[2][4] == 0 != theirs[0][4]
-    for our, their in zip(ours, theirs, strict=True):
-        # On a device products and sums are fused.
-        torch.testing.assert_close(our, their, rtol=1e-6, atol=0.0, equal_nan=True)
-    numbers = planes.from_bytes(codes, bits, 32)
-    values = minmax_reference.on_line(numbers, *(each.view(-1, 1) for each in ours))
-    expected = reference.dequantize_rows(codes, scales, 1500, 32, groups)
-    torch.testing.assert_close(values, expected, equal_nan=True)
-
-
 def test_operators_pass_opcheck():
     check = torch.library.opcheck
     namespace = torch.ops.packlight
@@ -408,7 +386,6 @@ def test_operators_pass_opcheck():
     layout = ([4, 96], [96, 1], 96, (4, 32), FP32)
     for arguments in ((*layout, "", [], torch.ones(96), None), (*layout, "gelu", [], None, None)):
         check(namespace.group_dequantize.default, (codes, scales, *arguments))
-    check(namespace.group_line.default, (scales, 4))
     backward = (x, codes, scales, "gelu", [], [96, 1], (4, 32))
     check(namespace.group_quant_activation_backward.default, backward)
     packs = (codes, scales, codes, scales)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packlight._library import define_op
 from packlight.groupquant import norm_reference, reference
-from packlight.groupquant.grouping import HEADER, Grouping, Groups
+from packlight.groupquant.grouping import Grouping, Groups
 from packlight.packing.layout import compute_dtype, packed_bytes
 
 _KERNELS = "packlight.groupquant.kernels"
@@ -54,15 +54,6 @@ dequantize = define_op(
         shape, stride, dtype=dtype
     ),
     kernel=f"{_KERNELS}:dequantize",
-)
-
-line = define_op(
-    "group_line(Tensor scales, int bits) -> (Tensor, Tensor, Tensor)",
-    reference=reference.line,
-    fake=lambda scales, bits: tuple(
-        scales.new_empty(scales.numel() - HEADER, dtype=torch.float32) for _ in range(3)
-    ),
-    kernel="packlight.groupquant.line_kernels:line",
 )
 
 activation = define_op(

@@ -11,7 +11,7 @@ from packlight.elementwise.derivatives import BACKWARD, FUNCTIONS
 from packlight.elementwise.limits import Limits, limits, pack_limits
 from packlight.groupquant import minmax_reference, rotated_reference
 from packlight.groupquant.draws import other_seed, seed_of, words_of
-from packlight.groupquant.grouping import HEADER, MINMAX, ROTATED, Grouping, Groups
+from packlight.groupquant.grouping import MINMAX, ROTATED, Grouping, Groups
 from packlight.groupquant.planes import from_bytes, to_bytes
 from packlight.packing.layout import compute_dtype, dense_stride, memory_order
 
@@ -69,11 +69,6 @@ def dequantize_rows(
     whole = grouping.row_groups * grouping.group_size
     values = values.view(rows, whole)
     return values if whole == width else values[:, :width]
-
-
-def line(scales: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the codes of groups of a pack by offset stand for: see `minmax_reference.line`."""
-    return minmax_reference.line(scales[HEADER:], bits, seed_of(scales))
 
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
