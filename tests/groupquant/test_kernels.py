@@ -302,7 +302,10 @@ def test_packs_less_a_shift_equal_the_reference(groups, dtype, covered, device):
         layout = ((rows, width), (width, 1), width, groups)
         rebuild = (*pack, *layout, dtype, "", (), None, shift)
         theirs = reference.dequantize(*rebuild)
-        close_by(groups, kernels.dequantize(*rebuild), theirs, dtype)
+        # What is unpacked is rounded before the shift is added to it, by a rotated code twice.
+        within = 2.0**-7 * (x.abs().max() + shift.abs().max()).item()
+        ours = kernels.dequantize(*rebuild)
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.02, atol=within)
 
 
 @every_device

@@ -184,9 +184,9 @@ def _gated_backward_kernel(
 GATED = Setting(1024, 8)
 GATED_BACKWARD = Setting(1024, 8)
 PRODUCT = Setting(1024, 4)
-# As in `kernels.py`. The product takes .186 ms for .203, the backward pass .366 for .368, and .394
-# and .422 with two and four times as many.
-AHEAD = 512
+# As in `kernels.py`. At 4 and 2 bits the backward pass takes .344 and .302 ms for .375 and .358 of
+# none, .363 and .310 with twice as many; the product .186 and .162 for .193 and .167.
+AHEAD, PRODUCT_AHEAD = 256, 512
 
 
 @functools.lru_cache(LAUNCHES)
@@ -246,7 +246,7 @@ def _gated_backward_launch(
         DIGITS=DIGITS[dtype],
         **constants(grouping),
         FULL=full,
-        AHEAD=AHEAD if grouping.code == ROTATED and full else 0,
+        AHEAD=(PRODUCT_AHEAD if product else AHEAD) if grouping.code == ROTATED and full else 0,
         NQ=nq,
         num_warps=warps,
     )
