@@ -176,7 +176,7 @@ def test_what_is_reserved_is_what_an_h200_needed() -> None:
     ]
     short = [row for row, share in lowest if share < 1]
     assert [(row["scenario"], row["kind"]) for row in short] == [("gpt2m", "checkpoint")]
-    assert all(0.98 < share < 1.075 for _, share in lowest)
+    assert all(0.98 < share < 1.085 for _, share in lowest)
     failed = [row for row in rows if row["commit"] == "99990b8" and row.get("out_of_memory")]
     assert len(failed) == 6
     assert all(reserved(row["peak"]) > row["budget"] for row in failed)

@@ -40,7 +40,7 @@ def plan(
 
     over the mixes of two neighbours on the front of bytes and time (`searching.py`). Transients are
     counted where they are. R adds what the allocator of CUDA reserves for a peak, beside what is
-    allocated: 1.5% and 192 MiB, of peaks below 1.9 GiB 11.5%, with expandable segments
+    allocated: 1.5% and 208 MiB, of peaks below 2 GiB 11.5%, with expandable segments
     (PYTORCH_ALLOC_CONF=expandable_segments:True in the environment); without, it is more. The
     planned methods are data: nothing of the model changes.
 
