@@ -342,7 +342,9 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     measured = [row for row in found if row.get("ms") and row.get("predicted_ms")]
     last = {row["scenario"]: row["commit"] for row in measured}  # of a model its latest run
     measured = [row for row in measured if row["commit"] == last[row["scenario"]]]
-    names = list(dict.fromkeys(row["scenario"] for row in measured))
+    found_names = [row["scenario"] for row in measured]
+    # One row alone, of a run that was cut off, is beside nothing.
+    names = [name for name in dict.fromkeys(found_names) if found_names.count(name) > 1]
     figure, axes = pyplot.subplots(1, len(names), figsize=(5.4 * len(names), 5.2), squeeze=False)
     labels: dict[str, list[Label]] = {name: [] for name in names}
     dots: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
