@@ -293,6 +293,20 @@ def test_compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the tracer looks for one
+def test_compiled_beside_packs():
+    """Not with `fullgraph=True`: what a pack notes for others is a side effect in a checkpoint."""
+    torch.manual_seed(0)
+    plain = Model(2)
+    model, _ = converted(plain, (Checkpoint(), GroupQuant(8, rounding="nearest")))
+    x = torch.randn(2, 64, WIDTH)
+    expected = gradients(plain, x)
+    torch.compile(model, backend="aot_eager")(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, expected[name]) < 0.02, name
+    torch._dynamo.reset()
+
+
 # ---- texts ---------------------------------------------------------------------------------------
 
 
