@@ -52,7 +52,6 @@ class _Facts(NamedTuple):
     exact: Any = None  # weakly, an object of the operation that saves the tensor itself
     filled: bool = False  # some elements were filled with an infinity or a huge number
     source: "_Note | None" = None  # of what the tensor is a cast of
-    way: Tensor | None = None  # to what the tensor is a function of, for a gradient
 
     def with_those_of(self, other: "_Facts", same_tensor: bool) -> "_Facts":
         """These facts, completed by those of `other`."""
@@ -61,8 +60,7 @@ class _Facts(NamedTuple):
         sketch = other.sketch if self.sketch is None else self.sketch
         source = other.source if self.source is None else self.source
         exact, filled = self.exact or other.exact, self.filled or other.filled
-        way = other.way if self.way is None and same_tensor else self.way
-        return _Facts(cast, pack, sketch, exact, filled, source, way)
+        return _Facts(cast, pack, sketch, exact, filled, source)
 
 
 # How the tensor that carries a note is related to the tensor asked about: one object; one shape and
@@ -84,27 +82,10 @@ def cast_of(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     # A cast has a gradient of its own. A view may have passed a Function, a hook or `detach`.
     if relation != "itself" or facts.cast is None or facts.cast.dtype != dtype:
         return None
-    return None if _is_looked_at(tensor) else facts.cast
-
-
-def _is_looked_at(tensor: Tensor) -> bool:
-    """Whether something wants to see the tensor's gradient, and would not if it went elsewhere."""
-    if _torch.is_traced():
-        return False
-    return bool(tensor._backward_hooks) or tensor.retains_grad
-
-
-def note_way(tensor: Tensor, way: Tensor) -> None:
-    """Records a way around a function: a gradient of `way` is one of what `tensor` is made of."""
-    _write(tensor, _Facts(way=way), holds=True)
-
-
-def way_of(tensor: Tensor) -> Tensor | None:
-    """The way around the function that made `tensor`; None where its gradient is looked at."""
-    relation, facts = _read(tensor)
-    if relation != "itself" or facts.way is None or _is_looked_at(tensor):
+    # A hook on the tensor would not see a gradient that goes to the cast instead.
+    if not _torch.is_traced() and tensor._backward_hooks:
         return None
-    return facts.way
+    return facts.cast
 
 
 # By dtype: a cast to one of a smaller number may overflow, and a pack of the source does not.

@@ -1,6 +1,5 @@
 """One pack a tensor: who shares what, in bytes, in eager mode and compiled; no stale pack."""
 
-import functools
 import gc
 import weakref
 
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import packlight
@@ -18,7 +16,6 @@ import packlight.groupquant as group_quant
 from packlight import profile, sharing
 from packlight.errors import DoubleBackwardError
 from packlight.groupquant.grouping import MINMAX
-from packlight.layers import product
 from tests.helpers import gradient, kept_bytes, pack_bytes, relative_error
 
 WIDTH, TOKENS = 256, 128
@@ -570,65 +567,3 @@ def test_the_graph_holds_all_that_a_reader_of_a_norm_needs(bias):
         assert pack is not None
         linear = group_quant.Linear(64, 8, **quant)(y)
         assert linear.grad_fn.saved_tensors[1] is pack.tensors[0]
-
-
-# ---- the way around the function of a gate -------------------------------------------------------
-
-
-class _Names(TorchDispatchMode):
-    """Names of operators that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-def _hooked(f):
-    f.register_hook(lambda grad: 2 * grad)
-    return f
-
-
-def _retained(f):
-    f.retain_grad()
-    return f
-
-
-# What becomes of f(gate) before the product, and whether its gradient goes around f.
-USES = {
-    "by nothing else": (lambda f: f, True),
-    "by a hook": (_hooked, False),
-    "by who keeps its gradient": (_retained, False),
-    "by who writes to it": (lambda f: f.mul_(1.0), False),
-    "by a view": (lambda f: f.view(TOKENS, WIDTH), False),
-}
-
-
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("also", [False, True], ids=["", "and read again"])
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
-def test_one_pass_gives_the_gradients_of_a_gate_and_what_it_gates(use, also, checkpointed):
-    change, around = USES[use]
-    method = packlight.GroupQuant(8, code="minmax", **NEAREST)
-    inputs = [torch.randn(TOKENS, WIDTH, requires_grad=True) for _ in range(2)]
-
-    def unit(gate, up, silu, mul):
-        f = change(silu(gate))
-        y = mul(f, up)
-        return y + f.square() if also else y
-
-    def gradients(silu, mul):
-        given = (*inputs, silu, mul)
-        y = checkpoint(unit, *given, use_reentrant=False) if checkpointed else unit(*given)
-        with _Names() as called:
-            return torch.autograd.grad(y.square().sum(), inputs), called.names
-
-    silu = functools.partial(group_quant.silu, bits=8, code="minmax", **NEAREST)
-    found, names = gradients(silu, functools.partial(product.mul, method=method))
-    assert ("group_quant_activation_backward" in names) == (also or not around)
-    expected, _ = gradients(F.silu, torch.mul)
-    for one, other in zip(found, expected, strict=True):
-        assert relative_error(one, other) < 0.02

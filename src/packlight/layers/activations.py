@@ -100,11 +100,7 @@ def overwriting_activation_of(method: Quantiser) -> Fused:
 
 
 class _Activation(torch.autograd.Function):
-    """y = f(x) and the tensors that stand for x; keeps the latter.
-
-    With `around` also a tensor of no memory, of which a gradient is one of x: who multiplies y
-    computes it in the pass that needs x for the other factor's.
-    """
+    """y = f(x) and the tensors that stand for x; keeps the latter."""
 
     @staticmethod
     def forward(
@@ -114,7 +110,6 @@ class _Activation(torch.autograd.Function):
         parameters: tuple[float, ...],
         method: Quantiser,
         seed: Seed,
-        around: bool,
     ) -> tuple[Tensor, ...]:
         fused = activation_of(method)
         y, *kept = fused.forward(x, name, parameters, method, seed)
@@ -123,18 +118,15 @@ class _Activation(torch.autograd.Function):
         ctx.save_for_backward(*kept)
         ctx.f = (name, parameters, y.stride(), method)
         ctx.differentiate = fused.backward
-        ctx.around = around
-        return (y, y.new_empty(()).expand(y.shape), *kept) if around else (y, *kept)
+        return y, *kept
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *others: Any) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         refuse_second_derivative(KEEPS)
         dx = None
         if grad_output is not None:
             dx = ctx.differentiate(grad_output, ctx.saved_tensors, *ctx.f)
-        if ctx.around and others[0] is not None:
-            dx = others[0] if dx is None else dx + others[0]
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None
 
 
 _activate: Callable[..., tuple[Tensor, ...]] = _torch.applied(_Activation)
@@ -154,11 +146,7 @@ def activation(
     known = computed_pack_of(x)
     if known is not None:
         return _of_computed(x, name, parameters, known)
-    around = name in UNITS and not _torch.is_traced()
-    y, *kept = _activate(x, name, parameters, method, method.seed(x), around)
-    if around:
-        way, *kept = kept
-        sharing.note_way(y, way)
+    y, *kept = _activate(x, name, parameters, method, method.seed(x))
     rebuild = activation_of(method).rebuild(y, name, parameters, method)
     sharing.note_pack(y, Pack(rebuild, tuple(y.shape), tuple(kept), method.grade))
     if name in UNITS and _torch.is_traced():

@@ -84,32 +84,6 @@ class _Multiplication(torch.autograd.Function):
 _multiply: Callable[..., Tensor] = _torch.applied(_Multiplication)
 
 
-class _GateAndUp(torch.autograd.Function):
-    """y = f(gate) up of a result f; keeps the packs of gate and up.
-
-    The gradient of the gate is computed with that of up, and goes the way around f.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, way: Tensor, up: Tensor, f: Tensor, product: GatedProduct, *tensors: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.product = product
-        return f * up
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        refuse_second_derivative(KEEPS)
-        product, tensors = ctx.product, ctx.saved_tensors
-        layout = (product.name, product.stride, product.method)
-        dgate, dup = unit_of(product.method).backward(grad_output, tensors, *layout)
-        return dgate, dup, None, None, *[None] * len(tensors)
-
-
-_multiply_gate: Callable[..., Tensor] = _torch.applied(_GateAndUp)
-
-
 @_torch.followed
 def mul(input: Tensor, other: Any, *, method: Quantiser) -> Tensor:
     """a b, biased: da = dy b~, db = dy a~.
@@ -179,11 +153,7 @@ def _of_packs(input: Tensor, other: Tensor, method: Quantiser) -> Tensor:
     if product is None:
         product = _Product((one.rebuild, two.rebuild), shapes, len(one.tensors))
     tensors = (*one.tensors, *two.tensors)
-    way = sharing.way_of(input) if isinstance(product, GatedProduct) else None
-    if way is None:
-        y = _multiply(input, other, product, *tensors)
-    else:
-        y = _multiply_gate(way, other, input.detach(), product, *tensors)
+    y = _multiply(input, other, product, *tensors)
     # The mean of x~ x~ is not that of x~ squared: of factors that share their rounding the product
     # is rounded by itself.
     if not shared:
