@@ -96,10 +96,9 @@ class Quantiser(Method, abstract=True):
         """The values again, [count], contiguous, in `dtype`."""
         raise NotImplementedError(f"{type(self).__name__} restores nothing")
 
-    def pack(self, x: Tensor, seed: Seed, shift: Shift | None = None) -> tuple[Tensor, ...]:
-        """`keep` of all values of `x`, less a shift if there is one, in the order of its memory."""
+    def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
+        """`keep` of all values of `x`, in the order of its memory."""
         with without_autocast(x.device.type):
-            x = x if shift is None else shift.taken_off(x)
             flat = memory_order(x, dense_stride(x))
             kept: tuple[Tensor, ...] = uncovered(self.keep, flat, as_given(seed))
         return tuple(kept)
@@ -110,13 +109,27 @@ class Quantiser(Method, abstract=True):
         shape: tuple[int, ...],
         stride: tuple[int, ...],
         *kept: Tensor,
-        shift: Shift | None = None,
     ) -> Tensor:
         """`restore` as a tensor of this shape and dense strides, those of `dense_stride(x)`."""
         with without_autocast(kept[0].device.type):
             flat: Tensor = uncovered(self.restore, dtype, math.prod(shape), *kept)
-            x = flat.as_strided(shape, stride)
-            return x if shift is None else shift.put_back(x)
+            return flat.as_strided(shape, stride)
+
+    def pack_less(self, x: Tensor, seed: Seed, shift: Shift | None) -> tuple[Tensor, ...]:
+        """`pack` of `x` less a shift, if there is one."""
+        return self.pack(x if shift is None else shift.taken_off(x), seed)
+
+    def unpack_less(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        *kept: Tensor,
+        shift: Shift | None,
+    ) -> Tensor:
+        """What was packed less a shift, with it again."""
+        x = self.unpack(dtype, shape, stride, *kept)
+        return x if shift is None else shift.put_back(x)
 
     def with_sides(self, flat: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """What is kept of `flat`, so that values come back on their side of 0 and zeros as 0.
@@ -170,7 +183,7 @@ class Restore:
     stride: tuple[int, ...]
 
     def __call__(self, dtype: torch.dtype, *kept: Tensor, shift: Shift | None = None) -> Tensor:
-        return self.method.unpack(dtype, self.shape, self.stride, *kept, shift=shift)
+        return self.method.unpack_less(dtype, self.shape, self.stride, *kept, shift=shift)
 
 
 # What the error of a second derivative says is kept.

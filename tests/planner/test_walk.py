@@ -136,6 +136,23 @@ def test_optimisers_that_read_values(make: Any) -> None:
     assert grads + 4 * 512 * 256 <= step <= grads + 3.2 * 4 * 512 * 256
 
 
+def test_what_a_step_asks_of_finite_gradients_is_answered_as_for_those() -> None:
+    class Careful(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad.isnan().any().item():
+                        return None
+            return super().step(closure)
+
+    model = nn.Linear(512, 512, bias=False)
+    held = [
+        Walker(model, (torch.empty(4, 512),), {}, None, make).walk(H200).static.optimizer
+        for make in (torch.optim.AdamW, Careful)
+    ]
+    assert held[0] == held[1] > 0
+
+
 def test_a_step_of_many_tensors_takes_memory_of_its_own() -> None:
     model, tokens = on_meta(depth=6)
 

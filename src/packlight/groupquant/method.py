@@ -185,15 +185,9 @@ class GroupQuant(Quantiser):
         """What codes and scales stand for."""
         return self.unpack(dtype, (count,), (1,), *kept)
 
-    def pack(self, x: Tensor, seed: Seed, shift: Shift | None = None) -> tuple[Tensor, ...]:
+    def pack(self, x: Tensor, seed: Seed) -> tuple[Tensor, ...]:
         """Codes and scales of `x` in its memory order; scales and means of its channels."""
         of_channels: tuple[Tensor, ...] = ()
-        if shift is not None:
-            if self._shifts(shift):
-                given = (dense_stride(x), *shift, self.groups)
-                less: tuple[Tensor, ...] = ops.quantize_less(x, *given, *operands(seed))
-                return less
-            x = shift.taken_off(x)
         if self.scales_channels:
             if channels.fit(x.shape, dense_stride(x), self.group_size):
                 x, scale, mean = channels.scaled(x)
@@ -209,23 +203,42 @@ class GroupQuant(Quantiser):
         shape: tuple[int, ...],
         stride: tuple[int, ...],
         *kept: Tensor,
-        shift: Shift | None = None,
     ) -> Tensor:
         """What codes and scales stand for."""
         codes, words, *of_channels = kept
         width, scale, mean = math.prod(shape), None, None
-        if shift is not None:
-            if not self._shifts(shift):
-                return shift.put_back(self.unpack(dtype, shape, stride, *kept))
-            mean, width = shift
         if of_channels and channels.fit(shape, stride, self.group_size):
             width, (scale, mean) = shape[-1], of_channels
         layout = (shape, stride, width, self.groups)
         x: Tensor = ops.dequantize(codes, words, *layout, dtype, "", (), scale, mean)
         return x
 
+    def pack_less(self, x: Tensor, seed: Seed, shift: Shift | None) -> tuple[Tensor, ...]:
+        """`pack` of `x` less a shift, in one pass over it."""
+        if shift is None or not self._shifts(shift):
+            return super().pack_less(x, seed, shift)
+        given = (dense_stride(x), *shift, self.groups)
+        kept: tuple[Tensor, ...] = ops.quantize_less(x, *given, *operands(seed))
+        return kept
+
+    def unpack_less(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        *kept: Tensor,
+        shift: Shift | None,
+    ) -> Tensor:
+        """What was packed less a shift, with it again."""
+        if shift is None or not self._shifts(shift):
+            return super().unpack_less(dtype, shape, stride, *kept, shift=shift)
+        mean, width = shift
+        layout = (shape, stride, width, self.groups)
+        x: Tensor = ops.dequantize(*kept, *layout, dtype, "", (), None, mean)
+        return x
+
     def _shifts(self, shift: Shift) -> bool:
-        """Whether the pass that packs takes it off: where it ends with a group."""
+        """Whether one pass packs and takes it off: where it ends with a group."""
         whole = shift.values.numel() % self.group_size == 0 == shift.width % self.group_size
         return whole and not self.scales_channels
 

@@ -75,12 +75,16 @@ class Linear(Quantised, nn.Linear):
     def suited(method: GroupQuant) -> GroupQuant:
         return method
 
-    # A module around it may compute its result beforehand, with others of the same input: both.
-    ready: "tuple[Tensor, Tensor] | None" = None
+    # A module around it may compute its result beforehand, with others of the same input: the
+    # input, its version and the result, which is read once.
+    ready: "tuple[Tensor, int, Tensor] | None" = None
 
     def training_forward(self, input: Tensor) -> Tensor:
-        if self.ready is not None and self.ready[0] is input:
-            return self.ready[1]
+        if self.ready is not None:
+            x, version, y = self.ready
+            self.__dict__.pop("ready", None)
+            if x is input and version == input._version:
+                return y
         return linear(input, self.weight, self.bias, method=self.method)
 
 

@@ -21,14 +21,15 @@ _CONSTANTS = (str, int, float, tuple, list)  # of names: a package may state the
 
 
 def once_a_class(look: Callable[[type[nn.Module]], _T]) -> Callable[[type[nn.Module]], _T]:
-    """A function of a class that remembers its answers."""
-    answers: dict[type[nn.Module], _T] = {}
+    """A function of a class that remembers its answers, each as long as the forward is that one."""
+    answers: dict[tuple[type[nn.Module], object], _T] = {}
 
     @functools.wraps(look)
     def remembered(kind: type[nn.Module]) -> _T:
-        if kind not in answers:
-            answers[kind] = look(kind)
-        return answers[kind]
+        key = kind, getattr(kind, "forward", None)
+        if key not in answers:
+            answers[key] = look(kind)
+        return answers[key]
 
     return remembered
 

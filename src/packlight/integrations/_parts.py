@@ -49,6 +49,8 @@ def _are_linear(parts: Sequence[nn.Module], method: Quantiser) -> Sequence[bool]
         kind = type(part)
         if not _is_linear(kind) or not part.training or not is_bare(part):
             return ()
+        if "parametrizations" in part._modules:  # which makes a weight anew each time it is read
+            return ()
         weight: Any = part.weight
         if not weight.requires_grad or part.method != method:
             return ()
@@ -69,7 +71,7 @@ def are_linear(tracer: Any, method: Any, *parts: Any) -> tuple[bool, ...] | None
     """`_are_linear` of what is traced; None where that is not known."""
     wanted = _torch.value_of(tracer, method)
     for part in parts:
-        if not _is_linear(type(part.value)):
+        if not _is_linear(type(part.value)) or "parametrizations" in part.value._modules:
             return ()
         own = _torch.own_constant(tracer, part, "method")
         if own is _torch.UNKNOWN or wanted is None:

@@ -165,7 +165,7 @@ def _packed(
     ctx.rebuilds = [Restore(method, tuple(x.shape), dense_stride(x)) for x in own]
     ctx.width = None if mean is None else mean.numel() * (1 if whole is None else 3)
     shift = None if mean is None else Shift(mean, ctx.width)
-    first = method.pack(own[0], seeds[0], shift)
+    first = method.pack_less(own[0], seeds[0], shift)
     packs = [method.pack(x, seed) for x, seed in zip(own[1:], seeds[1:], strict=True)]
     return [part for pack in (first, *packs) for part in pack]
 

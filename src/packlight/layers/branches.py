@@ -158,5 +158,5 @@ def attended(
     rebuild = Restore(method, tuple(h.shape), h.stride())
     dtypes = (h.dtype, *dtypes_of(out, weight, bias))
     mean = mean_of(parts_of(h.detach(), heads)[0], method)
-    kept = (*method.pack(h, seed, query_shift(mean)), mean)
+    kept = (*method.pack_less(h, seed, query_shift(mean)), mean)
     return out, kept, Attended(rebuild, heads, kernel, flags, draws, dtypes)

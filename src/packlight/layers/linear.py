@@ -133,8 +133,9 @@ class _Linears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         parameters: Any = list(zip(tensors[:count], tensors[count : 2 * count], strict=True))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:count], *tensors[2 * count :])
-        ctx.rebuild = rebuild
+        weights = tensors[:count] if ctx.needs_input_grad[0] else [None] * count
+        ctx.save_for_backward(*weights, *tensors[2 * count :])
+        ctx.rebuild, ctx.turned = rebuild, [is_turned(weight) for weight, _ in parameters]
         ctx.dtypes = [(x.dtype, w.dtype, None if b is None else b.dtype) for w, b in parameters]
         return tuple([writable(affine(x, *each), of_linear=True) for each in parameters])
 
@@ -152,7 +153,7 @@ class _Linears(torch.autograd.Function):
         for i in used:  # the first, so that x is gone when dx comes
             needed = (False, needs[3 + i], needs[3 + count + i])
             _, of_weights[i], of_biases[i] = linear_gradients(
-                grads[i], weights[i], x, tensors, needed, ctx.dtypes[i]
+                grads[i], weights[i], x, tensors, needed, ctx.dtypes[i], ctx.turned[i]
             )
         del x
         if needs[0]:

@@ -160,7 +160,7 @@ class _WholeAttention(torch.autograd.Function):
         draws = draws_at(whole) if flags[0] else None
         out: Tensor = run(prepared((*parts, mask), kernel), kernel, flags)[0]
         mean = attention.mean_of(parts[0], method)
-        ctx.save_for_backward(mask, mean, *method.pack(whole, seed, query_shift(mean)))
+        ctx.save_for_backward(mask, mean, *method.pack_less(whole, seed, query_shift(mean)))
         ctx.settings = (whole.dtype, whole.shape, whole.stride(), parts[0].shape[1])
         ctx.how = (kernel, flags, draws, method)
         return out
@@ -171,7 +171,7 @@ class _WholeAttention(torch.autograd.Function):
         mask, mean, *pack = ctx.saved_tensors
         dtype, shape, stride, heads = ctx.settings
         kernel, flags, draws, method = ctx.how
-        whole = method.unpack(dtype, shape, stride, *pack, shift=query_shift(mean))
+        whole = method.unpack_less(dtype, shape, stride, *pack, shift=query_shift(mean))
         given, results = run_again(whole, heads, mask, kernel, flags, draws)
         del whole
         found = gradients(grad_output, given, results, kernel, flags)

@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packlight import _torch
-from packlight._classes import joined
+from packlight._classes import joined, plain_class
 from packlight.calls import covers_now, uncovered
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import Linear
@@ -132,7 +132,6 @@ class GroupQuantSplitAttention(GroupQuantAttention):
     """
 
     may_run_plain_code = True
-    is_llama: bool  # whether its code is Llama's
     head_dim: int
     attention_dropout: float
     scaling: float
@@ -144,17 +143,22 @@ class GroupQuantSplitAttention(GroupQuantAttention):
         if results is None:
             return super().forward(hidden_states, *args, **kwargs)
         if not args and covers_now():
-            found = uncovered(self._at_once, *results, kwargs)
+            ready = list(results)
+            del results  # the list is emptied as soon as they are not needed
+            found = uncovered(self._at_once, ready, kwargs)
             if found is not None:
                 return found
+            results = tuple(ready)
+            del ready
         parts: Any = [self._modules[name] for name in _PROJECTIONS]
         for part, y in zip(parts, results, strict=True):
-            part.__dict__["ready"] = (hidden_states, y)
+            part.__dict__["ready"] = (hidden_states, hidden_states._version, y)
+        del results, y
         try:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
             for part in parts:
-                part.__dict__.pop("ready")
+                part.__dict__.pop("ready", None)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Results of the three projections; None where they are to run one by one."""
@@ -167,27 +171,26 @@ class GroupQuantSplitAttention(GroupQuantAttention):
             return None
         return linears(x, parameters, method)
 
-    def _at_once(
-        self, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]
-    ) -> tuple[Tensor, None] | None:
+    def _at_once(self, results: list[Tensor], given: dict[str, Any]) -> tuple[Tensor, None] | None:
         """What the module's code does behind the projections, where it is Llama's.
 
         So none of its calls is looked at. None where that code is to run: on a device without the
         kernel of rotary embedding, and where the projection behind is not ours.
         """
-        if not self.is_llama:
+        if not _is_llama(plain_class(type(self))):
             return None
         last, places = self._modules["o_proj"], given.get("position_embeddings")
         if not (isinstance(last, Linear) and places):
             return None
-        if given.get("past_key_values") is not None or not rotary.has_kernel(self, query):
+        if given.get("past_key_values") is not None or not rotary.has_kernel(self, results[0]):
             return None
         if self.model_config._attn_implementation not in (_REPLACES, NAME):
             return None
-        shape = (*query.shape[:-1], -1, self.head_dim)
-        query, key, value = (x.view(shape).transpose(1, 2) for x in (query, key, value))
+        shape = (*results[0].shape[:-1], -1, self.head_dim)
+        query, key, value = (x.view(shape).transpose(1, 2) for x in results)
         if not fits(query, key, *places):
             return None
+        results.clear()
         query, key = rotate(query, key, *places)
         others = {name: value for name, value in given.items() if name not in _OF_LLAMA}
         mask, dropout = given.get("attention_mask"), self.attention_dropout
@@ -337,5 +340,4 @@ def _attention(method: Quantiser, module: nn.Module) -> Swap:
         ours = GroupQuantSelfAttention
     elif _projects_its_input(kind):
         ours = GroupQuantSplitAttention
-        attributes["is_llama"] = _is_llama(kind)
     return Swap(joined(ours, type(module)), attributes)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packlight._classes import joined
-from packlight.calls import uncovered
+from packlight._classes import joined, plain_class
+from packlight.calls import is_bare, uncovered
 from packlight.groupquant.modules import Quantised
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations._parts import parameters_of, takes
@@ -65,6 +65,17 @@ def _t5(self: Any, hidden_states: Any) -> Any:
 
 class _Gated(Quantised):
     packed_function: str
+    # Where the activation is, and of which class; nowhere if the layer has its own.
+    place_of_activation: str | None = None
+    kind_of_activation: type[nn.Module]
+
+    def _is_known(self) -> bool:
+        """Whether the activation is still the one that is known, and nothing looks at its call."""
+        if self.place_of_activation is None or torch.compiler.is_dynamo_compiling():
+            return True
+        activation: Any = self._modules.get(self.place_of_activation)
+        own = plain_class(type(activation)) is self.kind_of_activation
+        return own and is_bare(activation)
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) up; keeps packs of gate and up, which `linear` rebuilds it from; biased."""
@@ -89,7 +100,7 @@ class GroupQuantGatedMLP(_Gated):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training and self._is_known()):
             plain: Tensor = super().forward(x)
             return plain
         y: Tensor | None = uncovered(self._at_once, x)
@@ -113,7 +124,7 @@ class GroupQuantFusedGatedMLP(_Gated):
     down_proj: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training and self._is_known()):
             plain: Tensor = super().forward(hidden_states)
             return plain
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
@@ -130,7 +141,7 @@ class GroupQuantDenseGatedActDense(_Gated):
     dropout: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training and self._is_known()):
             plain: Tensor = super().forward(hidden_states)
             return plain
         product = self._gate(self.wi_0(hidden_states), self.wi_1(hidden_states))
@@ -173,4 +184,7 @@ def _gated(method: Quantiser, module: nn.Module) -> Swap:
     if function not in _GATES:
         name = getattr(activation, "__name__", type(activation).__name__)
         raise NotConverted(f"its activation, {name}, has no gated form; its parts are converted")
-    return Swap(joined(mixin, kind), {"method": method, "packed_function": function})
+    attributes: dict[str, Any] = {"method": method, "packed_function": function}
+    attributes["place_of_activation"] = place
+    attributes["kind_of_activation"] = plain_class(type(activation))
+    return Swap(joined(mixin, kind), attributes)

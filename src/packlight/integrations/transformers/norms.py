@@ -180,7 +180,7 @@ class GroupQuantRMSNorm(Quantised):
 
         Of both gradients one comes back by the norm's kernel: no sum, and no tensor for it.
         """
-        if not self._packs(x) or not is_taken(x) or not needs_gradient(x):
+        if not is_taken(x) or not self._packs(x) or not needs_gradient(x):
             return None
         y, (x,) = self._packed(x, True)
         return y, x
