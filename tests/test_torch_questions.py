@@ -171,14 +171,14 @@ def test_the_innermost_mode_is_off_where_it_is_of_the_very_kind(lost):
 
     assert seen(1) == (1, 0, [])
     with Mode() as outer:
-        assert modes.without_mode(Mode, seen, 1, second=2) == (1, 2, [])
+        assert _torch.without_mode(Mode, seen, 1, second=2) == (1, 2, [])
         assert modes.function_modes() == [outer]
         with Other() as inner:
-            assert modes.without_mode(Mode, seen, 1) == (1, 0, [outer, inner])
-            assert modes.without_mode(Other, seen, 1) == (1, 0, [outer])
+            assert _torch.without_mode(Mode, seen, 1) == (1, 0, [outer, inner])
+            assert _torch.without_mode(Other, seen, 1) == (1, 0, [outer])
             assert modes.function_modes() == [outer, inner]
             with pytest.raises(ZeroDivisionError):
-                modes.without_mode(Other, lambda: 1 / 0)
+                _torch.without_mode(Other, lambda: 1 / 0)
             assert modes.function_modes() == [outer, inner]
             assert modes.innermost(Mode) is inner  # which derives from it
             assert modes.innermost(Other) is inner
@@ -189,7 +189,7 @@ def test_the_innermost_mode_is_off_where_it_is_of_the_very_kind(lost):
             modes.put_on(mode)
             assert modes.function_modes() == [outer, inner]
         lost(_torch.MODES)
-        assert modes.without_mode(Mode, modes.function_modes) == [outer]
+        assert _torch.without_mode(Mode, modes.function_modes) == [outer]
         assert modes.innermost(Mode) is outer
         assert modes.innermost(Other) is None
         assert modes.take_off(Mode) is None
