@@ -56,13 +56,6 @@ def origin(made: type[nn.Module]) -> tuple[_Derive, tuple[type[nn.Module], ...]]
     return found
 
 
-def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The module's own class, of a derived one."""
-    while (made := origin(kind)) is not None:
-        kind = made[1][-1]
-    return kind
-
-
 def _made(bases: tuple[type[nn.Module], ...], own: dict[str, Any]) -> type[nn.Module]:
     kind = bases[-1]
     name = f"{kind.__module__}.{kind.__qualname__}"

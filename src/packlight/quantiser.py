@@ -104,11 +104,7 @@ class Quantiser(Method, abstract=True):
         return tuple(kept)
 
     def unpack(
-        self,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...],
-        *kept: Tensor,
+        self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
     ) -> Tensor:
         """`restore` as a tensor of this shape and dense strides, those of `dense_stride(x)`."""
         with without_autocast(kept[0].device.type):

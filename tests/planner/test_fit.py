@@ -111,22 +111,20 @@ def test_the_command_prints_json_and_writes_plan_and_page(
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_the_command_says_what_it_does_not_know(
-    net: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ("a large one", "unknown device 'a large one'; known: H200"),
+        ("300MiB", "a GPU of 300 MiB has no room for tensors"),
+    ],
+)
+def test_the_command_says_which_card_it_cannot_take(
+    net: str, capsys: pytest.CaptureFixture[str], gpu: str, said: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", net, "--gpu", "a large one"])
+        main(["fit", net, "--gpu", gpu])
     assert stopped.value.code == 2
-    assert "unknown device 'a large one'; known: H200" in capsys.readouterr().err
-
-
-def test_a_card_smaller_than_cuda_itself_is_refused(
-    net: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", net, "--gpu", "300MiB"])
-    assert stopped.value.code == 2
-    assert "a GPU of 300 MiB has no room for tensors" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -137,9 +137,8 @@ def _norm_backward(
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if method.scales_channels:
-        given = (rstd, weight, center, need_weight, need_bias, method)
-        dx, *sums = norms.plain_backward(grad_output, tuple(kept), *given)
-        return dx if added is None else dx.add_(added), sums[0], sums[1]
+        given = (rstd, weight, center, need_weight, need_bias, method, added)
+        return norms.adding(norms.plain_backward)(grad_output, tuple(kept), *given)
     width = grad_output.shape[-1]
     groups = _row_groups(width, method)
     run = operators(width, groups)[1]

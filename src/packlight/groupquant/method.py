@@ -198,11 +198,7 @@ class GroupQuant(Quantiser):
         return *kept, *of_channels
 
     def unpack(
-        self,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...],
-        *kept: Tensor,
+        self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], *kept: Tensor
     ) -> Tensor:
         """What codes and scales stand for."""
         codes, words, *of_channels = kept

@@ -190,7 +190,6 @@ def encode(bits: int) -> str:
     half = constant(_pair(0.5))
     by = f"${first + 8}"
     part = 0
-    fresh = True
     for chain, count in enumerate(chains):
         for j, base in enumerate(_bases(bits, count)):
             y = f"${first + part}"
@@ -206,19 +205,16 @@ def encode(bits: int) -> str:
             text.add(f"sub.rn.f16x2 s, n{j}, {constant(_pair(*base))}")
             middle = top / 2
             if formula.smooth:
-                step, start = (
-                    constant(_pair(formula.step)),
-                    constant(_pair(-formula.step * middle)),
-                )
+                step = constant(_pair(formula.step))
+                start = constant(_pair(-formula.step * middle))
                 text.add(f"fma.rn.f16x2 s, s, {step}, {start}")
                 text.add("mul.rn.f16x2 w, s, s")
                 text.add(f"fma.rn.f16x2 w, w, w, {constant(_pair(LIFT))}")
                 text.add(f"mul.rn.f16x2 s, s, {y}")
-                text.add("mul.rn.f16x2 i, s, w" if fresh else "fma.rn.f16x2 i, s, w, i")
+                text.add("mul.rn.f16x2 i, s, w" if part == 0 else "fma.rn.f16x2 i, s, w, i")
             else:
                 text.add(f"sub.rn.f16x2 s, s, {constant(_pair(middle))}")
-                text.add(f"mul.rn.f16x2 i, s, {y}" if fresh else f"fma.rn.f16x2 i, s, {y}, i")
-            fresh = False
+                text.add(f"mul.rn.f16x2 i, s, {y}" if part == 0 else f"fma.rn.f16x2 i, s, {y}, i")
             part += 1
         text.add(f"mov.b32 c{chain}, n{count - 1}")
         for j in reversed(range(count - 1)):

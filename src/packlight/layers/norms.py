@@ -151,18 +151,18 @@ def rounded_norm_of(method: Quantiser) -> Fused:
     if found is not None:
         return found
     plain = row_norm_of(method)
-    return plain._replace(forward=plain_rounded, backward=_adding(plain.backward))
+    return plain._replace(forward=plain_rounded, backward=adding(plain.backward))
 
 
-def _adding(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def adding(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The backward pass of a norm, with a last argument that is added to dx, unless it is None."""
 
-    def adding(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def added_to(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
         *others, added = given
         dx, dweight, dbias = backward(*others)
         return dx if added is None else dx.add_(added), dweight, dbias
 
-    return adding
+    return added_to
 
 
 def _keeps(x: Tensor, width: int, method: Quantiser) -> bool:

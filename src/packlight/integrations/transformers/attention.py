@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packlight import _torch
-from packlight._classes import joined, plain_class
+from packlight._classes import joined
 from packlight.calls import covers_now, uncovered
 from packlight.groupquant.method import GroupQuant
 from packlight.groupquant.modules import Linear
@@ -37,6 +37,7 @@ from packlight.layers.linear import linears
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
 from packlight.rotary.functional import fits, rotate
+from packlight.selectors import kind_of
 
 NAME = "packlight"
 _REPLACES = "sdpa"
@@ -143,13 +144,9 @@ class GroupQuantSplitAttention(GroupQuantAttention):
         if results is None:
             return super().forward(hidden_states, *args, **kwargs)
         if not args and covers_now():
-            ready = list(results)
-            del results  # the list is emptied as soon as they are not needed
-            found = uncovered(self._at_once, ready, kwargs)
+            found = uncovered(self._at_once, results, kwargs)
             if found is not None:
                 return found
-            results = tuple(ready)
-            del ready
         parts: Any = [self._modules[name] for name in _PROJECTIONS]
         for part, y in zip(parts, results, strict=True):
             part.__dict__["ready"] = (hidden_states, hidden_states._version, y)
@@ -160,7 +157,7 @@ class GroupQuantSplitAttention(GroupQuantAttention):
             for part in parts:
                 part.__dict__.pop("ready", None)
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, ...] | None:
+    def _projected(self, x: Tensor) -> list[Tensor] | None:
         """Results of the three projections; None where they are to run one by one."""
         parts: Any = [self._modules[name] for name in _PROJECTIONS]
         if not isinstance(parts[0], Linear) or x.dim() != 3:
@@ -169,15 +166,16 @@ class GroupQuantSplitAttention(GroupQuantAttention):
         parameters = parameters_of(parts, method)
         if parameters is None or not takes(x, method):
             return None
-        return linears(x, parameters, method)
+        return [*linears(x, parameters, method)]
 
     def _at_once(self, results: list[Tensor], given: dict[str, Any]) -> tuple[Tensor, None] | None:
         """What the module's code does behind the projections, where it is Llama's.
 
         So none of its calls is looked at. None where that code is to run: on a device without the
-        kernel of rotary embedding, and where the projection behind is not ours.
+        kernel of rotary embedding, and where the projection behind is not ours. Otherwise the list
+        of results is emptied, so that each goes when it has been read.
         """
-        if not _is_llama(plain_class(type(self))):
+        if not _is_llama(kind_of(self)):
             return None
         last, places = self._modules["o_proj"], given.get("position_embeddings")
         if not (isinstance(last, Linear) and places):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from packlight import _torch
-from packlight._classes import joined, plain_class
+from packlight._classes import joined
 from packlight.calls import is_bare, uncovered
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations.transformers.norms import GroupQuantRMSNorm
 from packlight.method import Method, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
+from packlight.selectors import kind_of
 
 # --- The code that is known, as transformers has it. Never run: `is_copy` compares with it.
 
@@ -52,6 +53,9 @@ def _llama(
     return hidden_states  # noqa: RET504  as it is there
 
 
+_ARGUMENTS = _torch.code_of(_llama).co_varnames[1:7]  # type: ignore[union-attr]
+
+
 @once_a_class
 def _is_known(kind: type[nn.Module]) -> bool:
     forward = vars(kind).get("forward")
@@ -59,9 +63,6 @@ def _is_known(kind: type[nn.Module]) -> bool:
     # Arguments are given by name, which a copy need not have.
     named = code is not None and set(_ARGUMENTS) <= set(code.co_varnames)
     return named and is_copy(forward, _llama)
-
-
-_ARGUMENTS = _torch.code_of(_llama).co_varnames[1:7]  # type: ignore[union-attr]
 
 
 # --- The layer.
@@ -111,16 +112,16 @@ class GroupQuantDecoderLayer(nn.Module):
 
     def _first(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """As `_beside`; None also where someone has given the block's class another forward."""
-        if torch.compiler.is_dynamo_compiling() or not _is_known(plain_class(type(self))):
+        if torch.compiler.is_dynamo_compiling() or not _is_known(kind_of(self)):
             return None
         return _beside(norm, x)
 
 
 def _beside(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """What `norm.beside` gives; None where a call of the norm is to run."""
-    if torch.compiler.is_dynamo_compiling() or not isinstance(norm, GroupQuantRMSNorm):
+    if not isinstance(norm, GroupQuantRMSNorm) or not is_bare(norm):
         return None
-    return norm.beside(x) if is_bare(norm) else None
+    return norm.beside(x)
 
 
 # --- The rule.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packlight._classes import joined, plain_class
+from packlight._classes import joined
 from packlight.calls import is_bare, uncovered
 from packlight.groupquant.modules import Quantised
 from packlight.integrations._copies import is_copy, once_a_class
@@ -23,6 +23,7 @@ from packlight.layers import functional
 from packlight.layers.mlp import gated_mlp
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
+from packlight.selectors import kind_of
 
 _GATES = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -73,9 +74,10 @@ class _Gated(Quantised):
         """Whether the activation is still the one that is known, and nothing looks at its call."""
         if self.place_of_activation is None or torch.compiler.is_dynamo_compiling():
             return True
-        activation: Any = self._modules.get(self.place_of_activation)
-        own = plain_class(type(activation)) is self.kind_of_activation
-        return own and is_bare(activation)
+        activation = self._modules.get(self.place_of_activation)
+        if activation is None or kind_of(activation) is not self.kind_of_activation:
+            return False
+        return is_bare(activation)
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) up; keeps packs of gate and up, which `linear` rebuilds it from; biased."""
@@ -186,5 +188,5 @@ def _gated(method: Quantiser, module: nn.Module) -> Swap:
         raise NotConverted(f"its activation, {name}, has no gated form; its parts are converted")
     attributes: dict[str, Any] = {"method": method, "packed_function": function}
     attributes["place_of_activation"] = place
-    attributes["kind_of_activation"] = plain_class(type(activation))
+    attributes["kind_of_activation"] = kind_of(activation)
     return Swap(joined(mixin, kind), attributes)
