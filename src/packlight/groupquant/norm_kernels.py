@@ -309,7 +309,7 @@ def _backward_kernel(
         if AHEAD:
             later = tl.minimum(row + ROWS, rows - ROWS)
             ask_for(dy_ptr + later * width, ROWS * NQ * 8 * SIZE)
-            ask_for(codes_ptr + later * row_groups * (SIZE * BITS), ROWS * NQ * SIZE * BITS)
+            ask_for(codes_ptr + later * (NQ * SIZE * BITS), ROWS * NQ * SIZE * BITS)
         dx, dweight, dbias = row_gradients(
             dy, weight_ptr, codes_ptr, scales_ptr, rstd_ptr, row, room, in_row, bundle, width,
             row_groups, dweight, dbias, CENTER, WEIGHT, NEED_WEIGHT, NEED_BIAS, SIZE, PARTS, BITS,

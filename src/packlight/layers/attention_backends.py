@@ -136,7 +136,9 @@ def _in_parts(
     return grads
 
 
-PART = 2**16  # rows of all heads of a query: they fill a GPU
+# Rows of all heads of a query. A quarter of them fills a GPU too, and took 3% of the step of a
+# Llama of 1.1B for 0.06 GiB.
+PART = 2**18
 
 
 def bias_of(mask: Tensor | None, query: Tensor, key: Tensor, backend: int) -> Tensor | None:
