@@ -27,7 +27,7 @@ import gc
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ import packlight
 from benchmarks import rows
 from benchmarks.user.choices import CHOICES, PLANS
 from benchmarks.user.scenarios import SCENARIOS, Loss, Size
-from benchmarks.user.worker import Device, Trained
+from benchmarks.user.worker import Device, Trained, device_events
 from packlight.method_files import format_methods, parse_methods
 from packlight.planner import menu
 from packlight.planner.devices import device_of
@@ -295,34 +295,25 @@ class Measuring:
             "ms": round(1e3 * statistics.median(whole[1:]), 2),
             "least_ms": round(1e3 * min(whole[1:]), 2),
             "host_ms": round(1e3 * statistics.median(host[1:]), 2),
-            "device_ms": round(min(self._device_ms(max(host)) for _ in range(2)), 2),
+            "device_ms": round(busy_ms(device_events(self.trained, self.device)), 2),
         }
 
-    def _device_ms(self, host_s: float) -> float:
-        """Of a step whose passes the device begins when the host has launched them, or the thousand
-        kernels that the queue of launches takes: no time of the host, unless that is slower than
-        the device in what is left.
-        """
-        total = 0.0
 
-        def timed(launch: Callable[[], Any]) -> Any:
-            nonlocal total
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(int(_CLOCK * host_s))
-            begin.record()
-            result = launch()
-            end.record()
-            self.device.wait()
-            total += begin.elapsed_time(end)
-            return result
+def busy_ms(events: list[Any]) -> float:
+    """How long the device takes for what it ran, by a profile of it, were nothing late to come.
 
-        timed(timed(self.trained.forward).backward)
-        timed(self.trained.optimizer.step)
-        self.trained.optimizer.zero_grad(set_to_none=True)
-        return total
+    Copies beside kernels are within their time. Between two kernels that wait for the device there
+    is a microsecond or two; what is more than `GAP` is the host's.
+    """
+    spans = sorted((event.time_range.start, event.time_range.end) for event in events)
+    total, done = 0.0, spans[0][0]
+    for start, end in spans:
+        total += max(0.0, end - max(start, done)) + min(max(0.0, start - done), GAP)
+        done = max(done, end)
+    return total / 1e3
 
 
-_CLOCK = 2e9  # cycles a second of the device, or more than it has
+GAP = 2.0  # microseconds
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import packlight
 if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 
-from benchmarks import kernel_suite, plot, rows, run, scale, step, table, train_suite
+from benchmarks import kernel_suite, plans, plot, rows, run, scale, step, table, train_suite
 from benchmarks.user import __main__ as user
 from benchmarks.user import runner, show, worker
 from tests.resnets import preactivation_resnet
@@ -701,6 +702,13 @@ def test_a_table_of_training_runs():
         "| GroupQuant, 4 bits | 5 MiB (2.00x less) | 1.1000, 2.2000 | 1.6500 +- 0.7778"
         " | +0.1500, p = 0.20 |",
     ]
+
+
+def test_the_time_of_the_device_is_that_of_kernels_and_of_short_gaps():
+    """Not that of what waits for the host, nor twice that of copies beside kernels."""
+    spans = [(100.0, 130.0), (131.5, 141.5), (1000.0, 1010.0), (1004.0, 1012.0)]
+    events = [SimpleNamespace(time_range=SimpleNamespace(start=s, end=e)) for s, e in spans]
+    assert plans.busy_ms(events[::-1]) == pytest.approx((30 + 1.5 + 10 + plans.GAP + 12) / 1e3)
 
 
 def test_plans_are_of_scenarios_and_of_choices_that_are_plans():

@@ -268,21 +268,26 @@ def times(trained: Trained, device: Device, steps: int, items: int) -> dict[str,
 
 
 def launches(trained: Trained, device: Device) -> dict[str, Any]:
-    """What the GPU ran in one step, copies included, by the profiler."""
+    """How long and how much the GPU ran in one step."""
     if not device.is_cuda:
         return {"gpu_ms": None, "kernels": None}
+    events = device_events(trained, device)
+    total = sum(event.device_time for event in events)
+    return {"gpu_ms": round(total / 1e3, 2), "kernels": len(events)}
+
+
+def device_events(trained: Trained, device: Device) -> list[Any]:
+    """What the GPU ran in one step, copies included, by the profiler."""
     from torch.autograd import DeviceType
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         trained.step()
         device.wait()
-    events = [
+    return [
         event
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
-    total = sum(event.device_time for event in events)
-    return {"gpu_ms": round(total / 1e3, 2), "kernels": len(events)}
 
 
 def python_calls(trained: Trained) -> int:
