@@ -304,7 +304,8 @@ def alone(owner: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., 
 
                 plain = super(owner, type(self)).forward
                 return sharded.run(forward, plain, self, *args, **kwargs)
-            if not is_taken(x):
+            # Of a layer with modules inside, around which the mode is on: it would see each look.
+            if not (uncovered(is_taken, x) if self._modules else is_taken(x)):
                 return super(owner, self).forward(*args, **kwargs)
         return forward(self, *args, **kwargs)
 
@@ -386,19 +387,14 @@ def is_bare(*modules: nn.Module) -> bool:
     if torch.compiler.is_dynamo_compiling():
         bare: bool = _torch.ask("are_bare", False, *modules)
         return bare
-    for hooks in _GLOBAL_HOOKS:
-        if hooks:
-            return False
-    for hooks in _GLOBAL_BACKWARD_HOOKS:
-        if hooks:
-            return False
-    for module in modules:  # nothing is called where there are no hooks: a layer asks of twenty
+    if any(_GLOBAL_HOOKS) or any(_GLOBAL_BACKWARD_HOOKS):
+        return False
+    for module in modules:
         own = module.__dict__
-        for name in _HOOKS:
-            if own[name]:
-                for hook in own[name].values():
-                    if not getattr(hook, "only_looks_on", False):
-                        return False
+        if any(map(own.__getitem__, _HOOKS)):
+            hooks = (hook for name in _HOOKS for hook in own[name].values())
+            if not all(getattr(hook, "only_looks_on", False) for hook in hooks):
+                return False
         if "forward" in own:
             return False
         if "_compiled_call_impl" in own and own["_compiled_call_impl"] is not None:

@@ -1,7 +1,9 @@
 """Self-attention and blocks of transformers and timm as one function, beside their parts."""
 
 import copy
+import functools
 
+import peft
 import pytest
 import torch
 import transformers
@@ -66,11 +68,14 @@ class Rotated(nn.Module):
         config._attn_implementation = "sdpa"
         self.attention = kind(config, 0)
 
-    def forward(self, x, attn_mask=None):
+    def forward(self, x, attn_mask=None, past_key_values=False):
         angles = torch.arange(x.shape[1])[:, None] / torch.arange(1, 9)
         angles = torch.cat((angles, angles), -1)[None].to(x.dtype)
         places = (angles.cos(), angles.sin())
-        return self.attention(x, position_embeddings=places, attention_mask=attn_mask)
+        given = {"position_embeddings": places, "attention_mask": attn_mask}
+        if past_key_values:
+            given["past_key_values"] = transformers.DynamicCache()
+        return self.attention(x, **given)
 
 
 def llama():
@@ -190,31 +195,53 @@ def _plain_projection(module):
     packlight.revert(module.attention.o_proj)
 
 
-def test_llamas_code_behind_its_projections_is_known_where_there_is_a_kernel(monkeypatch):
-    found = []
-    at_once = GroupQuantSplitAttention._at_once
+def _adapters(module):
+    packlight.revert(module)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, module)
+    packlight.convert(module, NEAREST, functional=True)
 
-    def spy(self, *args):
-        found.append(at_once(self, *args))
-        return found[-1]
 
-    monkeypatch.setattr(GroupQuantSplitAttention, "_at_once", spy)
+def _cache(module):
+    module.forward = functools.partial(module.forward, past_key_values=True)
+
+
+CHANGES = {
+    "as it is": lambda _: None,
+    "projection reverted": _plain_projection,
+    "another rotation": _other_rotary,
+    "adapters": _adapters,
+    "cache": _cache,
+}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])  # where there is a kernel of the rotation
+@pytest.mark.parametrize("change", CHANGES)
+def test_llamas_code_behind_its_projections_is_known(change, device, monkeypatch):
+    rotates = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotates)
+    monkeypatch.setattr(rotary, "_DEVICES", (device,))
     module, _ = converted(llama)
+    CHANGES[change](module)
+    ran, behind = [], GroupQuantSplitAttention._behind
+    monkeypatch.setattr(
+        GroupQuantSplitAttention, "_behind", lambda *given: ran.append(1) or behind(*given)
+    )
     y, gradients = run(module, sample())
-    monkeypatch.setattr(rotary, "_DEVICES", ("cpu",))
+    assert ran == [1]
+    module.zero_grad()
+    monkeypatch.setattr(GroupQuantSplitAttention, "_runs_known_code", lambda *_: False)
     again, others = run(module, sample())
-    assert [each is None for each in found] == [True, False]
+    assert ran == [1]
     assert torch.equal(again, y)
-    assert all(map(torch.equal, gradients, others))
-    for make, change in ((qwen2, None), (llama, _plain_projection), (llama, _other_rotary)):
-        monkeypatch.setattr(
-            modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb
-        )
-        module, _ = converted(make)
-        if change is not None:
-            change(module)
-        assert "_LinearsBackward" in nodes(run(module, sample())[0])
-        assert found.pop() is None
+    pairs = zip(gradients, others, strict=True)
+    assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+def test_code_that_is_not_llamas_runs_itself(monkeypatch):
+    monkeypatch.setattr(GroupQuantSplitAttention, "_behind", None)
+    module, _ = converted(qwen2)
+    assert "_LinearsBackward" in nodes(run(module, sample())[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,32 +30,28 @@ def parameters_of(
     """
     if not torch.is_grad_enabled():
         return None
-    transposed: Sequence[bool] | None = None
     if torch.compiler.is_dynamo_compiling():  # one question: there are many things to look at
-        transposed = _torch.ask("are_linear", None, method, *parts)
-    if transposed is None:
-        transposed = _are_linear(parts, method)
+        transposed: Sequence[bool] | None = _torch.ask("are_linear", None, method, *parts)
+        if transposed is not None:
+            pairs = zip(parts, transposed, strict=False)
+            return [_parameters(part, turned) for part, turned in pairs] or None
     found: list[tuple[Tensor, Tensor | None]] = []
-    for part, is_transposed in zip(parts, transposed, strict=False):
-        weight: Any = part.weight
-        found.append((weight.t() if is_transposed else weight, cast("Tensor | None", part.bias)))
-    return found or None
-
-
-def _are_linear(parts: Sequence[nn.Module], method: Quantiser) -> Sequence[bool]:
-    """Whether the weight of each part is transposed; nothing unless all train by this method."""
-    transposed = []
     for part in parts:
         kind = type(part)
         if not _is_linear(kind) or not part.training or not is_bare(part):
-            return ()
+            return None
         if "parametrizations" in part._modules:  # which makes a weight anew each time it is read
-            return ()
-        weight: Any = part.weight
+            return None
+        weight, bias = _parameters(part, _is_transposed(kind))
         if not weight.requires_grad or part.method != method:
-            return ()
-        transposed.append(_is_transposed(kind))
-    return transposed
+            return None
+        found.append((weight, bias))
+    return found or None
+
+
+def _parameters(part: nn.Module, is_transposed: bool) -> tuple[Tensor, Tensor | None]:
+    weight: Any = part.weight
+    return weight.t() if is_transposed else weight, cast("Tensor | None", part.bias)
 
 
 def _is_transposed(kind: type) -> bool:
@@ -68,7 +64,10 @@ def _is_linear(kind: type) -> bool:
 
 @_torch.question
 def are_linear(tracer: Any, method: Any, *parts: Any) -> tuple[bool, ...] | None:
-    """`_are_linear` of what is traced; None where that is not known."""
+    """Whether the weight of each part is transposed, nothing unless all train by this method.
+
+    None where that is not known.
+    """
     wanted = _torch.value_of(tracer, method)
     for part in parts:
         if not _is_linear(type(part.value)) or "parametrizations" in part.value._modules:

@@ -141,25 +141,35 @@ class LoraLayer(Adapter):
     method: Quantiser
     base_layer: nn.Module
     active_adapters: list[str]
+    lora_variant: dict[str, Any]
+    scaling: dict[str, Any]
     rounds = (
         False  # what an adapter adds is rounded to the dtype of the layer's result, and then added
     )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if kwargs or args else self._only_adapter()
-        if self.rounds and autocasts(x.device.type):
-            name = None  # PEFT's code rounds nothing then
-        if name is None or torch.compiler.is_compiling() or not (trains(self) and is_taken(x)):
+        name, y = None, None
+        if not (args or kwargs or torch.compiler.is_compiling()):
+            name, y = uncovered(self._at_once, x)
+        if name is None:
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
-        y: Tensor | None = uncovered(self._adapted, x, name)
         return self._summed(x, name) if y is None else y
+
+    def _at_once(self, x: Tensor) -> tuple[str | None, Tensor | None]:
+        """The adapter that is ours to add, or None, and the result, or None for not yet."""
+        name = self._only_adapter()
+        if name is None or not (trains(self) and is_taken(x)):
+            return None, None
+        if self.rounds and autocasts(x.device.type):  # PEFT's code rounds nothing then
+            return None, None
+        return name, self._adapted(x, name)
 
     def _only_adapter(self) -> str | None:
         """The adapter at work, if it is one and no variant."""
-        lora: Any = self
-        names = [name for name in self.active_adapters if name in lora.lora_A]
-        return names[0] if len(names) == 1 and names[0] not in lora.lora_variant else None
+        known = self._modules["lora_A"]._modules  # type: ignore[union-attr]
+        names = [name for name in self.active_adapters if name in known]
+        return names[0] if len(names) == 1 and names[0] not in self.lora_variant else None
 
     def _summed(self, x: Tensor, name: str) -> Tensor:
         """The results of the layers, added by a function."""
@@ -172,12 +182,12 @@ class LoraLayer(Adapter):
 
     def _adapted(self, x: Tensor, name: str) -> Tensor | None:
         """The result by one function; None where it is more than a frozen Linear and two others."""
-        lora: Any = self
-        base, first, second = lora.base_layer, lora.lora_A[name], lora.lora_B[name]
+        # From dictionaries: modules as attributes are slow to read, and a step reads thousands.
+        own: Any = self._modules
+        base, parts = own["base_layer"], ("lora_A", "lora_B", "lora_dropout")
+        first, second, dropout = (own[part]._modules[name] for part in parts)
         packs = isinstance(first, Linear)
-        if autocasts(x.device.type) or not packs:
-            return None
-        if type(lora.lora_dropout[name]) is not nn.Identity:
+        if autocasts(x.device.type) or not packs or type(dropout) is not nn.Identity:
             return None
         for layer in (first, second):
             if kind_of(layer) is not nn.Linear or not is_bare(layer):
@@ -186,7 +196,7 @@ class LoraLayer(Adapter):
         if not (known and is_bare(base)):
             return None
         weight, bias, a, b = base.weight, base.bias, first.weight, second.weight
-        scaling = lora.scaling[name]
+        scaling = self.scaling[name]
         if self.rounds:
             whole = x.numel() > x.shape[-1]  # of one row bitsandbytes has another kernel
         else:

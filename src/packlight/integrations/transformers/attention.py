@@ -36,7 +36,6 @@ from packlight.layers.attention import attend
 from packlight.layers.linear import linears
 from packlight.method import Method, NotConverted, Rule, Swap, rule_finder
 from packlight.quantiser import Quantiser
-from packlight.rotary.functional import fits, rotate
 from packlight.selectors import kind_of
 
 NAME = "packlight"
@@ -135,19 +134,18 @@ class GroupQuantSplitAttention(GroupQuantAttention):
     may_run_plain_code = True
     head_dim: int
     attention_dropout: float
+    layer_idx: int
     scaling: float
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         results = None
+        parts: Any = [self._modules[name] for name in _PROJECTIONS]
         if self.training and not torch.compiler.is_dynamo_compiling():
             results = uncovered(self._projected, hidden_states)
+            if not args and covers_now() and self._runs_known_code(kwargs):
+                return self._behind(results or [part(hidden_states) for part in parts], kwargs)
         if results is None:
             return super().forward(hidden_states, *args, **kwargs)
-        if not args and covers_now():
-            found = uncovered(self._at_once, results, kwargs)
-            if found is not None:
-                return found
-        parts: Any = [self._modules[name] for name in _PROJECTIONS]
         for part, y in zip(parts, results, strict=True):
             part.__dict__["ready"] = (hidden_states, hidden_states._version, y)
         del results, y
@@ -168,34 +166,44 @@ class GroupQuantSplitAttention(GroupQuantAttention):
             return None
         return [*linears(x, parameters, method)]
 
-    def _at_once(self, results: list[Tensor], given: dict[str, Any]) -> tuple[Tensor, None] | None:
-        """What the module's code does behind the projections, where it is Llama's.
+    def _runs_known_code(self, given: dict[str, Any]) -> bool:
+        """Whether the module's code is Llama's, and its attention ours."""
+        if not _is_llama(kind_of(self)) or given.get("position_embeddings") is None:
+            return False
+        return self.model_config._attn_implementation in (_REPLACES, NAME)
 
-        So none of its calls is looked at. None where that code is to run: on a device without the
-        kernel of rotary embedding, and where the projection behind is not ours. Otherwise the list
-        of results is emptied, so that each goes when it has been read.
+    def _behind(self, results: list[Tensor], given: dict[str, Any]) -> tuple[Tensor, None]:
+        """What the module's code does behind the projections, without a look at each of its calls.
+
+        The list of results is emptied, so that each goes when it has been read.
         """
-        if not _is_llama(kind_of(self)):
-            return None
-        last, places = self._modules["o_proj"], given.get("position_embeddings")
-        if not (isinstance(last, Linear) and places):
-            return None
-        if given.get("past_key_values") is not None or not rotary.has_kernel(self, results[0]):
-            return None
-        if self.model_config._attn_implementation not in (_REPLACES, NAME):
-            return None
-        shape = (*results[0].shape[:-1], -1, self.head_dim)
-        query, key, value = (x.view(shape).transpose(1, 2) for x in results)
-        if not fits(query, key, *places):
-            return None
-        results.clear()
-        query, key = rotate(query, key, *places)
+        heads: list[Tensor] = uncovered(_heads, results, self.head_dim)
+        heads[:2] = rotary.function_of(self)(*heads[:2], *given["position_embeddings"])
+        cache, last = given.get("past_key_values"), self._modules["o_proj"]
+        if cache is not None:
+            heads[1:] = cache.update(*heads[1:], self.layer_idx)
+        assert last is not None
+        out = uncovered(self._attended, heads, given)
+        heads.clear()
+        return last(out), None
+
+    def _attended(self, heads: list[Tensor], given: dict[str, Any]) -> Tensor:
+        """The input of the projection behind attention, of query, key and value by heads."""
         others = {name: value for name, value in given.items() if name not in _OF_LLAMA}
+        query, key, value = heads
         mask, dropout = given.get("attention_mask"), self.attention_dropout
         out, _ = attention_forward(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **others
         )
-        return last(out.reshape(*shape[:-2], -1)), None
+        return out.reshape(*out.shape[:-2], -1)
+
+
+def _heads(results: list[Tensor], size: int) -> list[Tensor]:
+    """Results [batch, length, heads * size] as [batch, heads, length, size]; empties the list."""
+    shape = (*results[0].shape[:-1], -1, size)
+    heads = [x.view(shape).transpose(1, 2) for x in results]
+    results.clear()
+    return heads
 
 
 class GroupQuantSelfAttention(self_attention.AtOnce, GroupQuantAttention):

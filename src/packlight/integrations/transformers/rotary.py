@@ -9,6 +9,7 @@ and on a GPU. Its results are the same numbers.
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,12 +59,10 @@ def use_one_kernel(kind: type[nn.Module]) -> None:
         names[NAME] = _by_one_kernel(theirs)
 
 
-def has_kernel(module: nn.Module, x: Tensor) -> bool:
-    """Whether an attention module with code of its own would rotate `x` by one kernel."""
-    if x.device.type not in _DEVICES:
-        return False
-    rotates = _names(type(module)).get(NAME)  # which may have been replaced since
-    return getattr(rotates, "by_one_kernel", False)
+def function_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What an attention module with code of its own rotates query and key by."""
+    rotates: Callable[..., tuple[Tensor, Tensor]] = _names(type(module))[NAME]
+    return rotates  # looked up each time, since it may have been replaced since
 
 
 @once_a_class
