@@ -169,8 +169,7 @@ def draw_panel(axis: Any, points: list[Point]) -> None:
             linewidth=1.3,
             zorder=3,
         )
-    ticks = [t for e in range(-8, 8) for t in (2.0**e,) if lowest <= t <= highest]
-    axis.set_xticks(ticks)
+    axis.set_xticks(ticks(lowest, highest))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -182,6 +181,14 @@ def draw_panel(axis: Any, points: list[Point]) -> None:
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+def ticks(lowest: float, highest: float) -> list[float]:
+    """Powers of two, and between them equal parts, the more the shorter the axis is."""
+    span = highest / lowest
+    parts = 8 if span < 2.5 else 4 if span < 8 else 2 if span < 12 else 1
+    all_ticks = [2.0**e * (1 + k / parts) for e in range(-8, 8) for k in range(parts)]
+    return [tick for tick in all_ticks if lowest <= tick <= highest]
 
 
 def legend() -> list[Any]:
@@ -336,6 +343,8 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """
     import matplotlib
 
+    from benchmarks.user.scenarios import SCENARIOS
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -365,9 +374,9 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         peaks = [row["peak"] / 2**30 for row in own]
         low, high = 0.8 * min(peaks), 1.3 * max(peaks)
         axis.set_xscale("log")
-        axis.set(xlabel="peak, GiB", title=name, ylim=(0, None), xlim=(low, high))
-        ticks = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if low < n < high]
-        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.set(xlabel="peak, GiB", ylim=(0, None), xlim=(low, high))
+        axis.set_title(SCENARIOS[name].title, fontsize=11)
+        axis.set_xticks(marks := ticks(low, high), [f"{mark:g}" for mark in marks])
         axis.set_xticks([], minor=True)
         axis.grid(color="#eeeeee")
         for side in ("top", "right"):

@@ -602,6 +602,16 @@ def test_labels(choice, label):
     assert plot.Point(choice, 1, 1).label == label
 
 
+@pytest.mark.parametrize(
+    ("lowest", "highest"), [(7, 11.5), (7, 23), (1, 7.9), (1.5, 12.5), (0.1, 16)]
+)
+def test_an_axis_of_memory_has_ticks_to_read_it_by(lowest, highest):
+    marks = plot.ticks(lowest, highest)
+    assert 5 <= len(marks) <= 12
+    assert marks == sorted(marks)
+    assert all(lowest <= mark <= highest for mark in marks)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pictures_are_drawn_from_rows(tmp_path):
     results = tmp_path / "results"

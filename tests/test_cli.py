@@ -106,7 +106,10 @@ def test_a_demo_without_matplotlib(
         ("--seed -1", "seed=-1 is not a whole number"),
         ("--device gpu", "device='gpu' is not a device of this demo"),
         ("--device cuda:99", "device='cuda:99' does not exist"),
-        ("--colour red", "unrecognized arguments: --colour red"),
+        (
+            "--colour red",
+            "packlight demo: error: unrecognized arguments: --colour red (see packlight demo",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -430,7 +433,17 @@ def test_a_page_of_what_is_not_trained_has_no_step(
     ("arguments", "message"),
     [
         ("profile", "the following arguments are required: MODEL"),
-        ("profile lama", "unknown model 'lama'; expected hf:TYPE"),
+        ("profile lama", "unknown model 'lama' (near: hf:lama); expected hf:TYPE"),
+        ("profile owner/name", "unknown model 'owner/name' (near: hf:owner/name); expected"),
+        ("profile ./net.py", "unknown model './net.py' (near: net:NAME); expected hf:TYPE"),
+        (
+            "fit hf:llama --gpus 4090",
+            "fit: error: unrecognized arguments: --gpus 4090 (near: --gpu)",
+        ),
+        (
+            "profile net:mlp --autocst=bf16",
+            "--autocst=bf16 (near: --autocast) (see packlight profile",
+        ),
         ("profile hf:lama", "has no model 'lama'; near: llama,"),
         ("profile nett:mlp", "no module 'nett', neither in this directory nor installed"),
         ("profile net:mpl", "net has no 'mpl' (near: mlp)"),
@@ -451,13 +464,13 @@ def test_a_page_of_what_is_not_trained_has_no_step(
         ("profile net:mlp --input 8x32 --device gpu", "unknown device 'gpu'; expected cpu or cuda"),
         ("profile net:mlp --input 8x32 --device meta --autocast bf16", "unknown device 'meta'"),
         ("profile builtins:int", "builtins:int cannot be called so: no signature found"),
-        ("profile net:mlp --input 8x32 --depth 0", "depth is 0; expected at least 1"),
+        ("profile net:mlp --input 8x32 --depth 0", "--depth: 0 is not a positive whole number"),
         ("profile net:mlp --input 8x32 --html no/x.html", "no/x.html cannot be written: No such"),
         ("profile net:mlp --input " + "9" * 31 + "x3", "a size of 31 digits is too large"),
         ("profile net:mlp --input " + "9x" * 5000, "is neither a size, batch=8, nor a shape"),
         ("profile net:mlp --method GELU=FewBit(" + "9" * 5000 + ")", "is no method (Exceeds the"),
         ("profile net:mlp --config width=0x" + "9" * 5000, "is a number beyond 64 bits"),
-        ("profile net:mlp --input 8x32 --depth " + "9" * 5000, "argument --depth: invalid int"),
+        ("profile net:mlp --input 8x32 --depth two", "two is not a positive whole number"),
         ("profile net:mlp --methods /dev/zero", "/dev/zero cannot be read: Is a device"),
         ("profile net:mlp --methods .", ". cannot be read: Is a directory"),
         ("profile net:mlp --input 8x32 --html /dev/full", "cannot be written: Is a device"),

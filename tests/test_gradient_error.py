@@ -567,6 +567,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "(2) GroupQuant(bits=8): the gradient of all weights" in printed
     assert "p.png written" in printed
     assert (tmp_path / "p.png").exists()
+    main([*command, "--compare", "GroupQuant(8)"])  # beside the default
+    printed = capsys.readouterr().out
+    assert "(1) FixedPoint(bits=4), GroupQuant(bits=4), FewBit(bits=3): the" in printed
+    assert "(2) GroupQuant(bits=8): the gradient of all weights" in printed
     main([*command, "--config", "width=32", "--draws", "2", "--json"])
     report = GradientReport.from_json(capsys.readouterr().out)
     assert (report.draws, report.batch) == (2, 16)

@@ -110,7 +110,9 @@ def draw(scenario: str, own: dict[str, Row], path: pathlib.Path) -> None:
     axis.set_ylabel("ms a step: up is better", fontsize=9)
     title = f"{SCENARIOS[scenario].title}, one {row['device']}, torch {row['torch']}"
     axis.set_title(title, loc="left", fontsize=10)
-    marks = [mark for mark in plot.legend() if "launched" not in mark.get_label()]
+    absent = {"launched by Python: no CUDA graph of both"}
+    absent |= set() if any(point.is_compiled for point in shown) else {"compiled"}
+    marks = [mark for mark in plot.legend() if mark.get_label() not in absent]
     figure.legend(handles=marks, loc="lower center", ncols=3, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     plot.label_points(axis, shown)

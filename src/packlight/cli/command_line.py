@@ -6,6 +6,7 @@ runs. Only the latter imports what it runs on, so that `packlight --help` waits 
 """
 
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _add_env,
     ):
         add(subcommands)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        own = subcommands.choices[arguments.command]
+        own.error(_unrecognized(unknown, own.format_usage()))
     try:
         arguments.run(arguments)
     except PacklightError as error:
@@ -144,6 +148,18 @@ def _add_degrees(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _unrecognized(words: Sequence[str], usage: str) -> str:
+    """What no option takes, with the options of a subcommand that are spelt alike."""
+    options = re.findall(r"--[a-z0-9-]+", usage)
+    near = [
+        option
+        for word in words
+        for option in difflib.get_close_matches(word.partition("=")[0], options, n=1, cutoff=0.7)
+    ]
+    hint = f" (near: {', '.join(near)})" if near else ""
+    return f"unrecognized arguments: {' '.join(words)}{hint}"
+
+
 def _positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text[:20]} is not a positive whole number")
@@ -190,7 +206,7 @@ def _add_profile(subcommands: Any) -> None:
         ),
     )
     _add_model(parser)
-    parser.add_argument("--depth", type=int, metavar="N", help="print N levels of modules")
+    parser.add_argument("--depth", type=_positive, metavar="N", help="print N levels of modules")
     parser.set_defaults(run=_profile)
 
 

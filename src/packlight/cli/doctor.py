@@ -344,7 +344,7 @@ def _of_model(model: nn.Module, run: Function) -> list[Tensor]:
 
 def unsupported(device: torch.device) -> Iterator[str]:
     """What this machine does without, and what nobody has tried on such a machine."""
-    yield from (f"no {each.name}: {each.without}" for each in _torch.CAPABILITIES if not each)
+    yield from (f"{each.name}: no: {each.without}" for each in _torch.CAPABILITIES if not each)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _torch.warn_if_untested("torch", torch.__version__, TESTED_TORCH)

@@ -24,8 +24,9 @@ from packlight.report.gradients import GradientReport
 def gradients(arguments: argparse.Namespace) -> None:
     """`packlight gradient-error`: errors of gradients beside the noise of a batch."""
     chosen = chosen_methods(arguments.method, arguments.methods)
-    compared = [chosen] if chosen else []
-    compared += [chosen_methods([text], None) for text in arguments.compare]
+    compared = [chosen_methods([text], None) for text in arguments.compare]
+    if chosen or compared:  # further conversions are beside the default where no other is named
+        compared.insert(0, chosen or chosen_methods(["default"], None))
     device = device_of(arguments.device)
     loaded = load_model(
         arguments.model,

@@ -150,7 +150,7 @@ class Converting:
         assert self.conversion is not None
         lines = [str(self.conversion).partition("\n")[0]]
         if self.plan is not None:
-            lines.append(str(self.plan).partition("\n")[0])
+            lines.append(self.plan.sentence())
         if self.kept_bytes is not None:
             peak = "" if self.peak_bytes is None else f", peak {human_bytes(self.peak_bytes)}"
             lines.append(f"a step keeps {human_bytes(self.kept_bytes)} for its backward pass{peak}")

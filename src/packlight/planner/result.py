@@ -127,14 +127,18 @@ class Plan(Mapping[Selector, Choice]):
     def __str__(self) -> str:
         return render(self)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def sentence(self) -> str:
+        """What a step takes, beside what it takes as PyTorch trains it."""
         budget = "" if self.budget is None else f" of {human_bytes(self.budget)}"
-        yield Text(
+        return (
             f"a step takes {human_bytes(self.peak_bytes)}, for which the allocator reserves"
             f" {human_bytes(self.reserved_bytes)}{budget}, and {self.ms:.0f} ms on {self.device}"
             f" (times {self.source}); PyTorch takes {human_bytes(self.plain.peak)} and"
             f" {self.plain.ms:.0f} ms"
         )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.sentence())
         containers = {block.name.rpartition(".")[0] for block in self.blocks}
         container = containers.pop() if len(containers) == 1 else ""
         if container:

@@ -47,9 +47,18 @@ def load_model(
     module, colon, name = text.partition(":")
     if not (colon and re.fullmatch(r"[\w.]+", module) and re.fullmatch(r"[\w.]+", name)):
         raise InputError(
-            f"unknown model {shortened(text)}; expected hf:TYPE (such as hf:roberta), a"
-            " directory with a config.json, hf:OWNER/NAME, or MODULE:NAME in Python"
+            f"unknown model {shortened(text)}{_near(text)}; expected hf:TYPE (such as hf:roberta),"
+            " a directory with a config.json, hf:OWNER/NAME, or MODULE:NAME in Python"
         )
     if task is not None:
         raise InputError(f"a task is for models of transformers, and {text} makes its own model")
     return from_python(text, module, name, inputs, config or {}, dtype, device)
+
+
+def _near(text: str) -> str:
+    """How the name of a model, or of a file of Python, is written here."""
+    if text.endswith(".py"):
+        return f" (near: {shortened(Path(text).stem, '')}:NAME)"
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text):
+        return f" (near: hf:{shortened(text, '')})"
+    return ""
