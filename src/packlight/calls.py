@@ -36,10 +36,14 @@ _ATTRIBUTE = "_packlight_calls"
 _ATTENTION = F.scaled_dot_product_attention
 
 # Hooks of torch for all modules; they run outside a module's forward.
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
 )
+# Dictionaries of hooks that a module has.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Modules whose frames lie between the mode and the code that calls a torch function.
 _BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._jit_internal")
@@ -369,14 +373,6 @@ def call_alone(tracer: Any, either: Any, module: Any, args: Any, kwargs: Any) ->
     return _torch.make_node(tracer, either.as_python_constant(), given, named)
 
 
-_GLOBAL_BACKWARD_HOOKS = (
-    torch.nn.modules.module._global_backward_hooks,
-    torch.nn.modules.module._global_backward_pre_hooks,
-)
-# Dictionaries of hooks that a module has.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def is_bare(*modules: nn.Module) -> bool:
     """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
@@ -386,15 +382,12 @@ def is_bare(*modules: nn.Module) -> bool:
     if torch.compiler.is_dynamo_compiling():
         bare: bool = _torch.ask("are_bare", False, *modules)
         return bare
-    for hooks in _GLOBAL_HOOKS:
-        if hooks:
-            return False
-    for hooks in _GLOBAL_BACKWARD_HOOKS:
+    for hooks in GLOBAL_HOOKS:
         if hooks:
             return False
     for module in modules:  # nothing is called where there are no hooks: a layer asks of twenty
         own = module.__dict__
-        for name in _HOOKS:
+        for name in HOOKS:
             if own[name]:
                 for hook in own[name].values():
                     if not getattr(hook, "only_looks_on", False):
