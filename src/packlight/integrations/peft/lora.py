@@ -177,7 +177,8 @@ class LoraLayer(Adapter):
         packs = isinstance(first, Linear)
         if autocasts(x.device.type) or not packs:
             return None
-        if type(lora.lora_dropout[name]) is not nn.Identity:
+        dropout = lora.lora_dropout[name]
+        if type(dropout) is not nn.Identity or not is_bare(dropout):
             return None
         for layer in (first, second):
             if kind_of(layer) is not nn.Linear or not is_bare(layer):
