@@ -376,8 +376,9 @@ def call_alone(tracer: Any, either: Any, module: Any, args: Any, kwargs: Any) ->
 def is_bare(*modules: nn.Module) -> bool:
     """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
-    So that a layer around them may do their work. Hooks of `profile` only look on. Compiled code is
-    not made anew for hooks that come later, as torch makes none.
+    So that a layer around them may do their work. Hooks of `profile` only look on. Nor may they be
+    parametrized: a weight is then made anew by each that reads it, also by one that leaves it.
+    Compiled code is not made anew for hooks that come later, as torch makes none.
     """
     if torch.compiler.is_dynamo_compiling():
         bare: bool = _torch.ask("are_bare", False, *modules)
@@ -392,7 +393,7 @@ def is_bare(*modules: nn.Module) -> bool:
                 for hook in own[name].values():
                     if not getattr(hook, "only_looks_on", False):
                         return False
-        if "forward" in own:
+        if "forward" in own or "parametrizations" in own["_modules"]:
             return False
         if "_compiled_call_impl" in own and own["_compiled_call_impl"] is not None:
             return False

@@ -49,8 +49,6 @@ def _are_linear(parts: Sequence[nn.Module], method: Quantiser) -> Sequence[bool]
         kind = type(part)
         if not _is_linear(kind) or not part.training or not is_bare(part):
             return ()
-        if "parametrizations" in part._modules:  # which makes a weight anew each time it is read
-            return ()
         weight: Any = part.weight
         if not weight.requires_grad or part.method != method:
             return ()
@@ -71,13 +69,15 @@ def are_linear(tracer: Any, method: Any, *parts: Any) -> tuple[bool, ...] | None
     """`_are_linear` of what is traced; None where that is not known."""
     wanted = _torch.value_of(tracer, method)
     for part in parts:
-        if not _is_linear(type(part.value)) or "parametrizations" in part.value._modules:
+        if not _is_linear(type(part.value)):
             return ()
         own = _torch.own_constant(tracer, part, "method")
         if own is _torch.UNKNOWN or wanted is None:
             return None
+        if not _trains(tracer, part):
+            return ()
         weight = _torch.attribute_of(tracer, part, "weight")
-        if not (_trains(tracer, part) and _tracer.fake_of(weight.realize()).requires_grad):
+        if not _tracer.fake_of(weight.realize()).requires_grad:
             return ()
         if own != wanted:
             return ()
