@@ -305,9 +305,21 @@ class Mixed(nn.Module):
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout(0.5))
         self.last = nn.Linear(32, 1)
+        self.weights = None  # tensors that are no buffers
 
     def forward(self, x, factor=1.0):
-        return self.last(self.inner(x)) * factor
+        y = self.last(self.inner(x)) * factor
+        return y if self.weights is None else y * self.weights
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def weighted(model, x, value):
+    model.weights = torch.full((1,), value, dtype=x.dtype, device=x.device)
+    return {}
 
 
 CHANGES = {
@@ -322,6 +334,9 @@ CHANGES = {
     "a parameter's memory": lambda m, x: (
         (x,), setattr(m.last.weight, "data", m.last.weight.data.clone()) or {}
     ),
+    "a tensor that is an attribute": lambda m, x: ((x,), weighted(m, x, 3.0)),
+    "the class of a part": lambda m, x: ((x,), setattr(m.last, "__class__", Doubled) or {}),
+    "the forward of a part": lambda m, x: ((x,), setattr(m.inner[2], "forward", torch.tanh) or {}),
 }  # fmt: skip
 
 
@@ -331,6 +346,7 @@ def test_what_changes_is_recorded_anew(device, change):
     model = Mixed().to(device)
     recorder = graphed(model)
     x = torch.randn(8, 32, device=device)
+    weighted(model, x, 1.0)
     passes(model, x)
     passes(model, x)
     assert recorder.recordings == 1
@@ -458,6 +474,28 @@ def _counts(module, x):
     return x
 
 
+def _leaves_a_tensor(module, x):
+    module.loss = x.square().mean()
+    return x
+
+
+def _leaves_a_tensor_in(container):
+    def put(module, x):
+        values = vars(module).setdefault("values", container())
+        if container is dict:
+            values["loss"] = x.detach().mean()
+        else:
+            values.append(x.detach().mean())
+        return x
+
+    return put
+
+
+def _counts_in_a_tensor(module, x):
+    module.__dict__.setdefault("steps", torch.zeros(())).add_(1)
+    return x
+
+
 STRAY = torch.ones(8, requires_grad=True)
 REFUSED = {
     "draws random numbers on the CPU": lambda m, x: x if random.random() < 2 else -x,
@@ -466,6 +504,29 @@ REFUSED = {
     "neither an argument nor a parameter": lambda m, x: x * STRAY,
     "no result of the pass requires a gradient": lambda m, x: x.detach(),
 }
+
+
+CHANGING = {
+    "a number": _counts,
+    "a tensor": _leaves_a_tensor,
+    "a list": _leaves_a_tensor_in(list),
+    "a dictionary": _leaves_a_tensor_in(dict),
+    "values of a tensor": _counts_in_a_tensor,
+}
+
+
+@pytest.mark.parametrize("kind", CHANGING)
+def test_attributes_that_a_pass_changes(kind):
+    """Also where they are there before, so that no attribute is new."""
+    model = Body(CHANGING[kind])
+    model(torch.randn(2, 8))
+    recorder = graphed(model)
+    for _ in range(3):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            passes(model, torch.randn(2, 8))
+        assert recorder.replays == 0
+        assert all("changes attributes of Body" in str(each.message) for each in said)
 
 
 @pytest.mark.parametrize("reason", REFUSED)
@@ -485,6 +546,32 @@ def test_what_cannot_be_recorded_is_launched_with_a_warning(reason):
         found[0] if isinstance(found, tuple) else found,
         expected[0] if isinstance(expected, tuple) else expected,
     )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["of a part", "of all modules"])
+@pytest.mark.parametrize("name", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_every_kind(name, kind, when):
+    model = mlp()
+    recorder = graphed(model)
+    x = torch.randn(8, 32, requires_grad=True)  # else a full backward hook warns
+    if when == "after":
+        passes(model, x)
+    replays, calls = recorder.replays, []
+    register = (
+        getattr(model[1], f"register_{name}_hook")
+        if kind == "of a part"
+        else getattr(nn.modules.module, f"register_module_{name}_hook")
+    )
+    handle = register(lambda module, *_: calls.append(module))
+    try:
+        with pytest.warns(UserWarning, match="has hooks"):
+            passes(model, x)
+        passes(model, x)
+    finally:
+        handle.remove()
+    assert calls.count(model[1]) == 2
+    assert recorder.replays == replays
 
 
 def triple(parameter):

@@ -36,10 +36,14 @@ _ATTRIBUTE = "_packlight_calls"
 _ATTENTION = F.scaled_dot_product_attention
 
 # Hooks of torch for all modules; they run outside a module's forward.
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
 )
+# Dictionaries of hooks that a module has.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Modules whose frames lie between the mode and the code that calls a torch function.
 _BETWEEN = ("torch.overrides", "torch.nn.functional", "torch._tensor", "torch._jit_internal")
@@ -370,32 +374,25 @@ def call_alone(tracer: Any, either: Any, module: Any, args: Any, kwargs: Any) ->
     return _torch.make_node(tracer, either.as_python_constant(), given, named)
 
 
-_GLOBAL_BACKWARD_HOOKS = (
-    torch.nn.modules.module._global_backward_hooks,
-    torch.nn.modules.module._global_backward_pre_hooks,
-)
-# Dictionaries of hooks that a module has.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def is_bare(*modules: nn.Module) -> bool:
     """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
-    So that a layer around them may do their work. Hooks of `profile` only look on. Compiled code is
-    not made anew for hooks that come later, as torch makes none.
+    So that a layer around them may do their work. Hooks of `profile` only look on. Nor may they be
+    parametrized: a weight is then made anew by each that reads it, also by one that leaves it.
+    Compiled code is not made anew for hooks that come later, as torch makes none.
     """
     if torch.compiler.is_dynamo_compiling():
         bare: bool = _torch.ask("are_bare", False, *modules)
         return bare
-    if any(_GLOBAL_HOOKS) or any(_GLOBAL_BACKWARD_HOOKS):
+    if any(GLOBAL_HOOKS):
         return False
     for module in modules:
         own = module.__dict__
-        if any(map(own.__getitem__, _HOOKS)):
-            hooks = (hook for name in _HOOKS for hook in own[name].values())
+        if any(map(own.__getitem__, HOOKS)):
+            hooks = (hook for name in HOOKS for hook in own[name].values())
             if not all(getattr(hook, "only_looks_on", False) for hook in hooks):
                 return False
-        if "forward" in own:
+        if "forward" in own or "parametrizations" in own["_modules"]:
             return False
         if "_compiled_call_impl" in own and own["_compiled_call_impl"] is not None:
             return False

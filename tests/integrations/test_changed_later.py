@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from transformers.models.llama import modeling_llama
 
 import packlight
-from packlight import GroupQuant
+from packlight import FewBit, GroupQuant
 from packlight.integrations.transformers import rotary
 from tests.integrations.models import batch, make, step, worst_error
 
@@ -66,6 +66,24 @@ def test_a_projection_is_parametrized_after_the_conversion(name):
             spectral_norm(getattr(layer.self_attn, name))
     for _ in range(2):
         agree(model, plain)
+
+
+@pytest.mark.parametrize("part", ["attention.output.dense", "output.dense"])
+def test_a_layer_behind_is_parametrized_where_the_one_before_is_left_alone(part):
+    """What looks at both and takes neither reads no weight: each reading goes an iteration on."""
+    plain = make("bert")
+    model = copy.deepcopy(plain)
+    packlight.convert(model, (EIGHT, FewBit(bits=8)))
+    vectors = []
+    for each in (plain, model):
+        for layer in each.bert.encoder.layer:
+            layer.attention.self.query.weight.requires_grad_(False)
+            layer.intermediate.dense.weight.requires_grad_(False)
+            torch.manual_seed(1)
+            spectral_norm(layer.get_submodule(part))
+        each(**batch("bert"))
+        vectors.append([b for name, b in each.named_buffers() if name.endswith("_u")])
+    torch.testing.assert_close(*vectors)
 
 
 class WritesItsInput(modeling_llama.LlamaAttention):

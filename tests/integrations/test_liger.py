@@ -157,6 +157,20 @@ def test_dtypes_are_liger_s():
         assert norm(x).dtype == torch.bfloat16
 
 
+def test_dtypes_are_liger_s_in_a_block_that_adds_beside_the_norm(monkeypatch):
+    model = of_classes("llama", monkeypatch).bfloat16()
+    for module in model.modules():
+        if isinstance(module, LigerRMSNorm):
+            module.float()
+    packlight.convert(model, GroupQuant())
+    read = []
+    for layer in model.model.layers:
+        for part in (layer.self_attn.q_proj, layer.mlp.gate_proj):
+            part.register_forward_pre_hook(lambda _, args: read.append(args[0].dtype))
+    step(model, batch("llama"))
+    assert read == [torch.bfloat16] * 4
+
+
 @pytest.mark.parametrize(
     "norm",
     [

@@ -397,6 +397,24 @@ def test_every_kind_gives_the_same_results(kind, functional):
         assert torch.equal(gradient, expected[name])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_of_every_part_of_an_adapter(kind):
+    """One part at a time, so that no other hook has all parts called."""
+    inputs = batch("llama")
+    plain, model = adapted(kind), adapted(kind)
+    packlight.convert(model, EIGHT)
+    parts = [dict(m.named_modules()) for m in (plain, model)]
+    for name in parts[0]:
+        if "layers.1.mlp.down_proj" not in name:
+            continue
+        calls = [[], []]
+        for part, seen in zip(parts, calls, strict=True):
+            handle = part[name].register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            (plain if part is parts[0] else model)(**inputs)
+            handle.remove()
+        assert calls[0] == calls[1], name
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "LoRA"])
 def test_every_kind_keeps_about_what_lora_keeps(kind):
     sizes = {"hidden_size": 128, "intermediate_size": 352}

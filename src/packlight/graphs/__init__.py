@@ -38,14 +38,16 @@ def graphed(model: _Module, *sample: Any, shapes: int = 8, **named: Any) -> _Mod
 
     A *kind of input* is the shapes, dtypes and devices of all tensors among the arguments, all
     other arguments, autocast, and the state of the model: training flags, parameters and what
-    requires a gradient, plain attributes of modules such as the `p` of a dropout. Each kind has a
-    recording of its own. Pad batches to a few lengths.
+    requires a gradient, classes of modules and forwards of their own, their attributes that are
+    tensors or plain values, such as the `p` of a dropout. Each kind has a recording of its own. Pad
+    batches to a few lengths.
 
     **What cannot be recorded** is what a graph cannot do again: decisions and numbers made of
     values on the device (`.item()`, boolean indices), draws from the CPU's generators, changes of a
-    module's attributes, module hooks within the model, results that are neither tensors nor plain
-    values (a key-value cache: set `use_cache=False`). The reason is raised or warned of. What only
-    Python sees is not: an attribute that is an object (a `config`), a global variable, printing.
+    module's attributes, module hooks within the model or of all modules, results that are neither
+    tensors nor plain values (a key-value cache: set `use_cache=False`). The reason is raised or
+    warned of. What only Python sees is not: an attribute that is an object (a `config`), a global
+    variable, printing.
 
     **Memory.** The graphs' activations lie in a pool of their own, of the size of a launched pass's
     peak; `torch.cuda.max_memory_reserved` sees it, `max_memory_allocated` does not. Gradients lie

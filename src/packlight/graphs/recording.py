@@ -12,13 +12,12 @@ from packlight import _torch
 from packlight.errors import CannotGraphError
 from packlight.graphs.state import (
     PLAIN,
+    Attributes,
     Key,
     autocast,
-    changed_attributes,
     draws_on_cpu,
     refuse_foreign_leaves,
     refuse_hooks,
-    state_of,
 )
 from packlight.head.lazy import LazyLogits
 
@@ -98,7 +97,7 @@ class Recording:
             recorder.recording(everything[0].device) as self.seeds,
         ):
             buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-            states = [state_of([part]) for part in modules]
+            attributes = [Attributes(part) for part in modules]
             try:
                 recorder.warm_up(run_both)
                 drawn = draws_on_cpu()
@@ -116,10 +115,11 @@ class Recording:
                 with torch.no_grad():
                     for buffer, was in buffers:
                         buffer.copy_(was)
-            if changed := changed_attributes(modules, states):
+            changed = {type(part.module).__name__ for part in attributes if part.changed()}
+            if changed:
                 raise CannotGraphError(
-                    f"the forward pass changes attributes of {', '.join(changed)}, which a replay"
-                    " would not do"
+                    f"the forward pass changes attributes of {', '.join(sorted(changed))}, which a"
+                    " replay would not do"
                 )
         results, self.structure = _torch.flatten(self.result)
         self.constants = [NotComputed() if isinstance(x, LazyLogits) else x for x in results]

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from packlight import _torch
+from packlight.calls import GLOBAL_HOOKS, HOOKS
 from packlight.errors import CannotGraphError
 
 # Attributes of modules, arguments and results that are values.
 PLAIN = (bool, int, float, str, type(None))
+_PLAIN = frozenset(PLAIN)
 _CONSTANTS = (*PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 
 
@@ -51,32 +53,54 @@ def _kind_of(leaf: Any) -> tuple[Any, ...]:
 
 
 def state_of(modules: Sequence[nn.Module]) -> list[Any]:
-    """Plain attributes of modules, `training` among them, their parts, and where tensors are.
+    """What modules are and have: plain attributes, `training` among them, and where tensors are.
 
     Hooks of the first, the model itself, are its own: they run around its forward, as ever.
     """
-    found: list[Any] = []
+    found: list[Any] = [*map(len, GLOBAL_HOOKS)]
     for module in modules:
         own = vars(module)
-        found += [value for value in own.values() if type(value) in PLAIN]
+        found += (type(module), id(own.get("forward")))
         found += map(id, own["_modules"].values())
         found.append(_hooks(module) if module is not modules[0] else 0)
-        for tensors in (own["_parameters"], own["_buffers"]):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    found.append((id(tensor), tensor.data_ptr(), tensor.requires_grad))
+        tensors = [*own["_parameters"].values(), *own["_buffers"].values()]
+        for value in own.values():
+            kind = type(value)
+            if kind in _PLAIN:
+                found.append(value)
+            elif kind is not dict and issubclass(kind, Tensor):
+                tensors.append(value)
+        for tensor in tensors:
+            if tensor is not None:
+                found.append((id(tensor), tensor.data_ptr(), tensor.requires_grad))
     return found
 
 
 def _hooks(module: nn.Module) -> int:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return sum(map(len, hooks))
+    own = vars(module)
+    return sum([len(own[name]) for name in HOOKS])
 
 
-def changed_attributes(modules: Iterable[nn.Module], before: list[list[Any]]) -> list[str]:
-    """Names of modules' classes whose state is not what it was."""
-    pairs = zip(modules, before, strict=True)
-    return sorted({type(module).__name__ for module, was in pairs if state_of([module]) != was})
+class Attributes:
+    """What the attributes of a module are at a time, for what a pass of it may change."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.state = module, state_of([module])
+        self.held: list[Any] = []  # so that nothing else gets the address of one meanwhile
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                self._add(value)
+                if not value.is_inference():
+                    self.state.append(value._version)
+            elif name != "_buffers" and isinstance(value, (dict, list, set, tuple)):
+                self._add(*(value.values() if isinstance(value, dict) else value))
+
+    def _add(self, *values: Any) -> None:
+        self.held += values
+        self.state.append([*map(id, values)])
+
+    def changed(self) -> bool:
+        return Attributes(self.module).state != self.state
 
 
 # ---- what a graph would leave out ----------------------------------------------------------------
@@ -87,6 +111,10 @@ def refuse_hooks(module: nn.Module) -> None:
 
     Those of the module itself run around its forward, as ever.
     """
+    if any(GLOBAL_HOOKS):
+        raise CannotGraphError(
+            "torch has hooks for all modules, which a graph would not call for parts; remove them"
+        )
     for name, part in module.named_modules():
         if part is not module and _hooks(part):
             raise CannotGraphError(f"{name} has hooks, which a graph would not call; remove them")

@@ -40,8 +40,6 @@ def parameters_of(
         kind = type(part)
         if not _is_linear(kind) or not part.training or not is_bare(part):
             return None
-        if "parametrizations" in part._modules:  # which makes a weight anew each time it is read
-            return None
         weight, bias = _parameters(part, _is_transposed(kind))
         if not weight.requires_grad or part.method != method:
             return None
@@ -70,13 +68,15 @@ def are_linear(tracer: Any, method: Any, *parts: Any) -> tuple[bool, ...] | None
     """
     wanted = _torch.value_of(tracer, method)
     for part in parts:
-        if not _is_linear(type(part.value)) or "parametrizations" in part.value._modules:
+        if not _is_linear(type(part.value)):
             return ()
         own = _torch.own_constant(tracer, part, "method")
         if own is _torch.UNKNOWN or wanted is None:
             return None
+        if not _trains(tracer, part):
+            return ()
         weight = _torch.attribute_of(tracer, part, "weight")
-        if not (_trains(tracer, part) and _tracer.fake_of(weight.realize()).requires_grad):
+        if not _tracer.fake_of(weight.realize()).requires_grad:
             return ()
         if own != wanted:
             return ()

@@ -51,9 +51,9 @@ _GATED: dict[str, tuple[type[nn.Module], str]] = {
 class GroupQuantLigerRMSNorm(GroupQuantRMSNorm):
     """weight * round(x_hat) in the dtype of x, as Liger's casting mode "llama"."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        y = super().forward(hidden_states)
-        return y if y.dtype == hidden_states.dtype else to(y, hidden_states.dtype)
+    def _packed(self, x: Tensor, beside: bool) -> tuple[Tensor, list[Tensor]]:
+        y, others = super()._packed(x, beside)
+        return y if y.dtype == x.dtype else to(y, x.dtype), others
 
 
 class GroupQuantLigerLayerNorm(Quantised):

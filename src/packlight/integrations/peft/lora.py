@@ -189,11 +189,10 @@ class LoraLayer(Adapter):
         packs = isinstance(first, Linear)
         if autocasts(x.device.type) or not packs or type(dropout) is not nn.Identity:
             return None
-        for layer in (first, second):
-            if kind_of(layer) is not nn.Linear or not is_bare(layer):
-                return None
         known = self.rounds if _has_four_bits(base) else kind_of(base) is nn.Linear
-        if not (known and is_bare(base)):
+        if not known or not kind_of(first) is kind_of(second) is nn.Linear:
+            return None
+        if not is_bare(base, first, second, dropout):
             return None
         weight, bias, a, b = base.weight, base.bias, first.weight, second.weight
         scaling = self.scaling[name]

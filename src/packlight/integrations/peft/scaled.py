@@ -20,6 +20,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from packlight._checks import is_taken, refuse_second_derivative
+from packlight.calls import is_bare
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations.peft.adapters import Adapter, knows, trains
 from packlight.integrations.peft.lora import LoraLayer
@@ -335,9 +336,10 @@ class DoraLayer(LoraLayer):
         if len(names) != 1 or type(lora.lora_variant.get(names[0])) is not DoraLinearVariant:
             return None
         bias = lora.get_base_layer().bias
-        layer = lora.lora_magnitude_vector[names[0]]
+        layer, dropout = lora.lora_magnitude_vector[names[0]], lora.lora_dropout[names[0]]
         fits = (
-            isinstance(lora.lora_dropout[names[0]], nn.Identity)
+            isinstance(dropout, nn.Identity)
+            and is_bare(layer, dropout)
             and (bias is None or not bias.requires_grad)
             and is_copy(vars(kind_of(layer)).get("forward"), _dora)
         )
