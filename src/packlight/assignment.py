@@ -44,6 +44,12 @@ class _Change(NamedTuple):
         return next(found, self.method)
 
 
+def _lacks(change: _Change, converted: set[nn.Module]) -> list[str]:
+    """The parts that the layer needs, and that stay as they are."""
+    parts = dict(change.layer.module.named_modules()) if change.swap.parts else {}
+    return [name for name in change.swap.parts if parts.get(name) not in converted]
+
+
 class _NoRule(Exception):
     """Why a method has no rule for a layer."""
 
@@ -150,9 +156,27 @@ class Assignment:
             skipped = self._skip(layer, str(reason), always=isinstance(reason, NotConverted))
             if selector is not None:
                 self.without_rule.setdefault(selector, []).append(skipped)
-            return
-        if selector is not None:
-            self.obeyed.add(selector)
+
+    def leave_idle(self, layers: Sequence[Layer]) -> None:
+        """Leaves as they are modules that would run as ever, since parts of theirs are torch's.
+
+        All layers have been added.
+        """
+        earlier = {layer.module for layer in layers if self._left(layer) is not None}
+        while True:
+            converted = earlier | {change.layer.module for change in self.changes}
+            lacks = [_lacks(change, converted) for change in self.changes]
+            if not any(lacks):
+                break
+            weighed = [*zip(self.changes, lacks, strict=True)]
+            self.changes = [change for change, parts in weighed if not parts]
+            for layer, parts in ((change.layer, parts) for change, parts in weighed if parts):
+                why = f"it keeps nothing itself, and {' and '.join(parts)} within it stays torch's"
+                skipped = self._skip(layer, why, always=True)
+                if layer.module in self.selected:
+                    self.without_rule.setdefault(self.selected[layer.module], []).append(skipped)
+        chosen = (self.selected.get(change.layer.module) for change in self.changes)
+        self.obeyed.update(selector for selector in chosen if selector is not None)
 
     @property
     def all_methods(self) -> tuple[Method, ...]:

@@ -172,6 +172,7 @@ def _convert(
     assignment = Assignment(methods, layers)
     for layer in layers:
         assignment.add(layer)
+    assignment.leave_idle(layers)
     if functional or rest is not None:
         assignment.cover_calls(layers, functional, rest, _entered(model))
     assignment.undo(layers)

@@ -128,11 +128,15 @@ class Swap(NamedTuple):
     So parameters, buffers, hooks, flags, names, and every reference to the module stay as they are.
     `kind` reads the attributes that the module has, and the attributes given here. Attributes that
     are `removed` would stand before the class's: a forward that was put on the instance.
+
+    A class that keeps nothing itself, and runs what its parts were made into as one, names in
+    `parts` those without which it runs as ever.
     """
 
     kind: type[nn.Module]
     attributes: dict[str, Any] = {}  # noqa: RUF012  never written to
     removed: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 # A rule looks at a module and never changes it. If this one module cannot take the method, the rule

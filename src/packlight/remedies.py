@@ -21,6 +21,9 @@ _OF_LAYERS = {
     "its forward was replaced": "convert before that",
     "not initialised yet": "run one forward pass first",
     "no selector picks it": "a selector for it, or '*'",
+    "it keeps nothing itself": (
+        "selectors for its parts, or '*'; Checkpoint() and Offload() are methods of a whole block"
+    ),
 }
 _OF_REASONS = {
     "the gradient begins at a loss": "head=True, for the logits of a language model",

@@ -11,13 +11,14 @@ import packlight
 from benchmarks import rows as results
 from packlight import GroupQuant, InfeasibleBudgetError, InputError, Plan
 from packlight.planner.devices import device_of
-from packlight.planner.menu import EXACT, MENU, PACKED_4, allowed
+from packlight.planner.menu import EXACT, MENU, PACKED_3, PACKED_4, PACKED_8, allowed
 from packlight.planner.planner import MAX_ERROR
-from packlight.planner.planning import planned
+from packlight.planner.planning import _measured, planned
 from packlight.planner.searching import candidates
 from packlight.planner.study import Study
 from packlight.planner.timeline import STEP, allocatable, reserved
 from packlight.planner.walk import Walker
+from packlight.report.gradients import Deviation, LayerGradients
 from tests.planner.models import Model, on_meta, singles
 
 H200 = device_of("H200")
@@ -195,3 +196,60 @@ def test_options_that_torch_refuses_to_run_again_are_left_out() -> None:
 def test_what_is_called_must_be_callable(wrong: dict[str, Any]) -> None:
     with pytest.raises(packlight.InputError, match=f"{next(iter(wrong))} is a str, which cannot"):
         packlight.plan(torch.nn.Linear(8, 8), torch.randn(4, 8), memory=1.0, device="H100", **wrong)
+
+
+def _report(model: Model, scale: float = 1.0, **methods: float) -> packlight.GradientReport:
+    """Errors of the layers of a model, by methods; those of block 3 are larger by `scale`."""
+    rows = []
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            times = scale if name.startswith("blocks.3.") else 1.0
+            errors = [
+                Deviation(4.0, 4.0 * (times * error) ** 2, None, 4.0, 4.0)
+                for error in methods.values()
+            ]
+            kind = type(module).__name__
+            rows.append(LayerGradients(name, kind, tuple(errors), None, ()))
+    return packlight.GradientReport("Model", tuple(methods), tuple(rows), None, 1)
+
+
+def test_errors_are_those_of_a_report(study: Study) -> None:
+    model, _ = on_meta(depth=8)
+    options = (PACKED_8, PACKED_4, PACKED_3)
+    of_table = {option.measured_as(): option.error for option in options}
+    table = planned(study, None, 0.4, MAX_ERROR)
+    same = planned(study, None, 0.4, MAX_ERROR, _report(model, **of_table))
+    assert dict(same) == dict(table)
+    assert same.error == pytest.approx(table.error)
+    # One block errs twice as much, so by 4 bits too much; what is not measured is not there.
+    report = _report(model, 2.0, **of_table)
+    blocks, outside = (
+        {option.name: option.error for option in found} for found in _measured(study, report)
+    )
+    assert blocks["packs of 4 bits"] == blocks["offload of 8 bits, packs of 4"]
+    assert blocks["packs of 4 bits"] == pytest.approx(2 * PACKED_4.error)
+    assert blocks["checkpoint of 8 bits"] == pytest.approx(2 * PACKED_8.error)
+    assert blocks["torch"] == blocks["checkpoint"] == blocks["offload"] == 0
+    assert outside["packs of 4 bits"] == pytest.approx(PACKED_4.error)
+    assert "packs of 2 bits" not in {*blocks, *outside}
+    careful = planned(study, None, 0.4, MAX_ERROR, report)
+    assert careful.error <= 2 * PACKED_8.error
+    assert not [row for row in careful.blocks if "packs of 4" in row.option]
+
+
+def test_a_report_of_a_model_has_the_options_of_a_plan() -> None:
+    model, tokens = Model(depth=2, width=32), torch.randint(0, 128, (4, 16))
+    options = [option for option in MENU if option.block is None and option.inside]
+    report = packlight.gradient_error(model, tokens, *(option.inside for option in options))
+    assert {option.measured_as() for option in MENU} == {"", *report.methods}
+    plan = packlight.plan(model, tokens, memory=1.0, device="H200", errors=report, max_error=None)
+    assert isinstance(plan, Plan)
+
+
+def test_reports_of_other_models_and_other_things_are_refused() -> None:
+    model, tokens = on_meta(depth=5)
+    report = packlight.GradientReport("Other", (), (), None, 1)
+    with pytest.raises(InputError, match="report of Other, and has no weights of the blocks"):
+        packlight.plan(model, tokens, memory=0.5, device="H200", errors=report)
+    with pytest.raises(InputError, match=r"errors is a dict; expected"):
+        packlight.plan(model, tokens, memory=0.5, device="H200", errors={})  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import packlight
 from benchmarks.user.choices import CHOICES
 from benchmarks.user.scenarios import SCENARIOS
 from packlight import _imagined
+from packlight.parallel import Parallel
 from packlight.planner import walk
 from packlight.planner.costs import Costs
 from packlight.planner.devices import device_of
@@ -286,3 +287,30 @@ def test_a_batch_with_values_is_packed_as_one_without_is() -> None:
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     study = Study(model, (torch.randn(2, 64, 64),), {}, H200)
     assert all(study.runs(option, PACKED_4) for option in MENU)
+
+
+@pytest.mark.parametrize("parallel", [None, Parallel(shard=2, shard_dtype=torch.float32)])
+def test_a_step_of_the_optimiser_is_walked_once_for_all_conversions(
+    parallel: Parallel | None,
+) -> None:
+    """And is, where it begins, that of a walk by itself."""
+    steps = []
+
+    class Counted(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            steps.append(1)
+            return super().step(closure)
+
+    model, tokens = on_meta(depth=5)
+    given = (model, (tokens,), {}, None, Counted, None, parallel)
+    walker = Walker(*given)
+    plain = walker.walk(H200)
+    with walker.imagined():
+        packlight.convert(walker.model, packlight.GroupQuant(bits=4))
+    converted = walker.walk(H200)
+    assert len(steps) == 2  # one for the states, one that is walked
+    alone = Walker(*given)
+    with alone.imagined():
+        packlight.convert(alone.model, packlight.GroupQuant(bits=4))
+    assert alone.walk(H200) == converted != plain
+    assert [s for s in converted.segments if s.phase == STEP]

@@ -67,6 +67,19 @@ def sparse_parts(tensor: Tensor) -> list[Tensor]:
     return [part() for part in parts if part is not None]
 
 
+def operands(*values: object) -> list[Tensor]:
+    """The tensors among arguments or results of an operator, which has no containers but these."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += operands(*value)
+        elif isinstance(value, dict):
+            found += operands(*value.values())
+    return found
+
+
 def tree_leaves(value: object) -> list[object]:
     """What is in a container that torch knows; the value itself where torch does not say."""
     return [value] if _tree_leaves is None else list(_tree_leaves(value))

@@ -33,6 +33,8 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from packlight._torch.attributes import operands
+
 __all__ = ["NEEDS_VALUES", "FakeFunctionMode", "Fakes", "is_small"]
 
 NEEDS_VALUES = (
@@ -65,16 +67,18 @@ class Fakes(FakeTensorMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] = {},
     ) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = operands(args, kwargs)
+        given = args, kwargs
+        if any(map(_has_graph, tensors)):
+            # A fake tensor is made of a real one with all that hangs on it, its gradient too.
+            args, kwargs = tree_map_only(Tensor, _without_graph, given)
         if all(map(self._is_known, tensors)) if tensors else _makes_known(func, args):
-            return self._computed(func, kinds, args, kwargs)
+            return self._computed(func, kinds, args, kwargs, given)
         answer = _answer(func, args)
         if answer is not None:
             return answer
         if func._schema.is_mutable:
             self._note_written(func, args, kwargs)
-        # A fake tensor is made of a real one with all that hangs on it, its gradient too.
-        args, kwargs = tree_map_only(Tensor, _without_graph, (args, kwargs))
         if (kernel := _KERNELS.get(func)) is not None:
 
             def dispatch(*given: Any, **named: Any) -> Any:
@@ -101,18 +105,25 @@ class Fakes(FakeTensorMode):
         return tensor.device.type != "meta" and tensor.untyped_storage()._cdata not in self.written
 
     def _computed(
-        self, func: Any, kinds: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        func: Any,
+        kinds: Sequence[type],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        given: tuple[Sequence[Any], Mapping[str, Any]],
     ) -> Any:
-        """For real, unless the result is large: `repeat` makes much of little."""
-        bare_args, bare_kwargs = tree_map_only(Tensor, _without_graph, (args, kwargs))
+        """For real, unless the result is large: `repeat` makes much of little.
+
+        `given` are the arguments with their graphs.
+        """
         try:
-            fake = super().dispatch(func, kinds, bare_args, bare_kwargs)
+            fake = super().dispatch(func, kinds, args, kwargs)
         except NEEDS_VALUES:
             pass  # its result is not larger than what it is computed of
         else:
-            results = [leaf for leaf in tree_leaves(fake) if isinstance(leaf, Tensor)]
-            if not all(map(is_small, results)):
+            if not all(map(is_small, operands(fake))):
                 return fake
+        args, kwargs = given
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
@@ -181,8 +192,13 @@ class _Finite(float):
     __hash__ = float.__hash__
 
 
+def _has_graph(tensor: Tensor) -> bool:
+    """Whether it is a real tensor that was computed of others."""
+    return not isinstance(tensor, FakeTensor) and tensor.grad_fn is not None
+
+
 def _without_graph(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, FakeTensor) or tensor.grad_fn is None:
+    if not _has_graph(tensor):
         return tensor
     with unset_fake_temporarily():
         return tensor.detach()

@@ -99,4 +99,4 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 def _block(method: FixedPoint, module: nn.Module) -> Swap:
     mixin = _mixin(type(module))
     assert mixin is not None
-    return Swap(joined(mixin, type(module)))
+    return Swap(joined(mixin, type(module)), parts=("bn1",))

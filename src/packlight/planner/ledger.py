@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from packlight._torch.attributes import tree_leaves
+from packlight._torch.attributes import operands
 from packlight._torch.modes import DispatchMode
 from packlight.parallel import Parallel
 from packlight.planner.costs import Costs, name_of, workspace
@@ -59,6 +59,12 @@ class Ledger(DispatchMode):  # type: ignore[misc]
         self._settle()
         return self._segments
 
+    def taken(self) -> tuple[float, Sent]:
+        """What was for the next operator, which does not come: milliseconds of the host, bytes."""
+        host_ms, sent = self.host_ms, self.sent
+        self.host_ms, self.sent = 0.0, {}
+        return host_ms, sent
+
     def owns(self, *tensors: Tensor) -> int:
         """Takes these for allocated before all, and returns their bytes."""
         total = 0
@@ -76,25 +82,26 @@ class Ledger(DispatchMode):  # type: ignore[misc]
             return NotImplemented  # the operators that it becomes on this rank come next
         kwargs = kwargs or {}
         self._settle()
+        if func is torch.ops.prim.device.default:  # more than half of all calls, and no work
+            return args[0].device
         before = self.allocated
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        made = operands(result)
         fresh = sum([self._allocate(tensor) for tensor in made])
         if fresh or func._schema.is_mutable:
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            given = operands(args, kwargs)
             peak = self.allocated + workspace(self.costs.device, func, args)
             device_ms, host_ms = self.costs.of(func, args, result, [*given, *made])
             times, sent = on_the_wires(func, args, self.parallel)
             device_ms *= times
-            self.sent = added(self.sent, sent)
+            host_before, sent_before = self.taken()
+            sent_now = added(sent_before, sent)
             name = name_of(func, args).partition("::")[2]  # as it is on a GPU
             self._unsettled = (
                 self.where(),
-                _Operator(name, before, peak, (device_ms, host_ms + self.host_ms, 0.0), self.sent),
+                _Operator(name, before, peak, (device_ms, host_ms + host_before, 0.0), sent_now),
                 [leaf.untyped_storage()._cdata for leaf in given] if _adds_up(func) else [],
             )
-            self.host_ms = 0.0
-            self.sent = {}
         return result
 
     def _settle(self) -> None:

@@ -4,11 +4,13 @@ import dataclasses
 import glob
 from collections.abc import Iterable, Mapping
 
+from packlight.conversion import brief
 from packlight.fewbit.method import FewBit
 from packlight.groupquant.fixed_point.method import FixedPoint
 from packlight.groupquant.method import GroupQuant
 from packlight.method import Method
 from packlight.recompute.method import Checkpoint, Offload, Recompute, Tiles
+from packlight.report.gradients import GradientReport, LayerGradients
 from packlight.selectors import Choice, Selector
 
 
@@ -30,6 +32,14 @@ class Option:
 
     def of_layers(self) -> Choice:
         return _choice(self.inside)
+
+    def measured_as(self) -> str:
+        """What `gradient_error` calls the packs that its error is of; nothing for what is exact.
+
+        Of a checkpoint in 8 bits alone they are those of 8 bits, which err more.
+        """
+        packs = self._without_tiles() or (_BITS_8 if self.error else ())
+        return ", ".join(map(brief, packs))
 
     def _without_tiles(self) -> tuple[Method, ...]:
         return tuple(method for method in self.inside if not isinstance(method, Tiles))
@@ -84,6 +94,26 @@ def selectors(blocks: Mapping[str, Option], outside: Option) -> dict[Selector, C
         found[pattern] = option.of_block()
         found[f"{pattern}.*"] = option.of_layers()
     found["*"] = outside.of_layers()
+    return found
+
+
+def measured(
+    options: Iterable[Option], report: GradientReport, rows: Iterable[LayerGradients]
+) -> list[Option]:
+    """Options with the largest of the errors that a report has of them in these rows.
+
+    What is exact stays, and what the report has not measured is left out.
+    """
+    rows = [row for row in rows if row.weights]
+    found = []
+    for option in options:
+        name = option.measured_as()
+        if not name:
+            found.append(option)
+        elif name in report.methods:
+            place = report.methods.index(name)
+            errors = (row.weights[place].error for row in rows)
+            found.append(dataclasses.replace(option, error=max(errors, default=0.0)))
     return found
 
 

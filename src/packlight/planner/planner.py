@@ -10,6 +10,7 @@ from packlight.errors import InputError
 from packlight.parallel import Parallel, checked
 from packlight.planner.devices import Device, device_of, parse_bytes
 from packlight.planner.result import Plan
+from packlight.report.gradients import GradientReport
 
 Loss = Callable[[Any], Tensor]
 MAX_ERROR = 0.1  # that of the default methods, 0.08, and not that of 3 bits, 0.145
@@ -27,6 +28,7 @@ def plan(
     device: str | Device | None = None,
     head: bool | None = None,
     parallel: Parallel | None = None,
+    errors: GradientReport | None = None,
 ) -> Plan:
     """The methods with which a step of training fits into `memory` and takes the least time.
 
@@ -55,8 +57,9 @@ def plan(
             `functools.partial(torch.optim.AdamW, fused=True)`. None: no optimiser is counted.
         loss: of the model's output; None: its `loss`, or else the mean of its floating outputs.
         max_error: the largest error of gradients, relative, that a block's option may have, by the
-            table in docs/plan.md; 0 leaves what is exact. As it is, it leaves packs of 4 bits, with
-            which most models train like without; None allows all, down to 2 bits.
+            table in docs/plan.md or by `errors`; 0 leaves what is exact. As it is, it leaves packs
+            of 4 bits by the table, with which most models train like without; None allows all,
+            down to 2 bits.
         device: a card's name, "H200" or "RTX 4090"; None: the GPU that is here. Times of devices
             that nobody measured are estimated from bandwidth and arithmetic, and say so.
         head: whether losses are computed by chunks of logits, exactly; None: where there is a head
@@ -64,6 +67,9 @@ def plan(
         parallel: degrees of parallelism, see `Parallel`. Then `batch` is that of a data-parallel
             rank, bytes are those of the rank with most, and each rank is converted by the plan,
             whose rows are the blocks of all stages. Times are without waits for other ranks.
+        errors: what `packlight.gradient_error` says of this model, by methods that are in the table
+            (all blocks alike): then errors are those, of an option that of the block that errs
+            most, and packs that it has not measured are not taken. None: by the table.
 
     Raises `InfeasibleBudgetError` where no plan fits, naming the least that is possible and what
     holds it, and `InputError` for a model whose step cannot be foretold (see `packlight.predict`).
@@ -85,6 +91,10 @@ def plan(
     ):
         if value is not None and not callable(value):
             raise InputError(f"{name} is a {type(value).__name__}, which cannot be called; {such}")
+    if errors is not None and not isinstance(errors, GradientReport):
+        raise InputError(
+            f"errors is a {type(errors).__name__}; expected what packlight.gradient_error returned"
+        )
     budget, share = _asked(memory)
     inputs, kwargs = arguments_of(model, *batch)
     known = device if isinstance(device, Device) else device_of(device)
@@ -96,7 +106,7 @@ def plan(
     degrees = checked(parallel)
     with group_for(degrees):
         study = Study(model, inputs, kwargs, known, loss, optimizer, head, degrees)
-        return planned(study, budget, share, max_error)
+        return planned(study, budget, share, max_error, errors)
 
 
 def _asked(memory: object) -> tuple[int | None, float | None]:

@@ -1,21 +1,29 @@
 """`planned`: the fastest methods with which a training step fits into a number of bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from packlight.errors import InfeasibleBudgetError, InputError
-from packlight.planner.menu import MENU, OUTSIDE, allowed, selectors
+from packlight.planner.menu import MENU, OUTSIDE, Option, allowed, measured, selectors
 from packlight.planner.result import Plan, PlannedBlock, peak_parts, where
 from packlight.planner.searching import Candidate, candidates, fastest
 from packlight.planner.study import Study
 from packlight.planner.timeline import FORWARD, allocatable, reserved
+from packlight.planner.walked import is_in
+from packlight.report.gradients import GradientReport, LayerGradients
 from packlight.report.words import human_bytes
 
 
-def planned(study: Study, budget: int | None, share: float | None, max_error: float | None) -> Plan:
+def planned(
+    study: Study,
+    budget: int | None,
+    share: float | None,
+    max_error: float | None,
+    errors: GradientReport | None = None,
+) -> Plan:
     """Of a pipeline each stage is planned for itself; bytes and times are those of the stage with
     the highest peak.
     """
-    stages = [(one, _best(one, budget, share, max_error)) for one in study.stages]
+    stages = [(one, _best(one, budget, share, max_error, errors)) for one in study.stages]
     worst, best = max(stages, key=lambda stage: stage[1].peak)
     options = {name: option for _, one in stages for name, option in one.options.items()}
     blocks = tuple(row for _, one in stages for row in _rows(one))
@@ -35,10 +43,14 @@ def planned(study: Study, budget: int | None, share: float | None, max_error: fl
 
 
 def _best(
-    study: Study, budget: int | None, share: float | None, max_error: float | None
+    study: Study,
+    budget: int | None,
+    share: float | None,
+    max_error: float | None,
+    errors: GradientReport | None,
 ) -> Candidate:
     kept = study.plain().timeline.kept
-    found = _found(study, max_error)
+    found = _found(study, max_error, errors)
     if share is None:
         assert budget is not None
         best = fastest(found, lambda one: one.peak <= allocatable(budget))
@@ -58,11 +70,30 @@ def front(study: Study, max_error: float | None) -> Iterator[tuple[float, int]]:
             yield one.ms, one.peak
 
 
-def _found(study: Study, max_error: float | None) -> list[Candidate]:
-    options = allowed(MENU, max_error)
+def _found(
+    study: Study, max_error: float | None, errors: GradientReport | None = None
+) -> list[Candidate]:
+    menu, outside = (MENU, OUTSIDE) if errors is None else _measured(study, errors)
+    options = allowed(menu, max_error)
     if not options:
         raise InputError(f"max_error={max_error} is below 0, so that nothing is allowed")
-    return candidates(study, options, allowed(OUTSIDE, max_error))
+    return candidates(study, options, allowed(outside, max_error))
+
+
+def _measured(study: Study, errors: GradientReport) -> tuple[Sequence[Option], Sequence[Option]]:
+    """The options of blocks, and of what is outside of them, by what was measured of a model."""
+    names = [name for run in study.walker.runs for name in run.names]
+    of_block = {name: [row for row in errors.rows if is_in(row.layer, name)] for name in names}
+    within = {row.layer for rows in of_block.values() for row in rows}
+    blocks = [LayerGradients.together(name, "", rows) for name, rows in of_block.items() if rows]
+    others = [row for row in errors.rows if row.layer not in within]
+    if names and not any(block.weights for block in blocks):
+        raise InputError(
+            f"errors is a report of {errors.model}, and has no weights of the blocks of this model,"
+            f" {names[0]} and such; pass what packlight.gradient_error says of the model itself"
+        )
+    outside = [LayerGradients.together("", "", others)] if others else []
+    return measured(MENU, errors, blocks), measured(OUTSIDE, errors, outside)
 
 
 def _rows(best: Candidate) -> list[PlannedBlock]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from packlight import _imagined, _torch
-from packlight._torch.modes import DispatchMode
 from packlight.errors import InputError
 from packlight.parallel import Parallel
 from packlight.planner.costs import Costs
@@ -19,6 +18,7 @@ from packlight.planner.devices import Device
 from packlight.planner.ledger import Ledger
 from packlight.planner.planner import Loss, OptimizerOf
 from packlight.planner.runs import Run, runs_of, shortened
+from packlight.planner.stepping import Stepping
 from packlight.planner.timeline import (
     BACKWARD,
     BACKWARD_2,
@@ -62,10 +62,11 @@ class Walker:
             self.mode, "cpu", model, inputs, kwargs, stubs
         )
         shortened(self.model, self.runs)
-        self.loss, self.optimizer = loss, optimizer
+        self.loss = loss
         self.ledger: Ledger | None = None  # of the walk that is under way
         with self.imagined():
             cut(self.model, self.parallel, self.walked_blocks(), self._told)
+            self.stepping = Stepping(optimizer, list(self.model.parameters()), self.parallel)
 
     def walked_blocks(self) -> list[str]:
         return [run.walked(place) for run in self.runs for place in range(run.places)]
@@ -124,6 +125,7 @@ def _without_autocast() -> Iterator[None]:
 class _Walk:
     def __init__(self, walker: Walker, device: Device, autocast: torch.dtype | None) -> None:
         self.walker, self.model, self.autocast = walker, walker.model, autocast
+        self.device = device
         self.paths = {module: name for name, module in self.model.named_modules()}
         self.ledger = Ledger(Costs(device), self.where, walker.parallel)
         walker.ledger, self.rates = self.ledger, device.rates
@@ -138,7 +140,7 @@ class _Walk:
     def run(self, again: bool) -> Walked:
         walker, ledger = self.walker, self.ledger
         parameters = list(self.model.parameters())
-        optimizer, states = self._optimizer([p for p in parameters if p.requires_grad])
+        states = walker.stepping.states
         weights = tuple(self._weights(states))
         trained = self._owned(lambda module: [p for p in module.parameters() if p.requires_grad])
         static = Static(
@@ -153,18 +155,15 @@ class _Walk:
             copies = self._passes(FORWARD, BACKWARD)
             if again:
                 self._passes(FORWARD_2, BACKWARD_2)
-        self.phase = STEP
-        with ledger:
-            if optimizer is not None:
-                with _Ones():
-                    optimizer.step()
+        passes, self.phase = tuple(ledger.segments), STEP
+        segments = (*passes, *walker.stepping.segments(ledger, self.device))
         for parameter in parameters:
             parameter.grad = None
         here = sum(local_bytes(p) for p in parameters if p.requires_grad)
-        segments, runs = tuple(ledger.segments), tuple(walker.runs)
         return Walked(
-            static, runs, segments, copies, weights, here, self.passed, self.returned, self.lets_go
-        )
+            static, tuple(walker.runs), segments, copies, weights, here, self.passed,
+            self.returned, self.lets_go,
+        )  # fmt: skip
 
     def _passes(self, forward: str, backward: str) -> dict[str, int]:
         """Of a micro-batch; returns the copies of weights that autocast lets go of between them."""
@@ -215,33 +214,6 @@ class _Walk:
             block = self.model.get_submodule(run.walked(1))
             repeated += (run.extra + 1) * self.ledger.owns(*tensors(block))
         return repeated + self.ledger.owns(*tensors(self.model))
-
-    def _optimizer(
-        self, trained: list[nn.Parameter]
-    ) -> tuple[Any, Callable[[nn.Parameter], list[Tensor]]]:
-        """An optimiser with the state that it has after a step, and that of a parameter."""
-        if self.walker.optimizer is None or not trained:
-            return None, lambda _: []
-        seen = {parameter: self._as_shard(parameter) for parameter in trained}
-        optimizer = self.walker.optimizer(list(seen.values()))
-        for parameter in seen.values():
-            parameter.grad = torch.empty_like(parameter)
-        with _Ones():
-            optimizer.step()
-        for parameter, shard in seen.items():
-            if shard is parameter:
-                parameter.grad = None
-            else:  # the step is on shards, which stand beside the weights
-                self.ledger.owns(*tensors_in((shard, shard.grad)))
-        return optimizer, lambda p: list(tensors_in(optimizer.state.get(seen.get(p), {})))
-
-    def _as_shard(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What the optimiser sees of a parameter, but for its size."""
-        dtype = self.walker.parallel.shard_dtype
-        (local,) = local_parts([parameter])
-        if local is parameter and dtype is None:
-            return parameter
-        return nn.Parameter(torch.empty_like(local, dtype=dtype or local.dtype))
 
     # ---- where the step is -------------------------------------------------------------------
 
@@ -320,17 +292,3 @@ def _loss_of(output: Any, loss: Loss | None) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError("loss is no tensor of one element, as a backward pass starts from")
     return value
-
-
-class _Ones(DispatchMode):  # type: ignore[misc]
-    """Gives 1 for what an optimiser reads of a tensor that has no values: a norm, a count."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        try:
-            return func(*args, **(kwargs or {}))
-        except RuntimeError:
-            if func is not torch.ops.aten._local_scalar_dense.default:
-                raise
-            return 1.0 if args[0].is_floating_point() else 1

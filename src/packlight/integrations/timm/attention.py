@@ -126,4 +126,4 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 
 
 def _whole(method: Quantiser, module: nn.Module) -> Swap:
-    return Swap(joined(GroupQuantAttention, type(module)), {})
+    return Swap(joined(GroupQuantAttention, type(module)), parts=("qkv",))

@@ -110,4 +110,4 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 
 
 def _whole(method: Quantiser, module: nn.Module) -> Swap:
-    return Swap(joined(GroupQuantBlock, type(module)), {})
+    return Swap(joined(GroupQuantBlock, type(module)), parts=("attn", "norm1"))

@@ -67,4 +67,4 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 
 
 def _parts(method: Quantiser, module: nn.Module) -> Swap:
-    return Swap(joined(GroupQuantMlp, type(module)), {"method": method})
+    return Swap(joined(GroupQuantMlp, type(module)), {"method": method}, parts=("fc1", "fc2"))

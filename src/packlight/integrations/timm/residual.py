@@ -114,4 +114,4 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 def _blocks(method: FixedPoint, module: nn.Module) -> Swap:
     mixin = _residual_of(type(module))
     assert mixin is not None
-    return Swap(joined(mixin, type(module)))
+    return Swap(joined(mixin, type(module)), parts=("bn1",))

@@ -133,4 +133,4 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 
 
 def _block(method: Quantiser, module: nn.Module) -> Swap:
-    return Swap(joined(GroupQuantDecoderLayer, type(module)), {})
+    return Swap(joined(GroupQuantDecoderLayer, type(module)), parts=("input_layernorm",))

@@ -117,4 +117,7 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 
 def _parts(method: Quantiser, module: nn.Module) -> Swap:
     kind = type(module)
-    return Swap(joined(GroupQuantMLP, kind), {"method": method, "part_names": _names_of(kind)})
+    names = _names_of(kind)
+    assert names is not None
+    attributes = {"method": method, "part_names": names}
+    return Swap(joined(GroupQuantMLP, kind), attributes, parts=(names.first, names.last))

@@ -181,9 +181,16 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
     return _parts if issubclass(method, Quantiser) and _form(kind) is not None else None
 
 
+_NEEDED: dict[type[nn.Module], tuple[str, ...]] = {
+    GroupQuantIntermediate: ("dense",),
+    GroupQuantOutput: ("dense", "dropout", "LayerNorm"),
+    GroupQuantFeedForward: ("intermediate", "output"),
+}
+
+
 def _parts(method: Quantiser, module: nn.Module) -> Swap:
     kind = type(module)
     mixin = _form(kind)
     assert mixin is not None
     attributes = {} if mixin is GroupQuantFeedForward else {"method": method}
-    return Swap(joined(mixin, kind), attributes)
+    return Swap(joined(mixin, kind), attributes, parts=_NEEDED[mixin])

@@ -66,4 +66,4 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 
 
 def _swap(method: FixedPoint, module: nn.Module) -> Swap:
-    return Swap(joined(FixedPointResidualLayer, type(module)))
+    return Swap(joined(FixedPointResidualLayer, type(module)), parts=("layer.0.normalization",))

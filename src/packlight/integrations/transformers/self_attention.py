@@ -249,4 +249,4 @@ def _find(method: type[Method], kind: type[nn.Module]) -> Rule | None:
 
 
 def _whole(method: Quantiser, module: nn.Module) -> Swap:
-    return Swap(joined(WithNorm, type(module)), {})
+    return Swap(joined(WithNorm, type(module)), parts=("self", "output"))
