@@ -352,8 +352,10 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     last = {row["scenario"]: row["commit"] for row in measured}  # of a model its latest run
     measured = [row for row in measured if row["commit"] == last[row["scenario"]]]
     found_names = [row["scenario"] for row in measured]
-    # One row alone, of a run that was cut off, is beside nothing.
+    # One row alone, of a run that was cut off, is beside nothing, and so are choices without a plan.
+    planned = {row["scenario"] for row in measured if row["kind"] == "plan"}
     names = [name for name in dict.fromkeys(found_names) if found_names.count(name) > 1]
+    names = [name for name in names if name in planned]
     figure, axes = pyplot.subplots(1, len(names), figsize=(5.4 * len(names), 5.2), squeeze=False)
     labels: dict[str, list[Label]] = {name: [] for name in names}
     dots: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -381,11 +383,12 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         axis.grid(color="#eeeeee")
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
+    exact = any(row.get("max_error") == 0.0 and row["scenario"] in names for row in measured)
     handles = [
         pyplot.Line2D([], [], marker=marker, color=colour, linestyle="", label=label)
         for marker, colour, label in (
             ("o", OURS, "plans"),
-            ("o", FRONT, "plans without errors"),
+            *([("o", FRONT, "plans without errors")] * exact),
             ("s", OTHERS, "one choice for all blocks"),
         )
     ]

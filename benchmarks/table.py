@@ -93,7 +93,7 @@ def step_cells(choice: str, own: Rows) -> list[str]:
     of_choice = [row for row in own if row["choice"] == choice and "graph_ms" in row]
     if not of_choice:
         return []
-    in_turns = [row for row in of_choice if "graph_compile_ms" in row]
+    in_turns = [row for row in of_choice if "graph_compile_ms" in row and "compile" in choice]
     row = in_turns[-1] if in_turns else of_choice[-1]
     eager = step.baseline(row, own) or row
     launched, eager_launched = (

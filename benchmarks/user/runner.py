@@ -280,7 +280,7 @@ def check(row: dict[str, Any], known: list[dict[str, Any]]) -> str:
     is lost, or comes twice, one of them shows it. Dropout is off, but for compiled models that have
     it: their masks differ from eager's, so that a factor of two is let pass.
     """
-    same = ("scenario", "device", "torch", "batch", "length")
+    same = ("scenario", "mode", "device", "torch", "batch", "length")
     eager = (
         [row["eager"]]
         if "eager" in row
