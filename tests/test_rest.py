@@ -16,6 +16,7 @@ from packlight import DEFAULT_REST, FewBit, GroupQuant, profile, saving
 from packlight.convert import DEFAULT_METHODS
 from packlight.errors import DoubleBackwardError, InputError
 from packlight.groupquant.grouping import OFFSET
+from packlight.integrations._measure import KeptBytes
 from packlight.saving import saver
 from tests.helpers import pack_bytes, relative_error
 
@@ -209,6 +210,18 @@ def test_checkpoints_keep_their_inputs_and_nothing_inside(reentrant, of_module):
     assert 0 < relative_error(gradients(model, x), gradients(plain, x)) < 0.01
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("of_module", [True, False])
+def test_a_measurement_of_a_callback_only_looks_on(reentrant, of_module):
+    model, x = converted(Checkpointed(reentrant, of_module)), batch().requires_grad_()
+    unmeasured, drawn = gradients(model, x), packlight.rounding_state()
+    with KeptBytes(model) as measured:
+        assert torch.equal(gradients(model, x), unmeasured)
+    assert packlight.rounding_state() == drawn
+    report = profile(model, x)
+    assert measured.bytes == report.activation_bytes + report.input_bytes
+
+
 def test_hooks_of_the_user_around_the_model_count():
     model, x = converted(Model()), batch()
     plain = gradients(Model(), x)
@@ -283,6 +296,57 @@ def test_passes_for_which_it_is_not_worth_it_go_without(monkeypatch):
     for _ in range(3):
         useful(batch())
     assert len(entered) == 5
+
+
+class LastRows(nn.Module):
+    """An operation without a rule that saves 1024 bytes, as routers of experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:-4], torch.sin(x[-4:] * 1.5)])
+
+
+WIDE = (nn.Linear(64, 256), nn.Linear(256, 64))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "packs"),
+    [
+        ((*WIDE, LastRows()), False),  # less than is worth a pack
+        ((LastRows(), *WIDE), True),  # no less than all that was saved before it
+        ((nn.Linear(64, 64), LastRows(), *WIDE, LastRows()), True),
+        ((nn.Linear(64, 64), nn.Dropout(0.1), Wave()), True),
+    ],
+)
+def test_what_a_step_computes_does_not_hang_on_the_steps_before_it(layers, packs, autocast):
+    x, small = (torch.randn(rows, 64).requires_grad_() for rows in (256, 128))
+
+    def step(*before):
+        torch.manual_seed(0)
+        model = converted(copy.deepcopy(nn.Sequential(*layers)), methods=FOUR)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for each in before:
+                model(each).sum().backward()
+            model.zero_grad()
+            packlight.manual_seed(1)
+            model(x).float().square().mean().backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        return found, packlight.rounding_state()
+
+    (first, drawn), *others = step(), step(x), step(small), step(x, small, x)
+    assert all(torch.equal(found, first) and state == drawn for found, state in others)
+    exact = converted(copy.deepcopy(nn.Sequential(*layers)), methods=FOUR, rest=None)
+    packed = converted(copy.deepcopy(nn.Sequential(*layers)), methods=FOUR)
+    assert (kept(packed, x) < kept(exact, x)) == packs
+
+
+def test_a_pass_goes_on_with_the_stream_of_rounding_wherever_torchs_generator_is():
+    model = converted(nn.Sequential(nn.Linear(64, 64), Wave()), methods=FOUR)
+    packlight.set_rounding_state({"base": 7, "next": 5})
+    torch.manual_seed(99)
+    model(batch())
+    assert packlight.rounding_state()["base"] == 7
+    assert packlight.rounding_state()["next"] > 5
 
 
 def test_a_wrapper_of_torchs_is_not_what_enters():

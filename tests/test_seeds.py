@@ -1,12 +1,15 @@
 """Where random numbers come from: rounding has a stream of its own, masks are torch's."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import packlight
-from packlight import FewBit, GroupQuant, Sketch, _seeds, _torch
+from packlight import DEFAULT_REST, FewBit, GroupQuant, Sketch, _seeds, _torch
 from packlight import groupquant as gq
 
 LAYERS = {
@@ -290,6 +293,38 @@ def test_a_loop_that_resumes_needs_the_stream_of_rounding():
 
     assert resumed(with_rounding=True)
     assert not resumed(with_rounding=False)
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, lambda: packlight.saving(DEFAULT_REST)])
+def test_a_loop_with_dropout_resumes_bit_for_bit(around):
+    def made():
+        layers = nn.Linear(64, 64), nn.Dropout(0.3), nn.GELU(), nn.LogSigmoid()
+        model = nn.Sequential(*layers, nn.Linear(64, 1))
+        packlight.convert(model)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            with around():
+                loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.manual_seed(0)
+    x = torch.randn(256, 64)
+    model, optimizer = made()
+    steps(model, optimizer, 2)
+    weights = copy.deepcopy(model.state_dict())
+    generator, rounding = torch.get_rng_state(), packlight.rounding_state()
+    without_a_break = steps(model, optimizer, 3)
+    packlight.manual_seed(99)  # another process
+    model, optimizer = made()
+    model.load_state_dict(weights)
+    torch.set_rng_state(generator)
+    packlight.set_rounding_state(rounding)
+    assert torch.equal(steps(model, optimizer, 3), without_a_break)
 
 
 @pytest.mark.parametrize("draw", [_seeds.rounding_seed, _seeds.rounding_tensor])

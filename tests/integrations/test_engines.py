@@ -256,11 +256,14 @@ def test_hooks_of_a_measurement_are_on_within_the_first_training_pass_alone(acce
     assert accelerator.packlight.kept_bytes > 0
 
 
-def test_a_saved_state_goes_on_with_the_stream_of_rounding(accelerators, tmp_path):
+@pytest.mark.parametrize("rest", [None, "GroupQuant(4)"])
+def test_a_saved_state_goes_on_with_the_stream_of_rounding(accelerators, rest, tmp_path):
+    options = {"report": False} if rest is None else {"report": False, "rest": rest}
+
     def trained(first, then, load=False):
-        accelerator = accelerators(packlight={"methods": "GroupQuant(2)", "report": False})
+        accelerator = accelerators(packlight={"methods": "GroupQuant(2)", **options})
         packlight.manual_seed(11)
-        model = make("llama")
+        model = make("llama", attention_dropout=0.1)
         made = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
         if load:
             accelerator.load_state(tmp_path)

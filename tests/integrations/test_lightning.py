@@ -147,6 +147,26 @@ def test_checkpoints_are_plain_ones(framework, callback_class, tmp_path):
     assert _seeds.rounding_state() == {"base": 7, "next": 5}  # these packs round to nearest
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_fit_is_an_uninterrupted_one_bit_for_bit(framework, callback_class, tmp_path):
+    package = "lightning.pytorch" if framework.__name__ == "lightning" else "pytorch_lightning"
+    checkpoints = importlib.import_module(f"{package}.callbacks").ModelCheckpoint
+
+    def fitted(checkpoint=None):
+        module = make_module(framework)
+        # Without a rule, so that `rest` packs; dropout has no place: Lightning saves no generator.
+        module.net.insert(2, nn.Hardshrink())
+        options = {"max_epochs": 2, "enable_checkpointing": True}
+        callbacks = callback_class(), checkpoints(tmp_path, every_n_train_steps=4, save_top_k=-1)
+        trainer = trainer_of(framework, tmp_path, *callbacks, **options)
+        trainer.fit(module, loader(), ckpt_path=checkpoint, weights_only=False)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    whole = fitted()
+    (first,) = tmp_path.glob("*step=4.ckpt")
+    assert torch.equal(fitted(str(first)), whole)
+
+
 def test_validation_alone_converts_nothing(framework, callback_class, tmp_path):
     module = make_module(framework)
     callback = callback_class(EIGHT)

@@ -152,10 +152,11 @@ def unseen() -> contextlib.AbstractContextManager[Any]:
 
 _CHECKPOINTS = torch.utils.checkpoint.__name__
 
-# Modules whose frames stand between a pack hook and the code that saves: a profile calls the hook
-# around its own, and up to torch 2.13 `Function.apply` is written in Python.
+# Modules whose frames stand between a pack hook and the code that saves: a measurement calls the
+# hook around its own, and up to torch 2.13 `Function.apply` is written in Python.
 _BETWEEN = (
     "packlight.profile",
+    "packlight.integrations._measure",
     "packlight._torch",
     "packlight.saving",
     "torch._dynamo.eval_frame",

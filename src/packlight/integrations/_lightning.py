@@ -19,8 +19,9 @@ class ConvertingFit(Converting):
     `kept_bytes` is what autograd keeps of it, logged as "packlight_kept_bytes", on a GPU with
     "packlight_peak_bytes" beside it.
 
-    Checkpoints hold where the stream of rounding is, so a resumed fit rounds as an uninterrupted
-    one does.
+    Checkpoints hold where the stream of rounding is, so a resumed fit is the uninterrupted one, bit
+    for bit, wherever the plain module is: Lightning saves no state of torch's generators, of which
+    dropout and shuffled loaders draw.
     """
 
     _logged = False
@@ -35,6 +36,9 @@ class ConvertingFit(Converting):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
+        # Not when training begins: another callback may draw until now.
+        rounding, self._rounding = self._rounding, {}
+        set_rounding_state(rounding)
         self._start_measuring(pl_module)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -56,10 +60,6 @@ class ConvertingFit(Converting):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rounding = state_dict.get("rounding", {})
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        rounding, self._rounding = self._rounding, {}
-        set_rounding_state(rounding)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._stop_measuring()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from packlight import _torch
+from packlight._seeds import follow_generator
 from packlight._torch import graph
 from packlight.errors import InputError
 from packlight.method import check_is_value
@@ -137,6 +138,7 @@ def saving(
     _check(method, min_bytes, skip, overrides)
     rules = Rules(method, overrides or {})
     saver = Saver(rules, min_bytes, skip)
+    follow_generator()
     with saver.active():
         yield
     if saver.has_saved:

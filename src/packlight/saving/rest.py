@@ -7,6 +7,11 @@ Hooks and a mode cost time at each call of a torch function. So a pass says whet
 it, and where they were not, passes on no larger inputs go without, and so do the modules within,
 whose notes about tensors would not be those of the layers around them.
 
+What a step computes must not hang on the steps before it: a training that resumes in another
+process knows nothing of them. So what a method would pack stays exact while all of it is not worth
+it, in any pass alike, and a pass goes on with the hooks once it packed anything so. One that goes
+without is, bit for bit, what it would be with them.
+
 Hooks that are active already stay the ones that count: those of a checkpoint, which keeps nothing
 inside, of `save_on_cpu`, and of a `saving` that stands around the model. Those of a measurement
 only look on.
@@ -73,12 +78,12 @@ class Rest:
                 return forward(*args, **kwargs)
             finally:
                 _passes.without = outer
-        saver = Saver(_rules(self.method), _MIN_BYTES, None)
+        saver = Saver(_rules(self.method), _MIN_BYTES, None, _WORTH)
         setattr(saver.hook, _OF_REST, self)
         with saver.active():
             result = forward(*args, **kwargs)
             saver.find((result,))  # the last operation may be a Function of Python code
-        if saver.replaced_bytes <= _WORTH * saver.seen_bytes:
+        if not saver.has_packed and saver.replaced_bytes <= _WORTH * saver.seen_bytes:
             _in_vain.setdefault(module, {})[self] = elements
         return result
 
@@ -89,7 +94,8 @@ class _Passes(threading.local):
 
 _passes = _Passes()
 
-# The share of what a pass saves that has to be packed here, so that a next pass does so again.
+# The share of what a pass saves that has to be packed here, so that it is worth it: by a method, of
+# what the pass has saved so far; without loss, as masks are, of all of it.
 _WORTH = 0.02
 
 # The most elements of the inputs of a module for which a pass was not worth it.

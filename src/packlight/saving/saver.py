@@ -31,12 +31,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
 
 from packlight import _torch, sharing
-from packlight._seeds import follow_generator
 from packlight._torch import graph
 from packlight.layers.casts import CASTS, noted
 from packlight.quantiser import Quantiser
 from packlight.saving import activations, lossless, norms, packing, tensors
-from packlight.saving.kept import Exact, Holder, Kept, Mask, Waiting, unpack
+from packlight.saving.kept import Exact, Holder, Kept, Mask, Packed, Waiting, unpack
 from packlight.saving.rules import CHECKPOINT, COMPILED, WORKSPACES, Rules
 
 # Nothing says what the tensors of a Function are for. A tensor with this many times fewer elements
@@ -96,13 +95,23 @@ class _Thread(threading.local):
 class Saver:
     """Packs what is saved in one context."""
 
-    def __init__(self, rules: Rules, min_bytes: int, skip: Callable[[Tensor], bool] | None) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        min_bytes: int,
+        skip: Callable[[Tensor], bool] | None,
+        least: float = 0.0,
+    ) -> None:
+        # The share of all that was saved so far from which on packs by methods are worth it.
+        self.least = least
         self.rules = rules
         self.min_bytes = min_bytes
         self.skip = skip
         self.has_saved = False
         # Of all tensors that were saved, and of those that something else stands for.
         self.seen_bytes = self.replaced_bytes = 0
+        self.asked_bytes = 0  # of those for which there is a method
+        self.has_packed = False  # by a method: gradients are others, and seeds may be drawn
         self.thread = _Thread()
         self.hook = _torch.untraced(lambda tensor: self.pack(tensor))
         # `torch.compile` would compile these where they run between two graphs.
@@ -112,7 +121,6 @@ class Saver:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Within this context what is saved is packed."""
-        follow_generator()
         with saved_tensors_hooks(self.hook, _torch.untraced(unpack)), SavingMode(self):
             try:
                 yield
@@ -404,7 +412,7 @@ class Saver:
             return None
         within = activations.within_limits(operation, slot, node, method.grade.bits)
         pack = functools.partial(
-            packing.pack, method=method, within=within, is_compiled=name == COMPILED
+            self._packed, method=method, within=within, is_compiled=name == COMPILED
         )
         if lossless.needs_one_side(operation, slot, node):
             return None if is_spread else lossless.one_side(tensor, pack)
@@ -420,6 +428,15 @@ class Saver:
             if found is not None:
                 return None if is_spread else norms.Normalised.of(tensor, found, pack)
         return pack(tensor, owner=owner)
+
+    def _packed(self, tensor: Tensor, **options: Any) -> Packed | None:
+        """A pack of a tensor; None where packs are not worth it, and for less than a group."""
+        self.asked_bytes += tensor.nbytes
+        if self.asked_bytes <= self.least * self.seen_bytes:
+            return None
+        pack = packing.pack(tensor, **options)
+        self.has_packed |= pack is not None
+        return pack
 
 
 def hold_exactly(tensor: Tensor) -> Holder:

@@ -1,5 +1,6 @@
 """A callback for `transformers.Trainer`."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,11 +30,13 @@ class PacklightCallback(Converting, TrainerCallback):
     the others.
 
     Checkpoints hold where the stream of rounding is, in `trainer_state.json`, so a resumed training
-    rounds as an uninterrupted one does.
+    is the uninterrupted one, bit for bit, wherever the plain `Trainer` is. Of several processes the
+    file holds the stream of the first, which is that of all whose model draws alike.
     """
 
     _logged = False
     _converted: nn.Module | None = None
+    _rounding: Mapping[str, int | None] = {}  # of the checkpoint from which a training goes on
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs.get("model")  # None where the Trainer has `model_init`
@@ -50,10 +53,13 @@ class PacklightCallback(Converting, TrainerCallback):
                 self._plan(model.train(), rows, maker_of(kwargs.get("optimizer")))
         self._convert(model)
         self.kept_bytes, self._logged, self._reported = None, False, False
-        if state.global_step:  # resumed
-            set_rounding_state(state.stateful_callbacks.get(_ROUNDING, {}).get("attributes", {}))
+        resumed = state.stateful_callbacks if state.global_step else {}
+        self._rounding = resumed.get(_ROUNDING, {}).get("attributes", {})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Not when training begins: an evaluation or another callback may draw until now.
+        rounding, self._rounding = self._rounding, {}
+        set_rounding_state(rounding)
         self._start_measuring(kwargs["model"])
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -66,6 +72,12 @@ class PacklightCallback(Converting, TrainerCallback):
         self._stop_measuring()
         if state.is_world_process_zero:
             self._report_once(kwargs["model"])
+        self._note_rounding(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._note_rounding(state)  # which comes before a checkpoint is saved, and may draw
+
+    def _note_rounding(self, state: Any) -> None:
         # As the state of a callback of its own: the `Trainer` would make this one anew of its
         # state, and methods have no place in one.
         state.stateful_callbacks[_ROUNDING] = {"args": {}, "attributes": rounding_state()}
