@@ -352,7 +352,7 @@ def draw_plans(found: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     last = {row["scenario"]: row["commit"] for row in measured}  # of a model its latest run
     measured = [row for row in measured if row["commit"] == last[row["scenario"]]]
     found_names = [row["scenario"] for row in measured]
-    # One row alone, of a run that was cut off, is beside nothing, and so are choices without a plan.
+    # One row alone, of a run that was cut off, is beside nothing; so are choices without a plan.
     planned = {row["scenario"] for row in measured if row["kind"] == "plan"}
     names = [name for name in dict.fromkeys(found_names) if found_names.count(name) > 1]
     names = [name for name in names if name in planned]
