@@ -296,15 +296,15 @@ def test_saving_has_near_gradients(method):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["offset 4", "rotated 3"])
-def test_compiled_networks_draw_anew_and_have_near_gradients(name):
+@every_code
+def test_compiled_networks_draw_anew_and_have_near_gradients(method):
     x, model = torch.randn(256, 64), network()
     _, exact = gradients(model, model, x)
-    packlight.convert(model, CODES[name])
+    packlight.convert(model, method)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     passes = [gradients(compiled, model, x)[1] for _ in range(2)]
     for found in passes:
-        near(found, exact, SHARE[CODES[name].bits])
+        near(found, exact, SHARE[method.bits])
     assert not torch.equal(passes[0][0], passes[1][0])
 
 
