@@ -151,7 +151,7 @@ def test_a_function_that_is_not_as_expected(module, source, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("roberta", r"unknown model 'roberta'; expected hf:TYPE \(such as hf:roberta\)"),
+        ("roberta", r"unknown model 'roberta' \(near: hf:roberta\); expected hf:TYPE \(such as"),
         ("no_such_module:make", "no module 'no_such_module', neither in this directory nor inst"),
         ("packlight.no_such:make", r"no module 'packlight.no_such'"),
         ("a:b:c", "unknown model"),
