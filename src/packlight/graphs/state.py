@@ -15,7 +15,7 @@ from packlight.errors import CannotGraphError
 
 # Attributes of modules, arguments and results that are values.
 PLAIN = (bool, int, float, str, type(None))
-_PLAIN = frozenset(PLAIN)
+_PLAIN = frozenset(PLAIN)  # each pass looks thousands of attributes up
 _CONSTANTS = (*PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 
 

@@ -127,8 +127,9 @@ class GroupQuantAttention(nn.Module):
 class GroupQuantSplitAttention(GroupQuantAttention):
     """`GroupQuantAttention` whose query, key and value are three Linears of its input.
 
-    One function computes them, where all three train alike, so that one gradient comes back. The
-    module's own code runs as ever: each Linear, when it is called, has its result ready.
+    One function computes them, where all three train alike, so that one gradient comes back. Code
+    that is Llama's is known, and what it does behind them done here; any other runs as ever: each
+    Linear, when it is called, has its result ready.
     """
 
     may_run_plain_code = True

@@ -92,7 +92,6 @@ def _by_one_kernel(theirs: Any) -> Any:
         found: tuple[Tensor, Tensor] = theirs(q, k, cos, sin, unsqueeze_dim)
         return found
 
-    apply_rotary_pos_emb.by_one_kernel = True  # type: ignore[attr-defined]
     return apply_rotary_pos_emb
 
 
