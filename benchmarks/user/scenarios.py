@@ -127,9 +127,9 @@ def _in_4_bits(model: Any) -> None:
                     quant_type="nf4",
                     device="meta",
                 )
-                weight, device = layer.weight.detach(), layer.weight.device
-                packed = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
-                twin.weight = packed.to(device)
+                weight = layer.weight.detach()
+                packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+                twin.weight = packed.to(weight.device)
                 setattr(parent, name, twin)
     model.is_loaded_in_4bit = True
 
