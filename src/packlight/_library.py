@@ -55,6 +55,19 @@ def _is_too_old(x: Tensor) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
+def make_early(device: torch.device, make: Callable[[], Any]) -> None:
+    """Has what operators keep on a device made while code is traced that will read it.
+
+    The first run of the code may have the memory of CUDA graphs as its own, in which nothing may
+    live on (`mode="reduce-overhead"`).
+    """
+    if device.type != "cuda" or torch.compiler.is_dynamo_compiling():
+        return
+    if torch.cuda.is_available() and kernels_available():
+        with _torch.with_values():
+            make()
+
+
 def define_op(
     schema: str,
     *,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from packlight import _torch
 from packlight._imagined import kind_of
-from packlight._library import define_op
+from packlight._library import define_op, make_early
 from packlight.errors import InputError
 
 
@@ -156,7 +156,7 @@ def rounding_left_as_found() -> Iterator[None]:
 def rounding_seed(x: Tensor) -> Seed:
     """The next seed of the stream of rounding, for the device of `x`."""
     if _torch.is_traced():
-        _make_counter_early(x.device)
+        make_early(x.device, lambda: _counter(x.device))
         place = _torch.next_place()
         seeds = _torch.seeds_of_graph(place)
         return _next_rounding_seed(x.device, place) if seeds is None else Drawn(*seeds)
@@ -172,7 +172,7 @@ def rounding_tensor(x: Tensor) -> Tensor:
     """`rounding_seed` as a tensor [1] of int64 on the device of `x`."""
     place = 0
     if _torch.is_traced():
-        _make_counter_early(x.device)
+        make_early(x.device, lambda: _counter(x.device))
         place = _torch.next_place()
     seed: Tensor = _next_rounding_seed(x.device, place)
     return seed
@@ -244,19 +244,6 @@ def _counter(device: torch.device) -> Tensor:
         with torch.inference_mode(False):  # it outlives whatever this call happens to be made in
             found = _counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
     return found
-
-
-def _make_counter_early(device: torch.device) -> None:
-    """Makes a device's counter while code is traced that draws seeds on it.
-
-    The first run of the code may have the memory of CUDA graphs as its own, in which nothing may
-    live on (`mode="reduce-overhead"`).
-    """
-    if torch.compiler.is_dynamo_compiling() or device in _counters:
-        return
-    if device.type == "cuda" and torch.cuda.is_available():
-        with _torch.with_values():
-            _counter(device)
 
 
 class SeedTable:

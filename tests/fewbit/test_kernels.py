@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from packlight._seeds import operands
 from packlight.fewbit import (
@@ -256,3 +257,29 @@ def test_max_pool_equals_the_reference(case, dtype, channels_last, device):
     assert dx.stride() == expected.stride()
     tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     torch.testing.assert_close(dx, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_tables_are_made_while_code_is_traced_that_reads_them(monkeypatch):
+    """The first run of a compiled model may have the memory of CUDA graphs as its own."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("borders_on", "levels_on"):
+        monkeypatch.setattr(kernels, name, lambda device, *_, name=name: made.append(name))
+    ours, borders = torch.ops.packlight, [-1.0, 0.0, 1.0]
+    how = (2, borders, "none", 0.0, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(64, device="cuda")
+        codes = torch.empty(16, dtype=torch.uint8, device="cuda")
+        levels = [0.1, 0.2, 0.3, 0.4]
+        for operator, arguments, table in (
+            (ours.few_bit_activation, (x, "tanh", [], *how), "borders_on"),
+            (ours.few_bit_activation_, (x, "tanh", [], *how), "borders_on"),
+            (ours.few_bit_encode, (x, *how, [1]), "borders_on"),
+            (ours.few_bit_backward, (x, codes, 2, levels, False, [1]), "levels_on"),
+        ):
+            operator(*arguments)
+            assert made.pop() == table
+    assert not made
+    with FakeTensorMode():
+        ours.few_bit_encode(torch.empty(64), *how, [1])
+    assert not made

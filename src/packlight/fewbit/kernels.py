@@ -343,6 +343,14 @@ def _borders(values: tuple[float, ...], depth: int, folded: bool, device: torch.
     return _Borders(torch.tensor(values or (0.0,), dtype=torch.float32, device=device), False)
 
 
+def borders_on(device: torch.device, borders: Sequence[float], bits: int, parity: str) -> _Borders:
+    return _borders(tuple(borders), bits - (parity == "odd"), parity != "none", device)
+
+
+def levels_on(device: torch.device, levels: Sequence[float], bits: int) -> Tensor:
+    return _levels(tuple(levels), bits, device)
+
+
 @functools.lru_cache(LAUNCHES)
 def _forward_launch(
     n: int,
@@ -403,8 +411,7 @@ def _launch_forward(
     if name in EXACT:
         parameters = EXACT[name].compared(parameters, x)
     a, b = map(float, (*parameters, 0.0, 0.0)[:2])
-    depth = bits - (parity == "odd")
-    table, *entry = _borders(tuple(borders), depth, parity != "none", x.device)
+    table, *entry = borders_on(x.device, borders, bits, parity)
     function = None if y is None else name
     how = (bits, parity, float(center), poison, *entry)
     launch = _forward_launch(n, x.dtype, function, name, a, b, *how)
@@ -485,6 +492,6 @@ def decode_backward(
     if n == 0:
         return grad_input
     launch = _backward_launch(n, bits, codes.numel() > packed_bytes(n, bits), mask)
-    table = _levels(tuple(levels), bits, codes.device)
+    table = levels_on(codes.device, levels, bits)
     launch(laid_out(grad_output, stride), codes, table, grad_input)
     return grad_input

@@ -5,13 +5,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from packlight._library import define_op
+from packlight._library import define_op, make_early
 from packlight.fewbit import dropout_reference, pooling_reference, reference
 from packlight.packing.layout import packed_bytes
 
 
 def _fake_codes(x: Tensor, bits: int, poison: int) -> Tensor:
     return x.new_empty(packed_bytes(x.numel(), bits) + int(poison != 0), dtype=torch.uint8)
+
+
+def _fake_encoded(
+    x: Tensor, bits: int, borders: Sequence[float], parity: str, poison: int
+) -> Tensor:
+    def table() -> None:
+        from packlight.fewbit import kernels
+
+        kernels.borders_on(x.device, borders, bits, parity)
+
+    make_early(x.device, table)
+    return _fake_codes(x, bits, poison)
+
+
+def _fake_decoded(
+    grad_output: Tensor,
+    codes: Tensor,
+    bits: int,
+    levels: Sequence[float],
+    mask: bool,
+    stride: Sequence[int],
+) -> Tensor:
+    def table() -> None:
+        from packlight.fewbit import kernels
+
+        kernels.levels_on(codes.device, levels, bits)
+
+    make_early(codes.device, table)
+    return grad_output.new_empty_strided(grad_output.shape, stride)
 
 
 def _fake_activation(
@@ -24,7 +53,7 @@ def _fake_activation(
     center: float,
     poison: int,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _fake_codes(x, bits, poison)
+    return torch.empty_like(x), _fake_encoded(x, bits, borders, parity, poison)
 
 
 activation = define_op(
@@ -39,8 +68,8 @@ activation_ = define_op(
     "few_bit_activation_(Tensor(a!) x, str name, float[] parameters, int bits, float[] borders,"
     " str parity, float center, int poison) -> Tensor",
     reference=reference.activation_,
-    fake=lambda x, name, parameters, bits, borders, parity, center, poison: _fake_codes(
-        x, bits, poison
+    fake=lambda x, name, parameters, bits, borders, parity, center, poison: _fake_encoded(
+        x, bits, borders, parity, poison
     ),
     kernel="packlight.fewbit.kernels:activation_",
 )
@@ -49,7 +78,9 @@ encode = define_op(
     "few_bit_encode(Tensor x, int bits, float[] borders, str parity, float center, int poison,"
     " SymInt[] stride) -> Tensor",
     reference=reference.encode,
-    fake=lambda x, bits, borders, parity, center, poison, stride: _fake_codes(x, bits, poison),
+    fake=lambda x, bits, borders, parity, center, poison, stride: _fake_encoded(
+        x, bits, borders, parity, poison
+    ),
     kernel="packlight.fewbit.kernels:encode",
 )
 
@@ -57,9 +88,7 @@ decode_backward = define_op(
     "few_bit_backward(Tensor grad_output, Tensor codes, int bits, float[] levels, bool mask,"
     " SymInt[] stride) -> Tensor",
     reference=reference.decode_backward,
-    fake=lambda grad_output, codes, bits, levels, mask, stride: grad_output.new_empty_strided(
-        grad_output.shape, stride
-    ),
+    fake=_fake_decoded,
     kernel="packlight.fewbit.kernels:decode_backward",
 )
 
