@@ -229,9 +229,22 @@ CURVES = {"plain": (1.0, 0.0), "scaled": (0.25, 0.0), "capped": (0.4, 5.0)}
 
 def chunk(dtype, device, width):
     torch.manual_seed(0)
-    z = (torch.randn(5, width) * 4).to(dtype).to(device)
+    # Rows that lie apart, as those of odd lengths do.
+    z = torch.full((5, width + 7), torch.nan, dtype=dtype, device=device)[:, :width]
+    z.copy_(torch.randn(5, width) * 4)
     z[0, 1:4] = -torch.inf  # classes that a mask forbids
     return z
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("classes", [3, 16, 17, 151])
+def test_rows_of_logits_begin_where_tensor_cores_want_them(classes, bias):
+    x, w = torch.randn(5, WIDTH), torch.randn(classes, WIDTH)
+    b = torch.randn(classes) if bias else None
+    z = rows._logits(x, w, b)
+    torch.testing.assert_close(z, F.linear(x, w, b))
+    assert z.stride(1) == 1
+    assert z.stride(0) % 16 == 0 or classes < 16
 
 
 @every_device
@@ -262,6 +275,7 @@ def test_gradients_by_the_kernel(dtype, device, curve, width):
     reference.gradient_(truth, wide[0], targets, *wide[1:], 7, scale, cap)
     kernels.gradient_(z, logsumexp, targets, *ons, 7, scale, cap)
     torch.testing.assert_close(z.double(), truth, rtol=EPSILON[dtype], atol=1e-6)
+    assert z._base[:, width:].isnan().all()
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13")

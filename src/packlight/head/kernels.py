@@ -31,9 +31,10 @@ def _bent(z, scale, cap, CAPPED: tl.constexpr):
 @quick
 @triton.jit(do_not_specialize=["scale", "cap"])
 def _row_sums_kernel(
-    logits_ptr,  # [n, width]
+    logits_ptr,  # [n, width], a row each `stride` elements
     logsumexp_ptr,  # [n]
     total_ptr,  # [n]
+    stride,
     width,
     scale,
     cap,
@@ -42,7 +43,7 @@ def _row_sums_kernel(
 ):
     """One program a row. Each lane has a maximum and a sum of its own until the end."""
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * width
+    logits_ptr += row * stride
     lane = tl.arange(0, BLOCK)
     highest = tl.full([BLOCK], _LEAST, tl.float32)
     powers = tl.zeros([BLOCK], tl.float32)
@@ -64,12 +65,13 @@ def _row_sums_kernel(
 @quick
 @triton.jit(do_not_specialize=["start", "scale", "cap"])
 def _gradient_kernel(
-    logits_ptr,  # [n, width]
+    logits_ptr,  # [n, width], a row each `stride` elements
     logsumexp_ptr,  # [n]
     targets_ptr,  # [n]
     on_softmax_ptr,  # [n]
     on_target_ptr,  # [n]
     on_all_ptr,  # [n]
+    stride,
     width,
     start,
     scale,
@@ -80,7 +82,7 @@ def _gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    place = logits_ptr + row * width + column
+    place = logits_ptr + row * stride + column
     u = _bent(tl.load(place, mask=inside, other=0.0), scale, cap, CAPPED)
     target = tl.load(targets_ptr + row) - start
     g = tl.exp(u - tl.load(logsumexp_ptr + row)) * tl.load(on_softmax_ptr + row)
@@ -93,13 +95,14 @@ def _gradient_kernel(
 
 def row_sums(logits: Tensor, scale: float, cap: float) -> tuple[Tensor, Tensor]:
     """See `reference.row_sums`."""
-    logits = logits.contiguous()
     rows, width = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
     sums = logits.new_empty(2, rows, dtype=torch.float32)
     logsumexp, total = sums[0], sums[1]
     if rows:
         _row_sums_kernel[(rows,)](
-            logits, logsumexp, total, width, scale, cap,
+            logits, logsumexp, total, logits.stride(0), width, scale, cap,
             CAPPED=bool(cap), BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return logsumexp, total
@@ -121,6 +124,6 @@ def gradient_(
     if rows and width:
         _gradient_kernel[(rows, triton.cdiv(width, _BLOCK))](
             logits, logsumexp, targets, on_softmax, on_target, on_all,
-            width, start, scale, cap,
+            logits.stride(0), width, start, scale, cap,
             CAPPED=bool(cap), BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip

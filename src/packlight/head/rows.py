@@ -50,6 +50,9 @@ _LEAST_ELSEWHERE = 1024
 # Lengths of chunks are multiples: tensor cores work on tiles of this size.
 _TILE = 128
 
+# Elements. Kernels of Triton load wide words where rows are multiples of sixteen.
+_ALIGNED = 16
+
 
 class Curve(NamedTuple):
     """What is done to logits before the softmax: scale z, or cap tanh(scale z) if cap is not 0."""
@@ -76,8 +79,25 @@ def _chunks(length: int, other: int, x: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b of some rows of x or of W: [N, V].
+
+    Tensor cores want rows that begin at multiples of 16 bytes. Where V is odd, as GPT-2's 50257,
+    cuBLAS takes ten times as long, so rows lie farther apart, and the last few columns are a
+    product of their own.
+    """
+    count = weight.shape[0]
+    whole = count // _ALIGNED * _ALIGNED
+    if whole in (0, count):
+        return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    z = x.new_empty(x.shape[0], whole + _ALIGNED)[:, :count]
+    for columns in (slice(0, whole), slice(whole, count)):
+        w = weight[columns].t()
+        if bias is None:
+            torch.mm(x, w, out=z[:, columns])
+        else:
+            torch.addmm(bias[columns], x, w, out=z[:, columns])
+    return z
 
 
 class _RowLosses(torch.autograd.Function):
@@ -106,7 +126,7 @@ class _RowLosses(torch.autograd.Function):
         dx = torch.empty_like(x) if is_frozen and needs_x else None
         ons = _coefficients(torch.ones_like(losses), None, None, shares)
         for rows in _chunks(x.shape[0], weight.shape[0], x):
-            z = _product(x[rows], w, b)
+            z = _logits(x[rows], w, b)
             logsumexp[rows], total[rows] = ops.row_sums(z, *curve)
             losses[rows] = logsumexp[rows]
             if shares.on_target:
@@ -154,7 +174,7 @@ class _RowLosses(torch.autograd.Function):
         dbias = torch.empty_like(bias) if needs_bias else None
         for columns in _chunks(weight.shape[0], x.shape[0], x):
             w = weight[columns].to(ctx.dtype)
-            z = _product(x, w, None if bias is None else bias[columns].to(ctx.dtype))
+            z = _logits(x, w, None if bias is None else bias[columns].to(ctx.dtype))
             ops.gradient_(z, logsumexp, targets, *ons, columns.start, *ctx.curve)
             if dweight is not None:
                 if dweight.dtype == z.dtype:
