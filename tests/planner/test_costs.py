@@ -38,6 +38,28 @@ def test_products_with_a_short_side_have_a_rate_of_their_own(
     assert wide == name
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_attention_costs_its_traffic_and_its_arithmetic(backward: bool) -> None:
+    aten, costs = torch.ops.aten, Costs(H200)
+
+    def ms(length: int, width: int = 128) -> float:
+        x = torch.empty(16384 // length, 16, length, width, dtype=torch.bfloat16, device="meta")
+        if backward:
+            operator = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+            args = (x, x, x, x, x, x[..., 0], 0.0, True)
+            tensors = [x] * 8
+        else:
+            operator = aten._scaled_dot_product_flash_attention_for_cpu.default
+            args, tensors = (x, x, x, 0.0, True), [x] * 4
+        return costs.of(operator, args, x, tensors)[0]
+
+    # Of as many tokens: short sequences are traffic, which does not shrink with them.
+    assert ms(128) == pytest.approx(ms(256), rel=0.25)
+    assert ms(8192) == pytest.approx(2 * ms(4096), rel=0.2)
+    # Half as wide heads have half of the arithmetic, and take more than half of the time.
+    assert 0.55 < ms(8192, 64) / ms(8192) < 0.75
+
+
 def test_products_of_low_rank_take_the_precision_that_is_set() -> None:
     costs, x = Costs(H200), torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
     low, factor = (torch.empty(*size, device="meta") for size in ((4096, 16), (16, 4096)))

@@ -193,6 +193,24 @@ def test_adapters_take_as_much_without_peft(monkeypatch: pytest.MonkeyPatch, in_
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
 
 
+def test_adapters_on_4_bits_are_foretold_by_the_kernels_that_run_there() -> None:
+    pytest.importorskip("peft")
+    found = {}
+    for bits in (16, 4):
+        model, tokens = on_meta(depth=3)
+        model.to(torch.bfloat16)
+        if bits == 4:
+            in_4_bits(model)
+        lora = with_lora(model, lora_settings({"r": "4", "targets": "up+down"}))
+        walker = Walker(lora, (tokens,), {}, None, OPTIMIZERS["adamw"])
+        with walker.imagined():
+            packlight.convert(walker.model)
+        timeline = walker.walk(device_of("H200")).timeline
+        found[bits] = sum(segment.device_ms for segment in timeline.segments)
+    # Beside 16 bits each pass decodes the weight, and nothing else.
+    assert found[16] < found[4] < 1.2 * found[16]
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [

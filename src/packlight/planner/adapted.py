@@ -39,7 +39,8 @@ class FourBits(nn.Linear):
         return product if bias is None else product + bias
 
     def dequantized(self) -> Tensor:
-        return self.weight.new_empty(self.out_features, self.in_features, dtype=self.compute_dtype)
+        shape = (self.out_features, self.in_features)
+        return self.weight.new_full(shape, 0, dtype=self.compute_dtype)  # written, as decoding does
 
 
 class _Product(torch.autograd.Function):

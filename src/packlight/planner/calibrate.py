@@ -4,7 +4,8 @@ Small networks of the kinds that people train take a step each, plain and conver
 the dispatcher that puts an event of CUDA before and after each operator. The device is kept busy
 first, so that the host is ahead and what lies between two events is the operator alone. Then the
 same steps run without events: under load clocks are lower, and what operators take is scaled to
-what the steps take.
+what the steps take. Attention is measured by itself, at a short length and at a long one, which
+tell traffic from arithmetic.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from packlight._torch.modes import DispatchMode
 from packlight.convert import DEFAULT_METHODS, convert
 from packlight.groupquant.method import GroupQuant
 from packlight.planner.adapted import Settings, with_lora
-from packlight.planner.costs import is_hooked, name_of, nominal_s
+from packlight.planner.costs import TRAFFIC, is_hooked, name_of, parts_s
 from packlight.planner.devices import Device, Rates
 from packlight.recompute.method import Checkpoint
 
@@ -33,6 +34,7 @@ _CHANGES = ("plain", "default", "recomputed")
 _IN_TF32 = "default in TF32"
 _STEPS = 3  # that are timed
 _RANK = 16  # of adapters
+_ATTENTION = "scaled_dot_product_attention"
 _ADAPTED = ("qkv", "out", "gate_proj", "up_proj", "down_proj")
 
 
@@ -183,12 +185,12 @@ def _changed(model: nn.Module, case: str) -> nn.Module:
 
 
 class _Timed(DispatchMode):  # type: ignore[misc]
-    """Nominal seconds of each operator, and how long it took."""
+    """`parts_s` of each operator, and when it began and ended."""
 
     def __init__(self, device: Device, clock: Callable[[], Any]) -> None:
         super().__init__()
         self.device, self.clock = device, clock
-        self.rows: list[tuple[str, float, Any, Any]] = []
+        self.rows: list[tuple[str, tuple[float, float], Any, Any]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -201,8 +203,8 @@ class _Timed(DispatchMode):  # type: ignore[misc]
         if not func._schema.is_mutable and _are_views(made, given):
             return result
         tensors = [*given, *made]
-        seconds = nominal_s(self.device, func, args, result, tensors)
-        self.rows.append((name_of(func, args), seconds, begin, end))
+        parts = parts_s(self.device, func, args, result, tensors)
+        self.rows.append((name_of(func, args), parts, begin, end))
         return result
 
 
@@ -235,11 +237,14 @@ def calibrate(device: Device, tiny: bool = False) -> Rates:
         for name in sorted(nominal)
         if nominal[name] > (0 if tiny else 2e-5)
     }
+    others, others_packlight = (
+        _share(taken, nominal, names) for names in (set(factors) - own, own & set(factors))
+    )
     host_us, host_us_packlight, module_us, hooks_us = _host(kind)
     return Rates(
-        factors,
-        _share(taken, nominal, set(factors) - own),
-        _share(taken, nominal, own & set(factors)),
+        factors | _attention(device, kind, tiny),
+        others,
+        others_packlight,
         copies,
         round(1e6 * kernel_s, 2),
         host_us,
@@ -279,8 +284,44 @@ def _operators(
     operators = list(_timed(device, batch.is_cuda, step))
     alone = sum(took for _, _, took in operators)
     whole = _whole_s(step) - kernel_s * len(operators) if batch.is_cuda else alone
-    for name, seconds, took in operators:
-        yield name, seconds, took * max(whole, 0.0) / alone
+    for name, parts, took in operators:
+        yield name, max(parts), took * max(whole, 0.0) / alone
+
+
+def _attention(device: Device, kind: str, tiny: bool) -> dict[str, float]:
+    """Factors of arithmetic by heads of 128 and of 64, and of traffic by both, each way.
+
+    t = a (arithmetic) + b (traffic), solved for a and b at heads of 128 of two lengths.
+    """
+    short, long = (16, 64) if tiny else (512, 8192)
+    rows = [
+        _attention_at(device, kind, width, length, 2 * long)
+        for width, length in ((128, short), (128, long), (64, long))
+    ]
+    factors = {}
+    for (name, (m, f), t), (_, (n, g), u), (narrow, (k, h), v) in zip(*rows, strict=True):
+        by_traffic = min(max((t * g - u * f) / (m * g - n * f), 0.0), u / n)
+        factors[name + TRAFFIC] = round(by_traffic, 3)
+        factors[name] = round((u - by_traffic * n) / g, 3)
+        factors[narrow] = round(max(v - by_traffic * k, 0.0) / h, 3)
+    return factors
+
+
+def _attention_at(
+    device: Device, kind: str, width: int, length: int, tokens: int
+) -> list[tuple[str, tuple[float, float], float]]:
+    """As `_timed`, the forward and the backward pass of attention."""
+    shape = (max(tokens // length, 1), 16, length, width)
+    query, key, value = (
+        torch.randn(shape, device=kind, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    )
+
+    def step() -> None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+
+    step()
+    return [row for row in _timed(device, kind == "cuda", step) if _ATTENTION in row[0]]
 
 
 def _share(taken: dict[str, float], nominal: dict[str, float], names: set[str]) -> float:
@@ -350,13 +391,14 @@ def _whole_s(step: Callable[[], None], steps: int = 2 * _STEPS) -> float:
 
 def _timed(
     device: Device, is_cuda: bool, step: Callable[[], None]
-) -> Iterator[tuple[str, float, float]]:
+) -> Iterator[tuple[str, tuple[float, float], float]]:
+    """Operators of a step, `parts_s` of each and seconds that it takes."""
     if not is_cuda:
         timed = _Timed(device, time.perf_counter)
         with timed:
             step()
-        for name, seconds, begin, end in timed.rows:
-            yield name, seconds, end - begin
+        for name, parts, begin, end in timed.rows:
+            yield name, parts, end - begin
         return
 
     timed = _Timed(device, _now)

@@ -39,10 +39,14 @@ class Costs:
         device, rates = self.device, self.device.rates
         ours = func.namespace == "packlight"
         others = rates.others_packlight if ours else rates.others
-        factor = rates.factors.get(name_of(func, args), others)
-        if ours and _is_rotated(func, args):
-            factor *= _ROTATED
-        seconds = factor * nominal_s(device, func, args, result, tensors)
+        name = name_of(func, args)
+        if func.overloadpacket in _ATTENTION:
+            seconds = attention_s(device, name, *parts_s(device, func, args, result, tensors))
+        else:
+            factor = rates.factors.get(name, others)
+            if ours and _is_rotated(func, args):
+                factor *= _ROTATED
+            seconds = factor * max(parts_s(device, func, args, result, tensors))
         host = rates.host_us_packlight if ours else rates.host_us
         if is_hooked():
             host += rates.hooks_us
@@ -77,8 +81,9 @@ _THIN = 64  # the longest side of a product that is far from what long ones reac
 def name_of(func: Any, args: Sequence[Any]) -> str:
     """The name by which an operator's factor is kept: on a GPU as on tensors without values.
 
-    Products with a side as short as the rank of an adapter have one of their own, and those by
-    packlight's kernels one by each precision, since three products of TF32 make one of float32.
+    Products with a side as short as the rank of an adapter have one of their own, and so has
+    attention by narrow heads; those by packlight's kernels have one by each precision, since three
+    products of TF32 make one of float32.
     """
     name = _BACKENDS.sub("", func.overloadpacket.__name__)
     if name in _PRODUCTS:
@@ -88,23 +93,39 @@ def name_of(func: Any, args: Sequence[Any]) -> str:
         return "aten::mm" if name == "wide_mm" else f"aten::{name}"
     if name.startswith("low_rank") and in_tf32():
         name += IN_TF32
+    if func.overloadpacket in _ATTENTION and _query(func, args).shape[-1] <= 64:
+        name += NARROW_HEADS
     return f"{func.namespace}::{name.replace('cudnn_batch', 'native_batch')}"
+
+
+def _query(func: Any, args: Sequence[Any]) -> Tensor:
+    query: Tensor = args[func.overloadpacket.__name__.endswith("backward")]
+    return query
 
 
 THIN_PRODUCTS = "aten::mm of a short side"
 IN_TF32 = " in TF32"
+NARROW_HEADS = " of narrow heads"  # up to 64 wide: less of their arithmetic is in tensor cores
+TRAFFIC = " by traffic"
 _BACKENDS = re.compile("_for_cpu|(?<=product)_(flash|efficient|cudnn)")
 
 
-def nominal_s(
+def parts_s(
     device: Device, func: Any, args: Sequence[Any], result: Any, tensors: Sequence[Tensor]
-) -> float:
-    """Seconds by the figures of the data sheet: the longer of traffic and arithmetic."""
-    seconds = sum(map(_bytes, tensors)) / device.bandwidth
+) -> tuple[float, float]:
+    """Seconds by the figures of the data sheet: of traffic, and of arithmetic."""
+    traffic, arithmetic = sum(map(_bytes, tensors)) / device.bandwidth, 0.0
     if operations := flops(func, args, result):
         dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
-        seconds = max(seconds, operations / device.flops(dtype))
-    return seconds
+        arithmetic = operations / device.flops(dtype)
+    return traffic, arithmetic
+
+
+def attention_s(device: Device, name: str, traffic: float, arithmetic: float) -> float:
+    """Seconds of attention by what `parts_s` says of it."""
+    factors, others = device.rates.factors, device.rates.others
+    of_traffic = factors.get(name.removesuffix(NARROW_HEADS) + TRAFFIC, others)
+    return of_traffic * traffic + factors.get(name, others) * arithmetic
 
 
 def _bytes(tensor: Tensor) -> int:

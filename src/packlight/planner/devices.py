@@ -21,7 +21,7 @@ class Rates:
     """What a device and its host reach, measured by `packlight calibrate`.
 
     - `factors`: by operators, how many times as long they take as the figures of the data sheet
-      say: the longer of arithmetic and traffic.
+      say: the longer of arithmetic and traffic. Attention has one for either.
     - `others`, `others_packlight`: the same for operators that are not listed.
     - `copies`: the same for copies between the device and pinned memory of the host.
     - `kernel_us`: from one kernel to the next, where they compute next to nothing.
@@ -92,7 +92,7 @@ _SHEETS = {
     "RTX 3090": (23.6, 0.936, 31.5, 71, 35.6, 82),
     "RTX 3060": (11.6, 0.36, 31.5, 25, 12.7, 28),
 }
-_FORM = 2  # of `Rates`, so that files of other forms are not read
+_FORM = 3  # of `Rates`, so that files of other forms are not read
 _DATA = pathlib.Path(__file__).with_name("rates.json")
 # The workspace of cuBLAS and cuBLASLt: 32 MiB each on Hopper and later, 8 MiB and a bit before.
 _WORKSPACE = 2 * 2**25

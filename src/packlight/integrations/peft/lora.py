@@ -120,14 +120,24 @@ class _Sum(torch.autograd.Function):
         return dy, ddelta, None, None
 
 
-def _has_four_bits(layer: nn.Module) -> bool:
-    """Whether it is the Linear of 4 bits of bitsandbytes, whose module such a layer has loaded."""
-    bnb = sys.modules.get("bitsandbytes")
-    return bnb is not None and kind_of(layer) is bnb.nn.Linear4bit
+def _decodes(kind: type[nn.Module], rounds: bool) -> bool:
+    """Whether layers of this kind have 4 bits: those of bitsandbytes, and where a step is foretold
+    those that stand for them, in PEFT's ordinary layer. Either has loaded its module.
+    """
+    module, name = _FOUR_BITS[rounds]
+    found = sys.modules.get(module)
+    return found is not None and kind is getattr(found, name)
 
 
-def _decoded(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    weight: Tensor = dequantize_module_weight(layer)
+_FOUR_BITS = {
+    True: ("bitsandbytes.nn", "Linear4bit"),
+    False: ("packlight.planner.adapted", "FourBits"),
+}
+
+
+def _decoded(layer: Any, dtype: torch.dtype) -> Tensor:
+    is_imagined = _decodes(kind_of(layer), rounds=False)
+    weight: Tensor = layer.dequantized() if is_imagined else dequantize_module_weight(layer)
     return as_dtype(weight, dtype)
 
 
@@ -189,14 +199,16 @@ class LoraLayer(Adapter):
         packs = isinstance(first, Linear)
         if autocasts(x.device.type) or not packs or type(dropout) is not nn.Identity:
             return None
-        known = self.rounds if _has_four_bits(base) else kind_of(base) is nn.Linear
+        kind = kind_of(base)
+        decodes = _decodes(kind, self.rounds)
+        known = decodes or (kind is nn.Linear and not self.rounds)
         if not known or not kind_of(first) is kind_of(second) is nn.Linear:
             return None
         if not is_bare(base, first, second, dropout):
             return None
         weight, bias, a, b = base.weight, base.bias, first.weight, second.weight
         scaling = self.scaling[name]
-        if self.rounds:
+        if decodes:
             whole = x.numel() > x.shape[-1]  # of one row bitsandbytes has another kernel
         else:
             whole = is_plain(weight) and weight.dtype == x.dtype
@@ -218,5 +230,5 @@ class LoraLayer(Adapter):
             return None
         kept = pack_input(x, first.method)
         rebuild = reader(kept.reading, kept.rebuild)
-        layers = (None, None, base) if self.rounds else (weight, bias, None)
+        layers = (None, None, base) if decodes else (weight, bias, None)
         return _apply(x, a, b, *layers, scaling, rebuild, *kept.tensors)
