@@ -41,14 +41,18 @@ def read(paths: Sequence[pathlib.Path] | None = None, device: str | None = None)
 
 
 def latest(found: Rows) -> dict[str, dict[str, Row]]:
-    """By scenario and choice the last row of a step that is right."""
-    timed = [row for row in found if row["mode"] in STEPS and "ms" in row]
+    """By scenario and choice the last row of a step of the scenario's size that is right."""
+    timed = [row for row in found if row["mode"] in STEPS and "ms" in row and _is_whole(row)]
     last: dict[str, dict[str, Row]] = {scenario: {} for scenario in SCENARIOS}
     for row in timed:
         if not check(row, timed).startswith("failed"):
             last[row["scenario"]][row["choice"]] = row
     # One choice alone says nothing.
     return {scenario: own for scenario, own in last.items() if len(own) > 1}
+
+
+def _is_whole(row: Row) -> bool:
+    return row.get("length") in (None, SCENARIOS[row["scenario"]].size.length)
 
 
 def points(own: dict[str, Row]) -> list[plot.Point]:
