@@ -313,6 +313,49 @@ def _user(which: str) -> str:
     return show.steps(found, show.README) if which == "readme" else show.steps(found)
 
 
+# ---- plans -----------------------------------------------------------------------------------
+
+
+def plans(found: Rows) -> str:
+    """Plans at their budgets, and the fastest choice for all blocks that should fit there and errs
+    no more; of a model those of its last run.
+    """
+    from benchmarks.user.scenarios import SCENARIOS
+
+    timed = [row for row in found if "device_ms" in row and not row.get("out_of_memory")]
+    last = {row["scenario"]: row["commit"] for row in timed if row["kind"] == "plan"}
+    body = []
+    for scenario, commit in last.items():
+        own = [row for row in timed if (row["scenario"], row["commit"]) == (scenario, commit)]
+        planned = [row for row in own if row["kind"] == "plan" and row["max_error"] != 0.0]
+        for row in sorted(planned, key=lambda row: (row["max_error"] is None, row["budget"])):
+            rival = best_for_all(own, row["budget"], any_bits=row["max_error"] is None)
+            body.append(
+                [
+                    SCENARIOS[scenario].title,
+                    "any" if row["max_error"] is None else "4 or more",
+                    f"{row['budget'] / 2**30:.2f}",
+                    f"{row['peak'] / 2**30:.2f} ({row['predicted_peak'] / 2**30:.2f})",
+                    f"{row['device_ms']:.1f} ({row['predicted_device_ms']:.1f})",
+                    "none" if rival is None else f"{rival['device_ms']:.1f}, {rival['kind']}",
+                ]
+            )
+    head = ["", "bits", "budget, GiB", "peak, GiB (foretold)", "plan: GPU, ms (foretold)"]
+    return markdown([*head, "the best for all blocks: GPU, ms"], body)
+
+
+def best_for_all(own: Rows, budget: int, any_bits: bool) -> dict[str, Any] | None:
+    from packlight.planner.timeline import reserved
+
+    coarse = () if any_bits else ("packs of 3 bits", "packs of 2 bits")
+    fitting = [
+        row
+        for row in own
+        if row["kind"] not in ("plan", *coarse) and reserved(row["peak"]) <= budget
+    ]
+    return min(fitting, key=lambda row: row["device_ms"], default=None)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "steps": lambda: steps(rows.read(rows.RESULTS / step.OUT)),
     "rotated": lambda: rotated(rows.read(rows.RESULTS / "groupquant.jsonl")),
@@ -326,6 +369,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale_wires": lambda: scale_wires(scale_rows("title")),
     "scale_measured": lambda: scale_measured(scale_rows("measured")),
     "sharded": lambda: sharded(rows.read(rows.RESULTS / "sharded.jsonl")),
+    "plans": lambda: plans(rows.read(rows.RESULTS / "planner.jsonl")),
     "gpt": lambda: training(rows.read(rows.RESULTS / "gpt.jsonl")),
 }
 

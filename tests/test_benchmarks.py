@@ -660,6 +660,26 @@ def test_the_tables_of_the_docs_are_those_of_the_rows():
     assert {f"<!-- table {name} -->" for name in shown} <= set(text.splitlines())
 
 
+def test_a_plan_stands_beside_the_fastest_choice_that_fits_and_errs_no_more():
+    base = {"scenario": "vitb", "commit": "new", "peak": 2**30, "predicted_peak": 2**30}
+    base |= {"device_ms": 10.0, "predicted_device_ms": 11.0}
+    choices = {"packs of 2 bits": 5.0, "packs of 4 bits": 9.0, "checkpoint": 12.0, "torch": 1.0}
+    own = [
+        {**base, "kind": kind, "device_ms": ms, **({"peak": 2**34} if kind == "torch" else {})}
+        for kind, ms in choices.items()
+    ]
+    plan = {**base, "kind": "plan", "budget": 2**31}
+    own += [{**plan, "max_error": error} for error in (0.1, None, 0.0)]
+    own += [{**own[-2], "budget": 2**29}, {**own[-2], "device_ms": 99.0, "commit": "old"}]
+    text = table.plans([own[-1], *own[:-1]])
+    title = "| ViT-B/16, 128 images |"
+    assert text.splitlines()[2:] == [
+        f"{title} 4 or more | 2.00 | 1.00 (1.00) | 10.0 (11.0) | 9.0, packs of 4 bits |",
+        f"{title} any | 0.50 | 1.00 (1.00) | 10.0 (11.0) | none |",
+        f"{title} any | 2.00 | 1.00 (1.00) | 10.0 (11.0) | 5.0, packs of 2 bits |",
+    ]
+
+
 def test_a_row_of_scale_is_what_the_command_says():
     run = scale.RUNS[0]
     (row,) = [r for r in table.scale_rows("title") if r["title"] == run.title]
