@@ -6,8 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from packlight._checks import autocasts
 from packlight.errors import InputError
+from packlight.groupquant.modules import Linear
 from packlight.head.modules import heads_of
+from packlight.low_rank.functional import adapted
+from packlight.quantiser import pack_input, worth_packing
+from packlight.reading import reader
 
 _BLOCK = 64  # weights to a scale of float32
 
@@ -38,9 +43,9 @@ class FourBits(nn.Linear):
         bias: Tensor | None = self.bias
         return product if bias is None else product + bias
 
-    def dequantized(self) -> Tensor:
-        shape = (self.out_features, self.in_features)
-        return self.weight.new_full(shape, 0, dtype=self.compute_dtype)  # written, as decoding does
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        shape, dtype = (self.out_features, self.in_features), dtype or self.compute_dtype
+        return self.weight.new_full(shape, 0, dtype=dtype)  # written, as decoding does
 
 
 class _Product(torch.autograd.Function):
@@ -81,10 +86,28 @@ class Adapted(nn.Module):
         self.scaling = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_one_function(x):
+            return self._at_once(x)
         y: Tensor = self.base_layer(x)
         low = self.lora_A(self.lora_dropout(x.float()))
         both: Tensor = y + self.lora_B(low) * self.scaling
         return both.to(y.dtype)
+
+    def _is_one_function(self, x: Tensor) -> bool:
+        """Whether a converted layer of PEFT runs as one (`integrations/peft/lora.py`)."""
+        packs = isinstance(self.lora_A, Linear) and worth_packing(x, self.lora_A.method)
+        is_plain = type(self.lora_dropout) is nn.Identity and not autocasts(x.device.type)
+        return packs and is_plain and self.training
+
+    def _at_once(self, x: Tensor) -> Tensor:
+        first: Any = self.lora_A
+        base, second = self.base_layer, self.lora_B
+        kept = pack_input(x, first.method)
+        has_4_bits = isinstance(base, FourBits)
+        layers = (None, None, base) if has_4_bits else (base.weight, base.bias, None)
+        rebuild, decoded = reader(kept.reading, kept.rebuild), FourBits.dequantized
+        factors = (x, first.weight, second.weight)
+        return adapted(*factors, *layers, decoded, self.scaling, rebuild, *kept.tensors)
 
 
 class Settings(NamedTuple):

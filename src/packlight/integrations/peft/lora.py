@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -24,81 +23,17 @@ from packlight._checks import (
     autocasts,
     is_plain,
     is_taken,
-    refuse_second_derivative,
-    saved_with_weight,
 )
 from packlight._gradients import as_dtype
-from packlight._overwrite import writable
 from packlight.calls import is_bare, uncovered
 from packlight.groupquant.modules import Linear
 from packlight.integrations.peft.adapters import Adapter, trains
-from packlight.low_rank import ops as low_rank
-from packlight.quantiser import KEEPS, Quantiser, pack_input, worth_packing
+from packlight.low_rank.functional import adapted, matrix
+from packlight.quantiser import Quantiser, pack_input, worth_packing
 from packlight.reading import reader
 from packlight.selectors import kind_of
 
 _ROWS = 1024  # of a tile
-
-
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-class _Lora(torch.autograd.Function):
-    """y = x W^T + b + s (x A^T) B^T; keeps W, A, B, x A^T and the pack of x.
-
-    A, B and what is computed with them have a dtype of their own, and y is rounded where PEFT's
-    operations round it. x A^T is kept in the dtype of x, but never
-    cast to float16. Of a `layer` of 4 bits W is decoded in each pass: the layer itself stands for
-    it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        first: Tensor,
-        second: Tensor,
-        weight: Any,  # None where a layer of 4 bits stands for it
-        bias: Tensor | None,
-        layer: nn.Module | None,
-        scaling: float,
-        rebuild: Callable[..., Tensor],
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        low = low_rank.narrowed(_matrix(x), first.t())
-        y = F.linear(x, weight, bias) if layer is None else layer(x)
-        rows, rounds = y.view(-1, y.shape[-1]), layer is not None
-        low_rank.add_widened_(rows, low, second.t(), scaling, rounds)
-        kept_weight = weight if ctx.needs_input_grad[0] else None
-        # What float16 holds ends at 65504, and x A^T does not: infinite, it would be dB.
-        kept = low if x.dtype == torch.float16 else as_dtype(low, x.dtype)
-        ctx.save_for_backward(kept_weight, first, second, kept, *tensors)
-        ctx.settings = (layer, scaling, rebuild)
-        return writable(y, of_linear=True)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        refuse_second_derivative(KEEPS)
-        weight, first, second, low, *tensors = saved_with_weight(ctx)
-        layer, scaling, rebuild = ctx.settings
-        needs = _torch.needed_gradients(ctx)
-        needs_input, needs_first, needs_second = needs[:3]
-        rows = _matrix(grad_output)
-        dx = dfirst = dsecond = None
-        if needs_second:
-            # As the weight lies: fused optimizers read a gradient that lies otherwise wrongly.
-            found = low_rank.outer(rows, as_dtype(low, second.dtype)).t()
-            dsecond = torch.mul(found, scaling, out=torch.empty_like(second))
-        if needs_first or needs_input:
-            dlow = low_rank.narrowed(rows, second).mul_(scaling)
-        if needs_first:
-            dfirst = low_rank.outer(_matrix(rebuild(rows.dtype, *tensors)), dlow)
-        if needs_input:
-            dx = rows.mm(weight if layer is None else _decoded(layer, rows.dtype))
-            low_rank.add_widened_(dx, dlow, first, 1.0, False)
-            dx = dx.view(*grad_output.shape[:-1], -1)
-        return dx, dfirst, dsecond, *[None] * (len(needs) - 3)
 
 
 class _Sum(torch.autograd.Function):
@@ -108,7 +43,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, result: Tensor, delta: Tensor, scaling: float, rounds: bool) -> Tensor:
         ctx.settings = (scaling, delta.dtype)
         y = torch.empty_like(result, memory_format=torch.contiguous_format)
-        parts = (tile.split(_ROWS) for tile in (_matrix(y), _matrix(result), _matrix(delta)))
+        parts = (tile.split(_ROWS) for tile in (matrix(y), matrix(result), matrix(delta)))
         for into, r, d in zip(*parts, strict=True):
             into.copy_(r + (as_dtype(d * scaling, r.dtype) if rounds else d * scaling))
         return y
@@ -137,11 +72,13 @@ _FOUR_BITS = {
 
 def _decoded(layer: Any, dtype: torch.dtype) -> Tensor:
     is_imagined = _decodes(kind_of(layer), rounds=False)
-    weight: Tensor = layer.dequantized() if is_imagined else dequantize_module_weight(layer)
-    return as_dtype(weight, dtype)
+    return (
+        layer.dequantized(dtype)
+        if is_imagined
+        else as_dtype(dequantize_module_weight(layer), dtype)
+    )
 
 
-_apply: Callable[..., Tensor] = _torch.applied(_Lora)
 _sum: Callable[..., Tensor] = _torch.applied(_Sum)
 
 
@@ -231,4 +168,4 @@ class LoraLayer(Adapter):
         kept = pack_input(x, first.method)
         rebuild = reader(kept.reading, kept.rebuild)
         layers = (None, None, base) if decodes else (weight, bias, None)
-        return _apply(x, a, b, *layers, scaling, rebuild, *kept.tensors)
+        return adapted(x, a, b, *layers, _decoded, scaling, rebuild, *kept.tensors)
