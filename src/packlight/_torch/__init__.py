@@ -58,6 +58,7 @@ from packlight._torch.capabilities import (
     HOLLOW,
     HOOK_STACK,
     HOOKS,
+    LOWERINGS,
     MODE_STACK,
     MODE_VARIABLE,
     MODES,
@@ -105,7 +106,7 @@ from packlight._torch.nodes import (
     value_of,
     variables_of,
 )
-from packlight._torch.operators import call_by
+from packlight._torch.operators import call_by, lower
 from packlight._torch.tracer import (
     SEEDS_AT_ONCE,
     always_untraced,
@@ -143,6 +144,7 @@ __all__ = [
     "HOLLOW",
     "HOOKS",
     "HOOK_STACK",
+    "LOWERINGS",
     "MODES",
     "MODES_OFF",
     "MODE_STACK",
@@ -200,6 +202,7 @@ __all__ = [
     "item_of",
     "launches_directly",
     "let_go_of_saved",
+    "lower",
     "make_node",
     "memory_format",
     "modes_of",

@@ -112,6 +112,12 @@ GRAPH_NODES = Capability(
     "torch._dynamo.source:AttrSource",
     "torch.fx.experimental.symbolic_shapes:guard_scalar",
 )
+LOWERINGS = Capability(
+    "tells Inductor what operators are made of",
+    "compiled backward passes call an operator for each cast of a weight, which is slower",
+    "torch._inductor.lowering:register_lowering",
+    "torch._inductor.lowering:lowerings",
+)
 MODES = Capability(
     "takes a function mode off",
     "layers run their own code with the mode on, which is slower",
@@ -265,6 +271,7 @@ CAPABILITIES = (
     FRAME_CALLBACK,
     FRAMES,
     GRAPH_NODES,
+    LOWERINGS,
     MODES,
     MODE_STACK,
     MODE_VARIABLE,
