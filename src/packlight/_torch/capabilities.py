@@ -203,6 +203,12 @@ WORKSPACES = Capability(
     "`graphed` models take 0.1 GiB more on a large GPU",
     "torch._C:_cuda_clearCublasWorkspaces",
 )
+EMPTY = Capability(
+    "makes tensors without the dispatcher",
+    "results of kernels take the CPU longer",
+    "torch._C._dynamo.guards:_empty_strided_cuda",
+    "torch._C._dynamo.guards:_empty_strided_cpu",
+)
 CURRENT_STREAM = Capability(
     "reads the current CUDA stream",
     "layers that read one tensor rebuild it each, and each bias gradient makes a row of ones",
@@ -282,6 +288,7 @@ CAPABILITIES = (
     RUNNING_NODE,
     NEEDED,
     CURRENT_DEVICE,
+    EMPTY,
     CURRENT_STREAM,
     WORKSPACES,
     FUSED_ATTENTION,
