@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from packlight import groupquant, sketch
-from packlight._gradients import add_product, column_sums, product, recast
+from packlight import _torch, groupquant, sketch
+from packlight._gradients import _cast_parts, add_product, column_sums, product, recast
 from tests.helpers import crossing
 
 LAYERS = {
@@ -35,6 +35,40 @@ def test_no_cast_of_a_weight_crosses(make, fresh_compiler):
     crossed = [(t.shape, t.dtype) for t in crossing(run, x)]
     assert (layer.weight.shape, torch.float32) in crossed
     assert (layer.weight.shape, torch.bfloat16) not in crossed
+
+
+def test_inductor_writes_casts_of_weights_itself(fresh_compiler):
+    layer, x = groupquant.Linear(64, 32), torch.randn(256, 64, requires_grad=True)
+    run = torch.compile(layer, fullgraph=True)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            run(x).float().square().sum().backward()
+
+    step()
+    assert torch.ops.packlight.recast.default in _torch.LOWERINGS.values[1]
+    with torch.profiler.profile() as profile:
+        step()
+    called = {event.key for event in profile.key_averages()}
+    assert "packlight::group_dequantize" in called
+    assert "packlight::recast" not in called
+
+
+def test_casts_of_parts_are_those_of_the_operator(fresh_compiler):
+    parts, like = [torch.randn(n, 8) for n in (3, 5)], torch.randn(2, dtype=torch.bfloat16)
+    assert _torch.LOWERINGS.values is not None  # which imports Inductor
+    recast_parts_of = torch.ops.packlight.recast_parts.default
+
+    def run(parts, like):
+        return recast_parts_of(parts, like)
+
+    # As where a layer is traced: by what comes behind the tracer.
+    _torch.lower(recast_parts_of, _cast_parts)
+    compiled = torch.compile(run, fullgraph=True)
+    assert torch.equal(compiled(parts, like), torch.cat(parts).bfloat16())
+    with torch.profiler.profile() as profile:
+        compiled(parts, like)
+    assert "packlight::recast_parts" not in {event.key for event in profile.key_averages()}
 
 
 def test_a_product_of_16_bits_is_written_in_32():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton import knobs
 
-from packlight import _launch
-from packlight._launch import quick, together
+from packlight import _launch, _torch
+from packlight._launch import new, new_like, new_rows, quick, together
 from packlight._torch import backends
 
 
@@ -190,6 +190,36 @@ def test_a_seed_in_memory_is_an_address_behind_those_of_the_tensors():
         launch(x, seeds=(seed,))
     assert kinds(kernel) == ["compiled", "direct", "compiled", "compiled"]
     assert kernel.launches[1][2] == (x.data_ptr(), seeds[2:].data_ptr(), 0.5, 2)
+
+
+def test_a_seed_of_several_is_the_address_of_its_place():
+    kernel = Kernel()
+    launch = quick(kernel).prepare((5,), SCALE=0.5, FORM=2)
+    x, seeds = torch.zeros(32), torch.zeros(8, dtype=torch.int64)
+    for place in (4, 6, 1):  # the third is not aligned
+        launch(x, seeds=((seeds, place),))
+    assert kinds(kernel) == ["compiled", "direct", "compiled"]
+    assert kernel.launches[0][2][1].data_ptr() == seeds[4:].data_ptr()
+    assert kernel.launches[1][2] == (x.data_ptr(), seeds[6:].data_ptr(), 0.5, 2)
+
+
+# --- What kernels write to.
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["quick", "by the dispatcher"])
+def test_what_kernels_write_to_is_what_torch_would_make(known, monkeypatch):
+    if not known:
+        monkeypatch.setattr(_torch.EMPTY, "values", None, raising=False)
+    x = torch.zeros(4, 6, 5, dtype=torch.bfloat16)
+    others = x.to(torch.float32), x.transpose(0, 1), x[:, ::2], x[:1].transpose(0, 1), x[:0]
+    pairs = [(new_like(y), torch.empty_like(y)) for y in (x, *others)]
+    pairs += [(new_like(y, torch.uint8), torch.empty_like(y, dtype=torch.uint8)) for y in others]
+    pairs += [(new(x, n, torch.int32), x.new_empty(n, dtype=torch.int32)) for n in (0, 7)]
+    pairs += [(new_rows(x, n, 3, x.dtype), x.new_empty(n, 3)) for n in (0, 1, 7)]
+    for made, plain in pairs:
+        assert (made.shape, made.stride(), made.dtype) == (
+            plain.shape, plain.stride(), plain.dtype,
+        )  # fmt: skip
 
 
 def test_launches_together_take_the_tensors_of_all_and_run_in_their_order():

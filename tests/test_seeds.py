@@ -207,6 +207,24 @@ def test_a_captured_graph_advances_a_counter_that_was_there_before(monkeypatch):
     assert first.item() != second.item()
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_seeds_drawn_at_once_are_those_of_a_device_without_steps(captured, monkeypatch):
+    device = torch.device("cpu") if not captured else torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    drawn = []
+    steps = _seeds._made_steps(torch.device("cpu"))
+    monkeypatch.setattr(_seeds, "_made_steps", lambda device: steps.clone())
+    for kept in ({}, {device: steps}):
+        monkeypatch.setattr(_seeds, "_steps", kept)
+        monkeypatch.setattr(_seeds, "_counters", {device: torch.zeros(1, dtype=torch.int64)})
+        packlight.manual_seed(3)
+        drawn.append([_seeds._seeds_reference(device, 0) for _ in range(2)])
+    assert all(map(torch.equal, *drawn))
+    first, second = drawn[0]
+    assert (first.shape, first.dtype) == ((512,), torch.int64)
+    assert len({*first.tolist(), *second.tolist()}) == 1024
+
+
 def test_seeds_of_a_graph_are_told_apart_and_are_one_number_each(fresh_compiler):
     """A compiler makes one of two equal calls."""
     calls = []

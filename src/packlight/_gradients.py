@@ -3,7 +3,8 @@
 Each is what the line of plain PyTorch in it says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +27,27 @@ def recast(x: Tensor, like: Tensor) -> Tensor:
 
     Under autocast the forward pass has cast the parameter already. A compiler would take that cast
     for this one and keep it from pass to pass, 16 bits a parameter; the operator, which depends on
-    the gradient, it cannot make before the backward pass.
+    the gradient, it cannot make before the backward pass. Inductor makes a cast of it again once
+    the passes are apart.
 
     Call it before anything else reads a view of the gradient, which Inductor writes where it is
     first asked for: in its own shape it can be fused with the sum that it is of.
     """
     if x.dtype == like.dtype:
         return x
-    return _recast(x, like) if _torch.is_traced() else x.to(like.dtype)
+    if not _torch.is_traced():
+        return x.to(like.dtype)
+    _torch.lower(torch.ops.packlight.recast.default, _cast)
+    cast: Tensor = _recast(x, like)
+    return cast
+
+
+def _cast(of: Callable[[Any], Any], x: Any, like: Any) -> Any:
+    return of(torch.ops.prims.convert_element_type.default)(x, like.get_dtype())
+
+
+def _cast_parts(of: Callable[[Any], Any], parts: Sequence[Any], like: Any) -> Any:
+    return of(torch.ops.aten.cat.default)([_cast(of, part, like) for part in parts])
 
 
 def one_above_another(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -56,6 +70,7 @@ _recast_parts = define_op(
 def recast_parts(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     """Parameters one behind the other in the dtype of `like`, a gradient; as `recast` of one."""
     if _torch.is_traced():
+        _torch.lower(torch.ops.packlight.recast_parts.default, _cast_parts)
         joined: Tensor = _recast_parts(list(parts), like)
         return joined
     return one_above_another(parts, like.dtype)
@@ -77,7 +92,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if wide else a.mm(b).float()
 
 
-# Inductor of torch 2.8 knows no matmul with a dtype of its own.
+# Where a GPU is imagined: a CPU has no matmul with a dtype of its own.
 _wide_mm = define_op(
     "wide_mm(Tensor a, Tensor b) -> Tensor",
     reference=_mm,
@@ -91,7 +106,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     A matmul of 16 bits adds up in 32 and can write those: no rounding, and no kernel to widen it.
     """
     if kind_of(a) == "cuda" and a.dtype.itemsize == 2 and dtype == torch.float32:
-        return _mm(a, b) if a.is_cuda and not _torch.is_traced() else _wide_mm(a, b)
+        return _mm(a, b) if a.is_cuda else _wide_mm(a, b)
     return as_dtype(a.mm(b), dtype)
 
 

@@ -14,14 +14,17 @@ are one launch (`together`), for which addresses, dtypes and the stream are aske
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from packlight import _torch
 
 # Launches that one launcher keeps: one for each shape and setting.
 LAUNCHES = 1024
+
+SeedArgument: TypeAlias = Tensor | int | tuple[Tensor, int]
 
 
 class quick:
@@ -67,7 +70,8 @@ class Launch:
     """Kernels that run one after the other, each with its grid, numbers and constants.
 
     Called with the tensors of all of them, and seeds, which a kernel takes behind its tensors.
-    A seed may be a number, of which the kernel says `do_not_specialize`.
+    A seed may be a number, of which the kernel says `do_not_specialize`, or one of several: their
+    tensor and its place.
     """
 
     def __init__(self, *steps: "_Step") -> None:
@@ -76,7 +80,7 @@ class Launch:
         # behind the stream, which tensors it takes, and its arguments behind those.
         self.found: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
 
-    def __call__(self, *tensors: Tensor, seeds: tuple[Tensor | int, ...] = ()) -> None:
+    def __call__(self, *tensors: Tensor, seeds: tuple[SeedArgument, ...] = ()) -> None:
         # Addresses and dtypes are mapped, as a launch has ten of each.
         plain: list[Any] = list(map(_address, tensors))
         bits = functools.reduce(operator.or_, plain)
@@ -86,9 +90,13 @@ class Launch:
             if type(seed) is int:
                 plain += (seed,)
                 key += (32 if -(2**31) <= seed < 2**31 else 64,)
+                continue
+            if type(seed) is tuple:  # a view would cost more than all else here
+                address = _address(seed[0]) + seed[0].element_size() * seed[1]
             else:
-                plain += (address := _address(seed),)
-                key += (address & 15 == 0,)
+                address = _address(seed)
+            plain += (address,)
+            key += (address & 15 == 0,)
         if bits & 15:  # which tensors are not aligned
             key += tuple([address & 15 == 0 for address in plain[: len(tensors)]])
         found = self.found.get(key)
@@ -101,10 +109,11 @@ class Launch:
             launch(*grid, stream, *settings, *arguments, *rest)
 
     def _start(
-        self, key: tuple[Any, ...], tensors: tuple[Tensor, ...], seeds: tuple[Tensor | int, ...]
+        self, key: tuple[Any, ...], tensors: tuple[Tensor, ...], seeds: tuple[SeedArgument, ...]
     ) -> None:
         """Runs the kernels, and keeps how a next call with this key may do so sooner."""
-        arguments, found = (*tensors, *seeds), list[tuple[Any, ...]]()
+        behind = [seed[0][seed[1] :] if isinstance(seed, tuple) else seed for seed in seeds]
+        arguments, found = (*tensors, *behind), list[tuple[Any, ...]]()
         for kernel, grid, numbers, constants, places in self.steps:
             given = arguments if places is None else places(arguments)
             launched = kernel.launch(grid, (*given, *numbers), constants)
@@ -137,6 +146,29 @@ def together(*launches: tuple[Launch, tuple[int, ...]]) -> Launch:
         for step in launch.steps
     ]
     return Launch(*steps)
+
+
+# ---- what kernels write to -----------------------------------------------------------------------
+
+
+def new(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """`x.new_empty(count, dtype=dtype)`, with less work on the CPU."""
+    return _torch.empty(x, (count,), (1,), dtype)
+
+
+def new_rows(x: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """`x.new_empty(rows, width, dtype=dtype)`, with less work on the CPU."""
+    return _torch.empty(x, (rows, width), (width, 1), dtype)
+
+
+def new_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`torch.empty_like(x, dtype=dtype)`, with less work on the CPU."""
+    if not x.is_contiguous():
+        return torch.empty_like(x, dtype=dtype)
+    return _torch.empty(x, tuple(x.shape), x.stride(), dtype or x.dtype)
+
+
+# ---- launching -----------------------------------------------------------------------------------
 
 
 _address: Callable[[Any], int] = Tensor.data_ptr

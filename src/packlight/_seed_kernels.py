@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from packlight._launch import SeedArgument
 from packlight._seeds import NEAREST
 
 
@@ -12,11 +13,11 @@ def seed_kind(seed: Tensor | None, number: int) -> int:
     return 2 if seed is not None else int(number != NEAREST)
 
 
-def seed_argument(seed: Tensor | None, number: int) -> Tensor | int:
-    """What a kernel is given; it must not be specialised for."""
+def seed_argument(seed: Tensor | None, number: int) -> SeedArgument:
+    """What a launch is given for a kernel, which must not be specialised for it."""
     if seed is None:
         return number
-    return seed[number:] if number else seed  # one of several
+    return (seed, number) if number else seed  # one of several
 
 
 @triton.jit

@@ -234,8 +234,10 @@ def _is_captured(x: Tensor) -> bool:
 
 # ---- seeds on a device ---------------------------------------------------------------------------
 
-# For each CUDA device a counter, which graphs advance as they are replayed.
+# For each CUDA device a counter, which graphs advance as they are replayed, and how far seeds of a
+# compiled graph are from one that is drawn: one kernel makes them all.
 _counters: dict[torch.device, Tensor] = {}
+_steps: dict[torch.device, Tensor] = {}
 
 
 def _counter(device: torch.device) -> Tensor:
@@ -243,6 +245,7 @@ def _counter(device: torch.device) -> Tensor:
     if found is None:
         with torch.inference_mode(False):  # it outlives whatever this call happens to be made in
             found = _counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            _steps[device] = _made_steps(device)
     return found
 
 
@@ -283,16 +286,24 @@ _table: SeedTable | None = None
 
 
 def _reference(device: torch.device, place: int) -> Tensor:
+    seed = _next_seed(device)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def _next_seed(device: torch.device) -> Tensor | int:
+    """A tensor [1] where each replay of what is captured is to have another."""
     if _table is not None and _table.seeds.device == device:
         seed = _table.next()
         if seed is not None:
             return seed
     number = _rounding.next()
     if device.type != "cuda":
-        return torch.tensor([number], device=device)
+        return number
     if not torch.cuda.is_current_stream_capturing():
         _counter(device)
-        return torch.full((1,), number, dtype=torch.int64, device=device)
+        return number
     if device not in _counters:  # no pass has run before the capture
         return torch.randint(2**63 - 1, (1,), device=device)
     return _counters[device].add_(1) + number
@@ -300,11 +311,16 @@ def _reference(device: torch.device, place: int) -> Tensor:
 
 def _seeds_reference(device: torch.device, place: int) -> Tensor:
     # Keys of Philox and of hashes: that they differ is enough.
-    places = torch.arange(2 * _torch.SEEDS_AT_ONCE, device=device)
-    return places * _STEP + _reference(device, place)
+    steps = _steps.get(device)
+    return (_made_steps(device) if steps is None else steps) + _next_seed(device)
 
 
 _STEP = 0x1E3779B97F4A7C15
+
+
+def _made_steps(device: torch.device) -> Tensor:
+    return torch.arange(2 * _torch.SEEDS_AT_ONCE, device=device) * _STEP
+
 
 # The seeds of a graph, of which one is at every second place (`SeedTable`).
 define_op(

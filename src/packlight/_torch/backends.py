@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from packlight._torch.capabilities import (
     CURRENT_DEVICE,
     CURRENT_STREAM,
+    EMPTY,
     FAKES,
     FUSED_ATTENTION,
     HOLLOW,
@@ -120,6 +121,18 @@ def is_current_device(tensor: Tensor) -> bool:
     if CURRENT_DEVICE.values is None:
         return False
     return bool(tensor.get_device() == CURRENT_DEVICE.values[0]())
+
+
+def empty(x: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`x.new_empty_strided(shape, stride, dtype=dtype)` for `x` on the current device.
+
+    As code of Inductor makes its tensors, past Python's arguments and the dispatcher: half the
+    time. For kernels, which no mode looks into.
+    """
+    if EMPTY.values is None:
+        return x.new_empty_strided(shape, stride, dtype=dtype)
+    found: Tensor = EMPTY.values[0 if x.is_cuda else 1](shape, stride, dtype)
+    return found
 
 
 def current_stream(tensor: Tensor) -> int | None:

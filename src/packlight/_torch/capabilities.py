@@ -112,6 +112,12 @@ GRAPH_NODES = Capability(
     "torch._dynamo.source:AttrSource",
     "torch.fx.experimental.symbolic_shapes:guard_scalar",
 )
+LOWERINGS = Capability(
+    "tells Inductor what operators are made of",
+    "compiled backward passes call an operator for each cast of a weight, which is slower",
+    "torch._inductor.lowering:register_lowering",
+    "torch._inductor.lowering:lowerings",
+)
 MODES = Capability(
     "takes a function mode off",
     "layers run their own code with the mode on, which is slower",
@@ -197,6 +203,12 @@ WORKSPACES = Capability(
     "`graphed` models take 0.1 GiB more on a large GPU",
     "torch._C:_cuda_clearCublasWorkspaces",
 )
+EMPTY = Capability(
+    "makes tensors without the dispatcher",
+    "results of kernels take the CPU longer",
+    "torch._C._dynamo.guards:_empty_strided_cuda",
+    "torch._C._dynamo.guards:_empty_strided_cpu",
+)
 CURRENT_STREAM = Capability(
     "reads the current CUDA stream",
     "layers that read one tensor rebuild it each, and each bias gradient makes a row of ones",
@@ -265,6 +277,7 @@ CAPABILITIES = (
     FRAME_CALLBACK,
     FRAMES,
     GRAPH_NODES,
+    LOWERINGS,
     MODES,
     MODE_STACK,
     MODE_VARIABLE,
@@ -275,6 +288,7 @@ CAPABILITIES = (
     RUNNING_NODE,
     NEEDED,
     CURRENT_DEVICE,
+    EMPTY,
     CURRENT_STREAM,
     WORKSPACES,
     FUSED_ATTENTION,

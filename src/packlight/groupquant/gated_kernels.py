@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import LAUNCHES, Launch, quick
+from packlight import _torch
+from packlight._launch import LAUNCHES, Launch, new_like, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD
@@ -214,7 +215,7 @@ def _gated_launch(grouping: Grouping, dtype: torch.dtype, name: str, seed: int) 
 def gated(
     gate: Tensor, up: Tensor, name: str, groups: Groups, seed: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y = torch.empty_like(gate)
+    y = new_like(gate)
     n = y.numel()
     grouping, size, count = sized(1, n, *groups)
     gate_pack, up_pack = new_pack(gate, size, count), new_pack(gate, size, count)
@@ -263,8 +264,9 @@ def gated_backward(
     groups: Groups,
     through: bool,
 ) -> tuple[Tensor, Tensor]:
-    dgate = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
-    dup = torch.empty_like(dgate)
+    shape, stride = tuple(grad_output.shape), tuple(stride)
+    dgate = _torch.empty(grad_output, shape, stride, grad_output.dtype)
+    dup = _torch.empty(grad_output, shape, stride, grad_output.dtype)
     n = dgate.numel()
     packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:
@@ -283,7 +285,7 @@ def gated_backward_(
     name: str,
     groups: Groups,
 ) -> Tensor:
-    dup = torch.empty_like(grad_output)
+    dup = new_like(grad_output)
     packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n := dup.numel():
         grouping, *_ = sized(1, n, *groups)
@@ -304,7 +306,7 @@ def gated_product(
     groups: Groups,
     dtype: torch.dtype,
 ) -> Tensor:
-    y = gate_codes.new_empty_strided(shape, stride, dtype=dtype)
+    y = _torch.empty(gate_codes, tuple(shape), tuple(stride), dtype)
     n = y.numel()
     packs = (gate_codes, gate_scales, up_codes, up_scales)
     if n:

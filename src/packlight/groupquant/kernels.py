@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import LAUNCHES, Launch, quick
+from packlight import _torch
+from packlight._launch import LAUNCHES, Launch, new, new_like, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.derivative_kernels import DERIVATIVE
 from packlight.elementwise.kernels import DIGITS, FORWARD, clamp
@@ -300,7 +301,7 @@ def sized(rows: int, width: int, *groups: int) -> tuple[Grouping, int, int]:
 
 def new_pack(x: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
     """Codes and words, as many as `sized` says, on the device of `x`."""
-    return x.new_empty(size, dtype=torch.uint8), x.new_empty(count, dtype=torch.int32)
+    return new(x, size, torch.uint8), new(x, count, torch.int32)
 
 
 def greatest(dtype: torch.dtype) -> float:
@@ -447,7 +448,7 @@ def dequantize(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    y = codes.new_empty_strided(shape, stride, dtype=dtype)
+    y = _torch.empty(codes, tuple(shape), tuple(stride), dtype)
     n = y.numel()
     if n == 0:
         return y
@@ -462,7 +463,7 @@ def activation(
     x: Tensor, name: str, parameters: Sequence[float], groups: Groups,
     seed: Tensor | None, number: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y = torch.empty_like(x)
+    y = new_like(x)
     n = x.numel()
     return y, *_pack(laid_out(x, y.stride()), y, name, parameters, n, groups, seed, number)
 
@@ -507,7 +508,7 @@ def activation_backward(
     stride: Sequence[int],
     groups: Groups,
 ) -> Tensor:
-    dx = grad_output.new_empty_strided(grad_output.shape, tuple(stride))
+    dx = _torch.empty(grad_output, tuple(grad_output.shape), tuple(stride), grad_output.dtype)
     _differentiate(laid_out(grad_output, stride), codes, scales, dx, name, parameters, groups)
     return dx
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import LAUNCHES, Launch, quick
+from packlight._launch import LAUNCHES, Launch, new, new_like, new_rows, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.kernels import rounded
 from packlight.groupquant import rotated_norm_kernels as rotated_norms
@@ -447,10 +447,10 @@ def norm(
     n = x.numel()
     rows = n // width
     grouping, size, count = sized(rows, width, *groups)
-    y = torch.empty_like(x, dtype=output_dtype(x, weight, rounded_to))
+    y = new_like(x, output_dtype(x, weight, rounded_to))
     codes, scales = new_pack(x, size, count)
-    rstd = x.new_empty(rows, dtype=torch.float32)
-    copies = [x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias)]
+    rstd = new(x, rows, torch.float32)
+    copies = [new(x, 0, x.dtype) if p is None else new_like(p) for p in (weight, bias)]
     if n == 0:
         for copy, parameter in zip(copies, (weight, bias), strict=True):
             if parameter is not None:
@@ -542,8 +542,7 @@ def norm_backward(
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = rstd.numel(), grad_output.shape[-1]
-    dx = torch.empty_like(grad_output)
-    nothing = rstd.new_empty(0)
+    dx, nothing = new_like(grad_output), new(rstd, 0, rstd.dtype)
     if dx.numel() == 0:
         zeros = rstd.new_zeros(width)
         return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
@@ -559,12 +558,12 @@ def norm_backward(
     else:
         flags = (added is not None, center, weight is not None, need_weight, need_bias)
         launch, programs = _backward_launch(grouping, *flags)
-        dweight = rstd.new_empty(programs, width) if need_weight else nothing
-        dbias = rstd.new_empty(programs, width) if need_bias else nothing
+        dweight = new_rows(rstd, programs, width, rstd.dtype) if need_weight else nothing
+        dbias = new_rows(rstd, programs, width, rstd.dtype) if need_bias else nothing
         other = dx if added is None else added
         launch(grad_output, codes, scales, rstd, gamma, dx, other, dweight, dbias)
         sums = dweight, dbias
-    dweight = rstd.new_empty(width if need_weight else 0)
-    dbias = rstd.new_empty(width if need_bias else 0)
+    dweight = new(rstd, width if need_weight else 0, rstd.dtype)
+    dbias = new(rstd, width if need_bias else 0, rstd.dtype)
     add_up(sums[0], sums[1], dweight, dbias)
     return dx, dweight, dbias

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import LAUNCHES, Launch, quick
+from packlight._launch import LAUNCHES, Launch, new, new_like, new_rows, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.kernels import rounded
 from packlight.fewbit import dropout_kernels
@@ -260,11 +260,11 @@ def post_norm(
         total = (x + residual).to(dtype)
         return *norm(total, width, weight, bias, eps, True, groups, seed, number), mask
     grouping, size, count = sized(n // width, width, *groups)
-    y = torch.empty_like(x, dtype=dtype)
+    y = new_like(x, dtype)
     codes, scales = new_pack(x, size, count)
-    rstd = x.new_empty(n // width, dtype=torch.float32)
-    copies = [x.new_empty(0) if each is None else torch.empty_like(each) for each in (weight, bias)]
-    mask = x.new_empty(packed_bytes(n, 1) if p else 0, dtype=torch.uint8)
+    rstd = new(x, n // width, torch.float32)
+    copies = [new(x, 0, x.dtype) if each is None else new_like(each) for each in (weight, bias)]
+    mask = new(x, packed_bytes(n, 1) if p else 0, torch.uint8)
     given = (weight is not None, bias is not None)
     seeds = (seed_kind(mask_seed, mask_number) if p else 0, seed_kind(seed, number))
     total_dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -336,14 +336,14 @@ def post_norm_backward(
         if p:
             dx = decode_backward(dx, mask, 1, (0.0, 1 / (1 - p)), False, dx.stride())
         return dx, total.to(residual_dtype), torch.cat(sums).view(count, width)
-    dresidual = torch.empty_like(grad_output, dtype=residual_dtype)
-    dx = torch.empty_like(grad_output, dtype=dtype) if apart else rstd.new_empty(0)
+    dresidual = new_like(grad_output, residual_dtype)
+    dx = new_like(grad_output, dtype) if apart else new(rstd, 0, rstd.dtype)
     grouping, *_ = sized(n // width, width, *groups)
     needs = (need_weight, need_bias)
     launch, programs = _backward_launch(grouping, p, apart, weight is not None, *needs)
-    partial = rstd.new_empty(count, programs, width)
-    sums = rstd.new_empty(count, width)
-    parts = (*partial.unbind(), partial, partial)  # what is not needed is not written
+    parts = [new_rows(rstd, programs, width, rstd.dtype) for _ in range(count)]
+    sums = new_rows(rstd, count, width, rstd.dtype)
+    parts += [sums, sums]  # what is not needed is not written
     launch(
         grad_output,
         codes,
