@@ -326,9 +326,9 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
             backward, _ = norms._backward_launch(grouping, True, True, True, True, True)
             launches[f"norm {width} backward"] = backward
             if code == ROTATED:
-                backward = rotated_norms._backward_launch(grouping, True, True)
+                backward = rotated_norms.backward_launch(grouping, True, True)
                 launches[f"norm {width} backward, groups a tile"] = backward
-                sums, _ = rotated_norms._sums_launch(grouping, True, True, True)
+                sums, _ = rotated_norms.sums_launch(grouping, True, True, True)
                 launches[f"norm {width} sums"] = sums
             for p in (0.0, 0.1):
                 forward = post_norms._forward_launch(
@@ -338,7 +338,7 @@ def group_variants() -> Iterator[tuple[str, Any, dict[str, Any], str, int, int]]
                 backward, _ = post_norms._backward_launch(grouping, p, True, True, True, True)
                 launches[f"post norm {width} backward, p {p}"] = backward
         if code == OFFSET:
-            launches["sums over programs"] = norms._sums_launch(1056, 1024, 2)
+            launches["sums over programs"] = norms.sums_launch(1056, 1024, 2)
         for name, launch in launches.items():
             (step,) = launch.steps
             constants = dict(step.constants)

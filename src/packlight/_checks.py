@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight import _torch, _tracer
-from packlight._imagined import as_imagined, kind_of
+from packlight._imagined import as_imagined, device_kind, kind_of
 from packlight.errors import DoubleBackwardError, InputError, ModifiedWeightError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -146,7 +146,7 @@ def autocast_dtype(
     are not repeated here. The answer is remembered for functions with a name. With `dtype` it is
     that for a tensor like `x` of this dtype.
     """
-    kind = x.device.type
+    kind = device_kind(x)
     dtype = x.dtype if dtype is None else dtype
     if not autocasts(kind):
         return dtype

@@ -143,8 +143,9 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.sum(0, dtype=dtype)
 
 
-# For each stream, which alone is sure to have written them when it reads them, and each dtype.
-_ones: dict[tuple[int, int, torch.dtype], Tensor] = {}
+# For each stream, which alone is sure to have written them when it reads them, and each dtype: all
+# that there are, and as many of them as were last asked for.
+_ones: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
 def _row_of_ones(x: Tensor) -> Tensor:
@@ -153,9 +154,13 @@ def _row_of_ones(x: Tensor) -> Tensor:
     if stream is None:
         return x.new_ones(1, count)
     key = (x.get_device(), stream, x.dtype)
-    found = _ones.get(key)
+    found, row = _ones.get(key, (None, None))
+    if row is not None and row.shape[1] == count:
+        return row
     if found is None or found.shape[1] < count:
         if torch.cuda.is_current_stream_capturing():  # what is recorded is not written yet
             return x.new_ones(1, count)
-        found = _ones[key] = x.new_ones(1, 1 << (count - 1).bit_length())
-    return found[:, :count]
+        found = x.new_ones(1, 1 << (count - 1).bit_length())
+    row = found[:, :count]
+    _ones[key] = found, row
+    return row

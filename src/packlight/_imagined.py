@@ -19,9 +19,14 @@ from torch.overrides import TorchFunctionMode
 _imagining = 0
 
 
+def device_kind(x: Tensor) -> str:
+    """`x.device.type`, without the object of a device that torch makes for it at each question."""
+    return "cuda" if x.is_cuda else x.device.type
+
+
 def kind_of(x: Tensor) -> str:
     """The type of the device on which a tensor lies, or is imagined to lie."""
-    return "cuda" if _imagining else x.device.type
+    return "cuda" if _imagining or x.is_cuda else x.device.type
 
 
 @contextlib.contextmanager

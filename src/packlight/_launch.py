@@ -209,10 +209,11 @@ def _is_watched() -> bool:
     """Whether a profiler has hooks on launches; an empty chain of them is called all the same."""
     assert _torch.TRITON.values is not None
     runtime = _torch.TRITON.values[0]
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", hook):
-            return True
-    return False
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", enter))
+        or (leave is not None and getattr(leave, "calls", leave))
+    )
 
 
 @functools.cache

@@ -388,7 +388,12 @@ def is_bare(*modules: nn.Module) -> bool:
         return False
     for module in modules:
         own = module.__dict__
-        if any(map(own.__getitem__, HOOKS)):
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
             hooks = (hook for name in HOOKS for hook in own[name].values())
             if not all(getattr(hook, "only_looks_on", False) for hook in hooks):
                 return False

@@ -60,14 +60,19 @@ def needed_gradients(ctx: Any) -> Any:
     if NEEDED.values is None or is_traced():
         return known
     (runs,) = NEEDED.values
-    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
-    return tuple([needs and _will_run(runs, next(nodes)) for needs in known])
+    found = [node for node, _ in ctx.next_functions if node is not None]
+    nodes = iter(found)
+    try:
+        return tuple([needs and runs(next(nodes)) for needs in known])
+    except RuntimeError:  # torch's answer for a leaf whose gradient `grad` hands out
+        nodes = iter(found)
+        return tuple([needs and _will_run(runs, next(nodes)) for needs in known])
 
 
 def _will_run(runs: Callable[[Any], bool], node: Any) -> bool:
     try:
         return runs(node)
-    except RuntimeError:  # torch's answer for a leaf whose gradient `grad` hands out
+    except RuntimeError:
         return True
 
 

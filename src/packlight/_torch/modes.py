@@ -46,8 +46,8 @@ def innermost(kind: type[TorchFunctionMode]) -> TorchFunctionMode | None:
         return None
     depth, at, *_ = MODES.values
     for place in range(depth() - 1, -1, -1):  # without the list
-        if isinstance(at(place), kind):
-            found: TorchFunctionMode = at(place)
+        found: TorchFunctionMode = at(place)
+        if isinstance(found, kind):
             return found
     return None
 

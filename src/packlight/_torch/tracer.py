@@ -233,11 +233,12 @@ def is_traced() -> bool:
     """Whether what runs becomes compiled code: the tracer follows it, or what comes behind it."""
     if torch.compiler.is_dynamo_compiling() or _nodes.run:
         return True
-    if TRACING.values is None:
-        return False
     # As `TracingContext.try_get` asks, but for a missing attribute, which takes two microseconds: a
     # step asks a thousand times.
-    return TRACING.values[0].__dict__.get("tracing_context") is not None
+    return _tracing is not None and _tracing.__dict__.get("tracing_context") is not None
+
+
+_tracing: Any = (TRACING.values or (None,))[0]
 
 
 def is_traced_or_between() -> bool:

@@ -320,7 +320,9 @@ def limited(dtype: torch.dtype, name: str = "", parameters: Sequence[float] = ()
 
 
 def _two(parameters: Sequence[float]) -> tuple[float, float]:
-    a, b = (*parameters, 0.0, 0.0)[:2]
+    if not parameters:
+        return 0.0, 0.0
+    a, b = (*parameters, 0.0)[:2]
     return float(a), float(b)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import LAUNCHES, Launch, new, new_like, new_rows, quick
+from packlight._launch import LAUNCHES, Launch, new, new_like, new_rows, quick, together
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.kernels import rounded
 from packlight.groupquant import rotated_norm_kernels as rotated_norms
@@ -472,7 +472,11 @@ def norm(
 
 
 @functools.lru_cache(LAUNCHES)
-def _sums_launch(programs: int, width: int, tensors: int) -> Launch:
+def sums_launch(programs: int, width: int, tensors: int) -> Launch:
+    """Writes the sums over programs of the parts [programs, width] of one tensor or two.
+
+    Called with the parts of the first and of the last, then with their sums.
+    """
     return _add_up_kernel.prepare(
         (triton.cdiv(width, COLUMNS), tensors),
         programs,
@@ -481,15 +485,6 @@ def _sums_launch(programs: int, width: int, tensors: int) -> Launch:
         COLUMNS=COLUMNS,
         num_warps=4,
     )
-
-
-def add_up(dweight_parts: Tensor, dbias_parts: Tensor, dweight: Tensor, dbias: Tensor) -> None:
-    """Writes the sums of parts [programs, width] over programs; nothing where a sum is empty."""
-    pairs = [pair for pair in ((dweight_parts, dweight), (dbias_parts, dbias)) if pair[1].numel()]
-    if not pairs:
-        return
-    (parts, sums), (others, other_sums) = pairs[0], pairs[-1]
-    _sums_launch(parts.shape[0], parts.shape[1], len(pairs))(parts, others, sums, other_sums)
 
 
 @functools.lru_cache(LAUNCHES)
@@ -529,6 +524,46 @@ def _backward_launch(
     return launch, shape.programs
 
 
+@functools.lru_cache(LAUNCHES)
+def _summed_launch(
+    grouping: Grouping,
+    adds: bool,
+    center: bool,
+    weight: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Launch, int]:
+    """`_backward_launch`, and behind it the sums over its programs."""
+    launch, programs = _backward_launch(grouping, adds, center, weight, need_weight, need_bias)
+    steps = [(launch, tuple(range(9)))]
+    if count := need_weight + need_bias:
+        # The parts of weight and bias are behind seven others, and their sums behind them.
+        first, last = (7 if need_weight else 8), (8 if need_bias else 7)
+        sums = sums_launch(programs, grouping.width, count)
+        steps.append((sums, (first, last, first + 2, last + 2)))
+    return together(*steps), programs
+
+
+@functools.lru_cache(LAUNCHES)
+def _rotated_launch(
+    grouping: Grouping, center: bool, weight: bool, need_weight: bool
+) -> tuple[Launch, int]:
+    """The same of rotated groups with a bias, for whose sums there is a kernel of its own.
+
+    There are no registers for both sums.
+    """
+    parts, programs = rotated_norms.sums_launch(grouping, center, weight, need_weight)
+    rows = rotated_norms.backward_launch(grouping, center, weight)
+    sums = sums_launch(programs, grouping.width, 1 + need_weight)
+    first = 4 if need_weight else 5
+    steps = (
+        (parts, (0, 1, 2, 3, 4, 5, 6)),
+        (rows, (0, 1, 2, 7, 3, 8, 6)),
+        (sums, (first, 5, first + 5, 10)),
+    )
+    return together(*steps), programs
+
+
 def norm_backward(
     grad_output: Tensor,
     codes: Tensor,
@@ -542,28 +577,29 @@ def norm_backward(
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = rstd.numel(), grad_output.shape[-1]
-    dx, nothing = new_like(grad_output), new(rstd, 0, rstd.dtype)
+    dx = new_like(grad_output)
     if dx.numel() == 0:
-        zeros = rstd.new_zeros(width)
-        return dx, zeros if need_weight else nothing, zeros.clone() if need_bias else nothing
+        counts = width if need_weight else 0, width if need_bias else 0
+        return dx, rstd.new_zeros(counts[0]), rstd.new_zeros(counts[1])
     grouping, *_ = sized(rows, width, *groups)
     gamma = grad_output if weight is None else weight
-    if need_bias and grouping.code == ROTATED:  # there are no registers for both sums
-        sums = rotated_norms.backward(
-            grad_output, codes, scales, rstd, gamma, dx, grouping, center, weight is not None,
-            need_weight,
-        )  # fmt: skip
-        if added is not None:
-            dx.add_(added)
-    else:
-        flags = (added is not None, center, weight is not None, need_weight, need_bias)
-        launch, programs = _backward_launch(grouping, *flags)
-        dweight = new_rows(rstd, programs, width, rstd.dtype) if need_weight else nothing
-        dbias = new_rows(rstd, programs, width, rstd.dtype) if need_bias else nothing
-        other = dx if added is None else added
-        launch(grad_output, codes, scales, rstd, gamma, dx, other, dweight, dbias)
-        sums = dweight, dbias
     dweight = new(rstd, width if need_weight else 0, rstd.dtype)
     dbias = new(rstd, width if need_bias else 0, rstd.dtype)
-    add_up(sums[0], sums[1], dweight, dbias)
+    if need_bias and grouping.code == ROTATED:
+        launch, programs = _rotated_launch(grouping, center, weight is not None, need_weight)
+        shares = rotated_norms.shares_of(grouping)
+        of_rows = rstd.new_empty(2, shares, rows) if shares > 1 else rstd
+        dbias_parts = new_rows(rstd, programs, width, rstd.dtype)
+        dweight_parts = new_like(dbias_parts) if need_weight else dbias_parts
+        parts = (dweight_parts, dbias_parts, of_rows)
+        launch(grad_output, codes, scales, gamma, *parts, rstd, dx, dweight, dbias)
+        if added is not None:
+            dx.add_(added)
+        return dx, dweight, dbias
+    flags = (added is not None, center, weight is not None, need_weight, need_bias)
+    launch, programs = _summed_launch(grouping, *flags)
+    dweight_parts = new_rows(rstd, programs, width, rstd.dtype) if need_weight else dweight
+    dbias_parts = new_rows(rstd, programs, width, rstd.dtype) if need_bias else dbias
+    other, sums = dx if added is None else added, (dweight, dbias)
+    launch(grad_output, codes, scales, rstd, gamma, dx, other, dweight_parts, dbias_parts, *sums)
     return dx, dweight, dbias

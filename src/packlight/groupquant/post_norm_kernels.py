@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import LAUNCHES, Launch, new, new_like, new_rows, quick
+from packlight._launch import LAUNCHES, Launch, new, new_like, new_rows, quick, together
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.kernels import rounded
 from packlight.fewbit import dropout_kernels
@@ -25,13 +25,13 @@ from packlight.groupquant.kernels import constants, new_pack, sized
 from packlight.groupquant.norm_kernels import (
     PROGRAMS,
     TRITON,
-    add_up,
     load_parameter,
     norm,
     norm_backward,
     norm_rows,
     row_gradients,
     store_sums,
+    sums_launch,
 )
 from packlight.groupquant.rotated_norm_kernels import TURNED_PLACES
 from packlight.groupquant.tile_kernels import load_tile, part, part_there, rows_tile, store_tile
@@ -311,6 +311,21 @@ def _backward_launch(
     return launch, programs
 
 
+@functools.lru_cache(LAUNCHES)
+def _summed_launch(
+    grouping: Grouping, p: float, apart: bool, weight: bool, need_weight: bool, need_bias: bool
+) -> tuple[Launch, int]:
+    """`_backward_launch`, and behind it the sums over its programs."""
+    launch, programs = _backward_launch(grouping, p, apart, weight, need_weight, need_bias)
+    steps = [(launch, tuple(range(10)))]
+    if count := need_weight + need_bias:
+        # The parts of weight and bias are behind eight others, and their sums behind them.
+        first, last = (8 if need_weight else 9), (9 if need_bias else 8)
+        sums = sums_launch(programs, grouping.width, count)
+        steps.append((sums, (first, last, first + 2, last + 2)))
+    return together(*steps), programs
+
+
 def post_norm_backward(
     grad_output: Tensor,
     codes: Tensor,
@@ -340,10 +355,11 @@ def post_norm_backward(
     dx = new_like(grad_output, dtype) if apart else new(rstd, 0, rstd.dtype)
     grouping, *_ = sized(n // width, width, *groups)
     needs = (need_weight, need_bias)
-    launch, programs = _backward_launch(grouping, p, apart, weight is not None, *needs)
-    parts = [new_rows(rstd, programs, width, rstd.dtype) for _ in range(count)]
+    launch, programs = _summed_launch(grouping, p, apart, weight is not None, *needs)
     sums = new_rows(rstd, count, width, rstd.dtype)
-    parts += [sums, sums]  # what is not needed is not written
+    # What is not needed is not written.
+    parts = [new_rows(rstd, programs, width, rstd.dtype) for _ in range(count)] or [sums]
+    rows = sums.unbind() or (sums,)
     launch(
         grad_output,
         codes,
@@ -354,8 +370,8 @@ def post_norm_backward(
         dresidual,
         dx,
         parts[0],
-        parts[1 if need_weight else 0],
+        parts[-1],
+        rows[0],
+        rows[-1],
     )
-    if count:
-        add_up(parts[0], parts[count - 1], sums[0], sums[count - 1])
     return dx, dresidual, sums

@@ -10,10 +10,8 @@ kernel of those gradients, which comes first then.
 import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from packlight._launch import LAUNCHES, Launch, quick
 from packlight.groupquant.grouping import Grouping
@@ -256,7 +254,7 @@ def shares_of(grouping: Grouping) -> int:
 
 
 @functools.lru_cache(LAUNCHES)
-def _backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
+def backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
     shape = shape_of(grouping)
     return _backward_kernel.prepare(
         (-(-grouping.rows // shape.rows), shape.tiles),
@@ -276,7 +274,7 @@ def _backward_launch(grouping: Grouping, center: bool, weight: bool) -> Launch:
 
 
 @functools.lru_cache(LAUNCHES)
-def _sums_launch(
+def sums_launch(
     grouping: Grouping, center: bool, weight: bool, need_weight: bool
 ) -> tuple[Launch, int]:
     """The launch, and how many partial sums of columns it writes."""
@@ -304,27 +302,3 @@ def _sums_launch(
         num_warps=shape.warps,
     )
     return launch, programs
-
-
-def backward(
-    grad_output: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    dx: Tensor,
-    grouping: Grouping,
-    center: bool,
-    weighted: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Writes dx. Partial sums of the gradients of the weight, if it needs one, and of the bias."""
-    sums, programs = _sums_launch(grouping, center, weighted, need_weight)
-    dbias = rstd.new_empty(programs, grouping.width)
-    dweight = torch.empty_like(dbias) if need_weight else dbias
-    shares = shares_of(grouping)
-    parts = rstd.new_empty(2, shares, grouping.rows) if shares > 1 else rstd
-    sums(grad_output, codes, scales, weight, dweight, dbias, parts)
-    launch = _backward_launch(grouping, center, weighted)
-    launch(grad_output, codes, scales, rstd, weight, dx, parts)
-    return dweight, dbias

@@ -5,7 +5,7 @@ its forward alone. Everywhere else the layer's own code runs, part by part.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,24 @@ def parameters_of(
         if not _is_linear(kind) or not part.training or not is_bare(part):
             return None
         weight, bias = _parameters(part, _is_transposed(kind))
-        if not weight.requires_grad or part.method != method:
+        own: Any = part.method
+        if not weight.requires_grad or (own is not method and own != method):
             return None
         found.append((weight, bias))
     return found or None
 
 
 def _parameters(part: nn.Module, is_transposed: bool) -> tuple[Tensor, Tensor | None]:
-    weight: Any = part.weight
-    return weight.t() if is_transposed else weight, cast("Tensor | None", part.bias)
+    weight = parameter_of(part, "weight")
+    return weight.t() if is_transposed else weight, parameter_of(part, "bias")
+
+
+def parameter_of(part: nn.Module, name: str) -> Any:
+    """`getattr(part, name)`: torch looks for a parameter when it has looked everywhere else."""
+    if torch.compiler.is_dynamo_compiling():
+        return getattr(part, name)
+    own = part._parameters
+    return own[name] if name in own else getattr(part, name)
 
 
 def _is_transposed(kind: type) -> bool:

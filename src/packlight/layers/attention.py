@@ -31,6 +31,7 @@ from torch import Tensor
 
 from packlight import _torch, _tracer, sharing
 from packlight._checks import check_tensor, is_taken, needs_gradient, refuse_second_derivative
+from packlight._imagined import device_kind
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight.errors import InputError
 from packlight.layers.attention_backends import (
@@ -353,7 +354,7 @@ def attend(
         )
     if not _fits(inputs, enable_gqa):
         return None
-    kind = query.device.type
+    kind = device_kind(query)
     wanted = needs_gradient(query) or needs_gradient(key) or needs_gradient(value)
     if not wanted and not dropout_p:
         return None
@@ -412,7 +413,7 @@ def planned_attention(
         return ()
     if not any(needs_gradient(x) for x in attended):
         return None
-    cast = _cast(inputs) if torch.is_autocast_enabled(inputs[0].device.type) else inputs
+    cast = _cast(inputs) if torch.is_autocast_enabled(device_kind(inputs[0])) else inputs
     kernel, again = choose(cast, *settings), recompute.as_python_constant()
     if not _fits_mask(cast) or kernel[0] not in FUSED:
         return ()
@@ -424,7 +425,7 @@ def planned_attention(
 def _cast(inputs: Inputs) -> Inputs:
     """The inputs as autocast has them, which is on."""
     query, key, value, mask = inputs
-    dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = torch.get_autocast_dtype(device_kind(query))
     if mask is not None and mask.is_floating_point():
         mask = mask.to(dtype)
     return query.to(dtype), key.to(dtype), value.to(dtype), mask

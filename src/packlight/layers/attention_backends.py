@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from packlight import _torch
 from packlight._checks import needs_gradient
+from packlight._imagined import device_kind
 from packlight._torch.hooks import unseen_by_hooks
 from packlight._tracer import fake_of
 
@@ -48,7 +49,7 @@ def run(given: Inputs, kernel: Kernel, flags: Flags) -> Results:
     *qkv, bias = given
     query, backend = given[0], kernel[0]
     dropout_p, is_causal, scale = flags
-    if query.device.type == "cpu":
+    if device_kind(query) == "cpu":
         out, *tensors = _aten._scaled_dot_product_flash_attention_for_cpu(
             *qkv, dropout_p, is_causal, attn_mask=bias, scale=scale
         )
@@ -90,7 +91,7 @@ def gradients(
 
     def backward(*common: Tensor) -> Sequence[Tensor]:
         found: Sequence[Tensor]
-        if grad_output.device.type == "cpu":
+        if device_kind(grad_output) == "cpu":
             found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *common, dropout_p, is_causal, attn_mask=bias, scale=scale
             )
@@ -148,7 +149,7 @@ def bias_of(mask: Tensor | None, query: Tensor, key: Tensor, backend: int) -> Te
     if mask.dtype == torch.bool:
         allowed = torch.zeros((), dtype=query.dtype, device=query.device)
         mask = torch.where(mask, allowed, -torch.inf)
-    if query.device.type == "cpu" or backend != SDPBackend.EFFICIENT_ATTENTION.value:
+    if device_kind(query) == "cpu" or backend != SDPBackend.EFFICIENT_ATTENTION.value:
         return mask
     if mask.stride(-1) != 1 or any(stride % _ALIGNED for stride in mask.stride()[:-1]):
         length = mask.shape[-1]

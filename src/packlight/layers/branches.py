@@ -32,6 +32,7 @@ from packlight.layers.self_attention import (
     parts_of,
     query_shift,
     run_again,
+    wanting_gradients,
 )
 from packlight.quantiser import Quantiser, Restore
 
@@ -120,7 +121,7 @@ class Attended(NamedTuple):
         dout, *last = linear_gradients(
             grad_output.pop(), weight, _itself, (out,), (True, *needs), dtypes[1:]
         )
-        dout = dout.unflatten(2, (heads, -1)).transpose(1, 2)
+        dout = dout.view(*dout.shape[:2], heads, -1).transpose(1, 2)
         found = gradients(dout, given, results, kernel, flags)
         del dout, out, given, results
         return joined_gradients(found), (last[0], last[1])
@@ -145,18 +146,16 @@ def attended(
 
     None where torch would take no fused kernel; with one that is given, it runs.
     """
+    parts = parts_of(h, heads)
     if kernel is None:
-        with torch.enable_grad():
-            parts = parts_of(h.requires_grad_(), heads)
-            kernel = kernel_of((*parts, mask), flags[0], flags[1])
+        with torch.enable_grad():  # torch's choice asks for that too
+            kernel = kernel_of((*wanting_gradients(parts), mask), flags[0], flags[1])
         if kernel[0] not in FUSED:
             return None
-    else:
-        parts = parts_of(h, heads)
     draws = draws_at(h) if flags[0] else None
     out = run(prepared((*parts, mask), kernel), kernel, flags)[0].transpose(1, 2).flatten(2)
     rebuild = Restore(method, tuple(h.shape), h.stride())
     dtypes = (h.dtype, *dtypes_of(out, weight, bias))
-    mean = mean_of(parts_of(h.detach(), heads)[0], method)
+    mean = mean_of(parts[0], method)
     kept = (*method.pack_less(h, seed, query_shift(mean)), mean)
     return out, kept, Attended(rebuild, heads, kernel, flags, draws, dtypes)

@@ -18,7 +18,13 @@ from packlight._seeds import Seed
 from packlight.layers.attention_backends import FUSED, Flags, Kernel
 from packlight.layers.branches import attended, dtypes_of, feed
 from packlight.layers.linear import Parameters, affine, linear_gradients
-from packlight.layers.norms import as_rows, own_parameters, rounded_norm_of, row_norm_of
+from packlight.layers.norms import (
+    as_rows,
+    own_parameters,
+    rounded_norm_of,
+    row_norm_of,
+    shaped_as,
+)
 from packlight.layers.self_attention import kernel_of_whole, linear_dtype
 from packlight.quantiser import KEEPS, Quantiser
 
@@ -73,7 +79,7 @@ def _norm_gradients(
     dx, dweight, dbias = rounded_norm_of(method).backward(
         dy, kept, rstd, weight, True, *needs[1:3], method, added
     )
-    dx = as_dtype(dx, dtype).view(grad_output.shape)
+    dx = shaped_as(as_dtype(dx, dtype), grad_output)
     return (
         dx if alike else dx.add_(as_dtype(grad_output, dtype)),
         as_dtype(dweight, ctx.dtypes[1]) if needs[1] else None,

@@ -20,6 +20,7 @@ from packlight._checks import (
     saved_with_weight,
 )
 from packlight._gradients import one_above_another, recast_parts
+from packlight._imagined import device_kind
 from packlight._overwrite import writable
 from packlight._seeds import Seed, can_draw_again, drawn_again, draws_at
 from packlight._tracer import fake_of
@@ -95,7 +96,8 @@ class SideBySide(NamedTuple):
         dweight: Any
         dx, dweight, dbias = linear_gradients(grad_output, weight, rebuild, tensors, needs, dtypes)
         of_weights, of_biases = (
-            [None] * count if joined is None else joined.split(sizes) for joined in (dweight, dbias)
+            [None] * count if joined is None else joined.split_with_sizes(sizes)
+            for joined in (dweight, dbias)
         )
         return dx, [*of_weights, *of_biases, *[None] * len(tensors)]
 
@@ -237,7 +239,7 @@ def whole_kernel(
 
 def joined_gradients(parts: Sequence[Tensor]) -> Tensor:
     """Gradients of query, key and value as that of the tensor whose parts they are."""
-    return torch.stack([each.transpose(1, 2) for each in parts], 2).flatten(2)
+    return torch.cat([each.transpose(1, 2) for each in parts], 2).flatten(2)
 
 
 def parts_of(whole: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,6 +248,13 @@ def parts_of(whole: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     parts = whole.view(batch, length, 3, heads, width // (3 * heads))
     query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()
     return query, key, value
+
+
+def wanting_gradients(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of a tensor without a gradient as torch is to see them, which asks for that of each."""
+    for part in parts:
+        part.requires_grad_()
+    return parts
 
 
 _attend: Callable[..., Tensor] = _torch.applied(_WholeAttention)
@@ -281,7 +290,7 @@ def fits(
     method: Quantiser,
 ) -> bool:
     """Whether one pack serves query, key and value of `width` in `dtype`, on the device of `x`."""
-    kind = x.device.type
+    kind = device_kind(x)
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
         return False
     if mask is not None and (mask.requires_grad or mask.dtype not in (torch.bool, dtype)):
@@ -302,7 +311,7 @@ def _at_once(
         return None
     if not fits(whole, whole.dtype, heads, whole.shape[-1] // 3, mask, flags[0], method):
         return None
-    parts = parts_of(whole.detach().requires_grad_(), heads)
+    parts = wanting_gradients(parts_of(whole.detach(), heads))
     kernel = kernel_of((*parts, mask), flags[0], flags[1])
     if kernel[0] not in FUSED:
         return None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from packlight._classes import joined
 from packlight.calls import is_bare, uncovered
 from packlight.integrations._copies import is_copy, once_a_class
-from packlight.integrations._parts import are_idle, parameters_of, takes
+from packlight.integrations._parts import are_idle, parameter_of, parameters_of, takes
 from packlight.integrations.timm.attention import GroupQuantAttention, method_of_calls
 from packlight.integrations.timm.mlp import GroupQuantMlp
 from packlight.integrations.timm.norms import GroupQuantLayerNorm
@@ -93,10 +93,10 @@ def _norm_of(module: nn.Module | None, x: Tensor) -> pre_norm.Norm | None:
     """A layer norm over the last dimension of `x`; None where it is to run by itself."""
     if not isinstance(module, GroupQuantLayerNorm) or not module.training or not is_bare(module):
         return None
-    weight, method = module.weight, module.method
+    weight, method = parameter_of(module, "weight"), module.method
     if weight is None or weight.shape != x.shape[-1:] or not method.keeps_rows(weight.shape[0]):
         return None
-    return pre_norm.Norm(weight, module.bias, module.eps, method)
+    return pre_norm.Norm(weight, parameter_of(module, "bias"), module.eps, method)
 
 
 @once_a_class

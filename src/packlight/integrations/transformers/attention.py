@@ -171,7 +171,7 @@ class GroupQuantSplitAttention(GroupQuantAttention):
         """Whether the module's code is Llama's, and its attention ours."""
         if not _is_llama(kind_of(self)) or given.get("position_embeddings") is None:
             return False
-        return self.model_config._attn_implementation in (_REPLACES, NAME)
+        return self_attention.implementation_of(self.model_config) in (_REPLACES, NAME)
 
     def _behind(self, results: list[Tensor], given: dict[str, Any]) -> tuple[Tensor, None]:
         """What the module's code does behind the projections, without a look at each of its calls.

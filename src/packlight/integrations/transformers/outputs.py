@@ -16,7 +16,12 @@ from packlight._classes import joined
 from packlight.calls import is_bare, uncovered
 from packlight.groupquant import modules
 from packlight.integrations._copies import is_copy, once_a_class
-from packlight.integrations._parts import function_of_part, parameters_of, takes
+from packlight.integrations._parts import (
+    function_of_part,
+    parameter_of,
+    parameters_of,
+    takes,
+)
 from packlight.layers.linear import Parameters
 from packlight.layers.mlp import activated
 from packlight.layers.post_norm import mlp, post_norm
@@ -121,16 +126,16 @@ class GroupQuantOutput(nn.Module):
             return None
         if not is_bare(dense, dropout, norm):
             return None
-        weight, method = dense.weight, norm.method
-        gamma: Tensor | None = norm.weight
+        weight, method = parameter_of(dense, "weight"), norm.method
+        gamma: Tensor | None = parameter_of(norm, "weight")
         if gamma is None or gamma.dim() != 1 or weight.dim() != 2 or not needs_gradient(weight):
             return None
         if not weight.shape[0] == gamma.shape[0] == residual.shape[-1]:
             return None
         if not method.keeps_rows(gamma.shape[0]):
             return None
-        affine = (weight, dense.bias)
-        return affine, (gamma, norm.bias, norm.eps), dropout.p, dense.method, method
+        affine, of_norm = (weight, parameter_of(dense, "bias")), parameter_of(norm, "bias")
+        return affine, (gamma, of_norm, norm.eps), dropout.p, dense.method, method
 
 
 class GroupQuantFeedForward(nn.Module):

@@ -8,6 +8,7 @@ With the projection behind attention and the norm behind the sum it is one funct
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -98,6 +99,15 @@ def is_known(kind: type[nn.Module]) -> bool:
     return is_copy(vars(kind).get("forward"), _bert, _OWN)
 
 
+def implementation_of(config: Any) -> str | None:
+    """`config._attn_implementation`; a config looks five times for what it is asked for."""
+    name, found = "_attn_implementation_internal", None  # that of today's releases
+    if not torch.compiler.is_dynamo_compiling():
+        found = object.__getattribute__(config, "__dict__").get(name)
+    known: str | None = config._attn_implementation if found is None else found
+    return known
+
+
 def sdpa_is_replaced() -> bool:
     """Whether something stands in the place of "sdpa", as sequence parallelism of an engine does.
 
@@ -119,7 +129,6 @@ class AtOnce(nn.Module):
     query: nn.Module
     key: nn.Module
     value: nn.Module
-    dropout: nn.Dropout
     num_attention_heads: int
     attention_head_size: int
     scaling: float
@@ -160,7 +169,7 @@ class AtOnce(nn.Module):
         query = self._modules["query"]
         if not isinstance(query, Linear) or options.get("position_bias") is not None:
             return None
-        if self.model_config._attn_implementation not in self.implementations or sdpa_is_replaced():
+        if implementation_of(self.model_config) not in self.implementations or sdpa_is_replaced():
             return None
         method = query.method
         parts: Any = (query, self._modules["key"], self._modules["value"])
@@ -185,7 +194,8 @@ class AtOnce(nn.Module):
             mask, is_causal = None, kind == "causal"
         if is_causal and (mask is not None or x.shape[1] < 2):  # no symbol, as `and` would give
             is_causal = False
-        flags = (self.dropout.p, is_causal, self.scaling)
+        dropout: Any = self._modules["dropout"]
+        flags = (dropout.p, is_causal, self.scaling)
         return parameters, mask, flags, method
 
 
