@@ -35,13 +35,6 @@ from packlight.method import Call, Calls, Swap
 _ATTRIBUTE = "_packlight_calls"
 _ATTENTION = F.scaled_dot_product_attention
 
-# Hooks of torch for all modules; they run outside a module's forward.
-GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_forward_hooks,
-    torch.nn.modules.module._global_forward_pre_hooks,
-    torch.nn.modules.module._global_backward_hooks,
-    torch.nn.modules.module._global_backward_pre_hooks,
-)
 # Dictionaries of hooks that a module has.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -374,6 +367,12 @@ def call_alone(tracer: Any, either: Any, module: Any, args: Any, kwargs: Any) ->
     return _torch.make_node(tracer, either.as_python_constant(), given, named)
 
 
+def all_may_have_hooks() -> bool:
+    """Whether torch has hooks for all modules, which run outside a module's forward."""
+    hooks = _torch.MODULE_HOOKS.values
+    return hooks is None or any(hooks)
+
+
 def is_bare(*modules: nn.Module) -> bool:
     """Whether a call of each module runs its class's forward and nothing else, as hooks are.
 
@@ -384,7 +383,7 @@ def is_bare(*modules: nn.Module) -> bool:
     if torch.compiler.is_dynamo_compiling():
         bare: bool = _torch.ask("are_bare", False, *modules)
         return bare
-    if any(GLOBAL_HOOKS):
+    if all_may_have_hooks():
         return False
     for module in modules:
         own = module.__dict__

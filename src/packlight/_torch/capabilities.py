@@ -70,6 +70,14 @@ HOOKS = Capability(
     "layers share no packs, and a profile inside of hooks does not see them",
     "torch._C._autograd:_top_saved_tensors_default_hooks",
 )
+MODULE_HOOKS = Capability(
+    "sees hooks that torch has for all modules",
+    "no layer does the work of others, which is slower, and `graphed` refuses",
+    "torch.nn.modules.module:_global_forward_hooks",
+    "torch.nn.modules.module:_global_forward_pre_hooks",
+    "torch.nn.modules.module:_global_backward_hooks",
+    "torch.nn.modules.module:_global_backward_pre_hooks",
+)
 STORAGES = Capability(
     "tells storages apart",
     "layers share no packs",
@@ -267,6 +275,7 @@ SHAPES = Capability(
 
 CAPABILITIES = (
     HOOKS,
+    MODULE_HOOKS,
     HOOK_STACK,
     SAVED,
     FREEING,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from packlight import _torch
-from packlight.calls import GLOBAL_HOOKS, HOOKS
+from packlight.calls import HOOKS, all_may_have_hooks
 from packlight.errors import CannotGraphError
 
 # Attributes of modules, arguments and results that are values.
@@ -57,7 +57,7 @@ def state_of(modules: Sequence[nn.Module]) -> list[Any]:
 
     Hooks of the first, the model itself, are its own: they run around its forward, as ever.
     """
-    found: list[Any] = [*map(len, GLOBAL_HOOKS)]
+    found: list[Any] = [all_may_have_hooks()]
     for module in modules:
         own = vars(module)
         found += (type(module), id(own.get("forward")))
@@ -111,7 +111,7 @@ def refuse_hooks(module: nn.Module) -> None:
 
     Those of the module itself run around its forward, as ever.
     """
-    if any(GLOBAL_HOOKS):
+    if all_may_have_hooks():
         raise CannotGraphError(
             "torch has hooks for all modules, which a graph would not call for parts; remove them"
         )
