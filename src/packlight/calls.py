@@ -387,7 +387,7 @@ def is_bare(*modules: nn.Module) -> bool:
         return False
     for module in modules:
         own = module.__dict__
-        if (
+        if (  # of `HOOKS`, without a loop: a step asks a hundred times
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]

@@ -487,6 +487,21 @@ def sums_launch(programs: int, width: int, tensors: int) -> Launch:
     )
 
 
+def with_sums(
+    launch: Launch, programs: int, width: int, others: int, need_weight: bool, need_bias: bool
+) -> Launch:
+    """A launch that writes parts of weight and bias, and behind it the sums over its programs.
+
+    Parts are behind `others` tensors, and their sums behind them. What is not needed is not read.
+    """
+    steps = [(launch, tuple(range(others + 2)))]
+    if count := need_weight + need_bias:
+        first, last = others + (not need_weight), others + need_bias
+        sums = sums_launch(programs, width, count)
+        steps.append((sums, (first, last, first + 2, last + 2)))
+    return together(*steps)
+
+
 @functools.lru_cache(LAUNCHES)
 def _backward_launch(
     grouping: Grouping,
@@ -535,13 +550,7 @@ def _summed_launch(
 ) -> tuple[Launch, int]:
     """`_backward_launch`, and behind it the sums over its programs."""
     launch, programs = _backward_launch(grouping, adds, center, weight, need_weight, need_bias)
-    steps = [(launch, tuple(range(9)))]
-    if count := need_weight + need_bias:
-        # The parts of weight and bias are behind seven others, and their sums behind them.
-        first, last = (7 if need_weight else 8), (8 if need_bias else 7)
-        sums = sums_launch(programs, grouping.width, count)
-        steps.append((sums, (first, last, first + 2, last + 2)))
-    return together(*steps), programs
+    return with_sums(launch, programs, grouping.width, 7, need_weight, need_bias), programs
 
 
 @functools.lru_cache(LAUNCHES)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packlight._launch import LAUNCHES, Launch, new, new_like, new_rows, quick, together
+from packlight._launch import LAUNCHES, Launch, new, new_like, new_rows, quick
 from packlight._seed_kernels import seed_argument, seed_kind, seed_value
 from packlight.elementwise.kernels import rounded
 from packlight.fewbit import dropout_kernels
@@ -31,7 +31,7 @@ from packlight.groupquant.norm_kernels import (
     norm_rows,
     row_gradients,
     store_sums,
-    sums_launch,
+    with_sums,
 )
 from packlight.groupquant.rotated_norm_kernels import TURNED_PLACES
 from packlight.groupquant.tile_kernels import load_tile, part, part_there, rows_tile, store_tile
@@ -317,13 +317,7 @@ def _summed_launch(
 ) -> tuple[Launch, int]:
     """`_backward_launch`, and behind it the sums over its programs."""
     launch, programs = _backward_launch(grouping, p, apart, weight, need_weight, need_bias)
-    steps = [(launch, tuple(range(10)))]
-    if count := need_weight + need_bias:
-        # The parts of weight and bias are behind eight others, and their sums behind them.
-        first, last = (8 if need_weight else 9), (9 if need_bias else 8)
-        sums = sums_launch(programs, grouping.width, count)
-        steps.append((sums, (first, last, first + 2, last + 2)))
-    return together(*steps), programs
+    return with_sums(launch, programs, grouping.width, 8, need_weight, need_bias), programs
 
 
 def post_norm_backward(
