@@ -4,7 +4,8 @@
 
 Prints one line of JSON: CPU seconds of the first step (the process's own and those of compilers
 that it starts), milliseconds of a step, and the cosine of its gradient with the uncompiled plain
-model's. A process measures one model in one way, since a second compilation finds much done.
+model's. A process measures one model in one way, since a second compilation finds much done; with
+`--launched` the model takes a launched step before, so Triton has its kernels already.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--turn", help="a file that processes lock while they time steps")
+    parser.add_argument("--launched", action="store_true", help="a launched step before")
     given = parser.parse_args()
 
     def step(run: Any, shape: tuple[int, int]) -> None:
@@ -106,6 +108,8 @@ def main() -> None:
         packlight.convert(model, packlight.GroupQuant(bits=4), **options)
     compiled = torch.compile(model, backend=given.backend)
     step(plain, given.tokens)
+    if given.launched:
+        step(model, given.tokens)
     done()
 
     start, clock = cpu_seconds(), time.perf_counter()
@@ -137,6 +141,7 @@ def main() -> None:
         "model": given.model,
         "way": given.way,
         "layers": given.layers,
+        "launched": given.launched,
         "backend": given.backend,
         "compile_cpu_s": round(seconds, 2),
         "compile_wall_s": round(wall, 2),

@@ -37,6 +37,7 @@ GIB = 2**30
 Stops = list[list[float]]  # from when until when a process was stopped, by the monotonic clock
 SLICES = 8  # of the parameters in their order, each with a norm of its own
 CHECKED = 2048  # tokens of which the gradients of a long step are compared
+SHORT = 20.0  # seconds of a step that is taken once more
 
 
 class Job(NamedTuple):
@@ -402,6 +403,8 @@ def extreme(job: Job, turn: Callable[[], Stops]) -> Iterator[dict[str, Any]]:
     while count > 0:
         try:
             seconds, peak = step(count)
+            if seconds < SHORT:
+                seconds, peak = step(count)
             break
         except torch.OutOfMemoryError:
             count = int(count * 29 / 30) // unit * unit
