@@ -5,7 +5,7 @@ the dispatcher that puts an event of CUDA before and after each operator. The de
 first, so that the host is ahead and what lies between two events is the operator alone. Then the
 same steps run without events: under load clocks are lower, and what operators take is scaled to
 what the steps take. Attention is measured by itself, at a short length and at a long one, which
-tell traffic from arithmetic.
+tell traffic from arithmetic. Of the host one number is measured: how slow its Python is.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from packlight.convert import DEFAULT_METHODS, convert
 from packlight.groupquant.method import GroupQuant
 from packlight.planner.adapted import Settings, with_lora
 from packlight.planner.costs import TRAFFIC, is_hooked, name_of, parts_s
-from packlight.planner.devices import Device, Rates
+from packlight.planner.devices import Device, Rates, shipped_rates
 from packlight.recompute.method import Checkpoint
 
 _CHANGES = ("plain", "default", "recomputed")
@@ -240,19 +240,15 @@ def calibrate(device: Device, tiny: bool = False) -> Rates:
     others, others_packlight = (
         _share(taken, nominal, names) for names in (set(factors) - own, own & set(factors))
     )
-    host_us, host_us_packlight, module_us, hooks_us = _host(kind)
     return Rates(
-        factors | _attention(device, kind, tiny),
-        others,
-        others_packlight,
-        copies,
-        round(1e6 * kernel_s, 2),
-        host_us,
-        host_us_packlight,
-        module_us,
-        hooks_us,
-        workspace,
-        f"measured on {_called(kind)}, torch {torch.__version__}",
+        factors=factors | _attention(device, kind, tiny),
+        others=others,
+        others_packlight=others_packlight,
+        copies=copies,
+        kernel_us=round(1e6 * kernel_s, 2),
+        workspace=workspace,
+        source=f"measured on {_called(kind)}, torch {torch.__version__}",
+        **_host(kind, shipped_rates()),
     )
 
 
@@ -446,13 +442,11 @@ def _copies(kind: str, device: Device) -> float:
 
 
 class _Counted(DispatchMode):  # type: ignore[misc]
-    """How many operators of torch compute something, how many of packlight, and how many save
-    something that hooks see.
-    """
+    """How many operators compute something, and how many save something that hooks see."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = [0, 0, 0]
+        self.operators = self.hooked = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -461,20 +455,22 @@ class _Counted(DispatchMode):  # type: ignore[misc]
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if func._schema.is_mutable or not _are_views(made, given):
-            self.counts[func.namespace == "packlight"] += 1
-            self.counts[2] += is_hooked()
+            self.operators += 1
+            self.hooked += is_hooked()
         return result
 
 
-def _host(kind: str) -> tuple[float, float, float, float]:
-    """Microseconds of the host for an operator, for one of packlight's, for a module's call, and
-    for hooks that see what an operator saves.
+def _host(kind: str, known: Rates) -> dict[str, float]:
+    """What the host takes for operators, modules and hooks: as `known` says, times one number.
 
-    By least squares over the steps of networks that are so small that the device waits.
+    The number is how many times as long networks take that are so small that the device waits, in
+    the median. The four kinds of work are Python's, whose proportions a host does not change, and
+    steps of a few networks tell them apart badly. Converted networks are left out: it is
+    packlight's code for known models whose operators `known` speaks of.
     """
-    rows, times = [], []
+    shares = []
     for case in _cases(tiny=True):
-        for change in (*case.changes, *(["checkpointed"] if case.has_blocks else [])):
+        for change in ("plain", *(["checkpointed"] if case.has_blocks else [])):
             with torch.device(kind):
                 model, batch = _changed(case.model(), change), case.batch()
             optimizer = _optimizer(model)
@@ -489,20 +485,16 @@ def _host(kind: str) -> tuple[float, float, float, float]:
                 _step(model, batch, optimizer, case.autocast)
             for hook in hooks:
                 hook.remove()
-            operators, own, hooked = counted.counts
-            rows.append([operators, own, calls[0], hooked])
-            times.append(_host_us(lambda: _step(model, batch, optimizer, case.autocast), kind))  # noqa: B023
-    # Relative, and no time is negative: one that would be is left out.
-    matrix = torch.tensor(rows, dtype=torch.float64) / torch.tensor(times)[:, None]
-    kinds = [0, 1, 2, 3]
-    while True:
-        solved = torch.linalg.lstsq(matrix[:, kinds], torch.ones(len(times), 1).double()).solution
-        if bool((solved >= 0).all()):
-            break
-        kinds.pop(int(solved.flatten().argmin()))
-    found = dict(zip(kinds, solved.flatten().tolist(), strict=True))
-    operator, own, module, hooks = (round(found.get(kind, 0.0), 2) for kind in range(4))
-    return operator, own, module, hooks
+            foretold = (
+                counted.operators * known.host_us
+                + calls[0] * known.module_us
+                + counted.hooked * known.hooks_us
+            )
+            took = _host_us(lambda: _step(model, batch, optimizer, case.autocast), kind)  # noqa: B023
+            shares.append(took / foretold)
+    share = statistics.median(shares)
+    names = ("host_us", "host_us_packlight", "module_us", "hooks_us")
+    return {name: round(share * getattr(known, name), 2) for name in names}
 
 
 def _host_us(function: Callable[[], Any], kind: str, steps: int = 10) -> float:

@@ -155,10 +155,19 @@ def _present() -> Device:
 @functools.cache
 def _known_rates() -> dict[str, Rates]:
     """Rates that ship, and over them those that were calibrated here."""
+    own = cache()
+    found: dict[str, Any] = json.loads(read_text(own)) if own.exists() else {}
+    return _shipped() | {name: Rates.from_dict(data) for name, data in found.items()}
+
+
+def _shipped() -> dict[str, Rates]:
     found: dict[str, Any] = json.loads(_DATA.read_text(encoding="utf-8"))
-    if (own := cache()).exists():
-        found |= json.loads(read_text(own))
     return {name: Rates.from_dict(data) for name, data in found.items()}
+
+
+def shipped_rates() -> Rates:
+    """Those by which devices are judged that nobody has calibrated."""
+    return _shipped()[_MEASURED]
 
 
 def cache() -> pathlib.Path:
