@@ -177,9 +177,9 @@ def _add_calibrate(subcommands: Any) -> None:
         "calibrate",
         help="measure the GPU that is here, for the times that plans are made by",
         description=(
-            "Time the operators of small networks on the GPU that is here, in a minute, or two where"
-            " kernels are not compiled yet, and keep their rates in the user's cache, for fit and"
-            " packlight.plan."
+            "Time the operators of small networks on the GPU that is here, in a minute, or two"
+            " where kernels are not compiled yet, and keep their rates in the user's cache, for"
+            " fit and packlight.plan."
         ),
     )
     parser.add_argument("--out", metavar="FILE", help="write the rates to this file instead")
