@@ -104,7 +104,8 @@ def is_patched(module: nn.Module) -> bool:
 
 def _warn_of_patches() -> None:
     """Says which converted layers keep what Liger's keep."""
-    names = [given.names[0] for module, given in _followed.items() if is_patched(module)]
+    patched = (given.names[0] for module, given in _followed.items() if is_patched(module))
+    names = list(dict.fromkeys(patched))  # those of models before that are not collected yet once
     if names:
         warnings.warn(
             f"Liger-Kernel was applied to {len(names)} layers after packlight.convert"

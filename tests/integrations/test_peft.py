@@ -397,6 +397,51 @@ def test_every_kind_gives_the_same_results(kind, functional):
         assert torch.equal(gradient, expected[name])
 
 
+class _Masked(nn.Module):
+    """A dropout of the same elements every time."""
+
+    def forward(self, x):
+        torch.manual_seed(x.shape[-1])
+        return x * (torch.rand(x.shape) < 0.7) / 0.7
+
+
+def _dropping(model, dropout):
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.lora_dropout["default"] = copy.deepcopy(dropout)
+    return model
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_with_a_dropout_keeps_one_pack_of_what_it_gives(dtype, autocast):
+    inputs = batch("llama")
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain, model = (_dropping(adapted("DoRA", dtype), _Masked()) for _ in range(2))
+        output, expected = step(plain, inputs)
+        packlight.convert(model, EIGHT, functional=True)
+        ours, actual = step(model, inputs)
+    near = {} if dtype == torch.float32 and not autocast else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(ours.logits, output.logits, **near)
+    assert len(actual) == len(expected)
+    assert worst_error(actual, expected) < (0.05 if not near else 0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_with_a_dropout_keeps_at_most_one_and_a_half_times_what_lora_keeps(dtype):
+    inputs = {key: value.repeat(2, 4) for key, value in batch("llama").items()}
+    kept = {}
+    for kind in ("LoRA", "DoRA"):
+        model = adapted(kind, dtype, hidden_size=128, intermediate_size=352)
+        if kind == "DoRA":
+            _dropping(model, nn.Dropout(0.1))
+        packlight.convert(model, functional=True)
+        body = model.base_model.model.model
+        kept[kind] = packlight.profile(body, inputs["input_ids"]).activation_bytes
+    assert kept["DoRA"] < 1.5 * kept["LoRA"], kept
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_of_every_part_of_an_adapter(kind):
     """One part at a time, so that no other hook has all parts called."""

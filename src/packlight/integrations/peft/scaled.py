@@ -4,8 +4,8 @@ Its gradient needs what was scaled. Plain autograd keeps that in float32 beside 
 keeps; here it is packed once, and what reads the product shares the pack.
 
 Known are the codes of IA3's `Linear`, and of LoRA's `Linear` and `Linear4bit` with
-`DoraLinearVariant`, without a dropout. Of a bias that is trained, of several adapters at once and
-of adapters by sample DoRA is left to its own code.
+`DoraLinearVariant`; with a dropout, around a layer of plain weights. Of a bias that is trained, of
+several adapters at once and of adapters by sample DoRA is left to its own code.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from packlight._checks import is_taken, refuse_second_derivative
+from packlight._checks import is_plain, is_taken, refuse_second_derivative
+from packlight._gradients import product
 from packlight.calls import is_bare
 from packlight.integrations._copies import is_copy, once_a_class
 from packlight.integrations.peft.adapters import Adapter, knows, trains
@@ -28,7 +29,8 @@ from packlight.layers.casts import to
 from packlight.layers.product import note_scaled, scale, vector_gradient
 from packlight.pack import Pack
 from packlight.packing.layout import dense_stride
-from packlight.quantiser import KEEPS, Quantiser, Restore, worth_packing
+from packlight.quantiser import KEEPS, Quantiser, Restore, pack_input, worth_packing
+from packlight.reading import reader
 from packlight.selectors import kind_of
 
 VARIANT_KWARG_KEYS: Any = getattr(lora_layer, "VARIANT_KWARG_KEYS", None)  # since peft 0.18
@@ -298,8 +300,66 @@ class _Dora(torch.autograd.Function):
 _dora_result: Callable[..., tuple[Tensor, ...]] = _Dora.apply
 
 
+class _DroppedDora(torch.autograd.Function):
+    """y = r + (m - 1) W d + m s B A d for the layer's result r, d a dropout's; keeps a pack of d.
+
+    LoRA's matrix A keeps that pack too. The magnitude's gradient comes of it by one product more,
+    dm_o = sum_i (g^T d)_oi (W + s B A)_oi, where what m scales would be a tensor more to keep.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: Tensor,
+        dropped: Tensor,
+        lora: Tensor,
+        magnitude: Tensor,
+        values: Tensor,
+        scaling: float,
+        rebuild: Callable[..., Tensor],
+        *tensors: Tensor,  # W, A and B, and the pack of d
+    ) -> Tensor:
+        """`values` is the magnitude without its history."""
+        base = F.linear(dropped, tensors[0].to(dropped.dtype))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(values, *tensors)
+        ctx.settings = (rebuild, scaling, base.dtype, result.dtype, dropped.dtype, lora.dtype)
+        return result + ((magnitude - 1) * base + magnitude * lora * scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> Any:
+        refuse_second_derivative(KEEPS)
+        values, weight, first, second, *tensors = ctx.saved_tensors
+        rebuild, scaling, base_dtype, dtype, dropped_dtype, lora_dtype = ctx.settings
+        unused = [None] * (6 + len(tensors))
+        if grad_output is None:
+            return None, None, None, None, *unused
+        needs = ctx.needs_input_grad
+        shape = grad_output.shape
+        rows = grad_output.reshape(-1, shape[-1])
+        ddropped = dlora = dmagnitude = None
+        if needs[3]:
+            x = rebuild(base_dtype, *tensors).reshape(-1, weight.shape[1])
+            outer = product(rows.to(base_dtype).t(), x, torch.float32)
+            matrix = torch.addmm(weight.float(), second.float(), first.float(), alpha=scaling)
+            dmagnitude = (outer * matrix).sum(1).view_as(values).to(values.dtype)
+        if needs[2]:
+            dlora = (grad_output * values * scaling).to(lora_dtype)
+        if needs[1]:
+            of_base = (rows * (values - 1)).to(base_dtype)
+            ddropped = product(of_base, weight.to(base_dtype), dropped_dtype)
+            ddropped = ddropped.view(*shape[:-1], -1)
+        return grad_output.to(dtype), ddropped, dlora, dmagnitude, *unused
+
+
+_dropped_dora: Callable[..., Tensor] = _DroppedDora.apply
+
+
 class DoraLayer(LoraLayer):
-    """LoRA's layer, with DoRA's magnitude; keeps a pack of what the magnitude scales."""
+    """LoRA's layer, with DoRA's magnitude; keeps a pack of what the magnitude scales.
+
+    With a dropout it keeps a pack of what that gives.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if kwargs.get("adapter_names") else self._alone()
@@ -322,28 +382,48 @@ class DoraLayer(LoraLayer):
             )
         magnitude = (layer.weight / norm).view(1, -1)
         values = magnitude.detach()
+        if not isinstance(dropout := lora.lora_dropout[name], nn.Identity):
+            dropped = dropout(x)
+            low = second(first(dropped))
+            kept = pack_input(dropped, self.method)
+            factors = (magnitude, values, scaling, reader(kept.reading, kept.rebuild))
+            weights = (base.weight, first.weight, second.weight)
+            y = _dropped_dora(result, dropped, low, *factors, *weights, *kept.tensors)
+            return to(y, result.dtype)
         settings = (base.bias, scaling, self.method)
-        y, *kept = _dora_result(result, second(first(x)), magnitude, values, *settings)
+        y, *tensors = _dora_result(result, second(first(x)), magnitude, values, *settings)
         rebuild = Restore(self.method, tuple(y.shape), dense_stride(y))
-        pack = Pack(rebuild, tuple(y.shape), tuple(kept), self.method.grade)
+        pack = Pack(rebuild, tuple(y.shape), tuple(tensors), self.method.grade)
         note_scaled(y, pack, values, base.bias)
         return to(y, result.dtype)
 
     def _alone(self) -> str | None:
-        """The adapter at work, if it is one, of DoRA, without a dropout and a trained bias."""
+        """The adapter at work, if it is one, of DoRA, whose code is known, without a trained bias.
+
+        With a dropout, if weights are plain ones, that of the layer does not train, and no matrix
+        of LoRA has a bias.
+        """
         lora: Any = self
         names = [name for name in self.active_adapters if name in lora.lora_A]
         if len(names) != 1 or type(lora.lora_variant.get(names[0])) is not DoraLinearVariant:
             return None
-        bias = lora.get_base_layer().bias
-        layer, dropout = lora.lora_magnitude_vector[names[0]], lora.lora_dropout[names[0]]
+        base, (name,) = lora.get_base_layer(), names
+        layer, dropout = lora.lora_magnitude_vector[name], lora.lora_dropout[name]
         fits = (
-            isinstance(dropout, nn.Identity)
-            and is_bare(layer, dropout)
-            and (bias is None or not bias.requires_grad)
+            is_bare(layer, dropout)
+            and (base.bias is None or not base.bias.requires_grad)
             and is_copy(vars(kind_of(layer)).get("forward"), _dora)
         )
-        return names[0] if fits else None
+        if fits and not isinstance(dropout, nn.Identity):
+            matrices = lora.lora_A[name], lora.lora_B[name]
+            fits = (
+                not layer.fan_in_fan_out
+                and not base.weight.requires_grad
+                and all(kind_of(each) is nn.Linear for each in (base, *matrices))
+                and all(is_plain(each.weight) for each in (base, *matrices))
+                and all(each.bias is None for each in matrices)
+            )
+        return name if fits else None
 
 
 class FourBitLayer(DoraLayer):
