@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from packlight import _swap, integrations
 from packlight.assignment import Assignment, first_few
+from packlight.head.modules import Head, heads_of
 from packlight.quantiser import before_first_pack
 from packlight.recompute.modules import Tiled
 from packlight.report.names import condensed
@@ -96,10 +97,16 @@ def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> 
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether a converted module has been given a forward of Liger's since, which runs instead."""
+    """Whether a converted module has been given a forward of Liger's since, which runs instead.
+
+    Or a model whose head is converted: no head is where Liger's forward passes it by.
+    """
     forward = vars(module).get("forward")
-    of_liger = (getattr(forward, "__module__", None) or "").startswith("liger_kernel.")
-    return of_liger and _swap.former(module) is not None
+    if not (getattr(forward, "__module__", None) or "").startswith("liger_kernel."):
+        return False
+    return _swap.former(module) is not None or any(
+        isinstance(head, Head) for head in heads_of(module)
+    )
 
 
 def _warn_of_patches() -> None:

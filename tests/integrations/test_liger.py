@@ -234,6 +234,17 @@ def test_a_head_that_liger_s_fused_loss_passes_by_is_told(apply, monkeypatch):
         packlight.convert(model, EIGHT, head=True)
 
 
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_fused_loss_that_comes_after_a_head_is_told(functional):
+    model = make("llama")
+    assert packlight.convert(model, EIGHT, functional=functional, head=True).heads
+    parts = {**LAYERS_ALONE, "rms_norm": False, "swiglu": False, FUSED: True}
+    _apply_liger_kernel_to_instance(model=model, **parts)
+    with pytest.warns(UserWarning, match="Liger-Kernel was applied to 1 layers after"):
+        step(model, {key: value[:1, :8] for key, value in batch("llama").items()})
+    packlight.revert(model)
+
+
 @pytest.mark.parametrize("part", ["rope", FUSED])
 def test_what_stays_liger_s_works_beside(part):
     """In the interpreter; a profile counts the finished gradients that a fused loss keeps."""
