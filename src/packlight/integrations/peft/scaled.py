@@ -342,7 +342,7 @@ class _DroppedDora(torch.autograd.Function):
             x = rebuild(base_dtype, *tensors).reshape(-1, weight.shape[1])
             outer = product(rows.to(base_dtype).t(), x, torch.float32)
             matrix = torch.addmm(weight.float(), second.float(), first.float(), alpha=scaling)
-            dmagnitude = (outer * matrix).sum(1).view_as(values).to(values.dtype)
+            dmagnitude = matrix.mul_(outer).sum(1).view_as(values).to(values.dtype)
         if needs[2]:
             dlora = (grad_output * values * scaling).to(lora_dtype)
         if needs[1]:
